@@ -1,0 +1,54 @@
+# make demo    everything on real data: phase 1 -> phase 2 -> sample -> evaluate -> runs/demo/report.html
+# make test    every test but the long ones        make test-all    the long ones too
+# make check   format, lint and types              make tiny        trains the embedded model again
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+WORKDIR ?= runs/demo
+WORKERS ?= 2
+
+# Compiled programs are kept between runs; a second demo or test run skips most of the compiling.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+
+.PHONY: demo test test-all check format tiny clean
+
+demo: $(VENV)/installed
+	$(RUN) -m vpae_jax.main --config=configs/phase1.py --workdir=$(WORKDIR)/phase1
+	$(RUN) -m vpae_jax.main --config=configs/phase2.py --workdir=$(WORKDIR)/phase2
+	$(RUN) -m vpae_jax.sample --model=$(WORKDIR)/phase2/model --prompt="a three moves up and to the left" \
+		--output=$(WORKDIR)/sample.mp4
+	$(RUN) -m vpae_jax.evaluate --model=tiny --phase1=$(WORKDIR)/phase1 --phase2=$(WORKDIR)/phase2 --output=$(WORKDIR)
+	@echo "open $(WORKDIR)/report.html"
+
+test: $(VENV)/installed-dev
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -n $(WORKERS) -m "not long" -q
+
+test-all: $(VENV)/installed-dev
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -n $(WORKERS) -q
+
+check: $(VENV)/installed-dev
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright
+
+format: $(VENV)/installed-dev
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+tiny: $(VENV)/installed
+	$(RUN) -m vpae_jax.main --config=configs/vae.py --workdir=runs/tiny/vae
+	$(RUN) -m vpae_jax.main --config=configs/encoders.py --workdir=runs/tiny/encoders
+	$(RUN) -m vpae_jax.main --config=configs/teacher.py --workdir=runs/tiny/teacher
+
+$(VENV)/installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q -e .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
+	$(RUN) -m pip install -q -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf runs .cache $(VENV)

@@ -1,0 +1,42 @@
+"""What the configs share: presets, and the settings that do not belong to a method.
+
+A config file is `get_config(preset)`; its docstring is its lab notebook. What the tiny
+preset changes has its reason beside it.
+"""
+
+from ml_collections import ConfigDict
+
+from vpae_jax.config import Experiment, OptimizerConfig, complete, nearest
+from vpae_jax.methods import METHODS
+from vpae_jax.types import UserError
+
+# Latent shapes [f, h, w, c] of one clip, for the translation of noise levels between resolutions.
+LATENTS = {
+    "tiny": (3, 6, 6, 16),
+    "t2v-1.3b-480p": (21, 60, 104, 16),
+    "t2v-14b-480p": (21, 60, 104, 16),
+    "t2v-14b-720p": (21, 90, 160, 16),
+    "i2v-14b-480p": (21, 60, 104, 16),
+    "i2v-14b-720p": (21, 90, 160, 16),
+}
+PRESETS = tuple(LATENTS)
+
+
+def check(preset: str, known: tuple[str, ...] = PRESETS) -> None:
+    """Raises `UserError` for a preset that the config does not have."""
+    if preset not in known:
+        raise UserError(f"preset {preset!r} does not exist{nearest(preset, known)} (known: {', '.join(known)})")
+
+
+def experiment(**values) -> ConfigDict:
+    """A whole config: the given values, and every default that they leave open, so that each key can be overridden."""
+    method = dict(values["method"])
+    name = method.pop("name")
+    values["method"] = {"name": name, **complete(METHODS[name], method)}
+    values["optimizers"] = {role: complete(OptimizerConfig, given) for role, given in values["optimizers"].items()}
+    return ConfigDict(complete(Experiment, values))
+
+
+def adam(learning_rate: float, b1: float, b2: float = 0.999, **options) -> dict:
+    """Adam's options."""
+    return {"learning_rate": learning_rate, "algorithm": "adam", "b1": b1, "b2": b2, **options}

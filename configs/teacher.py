@@ -1,0 +1,46 @@
+"""The tiny model's teacher: Wan's transformer at toy size, flow matching on latents of moving digits.
+
+    python -m vpae_jax.main --config=configs/teacher.py --workdir=runs/tiny/teacher
+
+Continue from the embedded weights instead of random ones with --config.method.init=pretrained --config.model.path=tiny.
+
+Last of the three trainings behind the embedded model. One transformer serves both modes: half of the clips come with
+their first frame (image-to-video), half without (text-to-video).
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import adam, check, experiment
+
+
+def get_config(preset: str = "tiny") -> ConfigDict:
+    check(preset, ("tiny",))
+    return experiment(
+        name="teacher",
+        preset=preset,
+        method={
+            "name": "flow_matching",
+            # A clip here has 2,800 times fewer values than one at 720p; the same noise hides far more of it, so the
+            # times that matter are lower than Wan's shifted ones.
+            "t": {"kind": "LogitNormal", "mean": 0.0, "std": 1.0},
+            "text_dropout": 0.1,
+            "image_dropout": 0.5,
+            "ema": 0.999,
+        },
+        optimizers={"generator": adam(1e-3, b1=0.9, b2=0.99, warmup_steps=200, clip_norm=1.0)},
+        steps=12000,
+        batch_size=32,
+        seed=0,
+        log_every=50,
+        sample_every=2000,
+        checkpoint_every=500,
+        generator_nfe=50,
+        sample_guidance=2.0,
+        model={
+            "preset": preset,
+            "path": "../encoders/model",
+            # Ten words stand among five hundred tokens of padding: cross-attention has to be able to single them out.
+            "init_scale": {r"attn2/norm_[qk]/": 2.0},
+        },
+        data={"kind": "latents", "clips": 6144},
+    )

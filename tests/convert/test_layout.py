@@ -1,0 +1,178 @@
+"""Whole model directories: written from pieces, loaded by diffusers; schedulers, defaults and refusals."""
+
+import json
+
+import diffusers
+import numpy as np
+import pytest
+import random_model
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from vpae_jax.convert.diffusers import read_part
+from vpae_jax.convert.image_processor import ImageProcessor, read_image_processor
+from vpae_jax.convert.layout import (
+    Defaults,
+    Scheduler,
+    read_defaults,
+    read_index,
+    read_scheduler,
+    write_model,
+)
+from vpae_jax.types import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:diffusers", "ignore::DeprecationWarning:diffusers")
+PARTS = ("transformer", "vae", "text_encoder", "image_encoder")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    random_model.pipeline(folder, image=True)
+    return folder
+
+
+def test_written_from_pieces_it_loads_in_diffusers(source, tmp_path):
+    pieces = tmp_path / "pieces"
+    random_model.build_tokenizer(pieces / "tokenizer")
+    parts = {name: read_part(source, name) for name in PARTS}
+    clip = Defaults(num_frames=9, height=32, width=48, fps=8.0)
+    write_model(tmp_path / "out", pieces, parts, scheduler=Scheduler("euler", 2.0), defaults=clip)
+    assert read_defaults(tmp_path / "out") == clip
+    assert read_scheduler(tmp_path / "out") == Scheduler("euler", 2.0)
+    loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert isinstance(loaded, diffusers.WanImageToVideoPipeline)
+    assert isinstance(loaded.scheduler, diffusers.FlowMatchEulerDiscreteScheduler)
+    assert loaded.scheduler.config.shift == 2.0
+    assert loaded.tokenizer("a three moves up").input_ids[-1] == 1
+    picture = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    pixels = loaded.image_processor(picture, return_tensors="np")["pixel_values"]
+    processor = read_image_processor(tmp_path / "out" / "image_processor")
+    np.testing.assert_allclose(processor(picture[None])[0], pixels[0].transpose(1, 2, 0), atol=1e-6)
+
+
+def test_a_text_to_video_model_has_no_image_parts(source, tmp_path):
+    config, params = read_part(source, "text_encoder")
+    random_model.pipeline(tmp_path / "t2v", image=False)
+    write_model(tmp_path / "out", tmp_path / "t2v", {"text_encoder": (config, params)})
+    assert isinstance(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out"), diffusers.WanPipeline)
+    assert read_scheduler(tmp_path / "out") == Scheduler("unipc", 3.0)
+    assert not (tmp_path / "out" / "image_encoder").exists()
+    assert read_defaults(tmp_path / "out") == Defaults()
+
+
+def test_unchanged_parts_are_copied_and_changed_ones_replaced(source, tmp_path):
+    config, params = read_part(source, "transformer")
+    params["proj_out"]["bias"] = params["proj_out"]["bias"] + 1
+    write_model(tmp_path / "out", source, {"transformer": (config, params)})
+    name = "diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "out" / "vae" / name).read_bytes() == (source / "vae" / name).read_bytes()
+    _, found = read_part(tmp_path / "out", "transformer")
+    np.testing.assert_array_equal(found["proj_out"]["bias"], params["proj_out"]["bias"])
+
+
+def test_refusals_leave_nothing_behind(source, tmp_path):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "notes.txt").write_text("mine")
+    for overwrite in (False, True):  # only a model directory is ever replaced
+        with pytest.raises(UserError, match="already exists"):
+            write_model(taken, source, {}, overwrite=overwrite)
+    with pytest.raises(UserError, match="no transformer/ folder"):
+        write_model(tmp_path / "out", taken, {})
+    parts = {name: read_part(source, name) for name in PARTS}
+    with pytest.raises(UserError, match="no tokenizer/ folder"):
+        write_model(tmp_path / "out", taken, parts)
+    parts["transformer"] = (parts["transformer"][0], {"blocks": {}, "unknown": np.zeros(3)})
+    with pytest.raises(ValueError, match="unknown"):
+        write_model(tmp_path / "out", source, parts)
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_overwriting_a_model_directory(source, tmp_path):
+    write_model(tmp_path / "out", source, {})
+    write_model(tmp_path / "out", source, {}, scheduler=Scheduler("euler", 7.0), overwrite=True)
+    assert read_scheduler(tmp_path / "out").shift == 7.0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("scheduler", [Scheduler("unipc", 5.0), Scheduler("euler", 3.0)])
+def test_schedulers_are_read_by_diffusers(source, tmp_path, scheduler):
+    write_model(tmp_path / "out", source, {}, scheduler=scheduler)
+    folder = tmp_path / "out" / "scheduler"
+    if scheduler.solver == "unipc":
+        theirs = diffusers.UniPCMultistepScheduler.from_pretrained(folder)
+        assert theirs.config.flow_shift == 5.0 and theirs.config.use_flow_sigmas
+    else:
+        theirs = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder)
+        theirs.set_timesteps(1)  # one step from pure noise to t = 0, as our one-step generators need it
+        assert theirs.timesteps.tolist() == [1000.0] and theirs.sigmas.tolist() == [1.0, 0.0]
+
+
+def spoil(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    "file, changes, read, message",
+    [
+        ("model_index.json", {"_class_name": "FluxPipeline"}, read_index, "_class_name is 'FluxPipeline'"),
+        ("model_index.json", {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, read_index, "Wan 2.2"),
+        ("model_index.json", {"expand_timesteps": True}, read_index, "Wan 2.2"),
+        ("scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler"}, read_scheduler, "'DDIMScheduler'"),
+        (
+            "scheduler/scheduler_config.json",
+            {"prediction_type": "epsilon"},
+            read_scheduler,
+            "prediction_type is 'epsilon', only 'flow_prediction'",
+        ),
+        ("vpae_jax.json", {"frames": 9}, read_defaults, "vpae_jax.json.frames: unknown key"),
+    ],
+)
+def test_other_pipelines_are_refused_in_one_line(source, tmp_path, file, changes, read, message):
+    write_model(tmp_path / "out", source, {}, defaults=Defaults())
+    spoil(tmp_path / "out" / file, **changes)
+    with pytest.raises(UserError, match=message) as error:
+        read(tmp_path / "out")
+    assert file in str(error.value) and "\n" not in str(error.value)
+
+
+def test_no_folder_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        read_index(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"model_index.json: no such file"):
+        read_index(tmp_path)
+
+
+@pytest.mark.parametrize("height, width", [(32, 32), (30, 71), (100, 41)])
+@pytest.mark.parametrize(
+    "theirs, ours",
+    [
+        (
+            dict(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}),
+            ImageProcessor(24, (24, 24)),
+        ),
+        (
+            dict(size={"height": 20, "width": 28}, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.2] * 3),
+            ImageProcessor((20, 28), None, (0.5,) * 3, (0.2,) * 3),
+        ),
+    ],
+)
+def test_image_processor_equals_transformers(tmp_path, height, width, theirs, ours):
+    processor = CLIPImageProcessorPil(**theirs)
+    processor.save_pretrained(tmp_path)
+    assert read_image_processor(tmp_path) == ours
+    pictures = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), np.uint8)
+    expected = processor(images=list(pictures), return_tensors="np")["pixel_values"]
+    np.testing.assert_allclose(ours(pictures), expected.transpose(0, 2, 3, 1), atol=1e-6)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(ours.to_json()))
+    assert read_image_processor(tmp_path) == ours
+
+
+def test_unknown_image_settings_are_refused(tmp_path):
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps({**ImageProcessor().to_json(), "resample": 2}))
+    with pytest.raises(UserError, match="resample is 2, only 3 is supported"):
+        read_image_processor(tmp_path)
+    path.write_text(json.dumps({**ImageProcessor().to_json(), "do_tile": True}))
+    with pytest.raises(UserError, match="do_tile: unknown key"):
+        read_image_processor(tmp_path)

@@ -1,0 +1,200 @@
+"""Encoded clips: what comes back is what the encoders gave; a folder is whole or absent, and knows its source."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from vpae_jax.convert.image_processor import ImageProcessor
+from vpae_jax.convert.layout import Defaults, Scheduler
+from vpae_jax.data import latents
+from vpae_jax.data.digits import MovingDigits
+from vpae_jax.data.latents import LatentRecords, encode_clips, fingerprint
+from vpae_jax.data.pipeline import latent_batches, to_float
+from vpae_jax.data.tokenizer import build_tokenizer
+from vpae_jax.models.clip import CLIPVision, CLIPVisionConfig
+from vpae_jax.models.umt5 import UMT5Config, UMT5Encoder
+from vpae_jax.models.wan_dit import WanTransformer, WanTransformerConfig
+from vpae_jax.models.wan_vae import WanVAE, WanVAEConfig
+from vpae_jax.pipeline import Pipeline
+from vpae_jax.types import Batch, UserError
+
+COUNT, BATCH = 10, 4
+
+
+def make_pipeline(tokenizer, seed: int = 0, image: bool = True) -> Pipeline:
+    """A complete pipeline at the smallest sizes, with random weights."""
+    rngs = nnx.Rngs(seed)
+    vae = WanVAE(WanVAEConfig(base_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1), rngs=rngs)
+    text = UMT5Encoder(UMT5Config(384, 16, d_kv=8, d_ff=16, num_layers=1, num_heads=2), rngs=rngs)
+    vision = CLIPVision(CLIPVisionConfig(16, 16, 2, 2, image_size=16, patch_size=8), rngs=rngs)
+    transformer = WanTransformerConfig(
+        num_attention_heads=1,
+        attention_head_dim=12,
+        in_channels=36 if image else 16,
+        text_dim=16,
+        freq_dim=8,
+        ffn_dim=8,
+        num_layers=1,
+        image_dim=16 if image else None,
+        added_kv_proj_dim=12 if image else None,
+    )
+    return Pipeline(
+        transformer=WanTransformer(transformer, rngs=rngs),
+        vae=vae,
+        text_encoder=text,
+        image_encoder=vision if image else None,
+        tokenizer=tokenizer,
+        image_processor=ImageProcessor(16, (16, 16)) if image else None,
+        scheduler=Scheduler("euler", 1.0),
+        defaults=Defaults(num_frames=5, height=16, width=16),
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return build_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def pipeline(tokenizer):
+    return make_pipeline(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return MovingDigits("train", size=COUNT, frames=5, resolution=16)
+
+
+@pytest.fixture(scope="module")
+def folder(pipeline, clips, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("latents") / "records"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latents, "SHARD_CLIPS", 6)  # two shards, the second of a partial batch
+        encode_clips(clips, pipeline, folder, batch_size=BATCH)
+    return folder
+
+
+def test_records_hold_what_the_encoders_give(folder, pipeline, clips):
+    records = LatentRecords(folder)
+    records.verify()
+    assert len(records) == COUNT
+    assert len(records.index["shards"]) == 2
+    for index in (0, 5, 6, 9):
+        clip, record = clips[index], records[index]
+        video = jnp.asarray(to_float(clip["video"][None]))
+        condition = pipeline.condition([clip["caption"]], clip["video"][None, 0], 5, 16, 16)
+        close = {"latents": pipeline.vae.encode(video), "image": condition.image, "frames": condition.frames}
+        for name, expected in {**close, "text": condition.text}.items():
+            assert record[name].dtype == np.float16
+            np.testing.assert_allclose(record[name], expected[0], rtol=2e-3, atol=2e-3, err_msg=name)
+        assert np.array_equal(record["text_mask"], condition.text_mask[0])
+        assert not record["text"][~record["text_mask"]].any()
+        expected_about = {name: clip[name] for name in ("caption", "digit", "direction", "id")}
+        assert records.about(index) == expected_about
+    null, mask = pipeline.encode_prompt([""])
+    np.testing.assert_allclose(records.null_text, null[0], rtol=2e-3, atol=2e-3)
+    assert np.array_equal(records.null_mask, mask[0])
+
+
+def test_latent_batches_are_records_and_continue_exactly(folder):
+    records = LatentRecords(folder)
+    batches = latent_batches(records, batch_size=3, seed=0)
+    first = next(batches)
+    assert isinstance(first, Batch)
+    assert first.latents.dtype == first.condition.text.dtype == jnp.float32
+    assert first.latents.shape == (3, 2, 2, 2, 16)
+    assert first.condition.frames.shape == (3, 2, 2, 2, 20)
+    assert first.unconditional.text.shape == first.condition.text.shape
+    for row in range(3):
+        (index,) = [i for i in range(COUNT) if np.array_equal(records[i]["latents"], first.latents[row])]
+        assert np.array_equal(records[index]["text"], first.condition.text[row])
+        assert np.array_equal(records[index]["image"], first.condition.image[row])
+    position = json.loads(json.dumps(batches.get_state()))
+    ahead = [next(batches) for _ in range(5)]
+    other = latent_batches(LatentRecords(folder), batch_size=3, seed=0)
+    other.set_state(position)
+    for expected in ahead:
+        found = next(other)
+        assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True))
+
+
+def test_text_to_video_records_have_no_image(tokenizer, clips, tmp_path):
+    encode_clips(clips, make_pipeline(tokenizer, image=False), tmp_path / "t2v", batch_size=BATCH)
+    batch = next(latent_batches(LatentRecords(tmp_path / "t2v"), 2, seed=0))
+    assert batch.condition.image is None
+    assert batch.condition.frames is None
+
+
+def test_a_matching_folder_is_kept(folder, pipeline, clips):
+    before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+    encode_clips(clips, pipeline, folder, batch_size=BATCH)
+    assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == before
+
+
+def test_other_clips_or_encoders_are_refused(folder, pipeline, clips, tokenizer):
+    other = MovingDigits("train", size=COUNT, seed=1, frames=5, resolution=16)
+    with pytest.raises(UserError, match=r"encoded with other clips: MovingDigits.*seed=0.* there, .*seed=1"):
+        encode_clips(other, pipeline, folder)
+    with pytest.raises(UserError, match="encoded with other encoders"):
+        encode_clips(clips, make_pipeline(tokenizer, seed=1), folder)
+
+
+def test_fingerprint_sees_every_part(pipeline, tokenizer):
+    prints = {fingerprint(pipeline)}
+    assert fingerprint(make_pipeline(tokenizer)) in prints, "the same weights, the same print"
+    other = make_pipeline(tokenizer, seed=1)
+    for part in ("vae", "text_encoder", "image_encoder"):
+        prints.add(fingerprint(dataclasses.replace(pipeline, **{part: getattr(other, part)})))
+    prints.add(fingerprint(dataclasses.replace(pipeline, image_processor=ImageProcessor(18, (16, 16)))))
+    assert len(prints) == 5
+    assert fingerprint(dataclasses.replace(pipeline, transformer=other.transformer)) in prints, "not the transformer"
+
+
+class Breaks:
+    """A source whose clips end early."""
+
+    def __init__(self, clips):
+        self.clips = clips
+
+    def __len__(self):
+        return len(self.clips)
+
+    def __getitem__(self, index):
+        if index > 5:
+            raise OSError("disk gone")
+        return self.clips[index]
+
+
+def test_an_interrupted_encoding_leaves_nothing(pipeline, clips, tmp_path):
+    with pytest.raises(OSError, match="disk gone"):
+        encode_clips(Breaks(clips), pipeline, tmp_path / "records", batch_size=BATCH)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damage_is_named(pipeline, clips, tmp_path):
+    folder = tmp_path / "records"
+    with pytest.raises(UserError, match=r"holds no encoded clips \(index.json is missing\)"):
+        LatentRecords(folder)
+    encode_clips(clips, pipeline, folder, batch_size=BATCH)
+    shard = folder / "clips-00000-of-00001.array_record"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:100] + bytes([whole[100] ^ 255]) + whole[101:])
+    with pytest.raises(UserError, match=r"00001\.array_record is damaged"):
+        LatentRecords(folder).verify()
+    shard.write_bytes(whole[:-10])
+    with pytest.raises(UserError, match=f"has {len(whole) - 10} bytes, expected {len(whole)}"):
+        LatentRecords(folder)
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps({**index, "schema": 0}))
+    with pytest.raises(UserError, match="schema 0, expected 1"):
+        LatentRecords(folder)
+
+
+def test_values_beyond_float16_are_refused():
+    with pytest.raises(UserError, match="'a three' has encoded values that are not finite in float16"):
+        latents._half(np.array([1e6], np.float32), "a three")

@@ -1,0 +1,233 @@
+"""The algebra of rectified flow, its time axes, and Gaussian oracles whose velocity is known in closed form."""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vpae_jax.flow import schedule as S
+from vpae_jax.types import UserError
+
+SHAPE = (3, 2, 4, 5, 6)
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion():
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture
+def point():
+    """Random x0, eps and t in (.05, .95), and x_t between them."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x0, eps = (jax.random.normal(k, SHAPE) for k in keys[:2])
+    t = jax.random.uniform(keys[2], SHAPE[:1], minval=0.05, maxval=0.95)
+    return x0, eps, t, S.add_noise(x0, eps, t)
+
+
+def close(a, b, tol=1e-5):
+    np.testing.assert_allclose(a, b, rtol=tol, atol=tol)
+
+
+def test_path_ends_at_data_and_noise(point):
+    x0, eps, _, _ = point
+    close(S.add_noise(x0, eps, jnp.zeros(3)), x0, 0)
+    close(S.add_noise(x0, eps, jnp.ones(3)), eps, 0)
+
+
+def test_every_conversion_recovers_the_truth(point):
+    x0, eps, t, x = point
+    v = eps - x0
+    score = -eps / S.expand(t, x)
+    truth = {"velocity": v, "x0": x0, "eps": eps, "score": score}
+    found = 0
+    for a, b in itertools.permutations(truth, 2):
+        convert = getattr(S, f"{a}_to_{b}", None)
+        if convert is not None:
+            close(convert(truth[a], x, t), truth[b], 1e-4)
+            found += 1
+    assert found == 10
+
+
+def test_conversions_return(point):
+    x0, _, t, x = point
+    close(S.x0_to_velocity(S.velocity_to_x0(x0, x, t), x, t), x0, 1e-4)
+    close(S.eps_to_velocity(S.velocity_to_eps(x0, x, t), x, t), x0, 1e-4)
+    close(S.score_to_velocity(S.velocity_to_score(x0, x, t), x, t), x0, 1e-4)
+
+
+def test_score_needs_the_plus_sign_for_velocities(point):
+    """Fact 1: -(x + (1 - t) v) / t equals -(x - (1 - t) x0) / t^2; with x0 in place of v it would not."""
+    x0, eps, t, x = point
+    close(S.velocity_to_score(eps - x0, x, t), S.x0_to_score(x0, x, t), 1e-3)
+    assert np.abs(S.velocity_to_score(x0, x, t) - S.x0_to_score(x0, x, t)).max() > 1
+
+
+def test_score_differences(point):
+    """Facts 2 and 3, for two arbitrary velocities."""
+    _, _, t, x = point
+    v_r, v_f = jax.random.normal(jax.random.key(1), (2, *SHAPE))
+    s_r, s_f = (S.velocity_to_score(v, x, t) for v in (v_r, v_f))
+    x0_r, x0_f = (S.velocity_to_x0(v, x, t) for v in (v_r, v_f))
+    tb = S.expand(t, x)
+    close(s_r - s_f, (1 - tb) / tb * (v_f - v_r), 2e-4)
+    close(s_r - s_f, (1 - tb) / tb**2 * (x0_r - x0_f), 2e-3)
+    close(-(1 - tb) * (s_r - s_f), (1 - tb) ** 2 / tb**2 * (x0_f - x0_r), 2e-3)
+    close(-(1 - tb) * (s_r - s_f), (1 - tb) ** 2 / tb * (v_r - v_f), 2e-4)
+
+
+def test_velocity_and_x0_errors(point):
+    """Fact 6: ||v - v'||^2 = ||x0 - x0'||^2 / t^2."""
+    x0, eps, t, x = point
+    other = jax.random.normal(jax.random.key(2), SHAPE)
+    left = (eps - x0 - other) ** 2
+    right = (x0 - S.velocity_to_x0(other, x, t)) ** 2 / S.expand(t, x) ** 2
+    close(left, right, 1e-3)
+
+
+@pytest.mark.parametrize("s", [1.0, 3.0, 5.0, 8.0, 12.0, 17.0])
+def test_shift(s):
+    """Fact 8."""
+    u = np.linspace(0, 1, 101)
+    t = S.shift(u, s)
+    assert S.shift(0.0, s) == 0 and S.shift(1.0, s) == 1
+    assert (np.diff(t) > 0).all()
+    np.testing.assert_allclose(S.unshift(t, s), u, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("s", "expected"),
+    [
+        (3.0, (1, 0.9, 0.75, 0.5)),
+        (5.0, (1, 0.9375, 0.833333, 0.625)),
+        (8.0, (1, 0.96, 0.888889, 0.727273)),
+        (12.0, (1, 0.972973, 0.923077, 0.8)),
+    ],
+)
+def test_shifted_lists(s, expected):
+    np.testing.assert_allclose(S.shifted((1.0, 0.75, 0.5, 0.25), s), expected, atol=1e-6)
+    np.testing.assert_allclose(S.shifted_times(4, s), (*expected, 0), atol=1e-6)
+
+
+def test_numbers_of_the_shift():
+    assert S.unshift(0.9, 5.0) == pytest.approx(0.642857, abs=1e-6)
+    assert S.shift(0.9, 5.0) == pytest.approx(0.978261, abs=1e-6)
+    assert S.snr(0.9) == pytest.approx(0.012346, abs=1e-6)
+    assert S.snr(0.95) == pytest.approx(0.002770, abs=1e-6)
+
+
+def test_dcm_grid():
+    """The 50-step grid of shift 17 on which DCM splits its experts."""
+    raw = np.arange(50, 0, -1) / 50
+    sigmas = S.shift(raw, 17.0)[::-1]
+    assert sigmas[35] == pytest.approx(0.977636, abs=1e-6)
+    assert sigmas[37] == pytest.approx(0.981763, abs=1e-6)
+    assert sigmas[34] == pytest.approx(0.975410, abs=1e-6)
+
+
+def test_translate_between_resolutions():
+    assert S.translate(0.9, S.VALUES_720P, 5 * 24 * 24) == pytest.approx(0.18, abs=0.005)
+    assert S.translate(0.9, S.VALUES_720P, S.VALUES_720P) == pytest.approx(0.9)
+    assert S.translate(1.0, S.VALUES_720P, 1728) == 1.0
+    there = S.translate(0.7, S.VALUES_720P, 1728)
+    assert S.translate(there, 1728, S.VALUES_720P) == pytest.approx(0.7)
+
+
+def test_translation_keeps_the_snr_of_the_average():
+    """Averaging N / n values multiplies the SNR by N / n; the translated time has that SNR."""
+    assert S.snr(S.translate(0.9, 64 * 100, 100)) == pytest.approx(64 * S.snr(0.9))
+
+
+def test_uniform_sampler():
+    key = jax.random.key(0)
+    t = S.Uniform(0.9, 1.0)(key, 10_000)
+    assert t.dtype == jnp.float32 and t.shape == (10_000,)
+    assert 0.9 < t.min() < 0.901 and 0.999 < t.max() <= 1
+    assert t.mean() == pytest.approx(0.95, abs=1e-3)
+    assert (S.Uniform(1.0, 1.0)(key, 5) == 1).all()
+    assert S.Uniform(0.0, 1.0)(key, 10_000).min() > 0
+
+
+def test_uniform_on_the_raw_axis():
+    """Raw .9 is sigma .97826 under shift 5."""
+    key = jax.random.key(0)
+    t = S.Uniform(0.9, 1.0, axis="raw", shift=5.0)(key, 10_000)
+    assert t.min() == pytest.approx(0.97826, abs=1e-4)
+    close(t, S.shift(S.Uniform(0.9, 1.0)(key, 10_000), 5.0), 1e-6)
+    clipped = S.Uniform(0.02, 0.98, axis="raw", shift=5.0, clip=(0.02, 0.98))(key, 10_000)
+    assert clipped.max() == pytest.approx(0.98) and clipped.min() >= 0.02
+
+
+def test_samplers_translate():
+    key = jax.random.key(0)
+    for plain, moved in [
+        (S.Uniform(0.9, 1.0), S.Uniform(0.9, 1.0, translate_to=2880)),
+        (S.LogitNormal(1.0, 1.0), S.LogitNormal(1.0, 1.0, translate_to=2880)),
+    ]:
+        close(moved(key, 100), S.translate(plain(key, 100), S.VALUES_720P, 2880), 1e-6)
+
+
+def test_logit_normal_sampler():
+    t = S.LogitNormal(1.0, 0.5)(jax.random.key(0), 20_000)
+    logit = np.log(t / (1 - t))
+    assert logit.mean() == pytest.approx(1.0, abs=0.02) and logit.std() == pytest.approx(0.5, abs=0.02)
+    close(S.LogitNormal(shift=3.0)(jax.random.key(1), 9), S.shift(S.LogitNormal()(jax.random.key(1), 9), 3.0), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (lambda: S.Uniform(0.9, 0.1), "low"),
+        (lambda: S.Uniform(shift=-1.0, axis="raw"), "shift"),
+        (lambda: S.Uniform(shift=5.0), "shift"),
+        (lambda: S.Uniform(clip=(0.5, 0.1)), "clip"),
+        (lambda: S.Uniform(translate_to=0), "translate_to"),
+        (lambda: S.LogitNormal(std=-1.0), "std"),
+        (lambda: S.LogitNormal(shift=0.0), "shift"),
+        (lambda: S.shifted_times(0, 1.0), "steps"),
+    ],
+)
+def test_bad_values_are_named(make, field):
+    with pytest.raises(UserError, match=field):
+        make()
+
+
+M, SD = 1.3, 0.7
+
+
+def oracle(x, t, mean=M, sd=SD):
+    """Exact velocity, E[x0 | x_t] and score for data N(mean, sd^2)."""
+    t = S.expand(t, x)
+    var = (1 - t) ** 2 * sd**2 + t**2
+    x0 = mean + (1 - t) * sd**2 * (x - (1 - t) * mean) / var
+    eps = t * (x - (1 - t) * mean) / var
+    return eps - x0, x0, -(x - (1 - t) * mean) / var
+
+
+def test_oracle_agrees_with_the_conversions(point):
+    _, _, t, x = point
+    v, x0, score = oracle(x, t)
+    close(S.velocity_to_x0(v, x, t), x0)
+    close(S.velocity_to_score(v, x, t), score, 1e-4)
+
+
+def test_oracle_difference_of_means():
+    """Fact 9: x0_f - x0_r = t^2 / V (m_f - m_r), 1.642336 at t = .6, S = .7, difference 2."""
+    x, t = jnp.linspace(-3, 3, 7)[:, None], jnp.full(7, 0.6)
+    difference = oracle(x, t, mean=3.0)[1] - oracle(x, t, mean=1.0)[1]
+    close(difference, jnp.full((7, 1), 1.642336), 1e-5)
+
+
+def test_conditional_mean_contracts():
+    """Fact 13: over fresh noise, E[E[x0 | x_t]] = m + k (x0 - m), k = .178832 at t = .6, S = .7."""
+    k = 0.4**2 * SD**2 / (0.4**2 * SD**2 + 0.36)
+    assert k == pytest.approx(0.178832, abs=1e-6)
+    x0 = jnp.full((200_000, 1), 2.5)
+    t = jnp.full(200_000, 0.6)
+    x = S.add_noise(x0, jax.random.normal(jax.random.key(0), x0.shape), t)
+    assert float(oracle(x, t)[1].mean()) == pytest.approx(M + k * (2.5 - M), abs=3e-3)
+    assert math.isclose(2 * (2.5 - (M + k * (2.5 - M))), 2 * (1 - k) * (2.5 - M), rel_tol=1e-9)

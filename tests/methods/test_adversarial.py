@@ -1,0 +1,280 @@
+"""Adversarial losses by value, the discriminator's inputs, and the difference penalty on linear discriminators."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vpae_jax.flow.schedule import Uniform
+from vpae_jax.methods.adversarial import (
+    DISC_TIMES,
+    LOSSES,
+    DifferencePenalty,
+    DiscriminatorNoise,
+    Judged,
+    accuracy,
+    discriminator_loss,
+)
+from vpae_jax.types import UserError
+
+# This generator compiles three times faster than the default one; the draws only need to be independent.
+KEY = jax.random.key(3, impl="unsafe_rbg")
+SHAPE = (2, 3, 4, 4, 5)
+D = 240
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion():
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
+
+
+def values(kind, real, fake):
+    real, fake = jnp.array([real]), jnp.array([fake])
+    return tuple(float(loss(real, fake)[0]) for loss in (LOSSES[kind].discriminator, LOSSES[kind].generator))
+
+
+@pytest.mark.parametrize(
+    ("kind", "real", "fake", "expected"),
+    [
+        ("hinge", 0.0, 0.0, (2, 0)),
+        ("hinge", 2.0, -2.0, (0, 2)),
+        ("hinge", 0.5, -0.25, (1.25, 0.25)),
+        ("hinge", -1.0, 1.0, (4, -1)),
+        ("pcm_hinge", 0.0, 0.0, (2, 1)),
+        ("pcm_hinge", 2.0, -2.0, (0, 3)),
+        ("pcm_hinge", 0.5, -0.25, (1.25, 1.25)),
+        ("pcm_hinge", -1.0, 1.0, (4, 0)),
+        ("ns_logistic", 0.0, 0.0, (1.386294, 0.693147)),
+        ("ns_logistic", 1.0, -1.0, (0.626523, 1.313262)),
+        ("rpgan", 0.0, 0.0, (0.693147, 0.693147)),
+        ("rpgan", 1.0, -1.0, (0.126928, 2.126928)),
+        ("literal", 0.0, 0.0, (1.386294, -0.693147)),
+    ],
+)
+def test_values(kind, real, fake, expected):
+    assert values(kind, real, fake) == pytest.approx(expected, abs=1e-5)
+
+
+def test_literal_equation_3():
+    """With D = P(fake) = sigmoid(-logit), log D(fake) + log(1 - D(real)) is -1.386294 at 0 and D maximises it."""
+    for real, fake in [(0.0, 0.0), (0.7, -1.3)]:
+        p_fake = lambda logit: 1 / (1 + np.exp(logit))  # noqa: E731
+        eq3 = np.log(p_fake(fake)) + np.log(1 - p_fake(real))
+        assert values("literal", real, fake)[0] == pytest.approx(-eq3, abs=1e-5)
+        assert values("literal", real, fake)[1] == pytest.approx(np.log(p_fake(fake)), abs=1e-5)
+    assert -values("literal", 0.0, 0.0)[0] == pytest.approx(-1.386294, abs=1e-5)
+
+
+def test_only_the_relative_loss_ignores_a_common_shift():
+    for kind, loss in LOSSES.items():
+        same = np.allclose(values(kind, 1.5, 0.25), values(kind, 0.5, -0.75), atol=1e-6)
+        assert same == loss.relative
+
+
+def test_every_generator_wants_a_higher_logit():
+    for loss in LOSSES.values():
+        grad = jax.grad(lambda f, loss=loss: loss.generator(jnp.zeros(1), f)[0])(jnp.zeros(1))
+        assert grad[0] < 0
+
+
+def test_accuracy():
+    real, fake = jnp.array([1.0, 2.0, -1.0]), jnp.array([-1.0, 1.0, -2.0])
+    assert float(accuracy(real, fake, relative=False)) == pytest.approx(4 / 6)
+    assert float(accuracy(real, fake, relative=True)) == 1
+    assert float(accuracy(jnp.zeros(2), jnp.zeros(2), relative=False)) == 0.5
+
+
+@pytest.fixture
+def clips():
+    return normal(*SHAPE), 5 + normal(*SHAPE, seed=1)
+
+
+def noise_of(x_t, x0, t):
+    """The noise that made x_t."""
+    t = np.asarray(t).reshape(-1, 1, 1, 1, 1)
+    return (np.asarray(x_t) - (1 - t) * np.asarray(x0)) / t
+
+
+@pytest.mark.parametrize("kind", ["shared", "full"])
+def test_shared_time_and_independent_noise(clips, kind):
+    shown = DiscriminatorNoise(kind=kind)(*clips, KEY)
+    np.testing.assert_array_equal(shown.fake_t, shown.real_t)
+    fake, real = noise_of(shown.fake, clips[0], shown.fake_t), noise_of(shown.real, clips[1], shown.real_t)
+    assert abs(np.corrcoef(fake.ravel(), real.ravel())[0, 1]) < 0.2
+    assert 0.85 < fake.std() < 1.15 and 0.85 < real.std() < 1.15
+
+
+def test_ranges_of_each_kind():
+    fake = real = jnp.zeros((2000, 1, 1, 1, 1))
+    for kind, low, high in [("shared", 0.9, 0.999), ("fig_literal", 0.9, 1.0), ("v1", 1.0, 1.0), ("full", 0.0, 1.0)]:
+        t = DiscriminatorNoise(kind=kind)(fake, real, KEY).fake_t
+        assert low <= t.min() <= low + 0.01 and high - 0.01 <= t.max() <= high
+    shown = DiscriminatorNoise(kind="fig_literal")(fake, real, KEY)
+    assert shown.real_t.min() < 0.01 and shown.real_t.max() > 0.99
+    clean = DiscriminatorNoise(kind="clean")(fake, real, KEY)
+    assert float(jnp.median(clean.fake_t)) == pytest.approx(12 / 13, abs=0.02)
+    assert set(DISC_TIMES) == {"shared", "fig_literal", "v1", "full", "clean"}
+
+
+def test_clean_inputs(clips):
+    shown = DiscriminatorNoise(kind="clean")(*clips, KEY)
+    np.testing.assert_array_equal(shown.fake, clips[0])
+    np.testing.assert_array_equal(shown.real, clips[1])
+    shown = DiscriminatorNoise(real="clean")(*clips, KEY)
+    np.testing.assert_array_equal(shown.real, clips[1])
+    assert np.abs(shown.fake - clips[0]).max() > 0.1
+
+
+def test_other_times(clips):
+    shown = DiscriminatorNoise(t=Uniform(0.25, 0.25))(*clips, KEY)
+    assert (shown.fake_t == 0.25).all() and (shown.real_t == 0.25).all()
+    small = DiscriminatorNoise(t=Uniform(0.9, 0.9, translate_to=2880))(*clips, KEY)
+    assert float(small.fake_t[0]) == pytest.approx(0.18, abs=0.005)
+
+
+def test_pure_noise_carries_no_gradient(clips):
+    grad = lambda kind: jax.grad(lambda x: DiscriminatorNoise(kind=kind)(x, clips[1], KEY).fake.sum())(clips[0])  # noqa: E731
+    assert (grad("v1") == 0).all()
+    assert (jnp.abs(grad("shared")) <= 0.1 + 1e-6).all() and (grad("shared") > 0).all()
+
+
+@dataclass(frozen=True)
+class Linear:
+    """D(x, t) = w . x + b."""
+
+    w: jax.Array
+    b: float = 0.3
+
+    def __call__(self, x, t):
+        return (x * self.w).sum((1, 2, 3, 4)) + self.b
+
+
+def linear():
+    return Linear(normal(*SHAPE[1:], seed=5))
+
+
+def penalise(judge, shown, **fields):
+    def run(shown):
+        real, fake = judge(shown.real, shown.real_t), judge(shown.fake, shown.fake_t)
+        return DifferencePenalty(**fields)(judge, shown, real, fake, KEY)
+
+    return np.asarray(jax.jit(run)(shown))
+
+
+def shown_of(size=2):
+    fake, real = (normal(size, *SHAPE[1:], seed=seed) for seed in (6, 7))
+    return Judged(fake, jnp.full(size, 0.5), real, jnp.full(size, 0.5))
+
+
+def test_ratio_on_chosen_directions():
+    """Sum-norm: |w|^2 along w, 0 across it, and between for anything else; mean-norm is d times that."""
+    w = np.asarray(linear().w)
+    across = np.random.default_rng(0).normal(size=w.shape).astype(np.float32)
+    across -= (across * w).sum() / (w * w).sum() * w
+    square = (w * w).sum()
+    for delta, expected in [(0.1 * w, square), (across, 0.0)]:
+        delta = jnp.asarray(delta)[None]
+        change = (delta * w).sum((1, 2, 3, 4))
+        assert float(DifferencePenalty(norm="sum").ratio(change, delta)[0]) == pytest.approx(expected, abs=1e-3)
+        assert float(DifferencePenalty(norm="mean").ratio(change, delta)[0]) == pytest.approx(D * expected, abs=0.1)
+        assert float(DifferencePenalty(norm="fixed").ratio(change, delta)[0]) == pytest.approx(
+            float(change[0]) ** 2, abs=1e-4
+        )
+    values = penalise(linear(), shown_of(50), norm="sum")
+    assert (values >= 0).all() and (values <= square * (1 + 1e-4)).all()
+
+
+@pytest.mark.parametrize(("norm", "scale"), [("mean", 1.0), ("sum", 1 / D)])
+def test_expectation_for_independent_noise(norm, scale):
+    """|w|^2 (mean) or |w|^2 / d (sum), whatever sigma and b are."""
+    judge = linear()
+    square = float((judge.w**2).sum())
+    for sigma in (0.01, 0.3):
+        for b in (0.0, 7.0):
+            found = penalise(Linear(judge.w, b), shown_of(4000), norm=norm, sigma_s=sigma, sigma_t=0.0).mean()
+            # 0.1 / sqrt(4000) of relative standard error a standard deviation of 1.41.
+            assert float(found) == pytest.approx(scale * square, rel=0.08)
+
+
+def test_composite_noise():
+    """E[num] = sigma_s^2 |w|^2 + sigma_t^2 sum over frames and channels of (sum over rows and columns of w)^2."""
+    judge = linear()
+    w = np.asarray(judge.w)
+    groups = (w.sum((1, 2)) ** 2).sum()
+    found = penalise(judge, shown_of(4000), norm="fixed").mean()
+    assert float(found) == pytest.approx(0.01**2 * (w**2).sum() + 0.1**2 * groups, rel=0.08)
+    frames = (w.sum((1, 2, 3)) ** 2).sum()
+    found = penalise(judge, shown_of(4000), norm="fixed", temporal="frame").mean()
+    assert float(found) == pytest.approx(0.01**2 * (w**2).sum() + 0.1**2 * frames, rel=0.08)
+
+
+def test_effective_weight_is_99():
+    delta = DifferencePenalty().perturbation(jnp.zeros((4000, *SHAPE[1:])), KEY)
+    assert float((delta**2).mean()) == pytest.approx(0.0101, rel=0.03)
+    assert pytest.approx(99.0099, abs=1e-4) == 1 / 0.0101
+
+
+def test_shapes_of_the_perturbation():
+    """What is shared along which axis."""
+    like = jnp.zeros((2, 3, 4, 4, 5))
+    only = {"sigma_s": 0.0, "sigma_t": 1.0}
+    channel = DifferencePenalty(temporal="channel", **only).perturbation(like, KEY)
+    assert (channel == channel[:, :, :1, :1]).all() and not (channel == channel[..., :1]).all()
+    frame = DifferencePenalty(temporal="frame", **only).perturbation(like, KEY)
+    assert (frame == frame[:, :, :1, :1, :1]).all() and not (frame == frame[:, :1]).all()
+    iid = DifferencePenalty(temporal="iid", **only).perturbation(like, KEY)
+    assert len(np.unique(iid)) == iid.size
+    spatial = {"sigma_s": 1.0, "sigma_t": 0.0}
+    assert len(np.unique(DifferencePenalty(**spatial).perturbation(like, KEY))) == like.size
+    shared = DifferencePenalty(spatial="shared", **spatial).perturbation(like, KEY)
+    assert (shared == shared[:, :1]).all() and len(np.unique(shared[:, 0])) == 2 * 4 * 4 * 5
+
+
+def test_constant_discriminator_is_not_penalised():
+    for on in ("fake", "real", "both"):
+        assert (penalise(lambda x, t: jnp.full(len(x), 0.7), shown_of(), on=on) == 0).all()
+
+
+def test_which_clips_are_perturbed():
+    shown = shown_of()
+
+    def judge(x, t):
+        """Steep on real clips only: these are told apart by their time."""
+        return jnp.where(t > 0.6, 1.0, 0.0) * x.sum((1, 2, 3, 4))
+
+    shown = shown._replace(real_t=jnp.full(2, 0.9))
+    assert (penalise(judge, shown, on="fake") == 0).all()
+    assert (penalise(judge, shown, on="real") > 0).all()
+    np.testing.assert_allclose(penalise(judge, shown, on="both"), penalise(judge, shown, on="real"), rtol=1e-5)
+
+
+def test_the_whole_loss():
+    """Hinge plus weight times penalty, and what is reported."""
+    judge, shown = linear(), shown_of()
+    plain, metrics = discriminator_loss(judge, shown, "hinge", DifferencePenalty(weight=0.0), KEY)
+    real, fake = judge(shown.real, shown.real_t), judge(shown.fake, shown.fake_t)
+    np.testing.assert_allclose(plain, jnp.maximum(1 - real, 0) + jnp.maximum(1 + fake, 0), rtol=1e-5)
+    assert "penalty" not in metrics
+    assert float(metrics["logit_gap"]) == pytest.approx(float((real - fake).mean()), rel=1e-4)
+    full, metrics = discriminator_loss(judge, shown, "hinge", DifferencePenalty(weight=0.5), KEY)
+    np.testing.assert_allclose(full.mean() - plain.mean(), 0.5 * metrics["penalty"], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (lambda: DifferencePenalty(weight=-1.0), "weight"),
+        (lambda: DifferencePenalty(sigma_s=0.0, sigma_t=0.0), "sigma_s"),
+        (lambda: DiscriminatorNoise(kind="v1", t=Uniform(0.5, 1.0)), r"DiscriminatorNoise\.t"),
+    ],
+)
+def test_bad_fields_are_named(make, field):
+    with pytest.raises(UserError, match=field):
+        make()

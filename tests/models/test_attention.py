@@ -1,0 +1,90 @@
+"""Attention, rotary embedding and norms against PyTorch and Diffusers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
+from flax import nnx
+
+from vpae_jax.models.attention import LayerNorm, RMSNorm, attention, normalise, rope_table, rotate
+
+
+def draw(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def torch_attention(q, k, v, bias=None):
+    q, k, v = (torch.tensor(np.asarray(x, np.float32)).transpose(1, 2) for x in (q, k, v))
+    mask = None if bias is None else torch.tensor(bias)[:, None, None, :].expand(q.shape[0], 1, q.shape[2], -1)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).numpy()
+
+
+@pytest.mark.parametrize("keys", [1, 9, 27])
+@pytest.mark.parametrize("biased", [False, True])
+def test_attention_equals_pytorchs(keys, biased):
+    q, k, v = draw(0, 2, 9, 3, 8), draw(1, 2, keys, 3, 8), draw(2, 2, keys, 3, 8)
+    bias = draw(3, 2, keys) if biased else None
+    found = attention(*map(jnp.asarray, (q, k, v)), None if bias is None else jnp.asarray(bias))
+    np.testing.assert_allclose(found, torch_attention(q, k, v, bias), rtol=1e-5, atol=1e-6)
+
+
+def test_a_bias_is_the_logarithm_of_a_count():
+    q, k, v = (jnp.asarray(draw(seed, 2, 5, 3, 8)) for seed in range(3))
+    bias = jnp.log(jnp.array([[1.0, 1.0, 0.0, 3.0, 1.0]]))
+    repeats = jnp.array([0, 1, 3, 3, 3, 4])
+    np.testing.assert_allclose(
+        attention(q, k, v, bias), attention(q, k[:, repeats], v[:, repeats]), rtol=1e-5, atol=1e-6
+    )
+    gradient = jax.grad(lambda k: attention(q, k, v, bias).sum())(k)
+    assert bool(jnp.isfinite(gradient).all()) and not gradient[:, 2].any()
+
+
+def test_softmax_is_float32_in_bfloat16():
+    q, k, v = (jnp.asarray(draw(seed, 1, 300, 1, 16), jnp.bfloat16) for seed in range(3))
+    found = attention(q, k, v)
+    assert found.dtype == jnp.bfloat16
+    expected = torch_attention(q, k, v)
+    error = np.linalg.norm(np.asarray(found, np.float32) - expected) / np.linalg.norm(expected)
+    assert error < 6e-3  # a softmax whose sum is accumulated in bfloat16 is off by 5e-2
+
+
+@pytest.mark.parametrize("grid, head_dim", [((3, 4, 5), 128), ((1, 7, 2), 32), ((5, 1, 3), 24), ((2, 2, 2), 10)])
+def test_rotary_embedding_equals_diffusers(grid, head_dim):
+    theirs = WanRotaryPosEmbed(head_dim, (1, 2, 2), 1024)
+    cos, sin = theirs(torch.zeros(1, 1, grid[0], 2 * grid[1], 2 * grid[2]))
+    found = rope_table(grid, head_dim)
+    np.testing.assert_allclose(found[0], cos[0, :, 0, 0::2].numpy(), atol=1e-7)
+    np.testing.assert_allclose(found[1], sin[0, :, 0, 1::2].numpy(), atol=1e-7)
+
+
+def test_rotation_keeps_lengths_and_depends_on_distance_only():
+    cos, sin = map(jnp.asarray, rope_table((1, 1, 9), 24))
+    q, k = (jnp.broadcast_to(jnp.asarray(draw(seed, 1, 1, 2, 24)), (1, 9, 2, 24)) for seed in (0, 1))
+    turned_q, turned_k = rotate(q, cos, sin), rotate(k, cos, sin)
+    np.testing.assert_allclose(jnp.linalg.norm(turned_q, axis=-1), jnp.linalg.norm(q, axis=-1), rtol=1e-5)
+    logits = jnp.einsum("bnhd,bmhd->hnm", turned_q, turned_k)
+    np.testing.assert_allclose(logits[:, 1:, 1:], logits[:, :-1, :-1], rtol=1e-4, atol=1e-4)
+    assert float(jnp.abs(logits[:, 0, 1] - logits[:, 0, 0]).min()) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_norms_equal_pytorchs(dtype):
+    x = jnp.asarray(3 + 5 * draw(0, 4, 6, 20), dtype)
+    wide = torch.tensor(np.asarray(x, np.float32))
+    scale, bias = draw(1, 20), draw(2, 20)
+    rms, layer = RMSNorm(20, eps=1e-2), LayerNorm(20, eps=1e-2)
+    rms.scale[...], layer.scale[...], layer.bias[...] = map(jnp.asarray, (scale, scale, bias))
+    expected = torch.nn.functional.rms_norm(wide, (20,), torch.tensor(scale), 1e-2)
+    assert rms(x).dtype == dtype
+    np.testing.assert_allclose(rms(x), expected, rtol=1e-5 if dtype == jnp.float32 else 5e-3, atol=1e-5)
+    expected = torch.nn.functional.layer_norm(wide, (20,), torch.tensor(scale), torch.tensor(bias), 1e-2)
+    assert layer(x).dtype == jnp.float32
+    np.testing.assert_allclose(layer(x), expected, rtol=1e-4, atol=1e-5)
+    expected = torch.nn.functional.layer_norm(wide, (20,), eps=1e-2)
+    np.testing.assert_allclose(normalise(x, 1e-2), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_norms_hold_parameters():
+    assert len(jax.tree.leaves(nnx.state(LayerNorm(4, eps=1e-6), nnx.Param))) == 2

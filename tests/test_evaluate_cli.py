@@ -1,0 +1,119 @@
+"""`python -m vpae_jax.evaluate`: scores, samples and a page from model directories; one line for bad input."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from vpae_jax import cli, evaluate
+from vpae_jax.eval.base import Request
+from vpae_jax.eval.digits import METRICS
+from vpae_jax.evaluate import Entry, Generator, parse_entry
+from vpae_jax.pipeline import load_pipeline
+from vpae_jax.types import UserError
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the program in this process; returns its exit status, output and standard error."""
+
+    def call(*more, **options):
+        arguments = [*(f"--{name}={value}" for name, value in options.items()), *more]
+        monkeypatch.setattr(sys, "argv", ["evaluate", *arguments])
+        with flagsaver.flagsaver(), pytest.raises(SystemExit) as end:
+            flags.FLAGS.unparse_flags()
+            cli.launch(evaluate.main)
+        return end.value.code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return load_pipeline("tiny")
+
+
+def test_compares_models_and_leaves_everything_behind(run, tmp_path):
+    output = tmp_path / "out"
+    options = {"model": "tiny", "steps": 2, "guidance": 2, "count": 16, "batch": 16, "output": output}
+    code, text, error = run("--compare=a friend=tiny:2:3.0", **options)
+    assert not code, error
+    assert {path.name for path in output.iterdir()} == {"metrics.json", "report.html", "samples"}
+    found = json.loads((output / "metrics.json").read_text())
+    rows = {row["name"]: row for row in found["rows"]}
+    assert [(name, row["evaluations"]) for name, row in rows.items()] == [
+        ("teacher", 4),
+        ("teacher, one step", 1),
+        ("a friend", 4),
+    ]
+    names = {metric.name for metric in METRICS}
+    for row in rows.values():
+        assert set(row["i2v"]) == names
+        assert set(row["t2v"]) == names - {"psnr_first"}
+        assert np.isfinite([*row["t2v"].values(), *row["i2v"].values()]).all()
+    assert set(found["real"]["i2v"]) == names - {"diversity"}
+    assert rows["teacher"]["t2v"]["kvd"] != rows["a friend"]["t2v"]["kvd"]
+    assert len(list((output / "samples").iterdir())) == 4 * 2 * 2
+    assert "a friend" in text and "kvd" in text
+    assert "a friend" in (output / "report.html").read_text()
+
+
+def test_the_same_noise_for_all_and_filled_batches(pipeline):
+    pictures = np.random.default_rng(0).integers(0, 255, (3, 48, 48, 3), np.uint8)
+    request = Request(["a one moves up", "a two moves down", "a six moves left"], pictures, seed=5)
+    generator = Generator(pipeline, Entry("x", "tiny", 1, 1.0), batch=16)
+    whole = generator(request)
+    assert whole.shape == (3, 9, 48, 48, 3)
+    assert generator.seconds == 0, "the first batch compiles"
+    again = generator(request)
+    assert np.array_equal(whole, again)
+    assert generator.seconds > generator.diffusion_seconds > 0
+    other = generator(Request(request.captions, request.pictures, seed=6))
+    assert not np.array_equal(whole, other)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a=b:1:1", Entry("a", "b", 1, 1.0)),
+        ("my model=runs/x/model:4:2.5:unipc", Entry("my model", "runs/x/model", 4, 2.5, "unipc")),
+    ],
+)
+def test_parse_entry(text, expected):
+    assert parse_entry(text) == expected
+
+
+@pytest.mark.parametrize("text", ["b:1:1", "a=b:1", "a=b:one:1", "a=b:1:1:euler:2"])
+def test_parse_entry_refuses(text):
+    with pytest.raises(UserError, match="expected NAME=DIR:STEPS:GUIDANCE"):
+        parse_entry(text)
+
+
+def test_evaluations_count_guidance_twice():
+    assert Entry("a", "b", 50, 5.0).evaluations == 100
+    assert Entry("a", "b", 4, 1.0).evaluations == 4
+
+
+@pytest.mark.parametrize(
+    ("more", "options", "message"),
+    [
+        ((), {"count": 3}, "count is 3: scores need at least 16 clips"),
+        ((), {"model": "nowhere"}, "nowhere: no such folder"),
+        ((), {"steps": 0}, "steps is 0, expected at least 1"),
+        ((), {"guidance": 0.5}, "guidance is 0.5, expected at least 1"),
+        ((), {"batch": 0}, "--batch=0"),
+        ((), {"phase1": "nowhere"}, "nowhere holds no run"),
+        (("--compare=teacher=tiny:1:1",), {}, "two rows are called 'teacher'"),
+        (("--compare=x=tiny:1:1:magic",), {}, "solver is 'magic'"),
+    ],
+)
+def test_bad_input_is_one_line(run, tmp_path, more, options, message):
+    output = tmp_path / "out"
+    code, _, error = run(*more, **{"count": 16, "output": output, **options})
+    assert code == 2
+    assert error.count("\n") == 1
+    assert error.startswith("error: ") and message in error
+    assert not output.exists()

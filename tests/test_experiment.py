@@ -1,0 +1,186 @@
+"""Both phases on the embedded model, from config to a directory that Diffusers loads."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import encoders, phase1, phase2, teacher, vae
+from vpae_jax import experiment
+from vpae_jax.config import parse
+from vpae_jax.pipeline import embedded_model, load_pipeline
+from vpae_jax.train.checkpoint import read_state
+from vpae_jax.train.metrics import read_metrics
+from vpae_jax.types import UserError
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+def run(config, folder):
+    """On one device: eight would only compile longer."""
+    experiment.run(config, folder, jax.devices()[:1])
+
+
+def small(module, **changes):
+    """A config that runs two steps on few clips."""
+    config = module.get_config()
+    config.steps, config.checkpoint_every, config.log_every, config.sample_every = 2, 1, 1, 2
+    config.batch_size, config.data.clips, config.guard.clips = 8, 16, 8
+    for name, value in changes.items():
+        config[name] = value
+    return config
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory) -> Path:
+    """A folder in which both phases were run."""
+    folder = tmp_path_factory.mktemp("runs")
+    run(parse(small(phase1)), folder / "phase1")
+    run(parse(small(phase2)), folder / "phase2")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "phase, trained", [("phase1", {"generator", "fake_score"}), ("phase2", {"generator", "heads"})]
+)
+def test_a_phase_trains_its_roles_and_nothing_else(workdir, phase, trained):
+    state = read_state(workdir / phase)
+    assert int(state["step"]) == 2
+    assert set(state["params"]) == set(state["opt"]) == trained
+    assert set(state["ema"]) == {"generator"}
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(state["params"]))
+    records = read_metrics(workdir / phase)
+    steps = [r for r in records if "generator/loss" in r]
+    assert [r["step"] for r in steps] == [1, 2]
+    for role in trained:
+        assert {f"{role}/grad_norm", f"{role}/update_norm", f"{role}/param_norm"} <= set(steps[0])
+
+
+def test_term_gradients_and_drift_are_recorded(workdir):
+    names = set(read_metrics(workdir / "phase2")[1])
+    assert {"generator/adv_grad", "generator/csds_grad", "generator/adv_csds_ratio", "heads/accuracy"} <= names
+    assert {"generator/x0_mean_drift", "generator/x0_std_ratio"} <= names
+    assert "generator/dmd_grad" in read_metrics(workdir / "phase1")[1]
+
+
+def test_the_adapters_are_the_only_trained_part_of_the_fake_score(workdir):
+    adapters = read_state(workdir / "phase1")["params"]["fake_score"]
+    names = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(adapters)}
+    assert names == {"lora_a", "lora_b"}
+
+
+def test_phase_two_starts_from_phase_ones_average(workdir):
+    scores = json.loads((workdir / "phase2" / "guard.json").read_text())
+    assert set(scores) == {"0", "2"}
+    start, end = read_state(workdir / "phase1")["ema"], read_state(workdir / "phase2")["params"]
+    moved = [
+        np.abs(a - b).max()
+        for a, b in zip(*map(jax.tree.leaves, (start, {"generator": end["generator"]})), strict=True)
+    ]
+    # Two steps of Adam move no weight by more than twice its step size.
+    assert 0 < max(moved) <= 2.1 * phase2.get_config().optimizers.generator.learning_rate
+
+
+def test_previews_show_data_teacher_generator_and_average(workdir):
+    for phase in ("phase1", "phase2"):
+        assert {p.name for p in (workdir / phase / "previews").iterdir()} == {
+            f"step_{step:06d}.{kind}" for step in (0, 2) for kind in ("mp4", "png")
+        }
+
+
+def test_the_student_in_diffusers_makes_the_same_clip_in_one_step(workdir):
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    folder = workdir / "phase2" / "model"
+    pipe = load_pipeline(folder)
+    condition = pipe.condition(["a three moves up"], np.zeros((1, 48, 48, 3), np.uint8))
+    noise = jax.random.normal(jax.random.key(0), pipe.latent_shape(1))
+    ours = pipe.sample(noise, condition)
+    theirs = diffusers.WanTransformer3DModel.from_pretrained(folder, subfolder="transformer").eval()
+
+    def first(x):
+        return torch.from_numpy(np.array(jnp.moveaxis(x, -1, 1)))
+
+    text = torch.zeros(1, 512, condition.text.shape[-1])
+    text[:, : condition.text.shape[1]] = torch.from_numpy(np.array(condition.text))
+    with torch.no_grad():
+        v = theirs(
+            torch.cat([first(noise), first(condition.frames)], 1),
+            torch.tensor([1000.0]),
+            text,
+            torch.from_numpy(np.array(condition.image)),
+            return_dict=False,
+        )[0]
+    np.testing.assert_allclose(np.array(first(noise) - v), np.array(first(ours)), atol=1e-4)
+
+
+def test_a_failed_phase_exports_the_weights_it_started_from(workdir, tmp_path):
+    config = small(phase2)
+    config.previous.workdir = str(workdir / "phase1")
+    config.optimizers.generator.learning_rate = 0.3  # ruins the generator, and its average with it
+    config.method.ema = 0.1
+    run(parse(config), tmp_path / "phase2")
+    student = load_pipeline(tmp_path / "phase2" / "model")
+    start = load_pipeline(workdir / "phase1" / "model")
+    for prompt in ("a three moves up",):
+        np.testing.assert_array_equal(student(prompt, seed=3), start(prompt, seed=3))
+
+
+def test_a_workdir_of_another_config_is_refused_and_left_alone(workdir):
+    before = {p: p.stat().st_mtime_ns for p in (workdir / "phase1").rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match=r"belongs to another config: method.fake_updates is 2 there, 3 here"):
+        config = small(phase1)
+        config.method.fake_updates = 3
+        run(parse(config), workdir / "phase1")
+    assert before == {p: p.stat().st_mtime_ns for p in (workdir / "phase1").rglob("*") if p.is_file()}
+
+
+@pytest.mark.long
+def test_the_three_trainings_behind_the_tiny_model_hand_a_directory_on(tmp_path):
+    for module in (vae, encoders, teacher):
+        config = small(module, sample_every=0)
+        config.data.clips = 1024 if module is not teacher else 16
+        run(parse(config), tmp_path / config.name)
+    made = load_pipeline(tmp_path / "teacher" / "model")
+    assert made("a three moves up", steps=2, guidance=2.0).shape == (9, 48, 48, 3)
+    before = load_pipeline(tmp_path / "encoders" / "model")
+    one, two = (np.asarray(p.vae.decoder.conv_in.kernel[...]) for p in (made, before))
+    np.testing.assert_array_equal(one, two)
+    assert embedded_model().is_dir()
+
+
+@pytest.mark.long
+def test_a_killed_phase_ends_with_the_same_bits(workdir, tmp_path):
+    """kill -9 in the middle, twice; the same command again, to the same weights."""
+    options = [
+        *("--config.steps=12", "--config.checkpoint_every=3", "--config.log_every=1", "--config.sample_every=0"),
+        *("--config.batch_size=8", "--config.data.clips=16", "--config.guard.enabled=False"),
+        f"--config.previous.workdir={workdir / 'phase1'}",
+    ]
+
+    def command(name):
+        arguments = ["--config=configs/phase2.py", *options, f"--workdir={tmp_path / name}"]
+        return [sys.executable, "-m", "vpae_jax.main", *arguments]
+
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    subprocess.run(command("whole"), cwd=ROOT, env=environment, check=True, capture_output=True)
+    for step in (4, 8):
+        process = subprocess.Popen(command("cut"), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+        while not any(r["step"] >= step for r in read_metrics(tmp_path / "cut")):
+            assert process.poll() is None, "ended before it was killed"
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command("cut"), cwd=ROOT, env=environment, check=True, capture_output=True)
+    whole, cut = (read_state(tmp_path / name) for name in ("whole", "cut"))
+    for name in ("params", "ema", "opt"):
+        for a, b in zip(jax.tree.leaves(whole[name]), jax.tree.leaves(cut[name]), strict=True):
+            assert np.asarray(a).tobytes() == np.asarray(b).tobytes()

@@ -1,0 +1,58 @@
+"""The training program from outside: bad input is one line, status 2, and leaves nothing behind."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs import phase1, phase2
+from vpae_jax.config import parse
+from vpae_jax.experiment import run
+from vpae_jax.types import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def train(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "vpae_jax.main", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config=configs/phase1.py", "--config.stepps=3"], ["stepps", "steps"]),
+        (["--config=configs/phase1.py:tinny"], ["tinny", "tiny"]),
+        (["--config=configs/phase9.py"], ["configs/phase9.py"]),
+        (["--config=configs/phase1.py", "--config.steps=many"], ["steps", "many"]),
+    ],
+    ids=["misspelt key", "unknown preset", "no such config", "ill-typed value"],
+)
+def test_a_bad_command_line_is_one_line(arguments, words, tmp_path):
+    result = train(*arguments, f"--workdir={tmp_path / 'run'}")
+    lines = result.stderr.strip().splitlines()
+    assert result.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    assert all(word in lines[0] for word in words), lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_phase_two_without_phase_one_names_the_command(tmp_path):
+    with pytest.raises(UserError, match=r"phase2 starts from the previous phase.*configs/phase1.py:tiny --workdir="):
+        run(parse(phase2.get_config()), tmp_path / "phase2")
+    assert not (tmp_path / "phase2").exists()
+
+
+def test_a_model_directory_that_is_not_there_is_named(tmp_path):
+    config = phase1.get_config()
+    config.model.path = str(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="nowhere"):
+        run(parse(config), tmp_path / "phase1")
+    assert not (tmp_path / "phase1").exists()
+
+
+def test_a_batch_that_does_not_divide_is_named(tmp_path):
+    config = phase1.get_config()
+    config.batch_size = 12
+    with pytest.raises(UserError, match=r"config.batch_size is 12, expected a multiple of 8"):
+        run(parse(config), tmp_path / "phase1")

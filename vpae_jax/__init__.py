@@ -1,0 +1,16 @@
+"""One-step video generators from Wan 2.1 in JAX. `load_pipeline` is loaded on first use: it imports every part."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vpae_jax.pipeline import load_pipeline as load_pipeline
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load_pipeline":
+        from vpae_jax.pipeline import load_pipeline
+
+        return load_pipeline
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Metrics of generated clips, and the page that shows them."""

@@ -1,0 +1,60 @@
+"""Line plots as SVG text whose colours are the page's own, so that they follow its light and dark themes."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import matplotlib
+from matplotlib.figure import Figure
+
+# Stand-ins that matplotlib can draw; each becomes a variable of the page's style sheet.
+INK, LINE = "#010203", "#040506"
+SERIES = ("#070809", "#0a0b0c", "#0d0e0f", "#101112", "#131415", "#161718")
+_VARIABLES = {INK: "--ink", LINE: "--line", **{color: f"--series-{i}" for i, color in enumerate(SERIES)}}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A named line."""
+
+    name: str
+    steps: Sequence[float]
+    values: Sequence[float]
+
+
+def line_plot(title: str, curves: Sequence[Curve], identity: str, logarithmic: bool = False) -> str:
+    """An `<svg>` element.
+
+    Args:
+      title: shown above the plot.
+      curves: at least one; all share the axes.
+      identity: unlike that of any other plot of the page.
+      logarithmic: asks for a logarithmic axis, which is used only when every value is above zero.
+    """
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": identity, "font.family": "sans-serif"}):
+        figure = Figure(figsize=(4.2, 2.6), layout="constrained")
+        axes = figure.add_subplot()
+        for i, curve in enumerate(curves):
+            axes.plot(curve.steps, curve.values, color=SERIES[i % len(SERIES)], linewidth=1.4, label=curve.name)
+        if logarithmic and all(value > 0 for curve in curves for value in curve.values):
+            axes.set_yscale("log")
+        axes.set_title(title, loc="left", color=INK, fontsize=10)
+        axes.set_xlabel("step", color=INK, fontsize=9)
+        axes.tick_params(which="both", colors=LINE, labelcolor=INK, labelsize=9)
+        axes.grid(color=LINE, linewidth=0.5, alpha=0.5)
+        axes.spines[:].set_visible(False)
+        axes.legend(fontsize=9, labelcolor=INK, frameon=False)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r' width="[^"]*pt" height="[^"]*pt"', ' role="img"', svg, count=1)
+    # Identifiers are unique within one SVG only, and one page holds several.
+    prefix = re.sub(r"\W", "-", identity)
+    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{prefix}-", svg)
+    for color, variable in _VARIABLES.items():
+        svg = svg.replace(color, f"var({variable})")
+    return svg

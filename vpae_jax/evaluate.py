@@ -1,0 +1,297 @@
+"""Scores generators of moving digits against each other and against real clips.
+
+    python -m vpae_jax.evaluate --model=DIR [--phase1=WORKDIR] [--phase2=WORKDIR] --output=DIR [--count=N]
+    python -m vpae_jax.evaluate --model=DIR --compare=NAME=DIR:STEPS:GUIDANCE[:SOLVER] --output=DIR
+
+The model is sampled with all its steps and with one; every other row is what the flags name. Captions, first frames and
+noise are the same for all. Writes
+
+    metrics.json    every score of every row and of the real clips, seconds a clip, number of evaluations
+    samples/        the first clips of every row, as mp4 and png
+    report.html     one page with all of it, and with the training curves of the phases
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from vpae_jax import cli
+from vpae_jax.data.digits import MovingDigits
+from vpae_jax.eval.base import Clips, Request
+from vpae_jax.eval.digits import METRICS, DigitEvaluation
+from vpae_jax.eval.report import Report, Row, Run, write_report
+from vpae_jax.eval.results import NAIVE, headline, table, write_metrics, write_samples
+from vpae_jax.pipeline import Pipeline, load_pipeline
+from vpae_jax.sampling import Plan, Solver
+from vpae_jax.train.metrics import read_metrics
+from vpae_jax.types import Condition, UserError
+
+MODEL = flags.DEFINE_string("model", "tiny", "Model directory of the many-step model, or 'tiny'.")
+STEPS = flags.DEFINE_integer("steps", 50, "Steps of that model.")
+GUIDANCE = flags.DEFINE_float("guidance", None, "Its guidance; by default phase 1's sample_guidance, or 1.")
+PHASE1 = flags.DEFINE_string("phase1", None, "Workdir of a finished phase 1; its model is sampled in one step.")
+PHASE2 = flags.DEFINE_string("phase2", None, "Workdir of a finished phase 2; sampled in one step and in four.")
+COMPARE = flags.DEFINE_multi_string("compare", [], "One more row: NAME=DIR:STEPS:GUIDANCE[:SOLVER]. Can be repeated.")
+COUNT = flags.DEFINE_integer("count", 128, "Clips for each of text-to-video and image-to-video.")
+BATCH = flags.DEFINE_integer("batch", 32, "Clips generated at once.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Precision of the networks.")
+OUTPUT = flags.DEFINE_string("output", None, "Folder to write into.")
+
+SHOWN = 8  # clips a row in the page and the samples
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row: a model directory and how it is sampled.
+
+    Raises:
+      UserError: settings that no sampler has.
+    """
+
+    name: str
+    model: str
+    steps: int
+    guidance: float
+    solver: Solver = "euler"
+
+    def __post_init__(self) -> None:
+        Plan(self.solver, self.steps, shift=1.0)
+        if not self.guidance >= 1:
+            raise UserError(f"guidance is {self.guidance}, expected at least 1 (1 is no guidance)")
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations a clip; guidance doubles them."""
+        return self.steps * (2 if self.guidance > 1 else 1)
+
+
+class Generator:
+    """Turns requests into clips, in batches of one size, and takes the time.
+
+    Attributes:
+      diffusion_seconds, seconds: a clip, of the network alone and of everything from caption to pixels; without the
+        first batch of each half, which includes compiling.
+    """
+
+    def __init__(self, pipeline: Pipeline, entry: Entry, batch: int) -> None:
+        self._pipeline, self._entry, self._batch = pipeline, entry, batch
+        self._clips = 0
+        self._warm: set[bool] = set()
+        self._diffusion = self._total = 0.0
+
+    def __call__(self, request: Request) -> Clips:
+        count = len(request.captions)
+        noise = jax.random.normal(jax.random.key(request.seed), self._pipeline.latent_shape(count))
+        clips = []
+        for start in range(0, count, self._batch):
+            # The last batch is filled up with its last clip, so that one program serves all.
+            rows = np.minimum(np.arange(start, start + self._batch), count - 1)
+            captions = [request.captions[int(row)] for row in rows]
+            pictures = None if request.pictures is None else request.pictures[rows]
+            made = self._make(captions, pictures, noise[rows], jax.random.fold_in(jax.random.key(request.seed), start))
+            clips.append(made[: count - start])
+        return np.concatenate(clips)
+
+    @property
+    def seconds(self) -> float:
+        return self._total / max(1, self._clips)
+
+    @property
+    def diffusion_seconds(self) -> float:
+        return self._diffusion / max(1, self._clips)
+
+    def _make(self, captions: list[str], pictures: Any, noise: jax.Array, key: jax.Array) -> Clips:
+        pipeline, entry = self._pipeline, self._entry
+        start = time.perf_counter()
+        condition = pipeline.condition(captions, pictures)
+        unconditional = self._unconditional(condition) if entry.guidance > 1 else None
+        jax.block_until_ready((condition, noise))
+        begin = time.perf_counter()
+        latents = pipeline.sample(
+            noise,
+            condition,
+            unconditional,
+            steps=entry.steps,
+            guidance=entry.guidance,
+            solver=entry.solver,
+            key=key,
+        )
+        latents.block_until_ready()
+        end = time.perf_counter()
+        clips = np.asarray(pipeline.decode(latents))
+        kind = pictures is None
+        if kind in self._warm:
+            self._clips += len(clips)
+            self._diffusion += end - begin
+            self._total += time.perf_counter() - start
+        self._warm.add(kind)
+        return clips
+
+    def _unconditional(self, condition: Condition) -> Condition:
+        """The empty prompt with the same picture, as Wan guides."""
+        text, mask = self._pipeline.encode_prompt([""])
+        return replace(
+            condition,
+            text=jnp.broadcast_to(text, condition.text.shape),
+            text_mask=jnp.broadcast_to(mask, condition.text_mask.shape),
+        )
+
+
+def parse_entry(text: str) -> Entry:
+    """One --compare. Raises `UserError` for one that cannot be read."""
+    name, _, rest = text.partition("=")
+    parts = rest.split(":")
+    solver: Any = parts.pop() if len(parts) == 4 else "euler"
+    expected = f"--compare={text!r}: expected NAME=DIR:STEPS:GUIDANCE or NAME=DIR:STEPS:GUIDANCE:SOLVER"
+    if not name or len(parts) != 3:
+        raise UserError(expected)
+    if solver not in get_args(Solver):
+        raise UserError(f"--compare={text!r}: solver is {solver!r}, expected one of {', '.join(get_args(Solver))}")
+    try:
+        return Entry(name, parts[0], int(parts[1]), float(parts[2]), solver)
+    except ValueError as error:
+        raise UserError(f"{expected} ({error})") from error
+
+
+def entries() -> list[Entry]:
+    """The rows that the flags ask for."""
+    guidance = GUIDANCE.value
+    if guidance is None:
+        guidance = read_config(PHASE1.value).get("sample_guidance", 1.0) if PHASE1.value else 1.0
+    teacher = "teacher" if PHASE1.value or PHASE2.value or COMPARE.value else "model"
+    rows = [Entry(teacher, MODEL.value, STEPS.value, guidance)]
+    if STEPS.value > 1:
+        rows.append(Entry(teacher + NAIVE, MODEL.value, 1, 1.0))
+    for name, workdir, steps in (("phase 1", PHASE1, 1), ("phase 2", PHASE2, 1), ("phase 2, four steps", PHASE2, 4)):
+        if workdir.value:
+            rows.append(Entry(name, str(Path(workdir.value) / "model"), steps, 1.0))
+    rows += [parse_entry(text) for text in COMPARE.value]
+    names = [row.name for row in rows]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two rows are called {name!r}; give each its own name")
+    return rows
+
+
+def read_config(workdir: str) -> dict[str, Any]:
+    """A run's config as plain values. Raises `UserError` when there was no run."""
+    path = Path(workdir) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{workdir} holds no run ({path.name} is missing); train the phase first")
+    return json.loads(path.read_text())
+
+
+def read_run(name: str, workdir: str) -> Run:
+    """A phase's curves and settings, and what its guard decided."""
+    path = Path(workdir) / "guard.json"
+    note = ""
+    if path.is_file():
+        scores = {int(step): float(np.mean(list(s.values()))) for step, s in json.loads(path.read_text()).items()}
+        if len(scores) > 1:
+            first, last = scores[min(scores)], scores[max(scores)]
+            verdict = "the trained weights were kept" if last <= first else "the weights of the phase before were kept"
+            note = f"Guard: held-out KVD went from {first:.1f} to {last:.1f}; {verdict}."
+    return Run(name, read_metrics(Path(workdir)), read_config(workdir), note)
+
+
+def load(rows: list[Entry], dtype: str) -> dict[str, Pipeline]:
+    """Every model directory that the rows name, once. Raises `UserError` for one that makes other clips than these."""
+    pipelines = {row.model: load_pipeline(row.model, jnp.dtype(dtype)) for row in rows}
+    digits = MovingDigits("eval", 1)
+    size = (digits.frames, digits.resolution, digits.resolution)
+    for model, pipeline in pipelines.items():
+        made = pipeline.defaults
+        if (made.num_frames, made.height, made.width) != size or not pipeline.takes_image:
+            raise UserError(
+                f"{model} makes clips of {made.num_frames}x{made.height}x{made.width}"
+                f"{'' if pipeline.takes_image else ' from text alone'}; the digits need {'x'.join(map(str, size))} "
+                "and a given first frame"
+            )
+    return pipelines
+
+
+def evaluate(
+    rows: list[Entry], pipelines: Mapping[str, Pipeline], evaluation: DigitEvaluation, batch: int
+) -> list[Row]:
+    """Scores every row."""
+    done = []
+    for row in rows:
+        generator = Generator(pipelines[row.model], row, batch)
+        shown: dict[str, Clips] = {}
+
+        def predict(request: Request, generator: Generator = generator, shown: dict[str, Clips] = shown) -> Clips:
+            clips = generator(request)
+            shown.setdefault("t2v" if request.pictures is None else "i2v", clips[:SHOWN])
+            return clips
+
+        scores = dict(evaluation.run(predict))
+        settings = {"model": row.model, "steps": row.steps, "guidance": row.guidance, "solver": row.solver}
+        seconds = generator.seconds, generator.diffusion_seconds
+        done.append(Row(row.name, row.evaluations, scores, shown, settings, *seconds))
+        print(f"{row.name}: {generator.seconds:.3g} s a clip, KVD {scores['t2v/kvd']:.1f} / {scores['i2v/kvd']:.1f}")
+        sys.stdout.flush()
+    return done
+
+
+def versions() -> dict[str, str]:
+    """What the numbers depend on besides the models."""
+    names = ("jax", "flax", "numpy", "scikit-learn")
+    found = {name: importlib.metadata.version(name) for name in names}
+    device = jax.devices()[0]
+    return {"python": platform.python_version(), **found, "device": f"{len(jax.devices())} x {device.device_kind}"}
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    asked = entries()
+    phases = (("phase 1", PHASE1.value), ("phase 2", PHASE2.value))
+    runs = [read_run(name, workdir) for name, workdir in phases if workdir]
+    if BATCH.value < 1:
+        raise UserError(f"--batch={BATCH.value}: expected at least 1")
+    output = Path(str(OUTPUT.value))
+    pipelines = load(asked, DTYPE.value)
+    evaluation = DigitEvaluation(COUNT.value)
+    rows = evaluate(asked, pipelines, evaluation, BATCH.value)
+    shown = {half: evaluation.clips[:SHOWN] for half in evaluation.halves}
+    real = Row("real", None, dict(evaluation.real()), shown)
+    output.mkdir(parents=True, exist_ok=True)
+    fps = pipelines[MODEL.value].defaults.fps
+    write_samples(output / "samples", [real, *rows], fps)
+    facts = {"command": shlex.join(["python", "-m", "vpae_jax.evaluate", *sys.argv[1:]]), **versions()}
+    write_metrics(output / "metrics.json", real, rows, COUNT.value, facts)
+    captions = {half: list(evaluation.request(half, count=SHOWN).captions) for half in evaluation.halves}
+    report = Report(
+        title="One evaluation instead of many",
+        summary="Moving handwritten digits, made by a many-step video model and by its one-step students, for captions "
+        "and first frames that no training saw.",
+        headline=headline(rows),
+        metrics=METRICS,
+        real=real,
+        rows=rows,
+        captions=captions,
+        count=COUNT.value,
+        fps=fps,
+        runs=runs,
+        facts={**facts, **{row.name: ", ".join(f"{k} {v}" for k, v in row.settings.items()) for row in rows}},
+    )
+    write_report(output / "report.html", report)
+    print(f"\n{table([real, *rows])}\n\n{output / 'metrics.json'}\n{output / 'report.html'}")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["output"])
+    cli.launch(main)

@@ -1,0 +1,166 @@
+"""One run, from its config to the model directory it leaves behind.
+
+config -> method, roles, weights on the mesh   (weights.py)
+       -> batches                               (data/)
+       -> the loop                              (train/loop.py), with previews and scores between steps
+       -> a model directory                     (products.py)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from vpae_jax import products, sharding
+from vpae_jax.config import Experiment
+from vpae_jax.convert.layout import Scheduler
+from vpae_jax.data.digits import MovingDigits
+from vpae_jax.data.latents import LatentRecords, encode_clips
+from vpae_jax.data.pipeline import captioned_batches, latent_batches, pixel_batches
+from vpae_jax.guard import Guard
+from vpae_jax.methods import make_method
+from vpae_jax.methods.base import Method
+from vpae_jax.pipeline import Pipeline, embedded_model, load_pipeline
+from vpae_jax.previews import Generation, Sampler, write_previews
+from vpae_jax.train.checkpoint import guard_config
+from vpae_jax.train.loop import Hook, train
+from vpae_jax.train.optim import make_optimizer
+from vpae_jax.train.roles import check_roles, split
+from vpae_jax.train.state import TrainState, create
+from vpae_jax.types import Params, UserError
+from vpae_jax.weights import make_weights, read_previous, resolve
+
+# What may differ between two runs in one workdir: how long and how often, never what is computed.
+FREE = ("steps", "log_every", "sample_every", "checkpoint_every", "keep", "guard")
+PREVIEW_CLIPS = 8
+PREVIEW_SEED = 7
+
+
+def run(experiment: Experiment, workdir: Path, devices: Sequence[jax.Device] | None = None) -> None:
+    """Trains one phase in `workdir`, or continues it, and writes the resulting model directory to `workdir/model`.
+
+    Args:
+      devices: what the mesh is laid over; all devices of all processes by default.
+
+    Raises:
+      UserError: for a config that does not fit itself, the method, the devices, the model directory or the workdir.
+    """
+    method = make_method(experiment.method)
+    check_roles(method, experiment.optimizers)
+    mesh = sharding.make_mesh(experiment.mesh, devices)
+    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    if experiment.batch_size % shares:
+        raise UserError(f"config.batch_size is {experiment.batch_size}, expected a multiple of {shares} (data x fsdp)")
+    pipeline = source = None
+    if experiment.data.kind != "pixels":
+        source = embedded_model() if experiment.model.path == "tiny" else resolve(experiment.model.path, workdir)
+        pipeline = load_pipeline(source)
+    pretrained = None
+    if pipeline is not None:
+        pretrained = (pipeline.transformer.config, split(pipeline.transformer)[1])
+    weights = make_weights(experiment, method, workdir, mesh, pretrained)
+    optimizers = {role: make_optimizer(options) for role, options in experiment.optimizers.items()}
+    workdir.mkdir(parents=True, exist_ok=True)
+    guard_config(workdir, dataclasses.asdict(experiment), FREE)
+
+    guard = Guard(pipeline, workdir, experiment.guard) if pipeline is not None and experiment.guard.enabled else None
+    hooks = make_hooks(experiment, method, workdir, pipeline, guard)
+    with jax.set_mesh(mesh):
+        state = train(
+            experiment,
+            method,
+            weights.models,
+            optimizers,
+            create(experiment.seed, weights.trained, method.roles, optimizers),
+            weights.frozen,
+            make_batches(experiment, workdir, pipeline),
+            partial(jax.device_put, device=sharding.batch_sharding(mesh)),
+            workdir,
+            hooks,
+        )
+    params = dict(state.params) | dict(state.ema)
+    if guard is not None:
+        kept, reason = guard.verdict(experiment.steps)
+        print(f"guard: {reason}", flush=True)
+        if not kept:
+            params["generator"] = read_previous(experiment, workdir)["generator"]
+    print(f"model directory: {write_product(experiment, workdir, params, source)}", flush=True)
+
+
+def make_batches(experiment: Experiment, workdir: Path, pipeline: Pipeline | None) -> Any:
+    """The grain iterator that the config asks for; encodes the clips first where it trains on latents."""
+    data = experiment.data
+    clips = MovingDigits("train", data.clips, data.seed)
+    size, seed, workers = experiment.batch_size, experiment.seed, data.workers
+    if pipeline is None:
+        return pixel_batches(clips, size, seed, workers)
+    if data.kind == "captions":
+        return captioned_batches(clips, pipeline.tokenizer, size, seed, workers)
+    folder = resolve(data.folder, workdir)
+    encode_clips(clips, pipeline, folder)
+    return latent_batches(LatentRecords(folder), size, seed, workers)
+
+
+def make_hooks(
+    experiment: Experiment, method: Method, workdir: Path, pipeline: Pipeline | None, guard: Guard | None
+) -> tuple[Hook, ...]:
+    """Scores of the guard and previews of the generator, for a run that has one."""
+    hooks = []
+    if guard is not None:
+        hooks.append(Hook(experiment.guard.every, lambda step, state: guard.score(step, _average(state))))
+    if pipeline is not None and "generator" in method.roles and experiment.sample_every:
+        hooks.append(Hook(experiment.sample_every, make_preview(experiment, method, workdir, pipeline)))
+    return tuple(hooks)
+
+
+def make_preview(
+    experiment: Experiment, method: Method, workdir: Path, pipeline: Pipeline
+) -> Callable[[int, TrainState], Mapping[str, float]]:
+    """Writes clips of the data, the teacher, the generator and its average, side by side."""
+    clips = MovingDigits("eval", PREVIEW_CLIPS, PREVIEW_SEED)
+    items = [clips[i] for i in range(PREVIEW_CLIPS)]
+    pictures = np.stack([item["video"][0] for item in items])
+    given = [i >= PREVIEW_CLIPS // 2 for i in range(PREVIEW_CLIPS)]
+    generation = Generation(pipeline, [item["caption"] for item in items], pictures, given, PREVIEW_SEED)
+    shift = experiment.sample_shift
+    sampler = Sampler(experiment.generator_nfe, 1.0, shift)
+    if experiment.generator_nfe > 1:
+        sampler = Sampler(experiment.generator_nfe, experiment.sample_guidance, shift)
+    rows: dict[str, Any] = {"data": np.stack([item["video"] for item in items])}
+    if "teacher" in method.roles:
+        teacher = Sampler(50, experiment.sample_guidance, shift)
+        rows["teacher, 100 evaluations"] = generation(split(pipeline.transformer)[1], teacher)
+
+    def preview(step: int, state: TrainState) -> Mapping[str, float]:
+        made = dict(rows)
+        made["generator"] = generation(state.params["generator"], sampler)
+        if "generator" in state.ema:
+            made["generator, average"] = generation(state.ema["generator"], sampler)
+        write_previews(workdir / "previews", step, made, pipeline.defaults.fps)
+        return {}
+
+    return preview
+
+
+def write_product(experiment: Experiment, workdir: Path, params: Mapping[str, Params], source: Path | None) -> Path:
+    """The model directory of a finished run, from its roles' final weights."""
+    preset = experiment.model.preset
+    scheduler = Scheduler("euler", experiment.sample_shift)
+    if source is None:
+        clips = MovingDigits("train", experiment.data.clips, experiment.data.seed)
+        return products.write_autoencoder(workdir, preset, params["vae"], clips, scheduler)
+    if experiment.data.kind == "captions":
+        return products.write_encoders(workdir, preset, params["encoders"], source)
+    config = load_pipeline(source).transformer.config
+    return products.write_student(workdir, config, params["generator"], source, scheduler)
+
+
+def _average(state: TrainState) -> Params:
+    """The weights that a run is judged and exported by."""
+    return state.ema.get("generator", state.params["generator"])

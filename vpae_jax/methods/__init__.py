@@ -1,0 +1,32 @@
+"""Training methods by name, as `config.method.name` selects them. One paper, one file."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vpae_jax.config import build, nearest
+from vpae_jax.methods.autoencoder import Autoencoder
+from vpae_jax.methods.base import Method
+from vpae_jax.methods.contrastive import Contrastive
+from vpae_jax.methods.flow_matching import FlowMatching
+from vpae_jax.methods.vpae import PhaseOne, PhaseTwo
+from vpae_jax.types import UserError
+
+METHODS: Mapping[str, type] = {
+    "autoencoder": Autoencoder,
+    "contrastive": Contrastive,
+    "flow_matching": FlowMatching,
+    "vpae_phase1": PhaseOne,
+    "vpae_phase2": PhaseTwo,
+}
+
+
+def make_method(options: Mapping[str, Any]) -> Method:
+    """The method that `options["name"]` names, with the other options as its fields.
+
+    Raises:
+      UserError: for an unknown method, or an option that it does not have.
+    """
+    name = options.get("name", "")
+    if name not in METHODS:
+        raise UserError(f"config.method.name: {name!r} does not exist{nearest(name, METHODS)}")
+    return build(METHODS[name], {k: v for k, v in options.items() if k != "name"}, "config.method")

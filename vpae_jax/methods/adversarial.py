@@ -1,0 +1,255 @@
+"""Adversarial losses, what a noise-level discriminator sees, and its finite-difference gradient penalty.
+
+A discriminator here is a backbone's hidden states and small heads on them, one logit a clip, high for real.
+
+    kind          discriminator                        generator
+    hinge         relu(1 - r) + relu(1 + f)            -f                    Miyato et al. (V-PAE's text)
+    pcm_hinge     relu(1 - r) + relu(1 + f)            relu(1 - f)           PCM
+    ns_logistic   softplus(-r) + softplus(f)           softplus(-f)          APT, DMD2
+    rpgan         softplus(-(r - f))                   softplus(-(f - r))    AAPT, ASD
+    literal       softplus(-r) + softplus(f)           -softplus(f)          V-PAE's Eq. 3
+
+with r and f the logits of a real and of a generated clip. Eq. 3 is log D(fake) + log(1 - D(real)) with D the
+probability of "fake"; the discriminator maximises it and the generator minimises its first term, the original
+saturating game.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.lax import stop_gradient
+from jax.nn import relu, softplus
+from jaxtyping import Float
+
+from vpae_jax.flow.schedule import LogitNormal, Uniform, add_noise
+from vpae_jax.methods.base import Backbone, Head
+from vpae_jax.methods.common import check_at_least, check_choice, example_mean, example_sum, f32, named_keys
+from vpae_jax.types import Condition, Features, Latents, Metrics, PerExample, PRNGKey, Times, UserError
+
+Judge = Callable[[Latents, Times], PerExample]
+AdversarialKind = Literal["hinge", "pcm_hinge", "ns_logistic", "rpgan", "literal"]
+
+
+@dataclass(frozen=True)
+class AdversarialLoss:
+    """A pair of losses of (real logit, fake logit), both minimised.
+
+    Attributes:
+      discriminator: the discriminator's.
+      generator: the generator's.
+      relative: whether the generator's needs the real logit and only differences of logits matter.
+    """
+
+    discriminator: Callable[[PerExample, PerExample], PerExample]
+    generator: Callable[[PerExample, PerExample], PerExample]
+    relative: bool = False
+
+
+def _hinge(real: PerExample, fake: PerExample) -> PerExample:
+    return relu(1 - real) + relu(1 + fake)
+
+
+def _logistic(real: PerExample, fake: PerExample) -> PerExample:
+    return softplus(-real) + softplus(fake)
+
+
+LOSSES: Mapping[str, AdversarialLoss] = {
+    "hinge": AdversarialLoss(_hinge, lambda real, fake: -fake),
+    "pcm_hinge": AdversarialLoss(_hinge, lambda real, fake: relu(1 - fake)),
+    "ns_logistic": AdversarialLoss(_logistic, lambda real, fake: softplus(-fake)),
+    "rpgan": AdversarialLoss(
+        lambda real, fake: softplus(fake - real), lambda real, fake: softplus(real - fake), relative=True
+    ),
+    "literal": AdversarialLoss(_logistic, lambda real, fake: -softplus(fake)),
+}
+
+
+@dataclass(frozen=True)
+class ConstantFeatures:
+    """A backbone whose hidden states are constants: only heads are trained on them.
+
+    Attributes:
+      backbone: the network that is read.
+    """
+
+    backbone: Backbone
+
+    def features(self, x: Latents, t: Times, condition: Condition) -> Features:
+        return stop_gradient(self.backbone.features(x, t, condition))
+
+
+def judge(backbone: Backbone | ConstantFeatures, heads: Head, condition: Condition) -> Judge:
+    """The discriminator as a function of (clip, time): a float32 logit a clip."""
+    return lambda x, t: f32(heads(backbone.features(x, t, condition)))
+
+
+class Judged(NamedTuple):
+    """What the discriminator is shown: clips and the times it is told."""
+
+    fake: Latents
+    fake_t: Times
+    real: Latents
+    real_t: Times
+
+
+DISC_TIMES: Mapping[str, Uniform] = {
+    "shared": Uniform(0.9, 0.999),
+    "fig_literal": Uniform(0.9, 1.0),
+    "v1": Uniform(1.0, 1.0),
+    "full": Uniform(0.0, 1.0),
+    "clean": Uniform(0.0, 1.0, axis="raw", shift=12.0),
+}
+
+
+@dataclass(frozen=True)
+class DiscriminatorNoise:
+    """How clips are noised before they are judged.
+
+    The gradient of a logit reaches the clip through d x_t / d x0 = 1 - t, so high times leave little of it.
+
+    Attributes:
+      kind: "shared": one t for a real and a generated clip, independent noise. "full": the same with all times (AAD-1).
+        "v1": t = 1, pure noise, no gradient at all. "fig_literal": figure 2's ranges, t in [.9, 1] for generated and
+        (0, 1] for real clips, which can be told apart by their noise level alone; only to reproduce. "clean": no noise,
+        the backbone is told a random time (APT).
+      t: distribution of t, for generated clips in "fig_literal"; None takes the kind's own, stated for 720p (see
+        `Uniform.translate_to` for other sizes).
+      real: "clean" leaves real clips without noise (Eq. 3 read literally).
+    """
+
+    kind: Literal["shared", "fig_literal", "v1", "full", "clean"] = "shared"
+    t: Uniform | LogitNormal | None = None
+    real: Literal["noised", "clean"] = "noised"
+
+    def __post_init__(self) -> None:
+        check_choice("DiscriminatorNoise", {"kind": tuple(DISC_TIMES), "real": ("noised", "clean")}, self)
+        if self.kind == "v1" and self.t is not None:
+            raise UserError("DiscriminatorNoise.t is given, but kind 'v1' means t = 1; remove it or choose 'shared'")
+
+    def __call__(self, fake: Latents, real: Latents, key: PRNGKey) -> Judged:
+        """Noises generated clips (differentiably) and real ones."""
+        keys = named_keys(key, "t", "real_t", "fake_noise", "real_noise")
+        t = (self.t or DISC_TIMES[self.kind])(keys.t, len(fake))
+        if self.kind == "clean":
+            return Judged(fake, t, real, t)
+        real_t = Uniform(0.0, 1.0)(keys.real_t, len(real)) if self.kind == "fig_literal" else t
+        if self.real == "noised":
+            real = add_noise(real, jax.random.normal(keys.real_noise, real.shape, real.dtype), real_t)
+        return Judged(add_noise(fake, jax.random.normal(keys.fake_noise, fake.shape, fake.dtype), t), t, real, real_t)
+
+
+@dataclass(frozen=True)
+class DifferencePenalty:
+    """A gradient penalty by finite differences: V-PAE's STR1 (Eq. 4), APT's approximate R1, AAPT's R1 + R2.
+
+        mean (D(x + delta, t) - D(x, t))^2 / ||delta||^2,     delta = sigma_s eps_s + sigma_t eps_t
+
+    For a linear D(x) = w x + b and independent noise the expectation is |w|^2 under "mean" and |w|^2 / d under "sum",
+    whatever sigma is. Under "mean" the denominator is sigma_s^2 + sigma_t^2 = .0101 on average, so weight 1 acts as
+    weight 99 on the plain squared difference, close to APT's 100.
+
+    Attributes:
+      weight: 0 switches the penalty off and saves the backbone's extra evaluation.
+      on: which clips are perturbed (after noising): generated ones (V-PAE), real ones (APT), or both (AAPT, AAD-1).
+      sigma_s, sigma_t: standard deviations of the spatial and of the temporal perturbation.
+      spatial: eps_s drawn for every value ("iid"), or once for all frames ("shared").
+      temporal: eps_t drawn a frame and channel ("channel"), a frame ("frame"), or for every value ("iid"); broadcast
+        over rows and columns.
+      norm: the denominator: mean or sum of delta^2 over the clip, or 1 ("fixed", APT).
+    """
+
+    weight: float = 1.0
+    on: Literal["fake", "real", "both"] = "fake"
+    sigma_s: float = 0.01
+    sigma_t: float = 0.1
+    spatial: Literal["iid", "shared"] = "iid"
+    temporal: Literal["channel", "frame", "iid"] = "channel"
+    norm: Literal["mean", "sum", "fixed"] = "mean"
+
+    def __post_init__(self) -> None:
+        choices = {
+            "on": ("fake", "real", "both"),
+            "spatial": ("iid", "shared"),
+            "temporal": ("channel", "frame", "iid"),
+            "norm": ("mean", "sum", "fixed"),
+        }
+        check_choice("DifferencePenalty", choices, self)
+        check_at_least("DifferencePenalty", 0, weight=self.weight, sigma_s=self.sigma_s, sigma_t=self.sigma_t)
+        if self.weight > 0 and self.sigma_s == 0 and self.sigma_t == 0:
+            raise UserError("DifferencePenalty.sigma_s and sigma_t are both 0; set one, or weight=0")
+
+    def perturbation(self, like: Latents, key: PRNGKey) -> Latents:
+        """A draw of delta, in the shape of `like`."""
+        keys = named_keys(key, "spatial", "temporal")
+        b, f, h, w, c = like.shape
+        spatial = {"iid": (b, f, h, w, c), "shared": (b, 1, h, w, c)}[self.spatial]
+        temporal = {"channel": (b, f, 1, 1, c), "frame": (b, f, 1, 1, 1), "iid": (b, f, h, w, c)}[self.temporal]
+        noise = self.sigma_s * jax.random.normal(keys.spatial, spatial, like.dtype)
+        return jnp.broadcast_to(
+            noise + self.sigma_t * jax.random.normal(keys.temporal, temporal, like.dtype), like.shape
+        )
+
+    def ratio(self, change: PerExample, delta: Float[Array, "b *shape"]) -> PerExample:
+        """change^2 over the chosen norm of delta."""
+        if self.norm == "fixed":
+            return change**2
+        return change**2 / (example_mean if self.norm == "mean" else example_sum)(delta**2)
+
+    def __call__(
+        self, judge: Judge, shown: Judged, real_logit: PerExample, fake_logit: PerExample, key: PRNGKey
+    ) -> PerExample:
+        """The unweighted penalty of each clip; the logits of `shown` are given, so a side costs one evaluation."""
+        keys = named_keys(key, "fake", "real")
+        total = jnp.zeros_like(fake_logit)
+        if self.on in ("fake", "both"):
+            delta = self.perturbation(shown.fake, keys.fake)
+            total += self.ratio(judge(shown.fake + delta, shown.fake_t) - fake_logit, delta)
+        if self.on in ("real", "both"):
+            delta = self.perturbation(shown.real, keys.real)
+            total += self.ratio(judge(shown.real + delta, shown.real_t) - real_logit, delta)
+        return total
+
+
+def discriminator_loss(
+    judge: Judge, shown: Judged, kind: AdversarialKind, penalty: DifferencePenalty, key: PRNGKey
+) -> tuple[PerExample, Metrics]:
+    """The discriminator's loss of each pair of clips.
+
+    Args:
+      judge: the discriminator, differentiated in what is being trained of it.
+      shown: noised clips, constants.
+      kind: the adversarial loss.
+      penalty: the gradient penalty.
+      key: for the penalty's perturbations.
+
+    Returns:
+      The loss, and: logits, their gap, accuracy (of the sign, or of the order for a relative loss), the penalty.
+    """
+    adversarial = LOSSES[kind]
+    real, fake = judge(shown.real, shown.real_t), judge(shown.fake, shown.fake_t)
+    loss = adversarial.discriminator(real, fake)
+    metrics = {
+        "real_logit": real.mean(),
+        "fake_logit": fake.mean(),
+        "logit_gap": (real - fake).mean(),
+        "accuracy": accuracy(real, fake, adversarial.relative),
+        "adversarial": loss.mean(),
+    }
+    if penalty.weight:
+        value = penalty(judge, shown, real, fake, key)
+        loss = loss + penalty.weight * value
+        metrics["penalty"] = value.mean()
+    return loss, metrics
+
+
+def accuracy(real: PerExample, fake: PerExample, relative: bool) -> Float[Array, ""]:
+    """Fraction of logits of the right sign or, for a relative loss, of pairs in the right order. Ties count half."""
+    if relative:
+        return 0.5 + 0.5 * jnp.sign(real - fake).mean()
+    return 0.5 + 0.25 * (jnp.sign(real) - jnp.sign(fake)).mean()

@@ -1,0 +1,71 @@
+"""Flow matching: how a teacher is trained.
+
+    x_t = (1 - t) x0 + t eps,      loss = mean ||v(x_t, t, c) - (eps - x0)||^2
+
+Lipman et al., "Flow Matching for Generative Modeling" (2210.02747); Liu et al., "Flow Straight and Fast" (2209.03003).
+The shifted draw of t is that of Wan 2.1's schedule. Prompts and images are dropped at random, so that one network
+serves with and without guidance, and with and without a first frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+
+from vpae_jax.flow.schedule import LogitNormal, Uniform, add_noise
+from vpae_jax.methods.base import Role, Update, Velocity
+from vpae_jax.methods.common import check_fraction, drop_conditions, example_mean, f32, named_keys
+from vpae_jax.types import Batch, Metrics, PerExample, PRNGKey, UserError
+
+# Uniform on Wan's raw axis, shifted as Wan 2.1 does for 480p.
+TEACHER_TIMES = Uniform(0.0, 1.0, axis="raw", shift=3.0)
+
+
+@dataclass(frozen=True)
+class FlowMatching:
+    """Trains a velocity network on clips.
+
+    Attributes:
+      t: distribution of t.
+      text_dropout: probability that a prompt is replaced by the negative prompt.
+      image_dropout: probability that image and first frame are withheld (1 trains text-to-video only).
+      ema: decay of the averaged weights.
+      init: where the network starts.
+    """
+
+    t: Uniform | LogitNormal = TEACHER_TIMES
+    text_dropout: float = 0.1
+    image_dropout: float = 0.5
+    ema: float | None = 0.999
+    init: Literal["pretrained", "fresh", "previous"] = "fresh"
+
+    def __post_init__(self) -> None:
+        check_fraction("FlowMatching", text_dropout=self.text_dropout, image_dropout=self.image_dropout)
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise UserError(f"FlowMatching.ema is {self.ema}, expected a decay between 0 and 1, or None")
+
+    @property
+    def roles(self) -> Mapping[str, Role]:
+        return {"generator": Role(init=self.init, trains="all", ema=self.ema)}
+
+    @property
+    def updates(self) -> tuple[Update, ...]:
+        return (Update(trains="generator", loss=self.loss),)
+
+    def loss(
+        self, trainable: Velocity, others: Mapping[str, Any], batch: Batch, key: PRNGKey
+    ) -> tuple[PerExample, Metrics]:
+        """Mean squared velocity error of each clip."""
+        del others
+        keys = named_keys(key, "t", "noise", "dropout")
+        x0 = f32(batch.latents)
+        t = self.t(keys.t, x0.shape[0])
+        eps = jax.random.normal(keys.noise, x0.shape, x0.dtype)
+        condition = drop_conditions(batch, keys.dropout, self.text_dropout, self.image_dropout)
+        v = f32(trainable(add_noise(x0, eps, t), t, condition))
+        loss = example_mean((v - (eps - x0)) ** 2)
+        # (x0 error) = t^2 (velocity error): what the network knows of the clip, comparable between noise levels.
+        return loss, {"x0_error": (t**2 * loss).mean()}

@@ -1,0 +1,192 @@
+"""Losses between scores: distribution matching, the fake score's own loss, and score distillation.
+
+Generated clips x are noised, x_t' = (1 - t') x + t' eps', and shown to flow networks. With x0_r and x0_f the clean
+predictions of the real and of the fake score network, their scores differ by
+
+    s_r - s_f = (1 - t') / t'^2 (x0_r - x0_f)                              (Eq. 5 and 6 of flow.schedule)
+
+and the gradient of KL(fake || real) with respect to x, through x_t', is
+
+    -(1 - t') (s_r - s_f) = (1 - t')^2 / t'^2 (x0_f - x0_r).
+
+Distribution matching (DMD, 2311.18828; DMD2, 2405.14867) replaces the weight by one over the mean of |x - x0_r|, a clip
+at a time. All gradients are taken with respect to x, never to a velocity: dx / dv = -t has the opposite sign.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+
+from vpae_jax.flow.schedule import LogitNormal, Uniform, add_noise, expand
+from vpae_jax.methods.base import Velocity
+from vpae_jax.methods.common import (
+    Term,
+    check_at_least,
+    check_choice,
+    example_mean,
+    example_sum,
+    f32,
+    named_keys,
+    predict_x0,
+)
+from vpae_jax.types import Condition, Latents, Metrics, PerExample, PRNGKey
+
+# Self-Forcing's I2V-14B draw of t': uniform on Wan's raw axis, shifted for 720p, clipped.
+SCORE_TIMES = Uniform(0.02, 0.98, axis="raw", shift=5.0, clip=(0.02, 0.98))
+
+
+@dataclass(frozen=True)
+class DistributionMatching:
+    """The distribution-matching gradient (V-PAE Eq. 1).
+
+    Attributes:
+      weighting: of x0_f - x0_r. "x0_norm": over mean |x - x0_r| of the clip (DMD2). "none": as it is. "t2": times
+        (1 - t')^2 / t'^2, the exact KL gradient, which is the raw score difference times (1 - t').
+      t: distribution of t'.
+      guidance: of the real score; the fake score is never guided.
+      floor: lower bound of "x0_norm"'s denominator.
+    """
+
+    weighting: Literal["x0_norm", "none", "t2"] = "x0_norm"
+    t: Uniform | LogitNormal = SCORE_TIMES
+    guidance: float = 5.0
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_choice("DistributionMatching", {"weighting": ("x0_norm", "none", "t2")}, self)
+        check_at_least("DistributionMatching", 0, floor=self.floor)
+
+    def __call__(
+        self,
+        x0: Latents,
+        real: Velocity,
+        fake: Velocity,
+        condition: Condition,
+        unconditional: Condition,
+        key: PRNGKey,
+    ) -> tuple[Term, Metrics]:
+        """The term L = 1/2 mean ||x - sg(x - g)||^2 of each clip: its value is 1/2 mean g^2, its gradient g / N.
+
+        Args:
+          x0: generated clips; their own gradient is not followed.
+          real, fake: the two score networks.
+          condition, unconditional: with the prompt and with the negative prompt.
+          key: random key.
+        """
+        keys = named_keys(key, "t", "noise")
+        x0 = stop_gradient(x0)
+        t = self.t(keys.t, len(x0))
+        x = add_noise(x0, jax.random.normal(keys.noise, x0.shape, x0.dtype), t)
+        x0_real = predict_x0(real, x, t, condition, unconditional, self.guidance)
+        gap = predict_x0(fake, x, t, condition) - x0_real
+        normaliser = example_mean(jnp.abs(x0 - x0_real))
+        if self.weighting == "x0_norm":
+            g = gap / expand(jnp.maximum(normaliser, self.floor), gap)
+        elif self.weighting == "t2":
+            g = ((1 - expand(t, gap)) / expand(t, gap)) ** 2 * gap
+        else:
+            g = gap
+        # As DMD2; a clip that equals its own prediction has no direction, so infinities become 0 too.
+        g = stop_gradient(jnp.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0))
+        term = Term(0.5 * example_mean(g**2), g / g[0].size)
+        metrics = {
+            "dmd_grad": term.grad_norm,
+            "dmd_normaliser": normaliser.mean(),
+            "dmd_gap": example_mean(jnp.abs(gap)).mean(),
+        }
+        return term, metrics
+
+
+def fake_score_loss(
+    fake: Velocity,
+    x0: Latents,
+    condition: Condition,
+    t: Uniform | LogitNormal,
+    key: PRNGKey,
+    space: Literal["velocity", "x0"] = "velocity",
+) -> PerExample:
+    """The diffusion loss by which the fake score follows the generator (V-PAE Eq. 2, with nu = eps' - x).
+
+    Args:
+      fake: the fake score network, the only thing that is differentiated.
+      x0: generated clips.
+      condition: the clips' conditions; no prompt is dropped, since the fake score is never guided.
+      t: distribution of t'.
+      key: random key.
+      space: "velocity", or "x0" for the unweighted error of x0, which is the velocity's times t'^2.
+
+    Returns:
+      Mean squared error of each clip.
+    """
+    keys = named_keys(key, "t", "noise")
+    x0 = stop_gradient(x0)
+    times = t(keys.t, len(x0))
+    noise = jax.random.normal(keys.noise, x0.shape, x0.dtype)
+    v = f32(fake(add_noise(x0, noise, times), times, condition))
+    loss = example_mean((v - (noise - x0)) ** 2)
+    return loss if space == "velocity" else times**2 * loss
+
+
+@dataclass(frozen=True)
+class ScoreDistillation:
+    """Distance to the teacher's prediction from the noised clip: V-PAE's conditional SDS (Eq. 5), ADD's distillation.
+
+    Eq. 5 writes x_t beside t'; here the clip is noised to the same t' that the teacher is told.
+
+    Attributes:
+      weight: lambda; 0 switches the term off and saves the teacher's evaluation.
+      t: distribution of t'; None takes the discriminator's time (Eq. 5 read literally). The default is figure 2(c)'s
+        t' in (0, T], drawn as in phase one.
+      guidance: of the teacher; 1 saves an evaluation.
+      reduction: of the squared error over a clip's values. "sum" multiplies the weight by their number.
+      time_weight: "one", or "one_minus_t" (ADD's c(t)).
+      frames: restrict the loss to the first latent frames; 0 takes the whole clip.
+    """
+
+    weight: float = 10.0
+    t: Uniform | LogitNormal | None = SCORE_TIMES
+    guidance: float = 1.0
+    reduction: Literal["mean", "sum"] = "mean"
+    time_weight: Literal["one", "one_minus_t"] = "one"
+    frames: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("ScoreDistillation", {"reduction": ("mean", "sum"), "time_weight": ("one", "one_minus_t")}, self)
+        check_at_least("ScoreDistillation", 0, weight=self.weight, frames=self.frames)
+
+    def __call__(
+        self,
+        x0: Latents,
+        teacher: Velocity,
+        condition: Condition,
+        unconditional: Condition,
+        key: PRNGKey,
+        disc_t: PerExample,
+    ) -> Term:
+        """The unweighted term of each clip; its gradient, 2 (x - x0_r) / N, does not pass through the teacher.
+
+        Args:
+          x0: generated clips; their own gradient is not followed.
+          teacher: the frozen multi-step network.
+          condition, unconditional: with the prompt and with the negative prompt.
+          key: random key.
+          disc_t: the discriminator's times, for `t=None`.
+        """
+        keys = named_keys(key, "t", "noise")
+        x0 = stop_gradient(x0)
+        t = disc_t if self.t is None else self.t(keys.t, len(x0))
+        x = add_noise(x0, jax.random.normal(keys.noise, x0.shape, x0.dtype), t)
+        error = x0 - predict_x0(teacher, x, t, condition, unconditional, self.guidance)
+        if self.frames:
+            kept = jnp.arange(error.shape[1]) < self.frames
+            error = jnp.where(kept[:, None, None, None], error, 0.0)
+        scale = jnp.ones_like(t) if self.time_weight == "one" else 1 - t
+        if self.reduction == "mean":
+            frames = min(self.frames, error.shape[1]) if self.frames else error.shape[1]
+            scale = scale / (frames * error[0, 0].size)
+        return Term(scale * example_sum(error**2), expand(2 * scale, error) * error)

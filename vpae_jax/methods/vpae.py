@@ -1,0 +1,373 @@
+"""V-PAE: Phased One-Step Adversarial Equilibrium for Video Diffusion Models (2508.21019v2).
+
+Phase one, stability priming. x_t is a noised real clip, x0 = x_t - t mu(x_t, t) the generator's clip, x_t' the same
+noised again:
+
+    Eq. 1   grad D_KL = E[-(s_real(x_t') - s_fake(x_t')) d mu / d theta]          `scores.DistributionMatching`
+    Eq. 2   L_fake    = E ||nu - mu_fake(x_t', t')||^2,  nu = eps' - x0           `scores.fake_score_loss`
+
+Phase two, unified adversarial equilibrium. x0 = eps - mu(eps, 1); D = heads on the hidden states of the generator's own
+averaged weights, which are never differentiated:
+
+    Eq. 3   L_UAE                                                                `adversarial.LOSSES`
+    Eq. 4   L_STR1    = E (D(x_t + delta) - D(x_t))^2 / ||delta||^2              `adversarial.DifferencePenalty`
+    Eq. 5   L_C-SDS   = E ||x0 - x0_real(sg(x_t'), t')||^2                       `scores.ScoreDistillation`
+    Eq. 6   L_G       = L_UAE-G + lambda L_C-SDS,   lambda = 10
+    Eq. 7   L_D       = L_UAE-D + L_STR1
+
+Order of a step. One: the fake score `fake_updates` times, each on fresh clips, then the generator. Two: the heads
+`disc_updates` times, (the trained backbone as often, for "full_copy",) then the generator, then its average.
+
+Where the text is open, the default and the alternatives:
+
+    Eq. 1's "d mu / d theta"       on x0 (with a velocity network the literal text has the wrong sign)
+    Eq. 1's weight                 matching.weighting = x0_norm | none | t2;  matching.floor
+    x_t of phase one               input = noised_real (figure 2) | pure_noise | anneal (version 1's abstract)
+    t in [.9T, T]                  t = Uniform(.9, 1) on the sigma axis | axis="raw", shift=5
+    t' in (0, T]                   matching.t, fake_t: U(.02, .98) raw, shift 5, clipped | unshifted | (.001, .999)
+    guidance of s_real             matching.guidance = 5 | 1 | 3.5 to 7
+    Eq. 2's nu                     fake_loss = velocity | x0
+    how the fake score trains      fake = lora (rank, scale) | all
+    updates a generator step       fake_updates = 5;  count = generator | all (are 500 steps the generator's, or all?)
+    Eq. 3's form                   adversarial = hinge | ns_logistic | rpgan | pcm_hinge | literal
+    Eq. 3's backbone               backbone = ema | online_sg | online_trainable | full_copy | frozen_teacher
+    the discriminator's noise      noise.kind = shared | fig_literal | v1 | full | clean;  noise.t;  noise.real
+    Eq. 4's sample                 penalty.on = fake | real | both
+    Eq. 4's noise and norm         penalty.spatial, penalty.temporal, penalty.norm = mean | sum | fixed
+    Eq. 5's t', guidance, norm     csds.t (None: the discriminator's t), csds.guidance, csds.reduction, csds.time_weight
+    Eq. 5's region                 csds.frames
+    updates and head start         disc_updates, disc_warmup
+
+Ranges of t are stated for 720p; `Uniform.translate_to` carries one over to a smaller clip, where the same noise hides
+more. At [.9, .999] the adversarial gradient reaches x0 through a factor 1 - t of at most .1 and drowns beside
+lambda = 10: watch `adv_csds_ratio`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+
+from vpae_jax.flow.schedule import LogitNormal, Uniform, add_noise
+from vpae_jax.methods.adversarial import (
+    LOSSES,
+    AdversarialKind,
+    ConstantFeatures,
+    DifferencePenalty,
+    DiscriminatorNoise,
+    Judge,
+    Judged,
+    discriminator_loss,
+    judge,
+)
+from vpae_jax.methods.base import Backbone, Head, Role, Update, Velocity
+from vpae_jax.methods.common import (
+    Term,
+    check_at_least,
+    check_choice,
+    check_fraction,
+    drift,
+    drop_conditions,
+    f32,
+    inject,
+    named_keys,
+    predict_x0,
+)
+from vpae_jax.methods.scores import SCORE_TIMES, DistributionMatching, ScoreDistillation, fake_score_loss
+from vpae_jax.types import Batch, Latents, Metrics, PerExample, PRNGKey, UserError
+
+PRIMING_TIMES = Uniform(0.9, 1.0)
+MATCHING = DistributionMatching()
+SHARED_NOISE = DiscriminatorNoise()
+STR1 = DifferencePenalty()
+CSDS = ScoreDistillation()
+
+
+def _without_images(batch: Batch, probability: float, key: PRNGKey) -> Batch:
+    """The batch with images and first frames withheld at random, for a student of both tasks."""
+    if probability == 0:
+        return batch
+    return replace(batch, condition=drop_conditions(batch, key, 0.0, probability))
+
+
+@dataclass(frozen=True)
+class PhaseOne:
+    """Stability priming.
+
+    Attributes:
+      input: what the generator denoises: a noised real clip, pure noise at t = 1, or a noised real clip whose range of
+        t starts at `anneal_from` and reaches `t` after `anneal_steps` steps (high to low signal-to-noise ratio).
+      t: distribution of the generator's time; for "anneal" a `Uniform`.
+      anneal_from: lower end of t at step 0, on the axis on which `t` is stated.
+      anneal_steps: steps until the lower end is that of `t`.
+      matching: the distribution-matching gradient.
+      fake: what of the fake score is trained: low-rank adapters on the teacher, or a full copy.
+      fake_rank: rank of the adapters.
+      fake_scale: alpha / rank.
+      fake_loss: space of the fake score's error.
+      fake_t: distribution of t' in the fake score's loss.
+      fake_updates: updates of the fake score for one of the generator.
+      count: what a step counts: "generator" updates, each after `fake_updates` of the fake score, or "all": updates of
+        the fake score, the generator following every `fake_updates`-th.
+      image_dropout: probability that image and first frame are withheld.
+      ema: decay of the generator's average.
+      init: where the generator starts.
+    """
+
+    input: Literal["noised_real", "pure_noise", "anneal"] = "noised_real"
+    t: Uniform | LogitNormal = PRIMING_TIMES
+    anneal_from: float = 0.5
+    anneal_steps: int = 500
+    matching: DistributionMatching = MATCHING
+    fake: Literal["lora", "all"] = "lora"
+    fake_rank: int = 128
+    fake_scale: float = 0.5
+    fake_loss: Literal["velocity", "x0"] = "velocity"
+    fake_t: Uniform | LogitNormal = SCORE_TIMES
+    fake_updates: int = 5
+    count: Literal["generator", "all"] = "generator"
+    image_dropout: float = 0.0
+    ema: float = 0.995
+    init: Literal["pretrained", "previous"] = "pretrained"
+
+    def __post_init__(self) -> None:
+        choices = {
+            "input": ("noised_real", "pure_noise", "anneal"),
+            "fake": ("lora", "all"),
+            "fake_loss": ("velocity", "x0"),
+            "count": ("generator", "all"),
+        }
+        check_choice("PhaseOne", choices, self)
+        check_fraction("PhaseOne", image_dropout=self.image_dropout, ema=self.ema, anneal_from=self.anneal_from)
+        counts = {"fake_rank": self.fake_rank, "fake_updates": self.fake_updates, "anneal_steps": self.anneal_steps}
+        check_at_least("PhaseOne", 1, **counts)
+        if self.input == "anneal" and not isinstance(self.t, Uniform):
+            raise UserError("PhaseOne.t has no lower end to anneal; use a Uniform, or input='noised_real'")
+
+    @property
+    def roles(self) -> Mapping[str, Role]:
+        adapters = {"init": "fresh", "lora_rank": self.fake_rank, "lora_alpha": self.fake_rank * self.fake_scale}
+        fake = Role(trains="lora", base="teacher", **adapters) if self.fake == "lora" else Role("pretrained", "all")
+        return {
+            "generator": Role(init=self.init, trains="all", ema=self.ema),
+            "teacher": Role(init="pretrained"),
+            "fake_score": fake,
+        }
+
+    @property
+    def updates(self) -> tuple[Update, ...]:
+        if self.count == "all":
+            return (
+                Update(trains="fake_score", loss=self.fake_score_loss),
+                Update(trains="generator", loss=self.generator_loss, every=self.fake_updates),
+            )
+        return (
+            Update(trains="fake_score", loss=self.fake_score_loss, repeats=self.fake_updates),
+            Update(trains="generator", loss=self.generator_loss),
+        )
+
+    def generate(self, generator: Velocity, batch: Batch, others: Mapping[str, Any], key: PRNGKey) -> Latents:
+        """The generator's clips in one evaluation, float32. "anneal" reads the step from `others["step"]`."""
+        keys = named_keys(key, "t", "noise")
+        data = f32(batch.latents)
+        noise = jax.random.normal(keys.noise, data.shape, data.dtype)
+        if self.input == "pure_noise":
+            return predict_x0(generator, noise, jnp.ones(len(data)), batch.condition)
+        if self.input == "anneal" and isinstance(self.t, Uniform):
+            progress = jnp.clip(others["step"] / self.anneal_steps, 0.0, 1.0).astype(jnp.float32)
+            t = self.t(keys.t, len(data), self.anneal_from + progress * (self.t.low - self.anneal_from))
+        else:
+            t = self.t(keys.t, len(data))
+        return predict_x0(generator, add_noise(data, noise, t), t, batch.condition)
+
+    def generator_loss(
+        self, trainable: Velocity, others: Mapping[str, Any], batch: Batch, key: PRNGKey
+    ) -> tuple[PerExample, Metrics]:
+        """Eq. 1. Needs "teacher" and "fake_score"."""
+        keys = named_keys(key, "images", "generate", "matching")
+        batch = _without_images(batch, self.image_dropout, keys.images)
+        x0 = self.generate(trainable, batch, others, keys.generate)
+        term, metrics = self.matching(
+            x0, others["teacher"], others["fake_score"], batch.condition, batch.unconditional, keys.matching
+        )
+        return inject(x0, term), {**metrics, **drift(stop_gradient(x0), f32(batch.latents))}
+
+    def fake_score_loss(
+        self, trainable: Velocity, others: Mapping[str, Any], batch: Batch, key: PRNGKey
+    ) -> tuple[PerExample, Metrics]:
+        """Eq. 2. Needs "generator"."""
+        keys = named_keys(key, "images", "generate", "loss")
+        batch = _without_images(batch, self.image_dropout, keys.images)
+        x0 = self.generate(others["generator"], batch, others, keys.generate)
+        return fake_score_loss(trainable, x0, batch.condition, self.fake_t, keys.loss, self.fake_loss), {}
+
+
+BackboneKind = Literal["ema", "online_sg", "online_trainable", "full_copy", "frozen_teacher"]
+# Which network's hidden states are judged.
+BACKBONES: Mapping[str, str] = {
+    "ema": "generator_ema",
+    "online_sg": "generator",
+    "online_trainable": "generator",
+    "full_copy": "backbone",
+    "frozen_teacher": "teacher",
+}
+
+
+@dataclass(frozen=True)
+class PhaseTwo:
+    """Unified adversarial equilibrium.
+
+    Attributes:
+      adversarial: Eq. 3's form.
+      adversarial_weight: of the generator's adversarial term.
+      backbone: whose hidden states the heads read. "ema": the generator's average. "online_sg": the generator's current
+        weights, as constants (needs `others["generator"]` in the generator's update too). "online_trainable": the same,
+        but the generator is also trained as the backbone, and can lower its loss by blinding its judge. "full_copy": a
+        second copy of the teacher, trained with the heads by an update of its own (Table 3 "Trained"; one more
+        evaluation of the discriminator's loss and one more set of weights and moments). "frozen_teacher": Table 3's
+        "Frozen".
+      noise: how clips are noised for the discriminator.
+      penalty: Eq. 4; its weight is Eq. 7's 1.
+      csds: Eq. 5; its weight is lambda.
+      disc_updates: updates of the discriminator for one of the generator.
+      disc_warmup: steps during which only the discriminator is trained.
+      image_dropout: probability that image and first frame are withheld.
+      ema: decay of the generator's average.
+      init: where the generator starts; "pretrained" is the ablation without phase one.
+    """
+
+    adversarial: AdversarialKind = "hinge"
+    adversarial_weight: float = 1.0
+    backbone: BackboneKind = "ema"
+    noise: DiscriminatorNoise = SHARED_NOISE
+    penalty: DifferencePenalty = STR1
+    csds: ScoreDistillation = CSDS
+    disc_updates: int = 1
+    disc_warmup: int = 0
+    image_dropout: float = 0.0
+    ema: float = 0.995
+    init: Literal["previous", "pretrained"] = "previous"
+
+    def __post_init__(self) -> None:
+        choices = {"adversarial": tuple(LOSSES), "backbone": tuple(BACKBONES), "init": ("previous", "pretrained")}
+        check_choice("PhaseTwo", choices, self)
+        check_fraction("PhaseTwo", image_dropout=self.image_dropout, ema=self.ema)
+        check_at_least("PhaseTwo", 0, adversarial_weight=self.adversarial_weight, disc_warmup=self.disc_warmup)
+        check_at_least("PhaseTwo", 1, disc_updates=self.disc_updates)
+        if self.backbone == "online_trainable":
+            warnings.warn(
+                "PhaseTwo.backbone is 'online_trainable': the generator can lower its loss by blinding its own judge",
+                stacklevel=3,
+            )
+        if self.noise.kind == "fig_literal":
+            warnings.warn(
+                "PhaseTwo.noise.kind is 'fig_literal': real and generated clips differ by their noise level alone",
+                stacklevel=3,
+            )
+
+    @property
+    def roles(self) -> Mapping[str, Role]:
+        roles = {
+            "generator": Role(init=self.init, trains="all", ema=self.ema),
+            "teacher": Role(init="pretrained"),
+            "heads": Role(init="fresh", trains="all", model="heads"),
+        }
+        if self.backbone == "full_copy":
+            roles["backbone"] = Role(init="pretrained", trains="all")
+        return roles
+
+    @property
+    def updates(self) -> tuple[Update, ...]:
+        updates = [Update(trains="heads", loss=self.heads_loss, repeats=self.disc_updates)]
+        if self.backbone == "full_copy":
+            updates.append(Update(trains="backbone", loss=self.backbone_loss, repeats=self.disc_updates))
+        updates.append(Update(trains="generator", loss=self.generator_loss, starts=self.disc_warmup))
+        return tuple(updates)
+
+    def generate(self, generator: Velocity, batch: Batch, key: PRNGKey) -> Latents:
+        """x0 = eps - mu(eps, 1) in float32."""
+        shape = batch.latents.shape
+        noise = jax.random.normal(key, shape, jnp.float32)
+        return predict_x0(generator, noise, jnp.ones(shape[0]), batch.condition)
+
+    def heads_loss(
+        self, trainable: Head, others: Mapping[str, Any], batch: Batch, key: PRNGKey
+    ) -> tuple[PerExample, Metrics]:
+        """Eq. 7 for the heads. Needs "generator" and the backbone."""
+        constant = ConstantFeatures(others[BACKBONES[self.backbone]])
+        return self._discriminator_loss(constant, trainable, others, batch, key)
+
+    def backbone_loss(
+        self, trainable: Backbone, others: Mapping[str, Any], batch: Batch, key: PRNGKey
+    ) -> tuple[PerExample, Metrics]:
+        """Eq. 7 for a trained backbone. Needs "generator" and "heads"."""
+        return self._discriminator_loss(trainable, others["heads"], others, batch, key)
+
+    def _discriminator_loss(
+        self,
+        backbone: Backbone | ConstantFeatures,
+        heads: Head,
+        others: Mapping[str, Any],
+        batch: Batch,
+        key: PRNGKey,
+    ) -> tuple[PerExample, Metrics]:
+        keys = named_keys(key, "images", "generate", "noise", "penalty")
+        batch = _without_images(batch, self.image_dropout, keys.images)
+        x0 = stop_gradient(self.generate(others["generator"], batch, keys.generate))
+        shown = self.noise(x0, f32(batch.latents), keys.noise)
+        judged = judge(backbone, heads, batch.condition)
+        return discriminator_loss(judged, shown, self.adversarial, self.penalty, keys.penalty)
+
+    def generator_loss(
+        self, trainable: Backbone, others: Mapping[str, Any], batch: Batch, key: PRNGKey
+    ) -> tuple[PerExample, Metrics]:
+        """Eq. 6. Needs "heads", "teacher" and the backbone.
+
+        Metrics besides `common.drift`: both terms' values and, for a clip, the L2 norms of their weighted gradients
+        with respect to x0 and the ratio of these. "online_trainable" has no separate adversarial gradient to report.
+        """
+        keys = named_keys(key, "images", "generate", "noise", "csds")
+        batch = _without_images(batch, self.image_dropout, keys.images)
+        x0 = self.generate(trainable, batch, keys.generate)
+        constant, data = stop_gradient(x0), f32(batch.latents)
+        backbone = trainable if self.backbone == "online_trainable" else others[BACKBONES[self.backbone]]
+        judged = judge(backbone, others["heads"], batch.condition)
+        terms, metrics = [], dict(drift(constant, data))
+
+        def adversarial(x: Latents) -> tuple[PerExample, PerExample]:
+            return self._adversarial(judged, self.noise(x, data, keys.noise))
+
+        direct = jnp.zeros(len(x0))
+        if self.backbone == "online_trainable":
+            value, logit = adversarial(x0)
+            direct = self.adversarial_weight * value
+        else:
+            value, backward, logit = jax.vjp(adversarial, constant, has_aux=True)
+            term = Term(value, backward(jnp.ones_like(value))[0]).scaled(self.adversarial_weight)
+            metrics["adv_grad"] = term.grad_norm
+            terms.append(term)
+        metrics |= {"adversarial": value.mean(), "fake_logit": logit.mean()}
+
+        if self.csds.weight:
+            disc_t = self.noise(constant, data, keys.noise).fake_t
+            term = self.csds(constant, others["teacher"], batch.condition, batch.unconditional, keys.csds, disc_t)
+            metrics["csds"] = term.value.mean()
+            term = term.scaled(self.csds.weight)
+            metrics["csds_grad"] = term.grad_norm
+            terms.append(term)
+        if "adv_grad" in metrics and "csds_grad" in metrics:
+            metrics["adv_csds_ratio"] = metrics["adv_grad"] / jnp.maximum(metrics["csds_grad"], 1e-12)
+        return (direct + inject(x0, *terms)) if terms else direct, metrics
+
+    def _adversarial(self, judged: Judge, shown: Judged) -> tuple[PerExample, PerExample]:
+        """The generator's adversarial term of each clip, and the logit of the generated clip."""
+        loss = LOSSES[self.adversarial]
+        fake = judged(shown.fake, shown.fake_t)
+        real = judged(shown.real, shown.real_t) if loss.relative else jnp.zeros_like(fake)
+        return loss.generator(real, fake), fake

@@ -1,0 +1,1 @@
+"""Wan models in Flax NNX, equal to those of diffusers and transformers."""

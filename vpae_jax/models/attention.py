@@ -1,0 +1,104 @@
+"""Attention, rotary position embedding and the norms that Wan's blocks are made of.
+
+Statistics (mean, variance, softmax) are float32 whatever the compute dtype.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+Heads = Float[Array, "b n heads head_dim"]
+
+
+class RMSNorm(nnx.Module):
+    """`x / rms(x) * scale` over the last axis, computed in float32, returned in the input's dtype."""
+
+    def __init__(self, features: int, *, eps: float, param_dtype: DTypeLike = jnp.float32):
+        self.scale = nnx.Param(jnp.ones((features,), param_dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        wide = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (wide * inverse * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm with scale and bias, computed and returned in float32 (Diffusers' FP32LayerNorm)."""
+
+    def __init__(self, features: int, *, eps: float, param_dtype: DTypeLike = jnp.float32):
+        self.scale = nnx.Param(jnp.ones((features,), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((features,), param_dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        return normalise(x, self.eps) * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+
+
+def normalise(x: Float[Array, "*batch d"], eps: float) -> Float[Array, "*batch d"]:
+    """Layer norm without scale or bias over the last axis, computed and returned in float32."""
+    wide = x.astype(jnp.float32)
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
+
+
+def rope_table(
+    grid: tuple[int, int, int], head_dim: int, theta: float = 10000.0
+) -> tuple[Float[np.ndarray, "n half"], Float[np.ndarray, "n half"]]:
+    """Cosines and sines of the three-dimensional rotary embedding, one row a token in (frame, row, column) order.
+
+    Of a head's channels, 2 * (head_dim // 6) turn with the row, as many with the column, and the rest with the frame
+    (Wan 2.1; Diffusers' WanRotaryPosEmbed). Angles are float64, the tables float32.
+
+    Args:
+      grid: tokens along frame, height and width.
+      head_dim: channels of one head, even.
+    """
+    side = 2 * (head_dim // 6)
+    angles = []
+    for axis, channels in enumerate((head_dim - 2 * side, side, side)):
+        frequencies = theta ** -(np.arange(0, channels, 2, dtype=np.float64) / channels)
+        angle = np.arange(grid[axis], dtype=np.float64)[:, None] * frequencies
+        shape = [1, 1, 1, channels // 2]
+        shape[axis] = grid[axis]
+        angles.append(np.broadcast_to(angle.reshape(shape), (*grid, channels // 2)))
+    table = np.concatenate(angles, axis=-1).reshape(int(np.prod(grid)), head_dim // 2)
+    return np.cos(table).astype(np.float32), np.sin(table).astype(np.float32)
+
+
+def rotate(x: Heads, cos: Float[Array, "n half"], sin: Float[Array, "n half"]) -> Heads:
+    """Turns each pair of neighbouring channels (2i, 2i + 1) of each head by its token's angle; float32 inside."""
+    even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)
+
+
+def attention(
+    q: Float[Array, "b n heads head_dim"],
+    k: Float[Array, "b m heads head_dim"],
+    v: Float[Array, "b m heads head_dim"],
+    bias: Float[Array, "#b m"] | None = None,
+) -> Float[Array, "b n heads head_dim"]:
+    """softmax(q k^T / sqrt(head_dim) + bias) v, the softmax in float32, the products in the inputs' dtype.
+
+    Args:
+      q: queries.
+      k: keys.
+      v: values.
+      bias: float32 logit added for each key, the same for all queries and heads: the logarithm of how often the key
+        counts, so -inf hides a key. At least one key must be visible.
+    """
+    scale = q.shape[-1] ** -0.5
+    # Batched matrix products over [b, heads]: on CPU several times faster than einsum over the unmoved axes.
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * jnp.asarray(scale, q.dtype), k, v))
+    logits = jnp.matmul(q, jnp.swapaxes(k, -1, -2), preferred_element_type=jnp.float32)
+    if bias is not None:
+        logits = logits + bias[:, None, None, :]
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.swapaxes(jnp.matmul(weights, v), 1, 2)

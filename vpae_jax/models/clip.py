@@ -1,0 +1,188 @@
+"""CLIP vision tower (Radford et al. 2021; equal to transformers' `CLIPVisionModel`), read at its penultimate layer.
+
+Wan conditions on the hidden states before the last layer, class token first. The last layer and the final norm are
+kept as weights, so that a model directory survives a round trip, and are never run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from vpae_jax.models.stack import scan_layers, stack_layers
+from vpae_jax.types import UserError
+
+
+def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The sigmoid approximation of GELU that OpenAI's CLIP was trained with."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The exact GELU of OpenCLIP's ViT-H, which Wan uses."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+_ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
+
+
+@dataclass(frozen=True)
+class CLIPVisionConfig:
+    """Fields of transformers' `CLIPVisionConfig` that shape the tower; same names, same defaults.
+
+    Raises:
+      UserError: an activation other than "gelu" or "quick_gelu", or sizes that do not divide.
+    """
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.hidden_act not in _ACTIVATIONS:
+            raise UserError(f"CLIP: hidden_act is {self.hidden_act!r}, expected one of {sorted(_ACTIVATIONS)}")
+        if self.num_channels != 3:
+            raise UserError(f"CLIP: num_channels is {self.num_channels}, only 3 (RGB) is supported")
+        if self.image_size % self.patch_size:
+            raise UserError(f"CLIP: image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.hidden_size % self.num_attention_heads:
+            heads = self.num_attention_heads
+            raise UserError(f"CLIP: hidden_size {self.hidden_size} is not a multiple of num_attention_heads {heads}")
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the output: the class token and one a patch."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+
+class Embeddings(nnx.Module):
+    """Patches, class token and learned positions."""
+
+    def __init__(self, config: CLIPVisionConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
+        c = config
+        self.dtype = dtype
+        normal = nnx.initializers.normal
+        self.class_embedding = nnx.Param(normal(c.hidden_size**-0.5)(rngs.params(), (c.hidden_size,), param_dtype))
+        self.patch_embedding = nnx.Conv(
+            c.num_channels,
+            c.hidden_size,
+            (c.patch_size, c.patch_size),
+            strides=c.patch_size,
+            padding="VALID",
+            use_bias=False,
+            kernel_init=normal(0.02),
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+        self.position_embedding = nnx.Embed(
+            c.num_tokens,
+            c.hidden_size,
+            embedding_init=normal(0.02),
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+
+    def __call__(self, pixels: Float[Array, "b h w 3"]) -> Float[Array, "b n e"]:
+        patches = self.patch_embedding(pixels)
+        b, _, _, e = patches.shape
+        first = jnp.broadcast_to(self.class_embedding.get_value().astype(self.dtype), (b, 1, e))
+        tokens = jnp.concatenate([first, patches.reshape(b, -1, e)], axis=1)
+        return tokens + self.position_embedding.embedding.get_value().astype(self.dtype)
+
+
+class Layer(nnx.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, config: CLIPVisionConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
+        c, width = config, config.hidden_size
+        self.config = config
+        in_std = (width**-0.5) * (2 * c.num_hidden_layers) ** -0.5
+
+        def linear(inputs: int, outputs: int, std: float) -> nnx.Linear:
+            init = nnx.initializers.normal(std)
+            return nnx.Linear(inputs, outputs, kernel_init=init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+        self.layer_norm1 = _layer_norm(config, rngs, dtype, param_dtype)
+        self.q_proj = linear(width, width, in_std)
+        self.k_proj = linear(width, width, in_std)
+        self.v_proj = linear(width, width, in_std)
+        self.out_proj = linear(width, width, width**-0.5)
+        self.layer_norm2 = _layer_norm(config, rngs, dtype, param_dtype)
+        self.fc1 = linear(width, c.intermediate_size, (2 * width) ** -0.5)
+        self.fc2 = linear(c.intermediate_size, width, in_std)
+
+    def __call__(self, x: Float[Array, "b n e"]) -> Float[Array, "b n e"]:
+        b, n, _ = x.shape
+        h = self.layer_norm1(x)
+        heads = (b, n, self.config.num_attention_heads, -1)
+        q, k, v = self.q_proj(h).reshape(heads), self.k_proj(h).reshape(heads), self.v_proj(h).reshape(heads)
+        x = x + self.out_proj(jax.nn.dot_product_attention(q, k, v).reshape(b, n, -1))
+        return x + self.fc2(_ACTIVATIONS[self.config.hidden_act](self.fc1(self.layer_norm2(x))))
+
+
+class CLIPVision(nnx.Module):
+    """Pixels to penultimate hidden states.
+
+    Args:
+      config: sizes.
+      rngs: a "params" stream for the initial weights.
+      dtype: compute dtype; norms and softmax are float32 whatever it is.
+      param_dtype: dtype of the weights.
+    """
+
+    def __init__(
+        self,
+        config: CLIPVisionConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+    ):
+        self.config = config
+        self.embeddings = Embeddings(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.pre_layrnorm = _layer_norm(config, rngs, dtype, param_dtype)  # transformers' spelling
+        self.layers = stack_layers(
+            lambda layer_rngs: Layer(config, rngs=layer_rngs, dtype=dtype, param_dtype=param_dtype),
+            config.num_hidden_layers,
+            rngs,
+        )
+        self.post_layernorm = _layer_norm(config, rngs, dtype, param_dtype)
+
+    def __call__(self, pixels: Float[Array, "b h w 3"]) -> Float[Array, "b n e"]:
+        """Hidden states before the last layer, class token first: transformers' `hidden_states[-2]`.
+
+        Args:
+          pixels: images of side `image_size`, already normalised by the image processor's mean and std.
+
+        Raises:
+          UserError: images of another size.
+        """
+        side = self.config.image_size
+        if pixels.shape[1:3] != (side, side):
+            raise UserError(f"CLIP: images are {pixels.shape[1]}x{pixels.shape[2]}, expected {side}x{side}")
+        x = self.pre_layrnorm(self.embeddings(pixels))
+        return scan_layers(self.layers, x, lambda layer, x: layer(x), stop=self.config.num_hidden_layers - 1)
+
+
+def _layer_norm(config: CLIPVisionConfig, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike) -> nnx.LayerNorm:
+    return nnx.LayerNorm(
+        config.hidden_size,
+        epsilon=config.layer_norm_eps,
+        use_fast_variance=False,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )

@@ -1,0 +1,275 @@
+"""Discriminator heads: hidden states of a transformer's tapped blocks to one logit a clip, high for real.
+
+V-PAE's multi-modal cross-attention head (arXiv 2508.21019v2, section 3.3), with APT's head (arXiv 2501.08316) and
+per-tap 1x1 convolutions (PCM, LADD) for comparison. What the paper leaves open follows methods.md 3.3, rows 23 to 27:
+
+    z       = [q; W_i e_img; W_t e_text] + type embedding        learnable queries, projected condition of the backbone
+    q       = q + SelfAttention(RMSNorm(z))                      only the queries' rows; padded text is hidden
+    q_k     = q_k + CrossAttention(RMSNorm(q_k), RMSNorm(hidden states of tap k))
+    q_k     = q_k + MLP(RMSNorm(q_k))
+    logit   = FFN(LayerNorm(concat_k q_k))
+
+Keys and values of the hidden states are computed in the compute dtype. The rest is a few rows a clip and runs in
+float32, because the discriminator's penalty takes differences of nearby logits.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from vpae_jax.models.attention import LayerNorm, RMSNorm, attention
+from vpae_jax.models.lora import Linear
+from vpae_jax.types import Features, PerExample, Tokens, UserError
+
+
+@dataclass(frozen=True)
+class HeadsConfig:
+    """Which heads, and how large.
+
+    Attributes:
+      width: width of the backbone's hidden states.
+      kind: "ca_mm" attends to image and text before the hidden states, "ca" does not, "conv" averages the logits of
+        1x1 convolutions over tokens and taps.
+      num_taps: how many blocks are tapped.
+      hidden: width inside the heads; None takes the backbone's.
+      num_heads: attention heads; must divide the width inside.
+      queries: "per_tap" has one learnable query for each tap, "shared" has `num_queries` that every tap reads with.
+      num_queries: number of shared queries.
+      modality: how queries, image and text tokens are told apart: a learned "type_embedding", or fixed "sinusoid"
+        positions counted within each of them.
+      condition: "tokens" attends to every image and text token, "pooled" to the mean of each.
+      mlp_ratio: hidden width of the MLP after each cross-attention, in units of the width inside.
+      eps: of every norm.
+    """
+
+    width: int
+    kind: Literal["ca_mm", "ca", "conv"] = "ca_mm"
+    num_taps: int = 3
+    hidden: int | None = None
+    num_heads: int = 4
+    queries: Literal["per_tap", "shared"] = "per_tap"
+    num_queries: int = 3
+    modality: Literal["type_embedding", "sinusoid"] = "type_embedding"
+    condition: Literal["tokens", "pooled"] = "tokens"
+    mlp_ratio: int = 4
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        choices = {
+            "kind": ("ca_mm", "ca", "conv"),
+            "queries": ("per_tap", "shared"),
+            "modality": ("type_embedding", "sinusoid"),
+            "condition": ("tokens", "pooled"),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise UserError(f"heads: {name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
+        for name in ("width", "num_taps", "num_heads", "num_queries", "mlp_ratio", "inner"):
+            if getattr(self, name) < 1:
+                raise UserError(f"heads: {name} is {getattr(self, name)}, expected at least 1")
+        if self.kind != "conv" and self.inner % self.num_heads:
+            raise UserError(
+                f"heads: num_heads {self.num_heads} does not divide the inner width {self.inner}; change one"
+            )
+        if self.modality == "sinusoid" and self.inner % 2:
+            raise UserError(f"heads: the inner width is {self.inner}, expected an even one for sinusoid positions")
+
+    @property
+    def inner(self) -> int:
+        """Width inside the heads."""
+        return self.width if self.hidden is None else self.hidden
+
+    @property
+    def num_tokens(self) -> int:
+        """Learnable queries."""
+        return self.num_taps if self.queries == "per_tap" else self.num_queries
+
+
+def default_taps(num_layers: int) -> tuple[int, ...]:
+    """Blocks 16, 26 and 36 of APT's 36, scaled to `num_layers` and rounded up; counted from 1, without repetition.
+
+    Raises:
+      UserError: there are no layers.
+    """
+    if num_layers < 1:
+        raise UserError(f"num_layers is {num_layers}, expected at least 1")
+    return tuple(sorted({-(-num_layers * tap // 36) for tap in (16, 26, 36)}))
+
+
+class QueryAttention(nnx.Module):
+    """Attention of a few queries to many tokens; both sides pre-normalised, queries and keys RMS-normalised again."""
+
+    def __init__(self, config: HeadsConfig, d_keys: int, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
+        d, keys = config.inner, {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
+        norm = {"eps": config.eps, "param_dtype": param_dtype}
+        self.norm_tokens = RMSNorm(d_keys, **norm)
+        self.norm_queries = RMSNorm(d, **norm)
+        self.to_q = Linear(d, d, rngs=rngs, param_dtype=param_dtype)
+        self.to_k = Linear(d_keys, d, **keys)
+        self.to_v = Linear(d_keys, d, **keys)
+        self.norm_q = RMSNorm(d, **norm)
+        self.norm_k = RMSNorm(d, **norm)
+        self.to_out = Linear(d, d, rngs=rngs, param_dtype=param_dtype)
+        self.heads = config.num_heads
+
+    def __call__(
+        self,
+        queries: Float[Array, "b q d"],
+        tokens: Float[Array, "b n d_keys"],
+        bias: Float[Array, "#b n"] | None = None,
+    ) -> Float[Array, "b q d"]:
+        split = (self.heads, queries.shape[-1] // self.heads)
+        tokens = self.norm_tokens(tokens)
+        q = self.norm_q(self.to_q(self.norm_queries(queries))).reshape(*queries.shape[:2], *split)
+        k = self.norm_k(self.to_k(tokens)).reshape(*tokens.shape[:2], *split)
+        v = self.to_v(tokens).reshape(*tokens.shape[:2], *split)
+        return self.to_out(attention(q.astype(k.dtype), k, v, bias).reshape(queries.shape))
+
+
+class TapHead(nnx.Module):
+    """Reads one tap: cross-attention and MLP, each with a residual."""
+
+    def __init__(self, config: HeadsConfig, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
+        d, given = config.inner, {"rngs": rngs, "param_dtype": param_dtype}
+        self.attention = QueryAttention(config, config.width, rngs, dtype, param_dtype)
+        self.norm = RMSNorm(d, eps=config.eps, param_dtype=param_dtype)
+        self.proj_in = Linear(d, config.mlp_ratio * d, **given)
+        self.proj_out = Linear(config.mlp_ratio * d, d, **given)
+
+    def __call__(self, queries: Float[Array, "b q d_in"], tokens: Tokens) -> Float[Array, "b q d_in"]:
+        queries = queries + self.attention(queries, tokens)
+        return queries + self.proj_out(jax.nn.gelu(self.proj_in(self.norm(queries))))
+
+
+class ModalityMixer(nnx.Module):
+    """Lets the queries see the projected image and text tokens; the hidden states come later."""
+
+    def __init__(self, config: HeadsConfig, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
+        d, given = config.inner, {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
+        self.image_proj = Linear(config.width, d, **given)
+        self.text_proj = Linear(config.width, d, **given)
+        learned = config.modality == "type_embedding"
+        self.type_embedding = (
+            nnx.Param(0.02 * jax.random.normal(rngs.params(), (3, d), param_dtype)) if learned else None
+        )
+        self.attention = QueryAttention(config, d, rngs, jnp.float32, param_dtype)
+        self.pooled = config.condition == "pooled"
+
+    def __call__(self, queries: Float[Array, "b q d"], features: Features) -> Float[Array, "b q d"]:
+        text, visible = features.text.astype(jnp.float32), features.text_mask
+        image = None if features.image is None else features.image.astype(jnp.float32)
+        if self.pooled:
+            weight = visible[..., None].astype(jnp.float32)
+            text = jnp.sum(text * weight, axis=1, keepdims=True) / jnp.maximum(jnp.sum(weight, 1, keepdims=True), 1)
+            visible = jnp.any(visible, axis=1, keepdims=True)
+            image = None if image is None else jnp.mean(image, axis=1, keepdims=True)
+        groups = [self._mark(queries, 0)]
+        seen = [jnp.ones(queries.shape[:2], bool)]
+        if image is not None:
+            groups.append(self._mark(self.image_proj(image).astype(jnp.float32), 1))
+            seen.append(jnp.ones(image.shape[:2], bool))
+        groups.append(self._mark(self.text_proj(text).astype(jnp.float32), 2))
+        seen.append(visible)
+        bias = jnp.where(jnp.concatenate(seen, axis=1), 0.0, -jnp.inf)
+        return groups[0] + self.attention(groups[0], jnp.concatenate(groups, axis=1), bias)
+
+    def _mark(self, x: Float[Array, "b n d"], modality: int) -> Float[Array, "b n d"]:
+        if self.type_embedding is not None:
+            return x + self.type_embedding[...].astype(jnp.float32)[modality]
+        return x + sinusoid(x.shape[1], x.shape[2])
+
+
+class QueryHeads(nnx.Module):
+    """`ca_mm` and `ca`."""
+
+    def __init__(self, config: HeadsConfig, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
+        d, given = config.inner, {"rngs": rngs, "param_dtype": param_dtype}
+        self.query = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.num_tokens, d), param_dtype))
+        self.mixer = ModalityMixer(config, rngs, dtype, param_dtype) if config.kind == "ca_mm" else None
+        self.taps = nnx.List([TapHead(config, rngs, dtype, param_dtype) for _ in range(config.num_taps)])
+        self.shared = config.queries == "shared"
+        joined = config.num_taps * d * (config.num_queries if self.shared else 1)
+        self.norm = LayerNorm(joined, eps=config.eps, param_dtype=param_dtype)
+        self.proj_in = Linear(joined, d, **given)
+        # Small but not zero: zero weights would send no gradient to what is judged.
+        self.proj_out = Linear(d, 1, kernel_init=nnx.initializers.normal(0.02), **given)
+
+    def __call__(self, features: Features) -> PerExample:
+        b = features.text.shape[0]
+        query = self.query[...].astype(jnp.float32)
+        queries = jnp.broadcast_to(query, (b, *query.shape))
+        if self.mixer is not None:
+            queries = self.mixer(queries, features)
+        read = []
+        for index, (head, hidden) in enumerate(zip(self.taps, features.taps, strict=True)):
+            own = queries if self.shared else queries[:, index : index + 1]
+            read.append(head(own, hidden).reshape(b, -1))
+        joined = self.norm(jnp.concatenate(read, axis=-1))
+        return self.proj_out(jax.nn.gelu(self.proj_in(joined)))[:, 0]
+
+
+class ConvHeads(nnx.Module):
+    """`conv`: for each tap a logit for each token by two 1x1 convolutions, averaged over tokens and taps."""
+
+    def __init__(self, config: HeadsConfig, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
+        d, init, taps = config.inner, nnx.initializers.normal(0.02), range(config.num_taps)
+        given = {"rngs": rngs, "param_dtype": param_dtype}
+        self.norms = nnx.List([RMSNorm(config.width, eps=config.eps, param_dtype=param_dtype) for _ in taps])
+        self.projs_in = nnx.List([Linear(config.width, d, dtype=dtype, **given) for _ in taps])
+        self.projs_out = nnx.List([Linear(d, 1, kernel_init=init, **given) for _ in taps])
+
+    def __call__(self, features: Features) -> PerExample:
+        heads = zip(self.norms, self.projs_in, self.projs_out, features.taps, strict=True)
+        logits = [proj_out(jax.nn.gelu(proj_in(norm(hidden)))) for norm, proj_in, proj_out, hidden in heads]
+        return jnp.mean(jnp.stack([jnp.mean(logit, axis=(1, 2)) for logit in logits]), axis=0)
+
+
+class DiscriminatorHeads(nnx.Module):
+    """One float32 logit a clip from a transformer's features.
+
+    Args:
+      config: kind and sizes.
+      rngs: source of the initial weights.
+      dtype: compute dtype of the products with hidden states and condition tokens.
+      param_dtype: dtype in which the weights are kept.
+    """
+
+    def __init__(
+        self,
+        config: HeadsConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+    ):
+        kind = ConvHeads if config.kind == "conv" else QueryHeads
+        self.heads = kind(config, rngs, dtype, param_dtype)
+        self.config = config
+
+    def __call__(self, features: Features) -> PerExample:
+        """Logits, high for real.
+
+        Raises:
+          UserError: the number of tapped hidden states is not the number these heads were made for.
+        """
+        if len(features.taps) != self.config.num_taps:
+            raise UserError(
+                f"heads: {len(features.taps)} taps were given, {self.config.num_taps} are expected; set num_taps"
+            )
+        return self.heads(features)
+
+
+def sinusoid(length: int, width: int) -> Float[np.ndarray, "n d"]:
+    """Fixed positions: cosines, then sines, of n / 10000^(2i / width); float32."""
+    frequencies = np.exp(-math.log(10000.0) * np.arange(width // 2) / (width // 2))
+    angles = np.arange(length)[:, None] * frequencies
+    return np.concatenate([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)

@@ -1,0 +1,190 @@
+"""The blocks of the Wan 2.1 transformer: self-attention, cross-attention to text and image, feed-forward.
+
+Equal to Diffusers' `WanTransformerBlock`; parameter names follow its tensor names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from vpae_jax.models.attention import LayerNorm, RMSNorm, attention, normalise, rotate
+from vpae_jax.models.lora import Linear
+from vpae_jax.types import Tokens, UserError
+
+
+@dataclass(frozen=True)
+class WanTransformerConfig:
+    """Field names and defaults of `transformer/config.json` (Diffusers' WanTransformer3DModel).
+
+    Attributes:
+      patch_size: latent frames, rows and columns that make one token.
+      num_attention_heads: heads of every attention.
+      attention_head_dim: channels of a head, even; the width is heads times this.
+      in_channels: latent channels entering: 16, or 36 with 4 mask and 16 first-frame channels.
+      out_channels: latent channels of the velocity.
+      text_dim: width of the text encoder's states.
+      freq_dim: width of the sinusoidal time embedding, even.
+      ffn_dim: hidden width of the feed-forward layers.
+      num_layers: number of blocks.
+      cross_attn_norm: whether a layer norm with scale and bias precedes the cross-attention.
+      qk_norm: only "rms_norm_across_heads" exists.
+      eps: of every norm in the blocks.
+      image_dim: width of the image encoder's states; None for text-to-video.
+      added_kv_proj_dim: the model's width where image tokens get their own keys and values; None for text-to-video.
+      rope_max_seq_len: largest number of tokens along one axis.
+      pos_embed_seq_len: image tokens with a learned position (first-and-last-frame models: 514); None without.
+
+    Raises:
+      UserError: a norm that Wan does not have, odd sizes where pairs are needed, or half of an image-to-video model.
+    """
+
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    num_attention_heads: int = 40
+    attention_head_dim: int = 128
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    ffn_dim: int = 13824
+    num_layers: int = 40
+    cross_attn_norm: bool = True
+    qk_norm: str = "rms_norm_across_heads"
+    eps: float = 1e-6
+    image_dim: int | None = None
+    added_kv_proj_dim: int | None = None
+    rope_max_seq_len: int = 1024
+    pos_embed_seq_len: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.qk_norm != "rms_norm_across_heads":
+            raise UserError(f"transformer: qk_norm is {self.qk_norm!r}, expected 'rms_norm_across_heads'")
+        for name in ("attention_head_dim", "freq_dim"):
+            if getattr(self, name) % 2:
+                raise UserError(f"transformer: {name} is {getattr(self, name)}, expected an even number")
+        if (self.image_dim is None) != (self.added_kv_proj_dim is None):
+            raise UserError(
+                f"transformer: image_dim is {self.image_dim} and added_kv_proj_dim is {self.added_kv_proj_dim}; "
+                "give both for image-to-video, neither for text-to-video"
+            )
+        if self.added_kv_proj_dim not in (None, self.width):
+            raise UserError(
+                f"transformer: added_kv_proj_dim is {self.added_kv_proj_dim}, expected the model's width {self.width}"
+            )
+
+    @property
+    def width(self) -> int:
+        """Channels of a token."""
+        return self.num_attention_heads * self.attention_head_dim
+
+
+class Options(NamedTuple):
+    """The keyword arguments that every layer passes on."""
+
+    rngs: nnx.Rngs
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+
+
+class Context(NamedTuple):
+    """What every block reads besides the hidden states.
+
+    Attributes:
+      modulation: six rows (shift, scale, gate of the self-attention; shift, scale, gate of the feed-forward), float32.
+      text: projected text tokens, then one padding token if the prompt is shorter than TEXT_LEN.
+      text_bias: logit added for each of them.
+      image: projected image tokens.
+      cos: of the rotary embedding.
+      sin: of the rotary embedding.
+    """
+
+    modulation: Float[Array, "b 6 d"]
+    text: Float[Array, "b s d"]
+    text_bias: Float[Array, "1 s"] | None
+    image: Float[Array, "b n_image d"] | None
+    cos: Float[Array, "n half"]
+    sin: Float[Array, "n half"]
+
+
+class Attention(nnx.Module):
+    """Wan's attention: queries and keys RMS-normalised over the full width, then split into heads.
+
+    Cross-attention to image tokens has its own keys and values and reads the same normalised queries; both results
+    are added before the output projection (Diffusers' WanAttnProcessor).
+    """
+
+    def __init__(self, config: WanTransformerConfig, image_keys: bool, options: Options):
+        d, given = config.width, options._asdict()
+        norm = {"eps": config.eps, "param_dtype": options.param_dtype}
+        self.to_q = Linear(d, d, **given)
+        self.to_k = Linear(d, d, **given)
+        self.to_v = Linear(d, d, **given)
+        self.to_out = Linear(d, d, **given)
+        self.norm_q = RMSNorm(d, **norm)
+        self.norm_k = RMSNorm(d, **norm)
+        self.add_k_proj = Linear(d, d, **given) if image_keys else None
+        self.add_v_proj = Linear(d, d, **given) if image_keys else None
+        self.norm_added_k = RMSNorm(d, **norm) if image_keys else None
+        self.heads = config.num_attention_heads
+
+    def split(self, x: Float[Array, "b n d"]) -> Float[Array, "b n heads head_dim"]:
+        return x.reshape(*x.shape[:2], self.heads, -1)
+
+    def self_attention(self, x: Tokens, context: Context) -> Tokens:
+        q = rotate(self.split(self.norm_q(self.to_q(x))), context.cos, context.sin)
+        k = rotate(self.split(self.norm_k(self.to_k(x))), context.cos, context.sin)
+        return self.to_out(attention(q, k, self.split(self.to_v(x))).reshape(x.shape))
+
+    def cross_attention(self, x: Tokens, context: Context) -> Tokens:
+        text, image = context.text, context.image
+        q = self.split(self.norm_q(self.to_q(x)))
+        k = self.split(self.norm_k(self.to_k(text)))
+        out = attention(q, k, self.split(self.to_v(text)), context.text_bias)
+        if image is not None and self.add_k_proj and self.add_v_proj and self.norm_added_k:
+            k = self.split(self.norm_added_k(self.add_k_proj(image)))
+            out = out + attention(q, k, self.split(self.add_v_proj(image)))
+        return self.to_out(out.reshape(x.shape))
+
+
+class FeedForward(nnx.Module):
+    """Linear, GELU, Linear."""
+
+    def __init__(self, d_in: int, d_hidden: int, d_out: int, options: Options, approximate: bool = True):
+        self.proj_in = Linear(d_in, d_hidden, **options._asdict())
+        self.proj_out = Linear(d_hidden, d_out, **options._asdict())
+        self.approximate = approximate
+
+    def __call__(self, x: Float[Array, "b n d_in"]) -> Float[Array, "b n d_out"]:
+        return self.proj_out(jax.nn.gelu(self.proj_in(x), approximate=self.approximate))
+
+
+class Block(nnx.Module):
+    """Self-attention, cross-attention and feed-forward, the first and last modulated by time in float32."""
+
+    def __init__(self, config: WanTransformerConfig, options: Options):
+        d = config.width
+        self.attn1 = Attention(config, False, options)
+        self.attn2 = Attention(config, config.added_kv_proj_dim is not None, options)
+        self.norm2 = LayerNorm(d, eps=config.eps, param_dtype=options.param_dtype) if config.cross_attn_norm else None
+        self.ffn = FeedForward(d, config.ffn_dim, d, options)
+        table = jax.random.normal(options.rngs.params(), (1, 6, d), options.param_dtype)
+        self.scale_shift_table = nnx.Param(table / d**0.5)
+        self.eps = config.eps
+
+    def __call__(self, x: Tokens, context: Context) -> Tokens:
+        table = self.scale_shift_table[...].astype(jnp.float32) + context.modulation
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = jnp.split(table, 6, axis=1)
+        wide = x.astype(jnp.float32)
+        y = (normalise(wide, self.eps) * (1 + scale) + shift).astype(x.dtype)
+        x = (wide + self.attn1.self_attention(y, context) * gate).astype(x.dtype)
+        y = x if self.norm2 is None else self.norm2(x).astype(x.dtype)
+        x = x + self.attn2.cross_attention(y, context)
+        wide = x.astype(jnp.float32)
+        y = (normalise(wide, self.eps) * (1 + ffn_scale) + ffn_shift).astype(x.dtype)
+        return (wide + self.ffn(y).astype(jnp.float32) * ffn_gate).astype(x.dtype)

@@ -1,0 +1,176 @@
+"""The Wan 2.1 diffusion transformer, text-to-video and image-to-video.
+
+Forward-exact with Diffusers' `WanTransformer3DModel` (checked by the tests). Parameter paths follow its tensor names;
+the blocks are stacked on a leading layer axis under `blocks/...` and run by one `jax.lax.scan`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from vpae_jax.models.attention import normalise, rope_table
+from vpae_jax.models.lora import Linear, LoRASpec, attach_lora
+from vpae_jax.models.stack import stack_layers
+from vpae_jax.models.wan_blocks import Block, Context, Options, WanTransformerConfig
+from vpae_jax.models.wan_embed import ConditionEmbedder, PatchEmbedding
+from vpae_jax.types import Condition, Features, Latents, Params, Times, Tokens, UserError
+
+TEXT_LEN = 512  # Wan's text context: zero-padded to this length before the text embedder, and never masked.
+
+REMAT_POLICIES: Mapping[str, Callable[..., Any]] = MappingProxyType(
+    {
+        "full": jax.checkpoint_policies.nothing_saveable,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    }
+)
+
+
+class WanTransformer(nnx.Module):
+    """Noisy latents, time and condition to the velocity eps - x0.
+
+    Args:
+      config: sizes.
+      rngs: source of the initial weights (Wan's initialisation: Xavier-uniform, zero output projection).
+      dtype: compute dtype of the matrix products; norms, modulation, time embedding and softmax stay float32.
+      param_dtype: dtype in which the weights are kept.
+      remat: what the backward pass recomputes: "none" of the blocks, the "full" block, or all but the products of
+        activations with weights ("dots").
+      lora: adapters to attach; their initial effect is zero.
+
+    Raises:
+      UserError: an unknown `remat`, or adapters that fit no layer.
+    """
+
+    def __init__(
+        self,
+        config: WanTransformerConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        remat: str = "none",
+        lora: LoRASpec | None = None,
+    ):
+        if remat not in ("none", *REMAT_POLICIES):
+            raise UserError(f"remat is {remat!r}, expected one of none, {', '.join(REMAT_POLICIES)}; choose one")
+        d, options = config.width, Options(rngs, dtype, param_dtype)
+        patch = math.prod(config.patch_size)
+        kernel = nnx.initializers.xavier_uniform()(rngs.params(), (patch * config.in_channels, d), param_dtype)
+        self.patch_embedding = PatchEmbedding(config, kernel, options)
+        self.condition_embedder = ConditionEmbedder(config, options)
+        self.blocks = stack_layers(
+            lambda layer_rngs: Block(config, options._replace(rngs=layer_rngs)), config.num_layers, rngs
+        )
+        self.proj_out = Linear(d, config.out_channels * patch, kernel_init=nnx.initializers.zeros, **options._asdict())
+        table = jax.random.normal(rngs.params(), (1, 2, d), param_dtype)
+        self.scale_shift_table = nnx.Param(table / d**0.5)
+        self.config = config
+        self.dtype = dtype
+        self.remat = remat
+        if lora is not None:
+            attach_lora(self, lora, rngs=rngs)
+
+    def __call__(self, x: Latents, t: Times, condition: Condition) -> Latents:
+        """Velocity of `x` (the noisy channels only) at `t` in [0, 1], in the dtype of `x`.
+
+        Raises:
+          UserError: sizes that the patches do not divide, or a condition that lacks what this model reads.
+        """
+        hidden, embedding, context = self._enter(x, t, condition)
+        hidden = self._run(hidden, context, 0, self.config.num_layers)
+        table = self.scale_shift_table[...].astype(jnp.float32) + embedding[:, None, :]
+        shift, scale = table[:, :1], table[:, 1:]
+        hidden = (normalise(hidden, self.config.eps) * (1 + scale) + shift).astype(self.dtype)
+        patches = self.proj_out(hidden)
+        (pf, ph, pw), (f, h, w) = self.config.patch_size, self._grid(x)
+        patches = patches.reshape(x.shape[0], f, h, w, pf, ph, pw, self.config.out_channels)
+        velocity = patches.transpose(0, 1, 4, 2, 5, 3, 6, 7)
+        return velocity.reshape(*x.shape[:-1], self.config.out_channels).astype(x.dtype)
+
+    def features(self, x: Latents, t: Times, condition: Condition, taps: tuple[int, ...]) -> Features:
+        """Hidden states after the blocks `taps` (counted from 1, rising) and the projected condition.
+
+        Runs no block after the last tap, and keeps no other block's states.
+
+        Raises:
+          UserError: as `__call__`, and for taps that are not rising block numbers.
+        """
+        layers = self.config.num_layers
+        if not taps or list(taps) != sorted(set(taps)) or taps[0] < 1 or taps[-1] > layers:
+            raise UserError(f"taps are {taps}, expected rising block numbers from 1 to {layers}; correct them")
+        hidden, _, context = self._enter(x, t, condition)
+        states, start = [], 0
+        for tap in taps:
+            hidden = self._run(hidden, context, start, tap)
+            states.append(hidden)
+            start = tap
+        text = context.text[:, : condition.text.shape[1]]
+        return Features(taps=tuple(states), text=text, text_mask=condition.text_mask, image=context.image)
+
+    def _grid(self, x: Latents) -> tuple[int, int, int]:
+        (f, h, w), (pf, ph, pw) = x.shape[1:4], self.config.patch_size
+        if f % pf or h % ph or w % pw:
+            raise UserError(
+                f"latents are {f}x{h}x{w}, expected multiples of the patch {pf}x{ph}x{pw}; crop or pad them"
+            )
+        grid = (f // pf, h // ph, w // pw)
+        if max(grid) > self.config.rope_max_seq_len:
+            limit = self.config.rope_max_seq_len
+            raise UserError(f"latents make {grid} tokens, expected at most {limit} along an axis (rope_max_seq_len)")
+        return grid
+
+    def _enter(self, x: Latents, t: Times, condition: Condition) -> tuple[Tokens, Float[Array, "b d"], Context]:
+        """Latents and condition to tokens, time embedding and what the blocks read."""
+        config, grid = self.config, self._grid(x)
+        if condition.frames is not None:
+            x = jnp.concatenate([x, condition.frames.astype(x.dtype)], axis=-1)
+        if x.shape[-1] != config.in_channels:
+            found = "no" if condition.frames is None else f"{condition.frames.shape[-1]}"
+            raise UserError(
+                f"the transformer got {x.shape[-1]} channels ({found} condition.frames channels among them), "
+                f"expected in_channels = {config.in_channels}; give zeros where there is no image"
+            )
+        if (condition.image is None) != (config.image_dim is None):
+            found = "missing" if condition.image is None else "given"
+            raise UserError(
+                f"condition.image is {found}, but image_dim is {config.image_dim}; "
+                "give zeros to an image-to-video model without image, None to a text-to-video model"
+            )
+        length = condition.text.shape[1]
+        if length > TEXT_LEN:
+            raise UserError(f"condition.text has {length} tokens, expected at most {TEXT_LEN}; shorten the prompt")
+        hidden = self.patch_embedding(x)
+        embedding, modulation = self.condition_embedder.time(t)
+        text, text_bias = condition.text.astype(self.dtype), None
+        if length < TEXT_LEN:
+            # All padding tokens are equal after the embedder: one of them with logit log(count) stands for them all.
+            text = jnp.pad(text, ((0, 0), (0, 1), (0, 0)))
+            text_bias = jnp.zeros((1, length + 1)).at[:, -1].set(math.log(TEXT_LEN - length))
+        text = self.condition_embedder.text_embedder(text)
+        image = None
+        if condition.image is not None and self.condition_embedder.image_embedder is not None:
+            image = self.condition_embedder.image_embedder(condition.image)
+        cos, sin = (jnp.asarray(table) for table in rope_table(grid, config.attention_head_dim))
+        return hidden, embedding, Context(modulation, text, text_bias, image, cos, sin)
+
+    def _run(self, hidden: Tokens, context: Context, start: int, stop: int) -> Tokens:
+        """Blocks start to stop - 1 in one scan over their stacked weights."""
+        graph, weights = nnx.split(self.blocks)
+        if (start, stop) != (0, self.config.num_layers):
+            weights = jax.tree.map(lambda weight: weight[start:stop], weights)
+
+        def body(carry: Tokens, layer: Params) -> tuple[Tokens, None]:
+            return nnx.merge(graph, layer)(carry, context), None
+
+        if self.remat != "none":
+            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        return jax.lax.scan(body, hidden, weights)[0]

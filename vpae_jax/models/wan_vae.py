@@ -1,0 +1,273 @@
+"""The Wan 2.1 video autoencoder: 4x8x8 compression into 16 channels, causal in time.
+
+A clip of 1 + 4k frames becomes 1 + k latent frames; the first frame stands alone. Training works on the whole clip
+(`moments`, `decode_raw`); inference (`encode`, `decode`) walks over it in chunks of one latent frame, so that its
+memory does not grow with the clip's length. Both give the same numbers.
+
+Source: Wan 2.1 (arXiv:2503.20314, section 4.1); names follow Diffusers' `AutoencoderKLWan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Int
+
+from vpae_jax.models.wan_vae_blocks import (
+    AttentionBlock,
+    CausalConv3d,
+    Downsample,
+    History,
+    MidBlock,
+    ResidualBlock,
+    RMSNorm,
+    UpBlock,
+    Volume,
+)
+from vpae_jax.types import Latents, UserError, Video
+
+# fmt: off
+WAN_LATENTS_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+                    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
+WAN_LATENTS_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+                   3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
+# fmt: on
+
+
+@dataclass(frozen=True)
+class WanVAEConfig:
+    """Shape of the autoencoder; fields and defaults of the Diffusers `config.json` (its spelling included).
+
+    Attributes:
+      base_dim: channels at full resolution.
+      decoder_base_dim: the same for the decoder; None means `base_dim`.
+      z_dim: latent channels.
+      dim_mult: channels of each level, in units of the base.
+      num_res_blocks: residual blocks of each encoder level (a decoder level has one more).
+      attn_scales: resolutions, as fractions of the input's, at which the encoder attends.
+      temperal_downsample: for each downsampling, whether it halves the frames too.
+      dropout: must be 0.
+      latents_mean, latents_std: what `encode` normalises each latent channel by.
+      is_residual, patch_size: of Wan 2.2; must be False and None.
+      in_channels, out_channels: video channels; must be 3.
+      scale_factor_temporal, scale_factor_spatial: compression; must agree with the fields above.
+
+    Raises:
+      UserError: a value that is not supported or does not agree with the others.
+    """
+
+    base_dim: int = 96
+    decoder_base_dim: int | None = None
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    attn_scales: tuple[float, ...] = ()
+    temperal_downsample: tuple[bool, ...] = (False, True, True)
+    dropout: float = 0.0
+    latents_mean: tuple[float, ...] = WAN_LATENTS_MEAN
+    latents_std: tuple[float, ...] = WAN_LATENTS_STD
+    is_residual: bool = False
+    in_channels: int = 3
+    out_channels: int = 3
+    patch_size: int | None = None
+    scale_factor_temporal: int = 4
+    scale_factor_spatial: int = 8
+
+    def __post_init__(self):
+        levels, z = len(self.dim_mult), self.z_dim
+        expected = {
+            "dropout": 0.0,
+            "is_residual": False,
+            "patch_size": None,
+            "in_channels": 3,
+            "out_channels": 3,
+            "scale_factor_temporal": 2 ** sum(self.temperal_downsample),
+            "scale_factor_spatial": 2 ** (levels - 1),
+        }
+        for name, value in expected.items():
+            if getattr(self, name) != value:
+                raise UserError(
+                    f"VAE config: {name} is {getattr(self, name)!r}, expected {value!r}; only Wan 2.1 autoencoders work"
+                )
+        lengths = {"temperal_downsample": levels - 1, "latents_mean": z, "latents_std": z}
+        for name, length in lengths.items():
+            if len(getattr(self, name)) != length:
+                raise UserError(f"VAE config: {name} has {len(getattr(self, name))} values, expected {length}")
+
+
+class Encoder(nnx.Module):
+    """Video to unnormalised moments, twice `z_dim` channels."""
+
+    def __init__(self, config: WanVAEConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
+        kw: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        width = config.base_dim
+        self.conv_in = CausalConv3d(config.in_channels, width, (3, 3, 3), **kw)
+        blocks: list[nnx.Module] = []
+        for level, mult in enumerate(config.dim_mult):
+            for _ in range(config.num_res_blocks):
+                blocks.append(ResidualBlock(width, config.base_dim * mult, **kw))
+                width = config.base_dim * mult
+                if 0.5**level in config.attn_scales:
+                    blocks.append(AttentionBlock(width, **kw))
+            if level < len(config.temperal_downsample):
+                blocks.append(Downsample(width, config.temperal_downsample[level], **kw))
+        self.down_blocks = nnx.List(blocks)
+        self.mid_block = MidBlock(width, **kw)
+        self.norm_out = RMSNorm(width, **kw)
+        self.conv_out = CausalConv3d(width, 2 * config.z_dim, (3, 3, 3), **kw)
+
+    def __call__(self, x: Volume, history: History) -> Volume:
+        x = self.conv_in(x, history)
+        for block in self.down_blocks:
+            x = block(x, history)
+        x = self.mid_block(x, history)
+        return self.conv_out(self.norm_out(x, silu=True), history)
+
+
+class Decoder(nnx.Module):
+    """Unnormalised latents to video."""
+
+    def __init__(self, config: WanVAEConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
+        kw: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        base = config.base_dim if config.decoder_base_dim is None else config.decoder_base_dim
+        width = base * config.dim_mult[-1]
+        self.conv_in = CausalConv3d(config.z_dim, width, (3, 3, 3), **kw)
+        self.mid_block = MidBlock(width, **kw)
+        temporal = (*config.temperal_downsample[::-1], False)
+        blocks = []
+        for level, mult in enumerate(config.dim_mult[::-1]):
+            last = level == len(config.dim_mult) - 1
+            blocks.append(UpBlock(width, base * mult, config.num_res_blocks + 1, not last, temporal[level], **kw))
+            width = base * mult // 2
+        self.up_blocks = nnx.List(blocks)
+        self.norm_out = RMSNorm(base * config.dim_mult[0], **kw)
+        self.conv_out = CausalConv3d(base * config.dim_mult[0], config.out_channels, (3, 3, 3), **kw)
+
+    def __call__(self, x: Volume, history: History) -> Volume:
+        x = self.mid_block(self.conv_in(x, history), history)
+        for block in self.up_blocks:
+            x = block(x, history)
+        return self.conv_out(self.norm_out(x, silu=True), history)
+
+
+def _in_chunks(run: Callable[[Volume, History], Volume], x: Volume, size: int, out_size: int) -> Volume:
+    """Runs over the first frame, then over chunks of `size` frames, each with the history that the last one left.
+
+    The first frame gives one frame, a chunk `out_size`; each is written in place into the result, so that beside it
+    only one chunk is in memory.
+    """
+    history = History()
+    first = run(x[:, :1], history)
+    chunks = (x.shape[1] - 1) // size
+    if chunks == 0:
+        return first
+
+    def step(carry: tuple[list[Volume], Volume], index: Int[Array, ""]) -> tuple[tuple[list[Volume], Volume], None]:
+        frames, out = carry
+        history = History(frames)
+        chunk = run(jax.lax.dynamic_slice_in_dim(x, 1 + index * size, size, axis=1), history)
+        return (history.seen, jax.lax.dynamic_update_slice_in_dim(out, chunk, 1 + index * out_size, axis=1)), None
+
+    out = jnp.zeros((first.shape[0], 1 + chunks * out_size, *first.shape[2:]), first.dtype)
+    out = jax.lax.dynamic_update_slice_in_dim(out, first, 0, axis=1)
+    (_, out), _ = jax.lax.scan(step, (history.seen, out), jnp.arange(chunks))
+    return out
+
+
+class WanVAE(nnx.Module):
+    """The autoencoder: videos `[b, t, height, width, 3]` in [-1, 1] to latents `[b, f, h, w, z_dim]`; results float32.
+
+    Args:
+      config: its shape.
+      rngs: where initial weights come from.
+      dtype: of convolutions and attention; norms and softmax are float32 in any case.
+      param_dtype: of the weights.
+    """
+
+    def __init__(
+        self,
+        config: WanVAEConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+    ):
+        kw: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.config, self.dtype = config, dtype
+        self.encoder = Encoder(config, **kw)
+        self.quant_conv = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1), **kw)
+        self.post_quant_conv = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1), **kw)
+        self.decoder = Decoder(config, **kw)
+
+    def moments(self, video: Video) -> tuple[Latents, Latents]:
+        """Mean and log-variance of the latents, not normalised.
+
+        Raises:
+          UserError: the frames are not 1 + a multiple of the temporal compression, or rows or columns no multiple of
+            the spatial one.
+        """
+        self._check_video(video)
+        mean, logvar = jnp.split(self._encode(video, History()), 2, axis=-1)
+        return mean, logvar
+
+    def decode_raw(self, z: Latents) -> Video:
+        """Video of latents that are not normalised; values may leave [-1, 1].
+
+        Raises:
+          UserError: the latents have another number of channels than the autoencoder.
+        """
+        self._check_channels(z)
+        return self._decode(z, History())
+
+    def encode(self, video: Video) -> Latents:
+        """The mean, normalised per channel; memory does not grow with the number of frames. Raises as `moments`."""
+        self._check_video(video)
+
+        def run(x: Volume, history: History) -> Volume:
+            mean = self._encode(x, history)[..., : self.config.z_dim]
+            return (mean - jnp.asarray(self.config.latents_mean)) / jnp.asarray(self.config.latents_std)
+
+        return _in_chunks(run, video, self.config.scale_factor_temporal, 1)
+
+    def decode(self, latents: Latents) -> Video:
+        """Inverse of `encode`, clipped to [-1, 1]; memory does not grow with the number of frames.
+
+        Raises as `decode_raw`.
+        """
+        self._check_channels(latents)
+
+        def run(x: Volume, history: History) -> Volume:
+            z = x * jnp.asarray(self.config.latents_std) + jnp.asarray(self.config.latents_mean)
+            return jnp.clip(self._decode(z, history), -1.0, 1.0)
+
+        return _in_chunks(run, latents, 1, self.config.scale_factor_temporal)
+
+    def _encode(self, x: Volume, history: History) -> Volume:
+        return self.quant_conv(self.encoder(x.astype(self.dtype), history), history).astype(jnp.float32)
+
+    def _decode(self, z: Volume, history: History) -> Volume:
+        x = self.post_quant_conv(z.astype(self.dtype), history)
+        return self.decoder(x, history).astype(jnp.float32)
+
+    def _check_video(self, video: Video) -> None:
+        time, space = self.config.scale_factor_temporal, self.config.scale_factor_spatial
+        _, t, height, width, _ = video.shape
+        if t % time != 1 % time or height % space or width % space:
+            raise UserError(
+                f"video is {t} frames of {height}x{width}; the autoencoder needs 1 + a multiple of {time} frames "
+                f"and rows and columns divisible by {space}; crop or pad it"
+            )
+
+    def _check_channels(self, z: Latents) -> None:
+        if z.shape[-1] != self.config.z_dim:
+            raise UserError(
+                f"latents have {z.shape[-1]} channels, the autoencoder {self.config.z_dim}; "
+                "they were encoded by another autoencoder"
+            )

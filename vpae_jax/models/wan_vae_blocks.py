@@ -1,0 +1,255 @@
+"""Blocks of the Wan 2.1 video autoencoder.
+
+Every temporal convolution is causal and starts from zeros, so a clip may be cut in time: a block that is given the
+last frames of the chunk before computes the same numbers as over the whole clip. `History` carries those frames.
+
+Source: Wan 2.1 (arXiv:2503.20314, section 4.1); names follow Diffusers' `AutoencoderKLWan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.initializers import lecun_normal, zeros_init
+from flax.typing import Initializer
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float
+
+Volume = Float[Array, "_ _ _ _ _"]  # [b, t, h, w, c]; each of them may change from input to output
+
+
+class History:
+    """The last frames seen by each temporal convolution, in the order in which the convolutions run.
+
+    Lives for one pass over one chunk: a pass pops the frames that the chunk before left (`frames`) and appends its
+    own (`seen`). Without `frames` the chunk is the clip's first, or the whole clip.
+    """
+
+    def __init__(self, frames: Sequence[Volume] | None = None):
+        self.first = frames is None
+        self.frames = list(frames or ())
+        self.seen: list[Volume] = []
+
+    def join(self, x: Volume, length: int) -> Volume:
+        """Puts the `length` frames before this chunk in front of x (zeros before the first frame of a clip)."""
+        before = jnp.zeros((x.shape[0], length, *x.shape[2:]), x.dtype) if self.first else self.frames.pop(0)
+        x = jnp.concatenate([before, x], axis=1)
+        self.seen.append(x[:, x.shape[1] - length :])
+        return x
+
+
+def conv_frames(
+    x: Float[Array, "b t h w c"],
+    kernel: Float[Array, "kh kw c cout"],
+    stride: int = 1,
+    padding: str | tuple[tuple[int, int], ...] = "SAME",
+) -> Float[Array, "b t h_out w_out cout"]:
+    """A 2-D convolution of every frame, frames folded into the batch."""
+    b, t = x.shape[:2]
+    y = jax.lax.conv_general_dilated(
+        x.reshape(b * t, *x.shape[2:]), kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    return y.reshape(b, t, *y.shape[1:])
+
+
+class Conv2d(nnx.Module):
+    """A 2-D convolution with bias over every frame; kernel `[kh, kw, cin, cout]`."""
+
+    def __init__(
+        self,
+        cin: int,
+        cout: int,
+        size: int,
+        *,
+        stride: int = 1,
+        padding: str | tuple[tuple[int, int], ...] = "SAME",
+        kernel_init: Initializer | None = None,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+    ):
+        self.stride, self.padding, self.dtype = stride, padding, dtype
+        self.kernel = nnx.Param((kernel_init or lecun_normal())(rngs.params(), (size, size, cin, cout), param_dtype))
+        self.bias = nnx.Param(zeros_init()(rngs.params(), (cout,), param_dtype))
+
+    def __call__(self, x: Volume) -> Volume:
+        kernel = self.kernel[...].astype(self.dtype)
+        return conv_frames(x, kernel, self.stride, self.padding) + self.bias[...].astype(self.dtype)
+
+
+class CausalConv3d(nnx.Module):
+    """A convolution that sees this frame and the ones before; kernel `[kt, kh, kw, cin, cout]`.
+
+    With `time_stride` 2 there is no padding in time: output i sees inputs 2i, 2i+1, 2i+2 of what it is given.
+    """
+
+    def __init__(
+        self,
+        cin: int,
+        cout: int,
+        size: tuple[int, int, int],
+        *,
+        time_stride: int = 1,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+    ):
+        self.time_stride, self.dtype = time_stride, dtype
+        self.kernel = nnx.Param(lecun_normal()(rngs.params(), (*size, cin, cout), param_dtype))
+        self.bias = nnx.Param(zeros_init()(rngs.params(), (cout,), param_dtype))
+
+    def __call__(self, x: Volume, history: History) -> Volume:
+        kernel = self.kernel[...].astype(self.dtype)
+        size, stride = kernel.shape[0], self.time_stride
+        if size > stride:
+            x = history.join(x, size - stride)
+        steps = (x.shape[1] - size) // stride + 1
+        # Taps in time become input channels of one 2-D convolution: on CPU twice as fast as a 3-D one.
+        taps = [x[:, k : k + (steps - 1) * stride + 1 : stride] for k in range(size)]
+        kernel = kernel.transpose(1, 2, 0, 3, 4).reshape(*kernel.shape[1:3], -1, kernel.shape[-1])
+        return conv_frames(jnp.concatenate(taps, axis=-1), kernel) + self.bias[...].astype(self.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / ||x|| * sqrt(c) * gamma over channels, computed in float32; optionally followed by SiLU."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
+        self.dtype = dtype
+        self.gamma = nnx.Param(jnp.ones((channels,), param_dtype))
+
+    def __call__(self, x: Volume, silu: bool = False) -> Volume:
+        x = x.astype(jnp.float32)
+        # The square root of a square below the smallest normal float32 has an infinite gradient: clamp before it.
+        inverse = jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
+        x = x * inverse * (x.shape[-1] ** 0.5) * self.gamma[...].astype(jnp.float32)
+        return (jax.nn.silu(x) if silu else x).astype(self.dtype)
+
+
+class ResidualBlock(nnx.Module):
+    """Twice norm, SiLU, causal 3x3x3 convolution, plus the input."""
+
+    def __init__(self, cin: int, cout: int, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
+        kw: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.norm1 = RMSNorm(cin, **kw)
+        self.conv1 = CausalConv3d(cin, cout, (3, 3, 3), **kw)
+        self.norm2 = RMSNorm(cout, **kw)
+        self.conv2 = CausalConv3d(cout, cout, (3, 3, 3), **kw)
+        self.conv_shortcut = CausalConv3d(cin, cout, (1, 1, 1), **kw) if cin != cout else None
+
+    def __call__(self, x: Volume, history: History) -> Volume:
+        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x, history)
+        x = self.conv1(self.norm1(x, silu=True), history)
+        return self.conv2(self.norm2(x, silu=True), history) + shortcut
+
+
+class AttentionBlock(nnx.Module):
+    """Self-attention of one head over the pixels of each frame, plus the input."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
+        kw: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.norm = RMSNorm(channels, **kw)
+        self.to_qkv = Conv2d(channels, 3 * channels, 1, **kw)
+        # Wan starts its attention as the identity.
+        self.proj = Conv2d(channels, channels, 1, kernel_init=zeros_init(), **kw)
+
+    def __call__(self, x: Volume, history: History) -> Volume:
+        b, t, h, w, c = x.shape
+        q, k, v = jnp.split(self.to_qkv(self.norm(x)).reshape(b * t, h * w, 3 * c), 3, axis=-1)
+        scores = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32) * c**-0.5
+        out = jnp.einsum("bqk,bkc->bqc", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
+        return x + self.proj(out.reshape(b, t, h, w, c))
+
+
+class Downsample(nnx.Module):
+    """Halves rows and columns, and with `temporal` also the frames after the clip's first."""
+
+    def __init__(self, channels: int, temporal: bool, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
+        kw: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.resample = Conv2d(channels, channels, 3, stride=2, padding=((0, 1), (0, 1)), **kw)
+        self.time_conv = CausalConv3d(channels, channels, (3, 1, 1), time_stride=2, **kw) if temporal else None
+
+    def __call__(self, x: Volume, history: History) -> Volume:
+        x = self.resample(x)
+        if self.time_conv is None:
+            return x
+        if not history.first:
+            return self.time_conv(x, history)
+        # The first frame stands for itself, and is the frame before the second one.
+        first = x[:, :1]
+        if x.shape[1] == 1:
+            history.seen.append(first)
+            return first
+        rest = History([first])
+        out = self.time_conv(x[:, 1:], rest)
+        history.seen += rest.seen
+        return jnp.concatenate([first, out], axis=1)
+
+
+class Upsample(nnx.Module):
+    """Doubles rows and columns and halves channels; with `temporal` also doubles the frames after the clip's first."""
+
+    def __init__(self, channels: int, temporal: bool, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
+        kw: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.resample = Conv2d(channels, channels // 2, 3, **kw)
+        self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1), **kw) if temporal else None
+
+    def __call__(self, x: Volume, history: History) -> Volume:
+        if self.time_conv is not None:
+            # The first frame neither is doubled nor counts as a frame before the second one.
+            alone = 1 if history.first else 0
+            doubled = _double_frames(self.time_conv, x[:, alone:], history)
+            x = jnp.concatenate([x[:, :alone], doubled], axis=1)
+        return self.resample(jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3))
+
+
+def _double_frames(time_conv: CausalConv3d, x: Volume, history: History) -> Volume:
+    """Two frames for each, from the two halves of the convolution's channels."""
+    b, t, h, w, c = x.shape
+    if t == 0:
+        history.join(x, 2)
+        return x
+    x = time_conv(x, history).reshape(b, t, h, w, 2, c)
+    return x.transpose(0, 1, 4, 2, 3, 5).reshape(b, 2 * t, h, w, c)
+
+
+class MidBlock(nnx.Module):
+    """Residual block, attention, residual block."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
+        kw: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.resnets = nnx.List([ResidualBlock(channels, channels, **kw) for _ in range(2)])
+        self.attentions = nnx.List([AttentionBlock(channels, **kw)])
+
+    def __call__(self, x: Volume, history: History) -> Volume:
+        x = self.resnets[0](x, history)
+        return self.resnets[1](self.attentions[0](x, history), history)
+
+
+class UpBlock(nnx.Module):
+    """Residual blocks, then an upsampling unless it is the decoder's last."""
+
+    def __init__(
+        self,
+        cin: int,
+        cout: int,
+        num_resnets: int,
+        upsample: bool,
+        temporal: bool,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+    ):
+        kw: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.resnets = nnx.List([ResidualBlock(cin if i == 0 else cout, cout, **kw) for i in range(num_resnets)])
+        self.upsamplers = nnx.List([Upsample(cout, temporal, **kw)] if upsample else [])
+
+    def __call__(self, x: Volume, history: History) -> Volume:
+        for layer in [*self.resnets, *self.upsamplers]:
+            x = layer(x, history)
+        return x

@@ -1,0 +1,344 @@
+"""From a model directory to videos: prompt and picture in, frames out.
+
+    pipe = vpae_jax.load_pipeline("path/to/model")        # or "tiny", the model inside this package
+    frames = pipe("a three moves up", seed=1)             # uint8 [frames, height, width, 3]
+
+The directory is in the Diffusers layout (`convert/diffusers.py`); `vpae_jax.json` in it says which clip is made by
+default (`convert/layout.py`). Conditions are prepared as Diffusers' WanPipeline and WanImageToVideoPipeline do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import importlib.resources
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ftfy
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, UInt8
+from PIL import Image
+from transformers import PreTrainedTokenizerBase
+
+from vpae_jax import sampling, sharding
+from vpae_jax.convert.diffusers import load_part
+from vpae_jax.convert.image_processor import ImageProcessor, read_image_processor
+from vpae_jax.convert.layout import Defaults, Scheduler, read_defaults, read_index, read_scheduler
+from vpae_jax.data.tokenizer import load_tokenizer, tokenize
+from vpae_jax.models.clip import CLIPVision
+from vpae_jax.models.umt5 import UMT5Encoder
+from vpae_jax.models.wan_dit import TEXT_LEN, WanTransformer
+from vpae_jax.models.wan_vae import WanVAE
+from vpae_jax.sampling import MASK_CHANNELS, Plan, Solver
+from vpae_jax.types import Condition, Latents, Mask, Params, PRNGKey, UserError, Video
+
+Pictures = UInt8[np.ndarray, "b height width 3"]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A model directory's parts and what is done with them.
+
+    Attributes:
+      transformer, vae, text_encoder: models.
+      image_encoder, image_processor: None for a text-to-video model.
+      tokenizer: its `model_max_length` is the text length, at most 512.
+      scheduler: how the directory's author samples it; its shift is the default.
+      defaults: the clip that a call without sizes makes.
+    """
+
+    transformer: WanTransformer
+    vae: WanVAE
+    text_encoder: UMT5Encoder
+    image_encoder: CLIPVision | None
+    tokenizer: PreTrainedTokenizerBase
+    image_processor: ImageProcessor | None
+    scheduler: Scheduler
+    defaults: Defaults
+
+    @property
+    def takes_image(self) -> bool:
+        """Whether a first frame can be given."""
+        return self.transformer.config.in_channels > self.transformer.config.out_channels
+
+    def with_transformer(self, params: Params) -> Pipeline:
+        """The same pipeline with other transformer weights of the same architecture."""
+        return dataclasses.replace(self, transformer=nnx.merge(nnx.graphdef(self.transformer), params))
+
+    def encode_prompt(self, prompts: Sequence[str]) -> tuple[Float[Array, "b s d"], Mask]:
+        """Text states, zero beyond each prompt's end, and the mask that is true at the prompts' tokens.
+
+        Raises:
+          UserError: a prompt with more tokens than the tokenizer's `model_max_length`.
+        """
+        ids, mask = tokenize(self.tokenizer, [clean_prompt(prompt) for prompt in prompts])
+        states = sampling.apply(self.text_encoder, jnp.asarray(ids), jnp.asarray(mask))
+        return jnp.where(mask[..., None], states, 0), jnp.asarray(mask)
+
+    def encode_image(self, pictures: Pictures) -> Float[Array, "b n e"]:
+        """Image-encoder states of uint8 pictures of any size.
+
+        Raises:
+          UserError: this is a text-to-video model.
+        """
+        if self.image_encoder is None or self.image_processor is None:
+            raise UserError("this model directory has no image_encoder/; it makes videos from text alone")
+        return sampling.apply(self.image_encoder, jnp.asarray(self.image_processor(pictures)))
+
+    def condition_frames(
+        self,
+        first: Video | None,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        batch: int = 1,
+    ) -> Latents:
+        """What the transformer reads beside the noisy latents: 4 mask channels, then 16 latent channels.
+
+        The mask is 1 on the first latent frame; the latents are those of the first frame followed by grey (zero)
+        frames. Without a first frame all is zero.
+
+        Args:
+          first: clips in [-1, 1] whose first frame is given; further frames are not looked at. Their height and width
+            are the video's.
+          num_frames: length of the video, 1 + a multiple of 4; by default the model's.
+          height, width, batch: used without a first frame.
+        """
+        if first is not None:
+            batch, _, height, width, _ = first.shape
+        shape = self.latent_shape(batch, num_frames, height, width)
+        if first is None:
+            return jnp.zeros((*shape[:-1], MASK_CHANNELS + shape[-1]))
+        num_frames = self.defaults.num_frames if num_frames is None else num_frames
+        return sampling.encode_first_frame(self.vae, first[:, :1], num_frames)
+
+    def condition(
+        self,
+        prompts: Sequence[str],
+        pictures: Pictures | None = None,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> Condition:
+        """Everything that the transformer is conditioned on, one prompt and at most one picture a clip.
+
+        Args:
+          prompts: one a clip.
+          pictures: first frames of any size, stretched to the video's; None for text-to-video.
+          num_frames, height, width: the video's; by default the model's.
+        """
+        if pictures is not None and not self.takes_image:
+            raise UserError("an image was given, but this is a text-to-video model; leave the image out")
+        num_frames, height, width = self._size(num_frames, height, width)
+        text, mask = self.encode_prompt(prompts)
+        image, frames = None, None
+        if self.image_encoder is not None:
+            config = self.image_encoder.config
+            shape = (len(prompts), config.num_tokens, config.hidden_size)
+            image = jnp.zeros(shape) if pictures is None else self.encode_image(pictures)
+        if self.takes_image:
+            first = None if pictures is None else jnp.asarray(_stretch(pictures, height, width))[:, None]
+            frames = self.condition_frames(first, num_frames, height, width, len(prompts))
+        return Condition(text=text, text_mask=mask, image=image, frames=frames)
+
+    def sample(
+        self,
+        noise: Latents,
+        condition: Condition,
+        unconditional: Condition | None = None,
+        *,
+        steps: int = 1,
+        guidance: float = 1.0,
+        solver: Solver = "euler",
+        shift: float | None = None,
+        key: PRNGKey | None = None,
+    ) -> Latents:
+        """Clean latents from noise.
+
+        Args:
+          noise: standard normal, of `latent_shape`.
+          condition: one a clip.
+          unconditional: what guidance moves away from; needed above guidance 1, ignored at 1.
+          steps: network evaluations (twice as many with guidance).
+          guidance: w of `v_u + w (v_c - v_u)`, at least 1.
+          solver: see `sampling.Plan`.
+          shift: of the time grid; by default the scheduler's.
+          key: for the "consistency" solver's fresh noise.
+
+        Raises:
+          UserError: an argument outside its range.
+        """
+        plan = Plan(solver, steps, self.scheduler.shift if shift is None else shift)
+        if not guidance >= 1:
+            raise UserError(f"guidance is {guidance}, expected at least 1 (1 is no guidance)")
+        if guidance > 1 and unconditional is None:
+            raise UserError(f"guidance is {guidance}, but no unconditional condition was given")
+        if solver == "consistency" and key is None:
+            raise UserError("solver 'consistency' draws fresh noise: give it a key")
+        other = unconditional if guidance > 1 else None
+        key = jax.random.key(0) if key is None else key  # read by no other solver
+        return sampling.sample(self.transformer, plan, noise, condition, other, guidance, key)
+
+    def decode(self, latents: Latents) -> UInt8[Array, "b t height width 3"]:
+        """Latents to pixels."""
+        return sampling.decode(self.vae, latents)
+
+    def latent_shape(
+        self, batch: int, num_frames: int | None = None, height: int | None = None, width: int | None = None
+    ) -> tuple[int, int, int, int, int]:
+        """Shape of the latents of `batch` clips; sizes default to the model's. Raises `UserError` for a size that the
+        model cannot make."""
+        num_frames, height, width = self._size(num_frames, height, width)
+        vae = self.vae.config
+        space = vae.scale_factor_spatial
+        return batch, 1 + (num_frames - 1) // vae.scale_factor_temporal, height // space, width // space, vae.z_dim
+
+    def __call__(
+        self,
+        prompt: str,
+        image: UInt8[np.ndarray, "image_height image_width 3"] | None = None,
+        steps: int = 1,
+        guidance: float = 1.0,
+        seed: int = 0,
+        negative_prompt: str = "",
+        solver: Solver = "euler",
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        shift: float | None = None,
+    ) -> UInt8[np.ndarray, "t height width 3"]:
+        """Makes one video.
+
+        Args:
+          prompt: what it shows.
+          image: its first frame, of any size; stretched to the video's. None makes a video from text alone.
+          steps, guidance, solver, shift: see `sample`.
+          seed: decides the noise.
+          negative_prompt: what guidance above 1 moves away from; the image stays, as in Wan.
+          num_frames: 1 + a multiple of 4; by default the model's.
+          height, width: multiples of 8 times the transformer's patch; by default the model's.
+
+        Raises:
+          UserError: an argument that this model cannot use; the line says why.
+        """
+        shape = self.latent_shape(1, num_frames, height, width)
+        pictures = None if image is None else image[None]
+        condition = self.condition([prompt], pictures, num_frames, height, width)
+        unconditional = None
+        if guidance > 1:
+            text, mask = self.encode_prompt([negative_prompt])
+            unconditional = dataclasses.replace(condition, text=text, text_mask=mask)
+        noise_key, key = jax.random.split(jax.random.key(seed))
+        noise = jax.random.normal(noise_key, shape)
+        options: dict[str, Any] = {"steps": steps, "guidance": guidance, "solver": solver, "shift": shift, "key": key}
+        return np.asarray(self.decode(self.sample(noise, condition, unconditional, **options))[0])
+
+    def _size(self, num_frames: int | None, height: int | None, width: int | None) -> tuple[int, int, int]:
+        """The video's size, the model's own where it is not given; checked."""
+        num_frames = self.defaults.num_frames if num_frames is None else num_frames
+        height = self.defaults.height if height is None else height
+        width = self.defaults.width if width is None else width
+        vae, (patch_f, patch_h, patch_w) = self.vae.config, self.transformer.config.patch_size
+        time, space = vae.scale_factor_temporal, vae.scale_factor_spatial
+        latent_frames = 1 + (num_frames - 1) // time
+        if num_frames < 1 or (num_frames - 1) % time or latent_frames % patch_f:
+            near = max(0, round((num_frames - 1) / time)) * time + 1
+            raise UserError(f"num_frames is {num_frames}, expected 1 + a multiple of {time}, such as {near}")
+        for name, size, unit in (("height", height, space * patch_h), ("width", width, space * patch_w)):
+            if size < unit or size % unit:
+                near = max(1, round(size / unit)) * unit
+                raise UserError(f"{name} is {size}, expected a multiple of {unit}, such as {near}")
+        return num_frames, height, width
+
+
+def load_pipeline(path: str | Path | None = None, dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None) -> Pipeline:
+    """Loads a model directory.
+
+    Args:
+      path: the folder; "tiny" or None for the model inside this package.
+      dtype: weights and compute dtype of the transformer and the encoders. The VAE is float32 always, as in Wan.
+      mesh: devices over which the transformer's weights are sharded (`sharding.TRANSFORMER_RULES`) and the other
+        parts replicated; None uses the default device.
+
+    Raises:
+      UserError: the folder is no Wan 2.1 model directory, a part of it is broken, or its parts do not fit together.
+    """
+    folder = embedded_model() if path is None or str(path) == "tiny" else Path(path)
+    index = read_index(folder)
+    image_encoder, image_processor = None, None
+    if (index.get("image_encoder") or [None])[0] is not None:
+        image_encoder = load_part(folder, "image_encoder", dtype, _place(mesh, sharding.REPLICATED))
+        image_processor = read_image_processor(folder / "image_processor")
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    tokenizer.model_max_length = min(tokenizer.model_max_length, TEXT_LEN)
+    pipeline = Pipeline(
+        transformer=load_part(folder, "transformer", dtype, _place(mesh, sharding.TRANSFORMER_RULES)),
+        vae=load_part(folder, "vae", jnp.float32, _place(mesh, sharding.REPLICATED)),
+        text_encoder=load_part(folder, "text_encoder", dtype, _place(mesh, sharding.REPLICATED)),
+        image_encoder=image_encoder,
+        tokenizer=tokenizer,
+        image_processor=image_processor,
+        scheduler=read_scheduler(folder),
+        defaults=read_defaults(folder),
+    )
+    _check_parts(pipeline, folder)
+    return pipeline
+
+
+def embedded_model() -> Path:
+    """The folder of the tiny model inside this package. Raises `UserError` when it was not installed."""
+    folder = Path(str(importlib.resources.files("vpae_jax"))) / "assets" / "tiny"
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: the embedded model is missing; install the package again, or name a model directory"
+        )
+    return folder
+
+
+def clean_prompt(prompt: str) -> str:
+    """Repairs broken encodings, unescapes HTML twice and collapses white space, as Wan and Diffusers do.
+
+    ftfy matters to Chinese prompts: it replaces full-width punctuation, which changes the tokens.
+    """
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()
+
+
+def _check_parts(pipeline: Pipeline, folder: Path) -> None:
+    """Raises `UserError` for parts that do not belong together."""
+    config, vae, image = pipeline.transformer.config, pipeline.vae.config, pipeline.image_encoder
+    width = None if image is None else image.config.hidden_size
+    facts = [
+        ("text_dim", config.text_dim, "text_encoder's d_model", pipeline.text_encoder.config.d_model),
+        ("out_channels", config.out_channels, "vae's z_dim", vae.z_dim),
+        ("image_dim", config.image_dim, "image_encoder's hidden_size", width),
+    ]
+    for name, found, other, expected in facts:
+        if found != expected:
+            raise UserError(f"{folder}: the transformer's {name} is {found}, but the {other} is {expected}")
+    extra = config.in_channels - config.out_channels
+    if extra not in (0, MASK_CHANNELS + vae.z_dim):
+        known = f"{config.out_channels} or {config.out_channels + MASK_CHANNELS + vae.z_dim}"
+        raise UserError(f"{folder}: the transformer's in_channels is {config.in_channels}, expected {known}")
+
+
+def _place(mesh: Mesh | None, rules: sharding.Rules) -> Any:
+    if mesh is None:
+        return None
+    return lambda path, value: jax.device_put(value, sharding.param_shardings({path: value}, rules, mesh)[path])
+
+
+def _stretch(pictures: Pictures, height: int, width: int) -> Float[np.ndarray, "b h w 3"]:
+    """Pictures at the video's size (Lanczos, as Diffusers' video processor), in [-1, 1]."""
+    if pictures.shape[1:3] != (height, width):
+        resized = (Image.fromarray(p).resize((width, height), Image.Resampling.LANCZOS) for p in pictures)
+        pictures = np.stack([np.asarray(p) for p in resized])
+    return pictures.astype(np.float32) / np.float32(127.5) - np.float32(1)

@@ -1,0 +1,82 @@
+"""What a finished run leaves behind: a model directory with the trained part in it.
+
+Every run writes `model/` in its workdir, a complete directory in the Diffusers layout: the parts that it trained, and
+all others as they were. So the three trainings behind the tiny model hand a directory on, and a student is a directory
+that Diffusers loads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vpae_jax.convert.diffusers import build as build_part
+from vpae_jax.convert.layout import Defaults, Scheduler, write_model
+from vpae_jax.data.digits import MovingDigits
+from vpae_jax.data.pipeline import to_float
+from vpae_jax.data.tokenizer import build_tokenizer
+from vpae_jax.models.clip import CLIPVision
+from vpae_jax.models.presets import PRESETS
+from vpae_jax.models.umt5 import UMT5Encoder
+from vpae_jax.models.wan_dit import WanTransformer
+from vpae_jax.train.roles import split
+from vpae_jax.types import Params
+
+FOLDER = "model"
+STATISTICS_CLIPS = 256
+# The tiny clip: 9 frames of 48x48, shown slowly enough to be followed.
+TINY_CLIP = Defaults(num_frames=9, height=48, width=48, fps=8.0)
+
+
+def write_autoencoder(workdir: Path, preset: str, params: Params, clips: MovingDigits, scheduler: Scheduler) -> Path:
+    """A first model directory: the trained autoencoder, the tokenizer, and untrained weights for all other parts.
+
+    The autoencoder's latents are normalised by the mean and standard deviation over `clips`.
+    """
+    sizes = PRESETS[preset]
+    vae = dataclasses.replace(sizes.vae, **latent_statistics(sizes.vae, params, clips))
+    rngs = nnx.Rngs(0)
+    fresh = {
+        "transformer": (sizes.transformer, WanTransformer(sizes.transformer, rngs=rngs)),
+        "text_encoder": (sizes.text_encoder, UMT5Encoder(sizes.text_encoder, rngs=rngs)),
+        "image_encoder": (sizes.image_encoder, CLIPVision(sizes.image_encoder, rngs=rngs)),
+    }
+    parts = {name: (config, split(model)[1]) for name, (config, model) in fresh.items()}
+    parts["vae"] = (vae, params)
+    with tempfile.TemporaryDirectory() as source:
+        build_tokenizer(Path(source) / "tokenizer")
+        write_model(workdir / FOLDER, Path(source), parts, scheduler=scheduler, defaults=TINY_CLIP, overwrite=True)
+    return workdir / FOLDER
+
+
+def write_encoders(workdir: Path, preset: str, params: Params, source: Path) -> Path:
+    """The source with the trained text and image encoders."""
+    sizes = PRESETS[preset]
+    parts = {name: (getattr(sizes, name), params[name]) for name in ("text_encoder", "image_encoder")}
+    write_model(workdir / FOLDER, source, parts, overwrite=True)
+    return workdir / FOLDER
+
+
+def write_student(workdir: Path, config: Any, params: Params, source: Path, scheduler: Scheduler | None) -> Path:
+    """The source with the trained transformer."""
+    write_model(workdir / FOLDER, source, {"transformer": (config, params)}, scheduler=scheduler, overwrite=True)
+    return workdir / FOLDER
+
+
+def latent_statistics(config: Any, params: Params, clips: MovingDigits) -> dict[str, tuple[float, ...]]:
+    """Mean and standard deviation of each raw latent channel, as `latents_mean` and `latents_std`."""
+    model = build_part("vae", config, params, jnp.float32)
+    moments = jax.jit(lambda video: model.moments(video)[0])
+    means = []
+    for start in range(0, STATISTICS_CLIPS, 16):
+        video = to_float(np.stack([clips[i]["video"] for i in range(start, start + 16)]))
+        means.append(np.asarray(moments(jnp.asarray(video)), np.float64))
+    values = np.concatenate(means).reshape(-1, config.z_dim)
+    return {"latents_mean": tuple(values.mean(0).tolist()), "latents_std": tuple(values.std(0).tolist())}

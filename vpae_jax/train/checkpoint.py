@@ -1,0 +1,117 @@
+"""Checkpoints: the whole train state and the data iterator, written by Orbax.
+
+A run looks for its start in this order:
+
+    1. its own workdir's newest checkpoint (a restart continues);
+    2. the previous phase's newest checkpoint (`config.previous`);
+    3. the model directory (`config.model.path`);
+    4. random weights (roles that start "fresh").
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from grain.checkpoint import CheckpointRestore, CheckpointSave
+
+from vpae_jax.train.state import TrainState
+from vpae_jax.types import UserError
+
+CONFIG_FILE = "config.json"
+FOLDER = "checkpoints"
+
+
+class Checkpoints:
+    """A workdir's checkpoints.
+
+    Args:
+      workdir: the run's folder; checkpoints go to its `checkpoints/`.
+      keep: how many are kept; older ones are removed once a newer one is complete.
+    """
+
+    def __init__(self, workdir: Path, keep: int = 2):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
+        self.manager = ocp.CheckpointManager((workdir / FOLDER).absolute(), options=options)
+
+    def save(self, state: TrainState, data: Any) -> None:
+        """Writes the state (at its own step) and the data iterator's position; complete or not there at all."""
+        step = int(state.step)
+        args = ocp.args.Composite(state=ocp.args.StandardSave(_plain(state)), data=CheckpointSave(data))
+        self.manager.save(step, args=args, force=True)
+        self.manager.wait_until_finished()
+
+    def latest(self) -> int | None:
+        return self.manager.latest_step()
+
+    def restore(self, like: TrainState, data: Any) -> tuple[TrainState, Any]:
+        """The newest checkpoint, in the shapes and shardings of `like`; the iterator continues after its last batch."""
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _plain(like))
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=CheckpointRestore(data))
+        restored = self.manager.restore(self.latest(), args=args)
+        return _state(restored["state"]), restored["data"]
+
+    def close(self) -> None:
+        self.manager.close()
+
+
+def read_state(workdir: Path) -> dict[str, Any]:
+    """A finished run's newest state as plain nested dicts (`step`, `params`, `ema`, ...), to start another phase from.
+
+    Raises:
+      UserError: when the workdir has no complete checkpoint.
+    """
+    folder = (workdir / FOLDER).absolute()
+    manager = ocp.CheckpointManager(folder) if folder.is_dir() else None
+    if manager is None or manager.latest_step() is None:
+        raise UserError(f"no checkpoint in {workdir}")
+    args = ocp.args.Composite(state=ocp.args.StandardRestore())
+    return manager.restore(manager.latest_step(), args=args)["state"]
+
+
+def guard_config(workdir: Path, config: dict[str, Any], free: tuple[str, ...]) -> None:
+    """Ties a workdir to one config: the first run writes it, a later one must agree.
+
+    Args:
+      config: the config as plain JSON values.
+      free: top-level keys that may change between runs (how long, how often), everything else decides the weights.
+
+    Raises:
+      UserError: naming the first key that differs.
+    """
+    file = workdir / CONFIG_FILE
+    if file.exists():
+        found = _flatten(json.loads(file.read_text()))
+        given = _flatten(json.loads(json.dumps(config)))
+        for key in sorted(set(found) | set(given)):
+            if key.split(".")[0] not in free and found.get(key) != given.get(key):
+                raise UserError(
+                    f"{workdir} belongs to another config: {key} is {found.get(key)!r} there, {given.get(key)!r} here; "
+                    "choose another --workdir, or the same config"
+                )
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(config, indent=1))
+    temporary.replace(file)
+
+
+def _plain(state: TrainState) -> dict[str, Any]:
+    return {
+        "step": state.step,
+        "key": jax.random.key_data(state.key),
+        "params": state.params,
+        "opt": state.opt,
+        "ema": state.ema,
+    }
+
+
+def _state(plain: dict[str, Any]) -> TrainState:
+    return TrainState(**{**plain, "key": jax.random.wrap_key_data(plain["key"])})
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: tree}
+    return {k: v for name, sub in tree.items() for k, v in _flatten(sub, f"{prefix}{name}.").items()}

@@ -1,0 +1,140 @@
+"""The only training loop.
+
+Each step runs the method's due updates in order, each repeat on the next batch. Metrics are read one step late, so the
+host never waits for the device; checkpoints hold everything that the next step depends on, so an interrupted run ends
+with the same bits as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vpae_jax.config import Experiment
+from vpae_jax.methods.base import Method
+from vpae_jax.train import step as steps
+from vpae_jax.train.checkpoint import Checkpoints
+from vpae_jax.train.metrics import Metrics
+from vpae_jax.train.roles import RoleModels
+from vpae_jax.train.state import TrainState
+from vpae_jax.types import Params, UserError
+
+
+@dataclass(frozen=True)
+class Hook:
+    """Something to do between steps: sample clips, score held-out ones.
+
+    Attributes:
+      every: interval in steps; it also runs before the first and after the last step.
+      run: receives the number of completed steps and the state (whose buffers the next step consumes); returns scalars
+        to record.
+    """
+
+    every: int
+    run: Callable[[int, TrainState], Mapping[str, float]]
+
+    def due(self, step: int, last: int) -> bool:
+        return step in (0, last) or (self.every > 0 and step % self.every == 0)
+
+
+def train(
+    experiment: Experiment,
+    method: Method,
+    models: RoleModels,
+    optimizers: Mapping[str, Any],
+    state: TrainState,
+    frozen: Mapping[str, Params],
+    batches: Iterator[Any],
+    put: Callable[[Any], Any],
+    workdir: Path,
+    hooks: tuple[Hook, ...] = (),
+) -> TrainState:
+    """Trains from the workdir's newest checkpoint, or from `state`, to `experiment.steps`.
+
+    Args:
+      batches: a grain iterator; its position is part of every checkpoint.
+      put: moves a host batch to the devices in the right sharding.
+
+    Returns:
+      The final state, which is also the newest checkpoint.
+
+    Raises:
+      UserError: when a loss or gradient is not finite; the last good checkpoint stays.
+    """
+    checkpoints = Checkpoints(workdir, experiment.keep)
+    start = checkpoints.latest()
+    if start is not None:
+        state, batches = checkpoints.restore(state, batches)
+        print(f"continuing from step {start} of {workdir}", flush=True)
+    start = int(state.step)
+    programs = [
+        steps.make_update(update, i, models, optimizers[update.trains]) for i, update in enumerate(method.updates)
+    ]
+    metrics = Metrics(workdir, start, experiment.steps)
+    try:
+        if start == 0:
+            _run_hooks(hooks, 0, experiment.steps, state, metrics)
+        pending: tuple[int, dict[str, Any]] | None = None
+        clock = _Clock()
+        for step in range(start, experiment.steps):
+            scalars: dict[str, Any] = {}
+            for index, update in steps.due(method.updates, step):
+                for repeat in range(update.repeats):
+                    state, scalars_of_update = programs[index](state, frozen, put(next(batches)), jnp.int32(repeat))
+                    scalars |= scalars_of_update
+            state = state.replace(step=state.step + 1)
+            if pending is not None:
+                _record(metrics, *pending, clock, experiment.log_every, workdir)
+            pending = (step + 1, scalars)
+            metrics.advance()
+            last = step + 1 == experiment.steps
+            if last or (step + 1) % experiment.checkpoint_every == 0:
+                _record(metrics, *pending, clock, experiment.log_every, workdir)
+                pending = None
+                checkpoints.save(state, batches)
+            _run_hooks(hooks, step + 1, experiment.steps, state, metrics)
+    finally:
+        metrics.close()
+        checkpoints.close()
+    return state
+
+
+class _Clock:
+    """Seconds a step since the last reading."""
+
+    def __init__(self) -> None:
+        self.time, self.step = time.monotonic(), None
+
+    def read(self, step: int) -> float:
+        now, before = time.monotonic(), self.step
+        seconds = (now - self.time) / max(1, step - before) if before is not None else 0.0
+        self.time, self.step = now, step
+        return seconds
+
+
+def _record(metrics: Metrics, step: int, scalars: dict, clock: _Clock, every: int, workdir: Path) -> None:
+    """Waits for one step's metrics, checks them, and writes them when due."""
+    values = {name: float(value) for name, value in jax.device_get(scalars).items()}
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    if bad:
+        raise UserError(
+            f"step {step}: {bad[0]} is not finite; the last good checkpoint is kept in {workdir}; "
+            "lower that role's learning_rate or clip_norm and start again"
+        )
+    if step % every == 0:
+        metrics.write(step, {**values, "seconds_per_step": clock.read(step)})
+
+
+def _run_hooks(hooks: tuple[Hook, ...], step: int, last: int, state: TrainState, metrics: Metrics) -> None:
+    for hook in hooks:
+        if hook.due(step, last):
+            scalars = hook.run(step, state)
+            if scalars:
+                metrics.write(step, scalars)

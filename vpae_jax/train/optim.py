@@ -1,0 +1,37 @@
+"""Optimizers as the papers state them, built from one config each."""
+
+from __future__ import annotations
+
+import optax
+
+from vpae_jax.config import OptimizerConfig
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Clipping, then Adam (decoupled decay) or RMSProp, then the step size.
+
+    RMSProp is Adam with b1 = 0 and no bias correction (`b2` is its decay), as APT uses it (arXiv 2501.08316).
+    """
+    if config.algorithm == "adam":
+        scale = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+    else:
+        scale = optax.scale_by_rms(decay=config.b2, eps=config.eps, bias_correction=False)
+    parts = [
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        scale,
+        optax.add_decayed_weights(config.weight_decay) if config.weight_decay else optax.identity(),
+        optax.scale_by_learning_rate(learning_rate(config)),
+    ]
+    return optax.chain(*parts)
+
+
+def learning_rate(config: OptimizerConfig) -> optax.Schedule:
+    """Linear warm-up to the peak, then constant or a cosine decay to zero."""
+    peak = config.learning_rate
+    after = (
+        optax.cosine_decay_schedule(peak, config.decay_steps) if config.decay_steps else optax.constant_schedule(peak)
+    )
+    if not config.warmup_steps:
+        return after
+    warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)
+    return optax.join_schedules([warmup, after], [config.warmup_steps])

@@ -1,0 +1,128 @@
+"""Shapes, batches and errors that every room shares.
+
+Axis letters used in shape annotations and einops patterns:
+
+    b  clip in a batch          f  latent frame (4 video frames; the first holds 1)
+    t  video frame              h  latent row (8 pixels)      w  latent column (8 pixels)
+    c  channel                  s  text token                 n  image or video token
+    d  model width              e  image-encoder width
+
+Videos are `[b, t, height, width, 3]` in [-1, 1]; latents are `[b, f, h, w, c]`, normalised by the VAE's
+per-channel mean and standard deviation. Channels come last everywhere inside the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+from jaxtyping import Bool, Float, Int, Key, PyTree, UInt8
+
+Video = Float[Array, "b t height width 3"]
+Frames = UInt8[Array, "t height width 3"]
+Latents = Float[Array, "b f h w c"]
+Times = Float[Array, "b"]
+Tokens = Float[Array, "b n d"]
+PerExample = Float[Array, "b"]
+TokenIds = Int[Array, "b s"]
+Mask = Bool[Array, "b s"]
+PRNGKey = Key[Array, ""]
+Params = PyTree[Array]
+Metrics = Mapping[str, Array]
+
+
+class UserError(Exception):
+    """Bad input, said in one line: what is wrong, where, what was expected, what to do.
+
+    Programs print the message without a traceback and exit with status 2.
+    """
+
+
+@struct.dataclass
+class Condition:
+    """What a Wan transformer is conditioned on.
+
+    Attributes:
+      text: text-encoder states, zero beyond each prompt's end.
+      text_mask: true at the prompt's tokens.
+      image: image-encoder states (CLIP, penultimate layer); zeros mean "no image". None for a text-to-video model.
+      frames: 4 mask channels (1 where a frame is given), then 16 latent channels of the given first frame followed by
+        grey frames. Zeros mean "no frame given". None for a text-to-video model.
+    """
+
+    text: Float[Array, "b s d_text"]
+    text_mask: Bool[Array, "b s"]
+    image: Float[Array, "b n_image e"] | None = None
+    frames: Float[Array, "b f h w c_frames"] | None = None
+
+
+@struct.dataclass
+class Batch:
+    """Real clips and their conditions, as every distillation method receives them.
+
+    Attributes:
+      latents: clean video latents x0.
+      condition: the clips' own conditions.
+      null_text: text-encoder states of the negative prompt, one for all clips.
+      null_mask: true at the negative prompt's tokens.
+    """
+
+    latents: Float[Array, "b f h w c"]
+    condition: Condition
+    null_text: Float[Array, "s d_text"]
+    null_mask: Bool[Array, "s"]
+
+    @property
+    def unconditional(self) -> Condition:
+        """The negative prompt with the same image and the same first frame, as Wan guides image-to-video."""
+        text, mask = self.condition.text, self.condition.text_mask
+        return self.condition.replace(
+            text=jnp.broadcast_to(self.null_text, text.shape).astype(text.dtype),
+            text_mask=jnp.broadcast_to(self.null_mask, mask.shape),
+        )
+
+
+@struct.dataclass
+class Features:
+    """What discriminator heads read from a transformer.
+
+    Attributes:
+      taps: hidden states after the tapped blocks, in order.
+      text: projected text tokens, of the transformer's width.
+      text_mask: true at the prompt's tokens.
+      image: projected image tokens, of the transformer's width; None for a text-to-video model.
+    """
+
+    taps: tuple[Float[Array, "b n d"], ...]
+    text: Float[Array, "b s d"]
+    text_mask: Bool[Array, "b s"]
+    image: Float[Array, "b n_image d"] | None = None
+
+
+@struct.dataclass
+class PixelBatch:
+    """Clips in pixels, for training the autoencoder.
+
+    Attributes:
+      video: values in [-1, 1].
+    """
+
+    video: Float[Array, "b t height width 3"]
+
+
+@struct.dataclass
+class CaptionedFrames:
+    """Frames and captions, for training the text and image encoders.
+
+    Attributes:
+      first, last: a clip's first and last frame, values in [-1, 1].
+      ids: caption tokens.
+      mask: true at the caption's tokens.
+    """
+
+    first: Float[Array, "b height width 3"]
+    last: Float[Array, "b height width 3"]
+    ids: Int[Array, "b s"]
+    mask: Bool[Array, "b s"]

@@ -1,0 +1,163 @@
+"""From a method's roles to weights on the mesh: the only place that decides where a role starts (`Role.init`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from vpae_jax import sharding
+from vpae_jax.config import Experiment, build
+from vpae_jax.methods.base import Method, Role
+from vpae_jax.models.heads import DiscriminatorHeads, HeadsConfig, default_taps
+from vpae_jax.models.lora import LoRASpec
+from vpae_jax.models.pair_encoder import PairEncoder
+from vpae_jax.models.presets import PRESETS
+from vpae_jax.models.wan_dit import WanTransformer, WanTransformerConfig
+from vpae_jax.models.wan_vae import WanVAE
+from vpae_jax.train.checkpoint import read_state
+from vpae_jax.train.roles import RoleModels, split, split_lora
+from vpae_jax.types import Params, UserError
+
+
+def resolve(path: str, workdir: Path) -> Path:
+    """A path of a config: relative to the workdir when it starts with "../", else to the current folder."""
+    return (workdir / path).resolve() if path.startswith("../") else Path(path)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """All roles' weights on the mesh.
+
+    Attributes:
+      models: how they become networks.
+      trained: initial weights of the trained roles.
+      frozen: weights of all others.
+    """
+
+    models: RoleModels
+    trained: dict[str, Params]
+    frozen: dict[str, Params]
+
+
+def make_weights(
+    experiment: Experiment,
+    method: Method,
+    workdir: Path,
+    mesh: Mesh,
+    pretrained: tuple[WanTransformerConfig, Params] | None,
+) -> Weights:
+    """Builds every role's model and brings its first weights onto the mesh.
+
+    Args:
+      pretrained: the model directory's transformer, for roles that start from it.
+
+    Raises:
+      UserError: when the previous phase's checkpoint is missing, or lacks a role; says which command makes it.
+    """
+    roles = method.roles
+    preset = PRESETS[experiment.model.preset]
+    config = pretrained[0] if pretrained else preset.transformer
+    taps = default_taps(config.num_layers)
+    previous = read_previous(experiment, workdir) if any(r.init == "previous" for r in roles.values()) else {}
+    maker = _Maker(experiment, config, taps, pretrained[1] if pretrained else None, previous)
+    graphs, trained, frozen = {}, {}, {}
+    for index, (name, role) in enumerate(roles.items()):
+        key = jax.random.fold_in(jax.random.key(experiment.seed), 1000 + index)
+        graphs[name], params = maker.make(name, role, key)
+        rules = sharding.TRANSFORMER_RULES if role.model == "transformer" else sharding.REPLICATED
+        dtype = jnp.float32 if role.trains != "none" else jnp.dtype(experiment.model.frozen_dtype)
+        params = jax.tree.map(lambda p, dtype=dtype: p.astype(dtype), params)
+        params = jax.device_put(params, sharding.param_shardings(params, rules, mesh))
+        (frozen if role.trains == "none" else trained)[name] = params
+    return Weights(RoleModels(roles, graphs, taps), trained, frozen)
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes one role's graph and first weights."""
+
+    experiment: Experiment
+    config: WanTransformerConfig
+    taps: tuple[int, ...]
+    pretrained: Params | None
+    previous: Mapping[str, Any]
+
+    def make(self, name: str, role: Role, key: jax.Array) -> tuple[nnx.GraphDef, Params]:
+        if role.model == "transformer":
+            return self.transformer(name, role, key)
+        preset, dtype = PRESETS[self.experiment.model.preset], jnp.dtype(self.experiment.model.dtype)
+        if role.model == "heads":
+            options = {"width": self.config.width, "num_taps": len(self.taps), **self.experiment.heads}
+            model = DiscriminatorHeads(build(HeadsConfig, options, "config.heads"), rngs=nnx.Rngs(key), dtype=dtype)
+        elif role.model == "vae":
+            model = WanVAE(preset.vae, rngs=nnx.Rngs(key), dtype=dtype)
+        else:
+            model = PairEncoder(preset.text_encoder, preset.image_encoder, rngs=nnx.Rngs(key))
+        return split(model)
+
+    def transformer(self, name: str, role: Role, key: jax.Array) -> tuple[nnx.GraphDef, Params]:
+        model = self.experiment.model
+        options: dict[str, Any] = {"dtype": jnp.dtype(model.dtype), "remat": model.remat}
+        if role.trains == "lora":
+            spec = LoRASpec(rank=role.lora_rank, alpha=role.lora_alpha)
+            graph, adapters, _ = split_lora(WanTransformer(self.config, rngs=nnx.Rngs(key), lora=spec, **options))
+            return graph, adapters
+        if role.init == "fresh":
+            graph, params = split(WanTransformer(self.config, rngs=nnx.Rngs(key), **options))
+            return graph, _scaled(params, model.init_scale)
+        graph = nnx.graphdef(nnx.eval_shape(lambda: WanTransformer(self.config, rngs=nnx.Rngs(0), **options)))
+        if role.init == "previous":
+            return graph, self.previous[name]
+        if self.pretrained is None:
+            raise UserError(f"role {name} starts from a model directory; set config.model.path")
+        return graph, self.pretrained
+
+
+def _scaled(params: Params, factors: Mapping[str, float]) -> Params:
+    """Parameters times the factors of the expressions that match them.
+
+    Raises:
+      UserError: for an expression that matches nothing.
+    """
+    unused = set(factors)
+
+    def scale(path: tuple[Any, ...], value: jax.Array) -> jax.Array:
+        for expression, factor in factors.items():
+            if re.search(expression, sharding.param_path(path)):
+                unused.discard(expression)
+                value = value * factor
+        return value
+
+    scaled = jax.tree_util.tree_map_with_path(scale, params)
+    if unused:
+        raise UserError(f"config.model.init_scale: {sorted(unused)[0]!r} matches no parameter")
+    return scaled
+
+
+def read_previous(experiment: Experiment, workdir: Path) -> Mapping[str, Any]:
+    """The weights of the phase before, by role.
+
+    Raises:
+      UserError: when there is no finished checkpoint; says how to make one.
+    """
+    previous = experiment.previous
+    folder = resolve(previous.workdir, workdir)
+    try:
+        state = read_state(folder)
+    except UserError as error:
+        raise UserError(
+            f"{experiment.name} starts from the previous phase, but there is {error}; run: {previous.command} "
+            f"--workdir={folder}, or set --config.previous.workdir"
+        ) from error
+    print(
+        f"{experiment.name} starts from step {int(state['step'])} of {folder} ({previous.weights} weights)", flush=True
+    )
+    return {**state["params"], **(state["ema"] if previous.weights == "ema" else {})}
