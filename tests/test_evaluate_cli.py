@@ -1,12 +1,9 @@
 """`python -m vpae_jax.evaluate`: scores, samples and a page from model directories; one line for bad input."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
 from vpae_jax import cli, evaluate
 from vpae_jax.eval.base import Request
@@ -17,16 +14,17 @@ from vpae_jax.types import UserError
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(capsys):
     """Runs the program in this process; returns its exit status, output and standard error."""
 
     def call(*more, **options):
         arguments = [*(f"--{name}={value}" for name, value in options.items()), *more]
-        monkeypatch.setattr(sys, "argv", ["evaluate", *arguments])
-        with flagsaver.flagsaver(), pytest.raises(SystemExit) as end:
-            flags.FLAGS.unparse_flags()
-            cli.launch(evaluate.main)
-        return end.value.code, *capsys.readouterr()
+        code = 0
+        try:
+            cli.run(evaluate.main, arguments)
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
 
     return call
 

@@ -2,13 +2,10 @@
 
 import dataclasses
 import json
-import sys
 
 import av
 import pytest
 import random_model
-from absl import flags
-from absl.testing import flagsaver
 from PIL import Image
 
 from vpae_jax import cli, sample
@@ -25,16 +22,17 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(capsys):
     """Runs the program in this process; returns its exit status and standard error."""
 
     def call(**options):
         arguments = [f"--{name}={value}" for name, value in options.items()]
-        monkeypatch.setattr(sys, "argv", ["sample", *arguments])
-        with flagsaver.flagsaver(), pytest.raises(SystemExit) as end:
-            flags.FLAGS.unparse_flags()
-            cli.launch(sample.main)
-        return end.value.code, capsys.readouterr().err
+        code = 0
+        try:
+            cli.run(sample.main, arguments)
+        except SystemExit as end:
+            code = end.code
+        return code, capsys.readouterr().err
 
     return call
 

@@ -1,34 +1,67 @@
-"""How programs start and end: flags in, and bad input out in one line."""
+"""How programs start and end: arguments in, and bad input out in one line with exit status 2.
+
+Training reads its config through absl's flags, as `ml_collections` asks; the other programs have plain parsers.
+"""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
 from vpae_jax.types import UserError
 
 EXIT_BAD_INPUT = 2
+# Precisions that networks run in and that weights are written in.
+DTYPES = ("float32", "bfloat16")
+
+Main = Callable[[list[str]], None]
 
 
-def launch(main: Callable[[list[str]], None]) -> None:
-    """Runs a program under absl. `UserError`, and a flag that does not parse, end it with one line and status 2."""
+class Parser(argparse.ArgumentParser):
+    """Reports a bad command line as any other bad input; takes no abbreviations and keeps the docstring's lines.
+
+    Args:
+      prog: the command, for the help.
+      description: the program's docstring.
+    """
+
+    def __init__(self, prog: str, description: str | None):
+        kept: Any = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog, description=description, formatter_class=kept, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def run(main: Main, argv: list[str] | None = None) -> None:
+    """Runs a program on its arguments, by default the command line's; `UserError` ends it with one line."""
+    try:
+        main(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        _fail(str(error))
+
+
+def launch(main: Main) -> None:
+    """Runs a program under absl; `UserError`, and a flag that does not parse, end it with one line."""
     try:
         app.run(_without_trace(main), flags_parser=_parse)
     except UserError as error:
         _fail(str(error))
 
 
-def _without_trace(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
-    def run(argv: list[str]) -> None:
+def _without_trace(main: Main) -> Main:
+    def call(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # JAX's and Orbax's remarks on every start and save
         try:
             main(argv)
         except UserError as error:
             _fail(str(error))
 
-    return run
+    return call
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -46,6 +79,6 @@ def _parse(argv: list[str]) -> list[str]:
     return rest
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(EXIT_BAD_INPUT)

@@ -55,7 +55,8 @@ class ModelConfig:
       preset: sizes of the parts that start from random weights (a key of `vpae_jax.models.presets.PRESETS`).
       dtype: compute precision; trained weights are float32 always.
       frozen_dtype: storage precision of weights that are not trained.
-      remat: which activations of the transformer's blocks are recomputed in the backward pass.
+      remat: what the backward pass recomputes of the transformer's blocks: nothing, all but the products of
+        activations with weights ("dots"), or everything.
       init_scale: for a transformer that starts from random weights, factors on the parameters whose paths match.
     """
 
@@ -63,7 +64,7 @@ class ModelConfig:
     preset: str = "tiny"
     dtype: Literal["float32", "bfloat16"] = "float32"
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["none", "full"] = "none"
+    remat: Literal["none", "dots", "full"] = "none"
     init_scale: Mapping[str, float] = field(default_factory=dict)
 
 

@@ -13,6 +13,7 @@ noise are the same for all. Writes
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import platform
@@ -27,7 +28,6 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
 from vpae_jax import cli
 from vpae_jax.data.digits import MovingDigits
@@ -40,18 +40,24 @@ from vpae_jax.sampling import Plan, Solver
 from vpae_jax.train.metrics import read_metrics
 from vpae_jax.types import Condition, UserError
 
-MODEL = flags.DEFINE_string("model", "tiny", "Model directory of the many-step model, or 'tiny'.")
-STEPS = flags.DEFINE_integer("steps", 50, "Steps of that model.")
-GUIDANCE = flags.DEFINE_float("guidance", None, "Its guidance; by default phase 1's sample_guidance, or 1.")
-PHASE1 = flags.DEFINE_string("phase1", None, "Workdir of a finished phase 1; its model is sampled in one step.")
-PHASE2 = flags.DEFINE_string("phase2", None, "Workdir of a finished phase 2; sampled in one step and in four.")
-COMPARE = flags.DEFINE_multi_string("compare", [], "One more row: NAME=DIR:STEPS:GUIDANCE[:SOLVER]. Can be repeated.")
-COUNT = flags.DEFINE_integer("count", 128, "Clips for each of text-to-video and image-to-video.")
-BATCH = flags.DEFINE_integer("batch", 32, "Clips generated at once.")
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Precision of the networks.")
-OUTPUT = flags.DEFINE_string("output", None, "Folder to write into.")
-
 SHOWN = 8  # clips a row in the page and the samples
+
+
+def parser() -> cli.Parser:
+    """The command line."""
+    result = cli.Parser("python -m vpae_jax.evaluate", __doc__)
+    add = result.add_argument
+    add("--model", default="tiny", help="model directory of the many-step model, or 'tiny'")
+    add("--steps", type=int, default=50, help="steps of that model")
+    add("--guidance", type=float, help="its guidance; by default phase 1's sample_guidance, or 1")
+    add("--phase1", type=Path, help="workdir of a finished phase 1; its model is sampled in one step")
+    add("--phase2", type=Path, help="workdir of a finished phase 2; sampled in one step and in four")
+    add("--compare", action="append", default=[], help="one more row: NAME=DIR:STEPS:GUIDANCE[:SOLVER]; repeatable")
+    add("--count", type=int, default=128, help="clips for each of text-to-video and image-to-video")
+    add("--batch", type=int, default=32, help="clips generated at once")
+    add("--dtype", choices=cli.DTYPES, default="float32", help="precision of the networks")
+    add("--output", type=Path, required=True, help="folder to write into")
+    return result
 
 
 @dataclass(frozen=True)
@@ -167,19 +173,18 @@ def parse_entry(text: str) -> Entry:
         raise UserError(f"{expected} ({error})") from error
 
 
-def entries() -> list[Entry]:
-    """The rows that the flags ask for."""
-    guidance = GUIDANCE.value
+def entries(given: argparse.Namespace) -> list[Entry]:
+    """The rows that the command line asks for."""
+    guidance = given.guidance
     if guidance is None:
-        guidance = read_config(PHASE1.value).get("sample_guidance", 1.0) if PHASE1.value else 1.0
-    teacher = "teacher" if PHASE1.value or PHASE2.value or COMPARE.value else "model"
-    rows = [Entry(teacher, MODEL.value, STEPS.value, guidance)]
-    if STEPS.value > 1:
-        rows.append(Entry(teacher + NAIVE, MODEL.value, 1, 1.0))
-    for name, workdir, steps in (("phase 1", PHASE1, 1), ("phase 2", PHASE2, 1), ("phase 2, four steps", PHASE2, 4)):
-        if workdir.value:
-            rows.append(Entry(name, str(Path(workdir.value) / "model"), steps, 1.0))
-    rows += [parse_entry(text) for text in COMPARE.value]
+        guidance = read_config(given.phase1).get("sample_guidance", 1.0) if given.phase1 else 1.0
+    teacher = "teacher" if given.phase1 or given.phase2 or given.compare else "model"
+    rows = [Entry(teacher, given.model, given.steps, guidance)]
+    if given.steps > 1:
+        rows.append(Entry(teacher + NAIVE, given.model, 1, 1.0))
+    phases = ("phase 1", given.phase1, 1), ("phase 2", given.phase2, 1), ("phase 2, four steps", given.phase2, 4)
+    rows += [Entry(name, str(workdir / "model"), steps, 1.0) for name, workdir, steps in phases if workdir]
+    rows += [parse_entry(text) for text in given.compare]
     names = [row.name for row in rows]
     for name in names:
         if names.count(name) > 1:
@@ -187,17 +192,17 @@ def entries() -> list[Entry]:
     return rows
 
 
-def read_config(workdir: str) -> dict[str, Any]:
+def read_config(workdir: Path) -> dict[str, Any]:
     """A run's config as plain values. Raises `UserError` when there was no run."""
-    path = Path(workdir) / "config.json"
+    path = workdir / "config.json"
     if not path.is_file():
         raise UserError(f"{workdir} holds no run ({path.name} is missing); train the phase first")
     return json.loads(path.read_text())
 
 
-def read_run(name: str, workdir: str) -> Run:
+def read_run(name: str, workdir: Path) -> Run:
     """A phase's curves and settings, and what its guard decided."""
-    path = Path(workdir) / "guard.json"
+    path = workdir / "guard.json"
     note = ""
     if path.is_file():
         scores = {int(step): float(np.mean(list(s.values()))) for step, s in json.loads(path.read_text()).items()}
@@ -205,7 +210,7 @@ def read_run(name: str, workdir: str) -> Run:
             first, last = scores[min(scores)], scores[max(scores)]
             verdict = "the trained weights were kept" if last <= first else "the weights of the phase before were kept"
             note = f"Guard: held-out KVD went from {first:.1f} to {last:.1f}; {verdict}."
-    return Run(name, read_metrics(Path(workdir)), read_config(workdir), note)
+    return Run(name, read_metrics(workdir), read_config(workdir), note)
 
 
 def load(rows: list[Entry], dtype: str) -> dict[str, Pipeline]:
@@ -256,23 +261,23 @@ def versions() -> dict[str, str]:
 
 
 def main(argv: list[str]) -> None:
-    del argv
-    asked = entries()
-    phases = (("phase 1", PHASE1.value), ("phase 2", PHASE2.value))
+    given = parser().parse_args(argv)
+    asked = entries(given)
+    phases = (("phase 1", given.phase1), ("phase 2", given.phase2))
     runs = [read_run(name, workdir) for name, workdir in phases if workdir]
-    if BATCH.value < 1:
-        raise UserError(f"--batch={BATCH.value}: expected at least 1")
-    output = Path(str(OUTPUT.value))
-    pipelines = load(asked, DTYPE.value)
-    evaluation = DigitEvaluation(COUNT.value)
-    rows = evaluate(asked, pipelines, evaluation, BATCH.value)
+    if given.batch < 1:
+        raise UserError(f"--batch={given.batch}: expected at least 1")
+    output = given.output
+    pipelines = load(asked, given.dtype)
+    evaluation = DigitEvaluation(given.count)
+    rows = evaluate(asked, pipelines, evaluation, given.batch)
     shown = {half: evaluation.clips[:SHOWN] for half in evaluation.halves}
     real = Row("real", None, dict(evaluation.real()), shown)
     output.mkdir(parents=True, exist_ok=True)
-    fps = pipelines[MODEL.value].defaults.fps
+    fps = pipelines[given.model].defaults.fps
     write_samples(output / "samples", [real, *rows], fps)
-    facts = {"command": shlex.join(["python", "-m", "vpae_jax.evaluate", *sys.argv[1:]]), **versions()}
-    write_metrics(output / "metrics.json", real, rows, COUNT.value, facts)
+    facts = {"command": shlex.join(["python", "-m", "vpae_jax.evaluate", *argv]), **versions()}
+    write_metrics(output / "metrics.json", real, rows, given.count, facts)
     captions = {half: list(evaluation.request(half, count=SHOWN).captions) for half in evaluation.halves}
     report = Report(
         title="One evaluation instead of many",
@@ -283,7 +288,7 @@ def main(argv: list[str]) -> None:
         real=real,
         rows=rows,
         captions=captions,
-        count=COUNT.value,
+        count=given.count,
         fps=fps,
         runs=runs,
         facts={**facts, **{row.name: ", ".join(f"{k} {v}" for k, v in row.settings.items()) for row in rows}},
@@ -293,5 +298,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["output"])
-    cli.launch(main)
+    cli.run(main)

@@ -9,10 +9,9 @@ The output is an .mp4, or a .png that shows every frame.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
 import jax.numpy as jnp
-from absl import flags
 
 from vpae_jax import cli
 from vpae_jax.data.video import read_image, write_contact_sheet, write_video
@@ -20,39 +19,45 @@ from vpae_jax.pipeline import load_pipeline
 from vpae_jax.sampling import Solver
 from vpae_jax.types import UserError
 
-MODEL = flags.DEFINE_string("model", "tiny", "Model directory in the Diffusers layout, or 'tiny'.")
-PROMPT = flags.DEFINE_string("prompt", None, "What the video shows.")
-NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", "", "What guidance above 1 moves away from.")
-IMAGE = flags.DEFINE_string("image", None, "First frame of the video, an image file.")
-STEPS = flags.DEFINE_integer("steps", 1, "Network evaluations; twice as many with guidance.")
-GUIDANCE = flags.DEFINE_float("guidance", 1.0, "Guidance w of v_u + w (v_c - v_u); 1 is none.")
-SEED = flags.DEFINE_integer("seed", 0, "Decides the noise.")
-SOLVER = flags.DEFINE_enum("solver", "euler", ["euler", "consistency", "unipc"], "How the steps are taken.")
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Precision of the networks.")
-NUM_FRAMES = flags.DEFINE_integer("num_frames", None, "Frames of the video; the model's own by default.")
-HEIGHT = flags.DEFINE_integer("height", None, "Pixels; the model's own by default.")
-WIDTH = flags.DEFINE_integer("width", None, "Pixels; the model's own by default.")
-OUTPUT = flags.DEFINE_string("output", None, "File to write: .mp4 or .png.")
+
+def parser() -> cli.Parser:
+    """The command line."""
+    result = cli.Parser("python -m vpae_jax.sample", __doc__)
+    add = result.add_argument
+    add("--model", default="tiny", help="model directory in the Diffusers layout, or 'tiny'")
+    add("--prompt", required=True, help="what the video shows")
+    add("--negative_prompt", default="", help="what guidance above 1 moves away from")
+    add("--image", type=Path, help="first frame of the video, an image file")
+    add("--steps", type=int, default=1, help="network evaluations; twice as many with guidance")
+    add("--guidance", type=float, default=1.0, help="w of v_u + w (v_c - v_u); 1 is none")
+    add("--seed", type=int, default=0, help="decides the noise")
+    add("--solver", choices=get_args(Solver), default="euler", help="how the steps are taken")
+    add("--dtype", choices=cli.DTYPES, default="float32", help="precision of the networks")
+    add("--num_frames", type=int, help="frames of the video; the model's own by default")
+    add("--height", type=int, help="pixels; the model's own by default")
+    add("--width", type=int, help="pixels; the model's own by default")
+    add("--output", type=Path, required=True, help="file to write: .mp4 or .png")
+    return result
 
 
 def main(argv: list[str]) -> None:
-    del argv
-    output = Path(str(OUTPUT.value))
+    given = parser().parse_args(argv)
+    output = given.output
     if output.suffix not in (".mp4", ".png"):
         raise UserError(f"--output={output}: expected a name that ends in .mp4 or .png")
-    image = None if IMAGE.value is None else read_image(Path(IMAGE.value))
-    pipeline = load_pipeline(MODEL.value, jnp.dtype(DTYPE.value))
+    image = None if given.image is None else read_image(given.image)
+    pipeline = load_pipeline(given.model, jnp.dtype(given.dtype))
     frames = pipeline(
-        str(PROMPT.value),
+        given.prompt,
         image=image,
-        steps=STEPS.value,
-        guidance=GUIDANCE.value,
-        seed=SEED.value,
-        negative_prompt=NEGATIVE_PROMPT.value,
-        solver=cast(Solver, SOLVER.value),
-        num_frames=NUM_FRAMES.value,
-        height=HEIGHT.value,
-        width=WIDTH.value,
+        steps=given.steps,
+        guidance=given.guidance,
+        seed=given.seed,
+        negative_prompt=given.negative_prompt,
+        solver=cast(Solver, given.solver),
+        num_frames=given.num_frames,
+        height=given.height,
+        width=given.width,
     )
     if output.suffix == ".mp4":
         write_video(output, frames, pipeline.defaults.fps)
@@ -62,5 +67,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["prompt", "output"])
-    cli.launch(main)
+    cli.run(main)

@@ -10,6 +10,7 @@ import pytest
 import random_model
 from safetensors.numpy import load_file
 
+from vpae_jax import cli
 from vpae_jax.convert.__main__ import main
 from vpae_jax.convert.diffusers import read_part
 from vpae_jax.convert.layout import Scheduler, read_scheduler
@@ -41,7 +42,7 @@ def workdir(source, tmp_path_factory):
 
 def fails(arguments, capsys):
     with pytest.raises(SystemExit) as end:
-        main([str(argument) for argument in arguments])
+        cli.run(main, [str(argument) for argument in arguments])
     err = capsys.readouterr().err
     assert end.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
     return err

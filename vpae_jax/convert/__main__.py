@@ -8,17 +8,15 @@ model directory that the run started from, with the generator of its newest chec
 
 from __future__ import annotations
 
-import argparse
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
 
-from vpae_jax.cli import EXIT_BAD_INPUT
+from vpae_jax import cli
 from vpae_jax.convert.diffusers import read_part
 from vpae_jax.convert.files import read_json
 from vpae_jax.convert.layout import Scheduler, read_index, write_model
@@ -27,8 +25,6 @@ from vpae_jax.pipeline import embedded_model
 from vpae_jax.train.checkpoint import CONFIG_FILE, FOLDER, read_state
 from vpae_jax.types import UserError
 from vpae_jax.weights import resolve
-
-DTYPES = ("float32", "bfloat16")
 
 
 class SourceParts(Mapping[str, tuple[Any, Any]]):
@@ -48,13 +44,6 @@ class SourceParts(Mapping[str, tuple[Any, Any]]):
 
     def __len__(self) -> int:
         return len(self.names)
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a bad command line as any other bad input."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
 
 def convert(source: Path, target: Path, weights: str | None, dtype: str | None, verify: bool) -> None:
@@ -113,21 +102,17 @@ def _bits(value: Any) -> Any:
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="python -m vpae_jax.convert", description=__doc__, allow_abbrev=False)
+    parser = cli.Parser("python -m vpae_jax.convert", __doc__)
     parser.add_argument("source", type=Path, metavar="SRC", help="model directory, or workdir of a training run")
     parser.add_argument("target", type=Path, metavar="DST", help="folder to write; must not exist")
     parser.add_argument("--format", choices=["diffusers"], required=True, help="what DST becomes")
     parser.add_argument("--weights", choices=["generator", "ema"], help="of a workdir; by default the average if kept")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the written weights; by default as they are")
+    parser.add_argument("--dtype", choices=cli.DTYPES, help="of the written weights; by default as they are")
     parser.add_argument("--verify", action="store_true", help="read DST back and compare it bit for bit")
-    try:
-        given = parser.parse_args(argv)
-        convert(given.source, given.target, given.weights, given.dtype, given.verify)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
+    given = parser.parse_args(argv)
+    convert(given.source, given.target, given.weights, given.dtype, given.verify)
     print(given.target)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    cli.run(main)

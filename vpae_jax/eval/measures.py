@@ -47,15 +47,15 @@ def centroids(clips: Clips) -> Float[np.ndarray, "b t 2"]:
 
 
 def displacement(clips: Clips) -> Scores:
-    """Distance that the centroid moves in the frames before any bounce."""
-    centre = centroids(clips)
-    return np.linalg.norm(centre[:, FREE_FRAMES - 1] - centre[:, 0], axis=-1)
+    """Distance that the centroid moves in the frames before any bounce: the first FREE_FRAMES."""
+    centre = centroids(clips[:, :FREE_FRAMES])
+    return np.linalg.norm(centre[:, -1] - centre[:, 0], axis=-1)
 
 
 def directions(clips: Clips) -> Int[np.ndarray, "b"]:
     """The direction of that motion as an index into DIRECTIONS; -1 for less than half a pixel."""
-    centre = centroids(clips)
-    down, right = np.moveaxis(centre[:, FREE_FRAMES - 1] - centre[:, 0], -1, 0)
+    centre = centroids(clips[:, :FREE_FRAMES])
+    down, right = np.moveaxis(centre[:, -1] - centre[:, 0], -1, 0)
     eighth = np.round(np.arctan2(-down, right) / (2 * np.pi / len(DIRECTIONS))).astype(int) % len(DIRECTIONS)
     return np.where(np.hypot(down, right) < 0.5, -1, eighth)
 
