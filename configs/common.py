@@ -4,10 +4,15 @@ A config file is `get_config(preset)`; its docstring is its lab notebook. What t
 preset changes has its reason beside it.
 """
 
+import dataclasses
+import math
+
 from ml_collections import ConfigDict
 
 from vpae_jax.config import Experiment, OptimizerConfig, complete, nearest
+from vpae_jax.flow.schedule import Uniform
 from vpae_jax.methods import METHODS
+from vpae_jax.models.presets import PRESETS as SIZES
 from vpae_jax.types import UserError
 
 # Latent shapes [f, h, w, c] of one clip, for the translation of noise levels between resolutions.
@@ -28,11 +33,21 @@ def check(preset: str, known: tuple[str, ...] = PRESETS) -> None:
         raise UserError(f"preset {preset!r} does not exist{nearest(preset, known)} (known: {', '.join(known)})")
 
 
+def at_size(times: Uniform, preset: str) -> Uniform:
+    """Times stated for 720p, carried over to the preset's clips (`flow.schedule` Eq. 9)."""
+    if preset.endswith("720p"):
+        return times
+    return dataclasses.replace(times, translate_to=math.prod(LATENTS[preset]))
+
+
 def experiment(**values) -> ConfigDict:
     """A whole config: the given values, and every default that they leave open, so that each key can be overridden."""
     method = dict(values["method"])
     name = method.pop("name")
     values["method"] = {"name": name, **complete(METHODS[name], method)}
+    if "heads" in values["optimizers"]:
+        sizes = SIZES[values.get("model", {}).get("preset", values["preset"])]
+        values["heads"] = {**dataclasses.asdict(sizes.heads), **values.get("heads", {})}
     values["optimizers"] = {role: complete(OptimizerConfig, given) for role, given in values["optimizers"].items()}
     return ConfigDict(complete(Experiment, values))
 

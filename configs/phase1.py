@@ -4,13 +4,16 @@
     python -m vpae_jax.main --config=configs/phase1.py:i2v-14b-720p --workdir=... --config.model.path=...
 
 Paper: batch 32, Adam (.9, .999), learning rate 1e-6, 500 steps on Wan2.1-I2V-14B at 720p. The presets of 1.3B and 14B
-hold these values; the fake score's step size is 2e-5, since adapters at 1e-6 hardly move in 500 steps (the paper gives
-one rate for both). The tiny preset has its own values, with reasons beside them.
+hold these values, with the ranges of t carried over to their resolution; the fake score's step size is 2e-5, since
+adapters at 1e-6 hardly move in 500 steps (the paper gives one rate for both). The tiny preset has its own values, with
+reasons beside them.
 """
 
 from ml_collections import ConfigDict
 
-from configs.common import adam, check, experiment
+from configs.common import adam, at_size, check, experiment
+from vpae_jax.methods.scores import SCORE_TIMES
+from vpae_jax.methods.vpae import PRIMING_TIMES
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
@@ -23,7 +26,12 @@ def paper(preset: str) -> ConfigDict:
         name="phase1",
         preset=preset,
         # Every default of the method is the paper's, or `docs/methods.md` says why it is not.
-        method={"name": "vpae_phase1"},
+        method={
+            "name": "vpae_phase1",
+            "t": at_size(PRIMING_TIMES, preset),
+            "matching": {"t": at_size(SCORE_TIMES, preset)},
+            "fake_t": at_size(SCORE_TIMES, preset),
+        },
         optimizers={
             "generator": adam(1e-6, b1=0.9),
             "fake_score": adam(2e-5, b1=0.9),

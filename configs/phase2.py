@@ -5,12 +5,15 @@
 
 Starts from phase one's checkpoint, by default in the folder `phase1` beside this run's workdir. Paper: batch 32, Adam
 (.5, .999), learning rate 2e-6, 1000 steps, EMA .995, lambda 10, sigma_s .01, sigma_t .1. The presets of 1.3B and 14B
-hold these values; the tiny preset has its own, with reasons beside them.
+hold these values, with the ranges of t carried over to their resolution; the tiny preset has its own, with reasons
+beside them.
 """
 
 from ml_collections import ConfigDict
 
-from configs.common import adam, check, experiment
+from configs.common import adam, at_size, check, experiment
+from vpae_jax.methods.adversarial import DISC_TIMES
+from vpae_jax.methods.scores import SCORE_TIMES
 
 PREVIOUS = "python -m vpae_jax.main --config=configs/phase1.py:{preset}"
 
@@ -24,7 +27,11 @@ def paper(preset: str) -> ConfigDict:
     return experiment(
         name="phase2",
         preset=preset,
-        method={"name": "vpae_phase2"},
+        method={
+            "name": "vpae_phase2",
+            "noise": {"t": at_size(DISC_TIMES["shared"], preset)},
+            "csds": {"t": at_size(SCORE_TIMES, preset)},
+        },
         optimizers={
             "generator": adam(2e-6, b1=0.5),
             "heads": adam(2e-6, b1=0.5),

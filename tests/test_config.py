@@ -3,11 +3,14 @@
 import dataclasses
 from typing import Literal
 
+import jax
+import numpy as np
 import pytest
 
 from configs import encoders, phase1, phase2, teacher, vae
 from configs.common import PRESETS
 from vpae_jax.config import build, complete, parse
+from vpae_jax.flow.schedule import Uniform
 from vpae_jax.methods import make_method
 from vpae_jax.train.roles import check_roles
 from vpae_jax.types import UserError
@@ -89,6 +92,22 @@ def test_the_presets_of_14b_hold_the_papers_values():
     assert (two.optimizers["heads"].b1, two.optimizers["heads"].b2) == (0.5, 0.999)
     method = make_method(two.method)
     assert (method.ema, method.csds.weight, method.penalty.sigma_s, method.penalty.sigma_t) == (0.995, 10, 0.01, 0.1)
+
+
+def test_ranges_of_t_are_carried_over_from_720p():
+    large, small = (make_method(parse(phase2.get_config(f"i2v-14b-{size}p")).method) for size in (720, 480))
+    assert large.noise.t.translate_to is None and large.csds.t.translate_to is None
+    assert small.noise.t.translate_to == small.csds.t.translate_to == 21 * 60 * 104 * 16
+    lowest = Uniform(0.9, 0.9, translate_to=small.noise.t.translate_to)(jax.random.key(0), 1)
+    np.testing.assert_allclose(lowest, 0.855586, atol=1e-5)  # .9 / (a - .9 (a - 1)), a = sqrt(720 x 1280 / 480 x 832)
+
+
+def test_heads_are_those_of_the_preset_and_every_key_can_be_changed():
+    config = phase2.get_config("t2v-1.3b-480p")
+    assert (config.heads.width, config.heads.num_heads, config.heads.taps) == (1536, 12, (14, 22, 30))
+    config.heads.kind = "conv"
+    config.heads.taps = (10, 20)
+    assert parse(config).heads["kind"] == "conv"
 
 
 def test_unknown_preset_and_method_name_the_known_ones():

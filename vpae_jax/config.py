@@ -136,7 +136,7 @@ class Experiment:
       name: the phase's name; also the default workdir's.
       method: `name` of a method and its hyper-parameters.
       optimizers: one for each trained role.
-      heads: discriminator heads' options; empty when the method has none.
+      heads: discriminator heads (`models.heads.HeadsConfig`); empty when the method has none.
       steps, batch_size, seed: length, clips a step over all devices, root of all randomness.
       log_every, sample_every, checkpoint_every: intervals in steps.
       keep: how many checkpoints are kept.

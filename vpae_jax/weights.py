@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from vpae_jax import sharding
 from vpae_jax.config import Experiment, build
 from vpae_jax.methods.base import Method, Role
-from vpae_jax.models.heads import DiscriminatorHeads, HeadsConfig, default_taps
+from vpae_jax.models.heads import DiscriminatorHeads, HeadsConfig
 from vpae_jax.models.lora import LoRASpec
 from vpae_jax.models.pair_encoder import PairEncoder
 from vpae_jax.models.presets import PRESETS
@@ -65,9 +65,9 @@ def make_weights(
     roles = method.roles
     preset = PRESETS[experiment.model.preset]
     config = pretrained[0] if pretrained else preset.transformer
-    taps = default_taps(config.num_layers)
+    heads = _heads(experiment, config) if any(r.model == "heads" for r in roles.values()) else None
     previous = read_previous(experiment, workdir) if any(r.init == "previous" for r in roles.values()) else {}
-    maker = _Maker(experiment, config, taps, pretrained[1] if pretrained else None, previous)
+    maker = _Maker(experiment, config, heads, pretrained[1] if pretrained else None, previous)
     graphs, trained, frozen = {}, {}, {}
     for index, (name, role) in enumerate(roles.items()):
         key = jax.random.fold_in(jax.random.key(experiment.seed), 1000 + index)
@@ -77,7 +77,7 @@ def make_weights(
         params = jax.tree.map(lambda p, dtype=dtype: p.astype(dtype), params)
         params = jax.device_put(params, sharding.param_shardings(params, rules, mesh))
         (frozen if role.trains == "none" else trained)[name] = params
-    return Weights(RoleModels(roles, graphs, taps), trained, frozen)
+    return Weights(RoleModels(roles, graphs, heads.taps if heads else ()), trained, frozen)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class _Maker:
 
     experiment: Experiment
     config: WanTransformerConfig
-    taps: tuple[int, ...]
+    heads: HeadsConfig | None
     pretrained: Params | None
     previous: Mapping[str, Any]
 
@@ -94,13 +94,14 @@ class _Maker:
         if role.model == "transformer":
             return self.transformer(name, role, key)
         preset, dtype = PRESETS[self.experiment.model.preset], jnp.dtype(self.experiment.model.dtype)
-        if role.model == "heads":
-            options = {"width": self.config.width, "num_taps": len(self.taps), **self.experiment.heads}
-            model = DiscriminatorHeads(build(HeadsConfig, options, "config.heads"), rngs=nnx.Rngs(key), dtype=dtype)
+        if role.model == "heads" and self.heads is not None:
+            model = DiscriminatorHeads(self.heads, rngs=nnx.Rngs(key), dtype=dtype)
         elif role.model == "vae":
             model = WanVAE(preset.vae, rngs=nnx.Rngs(key), dtype=dtype)
-        else:
+        elif preset.image_encoder is not None:
             model = PairEncoder(preset.text_encoder, preset.image_encoder, rngs=nnx.Rngs(key))
+        else:
+            raise UserError(f"preset {self.experiment.model.preset!r} has no image encoder to train; choose another")
         return split(model)
 
     def transformer(self, name: str, role: Role, key: jax.Array) -> tuple[nnx.GraphDef, Params]:
@@ -119,6 +120,16 @@ class _Maker:
         if self.pretrained is None:
             raise UserError(f"role {name} starts from a model directory; set config.model.path")
         return graph, self.pretrained
+
+
+def _heads(experiment: Experiment, config: WanTransformerConfig) -> HeadsConfig:
+    """Sizes of the discriminator heads. Raises `UserError` for heads that do not fit the transformer."""
+    heads = build(HeadsConfig, experiment.heads, "config.heads")
+    if heads.width != config.width:
+        raise UserError(f"config.heads.width is {heads.width}, but the transformer's is {config.width}")
+    if heads.taps[-1] > config.num_layers:
+        raise UserError(f"config.heads.taps are {heads.taps}, but the transformer has {config.num_layers} blocks")
+    return heads
 
 
 def _scaled(params: Params, factors: Mapping[str, float]) -> Params:

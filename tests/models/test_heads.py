@@ -26,7 +26,7 @@ def features(seed: int = 0, image: bool = True) -> Features:
 
 
 def make(kind="ca_mm", **options) -> DiscriminatorHeads:
-    config = HeadsConfig(width=WIDTH, num_taps=TAPS, kind=kind, num_heads=4, **options)
+    config = HeadsConfig(width=WIDTH, taps=tuple(range(1, TAPS + 1)), kind=kind, num_heads=4, **options)
     return DiscriminatorHeads(config, rngs=nnx.Rngs(0))
 
 
@@ -114,6 +114,6 @@ def test_bfloat16_is_close_to_float32(kind):
 
 def test_bad_sizes_are_named():
     with pytest.raises(UserError, match="num_heads 5 does not divide the inner width 24"):
-        HeadsConfig(width=24, num_taps=3, num_heads=5)
+        HeadsConfig(width=24, taps=(1, 2, 3), num_heads=5)
     with pytest.raises(UserError, match="2 taps were given, 3 are expected"):
         make()(features().replace(taps=features().taps[:2]))

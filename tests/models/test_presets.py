@@ -70,7 +70,7 @@ def test_parts_fit_each_other(name):
     assert transformer.text_dim == preset.text_encoder.d_model
     assert transformer.out_channels == preset.vae.z_dim
     assert preset.heads.width == transformer.width
-    assert preset.heads.num_taps == len(default_taps(transformer.num_layers))
+    assert preset.heads.taps == default_taps(transformer.num_layers)
     assert count(build(DiscriminatorHeads, preset.heads)) > 0
     if preset.image_encoder is None:
         assert transformer.image_dim is None and transformer.in_channels == preset.vae.z_dim

@@ -122,7 +122,9 @@ class MovingDigits:
         if size < 1:
             raise UserError(f"MovingDigits: size={size}, expected at least 1 clip")
         if frames < LEAST_FRAMES:
-            raise UserError(f"MovingDigits: frames={frames}, expected at least {LEAST_FRAMES} so that a direction shows")
+            raise UserError(
+                f"MovingDigits: frames={frames}, expected at least {LEAST_FRAMES} so that a direction shows"
+            )
         if resolution < 16:
             raise UserError(f"MovingDigits: resolution={resolution}, expected at least 16 pixels")
         self.split: Split = split

@@ -39,7 +39,7 @@ class HeadsConfig:
       width: width of the backbone's hidden states.
       kind: "ca_mm" attends to image and text before the hidden states, "ca" does not, "conv" averages the logits of
         1x1 convolutions over tokens and taps.
-      num_taps: how many blocks are tapped.
+      taps: the backbone's blocks whose hidden states are read, counted from 1, rising.
       hidden: width inside the heads; None takes the backbone's.
       num_heads: attention heads; must divide the width inside.
       queries: "per_tap" has one learnable query for each tap, "shared" has `num_queries` that every tap reads with.
@@ -53,7 +53,7 @@ class HeadsConfig:
 
     width: int
     kind: Literal["ca_mm", "ca", "conv"] = "ca_mm"
-    num_taps: int = 3
+    taps: tuple[int, ...] = (18, 29, 40)
     hidden: int | None = None
     num_heads: int = 4
     queries: Literal["per_tap", "shared"] = "per_tap"
@@ -73,9 +73,11 @@ class HeadsConfig:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UserError(f"heads: {name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
-        for name in ("width", "num_taps", "num_heads", "num_queries", "mlp_ratio", "inner"):
+        for name in ("width", "num_heads", "num_queries", "mlp_ratio", "inner"):
             if getattr(self, name) < 1:
                 raise UserError(f"heads: {name} is {getattr(self, name)}, expected at least 1")
+        if not self.taps or list(self.taps) != sorted(set(self.taps)) or self.taps[0] < 1:
+            raise UserError(f"heads: taps are {self.taps}, expected rising block numbers, counted from 1")
         if self.kind != "conv" and self.inner % self.num_heads:
             raise UserError(
                 f"heads: num_heads {self.num_heads} does not divide the inner width {self.inner}; change one"
@@ -91,7 +93,7 @@ class HeadsConfig:
     @property
     def num_tokens(self) -> int:
         """Learnable queries."""
-        return self.num_taps if self.queries == "per_tap" else self.num_queries
+        return len(self.taps) if self.queries == "per_tap" else self.num_queries
 
 
 def default_taps(num_layers: int) -> tuple[int, ...]:
@@ -195,9 +197,9 @@ class QueryHeads(nnx.Module):
         d, given = config.inner, {"rngs": rngs, "param_dtype": param_dtype}
         self.query = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.num_tokens, d), param_dtype))
         self.mixer = ModalityMixer(config, rngs, dtype, param_dtype) if config.kind == "ca_mm" else None
-        self.taps = nnx.List([TapHead(config, rngs, dtype, param_dtype) for _ in range(config.num_taps)])
+        self.taps = nnx.List([TapHead(config, rngs, dtype, param_dtype) for _ in config.taps])
         self.shared = config.queries == "shared"
-        joined = config.num_taps * d * (config.num_queries if self.shared else 1)
+        joined = len(config.taps) * d * (config.num_queries if self.shared else 1)
         self.norm = LayerNorm(joined, eps=config.eps, param_dtype=param_dtype)
         self.proj_in = Linear(joined, d, **given)
         # Small but not zero: zero weights would send no gradient to what is judged.
@@ -221,7 +223,7 @@ class ConvHeads(nnx.Module):
     """`conv`: for each tap a logit for each token by two 1x1 convolutions, averaged over tokens and taps."""
 
     def __init__(self, config: HeadsConfig, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
-        d, init, taps = config.inner, nnx.initializers.normal(0.02), range(config.num_taps)
+        d, init, taps = config.inner, nnx.initializers.normal(0.02), config.taps
         given = {"rngs": rngs, "param_dtype": param_dtype}
         self.norms = nnx.List([RMSNorm(config.width, eps=config.eps, param_dtype=param_dtype) for _ in taps])
         self.projs_in = nnx.List([Linear(config.width, d, dtype=dtype, **given) for _ in taps])
@@ -261,9 +263,9 @@ class DiscriminatorHeads(nnx.Module):
         Raises:
           UserError: the number of tapped hidden states is not the number these heads were made for.
         """
-        if len(features.taps) != self.config.num_taps:
+        if len(features.taps) != len(self.config.taps):
             raise UserError(
-                f"heads: {len(features.taps)} taps were given, {self.config.num_taps} are expected; set num_taps"
+                f"heads: {len(features.taps)} taps were given, {len(self.config.taps)} are expected; set heads.taps"
             )
         return self.heads(features)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from vpae_jax.models.clip import CLIPVisionConfig
-from vpae_jax.models.heads import HeadsConfig
+from vpae_jax.models.heads import HeadsConfig, default_taps
 from vpae_jax.models.umt5 import UMT5Config
 from vpae_jax.models.wan_dit import WanTransformerConfig
 from vpae_jax.models.wan_vae import WanVAEConfig
@@ -50,7 +50,7 @@ TINY = Preset(
         image_dim=64,
         added_kv_proj_dim=192,
     ),
-    heads=HeadsConfig(width=192, num_heads=6),
+    heads=HeadsConfig(width=192, taps=default_taps(6), num_heads=6),
     vae=WanVAEConfig(base_dim=8, dim_mult=(1, 2, 4, 8), num_res_blocks=1),
     text_encoder=UMT5Config(vocab_size=384, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4),
     image_encoder=CLIPVisionConfig(
@@ -76,12 +76,14 @@ CLIP_VIT_H = CLIPVisionConfig(
 
 T2V_1_3B = Preset(
     transformer=WanTransformerConfig(num_attention_heads=12, ffn_dim=8960, num_layers=30),
-    heads=HeadsConfig(width=1536, num_heads=12),
+    heads=HeadsConfig(width=1536, taps=default_taps(30), num_heads=12),
     vae=WanVAEConfig(),
     text_encoder=UMT5_XXL,
     image_encoder=None,
 )
-T2V_14B = replace(T2V_1_3B, transformer=WanTransformerConfig(), heads=HeadsConfig(width=5120, num_heads=40))
+T2V_14B = replace(
+    T2V_1_3B, transformer=WanTransformerConfig(), heads=HeadsConfig(width=5120, taps=default_taps(40), num_heads=40)
+)
 I2V_14B = replace(
     T2V_14B,
     transformer=WanTransformerConfig(in_channels=36, image_dim=1280, added_kv_proj_dim=5120),
