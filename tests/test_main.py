@@ -56,3 +56,19 @@ def test_a_batch_that_does_not_divide_is_named(tmp_path):
     config.batch_size = 12
     with pytest.raises(UserError, match=r"config.batch_size is 12, expected a multiple of 8"):
         run(parse(config), tmp_path / "phase1")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("taps", (3, 9), r"config.heads.taps are \(3, 9\), but the transformer has 6 blocks"),
+        ("width", 96, "config.heads.width is 96, but the transformer's is 192"),
+        ("kind", "mlp", "heads: kind is 'mlp'|config.heads.kind: 'mlp' is not one of"),
+    ],
+)
+def test_heads_that_do_not_fit_are_named(tmp_path, key, value, message):
+    config = phase2.get_config()
+    config.heads[key] = value
+    with pytest.raises(UserError, match=message):
+        run(parse(config), tmp_path / "phase2")
+    assert not (tmp_path / "phase2").exists()
