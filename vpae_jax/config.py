@@ -13,7 +13,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from ml_collections import ConfigDict
 
@@ -193,7 +193,7 @@ def complete(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _complete_value(hint: Any, value: Any) -> Any:
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    choices = [a for a in (typing.get_args(hint) if union else (hint,)) if dataclasses.is_dataclass(a)]
+    choices = [a for a in (typing.get_args(hint) if union else (hint,)) if _is_dataclass(a)]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         chosen, value = type(value), {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
     elif choices and isinstance(value, Mapping):
@@ -246,7 +246,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if value not in args:
             raise UserError(f"{path}: {value!r} is not one of {', '.join(map(repr, args))}")
         return value
-    if dataclasses.is_dataclass(hint):
+    if _is_dataclass(hint):
         if isinstance(value, hint):
             return value
         if isinstance(value, Mapping):
@@ -272,7 +272,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 def _convert_union(args: tuple, value: Any, path: str, hint: Any) -> Any:
     if value is None and type(None) in args:
         return None
-    choices = {a.__name__: a for a in args if dataclasses.is_dataclass(a)}
+    choices = {a.__name__: a for a in args if _is_dataclass(a)}
     if choices and isinstance(value, Mapping):
         rest = {k: v for k, v in value.items() if k != "kind"}
         kind = value.get("kind", next(iter(choices)) if len(choices) == 1 else None)
@@ -285,6 +285,10 @@ def _convert_union(args: tuple, value: Any, path: str, hint: Any) -> Any:
         except UserError:
             continue
     raise UserError(f"{path}: expected {_describe(hint)}, found {value!r}")
+
+
+def _is_dataclass(hint: Any) -> TypeGuard[type]:
+    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
 
 
 def _describe(hint: Any) -> str:

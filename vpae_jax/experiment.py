@@ -42,11 +42,11 @@ PREVIEW_CLIPS = 8
 PREVIEW_SEED = 7
 
 
-def run(experiment: Experiment, workdir: Path, devices: Sequence[jax.Device] | None = None) -> None:
+def run(experiment: Experiment, workdir: Path, devices: Sequence[Any] | None = None) -> None:
     """Trains one phase in `workdir`, or continues it, and writes the resulting model directory to `workdir/model`.
 
     Args:
-      devices: what the mesh is laid over; all devices of all processes by default.
+      devices: JAX's devices that the mesh is laid over; all devices of all processes by default.
 
     Raises:
       UserError: for a config that does not fit itself, the method, the devices, the model directory or the workdir.

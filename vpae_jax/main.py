@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
         experiment = config.parse(CONFIG.value)
     except OSError as error:  # how ml_collections says that there is no such config file
         raise UserError(" ".join(str(error).split())) from error
-    run(experiment, Path(WORKDIR.value))
+    run(experiment, Path(str(WORKDIR.value)))
 
 
 if __name__ == "__main__":

@@ -43,11 +43,12 @@ def write_autoencoder(workdir: Path, preset: str, params: Params, clips: MovingD
     sizes = PRESETS[preset]
     vae = dataclasses.replace(sizes.vae, **latent_statistics(sizes.vae, params, clips))
     rngs = nnx.Rngs(0)
-    fresh = {
+    fresh: dict[str, Any] = {
         "transformer": (sizes.transformer, WanTransformer(sizes.transformer, rngs=rngs)),
         "text_encoder": (sizes.text_encoder, UMT5Encoder(sizes.text_encoder, rngs=rngs)),
-        "image_encoder": (sizes.image_encoder, CLIPVision(sizes.image_encoder, rngs=rngs)),
     }
+    if sizes.image_encoder is not None:
+        fresh["image_encoder"] = (sizes.image_encoder, CLIPVision(sizes.image_encoder, rngs=rngs))
     parts = {name: (config, split(model)[1]) for name, (config, model) in fresh.items()}
     parts["vae"] = (vae, params)
     with tempfile.TemporaryDirectory() as source:

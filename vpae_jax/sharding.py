@@ -38,7 +38,7 @@ TRANSFORMER_RULES: Rules = (
 REPLICATED: Rules = ((r"", P()),)
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Lays devices out along the four axes.
 
     Args:

@@ -13,6 +13,7 @@ per-channel mean and standard deviation. Channels come last everywhere inside th
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import jax.numpy as jnp
@@ -78,7 +79,8 @@ class Batch:
     def unconditional(self) -> Condition:
         """The negative prompt with the same image and the same first frame, as Wan guides image-to-video."""
         text, mask = self.condition.text, self.condition.text_mask
-        return self.condition.replace(
+        return dataclasses.replace(
+            self.condition,
             text=jnp.broadcast_to(self.null_text, text.shape).astype(text.dtype),
             text_mask=jnp.broadcast_to(self.null_mask, mask.shape),
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def train(
                 for repeat in range(update.repeats):
                     state, scalars_of_update = programs[index](state, frozen, put(next(batches)), jnp.int32(repeat))
                     scalars |= scalars_of_update
-            state = state.replace(step=state.step + 1)
+            state = replace(state, step=state.step + 1)
             if pending is not None:
                 _record(metrics, *pending, clock, experiment.log_every, workdir)
             pending = (step + 1, scalars)

@@ -10,6 +10,7 @@ argument, never a constant of the program.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -58,7 +59,7 @@ def make_update(update: Update, index: int, models: RoleModels, optimizer: optax
         averages = dict(state.ema)
         if decay is not None:
             averages[role] = ema.update(averages[role], params, decay)
-        state = state.replace(params={**state.params, role: params}, opt={**state.opt, role: opt}, ema=averages)
+        state = replace(state, params={**state.params, role: params}, opt={**state.opt, role: opt}, ema=averages)
         scalars = {name: jnp.mean(value) for name, value in metrics.items()}
         scalars |= {
             "loss": loss,
