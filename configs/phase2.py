@@ -35,6 +35,7 @@ def paper(preset: str) -> ConfigDict:
         optimizers={
             "generator": adam(2e-6, b1=0.5),
             "heads": adam(2e-6, b1=0.5),
+            "backbone": adam(2e-6, b1=0.5),  # for method.backbone = full_copy
         },
         steps=1000,
         batch_size=32,
@@ -73,6 +74,7 @@ def tiny() -> ConfigDict:
         optimizers={
             "generator": adam(3e-5, b1=0.5),
             "heads": adam(1e-3, b1=0.5),
+            "backbone": adam(1e-4, b1=0.5),  # for method.backbone = full_copy
         },
         steps=100,
         batch_size=16,

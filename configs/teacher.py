@@ -27,20 +27,21 @@ def get_config(preset: str = "tiny") -> ConfigDict:
             "image_dropout": 0.5,
             "ema": 0.999,
         },
-        optimizers={"generator": adam(1e-3, b1=0.9, b2=0.99, warmup_steps=200, clip_norm=1.0)},
-        steps=12000,
+        optimizers={"generator": adam(1e-3, b1=0.9, b2=0.99, warmup_steps=200, decay_steps=20000, clip_norm=1.0)},
+        steps=20000,
         batch_size=32,
         seed=0,
         log_every=50,
-        sample_every=2000,
-        checkpoint_every=500,
+        sample_every=5000,
+        checkpoint_every=1000,
         generator_nfe=50,
-        sample_guidance=2.0,
+        sample_guidance=4.0,
         model={
             "preset": preset,
             "path": "../encoders/model",
+            "remat": "dots",  # a third faster on a CPU: less is written to memory
             # Ten words stand among five hundred tokens of padding: cross-attention has to be able to single them out.
             "init_scale": {r"attn2/norm_[qk]/": 2.0},
         },
-        data={"kind": "latents", "clips": 6144},
+        data={"kind": "latents", "clips": 20480},
     )

@@ -65,7 +65,7 @@ def run(experiment: Experiment, workdir: Path, devices: Sequence[Any] | None = N
     if pipeline is not None:
         pretrained = (pipeline.transformer.config, split(pipeline.transformer)[1])
     weights = make_weights(experiment, method, workdir, mesh, pretrained)
-    optimizers = {role: make_optimizer(options) for role, options in experiment.optimizers.items()}
+    optimizers = {role: make_optimizer(experiment.optimizers[role]) for role in weights.trained}
     workdir.mkdir(parents=True, exist_ok=True)
     guard_config(workdir, dataclasses.asdict(experiment), FREE)
 
