@@ -81,8 +81,9 @@ def tiny() -> ConfigDict:
         log_every=5,
         sample_every=25,
         checkpoint_every=25,
-        sample_guidance=2.0,
-        data={"clips": 1024},
+        sample_guidance=4.0,
+        model={"remat": "dots"},
+        data={"clips": 4096},
         previous={"workdir": "../phase1", "command": PREVIOUS.format(preset="tiny")},
         guard={"enabled": True},
     )
