@@ -15,6 +15,7 @@ import importlib.resources
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from vpae_jax.models.umt5 import UMT5Encoder
 from vpae_jax.models.wan_dit import TEXT_LEN, WanTransformer
 from vpae_jax.models.wan_vae import WanVAE
 from vpae_jax.sampling import MASK_CHANNELS, Plan, Solver
+from vpae_jax.train.roles import split
 from vpae_jax.types import Condition, Latents, Mask, Params, PRNGKey, UserError, Video
 
 Pictures = UInt8[np.ndarray, "b height width 3"]
@@ -69,6 +71,11 @@ class Pipeline:
     def takes_image(self) -> bool:
         """Whether a first frame can be given."""
         return self.transformer.config.in_channels > self.transformer.config.out_channels
+
+    @cached_property
+    def _network(self) -> tuple[nnx.GraphDef, Params]:
+        """The transformer, split once: doing it for every clip would cost a tenth of a tiny model's evaluation."""
+        return split(self.transformer)
 
     def with_transformer(self, params: Params) -> Pipeline:
         """The same pipeline with other transformer weights of the same architecture."""
@@ -186,7 +193,7 @@ class Pipeline:
             raise UserError("solver 'consistency' draws fresh noise: give it a key")
         other = unconditional if guidance > 1 else None
         key = jax.random.key(0) if key is None else key  # read by no other solver
-        return sampling.sample(self.transformer, plan, noise, condition, other, guidance, key)
+        return sampling.sample(*self._network, plan, noise, condition, other, guidance, key)
 
     def decode(self, latents: Latents) -> UInt8[Array, "b t height width 3"]:
         """Latents to pixels."""

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, UInt8
 
 from vpae_jax.flow import solvers
 from vpae_jax.flow.schedule import shifted_times
-from vpae_jax.types import Condition, Latents, PRNGKey, UserError, Video
+from vpae_jax.types import Condition, Latents, Params, PRNGKey, UserError, Video
 
 Solver = Literal["euler", "consistency", "unipc"]
 
@@ -66,7 +66,8 @@ def decode(vae: nnx.Module, latents: Latents) -> UInt8[Array, "b t height width 
 
 
 def sample(
-    transformer: nnx.Module,
+    graph: nnx.GraphDef,
+    weights: Params,
     plan: Plan,
     noise: Latents,
     condition: Condition,
@@ -77,7 +78,7 @@ def sample(
     """Clean latents from noise; the whole loop is one program.
 
     Args:
-      transformer: a `methods.base.Velocity`.
+      graph, weights: a `methods.base.Velocity`, split.
       plan: solver, steps, shift.
       noise: standard normal.
       condition: one a clip.
@@ -85,7 +86,6 @@ def sample(
       guidance: w of `v_u + w (v_c - v_u)`.
       key: for solvers that draw fresh noise.
     """
-    graph, weights = nnx.split(transformer)
     return _sample(graph, plan, weights, noise, condition, unconditional, jnp.float32(guidance), key)
 
 
@@ -112,7 +112,7 @@ def _decode(graph: nnx.GraphDef, weights: nnx.State, latents: Latents) -> UInt8[
 def _sample(
     graph: nnx.GraphDef,
     plan: Plan,
-    weights: nnx.State,
+    weights: Params,
     noise: Latents,
     condition: Condition,
     unconditional: Condition | None,
