@@ -18,7 +18,8 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
 demo: $(VENV)/installed
 	$(RUN) -m vpae_jax.main --config=configs/phase1.py $(SHORT) --config.steps=200 --workdir=$(WORKDIR)/phase1
-	$(RUN) -m vpae_jax.main --config=configs/phase2.py $(SHORT) --config.steps=100 --workdir=$(WORKDIR)/phase2
+	$(RUN) -m vpae_jax.main --config=configs/phase2.py $(SHORT) --config.steps=100 --config.method.disc_warmup=20 \
+		--workdir=$(WORKDIR)/phase2
 	$(RUN) -m vpae_jax.sample --model=$(WORKDIR)/phase2/model --prompt="a three moves up and to the left" \
 		--output=$(WORKDIR)/sample.mp4
 	$(RUN) -m vpae_jax.evaluate --model=tiny --phase1=$(WORKDIR)/phase1 --phase2=$(WORKDIR)/phase2 --output=$(WORKDIR)
