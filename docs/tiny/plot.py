@@ -15,7 +15,7 @@ TRAINING = (
     ("teacher2", "generator/loss", "teacher, second run: velocity error", 10),
 )
 PHASES = (
-    ("phase1", "held_out/kvd_", "phase 1: held-out KVD", 1),
+    ("phase1", "fake_score/loss", "phase 1: loss of the fake score", 10),
     ("phase1", "generator/dmd_grad", "phase 1: gradient of Eq. 1 at x0", 10),
     ("phase2", "held_out/kvd_", "phase 2: held-out KVD", 1),
     ("phase2", "heads/accuracy", "phase 2: accuracy of the discriminator", 10),
