@@ -67,8 +67,8 @@ def tiny() -> ConfigDict:
             # The paper's [.9, .999] hides everything in a clip of 1,728 values.
             "noise": {"kind": "full"},
             "penalty": {"weight": 0.05},  # at the paper's 1 the heads stay at chance over so few steps
-            # The paper's 10, unguided and at times shifted for 720p, blurs so small a clip. Guided, it holds the digits'
-            # classes, which the judge alone lets go (docs/tiny.md).
+            # Guided, it holds the digits' classes, which the judge alone lets go (docs/tiny.md). In so small a clip the
+            # same noise hides more than at 720p, so its times are lower.
             "csds": {"weight": 3.0, "guidance": 4.0, "t": Uniform(0.3, 0.9)},
             "disc_updates": 2,
             "disc_warmup": 50,  # the heads start from random weights
