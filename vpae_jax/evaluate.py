@@ -89,15 +89,15 @@ class Generator:
     """Turns requests into clips, in batches of one size, and takes the time.
 
     Attributes:
-      diffusion_seconds, seconds: a clip, of the network alone and of everything from caption to pixels; without the
-        first batch of each half, which includes compiling.
+      diffusion_seconds, seconds: a clip, of the network alone and of everything from caption to pixels; the median over
+        batches, without the first batch of each half, which includes compiling.
     """
 
     def __init__(self, pipeline: Pipeline, entry: Entry, batch: int) -> None:
         self._pipeline, self._entry, self._batch = pipeline, entry, batch
-        self._clips = 0
         self._warm: set[bool] = set()
-        self._diffusion = self._total = 0.0
+        self._diffusion: list[float] = []
+        self._total: list[float] = []
 
     def __call__(self, request: Request) -> Clips:
         count = len(request.captions)
@@ -114,11 +114,11 @@ class Generator:
 
     @property
     def seconds(self) -> float:
-        return self._total / max(1, self._clips)
+        return float(np.median(self._total)) if self._total else 0.0
 
     @property
     def diffusion_seconds(self) -> float:
-        return self._diffusion / max(1, self._clips)
+        return float(np.median(self._diffusion)) if self._diffusion else 0.0
 
     def _make(self, captions: list[str], pictures: Any, noise: jax.Array, key: jax.Array) -> Clips:
         pipeline, entry = self._pipeline, self._entry
@@ -141,9 +141,8 @@ class Generator:
         clips = np.asarray(pipeline.decode(latents))
         kind = pictures is None
         if kind in self._warm:
-            self._clips += len(clips)
-            self._diffusion += end - begin
-            self._total += time.perf_counter() - start
+            self._diffusion.append((end - begin) / len(clips))
+            self._total.append((time.perf_counter() - start) / len(clips))
         self._warm.add(kind)
         return clips
 
