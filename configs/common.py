@@ -52,6 +52,27 @@ def experiment(**values) -> ConfigDict:
     return ConfigDict(complete(Experiment, values))
 
 
+def wan(preset: str) -> dict:
+    """What both phases set for 1.3B and 14B besides the method, its optimizers and the number of steps."""
+    return {
+        "preset": preset,
+        "batch_size": 32,
+        "log_every": 1,
+        "sample_every": 50,
+        "checkpoint_every": 50,
+        "sample_guidance": 5.0,
+        "sample_shift": 3.0 if preset.endswith("480p") else 5.0,
+        "model": {
+            "path": f"models/{preset}",
+            "preset": preset.removesuffix("-480p").removesuffix("-720p"),
+            "dtype": "bfloat16",
+            "frozen_dtype": "bfloat16",
+            "remat": "full",
+        },
+        "data": {"folder": f"data/{preset}"},
+    }
+
+
 def adam(learning_rate: float, b1: float, b2: float = 0.999, **options) -> dict:
     """Adam's options."""
     return {"learning_rate": learning_rate, "algorithm": "adam", "b1": b1, "b2": b2, **options}

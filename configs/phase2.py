@@ -11,7 +11,7 @@ beside them.
 
 from ml_collections import ConfigDict
 
-from configs.common import adam, at_size, check, experiment
+from configs.common import adam, at_size, check, experiment, wan
 from vpae_jax.flow.schedule import Uniform
 from vpae_jax.methods.adversarial import DISC_TIMES
 from vpae_jax.methods.scores import SCORE_TIMES
@@ -26,8 +26,8 @@ def get_config(preset: str = "tiny") -> ConfigDict:
 
 def paper(preset: str) -> ConfigDict:
     return experiment(
+        **wan(preset),
         name="phase2",
-        preset=preset,
         method={
             "name": "vpae_phase2",
             "noise": {"t": at_size(DISC_TIMES["shared"], preset)},
@@ -39,20 +39,6 @@ def paper(preset: str) -> ConfigDict:
             "backbone": adam(2e-6, b1=0.5),  # for method.backbone = full_copy
         },
         steps=1000,
-        batch_size=32,
-        log_every=1,
-        sample_every=50,
-        checkpoint_every=50,
-        sample_guidance=5.0,
-        sample_shift=3.0 if preset.endswith("480p") else 5.0,
-        model={
-            "path": f"models/{preset}",
-            "preset": preset.removesuffix("-480p").removesuffix("-720p"),
-            "dtype": "bfloat16",
-            "frozen_dtype": "bfloat16",
-            "remat": "full",
-        },
-        data={"folder": f"data/{preset}"},
         previous={"workdir": "../phase1", "command": PREVIOUS.format(preset=preset)},
         guard={"enabled": False},
     )

@@ -39,7 +39,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         model={
             "preset": preset,
             "path": "../encoders/model",
-            "remat": "dots",  # a third faster on a CPU: less is written to memory
+            "remat": "dots",  # faster on a CPU: less is written to memory
             # Ten words stand among five hundred tokens of padding: cross-attention has to be able to single them out.
             "init_scale": {r"attn2/norm_[qk]/": 2.0},
         },

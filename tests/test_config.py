@@ -1,6 +1,7 @@
 """Configs: strict parsing, defaults that can be overridden, and one clear line for what is wrong."""
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Literal
 
 import jax
@@ -124,6 +125,14 @@ def test_every_trained_role_needs_an_optimizer():
     method = make_method(experiment.method)
     with pytest.raises(UserError, match=r"config.optimizers.fake_score: missing"):
         check_roles(method, {"generator": experiment.optimizers["generator"]})
+
+
+def test_updates_are_for_the_trained_roles_and_no_others():
+    experiment = parse(phase1.get_config())
+    method = make_method(experiment.method)
+    lazy = SimpleNamespace(roles=method.roles, updates=method.updates[:1])
+    with pytest.raises(UserError, match=r"trains \['fake_score', 'generator'\], but has updates for \['fake_score'\]"):
+        check_roles(lazy, experiment.optimizers)
 
 
 def test_a_trained_backbone_has_its_optimizer():

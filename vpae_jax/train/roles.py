@@ -124,12 +124,17 @@ def merge_trees(base: Mapping[Any, Any], extra: Mapping[Any, Any]) -> dict[Any, 
 
 
 def check_roles(method: Method, optimizers: Mapping[str, Any]) -> None:
-    """Every trained role needs an update and an optimizer. Raises `UserError` naming the role.
+    """Every trained role needs an optimizer, and updates are for trained roles. Raises `UserError` naming the role.
 
     An optimizer may lie unused: a config holds one for every role that some setting of its method trains.
     """
     trained = {name for name, role in method.roles.items() if role.trains != "none"}
-    for name in sorted(trained | {update.trains for update in method.updates}):
+    updated = {update.trains for update in method.updates}
+    if trained != updated:
+        raise UserError(
+            f"the method trains {sorted(trained)}, but has updates for {sorted(updated)}; correct the method"
+        )
+    for name in sorted(trained):
         if name not in optimizers:
             raise UserError(f"config.optimizers.{name}: missing; the method trains this role")
 
