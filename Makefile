@@ -1,6 +1,7 @@
 # make demo    everything on real data: phase 1 -> phase 2 -> sample -> evaluate -> runs/demo/report.html
 # make test    every test but the long ones        make test-all    the long ones too
 # make check   format, lint and types              make tiny        trains the embedded model again
+# make clean   removes .venv, caches and runs/
 
 PYTHON ?= python3
 VENV ?= .venv

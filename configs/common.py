@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from vpae_jax.config import Experiment, OptimizerConfig, complete, nearest
 from vpae_jax.flow.schedule import Uniform
 from vpae_jax.methods import METHODS
+from vpae_jax.models.heads import HeadsConfig
 from vpae_jax.models.presets import PRESETS as SIZES
 from vpae_jax.types import UserError
 
@@ -33,21 +34,33 @@ def check(preset: str, known: tuple[str, ...] = PRESETS) -> None:
         raise UserError(f"preset {preset!r} does not exist{nearest(preset, known)} (known: {', '.join(known)})")
 
 
+def translate_to(preset: str) -> int | None:
+    """Values of one of the preset's clips; None for 720p, for which times are stated (`flow.schedule` Eq. 9)."""
+    return None if preset.endswith("720p") else math.prod(LATENTS[preset])
+
+
 def at_size(times: Uniform, preset: str) -> Uniform:
-    """Times stated for 720p, carried over to the preset's clips (`flow.schedule` Eq. 9)."""
-    if preset.endswith("720p"):
-        return times
-    return dataclasses.replace(times, translate_to=math.prod(LATENTS[preset]))
+    """Times stated for 720p, carried over to the preset's clips."""
+    return dataclasses.replace(times, translate_to=translate_to(preset))
 
 
-def experiment(**values) -> ConfigDict:
-    """A whole config: the given values, and every default that they leave open, so that each key can be overridden."""
+def experiment(preset: str, **values) -> ConfigDict:
+    """A whole config: the given values, and every default that they leave open, so that each of their keys can be
+    overridden. A command line cannot add optimizers, nor patterns to `model.init_scale`.
+
+    Args:
+      preset: sizes of the heads, where `model.preset` does not say.
+      values: keys of `Experiment`.
+    """
     method = dict(values["method"])
     name = method.pop("name")
     values["method"] = {"name": name, **complete(METHODS[name], method)}
     if "heads" in values["optimizers"]:
-        sizes = SIZES[values.get("model", {}).get("preset", values["preset"])]
-        values["heads"] = {**dataclasses.asdict(sizes.heads), **values.get("heads", {})}
+        preset = values.get("model", {}).get("preset", preset)
+        if preset not in SIZES:
+            raise UserError(f"config.model.preset: {preset!r} does not exist{nearest(preset, SIZES)}")
+        sizes = dataclasses.asdict(SIZES[preset].heads)
+        values["heads"] = complete(HeadsConfig, {**sizes, **values.get("heads", {})})
     values["optimizers"] = {role: complete(OptimizerConfig, given) for role, given in values["optimizers"].items()}
     return ConfigDict(complete(Experiment, values))
 

@@ -24,5 +24,5 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         log_every=20,
         checkpoint_every=500,
         model={"preset": preset},
-        data={"kind": "captions", "clips": 1 << 20},
+        data={"clips": 1 << 20},
     )

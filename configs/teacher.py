@@ -43,5 +43,5 @@ def get_config(preset: str = "tiny") -> ConfigDict:
             # Ten words stand among five hundred tokens of padding: cross-attention has to be able to single them out.
             "init_scale": {r"attn2/norm_[qk]/": 2.0},
         },
-        data={"kind": "latents", "clips": 20480},
+        data={"clips": 20480},
     )

@@ -26,8 +26,17 @@ def train(*arguments: str) -> subprocess.CompletedProcess:
         (["--config=configs/phase1.py:tinny"], ["tinny", "tiny"]),
         (["--config=configs/phase9.py"], ["configs/phase9.py"]),
         (["--config=configs/phase1.py", "--config.steps=many"], ["steps", "many"]),
+        (["--config=configs/phase1.py", "--config.preset=tiny"], ["preset"]),
+        (
+            ["--config=configs/phase2.py", "--config.method.noise.t.low=.5"],
+            ["config.method.noise.t.low", "kind=Uniform"],
+        ),
+        (["--config=configs/phase2.py", "--config.checkpoint_every=0"], ["checkpoint_every is 0", "at least 1"]),
     ],
-    ids=["misspelt key", "unknown preset", "no such config", "ill-typed value"],
+    ids=[
+        *("misspelt key", "unknown preset", "no such config", "ill-typed value", "preset is no key"),
+        *("key of another kind", "value out of range"),
+    ],
 )
 def test_a_bad_command_line_is_one_line(arguments, words, tmp_path):
     result = train(*arguments, f"--workdir={tmp_path / 'run'}")

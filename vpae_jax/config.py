@@ -2,6 +2,10 @@
 
 `parse` is the only place where a ConfigDict meets the code: every key must be known, present where it has no default,
 and of the right type. A misspelt key is one line that names it and the nearest known one.
+
+A setting of several kinds (`Uniform | LogitNormal | None`) is a ConfigDict with a key `kind` ("None" for none) and the
+keys of all kinds, so that a command line can switch the kind and set the other's keys. `plain` drops those of the kinds
+that were not chosen, and refuses one that was overridden.
 """
 
 from __future__ import annotations
@@ -15,9 +19,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeGuard
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from vpae_jax.types import UserError
+
+
+def _at_least(config: Any, minimum: int, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < minimum:
+            raise UserError(f"{name} is {getattr(config, name)}, expected at least {minimum}")
 
 
 @dataclass(frozen=True)
@@ -27,11 +37,12 @@ class OptimizerConfig:
     Attributes:
       learning_rate: peak step size.
       algorithm: "adam" (with decoupled decay if `weight_decay` is set) or "rmsprop".
-      b1, b2, eps: Adam's moments' decays and its denominator's guard; RMSProp uses `b2` as its decay.
+      b1, b2, eps: Adam's moments' decays and what is added to its denominator, the root of the second moment; RMSProp
+        uses `b2` as its decay, and `eps` as Adam does.
       weight_decay: decoupled weight decay.
       clip_norm: global gradient norm above which gradients are scaled down; 0 switches clipping off.
       warmup_steps: updates over which the step size rises linearly from 0.
-      decay_steps: updates at the end of a cosine decay to zero; 0 keeps the step size constant.
+      decay_steps: updates of a cosine decay to zero, which follows the warm-up; 0 keeps the step size constant.
     """
 
     learning_rate: float
@@ -44,14 +55,22 @@ class OptimizerConfig:
     warmup_steps: int = 0
     decay_steps: int = 0
 
+    def __post_init__(self) -> None:
+        _at_least(
+            self, 0, "learning_rate", "b1", "b2", "eps", "weight_decay", "clip_norm", "warmup_steps", "decay_steps"
+        )
+        for name in ("b1", "b2"):
+            if getattr(self, name) >= 1:
+                raise UserError(f"{name} is {getattr(self, name)}, expected less than 1")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Where weights come from and how they run.
 
     Attributes:
-      path: model directory in the Diffusers layout; "tiny" is the embedded one; relative to the workdir's
-        parent when it starts with "../".
+      path: model directory in the Diffusers layout; "tiny" is the embedded one; relative to the workdir when it starts
+        with "../", else to the current folder.
       preset: sizes of the parts that start from random weights (a key of `vpae_jax.models.presets.PRESETS`).
       dtype: compute precision; trained weights are float32 always.
       frozen_dtype: storage precision of weights that are not trained.
@@ -73,24 +92,26 @@ class DataConfig:
     """What is trained on.
 
     Attributes:
-      kind: "latents" (encoded clips), "pixels" (videos, for the VAE) or "captions" (frames and captions, for the
-        encoders).
       clips: how many distinct clips are rendered.
       seed: decides the clips and their order.
-      folder: where encoded clips are kept between runs; relative to the workdir's parent when it starts with "../".
+      folder: where encoded clips are kept between runs; relative to the workdir when it starts with "../", else to the
+        current folder.
       workers: processes that prepare batches; 0 prepares them in the training process.
     """
 
-    kind: Literal["latents", "pixels", "captions"] = "latents"
     clips: int = 2048
     seed: int = 0
     folder: str = "../data"
     workers: int = 0
 
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "clips")
+        _at_least(self, 0, "seed", "workers")
+
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Device counts along the mesh axes; one of them may be -1, "all that remain"."""
+    """Device counts along the mesh axes; one of them may be -1, "all that remain". `context` must be 1 as yet."""
 
     data: int = 1
     fsdp: int = -1
@@ -127,18 +148,22 @@ class GuardConfig:
     clips: int = 128
     every: int = 0
 
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "clips")
+        _at_least(self, 0, "every")
+
 
 @dataclass(frozen=True)
 class Experiment:
     """A whole run.
 
     Attributes:
-      name: the phase's name; also the default workdir's.
+      name: the phase's name, for messages.
       method: `name` of a method and its hyper-parameters.
       optimizers: one for each trained role.
       heads: discriminator heads (`models.heads.HeadsConfig`); empty when the method has none.
       steps, batch_size, seed: length, clips a step over all devices, root of all randomness.
-      log_every, sample_every, checkpoint_every: intervals in steps.
+      log_every, sample_every, checkpoint_every: intervals in steps; `sample_every` = 0 makes no previews.
       keep: how many checkpoints are kept.
       sample_guidance: guidance of the teacher's sampled clips.
       sample_shift: shift of the teacher's time grid.
@@ -146,7 +171,6 @@ class Experiment:
     """
 
     name: str
-    preset: str
     method: Mapping[str, Any]
     optimizers: Mapping[str, OptimizerConfig]
     steps: int
@@ -166,17 +190,60 @@ class Experiment:
     previous: PreviousConfig = PreviousConfig()
     guard: GuardConfig = GuardConfig()
 
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "steps", "batch_size", "log_every", "checkpoint_every", "keep", "generator_nfe")
+        _at_least(self, 0, "seed", "sample_every")
+        if self.sample_shift <= 0:
+            raise UserError(f"sample_shift is {self.sample_shift}, expected a positive number")
+
 
 def parse(config: Mapping[str, Any] | ConfigDict) -> Experiment:
     """A config file's ConfigDict as an `Experiment`. Raises `UserError` for an unknown, missing or ill-typed key."""
-    values = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
-    return build(Experiment, values, "config")
+    values = plain(config) if isinstance(config, ConfigDict) else config
+    return build(Experiment, values or {}, "config")
+
+
+class Choice(FieldReference):
+    """A key of a setting of several kinds.
+
+    Attributes:
+      kinds: the kinds that have this key.
+      given: its value in the config file; any other is an override.
+    """
+
+    def __init__(self, value: Any, field_type: type, kinds: tuple[str, ...]):
+        super().__init__(value, field_type=field_type)
+        self.kinds = kinds
+        self.given = value
+
+
+def plain(config: ConfigDict, path: str = "config") -> dict[str, Any] | None:
+    """A ConfigDict's values as dicts, of settings of several kinds those of the chosen kind.
+
+    Raises:
+      UserError: for an overridden key that the chosen kind does not have.
+    """
+    entries: dict[str, Any] = dict(config.items(preserve_field_references=True))
+    kind = str(config.kind) if isinstance(entries.get("kind"), Choice) else None
+    if kind is not None and kind not in entries["kind"].kinds:
+        return {"kind": kind}  # for `build` to refuse
+    result = {}
+    for key, entry in entries.items():
+        value = config[key]
+        if key != "kind" and isinstance(entry, Choice) and kind not in entry.kinds:
+            if value != entry.given:
+                choices = " or ".join(entry.kinds)
+                raise UserError(f"{path}.{key}: not a key of kind {kind}; set {path}.kind={choices}, or leave it out")
+            continue
+        result[key] = plain(value, f"{path}.{key}") if isinstance(value, ConfigDict) else value
+    return None if kind == "None" else result
 
 
 def complete(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with the defaults of `cls` filled in, recursively, so that a command line can override every key.
+    """`values` with the defaults of `cls` filled in, recursively: a ConfigDict of them can be overridden in every key.
 
-    Dataclasses become dicts; where a field may hold one of several, its class is kept under "kind".
+    Dataclasses become dicts. Fields that may be None, and all fields of a setting of several kinds, become references
+    that accept more than the type of their present value; `plain` takes them back.
     """
     hints = typing.get_type_hints(cls)
     result = dict(values)
@@ -192,30 +259,61 @@ def complete(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _complete_value(hint: Any, value: Any) -> Any:
-    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    choices = [a for a in (typing.get_args(hint) if union else (hint,)) if _is_dataclass(a)]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        chosen, value = type(value), {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
-    elif choices and isinstance(value, Mapping):
-        value = dict(value)
-        kind = value.pop("kind", choices[0].__name__)
-        chosen = next((c for c in choices if c.__name__ == kind), None)
-        if chosen is None:
-            return {"kind": kind, **value}
-    elif isinstance(value, Mapping) and typing.get_args(hint):
-        inner = typing.get_args(hint)[1]
-        return {k: _complete_value(inner, v) for k, v in value.items()}
+    args = typing.get_args(hint)
+    optional = types.NoneType in args
+    choices = {a.__name__: a for a in (args if _is_union(hint) else (hint,)) if _is_dataclass(a)}
+    if choices and (value is None or isinstance(value, Mapping) or type(value) in choices.values()):
+        return _complete_choice(choices, optional, value)
+    if optional and not isinstance(value, FieldReference):
+        return FieldReference(value, field_type=object)  # a placeholder of one type could not be set back to None
+    if isinstance(value, Mapping) and args:
+        return {k: _complete_value(args[1], v) for k, v in value.items()}
+    return float(value) if hint is float and type(value) is int else value
+
+
+def _complete_choice(choices: Mapping[str, type], optional: bool, value: Any) -> dict[str, Any]:
+    """The keys of every choice: the values of the chosen one, the defaults of the others."""
+    if value is None:
+        kind, values = "None", {}
+    elif isinstance(value, Mapping):
+        values = dict(value)
+        several = len(choices) > 1 or optional
+        kind = values.pop("kind", next(iter(choices))) if several else next(iter(choices))
     else:
-        return value
-    kind = {"kind": chosen.__name__} if len(choices) > 1 else {}
-    return {**kind, **complete(chosen, value)}
+        kind, values = type(value).__name__, {f.name: getattr(value, f.name) for f in _fields(type(value))}
+    if kind in choices and len(choices) == 1 and not optional:
+        return complete(choices[kind], values)
+    kinds = (*choices, "None") if optional else tuple(choices)
+    if kind not in kinds:
+        return {"kind": kind, **values}
+    result = complete(choices[kind], values) if kind in choices else {}
+    for cls in choices.values():
+        # A field without a default is None until it is set.
+        result = {f.name: FieldReference(None, field_type=object) for f in _fields(cls)} | complete(cls, {}) | result
+    owners = {key: tuple(n for n, c in choices.items() if key in {f.name for f in _fields(c)}) for key in result}
+    return {"kind": Choice(kind, str, kinds)} | {k: _choice(v, owners[k]) for k, v in result.items()}
+
+
+def _choice(value: Any, kinds: tuple[str, ...]) -> Any:
+    if isinstance(value, FieldReference):
+        return Choice(value.get(), value.get_type(), kinds)
+    return value if isinstance(value, Mapping) else Choice(value, type(value), kinds)
+
+
+def _fields(cls: type) -> list[dataclasses.Field]:
+    return [f for f in dataclasses.fields(cls) if f.init]
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
 def build(cls: type, values: Mapping[str, Any], path: str) -> Any:
     """Builds a dataclass from a mapping of its fields, recursively.
 
     Raises:
-      UserError: for a key that `cls` does not have (with the nearest one it has), a missing key, or a wrong type.
+      UserError: for a key that `cls` does not have (with the nearest one it has), a missing key, a wrong type, or a
+        value that `cls` refuses.
     """
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
@@ -226,7 +324,11 @@ def build(cls: type, values: Mapping[str, Any], path: str) -> Any:
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in values:
             raise UserError(f"{path}.{name}: missing; expected {_describe(hints[name])}")
-    return cls(**{k: _convert(hints[k], v, f"{path}.{k}") for k, v in values.items()})
+    converted = {k: _convert(hints[k], v, f"{path}.{k}") for k, v in values.items()}
+    try:
+        return cls(**converted)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
@@ -240,7 +342,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
-    if origin in (typing.Union, types.UnionType):
+    if _is_union(hint):
         return _convert_union(args, value, path, hint)
     if origin is Literal:
         if value not in args:

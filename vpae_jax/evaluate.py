@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpae_jax import cli
-from vpae_jax.data.digits import MovingDigits
+from vpae_jax.data.digits import check_size
 from vpae_jax.eval.base import Clips, Request
 from vpae_jax.eval.digits import METRICS, DigitEvaluation
 from vpae_jax.eval.report import Report, Row, Run, write_report
@@ -201,30 +201,20 @@ def read_config(workdir: Path) -> dict[str, Any]:
 
 def read_run(name: str, workdir: Path) -> Run:
     """A phase's curves and settings, and what its guard decided."""
-    path = workdir / "guard.json"
-    note = ""
-    if path.is_file():
-        scores = {int(step): float(np.mean(list(s.values()))) for step, s in json.loads(path.read_text()).items()}
-        if len(scores) > 1:
-            first, last = scores[min(scores)], scores[max(scores)]
-            verdict = "the trained weights were kept" if last <= first else "the weights of the phase before were kept"
-            note = f"Guard: held-out KVD went from {first:.1f} to {last:.1f}; {verdict}."
-    return Run(name, read_metrics(workdir), read_config(workdir), note)
+    config, path = read_config(workdir), workdir / "guard.json"
+    decided = json.loads(path.read_text()) if path.is_file() and config["guard"]["enabled"] else {}
+    note = f"Guard: {decided['reason']}." if "reason" in decided else ""
+    return Run(name, read_metrics(workdir), config, note)
 
 
 def load(rows: list[Entry], dtype: str) -> dict[str, Pipeline]:
     """Every model directory that the rows name, once. Raises `UserError` for one that makes other clips than these."""
     pipelines = {row.model: load_pipeline(row.model, jnp.dtype(dtype)) for row in rows}
-    digits = MovingDigits("eval", 1)
-    size = (digits.frames, digits.resolution, digits.resolution)
     for model, pipeline in pipelines.items():
         made = pipeline.defaults
-        if (made.num_frames, made.height, made.width) != size or not pipeline.takes_image:
-            raise UserError(
-                f"{model} makes clips of {made.num_frames}x{made.height}x{made.width}"
-                f"{'' if pipeline.takes_image else ' from text alone'}; the digits need {'x'.join(map(str, size))} "
-                "and a given first frame"
-            )
+        check_size(model, made.num_frames, made.height, made.width)
+        if not pipeline.takes_image:
+            raise UserError(f"{model} makes videos from text alone; the rows need a model that takes a first frame too")
     return pipelines
 
 
@@ -267,6 +257,8 @@ def main(argv: list[str]) -> None:
     if given.batch < 1:
         raise UserError(f"--batch={given.batch}: expected at least 1")
     output = given.output
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output={output} is a file; name a folder")
     pipelines = load(asked, given.dtype)
     evaluation = DigitEvaluation(given.count)
     rows = evaluate(asked, pipelines, evaluation, given.batch)

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vpae_jax import products, sharding
 from vpae_jax.config import Experiment
 from vpae_jax.convert.layout import Scheduler
-from vpae_jax.data.digits import MovingDigits
+from vpae_jax.data.digits import MovingDigits, check_size
 from vpae_jax.data.latents import LatentRecords, encode_clips
 from vpae_jax.data.pipeline import captioned_batches, latent_batches, pixel_batches
 from vpae_jax.guard import Guard
@@ -28,12 +29,12 @@ from vpae_jax.methods import make_method
 from vpae_jax.methods.base import Method
 from vpae_jax.pipeline import Pipeline, embedded_model, load_pipeline
 from vpae_jax.previews import Generation, Sampler, write_previews
-from vpae_jax.train.checkpoint import guard_config
+from vpae_jax.train.checkpoint import guard_config, latest_step
 from vpae_jax.train.loop import Hook, train
 from vpae_jax.train.optim import make_optimizer
 from vpae_jax.train.roles import check_roles, split
 from vpae_jax.train.state import TrainState, create
-from vpae_jax.types import Params, UserError
+from vpae_jax.types import CaptionedFrames, Params, PixelBatch, UserError
 from vpae_jax.weights import make_weights, read_previous, resolve
 
 # What may differ between two runs in one workdir: how long and how often, never what is computed.
@@ -53,23 +54,29 @@ def run(experiment: Experiment, workdir: Path, devices: Sequence[Any] | None = N
     """
     method = make_method(experiment.method)
     check_roles(method, experiment.optimizers)
+    check_lengths(experiment, method)
     mesh = sharding.make_mesh(experiment.mesh, devices)
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
     if experiment.batch_size % shares:
         raise UserError(f"config.batch_size is {experiment.batch_size}, expected a multiple of {shares} (data x fsdp)")
     pipeline = source = None
-    if experiment.data.kind != "pixels":
+    if method.batch is not PixelBatch:
         source = embedded_model() if experiment.model.path == "tiny" else resolve(experiment.model.path, workdir)
         pipeline = load_pipeline(source)
+        made = pipeline.defaults
+        check_size(str(source), made.num_frames, made.height, made.width)
     pretrained = None
     if pipeline is not None:
         pretrained = (pipeline.transformer.config, split(pipeline.transformer)[1])
-    weights = make_weights(experiment, method, workdir, mesh, pretrained)
+    continuing = latest_step(workdir) is not None
+    weights = make_weights(experiment, method, workdir, mesh, pretrained, continuing)
     optimizers = {role: make_optimizer(experiment.optimizers[role]) for role in weights.trained}
     workdir.mkdir(parents=True, exist_ok=True)
     guard_config(workdir, dataclasses.asdict(experiment), FREE)
 
     guard = Guard(pipeline, workdir, experiment.guard) if pipeline is not None and experiment.guard.enabled else None
+    if guard is not None and not continuing:
+        guard.begin(weights.previous_step)
     hooks = make_hooks(experiment, method, workdir, pipeline, guard)
     with jax.set_mesh(mesh):
         state = train(
@@ -79,31 +86,53 @@ def run(experiment: Experiment, workdir: Path, devices: Sequence[Any] | None = N
             optimizers,
             create(experiment.seed, weights.trained, method.roles, optimizers),
             weights.frozen,
-            make_batches(experiment, workdir, pipeline),
-            partial(jax.device_put, device=sharding.batch_sharding(mesh)),
+            make_batches(experiment, method, workdir, pipeline),
+            partial(sharding.put_batch, mesh=mesh),
             workdir,
             hooks,
         )
     params = dict(state.params) | dict(state.ema)
-    if guard is not None:
-        kept, reason = guard.verdict(experiment.steps)
-        print(f"guard: {reason}", flush=True)
-        if not kept:
-            params["generator"] = read_previous(experiment, workdir)["generator"]
-    print(f"model directory: {write_product(experiment, workdir, params, source)}", flush=True)
+    if guard is not None and pretrained is not None:
+        start = partial(starting_generator, experiment, method, workdir, pretrained[1], guard.read()["previous_step"])
+        if not guard.decide(int(state.step), _average(state), start):
+            params["generator"] = start()
+    print(f"model directory: {write_product(experiment, method, workdir, params, source)}", flush=True)
 
 
-def make_batches(experiment: Experiment, workdir: Path, pipeline: Pipeline | None) -> Any:
-    """The grain iterator that the config asks for; encodes the clips first where it trains on latents."""
+def check_lengths(experiment: Experiment, method: Method) -> None:
+    """Raises `UserError` for a batch of more clips than there are, or an update that the run is too short for."""
+    if experiment.batch_size > experiment.data.clips:
+        raise UserError(
+            f"config.batch_size is {experiment.batch_size}, but config.data.clips is {experiment.data.clips}; "
+            "lower the one or raise the other"
+        )
+    for update in method.updates:
+        if update.starts >= experiment.steps:
+            raise UserError(
+                f"config.steps is {experiment.steps}, but the {update.trains} is trained from step {update.starts} on; "
+                "raise config.steps or shorten the warm-up"
+            )
+
+
+def starting_generator(
+    experiment: Experiment, method: Method, workdir: Path, pretrained: Params, previous_step: int | None
+) -> Params:
+    """The weights that the generator started from."""
+    if method.roles["generator"].init == "previous":
+        return jax.tree.map(jnp.asarray, read_previous(experiment, workdir, previous_step)[0]["generator"])
+    return pretrained
+
+
+def make_batches(experiment: Experiment, method: Method, workdir: Path, pipeline: Pipeline | None) -> Any:
+    """The grain iterator that the method trains on; encodes the clips first where these are latents."""
     data = experiment.data
     clips = MovingDigits("train", data.clips, data.seed)
     size, seed, workers = experiment.batch_size, experiment.seed, data.workers
     if pipeline is None:
         return pixel_batches(clips, size, seed, workers)
-    if data.kind == "captions":
+    if method.batch is CaptionedFrames:
         return captioned_batches(clips, pipeline.tokenizer, size, seed, workers)
-    folder = resolve(data.folder, workdir)
-    encode_clips(clips, pipeline, folder)
+    folder = encode_clips(clips, pipeline, resolve(data.folder, workdir))
     return latent_batches(LatentRecords(folder), size, seed, workers)
 
 
@@ -125,7 +154,7 @@ def make_preview(
     """Writes clips of the data, the teacher, the generator and its average, side by side."""
     clips = MovingDigits("eval", PREVIEW_CLIPS, PREVIEW_SEED)
     items = [clips[i] for i in range(PREVIEW_CLIPS)]
-    pictures = np.stack([item["video"][0] for item in items])
+    pictures = np.stack([item["video"][0] for item in items]) if pipeline.takes_image else None
     given = [i >= PREVIEW_CLIPS // 2 for i in range(PREVIEW_CLIPS)]
     generation = Generation(pipeline, [item["caption"] for item in items], pictures, given, PREVIEW_SEED)
     shift = experiment.sample_shift
@@ -148,17 +177,18 @@ def make_preview(
     return preview
 
 
-def write_product(experiment: Experiment, workdir: Path, params: Mapping[str, Params], source: Path | None) -> Path:
+def write_product(
+    experiment: Experiment, method: Method, workdir: Path, params: Mapping[str, Params], source: Path | None
+) -> Path:
     """The model directory of a finished run, from its roles' final weights."""
     preset = experiment.model.preset
     scheduler = Scheduler("euler", experiment.sample_shift)
     if source is None:
         clips = MovingDigits("train", experiment.data.clips, experiment.data.seed)
         return products.write_autoencoder(workdir, preset, params["vae"], clips, scheduler)
-    if experiment.data.kind == "captions":
+    if method.batch is CaptionedFrames:
         return products.write_encoders(workdir, preset, params["encoders"], source)
-    config = load_pipeline(source).transformer.config
-    return products.write_student(workdir, config, params["generator"], source, scheduler)
+    return products.write_student(workdir, params["generator"], source, scheduler)
 
 
 def _average(state: TrainState) -> Params:

@@ -8,7 +8,9 @@ distances decides which of them the run's model directory holds. The scores stay
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,51 +29,67 @@ ONE_STEP = Sampler(steps=1)
 
 
 class Guard:
-    """Scores generator weights in one evaluation on held-out clips, text-to-video and image-to-video.
+    """Scores generator weights in one evaluation on held-out clips, for the tasks that the model does.
+
+    `guard.json` holds the number of clips, every score by step, the previous phase's step that this one started from,
+    and in the end what was decided and why.
 
     Args:
       pipeline: encodes conditions, decodes latents.
-      workdir: where the scores are kept.
+      workdir: where the scores are kept. Scores on another number of clips are dropped.
       config: how many clips, how often.
     """
 
     def __init__(self, pipeline: Pipeline, workdir: Path, config: GuardConfig):
-        self.file = workdir / FILE
-        clips = MovingDigits(SPLIT, 2 * config.clips, SEED)
-        items = [clips[i] for i in range(2 * config.clips)]
+        self.file, self.clips = workdir / FILE, config.clips
+        self.tasks = ("text_to_video", "image_to_video") if pipeline.takes_image else ("text_to_video",)
+        count = len(self.tasks) * config.clips
+        clips = MovingDigits(SPLIT, count, SEED)
+        items = [clips[i] for i in range(count)]
         videos = np.stack([item["video"] for item in items])
-        given = [i >= config.clips for i in range(2 * config.clips)]
+        given = [i >= config.clips for i in range(count)]
         captions = [item["caption"] for item in items]
-        self.generation = Generation(pipeline, captions, videos[:, 0], given, SEED)
+        self.generation = Generation(pipeline, captions, videos[:, 0] if pipeline.takes_image else None, given, SEED)
         found = features(videos)
         self.scale = FeatureScale.of(found)
         self.real = self.scale(found)
-        self.clips = config.clips
+
+    def begin(self, previous_step: int | None) -> None:
+        """A run at its first step: what an earlier one left is forgotten."""
+        self._write({"clips": self.clips, "previous_step": previous_step, "scores": {}})
 
     def score(self, step: int, params: Params) -> dict[str, float]:
-        """Scores weights and remembers the result: kernel distance (x 1000; lower is better) for both tasks."""
+        """Scores weights and remembers the result: kernel distance (x 1000; lower is better) for each task."""
         made = self.scale(features(self.generation(params, ONE_STEP)))
-        scores = {
-            "text_to_video": kernel_distance(self.real, made[: self.clips]),
-            "image_to_video": kernel_distance(self.real, made[self.clips :]),
-        }
-        kept = {**self.read(), str(step): scores}
-        temporary = self.file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(kept, indent=1))
-        temporary.replace(self.file)
+        parts = np.split(made, len(self.tasks))
+        scores = {task: kernel_distance(self.real, part) for task, part in zip(self.tasks, parts, strict=True)}
+        kept = self.read()
+        self._write({**kept, "scores": {**kept["scores"], str(step): scores}})
         return {f"held_out/kvd_{name}": value for name, value in scores.items()}
 
-    def read(self) -> dict[str, dict[str, float]]:
-        """All scores of this workdir, by step."""
-        return json.loads(self.file.read_text()) if self.file.exists() else {}
-
-    def verdict(self, last: int) -> tuple[bool, str]:
-        """Whether the final weights are kept, and why, in one line."""
-        scores = self.read()
+    def decide(self, last: int, final: Params, start: Callable[[], Params]) -> bool:
+        """Whether the final weights are kept; says why in one line. Scores that a killed run lacks are made up for."""
+        for step, params in ((0, start), (last, lambda: final)):
+            if str(step) not in self.read()["scores"]:
+                self.score(step, params())
+        scores = self.read()["scores"]
         before, after = (float(np.mean(list(scores[str(step)].values()))) for step in (0, last))
-        if after <= before:
-            return True, f"held-out KVD fell from {before:.1f} to {after:.1f}: the trained weights are kept"
-        return False, (
-            f"held-out KVD rose from {before:.1f} to {after:.1f}: the weights of the phase before are kept; "
-            "the trained ones are in the checkpoint (--config.guard.enabled=False keeps them)"
-        )
+        kept = after <= before
+        reason = f"held-out KVD fell from {before:.1f} to {after:.1f}: the trained weights are kept"
+        if not kept:
+            reason = f"held-out KVD rose from {before:.1f} to {after:.1f}: the weights that it started from are kept"
+        self._write({**self.read(), "kept": kept, "reason": reason})
+        advice = "" if kept else "; the trained ones are in the checkpoint (--config.guard.enabled=False keeps them)"
+        print(f"guard: {reason}{advice}", flush=True)
+        return kept
+
+    def read(self) -> dict[str, Any]:
+        """What is known of this workdir so far."""
+        empty = {"clips": self.clips, "previous_step": None, "scores": {}}
+        found = json.loads(self.file.read_text()) if self.file.exists() else empty
+        return found if found["clips"] == self.clips else {**found, **empty, "previous_step": found["previous_step"]}
+
+    def _write(self, content: dict[str, Any]) -> None:
+        temporary = self.file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(content, indent=1))
+        temporary.replace(self.file)

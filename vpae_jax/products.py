@@ -19,6 +19,7 @@ from flax import nnx
 
 from vpae_jax.convert.diffusers import build as build_part
 from vpae_jax.convert.layout import Defaults, Scheduler, write_model
+from vpae_jax.convert.parts import PARTS, read_config
 from vpae_jax.data.digits import MovingDigits
 from vpae_jax.data.pipeline import to_float
 from vpae_jax.data.tokenizer import build_tokenizer
@@ -65,8 +66,9 @@ def write_encoders(workdir: Path, preset: str, params: Params, source: Path) -> 
     return workdir / FOLDER
 
 
-def write_student(workdir: Path, config: Any, params: Params, source: Path, scheduler: Scheduler | None) -> Path:
+def write_student(workdir: Path, params: Params, source: Path, scheduler: Scheduler | None) -> Path:
     """The source with the trained transformer."""
+    config = read_config(source / "transformer" / "config.json", PARTS["transformer"])
     write_model(workdir / FOLDER, source, {"transformer": (config, params)}, scheduler=scheduler, overwrite=True)
     return workdir / FOLDER
 

@@ -1,8 +1,9 @@
 """One mesh, rules as data.
 
-The mesh has four axes: `data` (replicated weights), `fsdp` (sharded weights), `context` (sharded sequence) and
-`tensor` (sharded heads and hidden units). Where each parameter lives is decided by a list of (regex, PartitionSpec)
-rules on its path; the first match wins, and a parameter that no rule matches is an error, never a silent replica.
+The mesh has four axes: `data` (replicated weights), `fsdp` (sharded weights), `context` (sharded sequence; not
+implemented yet, so its size is 1) and `tensor` (sharded heads and hidden units). Where each parameter lives is decided
+by a list of (regex, PartitionSpec) rules on its path; the first match wins, and a parameter that no rule matches is an
+error, never a silent replica.
 """
 
 from __future__ import annotations
@@ -16,24 +17,32 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vpae_jax.config import MeshConfig
-from vpae_jax.types import UserError
+from vpae_jax.types import Batch, UserError
 
 AXES = ("data", "fsdp", "context", "tensor")
 Rules = Sequence[tuple[str, PartitionSpec]]
 P = PartitionSpec
 
+# Linear layers: of a block, from its features and back to them; of the conditions, before the blocks.
+_IN = r"^blocks/(attn[12]/(to_[qkv]|add_[kv]_proj)|ffn/proj_in)"
+_OUT = r"^blocks/(attn[12]/to_out|ffn/proj_out)"
+_EMBEDDER = r"^condition_embedder/((text|time)_embedder/linear_[12]|time_proj|image_embedder/ff/proj_(in|out))"
+
 # Paths as `param_path` spells them. Blocks are stacked: their leading axis is the layer.
 TRANSFORMER_RULES: Rules = (
-    (r"lora_a$", P(None, "fsdp", None)),
-    (r"lora_b$", P(None, None, "fsdp")),
-    (r"blocks/attn[12]/(to_[qkv]|add_[kv]_proj)/kernel$", P(None, "fsdp", "tensor")),
-    (r"blocks/attn[12]/to_out/kernel$", P(None, "tensor", "fsdp")),
-    (r"blocks/ffn/\w+_in/kernel$", P(None, "fsdp", "tensor")),
-    (r"blocks/ffn/\w+_out/kernel$", P(None, "tensor", "fsdp")),
-    (r"blocks/", P()),
-    (r"condition_embedder/(text|time|image)\w*/.*kernel$", P("fsdp", None)),
-    (r"(patch_embedding|proj_out)/kernel$", P()),
-    (r"", P()),
+    (rf"{_IN}/kernel$", P(None, "fsdp", "tensor")),
+    (rf"{_OUT}/kernel$", P(None, "tensor", "fsdp")),
+    (rf"({_IN}|{_OUT})/lora_a$", P(None, "fsdp", None)),
+    (rf"({_IN}|{_OUT})/lora_b$", P(None, None, "fsdp")),
+    (rf"({_IN}|{_OUT})/bias$", P()),
+    (r"^blocks/attn[12]/norm_(q|k|added_k)/scale$", P()),
+    (r"^blocks/norm2/(scale|bias)$", P()),
+    (rf"{_EMBEDDER}/(kernel|lora_a)$", P("fsdp", None)),
+    (rf"{_EMBEDDER}/lora_b$", P(None, "fsdp")),
+    (rf"{_EMBEDDER}/bias$", P()),
+    (r"^condition_embedder/image_embedder/(norm[12]/(scale|bias)|pos_embed)$", P()),
+    (r"^(patch_embedding|proj_out)/(kernel|bias|lora_[ab])$", P()),
+    (r"^(blocks/)?scale_shift_table$", P()),
 )
 REPLICATED: Rules = ((r"", P()),)
 
@@ -46,8 +55,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
       devices: all devices of all processes by default.
 
     Raises:
-      UserError: when the sizes do not multiply to the number of devices.
+      UserError: when the sizes do not multiply to the number of devices, or `context` is not 1.
     """
+    if config.context != 1:
+        raise UserError(f"config.mesh.context is {config.context}: sequence sharding is not implemented yet; use 1")
     devices = list(jax.devices() if devices is None else devices)
     sizes = [getattr(config, axis) for axis in AXES]
     known = int(np.prod([s for s in sizes if s != -1]))
@@ -85,10 +96,12 @@ def param_shardings(params: Any, rules: Rules, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, params)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Clips of a batch lie along `data` and `fsdp`."""
-    return NamedSharding(mesh, P(("data", "fsdp")))
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """A batch on the mesh: clips along `data` and `fsdp`; a `Batch`'s negative prompt, one for all, everywhere."""
+    clips, whole = NamedSharding(mesh, P(("data", "fsdp"))), NamedSharding(mesh, P())
 
+    def put(path: tuple[Any, ...], leaf: Any) -> jax.Array:
+        shared = isinstance(batch, Batch) and param_path(path) in ("null_text", "null_mask")
+        return jax.device_put(leaf, whole if shared else clips)
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, P())
+    return jax.tree_util.tree_map_with_path(put, batch)

@@ -10,11 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from vpae_jax import sharding
-from vpae_jax.config import Experiment, build
+from vpae_jax.config import Experiment, build, nearest
 from vpae_jax.methods.base import Method, Role
 from vpae_jax.models.heads import DiscriminatorHeads, HeadsConfig
 from vpae_jax.models.lora import LoRASpec
@@ -25,6 +27,8 @@ from vpae_jax.models.wan_vae import WanVAE
 from vpae_jax.train.checkpoint import read_state
 from vpae_jax.train.roles import RoleModels, split, split_lora
 from vpae_jax.types import Params, UserError
+
+HostParams = PyTree[np.ndarray]
 
 
 def resolve(path: str, workdir: Path) -> Path:
@@ -40,11 +44,13 @@ class Weights:
       models: how they become networks.
       trained: initial weights of the trained roles.
       frozen: weights of all others.
+      previous_step: the step of the phase before that roles start from; None when they do not.
     """
 
     models: RoleModels
     trained: dict[str, Params]
     frozen: dict[str, Params]
+    previous_step: int | None = None
 
 
 def make_weights(
@@ -53,20 +59,32 @@ def make_weights(
     workdir: Path,
     mesh: Mesh,
     pretrained: tuple[WanTransformerConfig, Params] | None,
+    continuing: bool = False,
 ) -> Weights:
     """Builds every role's model and brings its first weights onto the mesh.
 
     Args:
       pretrained: the model directory's transformer, for roles that start from it.
+      continuing: the run has a checkpoint of its own, which will replace the trained roles' weights; so the phase
+        before is not read, and may be gone.
 
     Raises:
       UserError: when the previous phase's checkpoint is missing, or lacks a role; says which command makes it.
     """
     roles = method.roles
+    if experiment.model.preset not in PRESETS:
+        name = experiment.model.preset
+        raise UserError(f"config.model.preset: {name!r} does not exist{nearest(name, PRESETS)}")
     preset = PRESETS[experiment.model.preset]
     config = pretrained[0] if pretrained else preset.transformer
     heads = _heads(experiment, config) if any(r.model == "heads" for r in roles.values()) else None
-    previous = read_previous(experiment, workdir) if any(r.init == "previous" for r in roles.values()) else {}
+    previous, step = {}, None
+    if not continuing and any(role.init == "previous" for role in roles.values()):
+        previous, step = read_previous(experiment, workdir)
+        folder = resolve(experiment.previous.workdir, workdir)
+        print(
+            f"{experiment.name} starts from step {step} of {folder} ({experiment.previous.weights} weights)", flush=True
+        )
     maker = _Maker(experiment, config, heads, pretrained[1] if pretrained else None, previous)
     graphs, trained, frozen = {}, {}, {}
     for index, (name, role) in enumerate(roles.items()):
@@ -77,7 +95,7 @@ def make_weights(
         params = jax.tree.map(lambda p, dtype=dtype: p.astype(dtype), params)
         params = jax.device_put(params, sharding.param_shardings(params, rules, mesh))
         (frozen if role.trains == "none" else trained)[name] = params
-    return Weights(RoleModels(roles, graphs, heads.taps if heads else ()), trained, frozen)
+    return Weights(RoleModels(roles, graphs, heads.taps if heads else ()), trained, frozen, step)
 
 
 @dataclass(frozen=True)
@@ -88,9 +106,9 @@ class _Maker:
     config: WanTransformerConfig
     heads: HeadsConfig | None
     pretrained: Params | None
-    previous: Mapping[str, Any]
+    previous: Mapping[str, HostParams]
 
-    def make(self, name: str, role: Role, key: jax.Array) -> tuple[nnx.GraphDef, Params]:
+    def make(self, name: str, role: Role, key: jax.Array) -> tuple[nnx.GraphDef, Params | HostParams]:
         if role.model == "transformer":
             return self.transformer(name, role, key)
         preset, dtype = PRESETS[self.experiment.model.preset], jnp.dtype(self.experiment.model.dtype)
@@ -104,7 +122,7 @@ class _Maker:
             raise UserError(f"preset {self.experiment.model.preset!r} has no image encoder to train; choose another")
         return split(model)
 
-    def transformer(self, name: str, role: Role, key: jax.Array) -> tuple[nnx.GraphDef, Params]:
+    def transformer(self, name: str, role: Role, key: jax.Array) -> tuple[nnx.GraphDef, Params | HostParams]:
         model = self.experiment.model
         options: dict[str, Any] = {"dtype": jnp.dtype(model.dtype), "remat": model.remat}
         if role.trains == "lora":
@@ -115,7 +133,10 @@ class _Maker:
             graph, params = split(WanTransformer(self.config, rngs=nnx.Rngs(key), **options))
             return graph, _scaled(params, model.init_scale)
         graph = nnx.graphdef(nnx.eval_shape(lambda: WanTransformer(self.config, rngs=nnx.Rngs(0), **options)))
-        if role.init == "previous":
+        if role.init == "previous" and self.previous:
+            if name not in self.previous:
+                folder = self.experiment.previous.workdir
+                raise UserError(f"{folder} holds {', '.join(sorted(self.previous))}, but no {name} to start from")
             return graph, self.previous[name]
         if self.pretrained is None:
             raise UserError(f"role {name} starts from a model directory; set config.model.path")
@@ -153,22 +174,23 @@ def _scaled(params: Params, factors: Mapping[str, float]) -> Params:
     return scaled
 
 
-def read_previous(experiment: Experiment, workdir: Path) -> Mapping[str, Any]:
-    """The weights of the phase before, by role.
+def read_previous(
+    experiment: Experiment, workdir: Path, step: int | None = None
+) -> tuple[Mapping[str, HostParams], int]:
+    """The weights of the phase before, by role, and the step that they are from (by default the newest).
 
     Raises:
-      UserError: when there is no finished checkpoint; says how to make one.
+      UserError: when there is no such checkpoint; says how to make one.
     """
     previous = experiment.previous
+    if not previous.workdir:
+        raise UserError("config.previous.workdir is empty, but method.init is 'previous'; name the phase before")
     folder = resolve(previous.workdir, workdir)
     try:
-        state = read_state(folder)
+        state = read_state(folder, step)
     except UserError as error:
         raise UserError(
             f"{experiment.name} starts from the previous phase, but there is {error}; run: {previous.command} "
             f"--workdir={folder}, or set --config.previous.workdir"
         ) from error
-    print(
-        f"{experiment.name} starts from step {int(state['step'])} of {folder} ({previous.weights} weights)", flush=True
-    )
-    return {**state["params"], **(state["ema"] if previous.weights == "ema" else {})}
+    return {**state["params"], **(state["ema"] if previous.weights == "ema" else {})}, int(state["step"])

@@ -1,7 +1,6 @@
 """`python -m vpae_jax.convert`: model directories and training runs to model directories."""
 
 import json
-import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +10,7 @@ import random_model
 from safetensors.numpy import load_file
 
 from vpae_jax import cli
-from vpae_jax.convert.__main__ import main
+from vpae_jax.convert.__main__ import SourceParts, main
 from vpae_jax.convert.diffusers import read_part
 from vpae_jax.convert.layout import Scheduler, read_scheduler
 
@@ -76,15 +75,22 @@ def test_a_run_becomes_a_model_directory(source, workdir, tmp_path, weights, add
     assert read_scheduler(tmp_path / "out") == Scheduler("euler", 2.0)
 
 
-def test_bad_input_is_one_line(source, workdir, tmp_path, capsys):
+def test_asking_for_a_part_does_not_read_it(source, monkeypatch):
+    monkeypatch.setattr("vpae_jax.convert.__main__.read_part", None)
+    parts = SourceParts(source)
+    assert "vae" in parts and "image_encoder" not in parts and set(parts) == set(PARTS)
+
+
+def test_bad_input_is_one_line_and_writes_nothing(source, workdir, tmp_path, capsys):
     out = tmp_path / "out"
     assert "invalid choice: 'wan'" in fails([source, out, "--format=wan"], capsys)
     assert "--format" in fails([source, out], capsys)
+    assert "invalid choice: 'best'" in fails([workdir, out, "--format=diffusers", "--weights=best"], capsys)
     assert "not a training run's workdir" in fails([source, out, "--format=diffusers", "--weights=ema"], capsys)
     assert "no such folder" in fails([tmp_path / "none", out, "--format=diffusers"], capsys)
     assert "already exists" in fails([source, source, "--format=diffusers"], capsys)
     assert "unrecognized arguments: --verfy" in fails([source, out, "--format=diffusers", "--verfy"], capsys)
-    assert not out.exists() and sys.argv
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_that_trained_no_generator(workdir, tmp_path, capsys):

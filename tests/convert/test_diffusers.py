@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import diffusers
 import jax
@@ -13,7 +14,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from vpae_jax.convert.diffusers import build, load_part, read_part, write_part
+from vpae_jax.convert.diffusers import build, load_part, read_part, replacing, write_part
 from vpae_jax.types import UserError
 
 CLASSES = {
@@ -262,3 +263,27 @@ def test_a_failed_write_leaves_the_old_part(source, copy):
         write_part(folder, "image_encoder", config, params)
     assert bits(folder, "image_encoder") == before
     assert [path.name for path in folder.iterdir()] == ["image_encoder"]
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_a_failed_rename_leaves_the_old_folder(tmp_path, monkeypatch, fails_at):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "weights").write_text("old")
+    rename, calls = Path.rename, []
+
+    def failing(self, target):
+        calls.append(target)
+        if len(calls) == fails_at:
+            raise OSError("no space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="no space left"), replacing(folder) as temporary:
+        temporary.mkdir()
+        (temporary / "weights").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"] and (folder / "weights").read_text() == "old"
+    with replacing(folder) as temporary:
+        temporary.mkdir()
+        (temporary / "weights").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"] and (folder / "weights").read_text() == "new"

@@ -1,5 +1,6 @@
 """Whole model directories: written from pieces, loaded by diffusers; schedulers, defaults and refusals."""
 
+import functools
 import json
 
 import diffusers
@@ -18,6 +19,7 @@ from vpae_jax.convert.layout import (
     read_scheduler,
     write_model,
 )
+from vpae_jax.flow.schedule import shifted_times
 from vpae_jax.types import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:diffusers", "ignore::DeprecationWarning:diffusers")
@@ -106,6 +108,24 @@ def test_schedulers_are_read_by_diffusers(source, tmp_path, scheduler):
         theirs = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder)
         theirs.set_timesteps(1)  # one step from pure noise to t = 0, as our one-step generators need it
         assert theirs.timesteps.tolist() == [1000.0] and theirs.sigmas.tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
+def test_diffusers_euler_takes_our_times(steps, shift):
+    """By itself for one step; for more when it is given the unshifted grid, also through a pipeline's own call."""
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler.from_config(Scheduler("euler", shift).to_json())
+    ours = shifted_times(steps, shift)
+    theirs.set_timesteps(steps)
+    assert np.allclose(theirs.sigmas.numpy(), ours, atol=1e-6) == (steps == 1)
+    grid = [1 - i / steps for i in range(steps)]
+    theirs.set_timesteps(sigmas=grid)
+    np.testing.assert_allclose(theirs.sigmas.numpy(), ours, atol=1e-6)
+    np.testing.assert_allclose(theirs.timesteps.numpy(), 1000 * ours[:-1], atol=1e-3)
+    theirs.set_timesteps(50)
+    theirs.set_timesteps = functools.partial(theirs.set_timesteps, sigmas=grid)
+    theirs.set_timesteps(steps, device="cpu")  # as Wan's pipelines call it
+    np.testing.assert_allclose(theirs.sigmas.numpy(), ours, atol=1e-6)
 
 
 def spoil(path, **changes):

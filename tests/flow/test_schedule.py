@@ -1,6 +1,5 @@
 """The algebra of rectified flow, its time axes, and Gaussian oracles whose velocity is known in closed form."""
 
-import itertools
 import math
 
 import jax
@@ -41,23 +40,10 @@ def test_path_ends_at_data_and_noise(point):
 
 def test_every_conversion_recovers_the_truth(point):
     x0, eps, t, x = point
-    v = eps - x0
     score = -eps / S.expand(t, x)
-    truth = {"velocity": v, "x0": x0, "eps": eps, "score": score}
-    found = 0
-    for a, b in itertools.permutations(truth, 2):
-        convert = getattr(S, f"{a}_to_{b}", None)
-        if convert is not None:
-            close(convert(truth[a], x, t), truth[b], 1e-4)
-            found += 1
-    assert found == 10
-
-
-def test_conversions_return(point):
-    x0, _, t, x = point
-    close(S.x0_to_velocity(S.velocity_to_x0(x0, x, t), x, t), x0, 1e-4)
-    close(S.eps_to_velocity(S.velocity_to_eps(x0, x, t), x, t), x0, 1e-4)
-    close(S.score_to_velocity(S.velocity_to_score(x0, x, t), x, t), x0, 1e-4)
+    close(S.velocity_to_x0(eps - x0, x, t), x0, 1e-4)
+    close(S.velocity_to_score(eps - x0, x, t), score, 1e-4)
+    close(S.x0_to_score(x0, x, t), score, 1e-4)
 
 
 def test_score_needs_the_plus_sign_for_velocities(point):
@@ -109,15 +95,12 @@ def test_shift(s):
     ],
 )
 def test_shifted_lists(s, expected):
-    np.testing.assert_allclose(S.shifted((1.0, 0.75, 0.5, 0.25), s), expected, atol=1e-6)
     np.testing.assert_allclose(S.shifted_times(4, s), (*expected, 0), atol=1e-6)
 
 
 def test_numbers_of_the_shift():
     assert S.unshift(0.9, 5.0) == pytest.approx(0.642857, abs=1e-6)
     assert S.shift(0.9, 5.0) == pytest.approx(0.978261, abs=1e-6)
-    assert S.snr(0.9) == pytest.approx(0.012346, abs=1e-6)
-    assert S.snr(0.95) == pytest.approx(0.002770, abs=1e-6)
 
 
 def test_dcm_grid():
@@ -139,7 +122,8 @@ def test_translate_between_resolutions():
 
 def test_translation_keeps_the_snr_of_the_average():
     """Averaging N / n values multiplies the SNR by N / n; the translated time has that SNR."""
-    assert S.snr(S.translate(0.9, 64 * 100, 100)) == pytest.approx(64 * S.snr(0.9))
+    moved = S.translate(0.9, 64 * 100, 100)
+    assert ((1 - moved) / moved) ** 2 == pytest.approx(64 * (0.1 / 0.9) ** 2)
 
 
 def test_uniform_sampler():

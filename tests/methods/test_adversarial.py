@@ -1,13 +1,13 @@
 """Adversarial losses by value, the discriminator's inputs, and the difference penalty on linear discriminators."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vpae_jax.flow.schedule import Uniform
+from vpae_jax.flow.schedule import VALUES_720P, Uniform, translate
 from vpae_jax.methods.adversarial import (
     DISC_TIMES,
     LOSSES,
@@ -139,6 +139,16 @@ def test_other_times(clips):
     assert float(small.fake_t[0]) == pytest.approx(0.18, abs=0.005)
 
 
+def test_every_kinds_times_can_be_translated():
+    """Also fig_literal's real clips and a `t` that is given; t = 1 stays."""
+    fake = real = jnp.zeros((50, 1, 1, 1, 1))
+    for noise in [*(DiscriminatorNoise(kind=kind) for kind in DISC_TIMES), DiscriminatorNoise(t=Uniform(0.5, 0.9))]:
+        stated, moved = noise(fake, real, KEY), replace(noise, translate_to=2880)(fake, real, KEY)
+        for name in ("fake_t", "real_t"):
+            expected = translate(getattr(stated, name), VALUES_720P, 2880)
+            np.testing.assert_allclose(getattr(moved, name), expected, rtol=1e-5)
+
+
 def test_pure_noise_carries_no_gradient(clips):
     grad = lambda kind: jax.grad(lambda x: DiscriminatorNoise(kind=kind)(x, clips[1], KEY).fake.sum())(clips[0])  # noqa: E731
     assert (grad("v1") == 0).all()
@@ -216,9 +226,12 @@ def test_composite_noise():
 
 
 def test_effective_weight_is_99():
+    """Weight 1 under "mean" is 1 / (.01^2 + .1^2) on the plain squared difference, up to the spread of ||delta||^2."""
     delta = DifferencePenalty().perturbation(jnp.zeros((4000, *SHAPE[1:])), KEY)
     assert float((delta**2).mean()) == pytest.approx(0.0101, rel=0.03)
-    assert pytest.approx(99.0099, abs=1e-4) == 1 / 0.0101
+    plain = DifferencePenalty(norm="fixed").ratio(jnp.ones(1), jnp.full((1, *SHAPE[1:]), 0.0101**0.5))
+    mean = DifferencePenalty(norm="mean").ratio(jnp.ones(1), jnp.full((1, *SHAPE[1:]), 0.0101**0.5))
+    assert float(mean[0] / plain[0]) == pytest.approx(99.0099, rel=1e-4)
 
 
 def test_shapes_of_the_perturbation():
@@ -273,6 +286,12 @@ def test_the_whole_loss():
         (lambda: DifferencePenalty(weight=-1.0), "weight"),
         (lambda: DifferencePenalty(sigma_s=0.0, sigma_t=0.0), "sigma_s"),
         (lambda: DiscriminatorNoise(kind="v1", t=Uniform(0.5, 1.0)), r"DiscriminatorNoise\.t"),
+        (lambda: DiscriminatorNoise(kind="clean", real="clean"), r"DiscriminatorNoise\.real"),
+        (lambda: DiscriminatorNoise(translate_to=0), "translate_to"),
+        (
+            lambda: DiscriminatorNoise(t=Uniform(translate_to=9), translate_to=9),
+            r"translate_to is 9 and t\.translate_to 9",
+        ),
     ],
 )
 def test_bad_fields_are_named(make, field):

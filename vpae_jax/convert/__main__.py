@@ -39,6 +39,9 @@ class SourceParts(Mapping[str, tuple[Any, Any]]):
             raise KeyError(name)
         return read_part(self.folder, name, None, lambda path, value: value)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 

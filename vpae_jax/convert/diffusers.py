@@ -140,7 +140,7 @@ def write_part(
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to it on success and removed on any failure."""
+    """A temporary name beside `path`, renamed to it on success; removed on any failure, with `path` as before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
@@ -150,6 +150,8 @@ def replacing(path: Path) -> Iterator[Path]:
             path.rename(old)
         temporary.rename(path)
     finally:
+        if old.is_dir() and not path.exists():
+            old.rename(path)
         for leftover in (temporary, old):
             if leftover.is_dir():
                 shutil.rmtree(leftover)

@@ -27,7 +27,7 @@ INDEX, DEFAULTS, SCHEDULER = "model_index.json", "vpae_jax.json", "scheduler_con
 VERSION = "0.33.0"  # the first Diffusers release with Wan
 
 _UNIPC, _EULER = "UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler"
-# What a scheduler's config must say, where it says anything, for our solvers to be the same.
+# What a scheduler's config must say, where it says anything, for our solvers to take the same steps on the same times.
 _REQUIRED: Mapping[str, Mapping[str, Any]] = {
     _UNIPC: {
         "num_train_timesteps": 1000,
@@ -51,6 +51,18 @@ _REQUIRED: Mapping[str, Mapping[str, Any]] = {
 @dataclass(frozen=True)
 class Scheduler:
     """How the directory's author samples it.
+
+    UniPC's times are Diffusers' own (`flow.solvers.unipc_grid`). Euler's are `flow.schedule.shifted_times`, which
+    Diffusers' scheduler has by itself for one step only: for more it spaces them from 1 to the shifted 1/1000, and then
+    shifts them (4 steps, shift 1: 1, .667, .334, .001, 0, where ours are 1, .75, .5, .25, 0). It takes ours when given
+    them unshifted and without the last 0:
+
+        scheduler.set_timesteps(sigmas=[1, 0.75, 0.5, 0.25])  # shifted by the scheduler
+
+    Wan's pipelines call `set_timesteps` with a number of steps and take no sigmas; for them, bind the sigmas first:
+
+        pipe.scheduler.set_timesteps = functools.partial(pipe.scheduler.set_timesteps, sigmas=[1, 0.75, 0.5, 0.25])
+        pipe(prompt, num_inference_steps=4)
 
     Attributes:
       solver: "unipc" (Diffusers' UniPCMultistepScheduler) or "euler" (FlowMatchEulerDiscreteScheduler).
@@ -108,7 +120,7 @@ def read_scheduler(folder: Path) -> Scheduler:
     """The model directory's scheduler.
 
     Raises:
-      UserError: none there, or one that our solvers do not equal.
+      UserError: none there, or one of a kind that our solvers do not have.
     """
     path = folder / "scheduler" / SCHEDULER
     values = read_json(path)

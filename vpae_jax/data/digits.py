@@ -203,3 +203,13 @@ class MovingDigits:
             drawn = affine_transform(native, back, offset, output_shape=(side, side), order=1, mode="constant")
             video[frame] = np.rint(drawn)
         return np.repeat(video[..., None], 3, axis=-1)
+
+
+def check_size(model: str, num_frames: int, height: int, width: int) -> None:
+    """Raises `UserError` for a model whose clips have another size than the rendered digits."""
+    digits = MovingDigits("eval", 1)
+    if (num_frames, height, width) != (digits.frames, digits.resolution, digits.resolution):
+        raise UserError(
+            f"{model} makes clips of {num_frames}x{height}x{width}, but moving digits, the only clips that there are "
+            f"so far, have {digits.frames}x{digits.resolution}x{digits.resolution}; use the tiny preset"
+        )

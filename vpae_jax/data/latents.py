@@ -115,31 +115,34 @@ class LatentRecords:
                 raise UserError(f"{self.folder / shard['file']} is damaged; remove {self.folder} and encode again")
 
 
-def encode_clips(clips: Clips, encoders: Encoders, folder: Path, batch_size: int = 32) -> None:
-    """Encodes all clips into `folder`, unless it holds them already.
+def encode_clips(clips: Clips, encoders: Encoders, root: Path, batch_size: int = 32) -> Path:
+    """Encodes all clips into a folder of `root` that is named by clips and encoders, unless it is there already.
 
     The folder appears when it is complete and not before.
 
     Args:
       clips: items with `video` [t, height, width, 3] uint8 and `caption`; all else that is not an array is kept.
       encoders: a pipeline.
-      folder: where the records go.
+      root: where such folders are kept.
       batch_size: clips encoded at once.
 
-    Raises:
-      UserError: the folder holds clips of another source or other encoders.
+    Returns:
+      The folder.
     """
     identity = {"schema": SCHEMA, "clips": repr(clips), "encoders": fingerprint(encoders)}
+    identity["fingerprint"] = hashlib.sha256(repr(sorted(identity.items())).encode()).hexdigest()[:16]
+    folder = root / str(identity["fingerprint"])
     if folder.exists():
-        check_identity(folder, identity)
-        return
-    partial_folder = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+        return folder
+    partial_folder = root / f".{folder.name}.{os.getpid()}.partial"
     partial_folder.mkdir(parents=True)
     try:
         _write(clips, encoders, partial_folder, batch_size, identity)
-        partial_folder.rename(folder)
+        if not folder.exists():  # another process may have been faster
+            partial_folder.rename(folder)
     finally:
         shutil.rmtree(partial_folder, ignore_errors=True)
+    return folder
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -151,17 +154,6 @@ def read_index(folder: Path) -> dict[str, Any]:
     if index.get("schema") != SCHEMA:
         raise UserError(f"{path}: schema {index.get('schema')}, expected {SCHEMA}; remove {folder} and encode again")
     return index
-
-
-def check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Raises `UserError`, saying what differs, when a folder holds other clips or was made by other encoders."""
-    index = read_index(folder)
-    for key, name in (("clips", "clips"), ("encoders", "encoders")):
-        if index[key] != identity[key]:
-            raise UserError(
-                f"{folder} was encoded with other {name}: {index[key]} there, {identity[key]} here; "
-                "choose another folder, or remove it to encode again"
-            )
 
 
 def fingerprint(encoders: Encoders) -> str:
@@ -207,7 +199,6 @@ def _write(clips: Clips, encoders: Encoders, folder: Path, batch_size: int, iden
             shards.append({"file": file, "clips": last - first, "bytes": path.stat().st_size, "sha256": _sha256(path)})
     index = {
         **identity,
-        "fingerprint": hashlib.sha256(repr(sorted(identity.items())).encode()).hexdigest()[:16],
         "count": count,
         "latents": shape,
         "text_tokens": int(mask.shape[1]),

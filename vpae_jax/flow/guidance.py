@@ -1,9 +1,8 @@
 """Classifier-free guidance, one convention: `v_u + w (v_c - v_u)`.
 
 w = 1 is no guidance and w = 5 is Wan's default. About half of the public distillation code (the diffusers LCM script,
-PCM, DCM, FastVideo, CausVid, Self-Forcing) writes `v_c + s (v_c - v_u)` instead; s = w - 1. Convert at the border with
-`from_extra` and `to_extra` and store only w. Guiding velocities and guiding x0 predictions is the same thing, because
-x0 = x_t - t v is affine in v.
+PCM, DCM, FastVideo, CausVid, Self-Forcing) writes `v_c + s (v_c - v_u)` instead; s = w - 1. Guiding velocities and
+guiding x0 predictions is the same thing, because x0 = x_t - t v is affine in v.
 """
 
 from __future__ import annotations
@@ -20,13 +19,3 @@ def guided(v_uncond: Signal, v_cond: Signal, w: float) -> Signal:
       w: guidance; 0 is unconditional, 1 conditional.
     """
     return v_uncond + w * (v_cond - v_uncond)
-
-
-def from_extra(s: float) -> float:
-    """Guidance w of code that writes `v_c + s (v_c - v_u)`."""
-    return s + 1.0
-
-
-def to_extra(w: float) -> float:
-    """Guidance s as code that writes `v_c + s (v_c - v_u)` wants it."""
-    return w - 1.0

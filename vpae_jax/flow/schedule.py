@@ -27,7 +27,6 @@ Arrays are `[b, ...]` with one time an example. The time is cast to the array's 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar, runtime_checkable
 
@@ -62,59 +61,16 @@ def velocity_to_x0(v: Signal, x: Signal, t: Times) -> Signal:
     return x - expand(t, x) * v
 
 
-def velocity_to_eps(v: Signal, x: Signal, t: Times) -> Signal:
-    """Eq. 4."""
-    return x + (1 - expand(t, x)) * v
-
-
 def velocity_to_score(v: Signal, x: Signal, t: Times) -> Signal:
     """Eq. 5; t > 0. The "+" is right because the prediction is a velocity."""
     t = expand(t, x)
     return -(x + (1 - t) * v) / t
 
 
-def x0_to_velocity(x0: Signal, x: Signal, t: Times) -> Signal:
-    """Inverse of Eq. 3; t > 0."""
-    return (x - x0) / expand(t, x)
-
-
-def x0_to_eps(x0: Signal, x: Signal, t: Times) -> Signal:
-    """Eq. 1 solved for eps; t > 0."""
-    t = expand(t, x)
-    return (x - (1 - t) * x0) / t
-
-
 def x0_to_score(x0: Signal, x: Signal, t: Times) -> Signal:
     """Eq. 6; t > 0."""
     t = expand(t, x)
     return -(x - (1 - t) * x0) / t**2
-
-
-def eps_to_velocity(eps: Signal, x: Signal, t: Times) -> Signal:
-    """Inverse of Eq. 4; t < 1."""
-    return (eps - x) / (1 - expand(t, x))
-
-
-def eps_to_x0(eps: Signal, x: Signal, t: Times) -> Signal:
-    """Eq. 1 solved for x0; t < 1."""
-    t = expand(t, x)
-    return (x - t * eps) / (1 - t)
-
-
-def eps_to_score(eps: Signal, x: Signal, t: Times) -> Signal:
-    """Eq. 5, first form; t > 0. `x` is only the shape's witness."""
-    return -eps / expand(t, x)
-
-
-def score_to_velocity(score: Signal, x: Signal, t: Times) -> Signal:
-    """Inverse of Eq. 5; t < 1."""
-    t = expand(t, x)
-    return -(x + t * score) / (1 - t)
-
-
-def snr(t: TimeLike) -> TimeLike:
-    """Eq. 7: signal-to-noise ratio of x_t for data of unit variance."""
-    return ((1 - t) / t) ** 2
 
 
 def shift(u: TimeLike, s: float) -> TimeLike:
@@ -130,11 +86,6 @@ def unshift(t: TimeLike, s: float) -> TimeLike:
 def translate(t: TimeLike, values_from: int, values_to: int) -> TimeLike:
     """Eq. 9: the time at which a clip of `values_to` values keeps as much signal as one of `values_from` at t."""
     return unshift(t, math.sqrt(values_from / values_to))
-
-
-def shifted(raw: Sequence[float], s: float) -> tuple[float, ...]:
-    """A list of raw times on the sigma axis, e.g. (1, .75, .5, .25) with s = 5 is (1, .9375, .8333, .625)."""
-    return tuple(float(shift(float(u), s)) for u in raw)
 
 
 def shifted_times(steps: int, s: float) -> Float[np.ndarray, "n"]:

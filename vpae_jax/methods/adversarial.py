@@ -17,7 +17,7 @@ saturating game.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import jax
@@ -118,27 +118,39 @@ class DiscriminatorNoise:
         "v1": t = 1, pure noise, no gradient at all. "fig_literal": figure 2's ranges, t in [.9, 1] for generated and
         (0, 1] for real clips, which can be told apart by their noise level alone; only to reproduce. "clean": no noise,
         the backbone is told a random time (APT).
-      t: distribution of t, for generated clips in "fig_literal"; None takes the kind's own, stated for 720p (see
-        `Uniform.translate_to` for other sizes).
+      t: distribution of t, for generated clips in "fig_literal"; None takes the kind's own, stated for 720p.
       real: "clean" leaves real clips without noise (Eq. 3 read literally).
+      translate_to: as for `Uniform`, of all times that are drawn here: the kind's own, or those of a `t` without one.
     """
 
     kind: Literal["shared", "fig_literal", "v1", "full", "clean"] = "shared"
     t: Uniform | LogitNormal | None = None
     real: Literal["noised", "clean"] = "noised"
+    translate_to: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("DiscriminatorNoise", {"kind": tuple(DISC_TIMES), "real": ("noised", "clean")}, self)
         if self.kind == "v1" and self.t is not None:
             raise UserError("DiscriminatorNoise.t is given, but kind 'v1' means t = 1; remove it or choose 'shared'")
+        if self.kind == "clean" and self.real == "clean":
+            raise UserError("DiscriminatorNoise.real is 'clean', but kind 'clean' noises no clip; leave real='noised'")
+        if self.translate_to is not None and self.t is not None and self.t.translate_to is not None:
+            raise UserError(
+                f"DiscriminatorNoise.translate_to is {self.translate_to} and t.translate_to {self.t.translate_to}; set "
+                "one of them to None"
+            )
+        self._times(self.t or DISC_TIMES[self.kind])
+
+    def _times(self, t: Uniform | LogitNormal) -> Uniform | LogitNormal:
+        return t if self.translate_to is None else replace(t, translate_to=self.translate_to)
 
     def __call__(self, fake: Latents, real: Latents, key: PRNGKey) -> Judged:
         """Noises generated clips (differentiably) and real ones."""
         keys = named_keys(key, "t", "real_t", "fake_noise", "real_noise")
-        t = (self.t or DISC_TIMES[self.kind])(keys.t, len(fake))
+        t = self._times(self.t or DISC_TIMES[self.kind])(keys.t, len(fake))
         if self.kind == "clean":
             return Judged(fake, t, real, t)
-        real_t = Uniform(0.0, 1.0)(keys.real_t, len(real)) if self.kind == "fig_literal" else t
+        real_t = self._times(Uniform(0.0, 1.0))(keys.real_t, len(real)) if self.kind == "fig_literal" else t
         if self.real == "noised":
             real = add_noise(real, jax.random.normal(keys.real_noise, real.shape, real.dtype), real_t)
         return Judged(add_noise(fake, jax.random.normal(keys.fake_noise, fake.shape, fake.dtype), t), t, real, real_t)

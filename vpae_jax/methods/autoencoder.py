@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -44,14 +44,14 @@ class Autoencoder:
       l1, l2: weights of the absolute and the squared error.
       kl_weight: weight of the KL divergence (mean over latent values).
       ema: decay of the averaged weights; None keeps no average.
-      init: where the network starts.
     """
+
+    batch: ClassVar[type] = PixelBatch
 
     l1: float = 1.0
     l2: float = 1.0
     kl_weight: float = 1e-4
     ema: float | None = None
-    init: Literal["pretrained", "fresh", "previous"] = "fresh"
 
     def __post_init__(self) -> None:
         for name in ("l1", "l2", "kl_weight"):
@@ -60,7 +60,7 @@ class Autoencoder:
 
     @property
     def roles(self) -> Mapping[str, Role]:
-        return {"vae": Role(init=self.init, trains="all", model="vae", ema=self.ema)}
+        return {"vae": Role(init="fresh", trains="all", model="vae", ema=self.ema)}
 
     @property
     def updates(self) -> tuple[Update, ...]:

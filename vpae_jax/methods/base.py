@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from vpae_jax.types import Condition, Features, Latents, Metrics, PerExample, Times
 
@@ -75,7 +75,7 @@ class Update:
     Attributes:
       trains: the role whose weights change.
       loss: the pure loss; see the module's docstring.
-      every: the update runs on steps divisible by this.
+      every: it runs every so many steps, counted from `starts`.
       repeats: how many times in a row it runs, each on fresh noise.
       starts: the first step on which it runs (a discriminator's head start delays the generator).
     """
@@ -89,7 +89,15 @@ class Update:
 
 @runtime_checkable
 class Method(Protocol):
-    """A training method. Implementations are frozen dataclasses."""
+    """A training method. Implementations are frozen dataclasses.
+
+    A role called "generator" is what is sampled, scored and exported; one called "teacher" is shown beside it.
+
+    Attributes:
+      batch: what it trains on: `Batch`, `PixelBatch` or `CaptionedFrames`.
+    """
+
+    batch: ClassVar[type]
 
     @property
     def roles(self) -> Mapping[str, Role]: ...

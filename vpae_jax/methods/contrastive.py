@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax import Array
@@ -47,12 +47,12 @@ class Contrastive:
     Attributes:
       max_scale: upper bound of the inverse temperature (CLIP: 100).
       ema: decay of the averaged weights; None keeps no average.
-      init: where the networks start.
     """
+
+    batch: ClassVar[type] = CaptionedFrames
 
     max_scale: float = 100.0
     ema: float | None = None
-    init: Literal["pretrained", "fresh", "previous"] = "fresh"
 
     def __post_init__(self) -> None:
         if self.max_scale <= 0:
@@ -60,7 +60,7 @@ class Contrastive:
 
     @property
     def roles(self) -> Mapping[str, Role]:
-        return {"encoders": Role(init=self.init, trains="all", model="encoders", ema=self.ema)}
+        return {"encoders": Role(init="fresh", trains="all", model="encoders", ema=self.ema)}
 
     @property
     def updates(self) -> tuple[Update, ...]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 
@@ -35,6 +35,8 @@ class FlowMatching:
       ema: decay of the averaged weights.
       init: where the network starts.
     """
+
+    batch: ClassVar[type] = Batch
 
     t: Uniform | LogitNormal = TEACHER_TIMES
     text_dropout: float = 0.1

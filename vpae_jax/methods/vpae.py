@@ -31,7 +31,7 @@ Where the text is open, the default and the alternatives:
     updates a generator step       fake_updates = 5;  count = generator | all (are 500 steps the generator's, or all?)
     Eq. 3's form                   adversarial = hinge | ns_logistic | rpgan | pcm_hinge | literal
     Eq. 3's backbone               backbone = ema | online_sg | online_trainable | full_copy | frozen_teacher
-    the discriminator's noise      noise.kind = shared | fig_literal | v1 | full | clean;  noise.t;  noise.real
+    the discriminator's noise      noise.kind = shared | fig_literal | v1 | full | clean;  noise.t, .translate_to, .real
     Eq. 4's sample                 penalty.on = fake | real | both
     Eq. 4's noise and norm         penalty.spatial, penalty.temporal, penalty.norm = mean | sum | fixed
     Eq. 5's t', guidance, norm     csds.t (None: the discriminator's t), csds.guidance, csds.reduction, csds.time_weight
@@ -48,7 +48,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -120,6 +120,8 @@ class PhaseOne:
       init: where the generator starts.
     """
 
+    batch: ClassVar[type] = Batch
+
     input: Literal["noised_real", "pure_noise", "anneal"] = "noised_real"
     t: Uniform | LogitNormal = PRIMING_TIMES
     anneal_from: float = 0.5
@@ -165,7 +167,7 @@ class PhaseOne:
         if self.count == "all":
             return (
                 Update(trains="fake_score", loss=self.fake_score_loss),
-                Update(trains="generator", loss=self.generator_loss, every=self.fake_updates),
+                Update("generator", self.generator_loss, every=self.fake_updates, starts=self.fake_updates - 1),
             )
         return (
             Update(trains="fake_score", loss=self.fake_score_loss, repeats=self.fake_updates),
@@ -241,6 +243,8 @@ class PhaseTwo:
       ema: decay of the generator's average.
       init: where the generator starts; "pretrained" is the ablation without phase one.
     """
+
+    batch: ClassVar[type] = Batch
 
     adversarial: AdversarialKind = "hinge"
     adversarial_weight: float = 1.0

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
-from grain.checkpoint import CheckpointRestore, CheckpointSave
+from grain.checkpoint import CheckpointHandler, CheckpointRestore, CheckpointSave
 
 from vpae_jax.train.state import TrainState
 from vpae_jax.types import UserError
@@ -58,18 +59,41 @@ class Checkpoints:
         self.manager.close()
 
 
-def read_state(workdir: Path) -> dict[str, Any]:
-    """A finished run's newest state as plain nested dicts (`step`, `params`, `ema`, ...), to start another phase from.
+def latest_step(workdir: Path) -> int | None:
+    """The step of a run's newest checkpoint; None when it has none."""
+    folder = (workdir / FOLDER).absolute()
+    if not folder.is_dir():
+        return None
+    with ocp.CheckpointManager(folder) as manager:
+        return manager.latest_step()
+
+
+def read_state(
+    workdir: Path, step: int | None = None, items: tuple[str, ...] = ("step", "params", "ema")
+) -> dict[str, Any]:
+    """What a run's checkpoint holds, as nested dicts of numpy arrays, whatever devices it was written on.
+
+    Args:
+      workdir: the run's folder.
+      step: which checkpoint; the newest by default.
+      items: of "step", "key", "params", "opt", "ema".
 
     Raises:
-      UserError: when the workdir has no complete checkpoint.
+      UserError: when the workdir has no such checkpoint.
     """
-    folder = (workdir / FOLDER).absolute()
-    manager = ocp.CheckpointManager(folder) if folder.is_dir() else None
-    if manager is None or manager.latest_step() is None:
+    folder, newest = (workdir / FOLDER).absolute(), latest_step(workdir)
+    if newest is None:
         raise UserError(f"no checkpoint in {workdir}")
-    args = ocp.args.Composite(state=ocp.args.StandardRestore())
-    return manager.restore(manager.latest_step(), args=args)["state"]
+    step = newest if step is None else step
+    handlers = {"state": ocp.PyTreeCheckpointHandler(), "data": CheckpointHandler()}
+    with ocp.CheckpointManager(folder, item_handlers=handlers) as manager:
+        if step not in manager.all_steps():
+            raise UserError(f"no checkpoint of step {step} in {workdir}, the newest is of step {newest}")
+        tree = manager.item_metadata(step)["state"].tree
+        wanted = {item: tree[item] for item in items}
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        restore = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
+        return manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
 
 
 def guard_config(workdir: Path, config: dict[str, Any], free: tuple[str, ...]) -> None:

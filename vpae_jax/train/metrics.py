@@ -29,8 +29,10 @@ class Metrics:
 
     def __init__(self, workdir: Path, start: int, steps: int):
         self.file = workdir / JSONL
-        kept = [record for record in read_metrics(workdir) if record["step"] <= start]
-        self.file.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        kept = [record for record in read_metrics(workdir) if record["step"] <= start] if start else []
+        temporary = self.file.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        temporary.replace(self.file)
         self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start)
         self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
 
