@@ -142,7 +142,16 @@ def test_line_plot_takes_the_colours_of_the_page():
     line_plot("loss", [Curve("a", [1.0, 2.0], [0.0, -1.0])], "two", logarithmic=True)
 
 
-def test_headline_compares_the_last_student(report):
+def test_headline_compares_the_newest_phase_or_the_last_student(report):
+    phases = [
+        row("phase 1", 1, 50.0),
+        row("phase 2", 1, 41.0),
+        row("phase 2, four steps", 4, 3.0),
+        row("another", 1, 2.0),
+    ]
+    meanings = [meaning for _, meaning in headline([*report.rows, *phases])]
+    assert meanings[0].endswith("phase 2")
+    assert headline([*report.rows, phases[0], phases[3]])[0][1].endswith("phase 1")
     numbers = dict((meaning, number) for number, meaning in headline(report.rows))
     assert numbers["less network time a clip, measured in this run"].startswith("100 ")
     assert any(number.startswith("900 ") and number.endswith(" 40") for number in numbers.values())

@@ -67,12 +67,14 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def headline(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """The numbers at the page's top: the last one-evaluation row against the many-step one."""
+    """The numbers at the page's top: the newest phase in one evaluation, or else the last row of one evaluation, against
+    the many-step row."""
     first, single = rows[0], [row for row in rows[1:] if row.evaluations == 1]
     students = [row for row in single if not row.name.endswith(NAIVE)]
     if not students:
         return []
-    student = students[-1]
+    named = {row.name: row for row in students}
+    student = named.get("phase 2") or named.get("phase 1") or students[-1]
     steps, names = f"{first.evaluations} {ARROW} 1", f"{first.name} {ARROW} {student.name}"
     found = [(steps, f"network evaluations a clip, {names}")]
     if first.diffusion_seconds and student.diffusion_seconds:
