@@ -67,8 +67,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def headline(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """The numbers at the page's top: the newest phase in one evaluation, or else the last row of one evaluation, against
-    the many-step row."""
+    """The numbers at the page's top: the newest phase in one evaluation, or the last such row, against many steps."""
     first, single = rows[0], [row for row in rows[1:] if row.evaluations == 1]
     students = [row for row in single if not row.name.endswith(NAIVE)]
     if not students:
