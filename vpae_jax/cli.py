@@ -71,7 +71,7 @@ def _parse(argv: list[str]) -> list[str]:
         _fail(str(error))
     # `ml_collections` reads the config file and its overrides while parsing: a key that does not exist ends here.
     except (AttributeError, KeyError) as error:
-        _fail(f"config key {' '.join(str(error).split())}")
+        _fail(f"config key {' '.join(str(error.args[0]).split())}")
     except OSError as error:
         _fail(" ".join(str(error).split()))
     if len(rest) > 1:
