@@ -8,7 +8,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 WORKDIR ?= runs/demo
 WORKERS ?= 2
-# The demo's phases are a fifth and a third as long as the tiny preset's, so their averages look back less far.
+# The demo's phases are a fourth and a sixteenth as long as the tiny preset's, so their averages look back less far.
 SHORT = --config.method.ema=0.98 --config.data.clips=1024 --config.log_every=5 --config.sample_every=50 \
 	--config.checkpoint_every=50
 

@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 from vpae_jax.config import Experiment, OptimizerConfig, complete, nearest
 from vpae_jax.flow.schedule import Uniform
 from vpae_jax.methods import METHODS
+from vpae_jax.models import presets
 from vpae_jax.models.heads import HeadsConfig
-from vpae_jax.models.presets import PRESETS as SIZES
 from vpae_jax.types import UserError
 
 # Latent shapes [f, h, w, c] of one clip, for the translation of noise levels between resolutions.
@@ -56,10 +56,7 @@ def experiment(preset: str, **values) -> ConfigDict:
     name = method.pop("name")
     values["method"] = {"name": name, **complete(METHODS[name], method)}
     if "heads" in values["optimizers"]:
-        preset = values.get("model", {}).get("preset", preset)
-        if preset not in SIZES:
-            raise UserError(f"config.model.preset: {preset!r} does not exist{nearest(preset, SIZES)}")
-        sizes = dataclasses.asdict(SIZES[preset].heads)
+        sizes = dataclasses.asdict(presets.find(values.get("model", {}).get("preset", preset)).heads)
         values["heads"] = complete(HeadsConfig, {**sizes, **values.get("heads", {})})
     values["optimizers"] = {role: complete(OptimizerConfig, given) for role, given in values["optimizers"].items()}
     return ConfigDict(complete(Experiment, values))

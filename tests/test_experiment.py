@@ -179,6 +179,14 @@ def test_a_run_killed_while_it_scored_is_finished_later_without_the_phase_before
     assert load_pipeline(tmp_path / "phase2" / "model").takes_image
 
 
+def test_a_guard_needs_a_generator(tmp_path):
+    config = small(encoders)
+    config.data.clips, config.guard.enabled = 64, True
+    with pytest.raises(UserError, match=r"config.guard.enabled is True, but the method trains no generator"):
+        run(parse(config), tmp_path / "encoders")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

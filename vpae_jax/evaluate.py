@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vpae_jax import cli
+from vpae_jax import cli, guard
 from vpae_jax.data.digits import check_size
 from vpae_jax.eval.base import Clips, Request
 from vpae_jax.eval.digits import METRICS, DigitEvaluation
@@ -37,6 +37,7 @@ from vpae_jax.eval.report import Report, Row, Run, write_report
 from vpae_jax.eval.results import NAIVE, headline, table, write_metrics, write_samples
 from vpae_jax.pipeline import Pipeline, load_pipeline
 from vpae_jax.sampling import Plan, Solver
+from vpae_jax.train.checkpoint import CONFIG_FILE
 from vpae_jax.train.metrics import read_metrics
 from vpae_jax.types import Condition, UserError
 
@@ -193,7 +194,7 @@ def entries(given: argparse.Namespace) -> list[Entry]:
 
 def read_config(workdir: Path) -> dict[str, Any]:
     """A run's config as plain values. Raises `UserError` when there was no run."""
-    path = workdir / "config.json"
+    path = workdir / CONFIG_FILE
     if not path.is_file():
         raise UserError(f"{workdir} holds no run ({path.name} is missing); train the phase first")
     return json.loads(path.read_text())
@@ -201,7 +202,7 @@ def read_config(workdir: Path) -> dict[str, Any]:
 
 def read_run(name: str, workdir: Path) -> Run:
     """A phase's curves and settings, and what its guard decided."""
-    config, path = read_config(workdir), workdir / "guard.json"
+    config, path = read_config(workdir), workdir / guard.FILE
     decided = json.loads(path.read_text()) if path.is_file() and config["guard"]["enabled"] else {}
     note = f"Guard: {decided['reason']}." if "reason" in decided else ""
     return Run(name, read_metrics(workdir), config, note)

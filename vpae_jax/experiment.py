@@ -54,7 +54,7 @@ def run(experiment: Experiment, workdir: Path, devices: Sequence[Any] | None = N
     """
     method = make_method(experiment.method)
     check_roles(method, experiment.optimizers)
-    check_lengths(experiment, method)
+    check_settings(experiment, method)
     mesh = sharding.make_mesh(experiment.mesh, devices)
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
     if experiment.batch_size % shares:
@@ -99,8 +99,11 @@ def run(experiment: Experiment, workdir: Path, devices: Sequence[Any] | None = N
     print(f"model directory: {write_product(experiment, method, workdir, params, source)}", flush=True)
 
 
-def check_lengths(experiment: Experiment, method: Method) -> None:
-    """Raises `UserError` for a batch of more clips than there are, or an update that the run is too short for."""
+def check_settings(experiment: Experiment, method: Method) -> None:
+    """Raises `UserError` for a batch of more clips than there are, an update that the run is too short for, or a guard
+    of a method that trains no generator."""
+    if experiment.guard.enabled and "generator" not in method.roles:
+        raise UserError("config.guard.enabled is True, but the method trains no generator to score; switch it off")
     if experiment.batch_size > experiment.data.clips:
         raise UserError(
             f"config.batch_size is {experiment.batch_size}, but config.data.clips is {experiment.data.clips}; "

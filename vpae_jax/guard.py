@@ -1,4 +1,4 @@
-"""Keeps the weights of the phase before when a phase ends up worse than it started.
+"""Keeps the weights that a phase started from when it ends up worse.
 
 A failed adversarial phase is worse than none (the paper's Table 3: two of its ablations end below phase one). So the
 starting weights and the final ones generate the same held-out clips from the same noise, and the pair of kernel
@@ -17,6 +17,7 @@ import numpy as np
 from vpae_jax.config import GuardConfig
 from vpae_jax.data.digits import MovingDigits
 from vpae_jax.eval.distances import FeatureScale, features, kernel_distance
+from vpae_jax.files import write_text
 from vpae_jax.pipeline import Pipeline
 from vpae_jax.previews import Generation, Sampler
 from vpae_jax.types import Params
@@ -90,6 +91,4 @@ class Guard:
         return found if found["clips"] == self.clips else {**found, **empty, "previous_step": found["previous_step"]}
 
     def _write(self, content: dict[str, Any]) -> None:
-        temporary = self.file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(content, indent=1))
-        temporary.replace(self.file)
+        write_text(self.file, json.dumps(content, indent=1))

@@ -23,8 +23,8 @@ from vpae_jax.convert.parts import PARTS, read_config
 from vpae_jax.data.digits import MovingDigits
 from vpae_jax.data.pipeline import to_float
 from vpae_jax.data.tokenizer import build_tokenizer
+from vpae_jax.models import presets
 from vpae_jax.models.clip import CLIPVision
-from vpae_jax.models.presets import PRESETS
 from vpae_jax.models.umt5 import UMT5Encoder
 from vpae_jax.models.wan_dit import WanTransformer
 from vpae_jax.train.roles import split
@@ -41,7 +41,7 @@ def write_autoencoder(workdir: Path, preset: str, params: Params, clips: MovingD
 
     The autoencoder's latents are normalised by the mean and standard deviation over `clips`.
     """
-    sizes = PRESETS[preset]
+    sizes = presets.find(preset)
     vae = dataclasses.replace(sizes.vae, **latent_statistics(sizes.vae, params, clips))
     rngs = nnx.Rngs(0)
     fresh: dict[str, Any] = {
@@ -60,7 +60,7 @@ def write_autoencoder(workdir: Path, preset: str, params: Params, clips: MovingD
 
 def write_encoders(workdir: Path, preset: str, params: Params, source: Path) -> Path:
     """The source with the trained text and image encoders."""
-    sizes = PRESETS[preset]
+    sizes = presets.find(preset)
     parts = {name: (getattr(sizes, name), params[name]) for name in ("text_encoder", "image_encoder")}
     write_model(workdir / FOLDER, source, parts, overwrite=True)
     return workdir / FOLDER

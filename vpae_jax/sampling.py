@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from vpae_jax.flow import solvers
+from vpae_jax.flow.guidance import guided
 from vpae_jax.flow.schedule import shifted_times
 from vpae_jax.types import Condition, Latents, Params, PRNGKey, UserError, Video
 
@@ -125,8 +126,7 @@ def _sample(
         v = model(x, t, condition)
         if unconditional is None:
             return v
-        v_uncond = model(x, t, unconditional)
-        return v_uncond + guidance * (v - v_uncond)
+        return guided(model(x, t, unconditional), v, guidance)
 
     if plan.solver == "unipc":
         return solvers.unipc(velocity, noise, *solvers.unipc_grid(plan.steps, plan.shift))

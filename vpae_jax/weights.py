@@ -16,12 +16,12 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from vpae_jax import sharding
-from vpae_jax.config import Experiment, build, nearest
+from vpae_jax.config import Experiment, build
 from vpae_jax.methods.base import Method, Role
+from vpae_jax.models import presets
 from vpae_jax.models.heads import DiscriminatorHeads, HeadsConfig
 from vpae_jax.models.lora import LoRASpec
 from vpae_jax.models.pair_encoder import PairEncoder
-from vpae_jax.models.presets import PRESETS
 from vpae_jax.models.wan_dit import WanTransformer, WanTransformerConfig
 from vpae_jax.models.wan_vae import WanVAE
 from vpae_jax.train.checkpoint import read_state
@@ -72,10 +72,7 @@ def make_weights(
       UserError: when the previous phase's checkpoint is missing, or lacks a role; says which command makes it.
     """
     roles = method.roles
-    if experiment.model.preset not in PRESETS:
-        name = experiment.model.preset
-        raise UserError(f"config.model.preset: {name!r} does not exist{nearest(name, PRESETS)}")
-    preset = PRESETS[experiment.model.preset]
+    preset = presets.find(experiment.model.preset)
     config = pretrained[0] if pretrained else preset.transformer
     heads = _heads(experiment, config) if any(r.model == "heads" for r in roles.values()) else None
     previous, step = {}, None
@@ -111,7 +108,7 @@ class _Maker:
     def make(self, name: str, role: Role, key: jax.Array) -> tuple[nnx.GraphDef, Params | HostParams]:
         if role.model == "transformer":
             return self.transformer(name, role, key)
-        preset, dtype = PRESETS[self.experiment.model.preset], jnp.dtype(self.experiment.model.dtype)
+        preset, dtype = presets.find(self.experiment.model.preset), jnp.dtype(self.experiment.model.dtype)
         if role.model == "heads" and self.heads is not None:
             model = DiscriminatorHeads(self.heads, rngs=nnx.Rngs(key), dtype=dtype)
         elif role.model == "vae":

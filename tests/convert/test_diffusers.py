@@ -144,7 +144,7 @@ def test_an_embedding_may_have_its_other_name(copy, source):
     np.testing.assert_array_equal(found, expected)
 
 
-def same(folder, source, part):
+def assert_same(folder, source, part):
     """The part is read from both folders to the same config and weights."""
     (config, found), (other, expected) = read_part(folder, part), read_part(source, part)
     assert config == other
@@ -157,14 +157,14 @@ def test_unused_tensors_are_skipped(copy, source):
     edit_weights(
         folder, "transformer", lambda t: t.update({"blocks.0.attn2.norm_added_q.weight": np.ones(24, np.float32)})
     )
-    same(folder, source, "transformer")
+    assert_same(folder, source, "transformer")
     folder = copy("image_encoder")
     edit_weights(
         folder,
         "image_encoder",
         lambda t: t.update({"vision_model.embeddings.position_ids": np.arange(17)[None]}),
     )
-    same(folder, source, "image_encoder")
+    assert_same(folder, source, "image_encoder")
 
 
 TENSOR = "blocks.1.attn1.to_q.weight"
@@ -239,7 +239,7 @@ def test_an_unsupported_config_is_one_line(copy, part, changes, message):
 def test_private_keys_of_a_config_are_ignored(copy, source):
     folder = copy("transformer")
     edit_config(folder, "transformer", _name_or_path="elsewhere", _new={"a": 1})
-    same(folder, source, "transformer")
+    assert_same(folder, source, "transformer")
 
 
 def test_missing_files_are_one_line(copy, tmp_path):

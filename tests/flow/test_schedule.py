@@ -28,28 +28,28 @@ def point():
     return x0, eps, t, S.add_noise(x0, eps, t)
 
 
-def close(a, b, tol=1e-5):
+def assert_close(a, b, tol=1e-5):
     np.testing.assert_allclose(a, b, rtol=tol, atol=tol)
 
 
 def test_path_ends_at_data_and_noise(point):
     x0, eps, _, _ = point
-    close(S.add_noise(x0, eps, jnp.zeros(3)), x0, 0)
-    close(S.add_noise(x0, eps, jnp.ones(3)), eps, 0)
+    assert_close(S.add_noise(x0, eps, jnp.zeros(3)), x0, 0)
+    assert_close(S.add_noise(x0, eps, jnp.ones(3)), eps, 0)
 
 
 def test_every_conversion_recovers_the_truth(point):
     x0, eps, t, x = point
     score = -eps / S.expand(t, x)
-    close(S.velocity_to_x0(eps - x0, x, t), x0, 1e-4)
-    close(S.velocity_to_score(eps - x0, x, t), score, 1e-4)
-    close(S.x0_to_score(x0, x, t), score, 1e-4)
+    assert_close(S.velocity_to_x0(eps - x0, x, t), x0, 1e-4)
+    assert_close(S.velocity_to_score(eps - x0, x, t), score, 1e-4)
+    assert_close(S.x0_to_score(x0, x, t), score, 1e-4)
 
 
 def test_score_needs_the_plus_sign_for_velocities(point):
     """Fact 1: -(x + (1 - t) v) / t equals -(x - (1 - t) x0) / t^2; with x0 in place of v it would not."""
     x0, eps, t, x = point
-    close(S.velocity_to_score(eps - x0, x, t), S.x0_to_score(x0, x, t), 1e-3)
+    assert_close(S.velocity_to_score(eps - x0, x, t), S.x0_to_score(x0, x, t), 1e-3)
     assert np.abs(S.velocity_to_score(x0, x, t) - S.x0_to_score(x0, x, t)).max() > 1
 
 
@@ -60,10 +60,10 @@ def test_score_differences(point):
     s_r, s_f = (S.velocity_to_score(v, x, t) for v in (v_r, v_f))
     x0_r, x0_f = (S.velocity_to_x0(v, x, t) for v in (v_r, v_f))
     tb = S.expand(t, x)
-    close(s_r - s_f, (1 - tb) / tb * (v_f - v_r), 2e-4)
-    close(s_r - s_f, (1 - tb) / tb**2 * (x0_r - x0_f), 2e-3)
-    close(-(1 - tb) * (s_r - s_f), (1 - tb) ** 2 / tb**2 * (x0_f - x0_r), 2e-3)
-    close(-(1 - tb) * (s_r - s_f), (1 - tb) ** 2 / tb * (v_r - v_f), 2e-4)
+    assert_close(s_r - s_f, (1 - tb) / tb * (v_f - v_r), 2e-4)
+    assert_close(s_r - s_f, (1 - tb) / tb**2 * (x0_r - x0_f), 2e-3)
+    assert_close(-(1 - tb) * (s_r - s_f), (1 - tb) ** 2 / tb**2 * (x0_f - x0_r), 2e-3)
+    assert_close(-(1 - tb) * (s_r - s_f), (1 - tb) ** 2 / tb * (v_r - v_f), 2e-4)
 
 
 def test_velocity_and_x0_errors(point):
@@ -72,7 +72,7 @@ def test_velocity_and_x0_errors(point):
     other = jax.random.normal(jax.random.key(2), SHAPE)
     left = (eps - x0 - other) ** 2
     right = (x0 - S.velocity_to_x0(other, x, t)) ** 2 / S.expand(t, x) ** 2
-    close(left, right, 1e-3)
+    assert_close(left, right, 1e-3)
 
 
 @pytest.mark.parametrize("s", [1.0, 3.0, 5.0, 8.0, 12.0, 17.0])
@@ -141,7 +141,7 @@ def test_uniform_on_the_raw_axis():
     key = jax.random.key(0)
     t = S.Uniform(0.9, 1.0, axis="raw", shift=5.0)(key, 10_000)
     assert t.min() == pytest.approx(0.97826, abs=1e-4)
-    close(t, S.shift(S.Uniform(0.9, 1.0)(key, 10_000), 5.0), 1e-6)
+    assert_close(t, S.shift(S.Uniform(0.9, 1.0)(key, 10_000), 5.0), 1e-6)
     clipped = S.Uniform(0.02, 0.98, axis="raw", shift=5.0, clip=(0.02, 0.98))(key, 10_000)
     assert clipped.max() == pytest.approx(0.98) and clipped.min() >= 0.02
 
@@ -152,14 +152,16 @@ def test_samplers_translate():
         (S.Uniform(0.9, 1.0), S.Uniform(0.9, 1.0, translate_to=2880)),
         (S.LogitNormal(1.0, 1.0), S.LogitNormal(1.0, 1.0, translate_to=2880)),
     ]:
-        close(moved(key, 100), S.translate(plain(key, 100), S.VALUES_720P, 2880), 1e-6)
+        assert_close(moved(key, 100), S.translate(plain(key, 100), S.VALUES_720P, 2880), 1e-6)
 
 
 def test_logit_normal_sampler():
     t = S.LogitNormal(1.0, 0.5)(jax.random.key(0), 20_000)
     logit = np.log(t / (1 - t))
     assert logit.mean() == pytest.approx(1.0, abs=0.02) and logit.std() == pytest.approx(0.5, abs=0.02)
-    close(S.LogitNormal(shift=3.0)(jax.random.key(1), 9), S.shift(S.LogitNormal()(jax.random.key(1), 9), 3.0), 1e-6)
+    assert_close(
+        S.LogitNormal(shift=3.0)(jax.random.key(1), 9), S.shift(S.LogitNormal()(jax.random.key(1), 9), 3.0), 1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -195,15 +197,15 @@ def oracle(x, t, mean=M, sd=SD):
 def test_oracle_agrees_with_the_conversions(point):
     _, _, t, x = point
     v, x0, score = oracle(x, t)
-    close(S.velocity_to_x0(v, x, t), x0)
-    close(S.velocity_to_score(v, x, t), score, 1e-4)
+    assert_close(S.velocity_to_x0(v, x, t), x0)
+    assert_close(S.velocity_to_score(v, x, t), score, 1e-4)
 
 
 def test_oracle_difference_of_means():
     """Fact 9: x0_f - x0_r = t^2 / V (m_f - m_r), 1.642336 at t = .6, S = .7, difference 2."""
     x, t = jnp.linspace(-3, 3, 7)[:, None], jnp.full(7, 0.6)
     difference = oracle(x, t, mean=3.0)[1] - oracle(x, t, mean=1.0)[1]
-    close(difference, jnp.full((7, 1), 1.642336), 1e-5)
+    assert_close(difference, jnp.full((7, 1), 1.642336), 1e-5)
 
 
 def test_conditional_mean_contracts():

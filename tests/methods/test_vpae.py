@@ -117,7 +117,8 @@ def test_paper_defaults_of_phase_one():
 def test_ratio_order_and_full_fake_are_data():
     assert [(u.trains, u.repeats) for u in NOISED.updates] == [("fake_score", 2), ("generator", 1)]
     every = PhaseOne(fake_updates=4, count="all").updates
-    assert [(u.trains, u.every, u.repeats) for u in every] == [("fake_score", 1, 1), ("generator", 4, 1)]
+    assert [(u.trains, u.every, u.starts) for u in every] == [("fake_score", 1, 0), ("generator", 4, 3)]
+    assert all(u.repeats == 1 for u in every)
     assert PhaseOne(fake="all").roles["fake_score"].trains == "all"
     assert PhaseOne(fake="all").roles["fake_score"].base is None
     assert PhaseOne(fake_rank=16, fake_scale=2.0).roles["fake_score"].lora_alpha == 32

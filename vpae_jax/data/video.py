@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from vpae_jax.files import atomically
 from vpae_jax.types import UserError
 
 Frames = UInt8[np.ndarray, "t height width 3"]
@@ -47,7 +46,7 @@ def write_video(path: Path, frames: Frames, fps: float) -> None:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
             container.mux(stream.encode())
 
-    _atomically(path, write)
+    atomically(path, write)
 
 
 def write_contact_sheet(path: Path, frames: Frames, columns: int | None = None) -> None:
@@ -65,7 +64,7 @@ def write_contact_sheet(path: Path, frames: Frames, columns: int | None = None) 
     for i, picture in enumerate(frames):
         top, left = i // columns * (height + 1), i % columns * (width + 1)
         sheet[top : top + height, left : left + width] = picture
-    _atomically(path, lambda temporary: Image.fromarray(sheet).save(temporary, format="png"))
+    atomically(path, lambda temporary: Image.fromarray(sheet).save(temporary, format="png"))
 
 
 def read_image(path: Path) -> Picture:
@@ -85,14 +84,3 @@ def read_image(path: Path) -> Picture:
         ) from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"image {path}: cannot be read: {error}") from error
-
-
-def _atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a temporary file beside `path`, then puts it there; on failure removes it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ import numpy as np
 from vpae_jax.data.video import write_video
 from vpae_jax.eval.base import Clips, Metric
 from vpae_jax.eval.plots import Curve, line_plot
+from vpae_jax.files import write_text
 
 TEMPLATE = "report.html.jinja"
 TITLES = {"t2v": "Text to video", "i2v": "Image to video"}
@@ -109,9 +110,7 @@ def write_report(path: Path, report: Report) -> None:
         halves=[_half(half, title, report) for half, title in TITLES.items() if half in report.captions],
         runs=[_run(run) for run in report.runs],
     )
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(page)
-    temporary.replace(path)
+    write_text(path, page)
 
 
 def video_uri(clips: Clips, fps: float) -> str:

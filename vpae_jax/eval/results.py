@@ -11,6 +11,7 @@ import numpy as np
 from vpae_jax.data.video import write_contact_sheet, write_video
 from vpae_jax.eval.digits import METRICS
 from vpae_jax.eval.report import Row
+from vpae_jax.files import write_text
 
 # Ends the name of a many-step model's row that is sampled in one step all the same.
 NAIVE = ", one step"
@@ -36,9 +37,7 @@ def write_metrics(path: Path, real: Row, rows: Sequence[Row], count: int, facts:
             for row in rows
         ],
     }
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(found, indent=1) + "\n")
-    temporary.replace(path)
+    write_text(path, json.dumps(found, indent=1) + "\n")
 
 
 def write_samples(folder: Path, rows: Sequence[Row], fps: float) -> None:

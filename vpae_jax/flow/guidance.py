@@ -7,10 +7,13 @@ guiding x0 predictions is the same thing, because x0 = x_t - t v is affine in v.
 
 from __future__ import annotations
 
+from jax import Array
+from jaxtyping import Float
+
 from vpae_jax.flow.schedule import Signal
 
 
-def guided(v_uncond: Signal, v_cond: Signal, w: float) -> Signal:
+def guided(v_uncond: Signal, v_cond: Signal, w: float | Float[Array, ""]) -> Signal:
     """The guided prediction, of velocities or of x0.
 
     Args:

@@ -139,7 +139,7 @@ class DiscriminatorNoise:
                 f"DiscriminatorNoise.translate_to is {self.translate_to} and t.translate_to {self.t.translate_to}; set "
                 "one of them to None"
             )
-        self._times(self.t or DISC_TIMES[self.kind])
+        self._times(self.t or DISC_TIMES[self.kind])  # refuses what it cannot translate, now and not in a step
 
     def _times(self, t: Uniform | LogitNormal) -> Uniform | LogitNormal:
         return t if self.translate_to is None else replace(t, translate_to=self.translate_to)

@@ -11,11 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+from vpae_jax.config import nearest
 from vpae_jax.models.clip import CLIPVisionConfig
 from vpae_jax.models.heads import HeadsConfig, default_taps
 from vpae_jax.models.umt5 import UMT5Config
 from vpae_jax.models.wan_dit import WanTransformerConfig
 from vpae_jax.models.wan_vae import WanVAEConfig
+from vpae_jax.types import UserError
 
 
 @dataclass(frozen=True)
@@ -93,3 +95,10 @@ I2V_14B = replace(
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {"tiny": TINY, "t2v-1.3b": T2V_1_3B, "t2v-14b": T2V_14B, "i2v-14b": I2V_14B}
 )
+
+
+def find(name: str) -> Preset:
+    """The preset of this name. Raises `UserError` when there is none."""
+    if name not in PRESETS:
+        raise UserError(f"config.model.preset: {name!r} does not exist{nearest(name, PRESETS)}")
+    return PRESETS[name]

@@ -19,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from grain.checkpoint import CheckpointHandler, CheckpointRestore, CheckpointSave
 
+from vpae_jax.files import write_text
 from vpae_jax.train.state import TrainState
 from vpae_jax.types import UserError
 
@@ -116,9 +117,7 @@ def guard_config(workdir: Path, config: dict[str, Any], free: tuple[str, ...]) -
                     f"{workdir} belongs to another config: {key} is {found.get(key)!r} there, {given.get(key)!r} here; "
                     "choose another --workdir, or the same config"
                 )
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(config, indent=1))
-    temporary.replace(file)
+    write_text(file, json.dumps(config, indent=1))
 
 
 def _plain(state: TrainState) -> dict[str, Any]:

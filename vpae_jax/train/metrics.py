@@ -15,6 +15,8 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from vpae_jax.files import write_text
+
 JSONL = "metrics.jsonl"
 
 
@@ -30,9 +32,7 @@ class Metrics:
     def __init__(self, workdir: Path, start: int, steps: int):
         self.file = workdir / JSONL
         kept = [record for record in read_metrics(workdir) if record["step"] <= start] if start else []
-        temporary = self.file.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        temporary.replace(self.file)
+        write_text(self.file, "".join(json.dumps(record) + "\n" for record in kept))
         self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start)
         self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
 
