@@ -18,7 +18,8 @@ from PIL import Image
 import vpae_jax
 from vpae_jax import sampling
 from vpae_jax.config import MeshConfig
-from vpae_jax.convert.layout import Defaults, Scheduler, write_model
+from vpae_jax.convert.layout import write_model
+from vpae_jax.convert.settings import Defaults, Scheduler
 from vpae_jax.flow.schedule import shifted_times
 from vpae_jax.pipeline import clean_prompt, embedded_model, load_pipeline
 from vpae_jax.sharding import make_mesh

@@ -9,7 +9,7 @@ import random_model
 from PIL import Image
 
 from vpae_jax import cli, sample
-from vpae_jax.convert.layout import Defaults
+from vpae_jax.convert.settings import Defaults
 from vpae_jax.data.video import read_image
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from vpae_jax import products, sharding
 from vpae_jax.config import Experiment
-from vpae_jax.convert.layout import Scheduler
+from vpae_jax.convert.settings import Scheduler
 from vpae_jax.data.digits import MovingDigits, check_size
 from vpae_jax.data.latents import LatentRecords, encode_clips
 from vpae_jax.data.pipeline import captioned_batches, latent_batches, pixel_batches

@@ -33,7 +33,8 @@ from transformers import PreTrainedTokenizerBase
 from vpae_jax import sampling, sharding
 from vpae_jax.convert.diffusers import load_part
 from vpae_jax.convert.image_processor import ImageProcessor, read_image_processor
-from vpae_jax.convert.layout import Defaults, Scheduler, read_defaults, read_index, read_scheduler
+from vpae_jax.convert.layout import read_index
+from vpae_jax.convert.settings import Defaults, Scheduler, read_defaults, read_scheduler
 from vpae_jax.data.tokenizer import load_tokenizer, tokenize
 from vpae_jax.models.clip import CLIPVision
 from vpae_jax.models.umt5 import UMT5Encoder

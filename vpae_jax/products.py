@@ -18,8 +18,9 @@ import numpy as np
 from flax import nnx
 
 from vpae_jax.convert.diffusers import build as build_part
-from vpae_jax.convert.layout import Defaults, Scheduler, write_model
+from vpae_jax.convert.layout import write_model
 from vpae_jax.convert.parts import PARTS, read_config
+from vpae_jax.convert.settings import Defaults, Scheduler
 from vpae_jax.data.digits import MovingDigits
 from vpae_jax.data.pipeline import to_float
 from vpae_jax.data.tokenizer import build_tokenizer

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from vpae_jax import cli
 from vpae_jax.convert.__main__ import SourceParts, main
 from vpae_jax.convert.diffusers import read_part
-from vpae_jax.convert.layout import Scheduler, read_scheduler
+from vpae_jax.convert.settings import Scheduler, read_scheduler
 
 PARTS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 

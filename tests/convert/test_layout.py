@@ -11,14 +11,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from vpae_jax.convert.diffusers import read_part
 from vpae_jax.convert.image_processor import ImageProcessor, read_image_processor
-from vpae_jax.convert.layout import (
-    Defaults,
-    Scheduler,
-    read_defaults,
-    read_index,
-    read_scheduler,
-    write_model,
-)
+from vpae_jax.convert.layout import read_index, write_model
+from vpae_jax.convert.settings import Defaults, Scheduler, read_defaults, read_scheduler
 from vpae_jax.flow.schedule import shifted_times
 from vpae_jax.types import UserError
 

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from vpae_jax.convert.image_processor import ImageProcessor
-from vpae_jax.convert.layout import Defaults, Scheduler
+from vpae_jax.convert.settings import Defaults, Scheduler
 from vpae_jax.data import latents
 from vpae_jax.data.digits import MovingDigits
 from vpae_jax.data.latents import LatentRecords, encode_clips, fingerprint

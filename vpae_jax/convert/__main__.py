@@ -19,8 +19,9 @@ import numpy as np
 from vpae_jax import cli
 from vpae_jax.convert.diffusers import read_part
 from vpae_jax.convert.files import read_json
-from vpae_jax.convert.layout import Scheduler, read_index, write_model
+from vpae_jax.convert.layout import read_index, write_model
 from vpae_jax.convert.parts import PARTS, read_config
+from vpae_jax.convert.settings import Scheduler
 from vpae_jax.pipeline import embedded_model
 from vpae_jax.train.checkpoint import CONFIG_FILE, FOLDER, read_state
 from vpae_jax.types import UserError
