@@ -4,12 +4,13 @@ import dataclasses
 import json
 
 import av
+import numpy as np
 import pytest
 import random_model
 from PIL import Image
 
 from vpae_jax import cli, sample
-from vpae_jax.convert.settings import Defaults
+from vpae_jax.convert.settings import Defaults, Scheduler
 from vpae_jax.data.video import read_image
 
 
@@ -18,6 +19,8 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     random_model.pipeline(folder, image=True)
     (folder / "vpae_jax.json").write_text(json.dumps(dataclasses.asdict(Defaults(5, 32, 32, 8.0))))
+    scheduler = Scheduler("unipc", 3.0, steps=3, guidance=2.5)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler.to_json()))
     return folder
 
 
@@ -45,11 +48,33 @@ def test_writes_a_video(model, run, tmp_path, name):
     assert not code, err
     assert [path.name for path in output.parent.iterdir()] == [name]
     if name.endswith("png"):
-        assert read_image(output).shape == (65, 98, 3)  # 5 frames in rows of 3
+        assert read_image(output).shape == (33, 98, 3)  # 5 frames of 16x32 in rows of 3
         return
     with av.open(str(output)) as container:
         shapes = [frame.to_ndarray(format="rgb24").shape for frame in container.decode(video=0)]
-    assert shapes == [(32, 32, 3)] * 5
+    assert shapes == [(16, 32, 3)] * 5
+
+
+def test_says_how_the_author_samples_it(model, run, tmp_path):
+    options = dict(model=model, prompt="a three moves up", output=tmp_path / "clip.png")
+    note = "note: this model's author samples it with --steps=3 --guidance=2.5"
+    assert run(**options, steps=1)[1].splitlines() == [note]
+    assert run(**options, steps=2, guidance=2.5)[1].splitlines() == [note]
+    assert run(**options, steps=3)[1] == ""
+
+
+def test_flags_reach_the_pipeline(model, run, tmp_path):
+    def frames(**options):
+        code, err = run(model=model, prompt="a three moves up", output=tmp_path / "clip.png", **options)
+        assert not code, err
+        return read_image(tmp_path / "clip.png").astype(int)
+
+    # By default the model's own: UniPC, shift 3, and the empty negative prompt.
+    by_itself = frames(steps=3, guidance=2.5)
+    np.testing.assert_array_equal(frames(steps=3, guidance=2.5, solver="unipc", shift=3, negative_prompt=""), by_itself)
+    for change in ({"solver": "euler"}, {"shift": 8}, {"negative_prompt": "the digit seven"}):
+        assert (frames(steps=3, guidance=2.5, **change) != by_itself).any()
+    assert frames(height=16, width=48, num_frames=1).shape == (16, 48, 3)
 
 
 @pytest.mark.parametrize(
@@ -58,9 +83,15 @@ def test_writes_a_video(model, run, tmp_path, name):
         ({"image": "none.png"}, "image none.png: no such file"),
         ({"image": __file__}, "not an image of a known format"),
         ({"output": "clip.gif"}, "--output=clip.gif: expected a name that ends in .mp4 or .png"),
+        ({"output": f"{__file__}/clip.mp4"}, "clip.mp4: cannot be written: "),
         ({"model": "nowhere"}, "nowhere: no such folder"),
         ({"steps": 0}, "steps is 0, expected at least 1"),
         ({"solver": "heun"}, "heun"),
+        ({"shift": 0}, "shift is 0.0, expected a positive number"),
+        ({"guidance": 0}, "guidance is 0.0, expected at least 1"),
+        ({"num_frames": 8}, "num_frames is 8, expected 1 + a multiple of 4, such as 9"),
+        ({"height": 40}, "height is 40, expected a multiple of 16, such as 32"),
+        ({"guidance": 2, "negative_prompt": "a three " * 17}, "negative_prompt: prompt too long"),
         ({"prompt": "a three moves up " * 9}, "tokens, at most 16"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

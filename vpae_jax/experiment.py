@@ -27,7 +27,7 @@ from vpae_jax.data.pipeline import captioned_batches, latent_batches, pixel_batc
 from vpae_jax.guard import Guard
 from vpae_jax.methods import make_method
 from vpae_jax.methods.base import Method
-from vpae_jax.pipeline import Pipeline, embedded_model, load_pipeline
+from vpae_jax.pipeline import Pipeline, load_pipeline
 from vpae_jax.previews import Generation, Sampler, write_previews
 from vpae_jax.train.checkpoint import guard_config, latest_step
 from vpae_jax.train.loop import Hook, train
@@ -35,7 +35,7 @@ from vpae_jax.train.optim import make_optimizer
 from vpae_jax.train.roles import check_roles, split
 from vpae_jax.train.state import TrainState, create
 from vpae_jax.types import CaptionedFrames, Params, PixelBatch, UserError
-from vpae_jax.weights import make_weights, read_previous, resolve
+from vpae_jax.weights import make_weights, read_previous, resolve, resolve_model
 
 # What may differ between two runs in one workdir: how long and how often, never what is computed.
 FREE = ("steps", "log_every", "sample_every", "checkpoint_every", "keep", "guard")
@@ -61,7 +61,7 @@ def run(experiment: Experiment, workdir: Path, devices: Sequence[Any] | None = N
         raise UserError(f"config.batch_size is {experiment.batch_size}, expected a multiple of {shares} (data x fsdp)")
     pipeline = source = None
     if method.batch is not PixelBatch:
-        source = embedded_model() if experiment.model.path == "tiny" else resolve(experiment.model.path, workdir)
+        source = resolve_model(experiment.model.path, workdir)
         pipeline = load_pipeline(source)
         made = pipeline.defaults
         check_size(str(source), made.num_frames, made.height, made.width)
@@ -185,7 +185,7 @@ def write_product(
 ) -> Path:
     """The model directory of a finished run, from its roles' final weights."""
     preset = experiment.model.preset
-    scheduler = Scheduler("euler", experiment.sample_shift)
+    scheduler = Scheduler.of_student(experiment.sample_shift, experiment.generator_nfe, experiment.sample_guidance)
     if source is None:
         clips = MovingDigits("train", experiment.data.clips, experiment.data.seed)
         return products.write_autoencoder(workdir, preset, params["vae"], clips, scheduler)

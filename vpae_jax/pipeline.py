@@ -3,42 +3,45 @@
     pipe = vpae_jax.load_pipeline("path/to/model")        # or "tiny", the model inside this package
     frames = pipe("a three moves up", seed=1)             # uint8 [frames, height, width, 3]
 
-The directory is in the Diffusers layout (`convert/diffusers.py`); `vpae_jax.json` in it says which clip is made by
-default (`convert/layout.py`). Conditions are prepared as Diffusers' WanPipeline and WanImageToVideoPipeline do.
+The directory may be in any layout (`convert/source.py`); `vpae_jax.json` in it says which clip is made by default
+(`convert/settings.py`). Everything from prompt and picture to frames is done as Diffusers' WanPipeline and
+WanImageToVideoPipeline do; the tests compare the frames.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import html
-import importlib.resources
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import ftfy
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from vpae_jax import sampling, sharding
-from vpae_jax.convert.diffusers import load_part
 from vpae_jax.convert.image_processor import ImageProcessor, read_image_processor
-from vpae_jax.convert.layout import read_index
+from vpae_jax.convert.layout import NEEDED
+from vpae_jax.convert.locate import locate
+from vpae_jax.convert.reading import load_part
 from vpae_jax.convert.settings import Defaults, Scheduler, read_defaults, read_scheduler
+from vpae_jax.convert.source import find_model
+from vpae_jax.convert.stream import Place
 from vpae_jax.data.tokenizer import load_tokenizer, tokenize
 from vpae_jax.models.clip import CLIPVision
 from vpae_jax.models.umt5 import UMT5Encoder
-from vpae_jax.models.wan_dit import TEXT_LEN, WanTransformer
+from vpae_jax.models.wan_dit import WanTransformer
 from vpae_jax.models.wan_vae import WanVAE
 from vpae_jax.sampling import MASK_CHANNELS, Plan, Solver
 from vpae_jax.train.roles import split
@@ -55,8 +58,8 @@ class Pipeline:
       transformer, vae, text_encoder: models.
       image_encoder, image_processor: None for a text-to-video model.
       tokenizer: its `model_max_length` is the text length, at most 512.
-      scheduler: how the directory's author samples it; its shift is the default.
-      defaults: the clip that a call without sizes makes.
+      scheduler: how the directory's author samples it; its solver and shift are a call's defaults.
+      defaults: the clip that a call without sizes makes, and its negative prompt.
     """
 
     transformer: WanTransformer
@@ -217,51 +220,105 @@ class Pipeline:
         steps: int = 1,
         guidance: float = 1.0,
         seed: int = 0,
-        negative_prompt: str = "",
-        solver: Solver = "euler",
+        negative_prompt: str | None = None,
+        solver: Solver | None = None,
         num_frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
         shift: float | None = None,
+        noise: Latents | None = None,
     ) -> UInt8[np.ndarray, "t height width 3"]:
         """Makes one video.
 
         Args:
           prompt: what it shows.
           image: its first frame, of any size; stretched to the video's. None makes a video from text alone.
-          steps, guidance, solver, shift: see `sample`.
+          steps, guidance, shift: see `sample`; what the model's author recommends is in `scheduler`.
           seed: decides the noise.
-          negative_prompt: what guidance above 1 moves away from; the image stays, as in Wan.
+          negative_prompt: what guidance above 1 moves away from, by default the model's; the image stays, as in Wan.
+          solver: see `sampling.Plan`; by default the scheduler's.
           num_frames: 1 + a multiple of 4; by default the model's.
-          height, width: multiples of 8 times the transformer's patch; by default the model's.
+          height, width: multiples of 8 times the transformer's patch; by default the model's. With an image and neither
+            given, the image's aspect ratio at the model's area (see `fit`).
+          noise: standard normal, of `latent_shape(1, ...)`, in place of the seed's.
 
         Raises:
           UserError: an argument that this model cannot use; the line says why.
         """
+        if self.transformer.config.pos_embed_seq_len is not None:
+            raise UserError(
+                "this model makes videos between a first and a last frame (pos_embed_seq_len is set); it can be "
+                "converted, but not sampled; load a text-to-video or an image-to-video model"
+            )
+        if image is not None and self.takes_image and height is None and width is None:
+            height, width = self.fit(*image.shape[:2])
         shape = self.latent_shape(1, num_frames, height, width)
+        if noise is not None and noise.shape != shape:
+            raise UserError(f"noise has shape {noise.shape}, expected {shape}: one clip's latents, channels last")
         pictures = None if image is None else image[None]
         condition = self.condition([prompt], pictures, num_frames, height, width)
         unconditional = None
         if guidance > 1:
-            text, mask = self.encode_prompt([negative_prompt])
+            text, mask = self._encode_negative_prompt(negative_prompt)
             unconditional = dataclasses.replace(condition, text=text, text_mask=mask)
         noise_key, key = jax.random.split(jax.random.key(seed))
-        noise = jax.random.normal(noise_key, shape)
-        options: dict[str, Any] = {"steps": steps, "guidance": guidance, "solver": solver, "shift": shift, "key": key}
-        return np.asarray(self.decode(self.sample(noise, condition, unconditional, **options))[0])
+        noise = jax.random.normal(noise_key, shape) if noise is None else noise
+        latents = self.sample(
+            noise,
+            condition,
+            unconditional,
+            steps=steps,
+            guidance=guidance,
+            solver=solver or self.scheduler.solver,
+            shift=shift,
+            key=key,
+        )
+        return np.asarray(self.decode(latents)[0])
+
+    def fit(self, height: int, width: int) -> tuple[int, int]:
+        """The video's height and width for a picture's: its aspect ratio at the model's own area, rounded down.
+
+        This is Wan's formula for image-to-video in whole numbers: in Wan's floating point a picture of 480x832 falls
+        just short of its own size, and gets 464x832.
+
+        Raises:
+          UserError: a picture so long that nothing would be left of its shorter side.
+        """
+        area = self.defaults.height * self.defaults.width
+        unit_h, unit_w = self._units
+        rows = math.isqrt(area * height // (width * unit_h**2))
+        columns = math.isqrt(area * width // (height * unit_w**2))
+        if not rows or not columns:
+            raise UserError(
+                f"the image is {height}x{width}, too long a shape for a video of as many pixels as "
+                f"{self.defaults.height}x{self.defaults.width}; crop it, or give height and width"
+            )
+        return rows * unit_h, columns * unit_w
+
+    @property
+    def _units(self) -> tuple[int, int]:
+        """What a video's height and width are multiples of, in pixels."""
+        space, (_, patch_h, patch_w) = self.vae.config.scale_factor_spatial, self.transformer.config.patch_size
+        return space * patch_h, space * patch_w
+
+    def _encode_negative_prompt(self, given: str | None) -> tuple[Float[Array, "b s d"], Mask]:
+        try:
+            return self.encode_prompt([self.defaults.negative_prompt if given is None else given])
+        except UserError as error:
+            whose = " (the model's own, as none was given)" if given is None else ""
+            raise UserError(f"negative_prompt{whose}: {error}") from error
 
     def _size(self, num_frames: int | None, height: int | None, width: int | None) -> tuple[int, int, int]:
         """The video's size, the model's own where it is not given; checked."""
         num_frames = self.defaults.num_frames if num_frames is None else num_frames
         height = self.defaults.height if height is None else height
         width = self.defaults.width if width is None else width
-        vae, (patch_f, patch_h, patch_w) = self.vae.config, self.transformer.config.patch_size
-        time, space = vae.scale_factor_temporal, vae.scale_factor_spatial
+        time, unit_h, unit_w = self.vae.config.scale_factor_temporal, *self._units
         latent_frames = 1 + (num_frames - 1) // time
-        if num_frames < 1 or (num_frames - 1) % time or latent_frames % patch_f:
+        if num_frames < 1 or (num_frames - 1) % time or latent_frames % self.transformer.config.patch_size[0]:
             near = max(0, round((num_frames - 1) / time)) * time + 1
             raise UserError(f"num_frames is {num_frames}, expected 1 + a multiple of {time}, such as {near}")
-        for name, size, unit in (("height", height, space * patch_h), ("width", width, space * patch_w)):
+        for name, size, unit in (("height", height, unit_h), ("width", width, unit_w)):
             if size < unit or size % unit:
                 near = max(1, round(size / unit)) * unit
                 raise UserError(f"{name} is {size}, expected a multiple of {unit}, such as {near}")
@@ -269,47 +326,42 @@ class Pipeline:
 
 
 def load_pipeline(path: str | Path | None = None, dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None) -> Pipeline:
-    """Loads a model directory.
+    """Loads a model.
 
     Args:
-      path: the folder; "tiny" or None for the model inside this package.
+      path: a folder in any layout (`convert/source.py`), or `OWNER/NAME` of the Hugging Face hub; "tiny" or None for
+        the model inside this package.
       dtype: weights and compute dtype of the transformer and the encoders. The VAE is float32 always, as in Wan.
       mesh: devices over which the transformer's weights are sharded (`sharding.TRANSFORMER_RULES`) and the other
         parts replicated; None uses the default device.
 
     Raises:
-      UserError: the folder is no Wan 2.1 model directory, a part of it is broken, or its parts do not fit together.
+      UserError: there is no Wan 2.1 model, a part of it is missing or broken, or its parts do not fit together.
     """
-    folder = embedded_model() if path is None or str(path) == "tiny" else Path(path)
-    index = read_index(folder)
+    model = find_model(locate(path))
+    for name in NEEDED:
+        model.part(name)
+    if model.tokenizer is None:
+        raise UserError(f"{model.path}: no folder with a tokenizer_config.json; fetch the model again")
     image_encoder, image_processor = None, None
-    if (index.get("image_encoder") or [None])[0] is not None:
-        image_encoder = load_part(folder, "image_encoder", dtype, _place(mesh, sharding.REPLICATED))
-        image_processor = read_image_processor(folder / "image_processor")
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    tokenizer.model_max_length = min(tokenizer.model_max_length, TEXT_LEN)
+    if "image_encoder" in model.parts:
+        image_encoder = load_part(model, "image_encoder", dtype, _place(mesh, sharding.REPLICATED))
+        image_processor = read_image_processor(model.image_processor, image_encoder.config.image_size)
+    transformer = load_part(model, "transformer", dtype, _place(mesh, sharding.TRANSFORMER_RULES))
+    tokenizer = load_tokenizer(model.tokenizer)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, transformer.config.text_len)
     pipeline = Pipeline(
-        transformer=load_part(folder, "transformer", dtype, _place(mesh, sharding.TRANSFORMER_RULES)),
-        vae=load_part(folder, "vae", jnp.float32, _place(mesh, sharding.REPLICATED)),
-        text_encoder=load_part(folder, "text_encoder", dtype, _place(mesh, sharding.REPLICATED)),
+        transformer=transformer,
+        vae=load_part(model, "vae", jnp.float32, _place(mesh, sharding.REPLICATED)),
+        text_encoder=load_part(model, "text_encoder", dtype, _place(mesh, sharding.REPLICATED)),
         image_encoder=image_encoder,
         tokenizer=tokenizer,
         image_processor=image_processor,
-        scheduler=read_scheduler(folder),
-        defaults=read_defaults(folder),
+        scheduler=read_scheduler(model.folder, image_encoder is not None),
+        defaults=read_defaults(model.folder, image_encoder is not None),
     )
-    _check_parts(pipeline, folder)
+    _check_parts(pipeline, model.path)
     return pipeline
-
-
-def embedded_model() -> Path:
-    """The folder of the tiny model inside this package. Raises `UserError` when it was not installed."""
-    folder = Path(str(importlib.resources.files("vpae_jax"))) / "assets" / "tiny"
-    if not folder.is_dir():
-        raise UserError(
-            f"{folder}: the embedded model is missing; install the package again, or name a model directory"
-        )
-    return folder
 
 
 def clean_prompt(prompt: str) -> str:
@@ -338,10 +390,15 @@ def _check_parts(pipeline: Pipeline, folder: Path) -> None:
         raise UserError(f"{folder}: the transformer's in_channels is {config.in_channels}, expected {known}")
 
 
-def _place(mesh: Mesh | None, rules: sharding.Rules) -> Any:
+def _place(mesh: Mesh | None, rules: sharding.Rules) -> Place | None:
     if mesh is None:
         return None
-    return lambda path, value: jax.device_put(value, sharding.param_shardings({path: value}, rules, mesh)[path])
+
+    def place(path: str, shape: tuple[int, ...]) -> Sharding:
+        leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+        return sharding.param_shardings({path: leaf}, rules, mesh)[path]
+
+    return place
 
 
 def _stretch(pictures: Pictures, height: int, width: int) -> Float[np.ndarray, "b h w 3"]:

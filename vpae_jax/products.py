@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vpae_jax.convert.diffusers import build as build_part
+from vpae_jax.convert.card import Provenance
 from vpae_jax.convert.layout import write_model
-from vpae_jax.convert.parts import PARTS, read_config
+from vpae_jax.convert.reading import build as build_part
 from vpae_jax.convert.settings import Defaults, Scheduler
+from vpae_jax.convert.source import Model, find_model
+from vpae_jax.convert.writing import Values, from_tree
 from vpae_jax.data.digits import MovingDigits
 from vpae_jax.data.pipeline import to_float
 from vpae_jax.data.tokenizer import build_tokenizer
@@ -51,27 +54,39 @@ def write_autoencoder(workdir: Path, preset: str, params: Params, clips: MovingD
     }
     if sizes.image_encoder is not None:
         fresh["image_encoder"] = (sizes.image_encoder, CLIPVision(sizes.image_encoder, rngs=rngs))
-    parts = {name: (config, split(model)[1]) for name, (config, model) in fresh.items()}
-    parts["vae"] = (vae, params)
+    parts = {name: from_tree(name, config, split(model)[1]) for name, (config, model) in fresh.items()}
+    parts["vae"] = from_tree("vae", vae, params)
     with tempfile.TemporaryDirectory() as source:
         build_tokenizer(Path(source) / "tokenizer")
-        write_model(workdir / FOLDER, Path(source), parts, scheduler=scheduler, defaults=TINY_CLIP, overwrite=True)
-    return workdir / FOLDER
+        return _write(workdir, find_model(Path(source)), parts, scheduler, TINY_CLIP)
 
 
 def write_encoders(workdir: Path, preset: str, params: Params, source: Path) -> Path:
     """The source with the trained text and image encoders."""
     sizes = presets.find(preset)
-    parts = {name: (getattr(sizes, name), params[name]) for name in ("text_encoder", "image_encoder")}
-    write_model(workdir / FOLDER, source, parts, overwrite=True)
-    return workdir / FOLDER
+    names = ("text_encoder", "image_encoder")
+    parts = {name: from_tree(name, getattr(sizes, name), params[name]) for name in names}
+    return _write(workdir, find_model(source), parts, None)
 
 
 def write_student(workdir: Path, params: Params, source: Path, scheduler: Scheduler | None) -> Path:
     """The source with the trained transformer."""
-    config = read_config(source / "transformer" / "config.json", PARTS["transformer"])
-    write_model(workdir / FOLDER, source, {"transformer": (config, params)}, scheduler=scheduler, overwrite=True)
-    return workdir / FOLDER
+    base = find_model(source)
+    values = from_tree("transformer", base.part("transformer").config, params)
+    return _write(workdir, base, {"transformer": values}, scheduler)
+
+
+def _write(
+    workdir: Path,
+    base: Model,
+    parts: Mapping[str, Values],
+    scheduler: Scheduler | None,
+    defaults: Defaults | None = None,
+) -> Path:
+    folder = workdir / FOLDER
+    given = Provenance(str(workdir), {"started from": str(base.path)} if base.parts else {})
+    write_model(folder, base, parts, scheduler=scheduler, defaults=defaults, overwrite=True, provenance=given)
+    return folder
 
 
 def latent_statistics(config: Any, params: Params, clips: MovingDigits) -> dict[str, tuple[float, ...]]:

@@ -3,11 +3,13 @@
     python -m vpae_jax.sample --model=DIR --prompt=... [--image=FILE] [--steps=1] [--guidance=1] [--seed=0] \\
         --output=out.mp4
 
-The output is an .mp4, or a .png that shows every frame.
+The output is an .mp4, or a .png that shows every frame. One step without guidance is for one-step students; a line on
+standard error says how the model's author samples it, where that is in more steps or fewer.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import cast, get_args
 
@@ -26,16 +28,17 @@ def parser() -> cli.Parser:
     add = result.add_argument
     add("--model", default="tiny", help="model directory in the Diffusers layout, or 'tiny'")
     add("--prompt", required=True, help="what the video shows")
-    add("--negative_prompt", default="", help="what guidance above 1 moves away from")
+    add("--negative_prompt", help="what guidance above 1 moves away from; the model's own by default")
     add("--image", type=Path, help="first frame of the video, an image file")
-    add("--steps", type=int, default=1, help="network evaluations; twice as many with guidance")
-    add("--guidance", type=float, default=1.0, help="w of v_u + w (v_c - v_u); 1 is none")
-    add("--seed", type=int, default=0, help="decides the noise")
-    add("--solver", choices=get_args(Solver), default="euler", help="how the steps are taken")
+    add("--steps", type=int, default=1, help="network evaluations, twice as many with guidance; 1 by default")
+    add("--guidance", type=float, default=1.0, help="w of v_u + w (v_c - v_u); 1, the default, is none")
+    add("--seed", type=int, default=0, help="decides the noise; 0 by default")
+    add("--solver", choices=get_args(Solver), help="how the steps are taken; the model's own by default")
+    add("--shift", type=float, help="of the time grid, for more than one step; the model's own by default")
     add("--dtype", choices=cli.DTYPES, default="float32", help="precision of the networks")
     add("--num_frames", type=int, help="frames of the video; the model's own by default")
-    add("--height", type=int, help="pixels; the model's own by default")
-    add("--width", type=int, help="pixels; the model's own by default")
+    add("--height", type=int, help="pixels; by default the model's own, or as the image's shape has it")
+    add("--width", type=int, help="pixels; by default the model's own, or as the image's shape has it")
     add("--output", type=Path, required=True, help="file to write: .mp4 or .png")
     return result
 
@@ -47,6 +50,10 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--output={output}: expected a name that ends in .mp4 or .png")
     image = None if given.image is None else read_image(given.image)
     pipeline = load_pipeline(given.model, jnp.dtype(given.dtype))
+    advised = pipeline.scheduler
+    if given.steps != advised.steps:
+        advice = f"--steps={advised.steps} --guidance={advised.guidance}"
+        print(f"note: this model's author samples it with {advice}", file=sys.stderr)
     frames = pipeline(
         given.prompt,
         image=image,
@@ -54,15 +61,19 @@ def main(argv: list[str]) -> None:
         guidance=given.guidance,
         seed=given.seed,
         negative_prompt=given.negative_prompt,
-        solver=cast(Solver, given.solver),
+        solver=cast(Solver | None, given.solver),
+        shift=given.shift,
         num_frames=given.num_frames,
         height=given.height,
         width=given.width,
     )
-    if output.suffix == ".mp4":
-        write_video(output, frames, pipeline.defaults.fps)
-    else:
-        write_contact_sheet(output, frames)
+    try:
+        if output.suffix == ".mp4":
+            write_video(output, frames, pipeline.defaults.fps)
+        else:
+            write_contact_sheet(output, frames)
+    except OSError as error:
+        raise UserError(f"--output={output}: cannot be written: {error}; choose another place") from error
     print(f"{output}: {len(frames)} frames of {frames.shape[1]}x{frames.shape[2]}")
 
 

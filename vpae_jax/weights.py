@@ -17,6 +17,7 @@ from jaxtyping import PyTree
 
 from vpae_jax import sharding
 from vpae_jax.config import Experiment, build
+from vpae_jax.convert.locate import locate
 from vpae_jax.methods.base import Method, Role
 from vpae_jax.models import presets
 from vpae_jax.models.heads import DiscriminatorHeads, HeadsConfig
@@ -34,6 +35,11 @@ HostParams = PyTree[np.ndarray]
 def resolve(path: str, workdir: Path) -> Path:
     """A path of a config: relative to the workdir when it starts with "../", else to the current folder."""
     return (workdir / path).resolve() if path.startswith("../") else Path(path)
+
+
+def resolve_model(path: str, workdir: Path) -> Path:
+    """The same for a model, which may be "tiny" or an id of the Hugging Face hub, too."""
+    return resolve(path, workdir) if path.startswith("../") else locate(path)
 
 
 @dataclass(frozen=True)

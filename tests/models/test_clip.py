@@ -8,7 +8,7 @@ import torch
 import transformers
 from flax import nnx
 
-from vpae_jax.convert.diffusers import load_part
+from vpae_jax.convert.reading import load_part
 from vpae_jax.models.clip import CLIPVision, CLIPVisionConfig
 from vpae_jax.types import UserError
 

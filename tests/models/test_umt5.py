@@ -8,7 +8,7 @@ import torch
 import transformers
 from flax import nnx
 
-from vpae_jax.convert.diffusers import load_part
+from vpae_jax.convert.reading import load_part
 from vpae_jax.models.umt5 import UMT5Config, UMT5Encoder, relative_buckets
 from vpae_jax.types import UserError
 

@@ -1,80 +1,101 @@
-"""Writes a model directory for Diffusers.
+"""Converts models between layouts, and training runs to models.
 
-    python -m vpae_jax.convert SRC DST --format=diffusers [--weights=generator|ema] [--dtype=...] [--verify]
+    python -m vpae_jax.convert SRC DST --format=diffusers|wan|orbax [--weights=generator|ema] [--base=MODEL]
+        [--lora=FILE] [--dtype=...] [--verify]
+    python -m vpae_jax.convert SRC DST.safetensors --format=diffusers|wan --as-lora [--rank=N] [--base=TEACHER]
 
-SRC is a model directory, whose weights are read and written anew, or the workdir of a training run: then DST is the
-model directory that the run started from, with the generator of its newest checkpoint as the transformer.
+SRC is a model: a folder or a single file in any layout, "tiny", or an id of the Hugging Face hub. Or it is the workdir
+of a training run: then DST is the model that the run started from, with the generator of its newest checkpoint as the
+transformer. What SRC lacks comes from --base. --lora merges a LoRA file into the transformer.
+
+With --as-lora, DST is a LoRA file: the best approximation of rank N to what the transformer differs by from that of
+--base (of a run: from that of the model that it started from). --format=diffusers writes PEFT's names, --format=wan
+ComfyUI's. --weights=ROLE of a role that trains adapters writes these as they are.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-import jax
 import numpy as np
 
 from vpae_jax import cli
-from vpae_jax.convert.diffusers import read_part
+from vpae_jax.convert.card import Provenance
+from vpae_jax.convert.extraction import extract, format_energies
 from vpae_jax.convert.files import read_json
-from vpae_jax.convert.layout import read_index, write_model
-from vpae_jax.convert.parts import PARTS, read_config
+from vpae_jax.convert.layout import write_model
+from vpae_jax.convert.locate import locate
+from vpae_jax.convert.lora import Lora, Merged, from_adapters, write_lora
+from vpae_jax.convert.lora_reading import read_lora
 from vpae_jax.convert.settings import Scheduler
-from vpae_jax.pipeline import embedded_model
+from vpae_jax.convert.source import Model, find_model
+from vpae_jax.convert.table import Layout
+from vpae_jax.convert.writing import Format, Values, from_tree, open_values, verify_part
+from vpae_jax.methods import make_method
 from vpae_jax.train.checkpoint import CONFIG_FILE, FOLDER, read_state
 from vpae_jax.types import UserError
-from vpae_jax.weights import resolve
+from vpae_jax.weights import resolve_model
+
+WEIGHTS = ("generator", "ema")
 
 
-class SourceParts(Mapping[str, tuple[Any, Any]]):
-    """A model directory's parts, each read when it is asked for, so that one is in memory at a time."""
+@dataclass(frozen=True)
+class Input:
+    """What is converted.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.names = [name for name in PARTS if (folder / name).is_dir()]
+    Attributes:
+      base: the model whose parts are taken where `parts` has none.
+      parts: weights in memory.
+      scheduler: how to sample them; None as `base`.
+      provenance: where they come from.
+    """
 
-    def __getitem__(self, name: str) -> tuple[Any, Any]:
-        if name not in self.names:
-            raise KeyError(name)
-        return read_part(self.folder, name, None, lambda path, value: value)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
+    base: Model
+    provenance: Provenance
+    parts: Mapping[str, Values] = field(default_factory=dict)
+    scheduler: Scheduler | None = None
 
 
-def convert(source: Path, target: Path, weights: str | None, dtype: str | None, verify: bool) -> None:
-    """Writes `target`; see the module's docstring.
+def read_model(source: str, base: str | None) -> Input:
+    """A model, completed from another.
 
     Raises:
-      UserError: a source that is neither kind of folder, a role or average that the checkpoint lacks, a target that
-        exists, or weights that `verify` does not read back as they were written.
+      UserError: no model there.
     """
-    if (source / FOLDER).is_dir():
-        base, parts, scheduler = _from_run(source, weights)
-    elif weights is not None:
-        raise UserError(f"--weights={weights}: {source} is not a training run's workdir; leave --weights out")
-    else:
-        read_index(source)
-        base, parts, scheduler = source, SourceParts(source), None
-    stored = None if dtype is None else np.dtype(dtype)
-    write_model(target, base, parts, scheduler=scheduler, dtype=stored)
-    if verify:
-        _verify(target, parts, stored)
+    other = None if base is None else find_model(locate(base))
+    model = find_model(locate(source), other)
+    if not model.parts:
+        raise UserError(f"{source}: holds no part of a Wan model and no training run")
+    if other is not None:
+        if model.tokenizer is None:
+            model = dataclasses.replace(
+                model, tokenizer=other.tokenizer, more_tokenizers=other.more_tokenizers, folder=other.folder
+            )
+        model = dataclasses.replace(
+            model,
+            parts={**other.parts, **model.parts},
+            image_processor=model.image_processor or other.image_processor,
+        )
+    return Input(model, Provenance(source, {} if base is None else {"base": base}))
 
 
-def _from_run(workdir: Path, weights: str | None) -> tuple[Path, Mapping[str, tuple[Any, Any]], Scheduler]:
-    """The model directory that a run started from, the transformer that it trained, and how to sample that."""
+def read_run(workdir: Path, weights: str | None, base: str | None) -> Input:
+    """The model that a run started from, the transformer that it trained, and how to sample that.
+
+    Raises:
+      UserError: a role or average that the checkpoint lacks.
+    """
+    if weights not in (None, *WEIGHTS):
+        raise UserError(f"--weights={weights}: expected one of {', '.join(WEIGHTS)}")
     run = read_json(workdir / CONFIG_FILE)
-    path = run["model"]["path"]
-    base = embedded_model() if path == "tiny" else resolve(path, workdir)
+    model = find_model(resolve_model(run["model"]["path"], workdir) if base is None else locate(base))
     state = read_state(workdir)
     average = weights == "ema" or (weights is None and "generator" in state["ema"])
     trained = state["ema" if average else "params"]
@@ -82,40 +103,147 @@ def _from_run(workdir: Path, weights: str | None) -> tuple[Path, Mapping[str, tu
         raise UserError(
             f"{workdir}: the checkpoint has no {'average of the ' if average else ''}generator; it was not trained"
         )
-    config = read_config(base / "transformer" / "config.json", PARTS["transformer"])
-    params = jax.tree.map(np.asarray, trained["generator"])
-    return base, {"transformer": (config, params)}, Scheduler("euler", float(run["sample_shift"]))
+    facts = {
+        "run": run.get("name", ""),
+        "step": int(state["step"]),
+        "weights": "the generator's average" if average else "the generator",
+        "started from": str(run["model"]["path"]),
+    }
+    return Input(
+        model,
+        Provenance(str(workdir), facts, _scores(workdir)),
+        {"transformer": from_tree("transformer", model.part("transformer").config, trained["generator"])},
+        Scheduler.of_student(run["sample_shift"], run["generator_nfe"], run["sample_guidance"]),
+    )
 
 
-def _verify(folder: Path, parts: Mapping[str, tuple[Any, Any]], dtype: np.dtype | None) -> None:
+def read_adapters(workdir: Path, name: str) -> Lora:
+    """The adapters that a run trained for a role.
+
+    Raises:
+      UserError: the run has no such role, or it trains no adapters.
+    """
+    roles = make_method(read_json(workdir / CONFIG_FILE)["method"]).roles
+    trained = [role for role, spec in roles.items() if spec.trains == "lora"]
+    if name not in trained:
+        raise UserError(f"--weights={name}: {workdir} trains adapters of {', '.join(trained) or 'no role'} only")
+    params = read_state(workdir, items=("params",))["params"][name]
+    return from_adapters(params, roles[name].lora_alpha, roles[name].lora_rank)
+
+
+def convert(given: Input, target: Path, form: Format, dtype: Any, lora_file: Path | None, verify: bool) -> None:
+    """Writes `target`; see the module's docstring.
+
+    Raises:
+      UserError: a target that exists, a part that neither the input nor its base has, weights that cannot be read, or
+        that do not read back as they were written.
+    """
+    with ExitStack() as stack:
+        parts = dict(given.parts)
+        if lora_file is not None:
+            values = parts.get("transformer") or stack.enter_context(open_values(given.base, "transformer"))
+            parts["transformer"] = Merged(values, read_lora(lora_file, values.config))
+        write_model(
+            target, given.base, parts, form=form, scheduler=given.scheduler, dtype=dtype, provenance=given.provenance
+        )
+        if verify:
+            _verify(target, given.base, parts, dtype)
+
+
+def write_difference(given: Input, teacher: str | None, target: Path, form: Layout, rank: int, dtype: Any) -> None:
+    """Writes the transformer's difference from the teacher's as a LoRA file, and prints what it keeps.
+
+    Raises:
+      UserError: no teacher, transformers of different sizes, a rank below 1, or weights that cannot be read.
+    """
+    if teacher is None and "transformer" not in given.parts:
+        raise UserError("--as-lora: name the model that the LoRA is for with --base")
+    base = given.base if teacher is None else find_model(locate(teacher))
+    with ExitStack() as stack:
+        student = given.parts.get("transformer") or stack.enter_context(open_values(given.base, "transformer"))
+        found = extract(student, stack.enter_context(open_values(base, "transformer")), rank)
+    write_lora(target, found.lora, form, dtype)
+    print(format_energies(found))
+
+
+def _verify(folder: Path, base: Model, parts: Mapping[str, Values], dtype: np.dtype | None) -> None:
     """Reads every written part back and compares bits; removes the folder when they differ."""
-    for name in parts:
-        _, expected = parts[name]
-        _, found = read_part(folder, name, None, lambda path, value: value)
-        pairs = zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True)
-        if not all(np.array_equal(_bits(a.astype(dtype or a.dtype)), _bits(b)) for a, b in pairs):
-            shutil.rmtree(folder)
-            raise UserError(f"{folder}: {name} does not read back as it was written; removed. Is the disk sound?")
-        print(f"{name}: {len(jax.tree.leaves(found))} parameters read back, bit for bit")
+    written = find_model(folder)
+    for name in written.parts:
+        with ExitStack() as stack:
+            values = parts[name] if name in parts else stack.enter_context(open_values(base, name))
+            try:
+                count = verify_part(written, name, values, dtype)
+            except UserError as error:
+                shutil.rmtree(folder)
+                raise UserError(f"{error}; removed. Is the disk sound?") from error
+        print(f"{name}: {count} tensors read back, bit for bit")
 
 
-def _bits(value: Any) -> Any:
-    """The array as unsigned integers, so that NaN equals itself and 0 is not -0."""
-    value = np.ascontiguousarray(value)
-    return value.view(f"u{value.dtype.itemsize}")
+def _scores(workdir: Path) -> dict[str, float]:
+    """What a run's guard measured of the weights that it exported."""
+    path = workdir / "guard.json"
+    if not path.is_file():
+        return {}
+    scores = read_json(path)["scores"]
+    return {f"held-out KVD, {task}, step {step}": kvd for step, found in scores.items() for task, kvd in found.items()}
+
+
+def parser() -> cli.Parser:
+    """The command line."""
+    result = cli.Parser("python -m vpae_jax.convert", __doc__)
+    add = result.add_argument
+    add("source", metavar="SRC", help="model (folder, file, hub id, 'tiny'), or workdir of a training run")
+    add("target", type=Path, metavar="DST", help="folder (with --as-lora: file) to write; must not exist")
+    add("--format", choices=get_args(Format), required=True, help="the layout of DST")
+    add("--weights", help="of a run: generator, or ema (by default, if kept); with --as-lora also a role with adapters")
+    add("--base", help="model that gives what SRC lacks; with --as-lora, the teacher")
+    add("--lora", type=Path, help="LoRA file to merge into the transformer")
+    add("--as-lora", action="store_true", help="write the transformer's difference from --base's as a LoRA file")
+    add("--rank", type=int, help="rank of the LoRA file")
+    add("--dtype", choices=cli.DTYPES, help="of the written weights; by default as they are")
+    add("--verify", action="store_true", help="read DST back and compare it bit for bit")
+    return result
 
 
 def main(argv: list[str]) -> None:
-    parser = cli.Parser("python -m vpae_jax.convert", __doc__)
-    parser.add_argument("source", type=Path, metavar="SRC", help="model directory, or workdir of a training run")
-    parser.add_argument("target", type=Path, metavar="DST", help="folder to write; must not exist")
-    parser.add_argument("--format", choices=["diffusers"], required=True, help="what DST becomes")
-    parser.add_argument("--weights", choices=["generator", "ema"], help="of a workdir; by default the average if kept")
-    parser.add_argument("--dtype", choices=cli.DTYPES, help="of the written weights; by default as they are")
-    parser.add_argument("--verify", action="store_true", help="read DST back and compare it bit for bit")
-    given = parser.parse_args(argv)
-    convert(given.source, given.target, given.weights, given.dtype, given.verify)
+    given = parser().parse_args(argv)
+    _check(given)
+    dtype = None if given.dtype is None else np.dtype(given.dtype)
+    run = (Path(given.source) / FOLDER).is_dir()
+    if given.as_lora and run and given.weights not in (None, *WEIGHTS):
+        write_lora(given.target, read_adapters(Path(given.source), given.weights), given.format, dtype)
+        print(given.target)
+        return
+    if run:
+        source = read_run(Path(given.source), given.weights, None if given.as_lora else given.base)
+    elif given.weights is not None:
+        raise UserError(f"--weights={given.weights}: {given.source} is not a training run's workdir; leave it out")
+    else:
+        source = read_model(given.source, given.base)
+    if given.as_lora:
+        write_difference(source, given.base, given.target, given.format, given.rank, dtype)
+    else:
+        convert(source, given.target, given.format, dtype, given.lora, given.verify)
     print(given.target)
+
+
+def _check(given: argparse.Namespace) -> None:
+    """Raises `UserError` for options that do not go together, and for a target that exists."""
+    if given.target.exists():
+        raise UserError(f"{given.target}: already exists; remove it or choose another destination")
+    if not given.as_lora:
+        if given.rank is not None:
+            raise UserError(f"--rank={given.rank}: only with --as-lora")
+        return
+    if given.format == "orbax":
+        raise UserError("--format=orbax: a LoRA file is written for diffusers or wan (ComfyUI)")
+    if given.lora is not None or given.verify:
+        raise UserError("--as-lora: leave --lora and --verify out")
+    if given.target.suffix != ".safetensors":
+        raise UserError(f"{given.target}: a LoRA file's name ends in .safetensors")
+    if given.rank is None and given.weights in (None, *WEIGHTS):
+        raise UserError("--as-lora: give --rank=N")
 
 
 if __name__ == "__main__":

@@ -88,12 +88,18 @@ class ImageProcessor:
         return picture[top : top + h, left : left + w]
 
 
-def read_image_processor(folder: Path) -> ImageProcessor:
+def read_image_processor(folder: Path | None, side: int) -> ImageProcessor:
     """Reads `preprocessor_config.json`.
+
+    Args:
+      folder: where it is; None for a model that has none, whose pictures are then cropped to squares.
+      side: pixels of the image encoder's square.
 
     Raises:
       UserError: no such file, or a setting that this package does not know.
     """
+    if folder is None:
+        return ImageProcessor(side, (side, side))
     path = folder / FILE
     values = {key: value for key, value in read_json(path).items() if not key.startswith("_") and key not in _IGNORED}
     for key, expected in _FIXED.items():

@@ -1,120 +1,128 @@
-"""A whole model directory: its index, and how one is written."""
+"""A whole model directory, written: its parts, what lies beside them, its settings and its card."""
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from jax.typing import DTypeLike
 
-from vpae_jax.convert.diffusers import Weights, replacing, write_part
-from vpae_jax.convert.files import SHARD_BYTES, read_json, write_json
+from vpae_jax.convert.card import Provenance, write_card
+from vpae_jax.convert.files import read_json, write_json
 from vpae_jax.convert.image_processor import FILE as IMAGE_PROCESSOR_FILE
 from vpae_jax.convert.image_processor import ImageProcessor
-from vpae_jax.convert.parts import PARTS
-from vpae_jax.convert.settings import DEFAULTS, SCHEDULER, VERSION, Defaults, Scheduler
+from vpae_jax.convert.parts import PARTS, untold
+from vpae_jax.convert.settings import (
+    DEFAULTS,
+    SCHEDULER,
+    VERSION,
+    Defaults,
+    Scheduler,
+    read_defaults,
+    read_scheduler,
+)
+from vpae_jax.convert.source import INDEX, Model
+from vpae_jax.convert.tensors import SHARD_BYTES
+from vpae_jax.convert.writing import Format, Values, open_values, replacing, write_part
 from vpae_jax.types import UserError
 
-INDEX = "model_index.json"
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """model_index.json of a Wan 2.1 pipeline.
-
-    Raises:
-      UserError: no model directory there, or one of another pipeline.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; expected a model directory in the Diffusers layout")
-    path = folder / INDEX
-    index = read_json(path)
-    if index.get("_class_name") not in ("WanPipeline", "WanImageToVideoPipeline"):
-        found = index.get("_class_name")
-        raise UserError(f"{path}: _class_name is {found!r}, expected 'WanPipeline' or 'WanImageToVideoPipeline'")
-    second = index.get("transformer_2") or [None]
-    if second[0] is not None or index.get("expand_timesteps"):
-        raise UserError(f"{path}: this is a Wan 2.2 pipeline (transformer_2 or expand_timesteps); only Wan 2.1 works")
-    return index
+NEEDED = ("transformer", "vae", "text_encoder")
+WAN_TOKENIZER = Path("google/umt5-xxl")  # where Wan's own code looks
 
 
 def write_model(
     folder: Path,
-    source: Path,
-    parts: Mapping[str, tuple[Any, Weights]],
+    base: Model,
+    parts: Mapping[str, Values],
     *,
+    form: Format = "diffusers",
     scheduler: Scheduler | None = None,
     defaults: Defaults | None = None,
     dtype: DTypeLike | None = None,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    provenance: Provenance | None = None,
 ) -> None:
-    """Writes a model directory that Diffusers loads; it appears whole or not at all.
+    """Writes a model directory; it appears whole or not at all.
 
     Args:
       folder: where to write.
-      source: a model directory, or as much of one as `parts` and the other arguments do not give: its tokenizer,
-        image processor, scheduler, default clip and remaining parts are copied as they are. A missing image processor
-        is written for the image encoder's size.
-      parts: config and weights of the parts that differ from the source.
-      scheduler, defaults: in place of the source's.
-      dtype: of the weights in `parts`; None keeps theirs.
+      base: all that `parts` and the other arguments do not give: its remaining parts, tokenizer, image processor,
+        scheduler, default clip. A missing image processor is written for the image encoder's size.
+      parts: config and weights of the parts that differ from the base.
+      form: the layout.
+      scheduler, defaults: in place of the base's.
+      dtype: of all weights; None keeps theirs.
       overwrite: replace an existing model directory; anything else there is never replaced.
       shard_bytes: largest size of one safetensors file.
+      provenance: what the model card says of where the weights come from; None for "from `base`".
 
     Raises:
-      UserError: `folder` exists, or neither `source` nor `parts` has a part that a Wan pipeline needs.
+      UserError: `folder` exists, or neither `base` nor `parts` has a part that a Wan pipeline needs.
     """
     if folder.exists() and not (overwrite and (folder / INDEX).is_file()):
         raise UserError(f"{folder}: already exists; remove it or choose another destination")
-    names = [name for name in PARTS if name in parts or (source / name).is_dir()]
-    for name in ("transformer", "vae", "text_encoder"):
+    names = [name for name in PARTS if name in parts or name in base.parts]
+    for name in NEEDED:
         if name not in names:
-            raise UserError(f"{source}: no {name}/ folder; expected a model directory in the Diffusers layout")
-    if not (source / "tokenizer").is_dir():
-        raise UserError(f"{source}: no tokenizer/ folder; expected a model directory in the Diffusers layout")
+            base.part(name)
+    if base.tokenizer is None:
+        raise UserError(f"{base.path}: no folder with a tokenizer_config.json; expected a whole model, or give --base")
+    image = "image_encoder" in names
+    scheduler = scheduler or read_scheduler(base.folder, image)
+    defaults = defaults or read_defaults(base.folder, image)
+    configs: dict[str, Any] = {}
     with replacing(folder) as temporary:
         temporary.mkdir()
         for name in names:
-            if name in parts:
-                write_part(temporary, name, *parts[name], dtype, shard_bytes)
-            else:
-                shutil.copytree(source / name, temporary / name)
-        shutil.copytree(source / "tokenizer", temporary / "tokenizer")
-        if "image_encoder" in names:
-            _image_processor(temporary, source, parts)
-        if scheduler is not None or not (source / "scheduler").is_dir():
-            scheduler = scheduler or Scheduler()
+            with ExitStack() as stack:
+                values = parts[name] if name in parts else stack.enter_context(open_values(base, name))
+                configs[name] = values.config
+                write_part(temporary, name, values, form, dtype, shard_bytes)
+        _copy_tokenizers(temporary, base, form)
+        settings: dict[str, Any] = dataclasses.asdict(defaults)
+        if form == "wan":
+            told = {name: untold(name, config) for name, config in configs.items()}
+            settings |= {"scheduler": dataclasses.asdict(scheduler), "parts": {n: t for n, t in told.items() if t}}
+        else:
             (temporary / "scheduler").mkdir()
             write_json(temporary / "scheduler" / SCHEDULER, scheduler.to_json())
-        else:
-            shutil.copytree(source / "scheduler", temporary / "scheduler")
-        if defaults is not None:
-            write_json(temporary / DEFAULTS, dataclasses.asdict(defaults))
-        elif (source / DEFAULTS).is_file():
-            shutil.copyfile(source / DEFAULTS, temporary / DEFAULTS)
-        write_json(temporary / INDEX, _index(temporary, names))
+            if image:
+                _image_processor(temporary, base, configs["image_encoder"])
+            write_json(temporary / INDEX, _index(temporary, image))
+        write_json(temporary / DEFAULTS, settings)
+        write_card(temporary, form, image, configs, scheduler, defaults, provenance or Provenance(str(base.path)))
 
 
-def _image_processor(folder: Path, source: Path, parts: Mapping[str, tuple[Any, Weights]]) -> None:
-    if (source / "image_processor").is_dir():
-        shutil.copytree(source / "image_processor", folder / "image_processor")
+def _copy_tokenizers(folder: Path, base: Model, form: Format) -> None:
+    """The text encoder's tokenizer at its place in the layout, and Wan's others where they were."""
+    if base.tokenizer is None:
         return
-    if "image_encoder" not in parts:
-        raise UserError(f"{source}: no image_processor/ folder beside image_encoder/; fetch the model again")
-    side = parts["image_encoder"][0].image_size
-    (folder / "image_processor").mkdir()
-    write_json(folder / "image_processor" / IMAGE_PROCESSOR_FILE, ImageProcessor(side, (side, side)).to_json())
+    shutil.copytree(base.tokenizer, folder / (WAN_TOKENIZER if form == "wan" else "tokenizer"))
+    for other in base.more_tokenizers if form == "wan" else ():
+        shutil.copytree(other, folder / other.relative_to(base.folder))
 
 
-def _index(folder: Path, names: list[str]) -> dict[str, Any]:
+def _image_processor(folder: Path, base: Model, config: Any) -> None:
+    target = folder / "image_processor"
+    if base.image_processor is not None:
+        shutil.copytree(base.image_processor, target)
+        return
+    target.mkdir()
+    side = config.image_size
+    write_json(target / IMAGE_PROCESSOR_FILE, ImageProcessor(side, (side, side)).to_json())
+
+
+def _index(folder: Path, image: bool) -> dict[str, Any]:
     """The model_index.json of what has been written into `folder`."""
     tokenizer = read_json(folder / "tokenizer" / "tokenizer_config.json").get("tokenizer_class", "T5TokenizerFast")
     scheduler = read_json(folder / "scheduler" / SCHEDULER)["_class_name"]
     index: dict[str, Any] = {
-        "_class_name": "WanImageToVideoPipeline" if "image_encoder" in names else "WanPipeline",
+        "_class_name": "WanImageToVideoPipeline" if image else "WanPipeline",
         "_diffusers_version": VERSION,
         "scheduler": ["diffusers", scheduler],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
@@ -122,7 +130,7 @@ def _index(folder: Path, names: list[str]) -> dict[str, Any]:
         "transformer": ["diffusers", "WanTransformer3DModel"],
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
-    if "image_encoder" in names:
+    if image:
         index |= {
             "image_encoder": ["transformers", "CLIPVisionModel"],
             "image_processor": ["transformers", "CLIPImageProcessor"],

@@ -1,29 +1,90 @@
 """Which tensor of a published model is which of our parameters: one table a part, used in both directions.
 
-A row reads `(our path, their name, operation)`. Our path is a regular expression that must match a whole path; their
-name is a template that may use its groups, and `{i}` for the layer when our parameter stacks all layers along a
-leading axis. Names are those of the safetensors files that diffusers and transformers write. `parts.py` says which
-table belongs to which part of a model directory.
+A row gives one of our parameters its name in each layout:
 
-Every path must be met by exactly one row, and every tensor by exactly one path: `plan` and `check` raise otherwise.
+    diffusers   the folders of diffusers and transformers
+    wan         Wan 2.1's own files, and the single files that others make of them
+
+Our path is a regular expression that must match a whole path. A name is a template that may use its groups, and `{i}`
+for the layer when our parameter stacks all layers along a leading axis. `Op` says how the arrays differ. `entries.py`
+puts the rows to use; `parts.py` says which rows belong to which part of a model.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Shaped
 
-from vpae_jax.types import UserError
-
-Op = Literal["same", "kernel", "gamma2", "gamma3"]
+Layout = Literal["diffusers", "wan"]
 Shape = tuple[int, ...]
 Array = Shaped[np.ndarray, "..."]
+Index = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Op:
+    """How their array differs from ours; invertible.
+
+    Attributes:
+      kernel: theirs is `[out, in, *window]`, ours `[*window, in, out]`.
+      leading: axes of size 1 that theirs begins with.
+      trailing: axes of size 1 that theirs ends with.
+      part: which part of their first axis is ours.
+      parts: how many parameters of ours theirs holds, one after the other.
+    """
+
+    kernel: bool = False
+    leading: int = 0
+    trailing: int = 0
+    part: int = 0
+    parts: int = 1
+
+    def to_ours(self, value: Array) -> Array:
+        """Our array, given our part of theirs."""
+        value = value.reshape(value.shape[self.leading : value.ndim - self.trailing])
+        return value.transpose(*range(2, value.ndim), 1, 0) if self.kernel else value
+
+    def to_theirs(self, value: Array) -> Array:
+        """Our part of their array; the inverse of `to_ours`."""
+        if self.kernel:
+            value = value.transpose(value.ndim - 1, value.ndim - 2, *range(value.ndim - 2))
+        return value.reshape((*(1,) * self.leading, *value.shape, *(1,) * self.trailing))
+
+    def their_shape(self, shape: Shape) -> Shape:
+        """The shape of their whole array, given that of ours."""
+        first, *rest = self._turned(shape)
+        return (*(1,) * self.leading, first * self.parts, *rest, *(1,) * self.trailing)
+
+    def our_shape(self, shape: Shape) -> Shape:
+        """The shape of our array, given that of their whole; raises `ValueError` for one that has no such parts."""
+        inner = shape[self.leading : len(shape) - self.trailing]
+        ones = shape[: self.leading] + shape[len(shape) - self.trailing :]
+        if not inner or inner[0] % self.parts or any(size != 1 for size in ones) or (self.kernel and len(inner) < 2):
+            raise ValueError(f"a tensor of shape {list(shape)} does not fit {self}")
+        inner = (inner[0] // self.parts, *inner[1:])
+        return (*inner[2:], inner[1], inner[0]) if self.kernel else inner
+
+    def their_index(self, shape: Shape, index: Index = ()) -> Index:
+        """Where in theirs to find `index` of ours, which has this shape; by default all of ours."""
+        full = [slice(*s.indices(n)[:2]) for s, n in zip((*index, *[slice(None)] * len(shape)), shape, strict=False)]
+        first, *rest = self._turned(full)
+        offset = self.part * self._turned(shape)[0]
+        one = slice(0, 1)
+        shifted = slice(first.start + offset, first.stop + offset)
+        return (*[one] * self.leading, shifted, *rest, *[one] * self.trailing)
+
+    def their_axes(self, axes: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What belongs to each of our axes (say, the mesh axes that shard it), in the order of theirs."""
+        return (*[None] * self.leading, *self._turned(axes), *[None] * self.trailing)
+
+    def _turned(self, axes: Any) -> tuple[Any, ...]:
+        return (axes[-1], axes[-2], *axes[:-2]) if self.kernel else tuple(axes)
+
+
+SAME, KERNEL = Op(), Op(kernel=True)
 
 
 @dataclass(frozen=True)
@@ -32,209 +93,215 @@ class Row:
 
     Attributes:
       ours: regular expression of our parameter's whole path.
-      theirs: template of their tensor's name; `{i}` is the layer number of a stacked parameter, and slashes that a
-        group brings in become dots.
-      op: how the two arrays differ. "same": not at all. "kernel": theirs is `[out, in, *window]`, ours
-        `[*window, in, out]`. "gamma2" and "gamma3": theirs has that many trailing axes of size 1.
+      diffusers, wan: templates of their tensors' names; slashes that a group brings in become dots.
+      op: how the arrays differ.
+      wan_op: the same for the wan layout, where it is another.
     """
 
     ours: str
-    theirs: str
-    op: Op = "same"
+    diffusers: str
+    wan: str
+    op: Op = SAME
+    wan_op: Op | None = None
+
+    def name(self, layout: Layout) -> str:
+        return self.diffusers if layout == "diffusers" else self.wan
+
+    def operation(self, layout: Layout) -> Op:
+        return self.wan_op if layout == "wan" and self.wan_op is not None else self.op
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One of our parameters and the tensors that it is made of.
-
-    Attributes:
-      path: our parameter's path.
-      names: their tensors: one, or one a layer.
-      shape: the shape of each of them.
-      op: see `Row`.
-      stacked: whether our parameter has a leading layer axis.
-    """
-
-    path: str
-    names: tuple[str, ...]
-    shape: Shape
-    op: Op
-    stacked: bool
+def _affine(ours: str, diffusers: str, wan: str, part: int = 0, parts: int = 1) -> tuple[Row, Row]:
+    """A layer with a matrix or convolution kernel, and its bias; `part` of `parts` in the wan layout."""
+    fused = parts > 1
+    return (
+        Row(
+            f"{ours}/kernel",
+            f"{diffusers}.weight",
+            f"{wan}.weight",
+            KERNEL,
+            Op(kernel=True, part=part, parts=parts) if fused else None,
+        ),
+        Row(f"{ours}/bias", f"{diffusers}.bias", f"{wan}.bias", SAME, Op(part=part, parts=parts) if fused else None),
+    )
 
 
-def to_ours(op: Op, value: Array) -> Array:
-    """Their array in our layout."""
-    if op == "kernel":
-        return value.transpose(*range(2, value.ndim), 1, 0)
-    if op in ("gamma2", "gamma3"):
-        return value.reshape(value.shape[0])
-    return value
-
-
-def to_theirs(op: Op, value: Array) -> Array:
-    """Our array in their layout; the inverse of `to_ours`."""
-    if op == "kernel":
-        last = value.ndim - 1
-        return value.transpose(last, last - 1, *range(last - 1))
-    return value.reshape(their_shape(op, value.shape))
-
-
-def their_shape(op: Op, shape: Shape) -> Shape:
-    """The shape that our shape has in their file."""
-    if op == "kernel":
-        return (shape[-1], shape[-2], *shape[:-2])
-    if op in ("gamma2", "gamma3"):
-        return (*shape, *(1,) * int(op[-1]))
-    return shape
-
-
-def plan(rows: Sequence[Row], shapes: Mapping[str, Shape]) -> tuple[Entry, ...]:
-    """Matches our parameters with their tensors.
-
-    Args:
-      rows: one part's table.
-      shapes: our parameters' paths and shapes.
-
-    Raises:
-      ValueError: a parameter that no row, or more than one, describes, or two that claim one tensor: a mistake in the
-        table, not in any file.
-    """
-    entries = []
-    for path, shape in shapes.items():
-        found = [(row, m) for row in rows if (m := re.fullmatch(row.ours, path))]
-        if len(found) != 1:
-            raise ValueError(f"conversion table: {len(found)} rows describe parameter {path!r}, expected 1")
-        row, match = found[0]
-        name = match.expand(row.theirs).replace("/", ".")
-        if stacked := "{i}" in name:
-            names, one = tuple(name.replace("{i}", str(i)) for i in range(shape[0])), shape[1:]
-        else:
-            names, one = (name,), shape
-        entries.append(Entry(path, names, their_shape(row.op, one), row.op, stacked))
-    claimed = sorted(name for entry in entries for name in entry.names)
-    if twice := [name for name, group in groupby(claimed) if len(list(group)) > 1]:
-        raise ValueError(f"conversion table: two parameters claim tensor {twice[0]!r}")
-    return tuple(entries)
-
-
-def check(entries: Sequence[Entry], found: Mapping[str, Shape], where: Mapping[str, str], folder: str) -> None:
-    """Compares a plan with what files hold.
-
-    Args:
-      entries: a plan.
-      found: the tensors' names and shapes.
-      where: each tensor's file.
-      folder: named where a tensor is missing altogether.
-
-    Raises:
-      UserError: a missing, unknown or misshapen tensor; the line names the first and counts the rest.
-    """
-    expected = {name: entry.shape for entry in entries for name in entry.names}
-    if missing := [name for name in expected if name not in found]:
-        shape = list(expected[missing[0]])
-        raise UserError(f"{folder}: tensor {missing[0]!r} of shape {shape} is missing{_others(missing)}")
-    if unknown := [name for name in found if name not in expected]:
-        name = unknown[0]
-        raise UserError(
-            f"{where[name]}: tensor {name!r} of shape {list(found[name])} is unknown to this architecture"
-            f"{_others(unknown)}; does config.json belong to these weights?"
-        )
-    if misshapen := [name for name in expected if tuple(found[name]) != tuple(expected[name])]:
-        name = misshapen[0]
-        raise UserError(
-            f"{where[name]}: tensor {name!r} has shape {list(found[name])}, expected {list(expected[name])}"
-            f"{_others(misshapen)}; does config.json belong to these weights?"
-        )
-
-
-def gather(entry: Entry, fetch: Callable[[str], Array], dtype: np.dtype | None) -> Array:
-    """Our parameter, read tensor by tensor.
-
-    Args:
-      entry: the parameter.
-      fetch: returns one of their tensors by name.
-      dtype: of the result; None keeps the tensors' own (the widest, where layers differ).
-    """
-    first = to_ours(entry.op, fetch(entry.names[0]))
-    if not entry.stacked:
-        return np.ascontiguousarray(first, dtype)
-    out = np.empty((len(entry.names), *first.shape), first.dtype if dtype is None else dtype)
-    out[0] = first
-    for i, name in enumerate(entry.names[1:], 1):
-        one = to_ours(entry.op, fetch(name))
-        if dtype is None and one.dtype != out.dtype:
-            out = out.astype(np.promote_types(out.dtype, one.dtype), copy=False)
-        out[i] = one
-    return out
-
-
-def scatter(entry: Entry, value: Array) -> Iterator[tuple[str, Array]]:
-    """Their tensors, by name, from our parameter."""
-    for name, one in zip(entry.names, value if entry.stacked else (value,), strict=True):
-        yield name, np.ascontiguousarray(to_theirs(entry.op, one))
-
-
-def _others(names: Sequence[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-
-
-def _affine(ours: str, theirs: str, op: Op = "kernel") -> tuple[Row, Row]:
-    """A layer with a matrix or convolution kernel, and its bias."""
-    return Row(f"{ours}/kernel", f"{theirs}.weight", op), Row(f"{ours}/bias", f"{theirs}.bias")
-
-
-def _norm(ours: str, theirs: str) -> tuple[Row, Row]:
+def _norm(ours: str, diffusers: str, wan: str) -> tuple[Row, Row]:
     """A layer norm's scale and bias."""
-    return Row(f"{ours}/scale", f"{theirs}.weight"), Row(f"{ours}/bias", f"{theirs}.bias")
+    return (
+        Row(f"{ours}/scale", f"{diffusers}.weight", f"{wan}.weight"),
+        Row(f"{ours}/bias", f"{diffusers}.bias", f"{wan}.bias"),
+    )
 
 
-_EMBEDDER, _IMAGE = "condition_embedder", "condition_embedder/image_embedder"
+def _transformer() -> tuple[Row, ...]:
+    embedder = "condition_embedder"
+    image = f"{embedder}/image_embedder"
+    theirs = f"{embedder}.image_embedder"
+    rows = [
+        *_affine("patch_embedding", "patch_embedding", "patch_embedding"),
+        *_affine("proj_out", "proj_out", "head.head"),
+        *_affine(f"{embedder}/time_proj", f"{embedder}.time_proj", "time_projection.1"),
+        *_norm(f"{image}/norm1", f"{theirs}.norm1", "img_emb.proj.0"),
+        *_affine(f"{image}/ff/proj_in", f"{theirs}.ff.net.0.proj", "img_emb.proj.1"),
+        *_affine(f"{image}/ff/proj_out", f"{theirs}.ff.net.2", "img_emb.proj.3"),
+        *_norm(f"{image}/norm2", f"{theirs}.norm2", "img_emb.proj.4"),
+        Row(f"{image}/pos_embed", f"{theirs}.pos_embed", "img_emb.emb_pos"),
+        Row("scale_shift_table", "scale_shift_table", "head.modulation"),
+        Row("blocks/scale_shift_table", "blocks.{i}.scale_shift_table", "blocks.{i}.modulation"),
+        *_norm("blocks/norm2", "blocks.{i}.norm2", "blocks.{i}.norm3"),
+        *_affine("blocks/ffn/proj_in", "blocks.{i}.ffn.net.0.proj", "blocks.{i}.ffn.0"),
+        *_affine("blocks/ffn/proj_out", "blocks.{i}.ffn.net.2", "blocks.{i}.ffn.2"),
+        *_affine("blocks/attn2/add_([kv])_proj", r"blocks.{i}.attn2.add_\1_proj", r"blocks.{i}.cross_attn.\1_img"),
+        Row(
+            "blocks/attn2/norm_added_k/scale",
+            "blocks.{i}.attn2.norm_added_k.weight",
+            "blocks.{i}.cross_attn.norm_k_img.weight",
+        ),
+    ]
+    for number, name in (("1", "self_attn"), ("2", "cross_attn")):
+        ours, diffusers, wan = f"blocks/attn{number}", f"blocks.{{i}}.attn{number}", f"blocks.{{i}}.{name}"
+        rows += [
+            *_affine(f"{ours}/to_([qkv])", rf"{diffusers}.to_\1", rf"{wan}.\1"),
+            *_affine(f"{ours}/to_out", f"{diffusers}.to_out.0", f"{wan}.o"),
+            Row(f"{ours}/norm_([qk])/scale", rf"{diffusers}.norm_\1.weight", rf"{wan}.norm_\1.weight"),
+        ]
+    for kind in ("time", "text"):
+        for number, index in (("1", "0"), ("2", "2")):
+            layer = f"{kind}_embedder{{0}}linear_{number}"
+            rows += _affine(
+                f"{embedder}/{layer.format('/')}", f"{embedder}.{layer.format('.')}", f"{kind}_embedding.{index}"
+            )
+    return tuple(rows)
 
-TRANSFORMER_ROWS: tuple[Row, ...] = (
-    *_affine("(patch_embedding|proj_out)", r"\1"),
-    *_affine(f"{_EMBEDDER}/(time|text)_embedder/(linear_[12])", rf"{_EMBEDDER}.\1_embedder.\2"),
-    *_affine(f"{_EMBEDDER}/time_proj", f"{_EMBEDDER}.time_proj"),
-    *_norm(f"{_IMAGE}/(norm[12])", rf"{_EMBEDDER}.image_embedder.\1"),
-    *_affine(f"{_IMAGE}/ff/proj_in", f"{_EMBEDDER}.image_embedder.ff.net.0.proj"),
-    *_affine(f"{_IMAGE}/ff/proj_out", f"{_EMBEDDER}.image_embedder.ff.net.2"),
-    Row(f"{_IMAGE}/pos_embed", f"{_EMBEDDER}.image_embedder.pos_embed"),
-    Row("scale_shift_table", "scale_shift_table"),
-    Row("blocks/scale_shift_table", "blocks.{i}.scale_shift_table"),
-    *_norm("blocks/norm2", "blocks.{i}.norm2"),
-    *_affine("blocks/(attn[12])/(to_[qkv]|add_[kv]_proj)", r"blocks.{i}.\1.\2"),
-    *_affine("blocks/(attn[12])/to_out", r"blocks.{i}.\1.to_out.0"),
-    Row("blocks/(attn[12])/(norm_[qk]|norm_added_k)/scale", r"blocks.{i}.\1.\2.weight"),
-    *_affine("blocks/ffn/proj_in", "blocks.{i}.ffn.net.0.proj"),
-    *_affine("blocks/ffn/proj_out", "blocks.{i}.ffn.net.2"),
-)
 
-VAE_ROWS: tuple[Row, ...] = (
-    *_affine("(.+/conv_in|.+/conv_out|(?:post_)?quant_conv)", r"\1"),
-    *_affine("(.+/(?:conv1|conv2|conv_shortcut|time_conv|to_qkv|proj))", r"\1"),
-    *_affine("(.+/resample)", r"\1.1"),  # their Sequential pads or upsamples first
-    Row("(.+/(?:norm1|norm2|norm_out)/gamma)", r"\1", "gamma3"),
-    Row("(.+/attentions/.+/norm/gamma|.+/down_blocks/.+/norm/gamma)", r"\1", "gamma2"),
-)
+TRANSFORMER_ROWS = _transformer()
 
-TEXT_ENCODER_ROWS: tuple[Row, ...] = (
-    Row("shared/embedding", "shared.weight"),
-    Row("blocks/attention/([qkvo])/kernel", r"encoder.block.{i}.layer.0.SelfAttention.\1.weight", "kernel"),
-    Row(
-        "blocks/attention/relative_attention_bias/embedding",
-        "encoder.block.{i}.layer.0.SelfAttention.relative_attention_bias.weight",
-    ),
-    Row("blocks/attention/norm/scale", "encoder.block.{i}.layer.0.layer_norm.weight"),
-    Row("blocks/feed_forward/(wi_[01]|wo)/kernel", r"encoder.block.{i}.layer.1.DenseReluDense.\1.weight", "kernel"),
-    Row("blocks/feed_forward/norm/scale", "encoder.block.{i}.layer.1.layer_norm.weight"),
-    Row("final_layer_norm/scale", "encoder.final_layer_norm.weight"),
-)
 
-IMAGE_ENCODER_ROWS: tuple[Row, ...] = (
-    Row("embeddings/class_embedding", "vision_model.embeddings.class_embedding"),
-    Row("embeddings/patch_embedding/kernel", "vision_model.embeddings.patch_embedding.weight", "kernel"),
-    Row("embeddings/position_embedding/embedding", "vision_model.embeddings.position_embedding.weight"),
-    *_norm("(pre_layrnorm|post_layernorm)", r"vision_model.\1"),
-    *_norm("layers/(layer_norm[12])", r"vision_model.encoder.layers.{i}.\1"),
-    *_affine("layers/([qkv]_proj|out_proj)", r"vision_model.encoder.layers.{i}.self_attn.\1"),
-    *_affine("layers/(fc[12])", r"vision_model.encoder.layers.{i}.mlp.\1"),
-)
+def vae_rows(levels: int, num_res_blocks: int) -> tuple[Row, ...]:
+    """The autoencoder's table. The wan layout numbers all blocks of the decoder in one row, whatever their level.
+
+    Args:
+      levels: length of `dim_mult`.
+      num_res_blocks: residual blocks of each encoder level; a decoder level has one more, and then an upsampling.
+    """
+    rows = [
+        *_affine("quant_conv", "quant_conv", "conv1"),
+        *_affine("post_quant_conv", "post_quant_conv", "conv2"),
+        *_affine("(encoder|decoder)/conv_in", r"\1.conv_in", r"\1.conv1"),
+        *_affine("(encoder|decoder)/conv_out", r"\1.conv_out", r"\1.head.2"),
+        Row("(encoder|decoder)/norm_out/gamma", r"\1.norm_out.gamma", r"\1.head.0.gamma", Op(trailing=3)),
+        *_attention(r"(encoder|decoder)/mid_block/attentions/0", r"\1.mid_block.attentions.0", r"\1.middle.1"),
+        *_attention(r"encoder/down_blocks/(\d+)", r"encoder.down_blocks.\1", r"encoder.downsamples.\1"),
+        *_resnet(r"encoder/down_blocks/(\d+)", r"encoder.down_blocks.\1", r"encoder.downsamples.\1"),
+        *_resample(r"encoder/down_blocks/(\d+)", r"encoder.down_blocks.\1", r"encoder.downsamples.\1"),
+    ]
+    for number, index in ((0, 0), (1, 2)):
+        ours, theirs = f"(encoder|decoder)/mid_block/resnets/{number}", rf"\1.mid_block.resnets.{number}"
+        rows += _resnet(ours, theirs, rf"\1.middle.{index}")
+    for level in range(levels):
+        ours, theirs, first = f"decoder/up_blocks/{level}", f"decoder.up_blocks.{level}", level * (num_res_blocks + 2)
+        for number in range(num_res_blocks + 1):
+            name = f"resnets{{0}}{number}"
+            rows += _resnet(
+                f"{ours}/{name.format('/')}", f"{theirs}.{name.format('.')}", f"decoder.upsamples.{first + number}"
+            )
+        last = f"decoder.upsamples.{first + num_res_blocks + 1}"
+        rows += _resample(f"{ours}/upsamplers/0", f"{theirs}.upsamplers.0", last)
+    return tuple(rows)
+
+
+def _resnet(ours: str, diffusers: str, wan: str) -> list[Row]:
+    """A residual block of the autoencoder."""
+    gamma = Op(trailing=3)
+    return [
+        Row(f"{ours}/norm1/gamma", f"{diffusers}.norm1.gamma", f"{wan}.residual.0.gamma", gamma),
+        *_affine(f"{ours}/conv1", f"{diffusers}.conv1", f"{wan}.residual.2"),
+        Row(f"{ours}/norm2/gamma", f"{diffusers}.norm2.gamma", f"{wan}.residual.3.gamma", gamma),
+        *_affine(f"{ours}/conv2", f"{diffusers}.conv2", f"{wan}.residual.6"),
+        *_affine(f"{ours}/conv_shortcut", f"{diffusers}.conv_shortcut", f"{wan}.shortcut"),
+    ]
+
+
+def _attention(ours: str, diffusers: str, wan: str) -> list[Row]:
+    """An attention block of the autoencoder; all its layers are called the same everywhere."""
+    return [
+        Row(f"{ours}/norm/gamma", f"{diffusers}.norm.gamma", f"{wan}.norm.gamma", Op(trailing=2)),
+        *_affine(f"{ours}/to_qkv", f"{diffusers}.to_qkv", f"{wan}.to_qkv"),
+        *_affine(f"{ours}/proj", f"{diffusers}.proj", f"{wan}.proj"),
+    ]
+
+
+def _resample(ours: str, diffusers: str, wan: str) -> list[Row]:
+    """A change of resolution in the autoencoder; their Sequential pads or upsamples before the convolution."""
+    return [
+        *_affine(f"{ours}/resample", f"{diffusers}.resample.1", f"{wan}.resample.1"),
+        *_affine(f"{ours}/time_conv", f"{diffusers}.time_conv", f"{wan}.time_conv"),
+    ]
+
+
+def _text_encoder() -> tuple[Row, ...]:
+    layer = "encoder.block.{i}.layer"
+    names = {"wi_0": "ffn.gate.0", "wi_1": "ffn.fc1", "wo": "ffn.fc2"}
+    return (
+        Row("shared/embedding", "shared.weight", "token_embedding.weight"),
+        Row(
+            "blocks/attention/([qkvo])/kernel",
+            rf"{layer}.0.SelfAttention.\1.weight",
+            r"blocks.{i}.attn.\1.weight",
+            KERNEL,
+        ),
+        Row(
+            "blocks/attention/relative_attention_bias/embedding",
+            f"{layer}.0.SelfAttention.relative_attention_bias.weight",
+            "blocks.{i}.pos_embedding.embedding.weight",
+        ),
+        Row("blocks/attention/norm/scale", f"{layer}.0.layer_norm.weight", "blocks.{i}.norm1.weight"),
+        *(
+            Row(
+                f"blocks/feed_forward/{ours}/kernel",
+                f"{layer}.1.DenseReluDense.{ours}.weight",
+                f"blocks.{{i}}.{wan}.weight",
+                KERNEL,
+            )
+            for ours, wan in names.items()
+        ),
+        Row("blocks/feed_forward/norm/scale", f"{layer}.1.layer_norm.weight", "blocks.{i}.norm2.weight"),
+        Row("final_layer_norm/scale", "encoder.final_layer_norm.weight", "norm.weight"),
+    )
+
+
+TEXT_ENCODER_ROWS = _text_encoder()
+
+
+def _image_encoder() -> tuple[Row, ...]:
+    layer, wan = "encoder.layers.{i}", "transformer.{i}"
+    embeddings = "embeddings"
+    rows = [
+        Row("embeddings/class_embedding", f"{embeddings}.class_embedding", "cls_embedding", SAME, Op(leading=2)),
+        Row(
+            "embeddings/patch_embedding/kernel",
+            f"{embeddings}.patch_embedding.weight",
+            "patch_embedding.weight",
+            KERNEL,
+        ),
+        Row(
+            "embeddings/position_embedding/embedding",
+            f"{embeddings}.position_embedding.weight",
+            "pos_embedding",
+            SAME,
+            Op(leading=1),
+        ),
+        *_norm("pre_layrnorm", "pre_layrnorm", "pre_norm"),
+        *_norm("post_layernorm", "post_layernorm", "post_norm"),
+        *_norm("layers/layer_norm([12])", rf"{layer}.layer_norm\1", rf"{wan}.norm\1"),
+        *_affine("layers/out_proj", f"{layer}.self_attn.out_proj", f"{wan}.attn.proj"),
+        *_affine("layers/fc1", f"{layer}.mlp.fc1", f"{wan}.mlp.0"),
+        *_affine("layers/fc2", f"{layer}.mlp.fc2", f"{wan}.mlp.2"),
+    ]
+    for part, name in enumerate("qkv"):
+        rows += _affine(f"layers/{name}_proj", f"{layer}.self_attn.{name}_proj", f"{wan}.attn.to_qkv", part, 3)
+    return tuple(rows)
+
+
+IMAGE_ENCODER_ROWS = _image_encoder()

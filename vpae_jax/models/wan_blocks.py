@@ -40,6 +40,7 @@ class WanTransformerConfig:
       added_kv_proj_dim: the model's width where image tokens get their own keys and values; None for text-to-video.
       rope_max_seq_len: largest number of tokens along one axis.
       pos_embed_seq_len: image tokens with a learned position (first-and-last-frame models: 514); None without.
+      text_len: text tokens that the cross-attention sees; shorter prompts are padded with zeros.
 
     Raises:
       UserError: a norm that Wan does not have, odd sizes where pairs are needed, or half of an image-to-video model.
@@ -61,6 +62,7 @@ class WanTransformerConfig:
     added_kv_proj_dim: int | None = None
     rope_max_seq_len: int = 1024
     pos_embed_seq_len: int | None = None
+    text_len: int = 512
 
     def __post_init__(self) -> None:
         if self.qk_norm != "rms_norm_across_heads":
@@ -97,7 +99,7 @@ class Context(NamedTuple):
 
     Attributes:
       modulation: six rows (shift, scale, gate of the self-attention; shift, scale, gate of the feed-forward), float32.
-      text: projected text tokens, then one padding token if the prompt is shorter than TEXT_LEN.
+      text: projected text tokens, then one padding token if the prompt is shorter than Wan pads it to.
       text_bias: logit added for each of them.
       image: projected image tokens.
       cos: of the rotary embedding.

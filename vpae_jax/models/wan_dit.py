@@ -24,8 +24,6 @@ from vpae_jax.models.wan_blocks import Block, Context, Options, WanTransformerCo
 from vpae_jax.models.wan_embed import ConditionEmbedder, PatchEmbedding
 from vpae_jax.types import Condition, Features, Latents, Params, Times, Tokens, UserError
 
-TEXT_LEN = 512  # Wan's text context: zero-padded to this length before the text embedder, and never masked.
-
 REMAT_POLICIES: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
         "full": jax.checkpoint_policies.nothing_saveable,
@@ -146,15 +144,17 @@ class WanTransformer(nnx.Module):
                 "give zeros to an image-to-video model without image, None to a text-to-video model"
             )
         length = condition.text.shape[1]
-        if length > TEXT_LEN:
-            raise UserError(f"condition.text has {length} tokens, expected at most {TEXT_LEN}; shorten the prompt")
+        if length > config.text_len:
+            raise UserError(
+                f"condition.text has {length} tokens, expected at most {config.text_len}; shorten the prompt"
+            )
         hidden = self.patch_embedding(x)
         embedding, modulation = self.condition_embedder.time(t)
         text, text_bias = condition.text.astype(self.dtype), None
-        if length < TEXT_LEN:
+        if length < config.text_len:
             # All padding tokens are equal after the embedder: one of them with logit log(count) stands for them all.
             text = jnp.pad(text, ((0, 0), (0, 1), (0, 0)))
-            text_bias = jnp.zeros((1, length + 1)).at[:, -1].set(math.log(TEXT_LEN - length))
+            text_bias = jnp.zeros((1, length + 1)).at[:, -1].set(math.log(config.text_len - length))
         text = self.condition_embedder.text_embedder(text)
         image = None
         if condition.image is not None and self.condition_embedder.image_embedder is not None:
