@@ -32,7 +32,6 @@ from transformers import PreTrainedTokenizerBase
 
 from vpae_jax import sampling, sharding
 from vpae_jax.convert.image_processor import ImageProcessor, read_image_processor
-from vpae_jax.convert.layout import NEEDED
 from vpae_jax.convert.locate import locate
 from vpae_jax.convert.reading import load_part
 from vpae_jax.convert.settings import Defaults, Scheduler, read_defaults, read_scheduler
@@ -339,10 +338,8 @@ def load_pipeline(path: str | Path | None = None, dtype: DTypeLike = jnp.float32
       UserError: there is no Wan 2.1 model, a part of it is missing or broken, or its parts do not fit together.
     """
     model = find_model(locate(path))
-    for name in NEEDED:
-        model.part(name)
-    if model.tokenizer is None:
-        raise UserError(f"{model.path}: no folder with a tokenizer_config.json; fetch the model again")
+    model.require_whole()
+    assert model.tokenizer is not None
     image_encoder, image_processor = None, None
     if "image_encoder" in model.parts:
         image_encoder = load_part(model, "image_encoder", dtype, _place(mesh, sharding.REPLICATED))

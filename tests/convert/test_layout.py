@@ -97,7 +97,7 @@ def test_refusals_leave_nothing_behind(source, tmp_path):
     with pytest.raises(UserError, match=r"no transformer \(found: no part of a Wan model\)"):
         write_model(tmp_path / "out", taken, {})
     parts = {name: read_part(source, name) for name in PARTS}
-    with pytest.raises(UserError, match=r"no folder with a tokenizer_config.json"):
+    with pytest.raises(UserError, match=r"no tokenizer \(found: no part of a Wan model\)"):
         write_model(tmp_path / "out", taken, parts)
     parts["transformer"] = (parts["transformer"][0], {"blocks": {}, "unknown": np.zeros(3)})
     with pytest.raises(ValueError, match="unknown"):

@@ -144,8 +144,17 @@ def convert(given: Input, target: Path, form: Format, dtype: Any, lora_file: Pat
             values = parts.get("transformer") or stack.enter_context(open_values(given.base, "transformer"))
             parts["transformer"] = Merged(values, read_lora(lora_file, values.config))
         write_model(
-            target, given.base, parts, form=form, scheduler=given.scheduler, dtype=dtype, provenance=given.provenance
+            target,
+            given.base,
+            parts,
+            form=form,
+            scheduler=given.scheduler,
+            dtype=dtype,
+            provenance=given.provenance,
+            complete=False,
         )
+        if lacking := given.base.lacks(parts):
+            print(f"note: no {', '.join(lacking)} in the source; --base=MODEL makes {target} a whole model")
         if verify:
             _verify(target, given.base, parts, dtype)
 

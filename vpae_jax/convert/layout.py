@@ -30,7 +30,6 @@ from vpae_jax.convert.tensors import SHARD_BYTES
 from vpae_jax.convert.writing import Format, Values, open_values, replacing, write_part
 from vpae_jax.types import UserError
 
-NEEDED = ("transformer", "vae", "text_encoder")
 WAN_TOKENIZER = Path("google/umt5-xxl")  # where Wan's own code looks
 
 
@@ -46,6 +45,7 @@ def write_model(
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
     provenance: Provenance | None = None,
+    complete: bool = True,
 ) -> None:
     """Writes a model directory; it appears whole or not at all.
 
@@ -60,18 +60,17 @@ def write_model(
       overwrite: replace an existing model directory; anything else there is never replaced.
       shard_bytes: largest size of one safetensors file.
       provenance: what the model card says of where the weights come from; None for "from `base`".
+      complete: whether a part or tokenizer that a Wan pipeline needs must be there. Without one there is no
+        model_index.json either.
 
     Raises:
-      UserError: `folder` exists, or neither `base` nor `parts` has a part that a Wan pipeline needs.
+      UserError: `folder` exists, or neither `base` nor `parts` has what `complete` asks for.
     """
     if folder.exists() and not (overwrite and (folder / INDEX).is_file()):
         raise UserError(f"{folder}: already exists; remove it or choose another destination")
     names = [name for name in PARTS if name in parts or name in base.parts]
-    for name in NEEDED:
-        if name not in names:
-            base.part(name)
-    if base.tokenizer is None:
-        raise UserError(f"{base.path}: no folder with a tokenizer_config.json; expected a whole model, or give --base")
+    if complete:
+        base.require_whole(parts)
     image = "image_encoder" in names
     scheduler = scheduler or read_scheduler(base.folder, image)
     defaults = defaults or read_defaults(base.folder, image)
@@ -93,7 +92,8 @@ def write_model(
             write_json(temporary / "scheduler" / SCHEDULER, scheduler.to_json())
             if image:
                 _image_processor(temporary, base, configs["image_encoder"])
-            write_json(temporary / INDEX, _index(temporary, image))
+            if not base.lacks(parts):
+                write_json(temporary / INDEX, _index(temporary, image))
         write_json(temporary / DEFAULTS, settings)
         write_card(temporary, form, image, configs, scheduler, defaults, provenance or Provenance(str(base.path)))
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -208,8 +208,12 @@ def make_config(part: str, fields: Mapping[str, Any], sizes: Mapping[str, Any], 
       path: the config's, for messages.
 
     Raises:
-      UserError: an unknown or ill-typed field, or one that the weights contradict.
+      UserError: an unknown or ill-typed field, a size below 1, or a field that the weights contradict.
     """
+    hints = get_type_hints(PARTS[part].config)
+    for key, value in fields.items():
+        if type(value) is int and value < 1 and hints.get(key) in (int, int | None):
+            raise UserError(f"{path}: {key} is {value}, expected at least 1")
     try:
         config = build(PARTS[part].config, {key: value for key, value in fields.items() if key != "width"}, path)
     except UserError as error:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ from vpae_jax.convert.table import Array, Index, Layout, vae_rows
 from vpae_jax.convert.tensors import Stored, Tensors, open_shards, open_tensors
 from vpae_jax.types import UserError
 
+NEEDED = ("transformer", "vae", "text_encoder")
 CONFIG, INDEX, SETTINGS = "config.json", "model_index.json", "vpae_jax.json"
 EXTRAS = "wan_extras.safetensors"  # what of a wan file no Wan model reads, kept beside a part in the diffusers layout
 PARAMS = "params"  # the folder of a part's arrays in the orbax layout
@@ -145,11 +146,24 @@ class Model:
     def part(self, name: str) -> PartSource:
         """One part. Raises `UserError` when the model has none."""
         if name not in self.parts:
-            has = ", ".join(self.parts) or "no part of a Wan model"
-            raise UserError(
-                f"{self.path}: no {name} (found: {has}); expected a whole model (convert takes the rest from --base)"
-            )
+            raise self._no(name)
         return self.parts[name]
+
+    def lacks(self, given: Container[str] = ()) -> list[str]:
+        """What a Wan pipeline needs and this model has not, beside the parts that are given."""
+        parts = [name for name in NEEDED if name not in given and name not in self.parts]
+        return parts + ["tokenizer"] * (self.tokenizer is None)
+
+    def require_whole(self, given: Container[str] = ()) -> None:
+        """Raises `UserError` when a Wan pipeline lacks something; see `lacks`."""
+        if lacking := self.lacks(given):
+            raise self._no(lacking[0])
+
+    def _no(self, name: str) -> UserError:
+        has = ", ".join(self.parts) or "no part of a Wan model"
+        return UserError(
+            f"{self.path}: no {name} (found: {has}); expected a whole model (convert takes the rest from --base)"
+        )
 
 
 def find_model(path: Path, like: Model | None = None) -> Model:
@@ -321,7 +335,7 @@ def _config(
     sizes = PARTS[part].infer(infer.Shapes(rows, layout, found, where))
     path = files[0].parent / CONFIG
     values = read_json(path) if path.is_file() and (layout == "diffusers" or part == "transformer") else None
-    if values is not None and (part == "transformer" or not is_wan_config(values)):
+    if values is not None and (part == "transformer" or values.get("_class_name") != "WanModel"):
         style: Layout = "wan" if layout == "wan" and is_wan_config(values) else "diffusers"
         fields = read_config(part, style, values, str(path))
         known = fields if style == "diffusers" else {**sizes, **fields, **settings.get(part, {})}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -86,7 +86,8 @@ def load(tensors: PartTensors, dtype: DTypeLike | None, place: Place | None, lab
         for piece, values in _ahead(pool, tensors, pieces):
             entry = piece.entry
             if entry.path not in result:
-                kind = np.dtype(_widest(tensors, entry) if dtype is None else dtype)
+                kind = widest(tensors.stored(name).dtype for name in entry.names) if dtype is None else dtype
+                kind = jax.dtypes.canonicalize_dtype(kind)
                 result[entry.path] = _zeros(piece.whole)(entry.full_shape, kind)
             if piece.sharding is None:
                 value = jax.device_put(values(None))
@@ -210,11 +211,12 @@ def _bytes(tensors: PartTensors, piece: Piece) -> int:
     return math.prod(piece.shape) * tensors.stored(piece.entry.names[piece.layer]).dtype.itemsize
 
 
-def _widest(tensors: PartTensors, entry: Entry) -> np.dtype:
-    first, *rest = {tensors.stored(name).dtype for name in entry.names}
-    for other in rest:
-        first = np.dtype(jnp.promote_types(first, other))
-    return first
+def widest(dtypes: Iterable[np.dtype]) -> np.dtype:
+    """The dtype of a parameter whose layers have these: it holds all of their values."""
+    kinds = set(dtypes)
+    most = max(kind.itemsize for kind in kinds)
+    wide = {kind for kind in kinds if kind.itemsize == most}
+    return wide.pop() if len(wide) == 1 else np.dtype(np.float32)
 
 
 def _check_finite(tensors: PartTensors, finite: list[tuple[str, jax.Array]]) -> None:
