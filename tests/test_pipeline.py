@@ -18,10 +18,10 @@ from PIL import Image
 import vpae_jax
 from vpae_jax import sampling
 from vpae_jax.config import MeshConfig
+from vpae_jax.convert.find import find_model
 from vpae_jax.convert.layout import write_model
 from vpae_jax.convert.locate import embedded_model
 from vpae_jax.convert.settings import NEGATIVE_PROMPT, Defaults, Scheduler
-from vpae_jax.convert.source import find_model
 from vpae_jax.convert.writing import from_tree
 from vpae_jax.flow.schedule import shifted_times
 from vpae_jax.models.wan_dit import WanTransformer

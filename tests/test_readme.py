@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vpae_jax.convert.find import find_model
 from vpae_jax.convert.layout import write_model
 from vpae_jax.convert.locate import embedded_model
 from vpae_jax.convert.settings import Scheduler
-from vpae_jax.convert.source import find_model
 from vpae_jax.pipeline import load_pipeline
 
 ROOT = Path(__file__).parent.parent

@@ -3,7 +3,7 @@
     pipe = vpae_jax.load_pipeline("path/to/model")        # or "tiny", the model inside this package
     frames = pipe("a three moves up", seed=1)             # uint8 [frames, height, width, 3]
 
-The directory may be in any layout (`convert/source.py`); `vpae_jax.json` in it says which clip is made by default
+The directory may be in any layout (`convert/find.py`); `vpae_jax.json` in it says which clip is made by default
 (`convert/settings.py`). Everything from prompt and picture to frames is done as Diffusers' WanPipeline and
 WanImageToVideoPipeline do; the tests compare the frames.
 """
@@ -31,11 +31,12 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from vpae_jax import sampling, sharding
+from vpae_jax.convert.find import find_model
 from vpae_jax.convert.image_processor import ImageProcessor, read_image_processor
 from vpae_jax.convert.locate import locate
+from vpae_jax.convert.parts import check_fit
 from vpae_jax.convert.reading import load_part
 from vpae_jax.convert.settings import Defaults, Scheduler, read_defaults, read_scheduler
-from vpae_jax.convert.source import find_model
 from vpae_jax.convert.stream import Place
 from vpae_jax.data.tokenizer import load_tokenizer, tokenize
 from vpae_jax.models.clip import CLIPVision
@@ -328,7 +329,7 @@ def load_pipeline(path: str | Path | None = None, dtype: DTypeLike = jnp.float32
     """Loads a model.
 
     Args:
-      path: a folder in any layout (`convert/source.py`), or `OWNER/NAME` of the Hugging Face hub; "tiny" or None for
+      path: a folder in any layout (`convert/find.py`), or `OWNER/NAME` of the Hugging Face hub; "tiny" or None for
         the model inside this package.
       dtype: weights and compute dtype of the transformer and the encoders. The VAE is float32 always, as in Wan.
       mesh: devices over which the transformer's weights are sharded (`sharding.TRANSFORMER_RULES`) and the other
@@ -340,6 +341,7 @@ def load_pipeline(path: str | Path | None = None, dtype: DTypeLike = jnp.float32
     model = find_model(locate(path))
     model.require_whole()
     assert model.tokenizer is not None
+    check_fit({name: source.config for name, source in model.parts.items()}, str(model.path))
     image_encoder, image_processor = None, None
     if "image_encoder" in model.parts:
         image_encoder = load_part(model, "image_encoder", dtype, _place(mesh, sharding.REPLICATED))
@@ -347,7 +349,7 @@ def load_pipeline(path: str | Path | None = None, dtype: DTypeLike = jnp.float32
     transformer = load_part(model, "transformer", dtype, _place(mesh, sharding.TRANSFORMER_RULES))
     tokenizer = load_tokenizer(model.tokenizer)
     tokenizer.model_max_length = min(tokenizer.model_max_length, transformer.config.text_len)
-    pipeline = Pipeline(
+    return Pipeline(
         transformer=transformer,
         vae=load_part(model, "vae", jnp.float32, _place(mesh, sharding.REPLICATED)),
         text_encoder=load_part(model, "text_encoder", dtype, _place(mesh, sharding.REPLICATED)),
@@ -357,8 +359,6 @@ def load_pipeline(path: str | Path | None = None, dtype: DTypeLike = jnp.float32
         scheduler=read_scheduler(model.folder, image_encoder is not None),
         defaults=read_defaults(model.folder, image_encoder is not None),
     )
-    _check_parts(pipeline, model.path)
-    return pipeline
 
 
 def clean_prompt(prompt: str) -> str:
@@ -367,24 +367,6 @@ def clean_prompt(prompt: str) -> str:
     ftfy matters to Chinese prompts: it replaces full-width punctuation, which changes the tokens.
     """
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()
-
-
-def _check_parts(pipeline: Pipeline, folder: Path) -> None:
-    """Raises `UserError` for parts that do not belong together."""
-    config, vae, image = pipeline.transformer.config, pipeline.vae.config, pipeline.image_encoder
-    width = None if image is None else image.config.hidden_size
-    facts = [
-        ("text_dim", config.text_dim, "text_encoder's d_model", pipeline.text_encoder.config.d_model),
-        ("out_channels", config.out_channels, "vae's z_dim", vae.z_dim),
-        ("image_dim", config.image_dim, "image_encoder's hidden_size", width),
-    ]
-    for name, found, other, expected in facts:
-        if found != expected:
-            raise UserError(f"{folder}: the transformer's {name} is {found}, but the {other} is {expected}")
-    extra = config.in_channels - config.out_channels
-    if extra not in (0, MASK_CHANNELS + vae.z_dim):
-        known = f"{config.out_channels} or {config.out_channels + MASK_CHANNELS + vae.z_dim}"
-        raise UserError(f"{folder}: the transformer's in_channels is {config.in_channels}, expected {known}")
 
 
 def _place(mesh: Mesh | None, rules: sharding.Rules) -> Place | None:

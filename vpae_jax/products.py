@@ -19,10 +19,11 @@ import numpy as np
 from flax import nnx
 
 from vpae_jax.convert.card import Provenance
+from vpae_jax.convert.find import find_model
 from vpae_jax.convert.layout import write_model
 from vpae_jax.convert.reading import build as build_part
 from vpae_jax.convert.settings import Defaults, Scheduler
-from vpae_jax.convert.source import Model, find_model
+from vpae_jax.convert.source import Model
 from vpae_jax.convert.writing import Values, from_tree
 from vpae_jax.data.digits import MovingDigits
 from vpae_jax.data.pipeline import to_float

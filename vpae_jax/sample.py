@@ -26,7 +26,11 @@ def parser() -> cli.Parser:
     """The command line."""
     result = cli.Parser("python -m vpae_jax.sample", __doc__)
     add = result.add_argument
-    add("--model", default="tiny", help="model directory in the Diffusers layout, or 'tiny'")
+    add(
+        "--model",
+        default="tiny",
+        help="model: folder or file in any layout, 'tiny', or OWNER/NAME of the Hugging Face hub",
+    )
     add("--prompt", required=True, help="what the video shows")
     add("--negative_prompt", help="what guidance above 1 moves away from; the model's own by default")
     add("--image", type=Path, help="first frame of the video, an image file")

@@ -18,11 +18,9 @@ from jaxtyping import Array, Float, UInt8
 from vpae_jax.flow import solvers
 from vpae_jax.flow.guidance import guided
 from vpae_jax.flow.schedule import shifted_times
-from vpae_jax.types import Condition, Latents, Params, PRNGKey, UserError, Video
+from vpae_jax.types import MASK_CHANNELS, Condition, Latents, Params, PRNGKey, UserError, Video
 
 Solver = Literal["euler", "consistency", "unipc"]
-
-MASK_CHANNELS = 4  # of the given frames; one for each video frame that a latent frame stands for
 
 
 @dataclass(frozen=True)

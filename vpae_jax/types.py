@@ -34,6 +34,10 @@ Params = PyTree[Array]
 Metrics = Mapping[str, Array]
 
 
+# Channels of the mask of given frames: one for each video frame that a latent frame stands for.
+MASK_CHANNELS = 4
+
+
 class UserError(Exception):
     """Bad input, said in one line: what is wrong, where, what was expected, what to do.
 

@@ -1,6 +1,7 @@
 """`python -m vpae_jax.convert`: models between layouts, training runs to models, and LoRA files."""
 
 import json
+import shutil
 
 import diffusers
 import jax
@@ -11,14 +12,15 @@ import original_wan
 import pytest
 import random_model
 import torch
+import transformers
 from safetensors.numpy import load_file, save_file
 
 from vpae_jax import cli
 from vpae_jax.convert.__main__ import main
+from vpae_jax.convert.find import find_model
 from vpae_jax.convert.lora_reading import read_lora
 from vpae_jax.convert.reading import read_part
 from vpae_jax.convert.settings import Scheduler, read_defaults, read_scheduler
-from vpae_jax.convert.source import find_model
 
 PARTS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
@@ -131,6 +133,8 @@ def test_a_single_file_takes_the_rest_from_a_base(source, tmp_path):
 def test_a_part_alone_is_converted_alone(source, tmp_path, capsys):
     run(source / "transformer", tmp_path / "out", "--format=wan", "--verify")
     out = capsys.readouterr().out
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Parts of a Wan 2.1 text-to-video model" in card and "## Use" not in card
     assert "note: no vae, text_encoder, tokenizer in the source; --base=MODEL makes" in out
     run(tmp_path / "out", tmp_path / "back", "--format=diffusers")
     model, info = diffusers.WanTransformer3DModel.from_pretrained(
@@ -224,6 +228,40 @@ def test_bad_input_is_one_line_and_writes_nothing(source, workdir, tmp_path, cap
     )
     assert "holds no part of a Wan model" in fails([source / "tokenizer", out, "--format=wan"], capsys)
     assert not list(tmp_path.iterdir())
+
+
+def test_parts_that_do_not_fit_are_not_written(source, original, tmp_path, capsys):
+    line = fails([original / "config.json", tmp_path / "out", "--format=wan"], capsys)
+    assert "config.json" in line
+    shutil.copytree(source, tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / "text_encoder")
+    wide = transformers.UMT5EncoderModel(
+        transformers.UMT5Config(vocab_size=384, d_model=40, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+    )
+    wide.save_pretrained(tmp_path / "model" / "text_encoder")
+    capsys.readouterr()
+    for form in ("diffusers", "wan", "orbax"):
+        line = fails([tmp_path / "model", tmp_path / "out", f"--format={form}"], capsys)
+        assert "the transformer's text_dim is 32, but the text_encoder's d_model is 40" in line
+    image = find_model(original).part("transformer").files[0]
+    line = fails([image, tmp_path / "out", "--format=wan", f"--base={source}"], capsys)
+    assert "image_dim is 32, but the image_encoder's hidden_size is None" in line
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_base_does_not_change_how_a_model_is_sampled(source, tmp_path):
+    run(source, tmp_path / "model", "--format=diffusers")
+    (tmp_path / "model" / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps(Scheduler("euler", 7.0, 1, 1.0).to_json())
+    )
+    shutil.rmtree(tmp_path / "model" / "tokenizer")
+    run(tmp_path / "model", tmp_path / "out", "--format=diffusers", f"--base={source}")
+    assert read_scheduler(tmp_path / "out") == Scheduler("euler", 7.0, 1, 1.0)
+    assert (tmp_path / "out" / "model_index.json").is_file()
+
+
+def test_a_destination_inside_the_source_is_refused(source, capsys):
+    assert "lies in" in fails([source, source / "out", "--format=wan"], capsys)
 
 
 def test_weights_that_are_not_finite_are_refused(source, tmp_path, capsys):

@@ -9,9 +9,9 @@ import original_wan
 import pytest
 import random_model
 
+from vpae_jax.convert.find import find_model
 from vpae_jax.convert.locate import locate
 from vpae_jax.convert.settings import read_defaults, read_scheduler
-from vpae_jax.convert.source import find_model
 from vpae_jax.types import UserError
 
 BATCHES, MUTANTS = 4, 60

@@ -14,6 +14,7 @@ import torch
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from vpae_jax.convert import layout
+from vpae_jax.convert.find import find_model
 from vpae_jax.convert.image_processor import ImageProcessor, read_image_processor
 from vpae_jax.convert.reading import read_part
 from vpae_jax.convert.settings import (
@@ -24,7 +25,6 @@ from vpae_jax.convert.settings import (
     read_defaults,
     read_scheduler,
 )
-from vpae_jax.convert.source import find_model
 from vpae_jax.convert.writing import from_tree
 from vpae_jax.flow import solvers
 from vpae_jax.flow.schedule import shifted_times

@@ -20,11 +20,11 @@ from safetensors.torch import load_file as load_torch
 
 from vpae_jax.convert import extraction
 from vpae_jax.convert.extraction import extract, format_energies, low_rank
+from vpae_jax.convert.find import find_model
 from vpae_jax.convert.lora import Adapter, Lora, Merged, from_adapters, write_lora
 from vpae_jax.convert.lora_reading import _targets, read_lora
 from vpae_jax.convert.parts import flat
 from vpae_jax.convert.reading import build, load_part, read_part
-from vpae_jax.convert.source import find_model
 from vpae_jax.convert.writing import from_tree, verify_part, write_part
 from vpae_jax.models.lora import LoRASpec
 from vpae_jax.models.wan_dit import WanTransformer
@@ -598,12 +598,60 @@ def test_reading_refuses(case, t2v, tmp_path):
         ('{"transformer.use_dora": true}', "is a DoRA, .* expected a LoRA"),
         ('{"transformer.lora_alpha": [1]}', "PEFT's alphas cannot be read"),
         ('{"transformer.lora_alpha": 1, "transformer.alpha_pattern": {"(": 1}}', "PEFT's alphas cannot be read"),
+        (
+            '{"transformer.lora_alpha": 1, "transformer.alpha_pattern": {"(.|.|.)+X": 1}}',
+            r"alpha_pattern has '\(\.\|\.\|\.\)\+X', expected the name of a layer",
+        ),
+        ('{"transformer.lora_alpha": NaN}', "PEFT's alphas cannot be read .nan is not a finite float32"),
+        ('{"transformer.lora_alpha": -Infinity}', "PEFT's alphas cannot be read"),
+        ('{"transformer.lora_alpha": 1e300}', "PEFT's alphas cannot be read"),
+        ('{"transformer.lora_alpha": 1' + "0" * 400 + "}", "PEFT's alphas cannot be read"),
+        ('{"transformer.lora_alpha": 1, "transformer.alpha_pattern": {"q": "NaN"}}', "PEFT's alphas cannot be read"),
     ],
 )
 def test_reading_refuses_a_configuration(metadata, message, t2v, tmp_path):
     save_file(PAIR, tmp_path / FILE, metadata={"lora_adapter_metadata": metadata})
     with pytest.raises(UserError, match=message):
         read_lora(tmp_path / FILE, t2v.config)
+
+
+def test_reading_refuses_a_configuration_beside(t2v, tmp_path):
+    save_file(PAIR, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_bytes(b"\xff\xfe{")
+    with pytest.raises(UserError, match=r"adapter_config.json: not valid JSON: .utf-8. codec"):
+        read_lora(tmp_path / "adapter_model.safetensors", t2v.config)
+
+
+@pytest.mark.filterwarnings("error")
+def test_reading_refuses_what_overflows_float32(t2v, tmp_path):
+    for name, value, message in (
+        (f"{Q}.alpha", np.asarray(1e300), r"alpha' of shape \[\] is not one finite number"),
+        (f"{Q}.alpha", np.asarray(3e38, np.float32), r"lora_up.weight' times its scale 7.5e\+37 overflows float32"),
+        (DOWN, np.full((4, 24), 1e300), "lora_down.weight' holds NaN or infinity"),
+    ):
+        save_file({**PAIR, UP: np.full((24, 4), 100, np.float32), name: value}, tmp_path / FILE)
+        with pytest.raises(UserError, match=message):
+            read_lora(tmp_path / FILE, t2v.config)
+
+
+@pytest.mark.parametrize(
+    "pattern, applies",
+    [
+        ("to_q", True),
+        ("attn1.to_q", True),
+        (r"attn1\\.to_q", True),
+        ("^blocks.0.attn1.to_q$", True),
+        ("to_q$", True),
+        ("o_q", False),
+        ("^attn1.to_q", False),
+        ("to_k", False),
+    ],
+)
+def test_patterns_of_alphas_are_names(pattern, applies, t2v, tmp_path):
+    tensors = {k.replace(Q, "transformer.blocks.0.attn1.to_q"): v for k, v in PAIR.items()}
+    text = f'{{"transformer.lora_alpha": 4, "transformer.alpha_pattern": {{"{pattern}": 8}}}}'
+    save_file(tensors, tmp_path / FILE, metadata={"lora_adapter_metadata": text})
+    assert read_lora(tmp_path / FILE, t2v.config).adapters["blocks/attn1/to_q", 0].b[0, 0] == (2 if applies else 1)
 
 
 def test_a_checkpoint_of_pytorch_reads_too(t2v, tmp_path):

@@ -14,9 +14,10 @@ from folders import PARTS, bits, edit, edit_json, files, mixed, read, same, tens
 
 from vpae_jax.convert import orbax
 from vpae_jax.convert.files import write_json
+from vpae_jax.convert.find import find_model
 from vpae_jax.convert.locate import embedded_model, locate
 from vpae_jax.convert.parts import config_json
-from vpae_jax.convert.source import find_model
+from vpae_jax.convert.tensors import Tensors
 from vpae_jax.models.wan_vae import WanVAEConfig
 from vpae_jax.types import UserError
 
@@ -267,7 +268,120 @@ def test_folders_without_a_model(tmp_path):
     (tmp_path / "text.txt").write_text("no weights")
     assert "not a safetensors file" in refused(tmp_path / "text.txt")
     (tmp_path / "broken.safetensors").write_bytes(b"\0" * 20)
-    assert "broken.safetensors: truncated or not a safetensors file" in refused(tmp_path)
+    assert "broken.safetensors: truncated or not a safetensors file" in refused(tmp_path / "broken.safetensors")
+    assert find_model(tmp_path).parts == {}
+    assert "could not read " in refused(tmp_path, "vae") and "broken.safetensors: truncated" in refused(tmp_path, "vae")
+
+
+UNRELATED = {
+    "optimizer.pt": b"PK\3\4 cut off",
+    "training_args.bin": b"\x80\2cos\nsystem\n.",
+    "scheduler.bin": b"",
+    "other.safetensors.index.json": b"{}",
+    "bad.safetensors.index.json": b"{",
+    "transformer/optimizer.bin": b"\0" * 20,
+}
+
+
+@pytest.mark.parametrize("name", UNRELATED)
+def test_unrelated_files_are_passed_over(theirs, name):
+    (theirs / name).write_bytes(UNRELATED[name])
+    model = find_model(theirs)
+    assert tuple(model.parts) == PARTS and [path for path, _ in model.passed_over] == [theirs / name]
+    assert str(theirs / name) in refused(theirs / name)
+    shutil.rmtree(theirs / "vae")
+    message = refused(theirs, "vae")
+    assert "no vae (found: " in message and f"; could not read {theirs / name}: {model.passed_over[0][1]}" in message
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors.index.json",
+        "image_encoder/model-00001-of-00002.safetensors",
+        "Wan2.1_VAE.pth",
+        "diffusion_pytorch_model.safetensors.index.json",
+    ],
+)
+def test_broken_files_at_the_usual_places_are_refused(theirs, name):
+    (theirs / name).write_bytes(b"{}")
+    assert str(theirs / name) in refused(theirs)
+
+
+def test_pickled_shards_beside_safetensors(theirs, diffusers_folder):
+    folder = theirs / "text_encoder"
+    state = sorted(read(folder / "model.safetensors").items())
+    for number, part in enumerate((state[:3], state[3:]), 1):
+        write(folder / f"pytorch_model-0000{number}-of-00002.bin", dict(part))
+    (folder / "pytorch_model.bin.index.json").write_text('{"weight_map": {}}')
+    expected = values(diffusers_folder, "text_encoder")
+    assert same(values(theirs, "text_encoder"), expected)
+    (folder / "model.safetensors").rename(folder / "renamed.safetensors")
+    assert find_model(theirs).part("text_encoder").files == (folder / "renamed.safetensors",)
+    (folder / "renamed.safetensors").unlink()
+    assert len(find_model(theirs).part("text_encoder").files) == 2
+    assert same(values(theirs, "text_encoder"), expected)
+
+
+@pytest.mark.parametrize("mark", ["model_index.json", "vpae_jax.json"])
+def test_a_model_inside_another_is_not_looked_into(theirs, wan_folder, mark):
+    inner = shutil.copytree(wan_folder, theirs / "another")
+    assert len(find_model(theirs).more_tokenizers) == 1
+    shutil.rmtree(theirs / "vae")
+    assert find_model(theirs).part("vae").folder == inner
+    (inner / mark).write_text("{}")
+    model = find_model(theirs)
+    assert "vae" not in model.parts and model.more_tokenizers == ()
+
+
+def test_the_tokenizers_usual_places_come_first(theirs):
+    for name in ("a", "google/umt5-xxl"):
+        shutil.copytree(theirs / "tokenizer", theirs / name)
+    (theirs / "a" / "tokenizer_config.json").write_text("{")
+    model = find_model(theirs)
+    assert model.tokenizer == theirs / "tokenizer"
+    assert model.more_tokenizers == (theirs / "google" / "umt5-xxl", theirs / "a")
+
+
+def test_repeated_tensors_are_compared_in_blocks(theirs, monkeypatch):
+    path = theirs / "text_encoder" / "model.safetensors"
+    edit(path, lambda t: t.update({"encoder.embed_tokens.weight": t["shared.weight"]}))
+    size, read_whole = read(path)["shared.weight"].nbytes, Tensors.read
+    blocks = []
+
+    def counted(self, name, index=()):
+        blocks.append(read_whole(self, name, index))
+        return blocks[-1]
+
+    monkeypatch.setattr(Tensors, "read", counted)
+    monkeypatch.setattr("vpae_jax.convert.source.BLOCK", size // 5)
+    opened(theirs, "text_encoder")
+    assert len(blocks) == 12 and max(block.nbytes for block in blocks) <= size // 5
+    assert sum(block.nbytes for block in blocks) == 2 * size
+    for change in (lambda t: t[-1].add_(1), lambda t: t.set_(t[:-1].clone()), lambda t: t.set_(t.reshape(-1).clone())):
+        edit(path, lambda t, change=change: change(t["encoder.embed_tokens.weight"]))
+        assert "differs from 'shared.weight', which it should repeat" in refused(theirs, "text_encoder")
+
+
+@pytest.mark.parametrize("name", ["config.json", "vpae_jax.json", "model_index.json"])
+def test_folders_in_place_of_json_are_refused(wan, name):
+    (wan / name).unlink(missing_ok=True)
+    (wan / name).mkdir()
+    assert refused(wan).startswith(f"{wan / name}: is not a regular file")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_an_orbax_part_alone(theirs, tmp_path, part):
+    config = find_model(theirs).part(part).config
+    folder = tmp_path / "any"
+    folder.mkdir()
+    orbax.save(folder / "params", {"a": jnp.ones(2)})
+    assert "params: " in refused(folder, part) and "does not say of which part" in refused(folder, part)
+    write_json(folder / "config.json", config_json(config, part))
+    found = find_model(folder)
+    assert tuple(found.parts) == (part,) and found.part(part).config == config
+    assert found.part(part).layout == "orbax" and found.part(part).folder == folder
 
 
 # The hub.
@@ -346,9 +460,7 @@ def test_a_part_twice(wan, wan_folder):
     shutil.copy(wan / original_wan.VAE_FILE, wan / "copy.pth")
     assert same(values(wan, "vae"), values(wan_folder, "vae"))  # the usual place decides
     (wan / original_wan.VAE_FILE).rename(wan / "another.pth")
-    assert refused(wan) == (
-        f"{wan}: another.pth and copy.pth both hold the vae; name one of them, or remove one"
-    )
+    assert refused(wan) == (f"{wan}: another.pth and copy.pth both hold the vae; name one of them, or remove one")
 
 
 def test_variants_beside_the_usual_file(theirs):
@@ -427,7 +539,10 @@ def test_integers_are_refused(tmp_path, wide, kind):
     "change, message",
     [
         (lambda t: t.pop("blocks.1.ffn.0.weight"), "tensor 'blocks.1.ffn.0.weight' of shape [16, 128] is missing"),
-        (lambda t: t.pop("blocks.0.ffn.0.weight"), "tensor 'blocks.0.ffn.0.weight' is missing; fetch the weights again"),
+        (
+            lambda t: t.pop("blocks.0.ffn.0.weight"),
+            "tensor 'blocks.0.ffn.0.weight' is missing; fetch the weights again",
+        ),
         (lambda t: t.pop("patch_embedding.weight"), "tensor 'patch_embedding.weight' is missing"),
         (
             lambda t: [t.pop(n) for n in list(t) if n.startswith("blocks.1.") and "norm" in n],
@@ -496,7 +611,11 @@ def test_a_config_of_wan_that_the_weights_contradict(wan, changes, message):
     [
         ("transformer", {"num_layers": HUGE}, f"num_layers is {HUGE}, but the weights make it 2"),
         ("transformer", {"num_attention_heads": HUGE}, "added_kv_proj_dim is 24, expected the model's width"),
-        ("transformer", {"image_dim": None, "added_kv_proj_dim": None}, "image_dim is None, but the weights make it 24"),
+        (
+            "transformer",
+            {"image_dim": None, "added_kv_proj_dim": None},
+            "image_dim is None, but the weights make it 24",
+        ),
         ("transformer", {"cross_attn_norm": False}, "cross_attn_norm is False, but the weights make it True"),
         ("vae", {"num_res_blocks": HUGE}, f"num_res_blocks is {HUGE}, but the weights make it 1"),
         ("vae", {"dim_mult": [1, 2, 2, HUGE]}, "but the weights make it (1, 2, 2, 2)"),
@@ -545,11 +664,10 @@ def test_an_image_encoder_of_other_heads(tmp_path, dim, heads):
 
 DEPTHS = [
     dict(num_res_blocks=1),
-    dict(num_res_blocks=3, base_dim=6),
+    dict(num_res_blocks=3, base_dim=6, dim_mult=(1, 2, 1), temperal_downsample=(True, True)),
     dict(num_res_blocks=2, dim_mult=(2, 1, 3), temperal_downsample=(True, False)),
     dict(num_res_blocks=1, dim_mult=(1, 2), temperal_downsample=(False,)),
     dict(num_res_blocks=1, dim_mult=(1, 1, 2, 2, 3), temperal_downsample=(True, True, False, True)),
-    dict(num_res_blocks=3, dim_mult=(3, 2, 2, 2), temperal_downsample=(True, True, True)),
 ]
 
 
@@ -565,9 +683,7 @@ def test_autoencoders_of_other_depths(tmp_path, layout, sizes):
     expected = {name: tuple(v) if isinstance(v, list) else v for name, v in original.sizes.items()}
     assert {name: getattr(config, name) for name in expected} == expected
     time = expected["temperal_downsample"]
-    assert config == WanVAEConfig(
-        **expected, scale_factor_spatial=2 ** len(time), scale_factor_temporal=2 ** sum(time)
-    )
+    assert config == WanVAEConfig(**expected, scale_factor_spatial=2 ** len(time), scale_factor_temporal=2 ** sum(time))
 
 
 def test_autoencoders_of_other_kinds(tmp_path):
@@ -585,7 +701,9 @@ def test_autoencoders_of_other_kinds(tmp_path):
 
 def test_uneven_autoencoders_are_refused(tmp_path):
     first, second = (original_wan.VAE(num_res_blocks=n, dim_mult=(1, 1, 1, 1)).state_dict() for n in (1, 2))
-    assert "is unknown" in refused(write(tmp_path / "gap.pth", second | {"encoder.downsamples.1.x": torch.ones(1)}), "vae")
+    assert "is unknown" in refused(
+        write(tmp_path / "gap.pth", second | {"encoder.downsamples.1.x": torch.ones(1)}), "vae"
+    )
     blocks = "encoder.downsamples."
     # Levels of 1, 1, 1 and 2 blocks.
     uneven = {n: v for n, v in second.items() if not n.startswith(blocks)} | first

@@ -321,11 +321,11 @@ ODD = {
         "vae",
         WanVAEConfig(
             base_dim=6,
-            dim_mult=(1, 3, 2, 2, 5),
+            dim_mult=(1, 3, 2, 5),
             num_res_blocks=3,
-            temperal_downsample=(True, False, True, True),
-            scale_factor_temporal=8,
-            scale_factor_spatial=16,
+            temperal_downsample=(True, False, True),
+            scale_factor_temporal=4,
+            scale_factor_spatial=8,
         ),
     ),
     "vae-shallow": (

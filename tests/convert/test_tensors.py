@@ -303,6 +303,8 @@ def test_written_files_are_the_librarys(tmp_path):
             assert tuple(found.shape) == value.shape and str(found.dtype) == f"torch.{value.dtype.name}"
             assert bytes(found.flatten().view(torch.uint8).tolist() if value.size else b"") == value.tobytes()
     assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
+    with open_tensors(path) as ours:
+        assert ours.metadata == {"format": "pt", "step": "7"}
 
 
 def test_written_shards_and_their_index(tmp_path):

@@ -1,5 +1,8 @@
 """The tiny tokenizer: T5's ids, whole words, any Unicode, one folder that transformers loads offline."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
@@ -71,3 +74,31 @@ def test_a_long_prompt_is_refused(tokenizer):
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(UserError, match=r"no tokenizer in .*nowhere"):
         load_tokenizer(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("tokenizer.json", "{}", "expected an object with a model"),
+        ("tokenizer.json", "[", "Expecting value"),
+        ("tokenizer.json", '{"model": {}}', "Cannot instantiate"),
+        ("tokenizer_config.json", "", "Expecting value"),
+        ("tokenizer_config.json", "[]", "holds a list, expected an object"),
+        ("tokenizer_config.json", '{"tokenizer_class": 3}', "tokenizer_class is 3, expected a text"),
+        ("tokenizer_config.json", {"padding_side": "up"}, "Padding side"),
+        ("tokenizer_config.json", {"pad_token": 3}, "pad_token"),
+        ("tokenizer_config.json", {"pad_token": None}, "it has no pad_token"),
+        ("tokenizer_config.json", {"model_max_length": []}, "model_max_length is []"),
+        ("tokenizer_config.json", {"model_max_length": 0}, "model_max_length is 0, expected at least 1"),
+    ],
+)
+def test_a_damaged_tokenizer_is_one_line(folder, tmp_path, name, text, message):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    if isinstance(text, dict):
+        text = json.dumps(json.loads((copy / name).read_text()) | text)
+    (copy / name).write_text(text)
+    with pytest.raises(UserError) as error:
+        load_tokenizer(copy)
+    line = str(error.value)
+    assert line.startswith(f"{copy}: the tokenizer cannot be read (") and line.endswith("; fetch the model again")
+    assert message in line and "\n" not in line

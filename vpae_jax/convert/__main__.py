@@ -30,12 +30,13 @@ from vpae_jax import cli
 from vpae_jax.convert.card import Provenance
 from vpae_jax.convert.extraction import extract, format_energies
 from vpae_jax.convert.files import read_json
+from vpae_jax.convert.find import find_model
 from vpae_jax.convert.layout import write_model
 from vpae_jax.convert.locate import locate
 from vpae_jax.convert.lora import Lora, Merged, from_adapters, write_lora
 from vpae_jax.convert.lora_reading import read_lora
-from vpae_jax.convert.settings import Scheduler
-from vpae_jax.convert.source import Model, find_model
+from vpae_jax.convert.settings import DEFAULTS, Scheduler
+from vpae_jax.convert.source import Model
 from vpae_jax.convert.table import Layout
 from vpae_jax.convert.writing import Format, Values, from_tree, open_values, verify_part
 from vpae_jax.methods import make_method
@@ -75,9 +76,9 @@ def read_model(source: str, base: str | None) -> Input:
         raise UserError(f"{source}: holds no part of a Wan model and no training run")
     if other is not None:
         if model.tokenizer is None:
-            model = dataclasses.replace(
-                model, tokenizer=other.tokenizer, more_tokenizers=other.more_tokenizers, folder=other.folder
-            )
+            model = dataclasses.replace(model, tokenizer=other.tokenizer, more_tokenizers=other.more_tokenizers)
+        if not any((model.folder / name).exists() for name in ("scheduler", DEFAULTS)):
+            model = dataclasses.replace(model, folder=other.folder)
         model = dataclasses.replace(
             model,
             parts={**other.parts, **model.parts},
@@ -143,6 +144,11 @@ def convert(given: Input, target: Path, form: Format, dtype: Any, lora_file: Pat
         if lora_file is not None:
             values = parts.get("transformer") or stack.enter_context(open_values(given.base, "transformer"))
             parts["transformer"] = Merged(values, read_lora(lora_file, values.config))
+        facts = {
+            "merged LoRA": None if lora_file is None else str(lora_file),
+            "dtype": None if dtype is None else str(dtype),
+        }
+        facts = {**given.provenance.facts, **{name: value for name, value in facts.items() if value is not None}}
         write_model(
             target,
             given.base,
@@ -150,7 +156,7 @@ def convert(given: Input, target: Path, form: Format, dtype: Any, lora_file: Pat
             form=form,
             scheduler=given.scheduler,
             dtype=dtype,
-            provenance=given.provenance,
+            provenance=dataclasses.replace(given.provenance, facts=facts),
             complete=False,
         )
         if lacking := given.base.lacks(parts):
@@ -178,7 +184,7 @@ def write_difference(given: Input, teacher: str | None, target: Path, form: Layo
 def _verify(folder: Path, base: Model, parts: Mapping[str, Values], dtype: np.dtype | None) -> None:
     """Reads every written part back and compares bits; removes the folder when they differ."""
     written = find_model(folder)
-    for name in written.parts:
+    for name in dict.fromkeys((*base.parts, *parts)):
         with ExitStack() as stack:
             values = parts[name] if name in parts else stack.enter_context(open_values(base, name))
             try:
@@ -241,6 +247,9 @@ def _check(given: argparse.Namespace) -> None:
     """Raises `UserError` for options that do not go together, and for a target that exists."""
     if given.target.exists():
         raise UserError(f"{given.target}: already exists; remove it or choose another destination")
+    source = Path(given.source)
+    if source.is_dir() and not (source / FOLDER).is_dir() and given.target.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"{given.target}: lies in {source}; choose a destination outside")
     if not given.as_lora:
         if given.rank is not None:
             raise UserError(f"--rank={given.rank}: only with --as-lora")

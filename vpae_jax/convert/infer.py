@@ -1,7 +1,7 @@
 """A part's sizes, read from the shapes of its tensors: for files without a config, and to doubt a config that lies.
 
 What shapes do not tell is taken from Wan 2.1: heads of 128 channels in the transformer, 16 heads in the image encoder,
-its normalisation of latents. A `vpae_jax.json` beside the files may say otherwise (`settings.read_part_settings`).
+its normalisation of latents. `parts` of a `vpae_jax.json` beside the files may say otherwise.
 """
 
 from __future__ import annotations

@@ -11,11 +11,12 @@ from typing import Any
 
 from jax.typing import DTypeLike
 
-from vpae_jax.convert.card import Provenance, write_card
+from vpae_jax.convert.card import Card, Provenance, write_card
 from vpae_jax.convert.files import read_json, write_json
+from vpae_jax.convert.find import INDEX
 from vpae_jax.convert.image_processor import FILE as IMAGE_PROCESSOR_FILE
 from vpae_jax.convert.image_processor import ImageProcessor
-from vpae_jax.convert.parts import PARTS, untold
+from vpae_jax.convert.parts import PARTS, check_fit, untold
 from vpae_jax.convert.settings import (
     DEFAULTS,
     SCHEDULER,
@@ -25,7 +26,7 @@ from vpae_jax.convert.settings import (
     read_defaults,
     read_scheduler,
 )
-from vpae_jax.convert.source import INDEX, Model
+from vpae_jax.convert.source import Model
 from vpae_jax.convert.tensors import SHARD_BYTES
 from vpae_jax.convert.writing import Format, Values, open_values, replacing, write_part
 from vpae_jax.types import UserError
@@ -64,38 +65,41 @@ def write_model(
         model_index.json either.
 
     Raises:
-      UserError: `folder` exists, or neither `base` nor `parts` has what `complete` asks for.
+      UserError: `folder` exists, neither `base` nor `parts` has what `complete` asks for, or parts do not fit together.
     """
     if folder.exists() and not (overwrite and (folder / INDEX).is_file()):
         raise UserError(f"{folder}: already exists; remove it or choose another destination")
     names = [name for name in PARTS if name in parts or name in base.parts]
     if complete:
         base.require_whole(parts)
-    image = "image_encoder" in names
+    known = {name: parts[name].config if name in parts else base.parts[name].config for name in names}
+    check_fit(known, str(base.path))
+    encoder = known.get("image_encoder")
+    image = encoder is not None or ("transformer" in known and known["transformer"].image_dim is not None)
+    whole = not base.lacks(parts)
     scheduler = scheduler or read_scheduler(base.folder, image)
     defaults = defaults or read_defaults(base.folder, image)
-    configs: dict[str, Any] = {}
     with replacing(folder) as temporary:
         temporary.mkdir()
         for name in names:
             with ExitStack() as stack:
                 values = parts[name] if name in parts else stack.enter_context(open_values(base, name))
-                configs[name] = values.config
                 write_part(temporary, name, values, form, dtype, shard_bytes)
         _copy_tokenizers(temporary, base, form)
         settings: dict[str, Any] = dataclasses.asdict(defaults)
         if form == "wan":
-            told = {name: untold(name, config) for name, config in configs.items()}
+            told = {name: untold(name, config) for name, config in known.items()}
             settings |= {"scheduler": dataclasses.asdict(scheduler), "parts": {n: t for n, t in told.items() if t}}
         else:
             (temporary / "scheduler").mkdir()
             write_json(temporary / "scheduler" / SCHEDULER, scheduler.to_json())
-            if image:
-                _image_processor(temporary, base, configs["image_encoder"])
-            if not base.lacks(parts):
-                write_json(temporary / INDEX, _index(temporary, image))
+            if encoder is not None:
+                _image_processor(temporary, base, encoder)
+            if whole:
+                write_json(temporary / INDEX, _index(temporary, encoder is not None))
         write_json(temporary / DEFAULTS, settings)
-        write_card(temporary, form, image, configs, scheduler, defaults, provenance or Provenance(str(base.path)))
+        card = Card(form, image, whole, tuple(names), scheduler, defaults, provenance or Provenance(str(base.path)))
+        write_card(temporary, card)
 
 
 def _copy_tokenizers(folder: Path, base: Model, form: Format) -> None:
@@ -103,8 +107,8 @@ def _copy_tokenizers(folder: Path, base: Model, form: Format) -> None:
     if base.tokenizer is None:
         return
     shutil.copytree(base.tokenizer, folder / (WAN_TOKENIZER if form == "wan" else "tokenizer"))
-    for other in base.more_tokenizers if form == "wan" else ():
-        shutil.copytree(other, folder / other.relative_to(base.folder))
+    for other in base.more_tokenizers:
+        shutil.copytree(other, folder / other.name)
 
 
 def _image_processor(folder: Path, base: Model, config: Any) -> None:

@@ -25,7 +25,7 @@ from vpae_jax.convert.reading import Weights
 from vpae_jax.convert.safetensors_file import Info
 from vpae_jax.convert.table import TRANSFORMER_ROWS, Array, Layout, Op, Shape
 from vpae_jax.convert.tensors import write_safetensors
-from vpae_jax.convert.writing import Values
+from vpae_jax.convert.writing import Extra, Values
 from vpae_jax.types import UserError
 
 KERNEL = "/kernel"
@@ -119,12 +119,13 @@ class Merged:
         return self.values.dtype(path, layer)
 
     def read(self, path: str, layer: int) -> Array:
-        value, change = self.values.read(path, layer), self.lora.change(path, layer)
-        if change is None:
-            return value
-        return (value.astype(np.float32) + np.float32(self.scale) * change).astype(value.dtype)
+        value = self.values.read(path, layer)
+        with np.errstate(over="ignore", invalid="ignore"):  # `writing` sees what is not finite
+            if (change := self.lora.change(path, layer)) is None:
+                return value
+            return (value.astype(np.float32) + np.float32(self.scale) * change).astype(value.dtype)
 
-    def extras(self, layout: Layout) -> Iterator[tuple[str, Array]]:
+    def extras(self, layout: Layout) -> Iterator[Extra]:
         return self.values.extras(layout)
 
 
@@ -183,8 +184,9 @@ def write_lora(path: Path, lora: Lora, form: Layout, dtype: DTypeLike | None = N
             "write the wan form"
         )
     kind = np.dtype(np.float32 if dtype is None else dtype)
-    infos = [(name, one, shape) for name, one, shape, _ in _tensors(lora, form, kind)]
-    values = (_cast(value, one, name, path) for name, one, _, value in _tensors(lora, form, kind))
+    tensors = list(_tensors(lora, form, kind))
+    infos = [(name, one, shape) for name, one, shape, _ in tensors]
+    values = (_cast(value, one, name, path) for name, one, _, value in tensors)
     write_safetensors(path.parent, path.stem, infos, values, shard_bytes=sys.maxsize)
 
 

@@ -19,13 +19,13 @@ from typing import Any, get_args
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 
 from vpae_jax.convert import entries
 from vpae_jax.convert.entries import Entry
+from vpae_jax.convert.files import read_json
 from vpae_jax.convert.lora import KERNEL, Adapter, Change, Key, Lora
 from vpae_jax.convert.parts import abstract, flat
-from vpae_jax.convert.safetensors_file import one_line, parse_json, quote
+from vpae_jax.convert.safetensors_file import Array, one_line, parse_json, quote
 from vpae_jax.convert.table import TRANSFORMER_ROWS, Layout
 from vpae_jax.convert.tensors import Tensors, open_tensors
 from vpae_jax.models.wan_dit import WanTransformerConfig
@@ -50,6 +50,8 @@ _SUFFIX = {"up_bias": "_bias", "diff_b": "_bias", "diff_m": "_modulation"}
 _BLOCK = re.compile(r"blocks_(\d+)_")
 _DOUBT = "; is the LoRA for another model?"
 _EXPECTED = "lora_A, lora_B, lora_down, lora_up, alpha, diff, diff_b, diff_m"
+# A layer's name as PEFT's patterns have it.
+_PATTERN = re.compile(r"(?P<start>\^?)(?P<name>(?:\w|\\?\.)+)\$?")
 METADATA, PEFT_CONFIG = "lora_adapter_metadata", "adapter_config.json"
 
 
@@ -67,15 +69,15 @@ def read_lora(path: Path, config: WanTransformerConfig) -> Lora:
     adapters: dict[Key, Adapter] = {}
     differences: dict[Key, Change] = {}
     scales: dict[Key, float] = {}
-    peft = _peft(path)
     with open_tensors(path) as tensors:
+        peft = _peft(path, tensors)
         pieces = _pieces(path, tensors, config)
         for (parameter, layer), piece in pieces.items():
             if "down" not in piece.names:
                 continue
             down, up = _pair(tensors, piece)
             scales[parameter, layer] = _scale(path, tensors, piece, peft)
-            up = up * np.float32(scales[parameter, layer])
+            up = _scaled(tensors, piece.names["up"], up, scales[parameter, layer])
             if down.ndim == 2:
                 adapters[parameter.removesuffix(KERNEL), layer] = Adapter(down.T, up.T)
             else:  # of a convolution
@@ -184,7 +186,7 @@ def _whole(tensors: Tensors, piece: _Piece, beside: float | None) -> Change:
     if kind == "up_bias":
         if beside is None:
             raise _bad(tensors, name, "has no adapter beside it; the file is incomplete, fetch it again")
-        value = value * np.float32(beside)
+        value = _scaled(tensors, name, value, beside)
     return op.to_ours(value)
 
 
@@ -192,7 +194,7 @@ def _scale(path: Path, tensors: Tensors, piece: _Piece, peft: Mapping[str, Any])
     """What an adapter's product is multiplied by."""
     rank = tensors[piece.names["down"]].shape[0]
     if (name := piece.names.get("alpha")) is not None:
-        value = tensors.read(name).astype(np.float32)
+        value = _float32(tensors.read(name))
         if value.size != 1 or not np.isfinite(value).all():
             raise _bad(tensors, name, f"of shape {list(value.shape)} is not one finite number; expected the scale's")
         return value.item() / rank
@@ -200,28 +202,41 @@ def _scale(path: Path, tensors: Tensors, piece: _Piece, peft: Mapping[str, Any])
         return 1.0
     try:
         patterns = dict(peft.get("alpha_pattern") or {}).items()
-        matching = (alpha for pattern, alpha in patterns if re.match(rf"(.*\.)?({pattern})$", piece.module))
-        return float(next(matching, peft["lora_alpha"])) / (math.sqrt(rank) if peft.get("use_rslora") else rank)
-    except (re.error, TypeError, ValueError) as error:
+        matching = [alpha for pattern, alpha in patterns if _matches(pattern, piece.module)]
+        alpha = float([*matching, peft["lora_alpha"]][0])
+        if not abs(alpha) <= float(np.finfo(np.float32).max):
+            raise ValueError(f"{alpha} is not a finite float32")
+        return alpha / (math.sqrt(rank) if peft.get("use_rslora") else rank)
+    except (OverflowError, TypeError, ValueError) as error:
         raise UserError(
             f"{path}: PEFT's alphas cannot be read ({one_line(str(error))}); remove or correct them"
         ) from error
 
 
-def _peft(path: Path) -> Mapping[str, Any]:
+def _matches(pattern: str, module: str) -> bool:
+    """Whether a pattern of PEFT's is the name of a module, or the end of it; `^` anchors it at the start.
+
+    PEFT runs patterns as regular expressions, which in a file from elsewhere may take forever.
+
+    Raises:
+      ValueError: a pattern that is more than such a name.
+    """
+    if (match := _PATTERN.fullmatch(pattern)) is None:
+        raise ValueError(f"alpha_pattern has {quote(pattern)}, expected the name of a layer")
+    name = match["name"].replace("\\", "")
+    return module == name or (not match["start"] and module.endswith("." + name))
+
+
+def _peft(path: Path, tensors: Tensors) -> Mapping[str, Any]:
     """PEFT's configuration: in the file's metadata, where diffusers writes it, or beside it, where PEFT does."""
-    try:
-        with safetensors.safe_open(path, "np") as file:
-            text = (file.metadata() or {}).get(METADATA)
-    except (OSError, safetensors.SafetensorError):  # not safetensors; `open_tensors` says it if it is nothing else
-        text = None
     beside = path.parent / PEFT_CONFIG
-    if text is None and path.stem.startswith("adapter_model") and beside.is_file():
-        text = beside.read_text()
-    try:
-        found = parse_json((text or "{}").encode())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: its PEFT configuration is not valid JSON; correct or remove it") from error
+    if METADATA in tensors.metadata:
+        try:
+            found = parse_json(tensors.metadata[METADATA].encode())
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: its PEFT configuration is not valid JSON; correct or remove it") from error
+    else:
+        found = read_json(beside) if path.stem.startswith("adapter_model") and beside.is_file() else {}
     found = {key.removeprefix("transformer."): value for key, value in found.items()}
     if found.get("use_dora"):
         raise UserError(f"{path}: is a DoRA, which is more than a product of two matrices; expected a LoRA")
@@ -233,9 +248,24 @@ def _read(tensors: Tensors, name: str) -> Change:
     stored = tensors[name]
     if not jnp.issubdtype(stored.dtype, jnp.floating):
         raise _bad(tensors, name, f"is of {stored.dtype}, expected floating point; quantised LoRAs do not load")
-    value = tensors.read(name).astype(np.float32)
+    value = _float32(tensors.read(name))
     if not np.isfinite(value).all():
         raise _bad(tensors, name, "holds NaN or infinity; the file is damaged, fetch it again")
+    return value
+
+
+def _float32(value: Array) -> Change:
+    """A value in float32: infinity where it is too large."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return value.astype(np.float32)
+
+
+def _scaled(tensors: Tensors, name: str, value: Change, scale: float) -> Change:
+    """A tensor of a file times an adapter's scale."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        value = value * np.float32(scale)
+    if not np.isfinite(value).all():
+        raise _bad(tensors, name, f"times its scale {scale:.3g} overflows float32; the file is damaged")
     return value
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
@@ -24,7 +23,7 @@ from vpae_jax.models.clip import CLIPVision, CLIPVisionConfig
 from vpae_jax.models.umt5 import UMT5Config, UMT5Encoder
 from vpae_jax.models.wan_dit import WanTransformer, WanTransformerConfig
 from vpae_jax.models.wan_vae import WanVAE, WanVAEConfig
-from vpae_jax.types import UserError
+from vpae_jax.types import MASK_CHANNELS, UserError
 
 # fmt: off
 # Keys of a transformers config.json that do not change what an encoder computes at inference.
@@ -227,6 +226,31 @@ def make_config(part: str, fields: Mapping[str, Any], sizes: Mapping[str, Any], 
     return config
 
 
+def check_fit(configs: Mapping[str, Any], where: str) -> None:
+    """Raises `UserError` for parts that do not belong together; a part that is not there fits, but the image encoder of
+    a whole image-to-video model."""
+    transformer = configs.get("transformer")
+    if transformer is None:
+        return
+    vae, text, image = (configs.get(name) for name in ("vae", "text_encoder", "image_encoder"))
+    facts = []
+    if text is not None:
+        facts.append(("text_dim", transformer.text_dim, "text_encoder's d_model", text.d_model))
+    if vae is not None:
+        facts.append(("out_channels", transformer.out_channels, "vae's z_dim", vae.z_dim))
+    if image is not None or (text is not None and vae is not None):
+        width = None if image is None else image.hidden_size
+        facts.append(("image_dim", transformer.image_dim, "image_encoder's hidden_size", width))
+    for name, found, other, expected in facts:
+        if found != expected:
+            raise UserError(f"{where}: the transformer's {name} is {found}, but the {other} is {expected}")
+    known = (transformer.out_channels, 2 * transformer.out_channels + MASK_CHANNELS)
+    if transformer.in_channels not in known:
+        raise UserError(
+            f"{where}: the transformer's in_channels is {transformer.in_channels}, expected {known[0]} or {known[1]}"
+        )
+
+
 def config_json(config: Any, part: str) -> dict[str, Any]:
     """The config.json that diffusers or transformers read."""
     spec = PARTS[part]
@@ -242,12 +266,11 @@ def untold(part: str, config: Any) -> dict[str, Any]:
     shapes = {path: tuple(leaf.shape) for path, leaf in flat(abstract(part, config)[1]).items()}
     plan = entries.plan(spec.rows(config), shapes, "wan")
     found = {e.names[i]: Found(e.names[i], "", e.op.their_shape(e.shape)) for e in plan for i in range(len(e.names))}
-    guess = spec.infer(infer.Shapes(spec.rows(config), "wan", found, ""))
+    guess = spec.infer(infer.Shapes(spec.rows(config), "wan", found, part))
     if part == "transformer":
         guess |= {field: getattr(config, field) for field in (*_WAN_KEYS.values(), "attention_head_dim")}
-    else:
-        with contextlib.suppress(UserError):  # then nothing is assumed
-            guess = {**infer.assumed(part, guess, ""), **guess}
+    else:  # what is assumed of a file whose folder says what must be said
+        guess = {**infer.assumed(part, {**dataclasses.asdict(config), **guess}, part), **guess}
     default = spec.config()
     told = {key: guess.get(key, getattr(default, key)) for key in dataclasses.asdict(config)}
     return {key: value for key, value in dataclasses.asdict(config).items() if value != told[key]}

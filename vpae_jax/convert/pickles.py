@@ -11,7 +11,7 @@ import pickle
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -53,6 +53,7 @@ class Checkpoint:
 
     Attributes:
       stored: its tensors, by name.
+      metadata: none; safetensors files have such.
 
     Raises:
       UserError: PyTorch is not installed; a damaged file; one that holds anything but a mapping of names to dense
@@ -63,6 +64,7 @@ class Checkpoint:
         self.path, self._file = path, file
         self._size = os.fstat(file.fileno()).st_size
         self._tensors = _load(path, file)
+        self.metadata: Mapping[str, str] = {}
         self.stored: dict[str, Stored] = {}
         for name, tensor in self._tensors.items():
             called = str(tensor.dtype).removeprefix("torch.")

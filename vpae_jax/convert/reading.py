@@ -14,8 +14,9 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from vpae_jax.convert import orbax, stream
+from vpae_jax.convert.find import find_model
 from vpae_jax.convert.parts import abstract, flat
-from vpae_jax.convert.source import Model, PartSource, find_model
+from vpae_jax.convert.source import Model, PartSource
 from vpae_jax.convert.stream import Place
 from vpae_jax.types import UserError
 

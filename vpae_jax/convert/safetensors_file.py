@@ -75,6 +75,7 @@ class SafetensorsFile:
 
     Attributes:
       stored: its tensors, by name.
+      metadata: texts that the file keeps beside them.
 
     Raises:
       UserError: a file that is truncated, or is not what its header says.
@@ -99,6 +100,7 @@ class SafetensorsFile:
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise self._bad("header: __metadata__ is not a mapping of texts")
+        self.metadata: Mapping[str, str] = metadata
         entries = [(name, *self._entry(name, entry)) for name, entry in header.items()]
         position = 0
         for name, stored, start, end in sorted(entries, key=lambda entry: entry[2:]):
@@ -230,8 +232,8 @@ def checked(path: Path, name: str, dtype: np.dtype | None, called: str, shape: t
     return Stored(path, dtype, shape)
 
 
-def parse_json(raw: bytes) -> dict[str, Any]:
-    """A JSON object of distinct keys. Raises `ValueError` or `RecursionError` for anything else."""
+def decode_json(raw: bytes) -> Any:
+    """A JSON value whose objects have distinct keys. Raises `ValueError` or `RecursionError` for anything else."""
 
     def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -240,7 +242,12 @@ def parse_json(raw: bytes) -> dict[str, Any]:
             raise ValueError(f"{quote(twice)} is there twice")
         return found
 
-    value = json.loads(raw.decode("utf-8"), object_pairs_hook=distinct)
+    return json.loads(raw.decode("utf-8"), object_pairs_hook=distinct)
+
+
+def parse_json(raw: bytes) -> dict[str, Any]:
+    """A JSON object of distinct keys. Raises `ValueError` or `RecursionError` for anything else."""
+    value = decode_json(raw)
     if not isinstance(value, dict):
         raise ValueError(f"a JSON {type(value).__name__}, expected an object")
     return value

@@ -1,17 +1,8 @@
-"""Where a model's weights are: a folder or file in any layout, recognised by the tensors in it, not by names of files.
-
-    diffusers   model_index.json  transformer/  vae/  text_encoder/  tokenizer/  scheduler/  [image_encoder/ ...]
-    wan         config.json  diffusion_pytorch_model*.safetensors  Wan2.1_VAE.pth  models_t5_*.pth  [models_clip_*.pth]
-    one file    one or several parts, with or without prefixes such as `model.diffusion_model.`
-    orbax       the diffusers layout with arrays of ours in place of safetensors
-
-`find_model` looks; nothing but headers is read before `PartSource.open`.
-"""
+"""A part of a model in files: which of their tensors are its own, and what they are called in the table."""
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,22 +12,16 @@ from typing import Any, Literal, get_args
 import jax.numpy as jnp
 import numpy as np
 
-from vpae_jax.convert import entries, infer
+from vpae_jax.convert import entries
 from vpae_jax.convert.entries import Entry, Found
-from vpae_jax.convert.files import read_json
-from vpae_jax.convert.orbax import is_checkpoint
-from vpae_jax.convert.parts import PARTS, abstract, flat, is_wan_config, make_config, read_config
+from vpae_jax.convert.parts import PARTS, abstract, flat
 from vpae_jax.convert.table import Array, Index, Layout, vae_rows
 from vpae_jax.convert.tensors import Stored, Tensors, open_shards, open_tensors
 from vpae_jax.types import UserError
 
 NEEDED = ("transformer", "vae", "text_encoder")
-CONFIG, INDEX, SETTINGS = "config.json", "model_index.json", "vpae_jax.json"
 EXTRAS = "wan_extras.safetensors"  # what of a wan file no Wan model reads, kept beside a part in the diffusers layout
-PARAMS = "params"  # the folder of a part's arrays in the orbax layout
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
-DEPTH = 2
-_SHARD = re.compile(r"(.*)-\d+-of-\d+\.safetensors")
+BLOCK = 64 * 2**20  # bytes of a tensor that are compared with another at a time
 _SCALED = re.compile(r"(scaled_fp8|scale_weight|weight_scale(_\d)?|scale_input)$")
 
 
@@ -102,10 +87,10 @@ class PartSource:
         if self.layout == "orbax":
             raise ValueError(f"{self.files[0]} holds our own arrays: restore them")
         spec, layout = PARTS[self.part], self.layout
-        with _open(self.files) as tensors:
-            names, extras = _canonical(tensors, self.part, layout, self.prefix)
+        with open_files(self.files) as tensors:
+            names, extras = canonical(tensors, self.part, layout, self.prefix)
             _drop_repeated(tensors, names, self.part)
-            found = {name: _found(tensors, theirs) for name, theirs in names.items()}
+            found = {name: found_in(tensors, theirs) for name, theirs in names.items()}
             shapes = {path: leaf.shape for path, leaf in flat(abstract(self.part, self.config)[1]).items()}
             plan = entries.plan(spec.rows(self.config), shapes, layout)
             entries.check(plan, found, str(self.files[0]))
@@ -133,7 +118,8 @@ class Model:
       folder: where its settings are looked for.
       parts: those that were found.
       tokenizer, image_processor: their folders, where there are such.
-      more_tokenizers: other folders with a tokenizer (Wan keeps one beside its image encoder), relative to `folder`.
+      more_tokenizers: other folders with a tokenizer (Wan keeps one beside its image encoder).
+      passed_over: files that might have been weights but could not be read, each with the reason.
     """
 
     path: Path
@@ -142,6 +128,7 @@ class Model:
     tokenizer: Path | None = None
     image_processor: Path | None = None
     more_tokenizers: tuple[Path, ...] = field(default=())
+    passed_over: tuple[tuple[Path, str], ...] = field(default=())
 
     def part(self, name: str) -> PartSource:
         """One part. Raises `UserError` when the model has none."""
@@ -161,101 +148,20 @@ class Model:
 
     def _no(self, name: str) -> UserError:
         has = ", ".join(self.parts) or "no part of a Wan model"
-        return UserError(
-            f"{self.path}: no {name} (found: {has}); expected a whole model (convert takes the rest from --base)"
-        )
-
-
-def find_model(path: Path, like: Model | None = None) -> Model:
-    """Looks for the parts of a model in a folder, its folders and theirs, or in one file.
-
-    Args:
-      path: the folder or file.
-      like: a model whose configs hold for parts of the same sizes that come without one.
-
-    Raises:
-      UserError: nothing there; files that cannot be read; a part found twice; a pipeline other than Wan 2.1's.
-    """
-    if not path.exists():
-        raise UserError(f"{path}: no such folder or file; expected a model directory")
-    folder = path if path.is_dir() else path.parent
-    if path.is_dir() and (path / INDEX).is_file():
-        _check_index(path / INDEX)
-    settings = folder / SETTINGS
-    configs = read_json(settings).get("parts", {}) if settings.is_file() else {}
-    if not isinstance(configs, Mapping) or not all(isinstance(c, Mapping) for c in configs.values()):
-        raise UserError(f"{settings}: parts is {configs!r}, expected an object of objects")
-    found: dict[str, list[PartSource]] = defaultdict(list)
-    for files in _groups(path) if path.is_dir() else [(path,)]:
-        for source in _parts_of(files, configs, like):
-            found[source.part].append(source)
-    if not path.is_dir():
-        return Model(path, folder, {name: _only(sources, path) for name, sources in found.items()})
-    for name in PARTS:
-        if is_checkpoint(path / name / PARAMS):
-            found[name].append(_orbax_part(name, path / name))
-    tokenizers = _tokenizers(path)
-    processor = path / "image_processor"
-    return Model(
-        path,
-        folder,
-        {name: _only(found[name], path) for name in PARTS if name in found},
-        tokenizers[0] if tokenizers else None,
-        processor if processor.is_dir() else None,
-        tuple(tokenizers[1:]),
-    )
-
-
-def _check_index(path: Path) -> None:
-    """Raises `UserError` for a pipeline that is not Wan 2.1's."""
-    index = read_json(path)
-    found = index.get("_class_name")
-    if found not in ("WanPipeline", "WanImageToVideoPipeline"):
-        raise UserError(f"{path}: _class_name is {found!r}, expected 'WanPipeline' or 'WanImageToVideoPipeline'")
-    second = index.get("transformer_2") or [None]
-    if not isinstance(second, list) or second[0] is not None or index.get("expand_timesteps"):
-        raise UserError(f"{path}: this is a Wan 2.2 pipeline (transformer_2 or expand_timesteps); only Wan 2.1 works")
-
-
-def _groups(folder: Path) -> list[tuple[Path, ...]]:
-    """The files of a folder that make up one set of weights each: an index, shards without one, single files."""
-    paths = sorted(p for depth in range(DEPTH + 1) for p in folder.glob("/".join(["*"] * (depth + 1))))
-    paths = [p for p in paths if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
-    files = [p for p in paths if p.suffix in SUFFIXES and p.name != EXTRAS and p.is_file()]
-    indexes = [p for p in paths if p.name.endswith(".safetensors.index.json")]
-    groups: list[tuple[Path, ...]] = [(index,) for index in indexes]
-    listed = {index.parent / name for index in indexes for name in _listed(index)}
-    shards: dict[str, list[Path]] = defaultdict(list)
-    for path in files:
-        if path in listed:
-            continue
-        if match := _SHARD.fullmatch(str(path)):
-            shards[match[1]].append(path)
-        else:
-            groups.append((path,))
-    return groups + [tuple(paths) for paths in shards.values()]
-
-
-def _listed(index: Path) -> set[str]:
-    """Names of the shards in an index; whether they are right is seen when it is opened."""
-    listed = read_json(index).get("weight_map")
-    return {name for name in listed.values() if isinstance(name, str)} if isinstance(listed, dict) else set()
+        line = f"{self.path}: no {name} (found: {has}); expected a whole model (convert takes the rest from --base)"
+        if self.passed_over:
+            file, reason = self.passed_over[0]
+            line += f"; could not read {file}: {reason}"
+        return UserError(line)
 
 
 @contextmanager
-def _open(files: Sequence[Path]) -> Iterator[Tensors]:
+def open_files(files: Sequence[Path]) -> Iterator[Tensors]:
     with open_tensors(files[0]) if len(files) == 1 else open_shards(files) as tensors:
         yield tensors
 
 
-def _parts_of(files: tuple[Path, ...], settings: Mapping[str, Any], like: Model | None) -> Iterator[PartSource]:
-    """The parts in one set of weights."""
-    with _open(files) as tensors:
-        for part, layout, prefix in _marks(tensors):
-            yield PartSource(part, layout, files, prefix, _config(tensors, files, part, layout, prefix, settings, like))
-
-
-def _marks(tensors: Mapping[str, Stored]) -> list[tuple[str, Layout, str]]:
+def marks(tensors: Mapping[str, Stored]) -> list[tuple[str, Layout, str]]:
     """Part, layout and prefix of every part whose mark is among the tensors."""
     marks = {}
     for part, spec in PARTS.items():
@@ -270,12 +176,12 @@ def _marks(tensors: Mapping[str, Stored]) -> list[tuple[str, Layout, str]]:
     return found
 
 
-def _canonical(
+def canonical(
     tensors: Mapping[str, Stored], part: str, layout: Layout, prefix: str
 ) -> tuple[dict[str, str], tuple[str, ...]]:
     """Table names of a part's tensors with the names that they have in the files, and the tensors nobody reads."""
     spec = PARTS[part]
-    others = [(p, o) for p, _, o in _marks(tensors) if (p, o) != (part, prefix)]
+    others = [(p, o) for p, _, o in marks(tensors) if (p, o) != (part, prefix)]
     names, extras = {}, []
     for theirs in tensors:
         if any(theirs.startswith(other) and len(other) > len(prefix) for _, other in others):
@@ -295,7 +201,7 @@ def _canonical(
     return names, tuple(extras)
 
 
-def _found(tensors: Mapping[str, Stored], name: str) -> Found:
+def found_in(tensors: Mapping[str, Stored], name: str) -> Found:
     return Found(name, str(tensors[name].file), tensors[name].shape)
 
 
@@ -312,70 +218,18 @@ def _drop_repeated(tensors: Tensors, names: dict[str, str], part: str) -> None:
     for alias, name in PARTS[part].aliases.items():
         if alias in names and name in names:
             theirs = names.pop(alias)
-            if not np.array_equal(tensors.read(theirs), tensors.read(names[name])):
+            if not _equal(tensors, theirs, names[name]):
                 raise UserError(
                     f"{tensors[theirs].file}: tensor {theirs!r} differs from {names[name]!r}, which it should repeat"
                 )
 
 
-def _config(
-    tensors: Tensors,
-    files: tuple[Path, ...],
-    part: str,
-    layout: Layout,
-    prefix: str,
-    settings: Mapping[str, Any],
-    like: Model | None,
-) -> Any:
-    """A part's config: of the file beside it, else of a model like it, else from its shapes and Wan 2.1."""
-    names, _ = _canonical(tensors, part, layout, prefix)
-    found = {name: _found(tensors, theirs) for name, theirs in names.items()}
-    where = str(files[0])
-    rows = infer.vae_table(layout, found, where) if part == "vae" else PARTS[part].rows(None)
-    sizes = PARTS[part].infer(infer.Shapes(rows, layout, found, where))
-    path = files[0].parent / CONFIG
-    values = read_json(path) if path.is_file() and (layout == "diffusers" or part == "transformer") else None
-    if values is not None and (part == "transformer" or values.get("_class_name") != "WanModel"):
-        style: Layout = "wan" if layout == "wan" and is_wan_config(values) else "diffusers"
-        fields = read_config(part, style, values, str(path))
-        known = fields if style == "diffusers" else {**sizes, **fields, **settings.get(part, {})}
-        return make_config(part, known, sizes, str(path))
-    if like is not None and part in like.parts:
-        config = like.parts[part].config
-        if all(getattr(config, key) == size for key, size in sizes.items()):
-            return config
-    known = {**sizes, **settings.get(part, {})}
-    return make_config(part, {**infer.assumed(part, known, where), **known}, sizes, where)
-
-
-def _orbax_part(part: str, folder: Path) -> PartSource:
-    path = folder / CONFIG
-    fields = read_config(part, "diffusers", read_json(path), str(path))
-    return PartSource(part, "orbax", (folder / PARAMS,), "", make_config(part, fields, {}, str(path)))
-
-
-def _only(sources: Sequence[PartSource], path: Path) -> PartSource:
-    """The one source of a part, or the one at the place where its layout has it.
-
-    Raises:
-      UserError: there are several.
-    """
-    spec = PARTS[sources[0].part]
-    usual = [path / sources[0].part / f"{spec.stem}.safetensors", path / spec.wan_file, path / sources[0].part / PARAMS]
-    usual += [path / sources[0].part / f"{spec.stem}.safetensors.index.json", path / f"{spec.wan_file}.index.json"]
-    chosen = [source for source in sources if source.files[0] in usual] if len(sources) > 1 else sources
-    if len(chosen) != 1:
-        files = " and ".join(str(source.files[0].relative_to(path)) for source in sources[:2])
-        raise UserError(f"{path}: {files} both hold the {sources[0].part}; name one of them, or remove one")
-    return chosen[0]
-
-
-def _tokenizers(folder: Path) -> list[Path]:
-    """Folders with a tokenizer, the text encoder's first."""
-    found = {p.parent for depth in (1, 2) for p in folder.glob("/".join(["*"] * depth) + "/tokenizer_config.json")}
-
-    def other(path: Path) -> tuple[bool, str]:
-        kind = read_json(path / "tokenizer_config.json").get("tokenizer_class")
-        return isinstance(kind, str) and kind.startswith("XLMRoberta"), str(path)
-
-    return sorted(found, key=other)
+def _equal(tensors: Tensors, one: str, other: str) -> bool:
+    """Whether two tensors are equal; never holds more of either than `BLOCK` bytes, or one row."""
+    stored, expected = tensors[one], tensors[other]
+    if (stored.shape, stored.dtype) != (expected.shape, expected.dtype):
+        return False
+    count = stored.shape[0] if stored.shape else 1
+    rows = max(1, count * BLOCK // max(1, stored.nbytes))
+    blocks = [(slice(i, i + rows),) for i in range(0, count, rows)] if stored.shape else [()]
+    return all(np.array_equal(tensors.read(one, block), tensors.read(other, block)) for block in blocks)

@@ -46,6 +46,9 @@ class Tensors(Mapping[str, Stored]):
     Args:
       sources: the open files.
 
+    Attributes:
+      metadata: texts that the files keep beside their tensors.
+
     Raises:
       UserError: two files hold one tensor.
     """
@@ -53,6 +56,7 @@ class Tensors(Mapping[str, Stored]):
     def __init__(self, sources: Sequence[Source]):
         self._sources: dict[str, Source] = {}
         self._bytes_read, self._lock = 0, Lock()
+        self.metadata: Mapping[str, str] = {key: text for source in sources for key, text in source.metadata.items()}
         for source in sources:
             for name in source.stored:
                 if name in self._sources:

@@ -1,15 +1,19 @@
 """A model's parts, written: in the layout of diffusers, of Wan, or our own; whole or not at all.
 
-Weights come from files or from memory; either way one layer of one parameter is in hand at a time.
+Weights come from files or from memory, one layer of one parameter at a time, and go into safetensors files one tensor
+at a time. PyTorch's files, which `torch.save` writes at once, and Orbax's checkpoints take a whole part into memory.
+What is written is finite: a value that is not, or not any more in the dtype that is stored, is refused.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -20,17 +24,41 @@ from tqdm import tqdm
 
 from vpae_jax.convert import entries, orbax
 from vpae_jax.convert.files import write_json
+from vpae_jax.convert.find import CONFIG, PARAMS
 from vpae_jax.convert.parts import PARTS, config_json, flat, wan_config_json
 from vpae_jax.convert.pickles import write_pickle
 from vpae_jax.convert.reading import Weights, read_part
-from vpae_jax.convert.source import CONFIG, EXTRAS, PARAMS, Model, PartSource, PartTensors
+from vpae_jax.convert.safetensors_file import Info
+from vpae_jax.convert.source import EXTRAS, Model, PartSource, PartTensors
 from vpae_jax.convert.stream import widest
 from vpae_jax.convert.table import Layout, Shape
 from vpae_jax.convert.tensors import SHARD_BYTES, Tensors, write_safetensors
+from vpae_jax.files import refused_writes, temporary_beside
 from vpae_jax.types import UserError
 
 HostArray = Shaped[np.ndarray, "..."]
 Format = Literal["diffusers", "wan", "orbax"]
+# Whose extras a layout keeps: a part of diffusers has those of a wan file beside it.
+_EXTRAS_OF: Mapping[Format, tuple[Layout, ...]] = {"diffusers": ("diffusers", "wan"), "wan": ("wan",), "orbax": ()}
+Stored = dict[tuple[str, int], np.dtype]  # by path and layer
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A tensor that no Wan model reads, kept as it is.
+
+    Attributes:
+      name: what it is called in files.
+      file: where it is.
+      dtype, shape: as the file says.
+      read: reads it.
+    """
+
+    name: str
+    file: Path
+    dtype: np.dtype
+    shape: Shape
+    read: Callable[[], HostArray]
 
 
 @runtime_checkable
@@ -42,16 +70,24 @@ class Values(Protocol):
     def shapes(self) -> Mapping[str, Shape]: ...
     def dtype(self, path: str, layer: int) -> np.dtype: ...
     def read(self, path: str, layer: int) -> HostArray: ...
-    def extras(self, layout: Layout) -> Iterator[tuple[str, HostArray]]: ...
+    def extras(self, layout: Layout) -> Iterator[Extra]: ...
 
 
 @dataclass(frozen=True)
 class FromTree:
-    """Weights in memory: nested dicts of arrays, on devices or on the host."""
+    """Weights in memory: nested dicts of arrays, on devices or on the host.
+
+    Attributes:
+      config: of the part's config class.
+      params: the arrays, by path.
+      stacked: the paths of those with a leading layer axis.
+      source: the checkpoint that they were read from, for messages; None for none.
+    """
 
     config: Any
     params: Mapping[str, Any]
     stacked: frozenset[str]
+    source: Path | None = None
 
     def shapes(self) -> Mapping[str, Shape]:
         return {path: tuple(value.shape) for path, value in self.params.items()}
@@ -63,7 +99,7 @@ class FromTree:
         value = self.params[path]
         return np.asarray(value[layer] if path in self.stacked else value)
 
-    def extras(self, layout: Layout) -> Iterator[tuple[str, HostArray]]:
+    def extras(self, layout: Layout) -> Iterator[Extra]:
         return iter(())
 
 
@@ -100,22 +136,25 @@ class FromFiles:
             raise UserError(f"{stored.file}: tensor {name!r} holds NaN or infinity; the weights are damaged")
         return entry.op.to_ours(value)
 
-    def extras(self, layout: Layout) -> Iterator[tuple[str, HostArray]]:
+    def extras(self, layout: Layout) -> Iterator[Extra]:
         if self.source.layout == layout:
-            yield from ((name, self.tensors.read(name)) for name in self.tensors.extras)
+            for name in self.tensors.extras:
+                stored = self.tensors.stored(name)
+                yield Extra(name, stored.file, stored.dtype, stored.shape, partial(self.tensors.read, name))
         elif layout == "wan" and self.kept is not None:
-            yield from ((name, self.kept.read(name)) for name in self.kept)
+            for name, stored in self.kept.items():
+                yield Extra(name, stored.file, stored.dtype, stored.shape, partial(self.kept.read, name))
 
     def _entry(self, path: str) -> entries.Entry:
         return next(entry for entry in self.tensors.entries if entry.path == path)
 
 
-def from_tree(part: str, config: Any, params: Weights) -> FromTree:
-    """Weights in memory as values to write."""
+def from_tree(part: str, config: Any, params: Weights, source: Path | None = None) -> FromTree:
+    """Weights in memory as values to write; `source` is where they come from, for messages."""
     rows = PARTS[part].rows(config)
     values = flat(params)
     layers = frozenset(path for path in values if "{i}" in entries.template(rows, path, "diffusers")[0])
-    return FromTree(config, values, layers)
+    return FromTree(config, values, layers, source)
 
 
 @contextmanager
@@ -124,7 +163,7 @@ def open_values(model: Model, part: str) -> Iterator[Values]:
     source = model.part(part)
     with ExitStack() as stack:
         if source.layout == "orbax":
-            yield from_tree(part, *read_part(model, part, None))
+            yield from_tree(part, *read_part(model, part, None), source.files[0])
         else:
             tensors = stack.enter_context(source.open())
             yield FromFiles(source, tensors, stack.enter_context(source.open_extras()))
@@ -145,11 +184,14 @@ def write_part(
       part: a key of `parts.PARTS`.
       values: config and weights.
       form: the layout.
-      dtype: dtype to store; None keeps the weights' own.
+      dtype: dtype to store; None keeps the weights' own, the widest of those that share a tensor.
       shard_bytes: largest size of one safetensors file.
+
+    Raises:
+      UserError: a value that is not finite, or not in `dtype`; the system does not let us write.
     """
     spec, config = PARTS[part], values.config
-    stored = None if dtype is None else np.dtype(dtype)
+    stored = _stored(part, values, form, dtype)
     if form == "orbax":
         with replacing(folder / part) as temporary:
             temporary.mkdir(parents=True)
@@ -159,52 +201,54 @@ def write_part(
     plan = entries.plan(spec.rows(config), values.shapes(), form)
     prefix = spec.prefix[form]
     tensors = _tensors(part, plan, values, prefix, stored)
-    extras = values.extras(form)
+    extras = tuple(values.extras(form))
     if form == "wan" and part != "transformer":
-        write_pickle(folder / spec.wan_file, (*tensors, *extras))
+        write_pickle(folder / spec.wan_file, chain(tensors, _read(extras)))
         return
-    infos = _infos(plan, values, prefix, stored)
-    more = list(extras)
-    infos += [(name, value.dtype, value.shape) for name, value in more]
-    arrays = (value for pairs in (tensors, more) for _, value in pairs)
+    infos = _infos(plan, prefix, stored) + _announced(extras)
+    arrays = (value for _, value in chain(tensors, _read(extras)))
     if form == "wan":
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / CONFIG, wan_config_json(config))
+        with refused_writes(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / CONFIG, wan_config_json(config))
         write_safetensors(folder, spec.stem, infos, arrays, shard_bytes)
         return
     with replacing(folder / part) as temporary:
         temporary.mkdir(parents=True)
         write_json(temporary / CONFIG, config_json(config, part))
         write_safetensors(temporary, spec.stem, infos, arrays, shard_bytes)
-        if kept := list(values.extras("wan")):
-            infos = [(name, value.dtype, value.shape) for name, value in kept]
-            write_safetensors(temporary, EXTRAS.removesuffix(".safetensors"), infos, (value for _, value in kept))
+        if kept := tuple(values.extras("wan")):
+            arrays = (value for _, value in _read(kept))
+            write_safetensors(temporary, EXTRAS.removesuffix(".safetensors"), _announced(kept), arrays, sys.maxsize)
 
 
 def verify_part(written: Model, part: str, values: Values, dtype: DTypeLike | None) -> int:
-    """Reads a written part back and compares it bit for bit; returns the number of parameters and layers compared.
+    """Reads a written part back and compares it, with what no Wan model reads of it, bit for bit.
+
+    Returns:
+      how many parameters and layers were compared.
 
     Raises:
       UserError: a value that is not what was written.
     """
-    count, layout = 0, written.part(part).layout
+    count, stored = 0, _stored(part, values, written.part(part).layout, dtype)
     with open_values(written, part) as found:
         if found.config != values.config:
             raise UserError(f"{written.path}: {part} has another config than was written: {found.config}")
         for path, layer in _layers(part, values):
-            expected, value = values.read(path, layer), found.read(path, layer)
-            if dtype is not None:
-                expected = expected.astype(dtype)
-            elif layout == "orbax" and value.dtype == widest({value.dtype, expected.dtype}):
-                value = value.astype(expected.dtype)  # one dtype a parameter: some layers were widened, without loss
-            if not _same(expected, value):
+            expected = _cast(values.read(path, layer), stored[path, layer])
+            if not _same(expected, found.read(path, layer)):
                 raise UserError(f"{written.path}: {part}'s {path} does not read back as it was written")
             count += 1
+        for form in _EXTRAS_OF[written.part(part).layout]:
+            _verify_extras(written, part, form, values, found)
     return count
 
 
 def finite(value: HostArray) -> bool:
     """Whether no number is NaN or infinity."""
+    if value.dtype.kind in "biu":
+        return True
     if value.dtype.itemsize == 2 and value.size:  # sixteen bits of which the exponent's are all set: ten times faster
         exponent = np.uint16(0x7C00 if value.dtype == np.float16 else 0x7F80)
         bits = np.ascontiguousarray(value).view(np.uint16)
@@ -214,45 +258,109 @@ def finite(value: HostArray) -> bool:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to it on success; removed on any failure, with `path` as before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    try:
-        yield temporary
-        if path.is_dir():
-            path.rename(old)
-        temporary.rename(path)
-    finally:
-        if old.is_dir() and not path.exists():
-            old.rename(path)
-        for leftover in (temporary, old):
-            if leftover.is_dir():
-                shutil.rmtree(leftover)
-            else:
-                leftover.unlink(missing_ok=True)
+    """A temporary name beside `path`, renamed to it on success; removed on any failure, with `path` as before.
+
+    Raises:
+      UserError: the system does not let us write there.
+    """
+    temporary, old = temporary_beside(path), temporary_beside(path, "old")
+    with refused_writes(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            if path.is_dir():
+                path.rename(old)
+            temporary.rename(path)
+        finally:
+            if old.is_dir() and not path.exists():
+                old.rename(path)
+            for leftover in (temporary, old):
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+                else:
+                    leftover.unlink(missing_ok=True)
 
 
-def _infos(
-    plan: Iterable[entries.Entry], values: Values, prefix: str, dtype: np.dtype | None
-) -> list[tuple[str, np.dtype, Shape]]:
+def _stored(part: str, values: Values, form: Format, dtype: DTypeLike | None) -> Stored:
+    """The dtype of every parameter and layer in a file: its own, or the widest of those that share a tensor there."""
+    form_of_names: Layout = "diffusers" if form == "orbax" else form
+    plan = entries.plan(PARTS[part].rows(values.config), values.shapes(), form_of_names)
+    if form == "orbax":
+        tensors = {entry.path: [(entry, layer) for layer in range(len(entry.names))] for entry in plan}
+    else:
+        tensors = entries.tensors(plan)
+    result: Stored = {}
+    for holders in tensors.values():
+        places = [(entry.path, layer) for entry, layer in holders]
+        kind = widest(values.dtype(*place) for place in places) if dtype is None else np.dtype(dtype)
+        result |= dict.fromkeys(places, kind)
+    return result
+
+
+def _infos(plan: Iterable[entries.Entry], prefix: str, stored: Stored) -> list[tuple[str, np.dtype, Shape]]:
     """Names, dtypes and shapes of the tensors, in the order in which `_tensors` brings them."""
     infos = []
     for name, holders in entries.tensors(tuple(plan)).items():
         entry, layer = holders[0]
-        infos.append((prefix + name, dtype or values.dtype(entry.path, layer), entry.op.their_shape(entry.shape)))
+        infos.append((prefix + name, stored[entry.path, layer], entry.op.their_shape(entry.shape)))
     return infos
 
 
 def _tensors(
-    part: str, plan: Iterable[entries.Entry], values: Values, prefix: str, dtype: np.dtype | None
+    part: str, plan: Iterable[entries.Entry], values: Values, prefix: str, stored: Stored
 ) -> Iterator[tuple[str, HostArray]]:
     """Their tensors, one after the other."""
     holders_of = entries.tensors(tuple(plan))
     for name, holders in tqdm(holders_of.items(), desc=f"writing {part}", unit="tensor", leave=False, disable=None):
-        pieces = [entry.op.to_theirs(values.read(entry.path, layer)) for entry, layer in holders]
-        value = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-        yield prefix + name, np.ascontiguousarray(value if dtype is None else value.astype(dtype))
+        pieces = []
+        for entry, layer in holders:
+            value = _final(part, prefix + name, values, (entry.path, layer), stored)
+            pieces.append(entry.op.to_theirs(value))
+        yield prefix + name, np.ascontiguousarray(pieces[0] if len(pieces) == 1 else np.concatenate(pieces))
+
+
+def _final(part: str, name: str, values: Values, place: tuple[str, int], stored: Stored) -> HostArray:
+    """A parameter's layer as it is stored, for the tensor `name`. Raises `UserError` when it is not finite."""
+    value = values.read(*place)
+    cast = _cast(value, stored[place])
+    if finite(cast):
+        return cast
+    if cast.dtype != value.dtype and finite(value):
+        raise UserError(
+            f"{part}: tensor {name!r} holds NaN or infinity in {cast.dtype}, which its numbers overflow; "
+            f"keep its own dtype, {value.dtype}, or choose one with a wider range"
+        )
+    where = f" in {values.source}" if isinstance(values, FromTree) and values.source is not None else ""
+    raise UserError(
+        f"{part}: tensor {name!r} holds NaN or infinity{where}; "
+        f"are the weights damaged, or is a LoRA that was added too large for {value.dtype}?"
+    )
+
+
+def _cast(value: HostArray, dtype: np.dtype) -> HostArray:
+    with np.errstate(over="ignore", invalid="ignore"):  # `_final` sees it
+        return value.astype(dtype, copy=False)
+
+
+def _announced(extras: Iterable[Extra]) -> list[Info]:
+    return [(extra.name, extra.dtype, extra.shape) for extra in extras]
+
+
+def _read(extras: Iterable[Extra]) -> Iterator[tuple[str, HostArray]]:
+    """Extras by name, one in memory at a time."""
+    for extra in extras:
+        value = extra.read()
+        if not finite(value):
+            raise UserError(f"{extra.file}: tensor {extra.name!r} holds NaN or infinity; the weights are damaged")
+        yield extra.name, value
+
+
+def _verify_extras(written: Model, part: str, form: Layout, values: Values, found: Values) -> None:
+    """Raises `UserError` unless a written part has exactly the extras that it was written with."""
+    expected, given = ({extra.name: extra for extra in side.extras(form)} for side in (values, found))
+    for name in {**expected, **given}:
+        if name not in expected or name not in given or not _same(expected[name].read(), given[name].read()):
+            raise UserError(f"{written.path}: {part}'s extra tensor {name!r} does not read back as it was written")
 
 
 def _layers(part: str, values: Values) -> Iterator[tuple[str, int]]:
@@ -262,19 +370,16 @@ def _layers(part: str, values: Values) -> Iterator[tuple[str, int]]:
             yield entry.path, layer
 
 
-def _tree(part: str, values: Values, dtype: np.dtype | None) -> dict[str, Any]:
+def _tree(part: str, values: Values, stored: Stored) -> dict[str, Any]:
     """Nested dicts of whole parameters on the host."""
     tree: dict[str, Any] = {}
     for entry in entries.plan(PARTS[part].rows(values.config), values.shapes(), "diffusers"):
-        layers = [values.read(entry.path, layer) for layer in range(len(entry.names))]
-        kind = widest(layer.dtype for layer in layers) if dtype is None else dtype
-        layers = [layer.astype(kind, copy=False) for layer in layers]
-        value = np.stack(layers) if entry.stacked else layers[0]
+        layers = [_final(part, entry.path, values, (entry.path, layer), stored) for layer in range(len(entry.names))]
         *parents, last = entry.path.split("/")
         inner = tree
         for name in parents:
             inner = inner.setdefault(name, {})
-        inner[last] = value
+        inner[last] = np.stack(layers) if entry.stacked else layers[0]
     return tree
 
 

@@ -1,0 +1,269 @@
+"""Weights, loaded, converted and verified by us and by diffusers, side by side.
+
+    python benchmarks/weights.py [--preset=t2v-1.3b] [--layers=N] [--rounds=N] [--folder=TMP] [--json=FILE]
+        [--markdown=FILE]
+
+Makes a checkpoint with random weights, and measures every action in a process of its own (`measure.py`), ours and
+diffusers' in turns, in several rounds; ratios are of one round. The file is in the page cache. What must hold (host
+memory, bytes read, values) is checked on the way; where it does not, one line and exit status 1 end the program.
+
+Needs Linux, torch and diffusers, about three times the checkpoint of disk, and five times of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import socket
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from measure import PART, Facts, measure
+from synthetic import random_values
+
+from vpae_jax import cli
+from vpae_jax.convert.writing import write_part
+from vpae_jax.models.presets import PRESETS
+
+GIB = 2**30
+LIMIT = 2 * GIB  # of host memory above the arrays that a load results in
+BEGIN, END = "<!-- made by benchmarks/weights.py -->", "<!-- end -->"
+Spec = Mapping[str, Any]
+Round = dict[str, Facts]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+      label: what was done.
+      ours: key of our measurement.
+      theirs: key of diffusers'.
+    """
+
+    label: str
+    ours: str
+    theirs: str
+
+
+# Keys of `_actions`.
+ROWS = (
+    Row("load, bfloat16", "load bfloat16", "diffusers' load bfloat16"),
+    Row("the same, against a copy", "load bfloat16", "diffusers' load bfloat16, copied"),
+    Row("the same, second in its process", "load again", "diffusers' load bfloat16, copied"),
+    Row("load, float32", "load float32", "diffusers' load float32"),
+    Row("load, bfloat16, sharded over 8 devices", "load sharded", "diffusers' load bfloat16, copied"),
+    Row("the same, 2 processes of 4 devices", "load in two", "diffusers' load bfloat16, copied"),
+    Row("convert, diffusers to diffusers", "to diffusers", "diffusers' rewrite"),
+    Row("convert, diffusers to wan", "to wan", "diffusers' rewrite"),
+    Row("verify", "verify", "diffusers' comparison"),
+)
+LOADS = tuple(dict.fromkeys(row.ours for row in ROWS if row.ours.startswith("load")))
+
+
+class Checks:
+    """What must hold. Each method ends the program where it does not."""
+
+    def __init__(self, file_bytes: int):
+        self._file_bytes = file_bytes
+
+    def load(self, name: str, facts: Facts) -> None:
+        """Memory beside the arrays, and bytes of tensors read."""
+        self._hold(facts["extra"] < LIMIT, f"{name}: {facts['extra']} bytes of memory beside the arrays, limit {LIMIT}")
+        read = facts["bytes_read"]
+        self._hold(read <= self._file_bytes, f"{name}: {read} bytes read of a file of {self._file_bytes}")
+
+    def equal(self, name: str, found: Mapping[str, int], expected: Mapping[str, int]) -> None:
+        """Checksums of values."""
+        different = [key for key in {**found, **expected} if found.get(key) != expected.get(key)]
+        self._hold(not different, f"{name}: {len(different)} arrays differ, the first is {different[:1]}")
+
+    def _hold(self, holds: bool, line: str) -> None:
+        if not holds:
+            sys.exit(f"error: {line}")
+
+
+def run(source: Path, folder: Path, rounds: int) -> list[Round]:
+    """Measures everything.
+
+    Args:
+      source: the checkpoint.
+      folder: where copies of it may be written.
+      rounds: how often.
+    """
+    file_bytes = sum(path.stat().st_size for path in (source / PART).glob("*.safetensors"))
+    checks, touch = Checks(file_bytes), 3 * file_bytes
+    _warm(source)
+    _check_values(source, checks)
+    write = {"action": "convert", "folder": str(source), "target": str(folder / "copy"), "form": "diffusers"}
+    measure(write)
+    os.sync()
+    result = []
+    for number in range(1, rounds + 1):
+        measured = {}
+        for name, specs in _actions(source, folder).items():
+            _progress(f"round {number} of {rounds}: {name}")
+            measured[name] = _together(measure(*specs, touch=touch))
+            shutil.rmtree(folder / "written", ignore_errors=True)
+            os.sync()
+            if name in LOADS:
+                checks.load(name, measured[name])
+        result.append(measured)
+    _progress("")
+    return result
+
+
+def _actions(source: Path, folder: Path) -> dict[str, list[Spec]]:
+    """What is measured, in turns; several specs run at the same time."""
+    at, copy, written = ({"folder": str(source)}, {"target": str(folder / "copy")}, {"target": str(folder / "written")})
+    theirs, ours = {"action": "diffusers", **at, "dtype": "bfloat16"}, {"action": "ours", **at, "dtype": "bfloat16"}
+    return {
+        "load bfloat16": [ours],
+        "diffusers' load bfloat16": [theirs],
+        "load again": [{**ours, "repeat": True}],
+        "diffusers' load bfloat16, copied": [{**theirs, "copy": True}],
+        "load sharded": [{**ours, "devices": 8}],
+        "load float32": [{**ours, "dtype": "float32"}],
+        "diffusers' load float32": [{**theirs, "dtype": "float32"}],
+        "load in two": _pair(ours),
+        "to diffusers": [{"action": "convert", **at, **written, "form": "diffusers"}],
+        "diffusers' rewrite": [{"action": "diffusers_convert", **at, **written}],
+        "to wan": [{"action": "convert", **at, **written, "form": "wan"}],
+        "verify": [{"action": "verify", **at, **copy}],
+        "diffusers' comparison": [{"action": "diffusers_verify", **at, **copy}],
+    }
+
+
+def _pair(spec: Spec) -> list[Spec]:
+    """A load by two processes, which meet at a port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    return [{**spec, "devices": 4, "rank": rank, "address": address} for rank in range(2)]
+
+
+def _together(facts: list[Facts]) -> Facts:
+    """One measurement of processes that ran at the same time: the longest, the largest, all that was read."""
+    combine = {"seconds": max, "extra": max}
+    return {key: combine.get(key, sum)(one[key] for one in facts) for key in facts[0] if key != "digests"}
+
+
+def _check_values(source: Path, checks: Checks) -> None:
+    """However the weights are sharded, over one process or two, they are the same."""
+    _progress("checking values")
+    load = {"action": "ours", "folder": str(source), "dtype": "bfloat16"}
+    whole = {**load, "digest": "whole"}
+    alone, sharded = measure(whole)[0], measure({**whole, "devices": 8})[0]
+    checks.equal("load sharded", sharded["digests"], alone["digests"])
+    shards = {**load, "digest": "shards"}
+    together, pair = measure({**shards, "devices": 8})[0], measure(*_pair(shards))
+    merged = {key: value for facts in pair for key, value in facts["digests"].items()}
+    checks.equal("load in two", merged, together["digests"])
+
+
+def _warm(source: Path) -> None:
+    """Reads the checkpoint, so that nobody waits for the disk."""
+    for path in (source / PART).glob("*.safetensors"):
+        with path.open("rb") as file:
+            while file.read(2**24):
+                pass
+
+
+def table(rounds: list[Round], file_bytes: int) -> Iterator[str]:
+    """The lines of a Markdown table."""
+    head = ("", "seconds", "diffusers", "ratio", "processor time", "memory", "diffusers", "read")
+    yield f"| {' | '.join(head)} |"
+    yield "|---" * len(head) + "|"
+    for row in ROWS:
+        ours, theirs = [one[row.ours] for one in rounds], [one[row.theirs] for one in rounds]
+        read = f"{max(facts['bytes_read'] for facts in ours) / file_bytes:.2%}" if row.ours in LOADS else ""
+        cells = (
+            row.label,
+            f"{_median(ours, 'seconds'):.1f}",
+            f"{_median(theirs, 'seconds'):.1f}",
+            _ratios(ours, theirs, "seconds"),
+            _ratios(ours, theirs, "cpu"),
+            f"{max(facts['extra'] for facts in ours) / GIB:.2f} GiB",
+            f"{max(facts['extra'] for facts in theirs) / GIB:.2f} GiB",
+            read,
+        )
+        yield f"| {' | '.join(cells)} |"
+
+
+def _median(facts: list[Facts], key: str) -> float:
+    return statistics.median(one[key] for one in facts)
+
+
+def _ratios(ours: list[Facts], theirs: list[Facts], key: str) -> str:
+    """Median of the rounds' ratios, and their range."""
+    ratios = sorted(one[key] / other[key] for one, other in zip(ours, theirs, strict=True))
+    return f"**{statistics.median(ratios):.2f}** ({ratios[0]:.2f}-{ratios[-1]:.2f})"
+
+
+def machine() -> str:
+    """What this runs on, in general words."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "torch", "diffusers", "safetensors"))
+    return f"{os.cpu_count()} {platform.machine()} cores, {memory:.0f} GiB of memory, {versions}"
+
+
+def _paste(path: Path, text: str) -> None:
+    """Writes a Markdown file, or replaces what stands between the marks of one that has them."""
+    old = path.read_text() if path.is_file() else ""
+    before, mark, rest = old.partition(BEGIN)
+    after = rest.partition(END)[2] if mark else "\n"
+    path.write_text(f"{before if mark else ''}{BEGIN}\n{text}\n{END}{after}")
+
+
+def _progress(line: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+    elif line:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    parser = cli.Parser("python benchmarks/weights.py", __doc__)
+    add = parser.add_argument
+    add("--preset", default="t2v-1.3b", choices=PRESETS, help="whose sizes the checkpoint has")
+    add("--layers", type=int, help="number of blocks; by default the preset's")
+    add("--rounds", type=int, default=3, help="how often everything is measured")
+    add("--folder", type=Path, help="where to make a temporary folder")
+    add("--json", type=Path, help="file for all measurements")
+    add("--markdown", type=Path, help="file for the table; where it has marks for it, between these")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    given = _arguments(argv)
+    if given.folder is not None:
+        given.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+        source = Path(folder) / "source"
+        _progress("making the checkpoint")
+        write_part(source, PART, random_values(given.preset, given.layers))
+        file_bytes = sum(path.stat().st_size for path in (source / PART).glob("*.safetensors"))
+        rounds = run(source, Path(folder), given.rounds)
+    layers = "" if given.layers is None else f" with {given.layers} layers"
+    size = f"{file_bytes / 1e9:.2f} GB of bfloat16"
+    about = f"{given.preset}'s transformer{layers}, {size}; {machine()}; {given.rounds} rounds."
+    text = "\n".join(("", about, "", *table(rounds, file_bytes), ""))
+    print(text)
+    if given.json is not None:
+        given.json.write_text(json.dumps({"about": about, "bytes": file_bytes, "rounds": rounds}, indent=2) + "\n")
+    if given.markdown is not None:
+        _paste(given.markdown, text)
+
+
+if __name__ == "__main__":
+    cli.run(main)
