@@ -16,12 +16,12 @@ from typing import get_args
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import BFloat16, Shaped
+from jaxtyping import BFloat16
 
 from vpae_jax import cli
 from vpae_jax.convert.parts import abstract, flat
 from vpae_jax.convert.table import Layout, Shape
-from vpae_jax.convert.writing import from_tree, write_part
+from vpae_jax.convert.writing import Extra, from_tree, write_part
 from vpae_jax.models.presets import PRESETS, find
 from vpae_jax.models.wan_dit import WanTransformerConfig
 from vpae_jax.types import UserError
@@ -56,7 +56,7 @@ class Random:
         values = draw.standard_normal(shape[1:] if path in self.stacked else shape, np.float32)
         return (values * np.float32(SCALE)).astype(jnp.bfloat16)
 
-    def extras(self, layout: Layout) -> Iterator[tuple[str, Shaped[np.ndarray, "..."]]]:
+    def extras(self, layout: Layout) -> Iterator[Extra]:
         return iter(())
 
 
