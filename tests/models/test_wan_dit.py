@@ -12,9 +12,10 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
-from vpae_jax.models.wan_dit import TEXT_LEN, WanTransformer, WanTransformerConfig
+from vpae_jax.models.wan_dit import WanTransformer, WanTransformerConfig
 from vpae_jax.types import Condition, UserError
 
+TEXT_LEN = 512  # what Diffusers' image-to-video attention counts on
 T2V = WanTransformerConfig(
     num_attention_heads=2, attention_head_dim=24, text_dim=20, freq_dim=32, ffn_dim=72, num_layers=3
 )
