@@ -13,7 +13,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from vpae_jax.convert import orbax, stream
+from vpae_jax.convert import hosted, orbax, stream
 from vpae_jax.convert.find import find_model
 from vpae_jax.convert.parts import abstract, flat
 from vpae_jax.convert.source import Model, PartSource
@@ -77,7 +77,8 @@ def _read(source: PartSource, dtype: DTypeLike | None, place: Place | None) -> t
         loaded = flat(_restore(source, state, dtype, place))
     else:
         with source.open() as tensors:
-            loaded = stream.load(tensors, dtype, place, source.part)
+            load = hosted.load if hosted.holds(tensors, place) else stream.load
+            loaded = load(tensors, dtype, place, source.part)
     for path, variable in flat(state).items():
         variable.set_value(loaded[path])
     return graph, state

@@ -37,6 +37,8 @@ from vpae_jax.files import atomically, write_text
 from vpae_jax.types import UserError
 
 SHARD_BYTES = 5_000_000_000
+BLOCK = 2**16
+_EXPONENTS = {"bfloat16": np.uint16(0x7F80), "float16": np.uint16(0x7C00), "float32": np.uint32(0x7F800000)}
 Source = SafetensorsFile | Checkpoint
 
 
@@ -178,6 +180,22 @@ def write_safetensors(
     if count > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_text(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def blocks(value: Array) -> Iterator[Array]:
+    """An array's numbers as they lie in memory, as many at once as stay in a processor's cache."""
+    flat = value.ravel(order="K")
+    return (flat[start : start + BLOCK] for start in range(0, flat.size, BLOCK))
+
+
+def finite(value: Array) -> bool:
+    """Whether no number is NaN or infinity: their exponents' bits are all set."""
+    if value.dtype.kind in "biu":
+        return True
+    mask = _EXPONENTS.get(value.dtype.name)
+    if mask is None:
+        return all(np.isfinite(block).all() for block in blocks(value))
+    return all((block.view(mask.dtype) & mask).max() != mask for block in blocks(value))
 
 
 def _open_file(path: Path, stack: ExitStack) -> BinaryIO:
