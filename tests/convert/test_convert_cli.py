@@ -16,6 +16,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from vpae_jax import cli
+from vpae_jax.convert import layout
 from vpae_jax.convert.__main__ import main
 from vpae_jax.convert.find import find_model
 from vpae_jax.convert.lora_reading import read_lora
@@ -284,3 +285,22 @@ def test_a_run_that_trained_no_generator(source, tmp_path, capsys):
         manager.save(1, args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
     message = fails([tmp_path / "run", tmp_path / "out", "--format=diffusers"], capsys)
     assert "the checkpoint has no generator" in message and not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_garbles_is_noticed_before_anything_appears(source, tmp_path, capsys, monkeypatch):
+    written = layout.write_part
+
+    def garbled(folder, part, *arguments):
+        written(folder, part, *arguments)
+        (path,) = (folder / part).glob("*.safetensors")
+        with path.open("r+b") as file:
+            file.seek(-1, 2)
+            last = file.read(1)[0]
+            file.seek(-1, 2)
+            file.write(bytes([last ^ 1]))
+
+    monkeypatch.setattr(layout, "write_part", garbled)
+    target = tmp_path / "out"
+    line = fails([source, target, "--format=diffusers", "--verify"], capsys)
+    assert line.startswith(f"error: {target}: transformer's ") and line.endswith("Is the disk sound?\n")
+    assert not list(tmp_path.iterdir())

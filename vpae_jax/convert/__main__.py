@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -29,16 +28,16 @@ import numpy as np
 from vpae_jax import cli
 from vpae_jax.convert.card import Provenance
 from vpae_jax.convert.extraction import extract, format_energies
-from vpae_jax.convert.files import read_json
+from vpae_jax.convert.files import SETTINGS, read_json
 from vpae_jax.convert.find import find_model
 from vpae_jax.convert.layout import write_model
 from vpae_jax.convert.locate import locate
 from vpae_jax.convert.lora import Lora, Merged, from_adapters, write_lora
 from vpae_jax.convert.lora_reading import read_lora
-from vpae_jax.convert.settings import DEFAULTS, Scheduler
+from vpae_jax.convert.settings import Scheduler
 from vpae_jax.convert.source import Model
 from vpae_jax.convert.table import Layout
-from vpae_jax.convert.writing import Format, Values, from_tree, open_values, verify_part
+from vpae_jax.convert.writing import Format, Values, from_tree, open_values
 from vpae_jax.methods import make_method
 from vpae_jax.train.checkpoint import CONFIG_FILE, FOLDER, read_state
 from vpae_jax.types import UserError
@@ -77,7 +76,7 @@ def read_model(source: str, base: str | None) -> Input:
     if other is not None:
         if model.tokenizer is None:
             model = dataclasses.replace(model, tokenizer=other.tokenizer, more_tokenizers=other.more_tokenizers)
-        if not any((model.folder / name).exists() for name in ("scheduler", DEFAULTS)):
+        if not any((model.folder / name).exists() for name in ("scheduler", SETTINGS)):
             model = dataclasses.replace(model, folder=other.folder)
         model = dataclasses.replace(
             model,
@@ -149,7 +148,7 @@ def convert(given: Input, target: Path, form: Format, dtype: Any, lora_file: Pat
             "dtype": None if dtype is None else str(dtype),
         }
         facts = {**given.provenance.facts, **{name: value for name, value in facts.items() if value is not None}}
-        write_model(
+        counts = write_model(
             target,
             given.base,
             parts,
@@ -158,11 +157,12 @@ def convert(given: Input, target: Path, form: Format, dtype: Any, lora_file: Pat
             dtype=dtype,
             provenance=dataclasses.replace(given.provenance, facts=facts),
             complete=False,
+            verify=verify,
         )
         if lacking := given.base.lacks(parts):
             print(f"note: no {', '.join(lacking)} in the source; --base=MODEL makes {target} a whole model")
-        if verify:
-            _verify(target, given.base, parts, dtype)
+        for name, count in counts.items():
+            print(f"{name}: {count} tensors read back, bit for bit")
 
 
 def write_difference(given: Input, teacher: str | None, target: Path, form: Layout, rank: int, dtype: Any) -> None:
@@ -179,20 +179,6 @@ def write_difference(given: Input, teacher: str | None, target: Path, form: Layo
         found = extract(student, stack.enter_context(open_values(base, "transformer")), rank)
     write_lora(target, found.lora, form, dtype)
     print(format_energies(found))
-
-
-def _verify(folder: Path, base: Model, parts: Mapping[str, Values], dtype: np.dtype | None) -> None:
-    """Reads every written part back and compares bits; removes the folder when they differ."""
-    written = find_model(folder)
-    for name in dict.fromkeys((*base.parts, *parts)):
-        with ExitStack() as stack:
-            values = parts[name] if name in parts else stack.enter_context(open_values(base, name))
-            try:
-                count = verify_part(written, name, values, dtype)
-            except UserError as error:
-                shutil.rmtree(folder)
-                raise UserError(f"{error}; removed. Is the disk sound?") from error
-        print(f"{name}: {count} tensors read back, bit for bit")
 
 
 def _scores(workdir: Path) -> dict[str, float]:

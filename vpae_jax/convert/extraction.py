@@ -71,14 +71,13 @@ class Extraction:
         return held / total if total else 1.0
 
 
-def extract(student: Values, teacher: Values, rank: int, seed: int = 0, differences: bool = False) -> Extraction:
+def extract(student: Values, teacher: Values, rank: int, differences: bool = False) -> Extraction:
     """The best adapters of a rank for what a student changed, one layer in memory at a time.
 
     Args:
       student: a transformer's weights.
       teacher: the same of the one that it was trained from.
       rank: of every adapter; a layer with a shorter side gets that.
-      seed: of the start of subspace iteration, for matrices with no side of at most `EXACT_SIDE`.
       differences: whether to keep the whole change of all other parameters.
 
     Raises:
@@ -102,7 +101,7 @@ def extract(student: Values, teacher: Values, rank: int, seed: int = 0, differen
             path = entry.path.removesuffix(KERNEL)
             held, size = squared, 0
             if squared:
-                adapters[path, layer], held = low_rank(change, rank, seed)
+                adapters[path, layer], held = low_rank(change, rank)
                 size = adapters[path, layer].rank
             energies.append(Energy(path, layer, size, squared**0.5, min(held / squared, 1.0) if squared else 1.0))
         else:
@@ -122,7 +121,7 @@ def low_rank(change: Float32[np.ndarray, "d_in d_out"], rank: int, seed: int = 0
     Args:
       change: not all zero.
       rank: at least 1; more than the shorter side counts as that.
-      seed: for a large matrix.
+      seed: of the start of subspace iteration, for matrices with no side of at most `EXACT_SIDE`.
     """
     if change.shape[0] > change.shape[1]:
         turned, held = low_rank(np.ascontiguousarray(change.T), rank, seed)

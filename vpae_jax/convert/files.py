@@ -1,4 +1,4 @@
-"""JSON files."""
+"""The files of a model directory that are not weights: JSON, by these names."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from typing import Any
 
 from vpae_jax.convert.safetensors_file import decode_json, one_line
 from vpae_jax.types import UserError
+
+# `SETTINGS` holds what Diffusers has no place for, and does not read.
+CONFIG, INDEX, SCHEDULER, SETTINGS = "config.json", "model_index.json", "scheduler_config.json", "vpae_jax.json"
+VERSION = "0.33.0"  # the first Diffusers release with Wan
 
 
 def read_json(path: Path) -> dict[str, Any]:

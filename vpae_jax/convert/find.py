@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from vpae_jax.convert import infer
-from vpae_jax.convert.files import read_json
+from vpae_jax.convert.files import CONFIG, INDEX, SETTINGS, read_json
 from vpae_jax.convert.orbax import is_checkpoint
 from vpae_jax.convert.parts import PARTS, is_wan_config, make_config, read_config
 from vpae_jax.convert.source import EXTRAS, Model, PartSource, canonical, found_in, marks, open_files
@@ -26,7 +26,6 @@ from vpae_jax.convert.table import Layout
 from vpae_jax.convert.tensors import Tensors
 from vpae_jax.types import UserError
 
-CONFIG, INDEX, SETTINGS = "config.json", "model_index.json", "vpae_jax.json"
 PARAMS = "params"  # the folder of a part's arrays in the orbax layout
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 DEPTH = 2

@@ -12,15 +12,12 @@ from typing import Any
 from jax.typing import DTypeLike
 
 from vpae_jax.convert.card import Card, Provenance, write_card
-from vpae_jax.convert.files import read_json, write_json
-from vpae_jax.convert.find import INDEX
+from vpae_jax.convert.files import INDEX, SCHEDULER, SETTINGS, VERSION, read_json, write_json
+from vpae_jax.convert.find import find_model
 from vpae_jax.convert.image_processor import FILE as IMAGE_PROCESSOR_FILE
 from vpae_jax.convert.image_processor import ImageProcessor
 from vpae_jax.convert.parts import PARTS, check_fit, untold
 from vpae_jax.convert.settings import (
-    DEFAULTS,
-    SCHEDULER,
-    VERSION,
     Defaults,
     Scheduler,
     read_defaults,
@@ -28,7 +25,7 @@ from vpae_jax.convert.settings import (
 )
 from vpae_jax.convert.source import Model
 from vpae_jax.convert.tensors import SHARD_BYTES
-from vpae_jax.convert.writing import Format, Values, open_values, replacing, write_part
+from vpae_jax.convert.writing import Format, Values, open_values, replacing, verify_part, write_part
 from vpae_jax.types import UserError
 
 WAN_TOKENIZER = Path("google/umt5-xxl")  # where Wan's own code looks
@@ -47,7 +44,8 @@ def write_model(
     shard_bytes: int = SHARD_BYTES,
     provenance: Provenance | None = None,
     complete: bool = True,
-) -> None:
+    verify: bool = False,
+) -> dict[str, int]:
     """Writes a model directory; it appears whole or not at all.
 
     Args:
@@ -63,9 +61,14 @@ def write_model(
       provenance: what the model card says of where the weights come from; None for "from `base`".
       complete: whether a part or tokenizer that a Wan pipeline needs must be there. Without one there is no
         model_index.json either.
+      verify: whether every tensor is read back, and compared bit for bit, before the directory appears.
+
+    Returns:
+      how many parameters and layers of each part were compared; nothing without `verify`.
 
     Raises:
-      UserError: `folder` exists, neither `base` nor `parts` has what `complete` asks for, or parts do not fit together.
+      UserError: `folder` exists, neither `base` nor `parts` has what `complete` asks for, parts do not fit together, or
+        do not read back as they were written.
     """
     if folder.exists() and not (overwrite and (folder / INDEX).is_file()):
         raise UserError(f"{folder}: already exists; remove it or choose another destination")
@@ -97,9 +100,20 @@ def write_model(
                 _image_processor(temporary, base, encoder)
             if whole:
                 write_json(temporary / INDEX, _index(temporary, encoder is not None))
-        write_json(temporary / DEFAULTS, settings)
+        write_json(temporary / SETTINGS, settings)
         card = Card(form, image, whole, tuple(names), scheduler, defaults, provenance or Provenance(str(base.path)))
         write_card(temporary, card)
+        written = dataclasses.replace(find_model(temporary), path=folder)  # by the name that messages are to tell
+        return {name: _verify(written, name, base, parts, dtype) for name in names} if verify else {}
+
+
+def _verify(written: Model, name: str, base: Model, parts: Mapping[str, Values], dtype: DTypeLike | None) -> int:
+    with ExitStack() as stack:
+        values = parts[name] if name in parts else stack.enter_context(open_values(base, name))
+        try:
+            return verify_part(written, name, values, dtype)
+        except UserError as error:
+            raise UserError(f"{error}; nothing is kept. Is the disk sound?") from error
 
 
 def _copy_tokenizers(folder: Path, base: Model, form: Format) -> None:

@@ -33,7 +33,7 @@ def locate(name: str | Path | None) -> Path:
     if path.exists():
         return path
     match = _HUB_ID.fullmatch(str(name))
-    if match is None or len(path.parts) != 2:
+    if match is None:
         raise UserError(f"{name}: no such folder or file")
     return _fetch(match[1], match[2])
 

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from vpae_jax.config import build
 from vpae_jax.convert import entries, infer, table
 from vpae_jax.convert.entries import Found
+from vpae_jax.convert.files import VERSION
 from vpae_jax.convert.table import Layout, Row
 from vpae_jax.models.clip import CLIPVision, CLIPVisionConfig
 from vpae_jax.models.umt5 import UMT5Config, UMT5Encoder
@@ -87,7 +88,7 @@ PARTS: Mapping[str, Part] = {
         mark="blocks/attn1/to_q/kernel",
         stem="diffusion_pytorch_model",
         wan_file="diffusion_pytorch_model.safetensors",
-        identity={"_class_name": "WanTransformer3DModel", "_diffusers_version": "0.33.0"},
+        identity={"_class_name": "WanTransformer3DModel", "_diffusers_version": VERSION},
         extras={"diffusers": r"\.attn2\.norm_added_q\.weight$"},
         unwritten=("text_len",),
     ),
@@ -99,7 +100,7 @@ PARTS: Mapping[str, Part] = {
         mark="encoder/mid_block/resnets/0/conv1/kernel",
         stem="diffusion_pytorch_model",
         wan_file="Wan2.1_VAE.pth",
-        identity={"_class_name": "AutoencoderKLWan", "_diffusers_version": "0.33.0"},
+        identity={"_class_name": "AutoencoderKLWan", "_diffusers_version": VERSION},
     ),
     "text_encoder": Part(
         model=UMT5Encoder,

@@ -13,11 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vpae_jax.config import build
-from vpae_jax.convert.files import read_json
+from vpae_jax.convert.files import SCHEDULER, SETTINGS, VERSION, read_json
 from vpae_jax.types import UserError
-
-DEFAULTS, SCHEDULER = "vpae_jax.json", "scheduler_config.json"
-VERSION = "0.33.0"  # the first Diffusers release with Wan
 
 # What Wan 2.1 guides away from, between full-width commas; image-to-video adds a shaking camera.
 IMAGE_NEGATIVE_PROMPT = (
@@ -161,7 +158,7 @@ def read_scheduler(folder: Path, image: bool = False) -> Scheduler:
     """
     path = folder / "scheduler" / SCHEDULER
     if not path.is_file():
-        told, where = _settings(folder).get("scheduler"), f"{folder / DEFAULTS}.scheduler"
+        told, where = _settings(folder).get("scheduler"), f"{folder / SETTINGS}.scheduler"
         if told is None:
             return WAN_IMAGE if image else WAN_TEXT
         if not isinstance(told, dict):
@@ -194,9 +191,9 @@ def read_defaults(folder: Path, image: bool = False) -> Defaults:
     """
     given = {key: value for key, value in _settings(folder).items() if key not in _ELSEWHERE}
     negative = IMAGE_NEGATIVE_PROMPT if image else NEGATIVE_PROMPT
-    return build(Defaults, {"negative_prompt": negative, **given}, str(folder / DEFAULTS))
+    return build(Defaults, {"negative_prompt": negative, **given}, str(folder / SETTINGS))
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    path = folder / DEFAULTS
+    path = folder / SETTINGS
     return read_json(path) if path.is_file() else {}

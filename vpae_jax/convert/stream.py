@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -188,7 +188,7 @@ def _read(tensors: PartTensors, piece: Piece) -> Callback:
         return np.pad(value, beyond) if any(end for _, end in beyond) else value
 
     everything = key_of((), piece.padded)
-    devices: dict[Any, Index | None] = {None: ()}
+    devices: Mapping[Any, Index | None] = {None: ()}
     if piece.sharding is not None:
         devices = piece.sharding.addressable_devices_indices_map(piece.padded)
     wanted = {key_of(index or (), piece.padded) for index in devices.values()}

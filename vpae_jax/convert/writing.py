@@ -23,8 +23,8 @@ from jaxtyping import Shaped
 from tqdm import tqdm
 
 from vpae_jax.convert import entries, orbax
-from vpae_jax.convert.files import write_json
-from vpae_jax.convert.find import CONFIG, PARAMS
+from vpae_jax.convert.files import CONFIG, write_json
+from vpae_jax.convert.find import PARAMS
 from vpae_jax.convert.parts import PARTS, config_json, flat, wan_config_json
 from vpae_jax.convert.pickles import write_pickle
 from vpae_jax.convert.reading import Weights, read_part
