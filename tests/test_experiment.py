@@ -26,7 +26,10 @@ from vpae_jax.types import UserError
 from vpae_jax.weights import read_previous
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.xdist_group("experiment"),  # the phases that its tests share are trained once, by one worker
+]
 
 
 def run(config, folder, devices=1):
@@ -49,7 +52,7 @@ def workdir(tmp_path_factory) -> Path:
     """A folder in which both phases were run, the second on another number of devices."""
     folder = tmp_path_factory.mktemp("runs")
     run(parse(small(phase1)), folder / "phase1")
-    config = small(phase2)
+    config = small(phase2, sample_every=0)
     config.method.disc_warmup = 0
     run(parse(config), folder / "phase2", devices=2)
     return folder
@@ -98,19 +101,19 @@ def test_phase_two_starts_from_phase_ones_average(workdir):
 
 
 def test_previews_show_data_teacher_generator_and_average(workdir):
-    for phase in ("phase1", "phase2"):
-        folder = workdir / phase / "previews"
-        assert {p.name for p in folder.iterdir()} == {
-            f"step_{step:06d}.{kind}" for step in (0, 2) for kind in ("mp4", "png")
-        }
-        rows = [read_image(folder / f"step_{step:06d}.png") for step in (0, 2)]
-        rows = np.stack([[sheet[top : top + 48] for top in range(0, len(sheet), 49)] for sheet in rows])
-        assert rows.shape[:2] == (2, 4), "data, teacher, generator, average"
-        clip = MovingDigits("eval", experiment.PREVIEW_CLIPS, experiment.PREVIEW_SEED)[0]["video"]
-        np.testing.assert_array_equal(rows[0, 0, :, :48], clip[0])
-        np.testing.assert_array_equal(rows[0, :2], rows[1, :2], err_msg="data and teacher stay")
-        np.testing.assert_array_equal(rows[0, 2], rows[0, 3], err_msg="the average starts at the weights")
-        assert (rows[1, 2] != rows[0, 2]).any() and (rows[1, 2] != rows[1, 3]).any()
+    folder = workdir / "phase1" / "previews"
+    assert {p.name for p in folder.iterdir()} == {
+        f"step_{step:06d}.{kind}" for step in (0, 2) for kind in ("mp4", "png")
+    }
+    rows = [read_image(folder / f"step_{step:06d}.png") for step in (0, 2)]
+    rows = np.stack([[sheet[top : top + 48] for top in range(0, len(sheet), 49)] for sheet in rows])
+    assert rows.shape[:2] == (2, 4), "data, teacher, generator, average"
+    clip = MovingDigits("eval", experiment.PREVIEW_CLIPS, experiment.PREVIEW_SEED)[0]["video"]
+    np.testing.assert_array_equal(rows[0, 0, :, :48], clip[0])
+    np.testing.assert_array_equal(rows[0, :2], rows[1, :2], err_msg="data and teacher stay")
+    np.testing.assert_array_equal(rows[0, 2], rows[0, 3], err_msg="the average starts at the weights")
+    assert (rows[1, 2] != rows[0, 2]).any() and (rows[1, 2] != rows[1, 3]).any()
+    assert not (workdir / "phase2" / "previews").exists(), "none were asked for"
 
 
 def test_the_student_in_diffusers_makes_the_same_clip_in_one_step(workdir):
@@ -139,12 +142,12 @@ def test_the_student_in_diffusers_makes_the_same_clip_in_one_step(workdir):
 
 
 def test_a_failed_phase_exports_the_weights_it_started_from(workdir, tmp_path):
-    config = small(phase2)
+    config = small(phase2, sample_every=0)
     config.previous.workdir = str(workdir / "phase1")
     config.method.disc_warmup = 0
     config.optimizers.generator.learning_rate = 0.3  # ruins the generator, and its average with it
     config.method.ema = 0.1
-    run(parse(config), tmp_path / "phase2")
+    run(parse(config), tmp_path / "phase2", devices=2)
     student = load_pipeline(tmp_path / "phase2" / "model")
     start = load_pipeline(workdir / "phase1" / "model")
     for prompt in ("a three moves up",):

@@ -14,7 +14,7 @@ from vpae_jax.convert.locate import locate
 from vpae_jax.convert.settings import read_defaults, read_scheduler
 from vpae_jax.types import UserError
 
-BATCHES, MUTANTS = 4, 60
+BATCHES, MUTANTS = 4, 30
 VALUES = (None, True, -1, 0, 1, 7, 1.5, 10**30, float("nan"), "", "x", "../..", [], [0], [None] * 3, {}, {"a": 1})
 
 
