@@ -27,10 +27,10 @@ demo: $(VENV)/installed
 	@echo "open $(WORKDIR)/report.html"
 
 test: $(VENV)/installed-dev
-	JAX_PLATFORMS=cpu $(RUN) -m pytest -n $(WORKERS) --dist loadgroup -m "not long" -q
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not long" -q
 
 test-all: $(VENV)/installed-dev
-	JAX_PLATFORMS=cpu $(RUN) -m pytest -n $(WORKERS) --dist loadgroup -q
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -q
 
 check: $(VENV)/installed-dev
 	$(VENV)/bin/ruff format --check .

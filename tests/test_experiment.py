@@ -26,10 +26,7 @@ from vpae_jax.types import UserError
 from vpae_jax.weights import read_previous
 
 ROOT = Path(__file__).parent.parent
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
-    pytest.mark.xdist_group("experiment"),  # the phases that its tests share are trained once, by one worker
-]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
 def run(config, folder, devices=1):
