@@ -10,10 +10,20 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from vpae_jax.config import MeshConfig
+from vpae_jax.models.heads import DiscriminatorHeads
 from vpae_jax.models.lora import LoRASpec
 from vpae_jax.models.presets import PRESETS
 from vpae_jax.models.wan_dit import WanTransformer
-from vpae_jax.sharding import AXES, TRANSFORMER_RULES, make_mesh, param_path, param_shardings, put_batch
+from vpae_jax.sharding import (
+    AXES,
+    HEADS_RULES,
+    SPLIT,
+    TRANSFORMER_RULES,
+    make_mesh,
+    param_path,
+    param_shardings,
+    put_batch,
+)
 from vpae_jax.types import Batch, Condition, UserError
 
 ARRAY = jax.ShapeDtypeStruct((8, 16), jnp.float32)
@@ -33,18 +43,28 @@ def test_a_mesh_that_does_not_fit_is_named(sizes):
 
 def test_an_unmatched_or_indivisible_parameter_is_named():
     mesh = make_mesh(MeshConfig())
-    with pytest.raises(UserError, match=r"no sharding rule matches parameter a/kernel of shape \(8, 16\)"):
+    with pytest.raises(UserError, match=r"no sharding rule matches parameter a/kernel"):
         param_shardings({"a": {"kernel": ARRAY}}, [("bias$", P())], mesh)
     odd = jax.ShapeDtypeStruct((9, 16), jnp.float32)
     with pytest.raises(UserError, match=r"parameter a/kernel: axis of size 9 is not divisible by fsdp=8"):
         param_shardings({"a": {"kernel": odd}}, [("kernel$", P("fsdp", None))], mesh)
 
 
-@pytest.mark.parametrize("context", [2, -1])
-def test_sequence_sharding_is_refused(context):
-    message = rf"config.mesh.context is {context}: sequence sharding is not implemented yet; use 1"
-    with pytest.raises(UserError, match=message):
-        make_mesh(MeshConfig(fsdp=4, context=context))
+def test_a_parameter_that_two_rules_match_is_named():
+    with pytest.raises(UserError, match=r"parameter a/kernel is matched by 2 sharding rules: kernel\$, \^a/"):
+        param_shardings({"a": {"kernel": ARRAY}}, [("kernel$", P()), ("^a/", P())], make_mesh(MeshConfig()))
+
+
+@pytest.mark.parametrize("kind", ["ca_mm", "ca", "conv"])
+@pytest.mark.parametrize("name", ["tiny", "i2v-14b"])
+def test_every_parameter_of_the_heads_has_a_rule_and_the_large_ones_are_sharded(name, kind):
+    config = dataclasses.replace(PRESETS[name].heads, kind=kind)
+    model = nnx.eval_shape(lambda: DiscriminatorHeads(config, rngs=nnx.Rngs(0)))
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    shardings = param_shardings(params, HEADS_RULES, make_mesh(MeshConfig(fsdp=4, context=2)))
+    leaves = zip(jax.tree.leaves(params), jax.tree.leaves(shardings), strict=True)
+    whole = [leaf.size for leaf, place in leaves if place.is_fully_replicated]
+    assert sum(whole) < 0.05 * sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def transformers():
@@ -72,8 +92,8 @@ def test_every_parameter_has_a_rule_and_the_large_ones_are_sharded(name):
     shapes, specs = placed(transformers()[name])
     kernels = [path for path in shapes if path.startswith("blocks/") and path.endswith("/kernel")]
     assert len(kernels) >= 10 and all(len(shapes[path]) == 3 for path in kernels)
-    assert all(specs[path][0] is None and set(specs[path][1:]) == {"fsdp", "tensor"} for path in kernels)
-    assert all("fsdp" in spec for path, spec in specs.items() if "/lora_" in path)
+    assert all(specs[path][0] is None and set(specs[path][1:]) == {SPLIT, "tensor"} for path in kernels)
+    assert all(SPLIT in spec for path, spec in specs.items() if "/lora_" in path)
     sizes = {path: int(np.prod(shape)) for path, shape in shapes.items()}
     whole = {path: sizes[path] for path, spec in specs.items() if spec == P()}
     limit = 0.05 if name.startswith("tiny") else 0.01

@@ -75,7 +75,8 @@ class ModelConfig:
       dtype: compute precision; trained weights are float32 always.
       frozen_dtype: storage precision of weights that are not trained.
       remat: what the backward pass recomputes of the transformer's blocks: nothing, all but the products of
-        activations with weights ("dots"), or everything.
+        activations with weights ("dots"), all but self-attention ("attention"), or everything; "offload" recomputes
+        everything, and keeps the blocks' inputs in the host's memory.
       init_scale: for a transformer that starts from random weights, factors on the parameters whose paths match.
     """
 
@@ -83,7 +84,7 @@ class ModelConfig:
     preset: str = "tiny"
     dtype: Literal["float32", "bfloat16"] = "float32"
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "full", "attention", "offload"] = "none"
     init_scale: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -111,7 +112,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Device counts along the mesh axes; one of them may be -1, "all that remain". `context` must be 1 as yet."""
+    """Device counts along the mesh axes (`sharding`); one of them may be -1, "all that remain"."""
 
     data: int = 1
     fsdp: int = -1
@@ -163,6 +164,7 @@ class Experiment:
       optimizers: one for each trained role.
       heads: discriminator heads (`models.heads.HeadsConfig`); empty when the method has none.
       steps, batch_size, seed: length, clips a step over all devices, root of all randomness.
+      accumulation: parts that a batch is processed in, one after the other, to save memory; the result is the same.
       log_every, sample_every, checkpoint_every: intervals in steps; `sample_every` = 0 makes no previews.
       keep: how many checkpoints are kept.
       sample_guidance: guidance of the teacher's sampled clips.
@@ -175,6 +177,7 @@ class Experiment:
     optimizers: Mapping[str, OptimizerConfig]
     steps: int
     batch_size: int
+    accumulation: int = 1
     seed: int = 0
     log_every: int = 10
     sample_every: int = 0
@@ -191,7 +194,9 @@ class Experiment:
     guard: GuardConfig = GuardConfig()
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "steps", "batch_size", "log_every", "checkpoint_every", "keep", "generator_nfe")
+        _at_least(
+            self, 1, "steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "keep", "generator_nfe"
+        )
         _at_least(self, 0, "seed", "sample_every")
         if self.sample_shift <= 0:
             raise UserError(f"sample_shift is {self.sample_shift}, expected a positive number")

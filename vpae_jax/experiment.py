@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -27,18 +26,27 @@ from vpae_jax.data.pipeline import captioned_batches, latent_batches, pixel_batc
 from vpae_jax.guard import Guard
 from vpae_jax.methods import make_method
 from vpae_jax.methods.base import Method
+from vpae_jax.models import presets
 from vpae_jax.pipeline import Pipeline, load_pipeline
 from vpae_jax.previews import Generation, Sampler, write_previews
 from vpae_jax.train.checkpoint import guard_config, latest_step
 from vpae_jax.train.loop import Hook, train
 from vpae_jax.train.optim import make_optimizer
-from vpae_jax.train.roles import check_roles, split
-from vpae_jax.train.state import TrainState, create
+from vpae_jax.train.roles import check_roles
+from vpae_jax.train.state import TrainState, abstract, create
 from vpae_jax.types import CaptionedFrames, Params, PixelBatch, UserError
-from vpae_jax.weights import make_weights, read_previous, resolve, resolve_model
+from vpae_jax.weights import (
+    Blueprint,
+    draw_up,
+    make_weights,
+    read_pretrained,
+    read_previous,
+    resolve,
+    resolve_model,
+)
 
 # What may differ between two runs in one workdir: how long and how often, never what is computed.
-FREE = ("steps", "log_every", "sample_every", "checkpoint_every", "keep", "guard")
+FREE = ("steps", "accumulation", "mesh", "log_every", "sample_every", "checkpoint_every", "keep", "guard")
 PREVIEW_CLIPS = 8
 PREVIEW_SEED = 7
 
@@ -56,44 +64,47 @@ def run(experiment: Experiment, workdir: Path, devices: Sequence[Any] | None = N
     check_roles(method, experiment.optimizers)
     check_settings(experiment, method)
     mesh = sharding.make_mesh(experiment.mesh, devices)
-    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    shares = mesh.shape["data"] * mesh.shape["fsdp"] * experiment.accumulation
     if experiment.batch_size % shares:
-        raise UserError(f"config.batch_size is {experiment.batch_size}, expected a multiple of {shares} (data x fsdp)")
+        raise UserError(
+            f"config.batch_size is {experiment.batch_size}, expected a multiple of {shares} "
+            "(mesh.data x mesh.fsdp x accumulation)"
+        )
     pipeline = source = None
+    transformer = presets.find(experiment.model.preset).transformer
     if method.batch is not PixelBatch:
         source = resolve_model(experiment.model.path, workdir)
-        pipeline = load_pipeline(source)
-        made = pipeline.defaults
+        pipeline = load_pipeline(source, jnp.dtype(experiment.model.dtype), with_transformer=False)
+        made, transformer = pipeline.defaults, pipeline.transformer.config
         check_size(str(source), made.num_frames, made.height, made.width)
-    pretrained = None
-    if pipeline is not None:
-        pretrained = (pipeline.transformer.config, split(pipeline.transformer)[1])
     continuing = latest_step(workdir) is not None
-    weights = make_weights(experiment, method, workdir, mesh, pretrained, continuing)
-    optimizers = {role: make_optimizer(experiment.optimizers[role]) for role in weights.trained}
+    blueprint = draw_up(experiment, method, mesh, transformer)
+    optimizers = {role: make_optimizer(experiment.optimizers[role]) for role in blueprint.trained}
+    # A run that continues has its trained weights in its checkpoint; so the phase before may be gone by then.
+    needed = [name for name in method.roles if name in blueprint.frozen or not continuing]
+    weights, previous_step = make_weights(blueprint, experiment, workdir, source, needed)
+    frozen = {name: weights.pop(name) for name in blueprint.frozen}
+    if previous_step is not None:
+        folder, kind = resolve(experiment.previous.workdir, workdir), experiment.previous.weights
+        print(f"{experiment.name} starts from step {previous_step} of {folder} ({kind} weights)", flush=True)
     workdir.mkdir(parents=True, exist_ok=True)
     guard_config(workdir, dataclasses.asdict(experiment), FREE)
 
     guard = Guard(pipeline, workdir, experiment.guard) if pipeline is not None and experiment.guard.enabled else None
     if guard is not None and not continuing:
-        guard.begin(weights.previous_step)
-    hooks = make_hooks(experiment, method, workdir, pipeline, guard)
-    with jax.set_mesh(mesh):
-        state = train(
-            experiment,
-            method,
-            weights.models,
-            optimizers,
-            create(experiment.seed, weights.trained, method.roles, optimizers),
-            weights.frozen,
-            make_batches(experiment, method, workdir, pipeline),
-            partial(sharding.put_batch, mesh=mesh),
-            workdir,
-            hooks,
-        )
+        guard.begin(previous_step)
+    hooks = make_hooks(experiment, method, workdir, pipeline, guard, frozen)
+    batches = make_batches(experiment, method, workdir, pipeline)
+    del pipeline  # and with it the encoders: hooks keep what they need
+    if continuing:
+        state = abstract(blueprint.trained, method.roles, optimizers)
+    else:
+        state = create(experiment.seed, weights, method.roles, optimizers)
+    put = partial(sharding.put_batch, mesh=mesh)
+    state = train(experiment, method, blueprint.models, optimizers, state, frozen, batches, put, workdir, hooks)
     params = dict(state.params) | dict(state.ema)
-    if guard is not None and pretrained is not None:
-        start = partial(starting_generator, experiment, method, workdir, pretrained[1], guard.read()["previous_step"])
+    if guard is not None:
+        start = partial(starting_generator, blueprint, experiment, workdir, source, guard.read()["previous_step"])
         if not guard.decide(int(state.step), _average(state), start):
             params["generator"] = start()
     print(f"model directory: {write_product(experiment, method, workdir, params, source)}", flush=True)
@@ -118,12 +129,15 @@ def check_settings(experiment: Experiment, method: Method) -> None:
 
 
 def starting_generator(
-    experiment: Experiment, method: Method, workdir: Path, pretrained: Params, previous_step: int | None
+    blueprint: Blueprint, experiment: Experiment, workdir: Path, source: Path | None, previous_step: int | None
 ) -> Params:
     """The weights that the generator started from."""
-    if method.roles["generator"].init == "previous":
-        return jax.tree.map(jnp.asarray, read_previous(experiment, workdir, previous_step)[0]["generator"])
-    return pretrained
+    like = blueprint.trained["generator"]
+    if blueprint.models.roles["generator"].init == "previous":
+        return read_previous(experiment, workdir, previous_step, {"generator": like})[0]["generator"]
+    if source is None:
+        raise UserError("role generator starts from a model directory; set config.model.path")
+    return read_pretrained(source, like)
 
 
 def make_batches(experiment: Experiment, method: Method, workdir: Path, pipeline: Pipeline | None) -> Any:
@@ -140,19 +154,24 @@ def make_batches(experiment: Experiment, method: Method, workdir: Path, pipeline
 
 
 def make_hooks(
-    experiment: Experiment, method: Method, workdir: Path, pipeline: Pipeline | None, guard: Guard | None
+    experiment: Experiment,
+    method: Method,
+    workdir: Path,
+    pipeline: Pipeline | None,
+    guard: Guard | None,
+    frozen: Mapping[str, Params],
 ) -> tuple[Hook, ...]:
     """Scores of the guard and previews of the generator, for a run that has one."""
     hooks = []
     if guard is not None:
         hooks.append(Hook(experiment.guard.every, lambda step, state: guard.score(step, _average(state))))
     if pipeline is not None and "generator" in method.roles and experiment.sample_every:
-        hooks.append(Hook(experiment.sample_every, make_preview(experiment, method, workdir, pipeline)))
+        hooks.append(Hook(experiment.sample_every, make_preview(experiment, workdir, pipeline, frozen.get("teacher"))))
     return tuple(hooks)
 
 
 def make_preview(
-    experiment: Experiment, method: Method, workdir: Path, pipeline: Pipeline
+    experiment: Experiment, workdir: Path, pipeline: Pipeline, teacher: Params | None
 ) -> Callable[[int, TrainState], Mapping[str, float]]:
     """Writes clips of the data, the teacher, the generator and its average, side by side."""
     clips = MovingDigits("eval", PREVIEW_CLIPS, PREVIEW_SEED)
@@ -165,16 +184,16 @@ def make_preview(
     if experiment.generator_nfe > 1:
         sampler = Sampler(experiment.generator_nfe, experiment.sample_guidance, shift)
     rows: dict[str, Any] = {"data": np.stack([item["video"] for item in items])}
-    if "teacher" in method.roles:
-        teacher = Sampler(50, experiment.sample_guidance, shift)
-        rows["teacher, 100 evaluations"] = generation(split(pipeline.transformer)[1], teacher)
+    if teacher is not None:
+        rows["teacher, 100 evaluations"] = generation(teacher, Sampler(50, experiment.sample_guidance, shift))
+    fps = pipeline.defaults.fps
 
     def preview(step: int, state: TrainState) -> Mapping[str, float]:
         made = dict(rows)
         made["generator"] = generation(state.params["generator"], sampler)
         if "generator" in state.ema:
             made["generator, average"] = generation(state.ema["generator"], sampler)
-        write_previews(workdir / "previews", step, made, pipeline.defaults.fps)
+        write_previews(workdir / "previews", step, made, fps)
         return {}
 
     return preview

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import ftfy
 import jax
@@ -34,7 +35,7 @@ from vpae_jax import sampling, sharding
 from vpae_jax.convert.find import find_model
 from vpae_jax.convert.image_processor import ImageProcessor, read_image_processor
 from vpae_jax.convert.locate import locate
-from vpae_jax.convert.parts import check_fit
+from vpae_jax.convert.parts import abstract, check_fit
 from vpae_jax.convert.reading import load_part
 from vpae_jax.convert.settings import Defaults, Scheduler, read_defaults, read_scheduler
 from vpae_jax.convert.stream import Place
@@ -84,6 +85,11 @@ class Pipeline:
     def with_transformer(self, params: Params) -> Pipeline:
         """The same pipeline with other transformer weights of the same architecture."""
         return dataclasses.replace(self, transformer=nnx.merge(nnx.graphdef(self.transformer), params))
+
+    def without_encoders(self) -> Pipeline:
+        """The same pipeline, whose text and image encoder have no weights left: for when all prompts are encoded."""
+        image = None if self.image_encoder is None else _shapes_of(self.image_encoder)
+        return dataclasses.replace(self, text_encoder=_shapes_of(self.text_encoder), image_encoder=image)
 
     def encode_prompt(self, prompts: Sequence[str]) -> tuple[Float[Array, "b s d"], Mask]:
         """Text states, zero beyond each prompt's end, and the mask that is true at the prompts' tokens.
@@ -325,7 +331,12 @@ class Pipeline:
         return num_frames, height, width
 
 
-def load_pipeline(path: str | Path | None = None, dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None) -> Pipeline:
+def load_pipeline(
+    path: str | Path | None = None,
+    dtype: DTypeLike = jnp.float32,
+    mesh: Mesh | None = None,
+    with_transformer: bool = True,
+) -> Pipeline:
     """Loads a model.
 
     Args:
@@ -334,6 +345,8 @@ def load_pipeline(path: str | Path | None = None, dtype: DTypeLike = jnp.float32
       dtype: weights and compute dtype of the transformer and the encoders. The VAE is float32 always, as in Wan.
       mesh: devices over which the transformer's weights are sharded (`sharding.TRANSFORMER_RULES`) and the other
         parts replicated; None uses the default device.
+      with_transformer: False leaves the transformer's weights in their files, for a caller that brings others
+        (`Pipeline.with_transformer`); it then has shapes only.
 
     Raises:
       UserError: there is no Wan 2.1 model, a part of it is missing or broken, or its parts do not fit together.
@@ -346,7 +359,10 @@ def load_pipeline(path: str | Path | None = None, dtype: DTypeLike = jnp.float32
     if "image_encoder" in model.parts:
         image_encoder = load_part(model, "image_encoder", dtype, _place(mesh, sharding.REPLICATED))
         image_processor = read_image_processor(model.image_processor, image_encoder.config.image_size)
-    transformer = load_part(model, "transformer", dtype, _place(mesh, sharding.TRANSFORMER_RULES))
+    if with_transformer:
+        transformer = load_part(model, "transformer", dtype, _place(mesh, sharding.TRANSFORMER_RULES))
+    else:
+        transformer = nnx.merge(*abstract("transformer", model.part("transformer").config, dtype))
     tokenizer = load_tokenizer(model.tokenizer)
     tokenizer.model_max_length = min(tokenizer.model_max_length, transformer.config.text_len)
     return Pipeline(
@@ -367,6 +383,10 @@ def clean_prompt(prompt: str) -> str:
     ftfy matters to Chinese prompts: it replaces full-width punctuation, which changes the tokens.
     """
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()
+
+
+def _shapes_of(model: nnx.Module) -> Any:
+    return nnx.eval_shape(lambda: model)
 
 
 def _place(mesh: Mesh | None, rules: sharding.Rules) -> Place | None:

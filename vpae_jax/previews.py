@@ -52,7 +52,7 @@ class Generation:
         seed: int,
         batch: int = 64,
     ):
-        self.pipeline, self.batch = pipeline, batch
+        self.pipeline, self.batch = pipeline.without_encoders(), batch
         condition = pipeline.condition(list(captions), pictures)
         if pictures is not None:
             condition = replace(condition, image=_keep(condition.image, given), frames=_keep(condition.frames, given))

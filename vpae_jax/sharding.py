@@ -1,23 +1,31 @@
 """One mesh, rules as data.
 
-The mesh has four axes: `data` (replicated weights), `fsdp` (sharded weights), `context` (sharded sequence; not
-implemented yet, so its size is 1) and `tensor` (sharded heads and hidden units). Where each parameter lives is decided
-by a list of (regex, PartitionSpec) rules on its path; the first match wins, and a parameter that no rule matches is an
-error, never a silent replica.
+The mesh has four axes:
+
+    data      clips; weights are the same along it
+    fsdp      clips; every weight, moment and average is split along it
+    context   tokens of a clip; weights are split along it too
+    tensor    heads and hidden units
+
+Where each parameter lies is decided by a list of (regex, PartitionSpec) rules on its path. Exactly one rule must match:
+none, or two, is an error, never a silent replica.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from vpae_jax.config import MeshConfig
-from vpae_jax.types import Batch, UserError
+from vpae_jax.types import UserError
 
 AXES = ("data", "fsdp", "context", "tensor")
 Rules = Sequence[tuple[str, PartitionSpec]]
@@ -27,24 +35,40 @@ P = PartitionSpec
 _IN = r"^blocks/(attn[12]/(to_[qkv]|add_[kv]_proj)|ffn/proj_in)"
 _OUT = r"^blocks/(attn[12]/to_out|ffn/proj_out)"
 _EMBEDDER = r"^condition_embedder/((text|time)_embedder/linear_[12]|time_proj|image_embedder/ff/proj_(in|out))"
+# The axes that weights are split along beside "tensor".
+SPLIT = ("fsdp", "context")
 
 # Paths as `param_path` spells them. Blocks are stacked: their leading axis is the layer.
 TRANSFORMER_RULES: Rules = (
-    (rf"{_IN}/kernel$", P(None, "fsdp", "tensor")),
-    (rf"{_OUT}/kernel$", P(None, "tensor", "fsdp")),
-    (rf"({_IN}|{_OUT})/lora_a$", P(None, "fsdp", None)),
-    (rf"({_IN}|{_OUT})/lora_b$", P(None, None, "fsdp")),
+    (rf"{_IN}/kernel$", P(None, SPLIT, "tensor")),
+    (rf"{_OUT}/kernel$", P(None, "tensor", SPLIT)),
+    (rf"({_IN}|{_OUT})/lora_a$", P(None, SPLIT, None)),
+    (rf"({_IN}|{_OUT})/lora_b$", P(None, None, SPLIT)),
     (rf"({_IN}|{_OUT})/bias$", P()),
     (r"^blocks/attn[12]/norm_(q|k|added_k)/scale$", P()),
     (r"^blocks/norm2/(scale|bias)$", P()),
-    (rf"{_EMBEDDER}/(kernel|lora_a)$", P("fsdp", None)),
-    (rf"{_EMBEDDER}/lora_b$", P(None, "fsdp")),
+    (rf"{_EMBEDDER}/(kernel|lora_a)$", P(SPLIT, None)),
+    (rf"{_EMBEDDER}/lora_b$", P(None, SPLIT)),
     (rf"{_EMBEDDER}/bias$", P()),
     (r"^condition_embedder/image_embedder/(norm[12]/(scale|bias)|pos_embed)$", P()),
     (r"^(patch_embedding|proj_out)/(kernel|bias|lora_[ab])$", P()),
     (r"^(blocks/)?scale_shift_table$", P()),
 )
+# Discriminator heads: the matrices are split, the few rows that they read and write are not.
+HEADS_RULES: Rules = (
+    (r"/attention/to_(q|k|v|out)/kernel$", P(SPLIT, None)),
+    (r"^heads/mixer/(image|text)_proj/kernel$", P(SPLIT, None)),
+    (r"^heads/(taps/\d+/|)proj_in/kernel$", P(SPLIT, None)),
+    (r"^heads/(taps/\d+/proj_out|projs_in/\d+)/kernel$", P(SPLIT, None)),
+    (r"^heads/(proj_out|projs_out/\d+)/kernel$", P()),
+    (r"/(bias|scale)$", P()),
+    (r"^heads/(query|mixer/type_embedding)$", P()),
+)
 REPLICATED: Rules = ((r"", P()),)
+# By the part of the pipeline that a role is.
+RULES: Mapping[str, Rules] = MappingProxyType(
+    {"transformer": TRANSFORMER_RULES, "heads": HEADS_RULES, "vae": REPLICATED, "encoders": REPLICATED}
+)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -55,10 +79,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
       devices: all devices of all processes by default.
 
     Raises:
-      UserError: when the sizes do not multiply to the number of devices, or `context` is not 1.
+      UserError: when the sizes do not multiply to the number of devices.
     """
-    if config.context != 1:
-        raise UserError(f"config.mesh.context is {config.context}: sequence sharding is not implemented yet; use 1")
     devices = list(jax.devices() if devices is None else devices)
     sizes = [getattr(config, axis) for axis in AXES]
     known = int(np.prod([s for s in sizes if s != -1]))
@@ -76,32 +98,73 @@ def param_path(path: tuple[Any, ...]) -> str:
     return "/".join(n for n in names if n != "value")
 
 
+def find_rule(name: str, rules: Rules) -> PartitionSpec:
+    """The spec of a parameter, by its path. Raises `UserError` when no rule matches it, or several do."""
+    found = [(regex, spec) for regex, spec in rules if re.search(regex, name)]
+    if not found:
+        raise UserError(f"no sharding rule matches parameter {name}")
+    if len(found) > 1:
+        raise UserError(f"parameter {name} is matched by {len(found)} sharding rules: {found[0][0]}, {found[1][0]}")
+    return found[0][1]
+
+
 def param_shardings(params: Any, rules: Rules, mesh: Mesh) -> Any:
     """Shardings for a (possibly abstract) tree of parameters.
 
     Raises:
-      UserError: for a parameter that no rule matches, or whose axis the mesh does not divide.
+      UserError: for a parameter that no rule matches, or several, or whose axis the mesh does not divide.
     """
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = param_path(path)
-        spec = next((spec for regex, spec in rules if re.search(regex, name)), None)
-        if spec is None:
-            raise UserError(f"no sharding rule matches parameter {name} of shape {leaf.shape}")
-        for size, axis in zip(leaf.shape, spec, strict=False):
-            if axis is not None and size % mesh.shape[axis]:
-                raise UserError(f"parameter {name}: axis of size {size} is not divisible by {axis}={mesh.shape[axis]}")
+        spec = find_rule(name, rules)
+        for size, axes in zip(leaf.shape, spec, strict=False):
+            names = () if axes is None else (axes,) if isinstance(axes, str) else axes
+            parts = math.prod(mesh.shape[axis] for axis in names)
+            if size % parts:
+                named = " x ".join(names)
+                raise UserError(f"parameter {name}: axis of size {size} is not divisible by {named}={parts}")
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(sharding, params)
 
 
-def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """A batch on the mesh: clips along `data` and `fsdp`; a `Batch`'s negative prompt, one for all, everywhere."""
+def abstract(params: Any, shardings: Any, dtype: DTypeLike | None = None) -> Any:
+    """Shapes, dtypes and places of parameters, without their values; `dtype` replaces theirs."""
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=place), params, shardings
+    )
+
+
+def batch_shardings(batch: Any, mesh: Mesh) -> Any:
+    """Where a (possibly abstract) batch lies: clips along `data` and `fsdp`; what all clips share, everywhere."""
     clips, whole = NamedSharding(mesh, P(("data", "fsdp"))), NamedSharding(mesh, P())
+    return jax.tree_util.tree_map_with_path(lambda path, _: whole if _is_shared(path) else clips, batch)
 
-    def put(path: tuple[Any, ...], leaf: Any) -> jax.Array:
-        shared = isinstance(batch, Batch) and param_path(path) in ("null_text", "null_mask")
-        return jax.device_put(leaf, whole if shared else clips)
 
-    return jax.tree_util.tree_map_with_path(put, batch)
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """A batch on the mesh (`batch_shardings`)."""
+    return jax.tree.map(jax.device_put, batch, batch_shardings(batch, mesh))
+
+
+def count_clips(batch: Any) -> int:
+    """How many clips a batch holds."""
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    return next(leaf.shape[0] for path, leaf in leaves if not _is_shared(path))
+
+
+def part_of(batch: Any, part: Any, parts: int) -> Any:
+    """One of `parts` parts of a batch: every `parts`-th clip, so that each device keeps its own."""
+
+    def choose(path: tuple[Any, ...], leaf: Any) -> Any:
+        if _is_shared(path):
+            return leaf
+        grouped = leaf.reshape(leaf.shape[0] // parts, parts, *leaf.shape[1:])
+        return jax.lax.dynamic_index_in_dim(grouped, part, 1, keepdims=False)
+
+    return jax.tree_util.tree_map_with_path(choose, batch)
+
+
+def _is_shared(path: tuple[Any, ...]) -> bool:
+    """Whether all clips of a batch share the array: a `Batch`'s negative prompt."""
+    return param_path(path).split("/")[-1] in ("null_text", "null_mask")

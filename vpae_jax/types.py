@@ -14,10 +14,11 @@ per-channel mean and standard deviation. Channels come last everywhere inside th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar, dataclass_transform
 
+import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import Array
 from jaxtyping import Bool, Float, Int, Key, PyTree, UInt8
 
@@ -29,8 +30,10 @@ Tokens = Float[Array, "b n d"]
 PerExample = Float[Array, "b"]
 TokenIds = Int[Array, "b s"]
 Mask = Bool[Array, "b s"]
-PRNGKey = Key[Array, ""]
-Params = PyTree[Array]
+# One key, or one for each clip (`flow.draws`).
+PRNGKey = Key[Array, "..."]
+# Weights by path, or what stands for them in a tree that is only drawn up: shapes, places.
+Params = PyTree[Any]
 Metrics = Mapping[str, Array]
 
 
@@ -45,7 +48,35 @@ class UserError(Exception):
     """
 
 
-@struct.dataclass
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True)
+def pytree(cls: type[T]) -> type[T]:
+    """A frozen dataclass that JAX takes apart and puts together; every field is a tree of arrays.
+
+    JAX also puts such a class together from what stands for arrays (shapes, places, None), so that its annotations,
+    which the tests check, hold for what a caller builds.
+    """
+    made: Any = dataclasses.dataclass(frozen=True)(cls)
+    names = [f.name for f in dataclasses.fields(made)]
+
+    def put_together(_: None, values: Iterable[Any]) -> T:
+        result = object.__new__(made)
+        for name, value in zip(names, values, strict=True):
+            object.__setattr__(result, name, value)
+        return result
+
+    jax.tree_util.register_pytree_with_keys(
+        made,
+        lambda tree: ([(jax.tree_util.GetAttrKey(name), getattr(tree, name)) for name in names], None),
+        put_together,
+        lambda tree: ([getattr(tree, name) for name in names], None),
+    )
+    return made
+
+
+@pytree
 class Condition:
     """What a Wan transformer is conditioned on.
 
@@ -63,7 +94,7 @@ class Condition:
     frames: Float[Array, "b f h w c_frames"] | None = None
 
 
-@struct.dataclass
+@pytree
 class Batch:
     """Real clips and their conditions, as every distillation method receives them.
 
@@ -90,7 +121,7 @@ class Batch:
         )
 
 
-@struct.dataclass
+@pytree
 class Features:
     """What discriminator heads read from a transformer.
 
@@ -107,7 +138,7 @@ class Features:
     image: Float[Array, "b n_image d"] | None = None
 
 
-@struct.dataclass
+@pytree
 class PixelBatch:
     """Clips in pixels, for training the autoencoder.
 
@@ -118,7 +149,7 @@ class PixelBatch:
     video: Float[Array, "b t height width 3"]
 
 
-@struct.dataclass
+@pytree
 class CaptionedFrames:
     """Frames and captions, for training the text and image encoders.
 

@@ -1,5 +1,6 @@
 """Flow matching, the autoencoder's and the encoders' losses."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -81,7 +82,7 @@ def test_dropping_is_per_example_and_both_image_inputs_go_together(batch):
 
 
 def test_text_to_video_conditions_stay_none(batch):
-    plain = batch.replace(condition=batch.condition.replace(image=None, frames=None))
+    plain = dataclasses.replace(batch, condition=dataclasses.replace(batch.condition, image=None, frames=None))
     got = drop_conditions(plain, jax.random.key(0), 1.0, 1.0)
     assert got.image is None and got.frames is None
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vpae_jax.flow import draws
 from vpae_jax.flow.schedule import LogitNormal, Uniform, add_noise, expand
 from vpae_jax.methods.common import example_mean, inject, named_keys
 from vpae_jax.methods.scores import DistributionMatching, ScoreDistillation, fake_score_loss
@@ -90,7 +91,7 @@ def test_descent_moves_towards_the_real_distribution(x0):
 def test_weights(x0):
     keys = named_keys(KEY, "t", "noise")
     t = jnp.full(4, 0.6)
-    x = add_noise(x0, jax.random.normal(keys.noise, SHAPE), t)
+    x = add_noise(x0, draws.normal(keys.noise, SHAPE), t)
     x0_real = x - 0.6 * REAL(x, t, COND)
     gap = 1.642336
     normaliser = example_mean(jnp.abs(x0 - x0_real))
@@ -104,7 +105,7 @@ def test_weights(x0):
 def test_t2_is_the_raw_score_difference_through_the_noising(x0):
     """Fact 3: -(1 - t') (s_r - s_f), with the scores of the Gaussians themselves."""
     keys = named_keys(KEY, "t", "noise")
-    x = add_noise(x0, jax.random.normal(keys.noise, SHAPE), jnp.full(4, 0.6))
+    x = add_noise(x0, draws.normal(keys.noise, SHAPE), jnp.full(4, 0.6))
     var = 0.16 * SD**2 + 0.36
     score = lambda m: -(x - 0.4 * m) / var  # noqa: E731
     np.testing.assert_allclose(
@@ -163,7 +164,7 @@ def direct_distillation(x0, w=1.0, t=0.6, frames=3, reduce="mean"):
     times = jnp.full(len(x0), t)
 
     def loss(x0):
-        x = jax.lax.stop_gradient(add_noise(x0, jax.random.normal(keys.noise, x0.shape), times))
+        x = jax.lax.stop_gradient(add_noise(x0, draws.normal(keys.noise, x0.shape), times))
         v_c, v_u = REAL(x, times, COND), REAL(x, times, UNCOND)
         target = jax.lax.stop_gradient(x - t * (v_u + w * (v_c - v_u)))
         error = (x0 - target)[:, :frames] ** 2

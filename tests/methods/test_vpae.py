@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vpae_jax.flow import draws
 from vpae_jax.flow.schedule import LogitNormal, Uniform, add_noise, expand
 from vpae_jax.methods.adversarial import LOSSES, DifferencePenalty, DiscriminatorNoise
 from vpae_jax.methods.common import named_keys, predict_x0
@@ -303,7 +304,7 @@ def direct_loss(method, weights, stop_backbone=True):
     stopped = networks(jax.lax.stop_gradient(weights))
     keys = named_keys(KEY, "images", "generate", "noise", "csds")
     ones = jnp.ones(B)
-    noise = jax.random.normal(keys.generate, SHAPE, jnp.float32)
+    noise = draws.normal(keys.generate, SHAPE, jnp.float32)
     x0 = noise - nets["generator"](noise, ones, BATCH.condition)
     shown = method.noise(x0, BATCH.latents, keys.noise)
     name = {"ema": "generator_ema", "frozen_teacher": "teacher", "full_copy": "backbone"}.get(
@@ -314,7 +315,7 @@ def direct_loss(method, weights, stop_backbone=True):
     loss = LOSSES[method.adversarial].generator(logit(shown.real, shown.real_t), logit(shown.fake, shown.fake_t))
     csds = named_keys(keys.csds, "t", "noise")
     t = method.csds.t(csds.t, B)
-    x = add_noise(x0, jax.random.normal(csds.noise, SHAPE), t)
+    x = add_noise(x0, draws.normal(csds.noise, SHAPE), t)
     target = jax.lax.stop_gradient(predict_x0(stopped["teacher"], x, t, BATCH.condition))
     return method.adversarial_weight * loss + method.csds.weight * ((x0 - target) ** 2).mean((1, 2, 3, 4))
 

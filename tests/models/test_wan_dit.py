@@ -245,16 +245,23 @@ def test_bad_inputs_are_named():
     refused("expected at most 1024 along an axis", model, *inputs(T2V, (1, 2, 2050)))
     refused("condition.text has 513 tokens, expected at most 512", model, *inputs(T2V, size, tokens=513))
     x, t, condition = inputs(T2V, size)
-    frames = jnp.zeros((2, *size, 20))
-    refused("got 36 channels", model, x, t, condition.replace(frames=frames))
+    frames, picture = jnp.zeros((2, *size, 20)), jnp.zeros((2, 5, 28))
+    with_picture, with_frames = (
+        dataclasses.replace(condition, **{name: value}) for name, value in (("image", picture), ("frames", frames))
+    )
+    refused("got 36 channels", model, x, t, with_frames)
     refused(
-        "condition.image is given, but image_dim is None", model, x, t, condition.replace(image=jnp.zeros((2, 5, 28)))
+        "condition.image is given, but image_dim is None",
+        model,
+        x,
+        t,
+        with_picture,
     )
     for taps in ((), (0, 1), (2, 1), (1, 1), (4,)):
         refused("expected rising block numbers from 1 to 3", model, x, t, condition, taps=taps)
     model = WanTransformer(I2V, rngs=nnx.Rngs(0))
-    refused("got 16 channels .no condition.frames", model, x, t, condition.replace(image=jnp.zeros((2, 5, 28))))
-    refused("condition.image is missing, but image_dim is 28", model, x, t, condition.replace(frames=frames))
+    refused("got 16 channels .no condition.frames", model, x, t, with_picture)
+    refused("condition.image is missing, but image_dim is 28", model, x, t, with_frames)
     model = WanTransformer(dataclasses.replace(I2V, pos_embed_seq_len=10), rngs=nnx.Rngs(0))
     refused("condition.image has 5 tokens, expected 10", model, *inputs(I2V, size))
     with pytest.raises(UserError, match="remat is 'some', expected one of none, full, dots"):

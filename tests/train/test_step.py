@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 
 from vpae_jax.config import Experiment, OptimizerConfig
+from vpae_jax.flow import draws
 from vpae_jax.methods.base import Role, Update
 from vpae_jax.train import ema
 from vpae_jax.train.checkpoint import Checkpoints, guard_config, read_state
@@ -61,7 +62,7 @@ class Follow:
         }
 
     def follow(self, trainable, others, batch, key):
-        noise = self.noise * jax.random.normal(key, batch.shape)
+        noise = self.noise * draws.normal(key, batch.shape)
         return (trainable(batch) - others["leader"](batch) + noise) ** 2, {"seen": batch}
 
     def lead(self, trainable, others, batch, key):
@@ -110,7 +111,7 @@ def slopes(state):
 def test_one_update_moves_one_role_along_its_own_gradient():
     method, models, _, state, frozen = parts()
     update = make_update(method.updates[0], 0, models, optax.sgd(RATE))
-    state = state.replace(opt={**state.opt, "follower": optax.sgd(RATE).init(state.params["follower"])})
+    state = dataclasses.replace(state, opt={**state.opt, "follower": optax.sgd(RATE).init(state.params["follower"])})
     key = np.array(jax.random.key_data(state.key))
     x = jnp.array([1.0, 2.0])
     state, metrics = update(state, frozen, x, jnp.int32(0))
@@ -139,9 +140,26 @@ def test_no_draw_is_made_twice():
     other = make_update(method.updates[0], 1, models, optimizers["follower"])
     seen = set()
     for step, repeat, fn in [(0, 0, update), (0, 1, update), (1, 0, update), (0, 0, other)]:
-        state = parts(noise=1.0)[3].replace(step=jnp.int32(step))
+        state = dataclasses.replace(parts(noise=1.0)[3], step=jnp.int32(step))
         seen.add(float(fn(state, frozen, jnp.ones(2), jnp.int32(repeat))[1]["follower/loss"]))
     assert len(seen) == 4
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_parts_of_a_batch_add_up_to_the_whole(accumulation):
+    """Noise belongs to clips, so that the parts draw what the whole draws."""
+    method, models, _, _, frozen = parts(noise=1.0)
+    results = []
+    for count in (1, accumulation):
+        state = parts(noise=1.0)[3]
+        state = dataclasses.replace(
+            state, opt={**state.opt, "follower": optax.sgd(RATE).init(state.params["follower"])}
+        )
+        update = make_update(method.updates[0], 0, models, optax.sgd(RATE), count)
+        state, metrics = update(state, frozen, jnp.arange(1.0, 9.0), jnp.int32(0))
+        results.append((slopes(state)["follower"], {name: float(value) for name, value in metrics.items()}))
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
+    assert results[1][1] == pytest.approx(results[0][1], rel=1e-5)
 
 
 def test_due_follows_every_and_starts():

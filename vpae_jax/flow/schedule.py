@@ -36,6 +36,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
+from vpae_jax.flow import draws
 from vpae_jax.types import PRNGKey, Times, UserError
 
 Signal = Float[Array, "b *shape"]
@@ -151,7 +152,7 @@ class Uniform:
         """Independent times; `low` replaces the lower end, for a range that moves during training."""
         width = self.high - (self.low if low is None else low)
         # Half-open at the low end: t = 0 has no noise, and several conversions divide by t.
-        t = self.high - width * jax.random.uniform(key, (size,), jnp.float32)
+        t = self.high - width * draws.uniform(key, size)
         t = shift(t, self.shift)
         if self.clip is not None:
             t = jnp.clip(t, *self.clip)
@@ -181,5 +182,5 @@ class LogitNormal:
         _check_translation("LogitNormal", self.translate_to)
 
     def __call__(self, key: PRNGKey, size: int) -> Times:
-        t = jax.nn.sigmoid(self.mean + self.std * jax.random.normal(key, (size,), jnp.float32))
+        t = jax.nn.sigmoid(self.mean + self.std * draws.normal(key, (size,)))
         return _translated(shift(t, self.shift), self.translate_to)

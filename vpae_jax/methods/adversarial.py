@@ -20,13 +20,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.lax import stop_gradient
 from jax.nn import relu, softplus
 from jaxtyping import Float
 
+from vpae_jax.flow import draws
 from vpae_jax.flow.schedule import LogitNormal, Uniform, add_noise
 from vpae_jax.methods.base import Backbone, Head
 from vpae_jax.methods.common import check_at_least, check_choice, example_mean, example_sum, f32, named_keys
@@ -152,8 +152,8 @@ class DiscriminatorNoise:
             return Judged(fake, t, real, t)
         real_t = self._times(Uniform(0.0, 1.0))(keys.real_t, len(real)) if self.kind == "fig_literal" else t
         if self.real == "noised":
-            real = add_noise(real, jax.random.normal(keys.real_noise, real.shape, real.dtype), real_t)
-        return Judged(add_noise(fake, jax.random.normal(keys.fake_noise, fake.shape, fake.dtype), t), t, real, real_t)
+            real = add_noise(real, draws.normal(keys.real_noise, real.shape, real.dtype), real_t)
+        return Judged(add_noise(fake, draws.normal(keys.fake_noise, fake.shape, fake.dtype), t), t, real, real_t)
 
 
 @dataclass(frozen=True)
@@ -202,10 +202,8 @@ class DifferencePenalty:
         b, f, h, w, c = like.shape
         spatial = {"iid": (b, f, h, w, c), "shared": (b, 1, h, w, c)}[self.spatial]
         temporal = {"channel": (b, f, 1, 1, c), "frame": (b, f, 1, 1, 1), "iid": (b, f, h, w, c)}[self.temporal]
-        noise = self.sigma_s * jax.random.normal(keys.spatial, spatial, like.dtype)
-        return jnp.broadcast_to(
-            noise + self.sigma_t * jax.random.normal(keys.temporal, temporal, like.dtype), like.shape
-        )
+        noise = self.sigma_s * draws.normal(keys.spatial, spatial, like.dtype)
+        return jnp.broadcast_to(noise + self.sigma_t * draws.normal(keys.temporal, temporal, like.dtype), like.shape)
 
     def ratio(self, change: PerExample, delta: Float[Array, "b *shape"]) -> PerExample:
         """change^2 over the chosen norm of delta."""

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-import jax
 import jax.numpy as jnp
 
+from vpae_jax.flow import draws
 from vpae_jax.methods.base import Role, Update
 from vpae_jax.methods.common import example_mean, f32
 from vpae_jax.types import Latents, Metrics, PerExample, PixelBatch, PRNGKey, UserError, Video
@@ -74,7 +74,7 @@ class Autoencoder:
         video = f32(batch.video)
         mean, logvar = (f32(moment) for moment in trainable.moments(video))
         logvar = jnp.clip(logvar, *LOGVAR_RANGE)
-        z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape, mean.dtype)
+        z = mean + jnp.exp(0.5 * logvar) * draws.normal(key, mean.shape, mean.dtype)
         error = f32(trainable.decode_raw(z)) - video
         l1, l2 = example_mean(jnp.abs(error)), example_mean(error**2)
         kl = example_mean(0.5 * (mean**2 + jnp.exp(logvar) - 1 - logvar))

@@ -19,6 +19,7 @@ from jax import Array
 from jax.lax import stop_gradient
 from jaxtyping import Float
 
+from vpae_jax.flow import draws
 from vpae_jax.flow.guidance import guided
 from vpae_jax.flow.schedule import velocity_to_x0
 from vpae_jax.methods.base import Velocity
@@ -26,10 +27,20 @@ from vpae_jax.types import Batch, Condition, Latents, Metrics, PerExample, PRNGK
 
 
 def named_keys(key: PRNGKey, *names: str) -> SimpleNamespace:
-    """One independent key a name, as attributes: `keys = named_keys(key, "t", "noise"); keys.t`."""
+    """One independent key a name, as attributes: `keys = named_keys(key, "t", "noise"); keys.t`.
+
+    Keys of clips give keys of clips.
+    """
     if len(set(names)) != len(names):
         raise ValueError(f"a name is repeated in {names}: two draws would share one key")
-    return SimpleNamespace(**dict(zip(names, jax.random.split(key, len(names)), strict=True)))
+    count = len(names)
+    # Clips stay on the leading axis only within each name's keys.
+    keys = (
+        jax.vmap(lambda own: jax.random.split(own, count), out_axes=1)(key)
+        if key.ndim
+        else jax.random.split(key, count)
+    )
+    return SimpleNamespace(**dict(zip(names, keys, strict=True)))
 
 
 def f32(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -148,8 +159,8 @@ def drop_conditions(batch: Batch, key: PRNGKey, text: float, image: float) -> Co
     keys = named_keys(key, "text", "image")
     condition = batch.condition
     size = condition.text.shape[0]
-    no_text = jax.random.bernoulli(keys.text, text, (size,))
-    no_image = jax.random.bernoulli(keys.image, image, (size,))
+    no_text = draws.bernoulli(keys.text, text, size)
+    no_image = draws.bernoulli(keys.image, image, size)
     null = batch.unconditional
 
     def without_image(x):

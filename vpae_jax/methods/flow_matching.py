@@ -13,8 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import jax
-
+from vpae_jax.flow import draws
 from vpae_jax.flow.schedule import LogitNormal, Uniform, add_noise
 from vpae_jax.methods.base import Role, Update, Velocity
 from vpae_jax.methods.common import check_fraction, drop_conditions, example_mean, f32, named_keys
@@ -65,7 +64,7 @@ class FlowMatching:
         keys = named_keys(key, "t", "noise", "dropout")
         x0 = f32(batch.latents)
         t = self.t(keys.t, x0.shape[0])
-        eps = jax.random.normal(keys.noise, x0.shape, x0.dtype)
+        eps = draws.normal(keys.noise, x0.shape, x0.dtype)
         condition = drop_conditions(batch, keys.dropout, self.text_dropout, self.image_dropout)
         v = f32(trainable(add_noise(x0, eps, t), t, condition))
         loss = example_mean((v - (eps - x0)) ** 2)

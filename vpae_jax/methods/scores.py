@@ -18,10 +18,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
+from vpae_jax.flow import draws
 from vpae_jax.flow.schedule import LogitNormal, Uniform, add_noise, expand
 from vpae_jax.methods.base import Velocity
 from vpae_jax.methods.common import (
@@ -81,7 +81,7 @@ class DistributionMatching:
         keys = named_keys(key, "t", "noise")
         x0 = stop_gradient(x0)
         t = self.t(keys.t, len(x0))
-        x = add_noise(x0, jax.random.normal(keys.noise, x0.shape, x0.dtype), t)
+        x = add_noise(x0, draws.normal(keys.noise, x0.shape, x0.dtype), t)
         x0_real = predict_x0(real, x, t, condition, unconditional, self.guidance)
         gap = predict_x0(fake, x, t, condition) - x0_real
         normaliser = example_mean(jnp.abs(x0 - x0_real))
@@ -126,7 +126,7 @@ def fake_score_loss(
     keys = named_keys(key, "t", "noise")
     x0 = stop_gradient(x0)
     times = t(keys.t, len(x0))
-    noise = jax.random.normal(keys.noise, x0.shape, x0.dtype)
+    noise = draws.normal(keys.noise, x0.shape, x0.dtype)
     v = f32(fake(add_noise(x0, noise, times), times, condition))
     loss = example_mean((v - (noise - x0)) ** 2)
     return loss if space == "velocity" else times**2 * loss
@@ -180,7 +180,7 @@ class ScoreDistillation:
         keys = named_keys(key, "t", "noise")
         x0 = stop_gradient(x0)
         t = disc_t if self.t is None else self.t(keys.t, len(x0))
-        x = add_noise(x0, jax.random.normal(keys.noise, x0.shape, x0.dtype), t)
+        x = add_noise(x0, draws.normal(keys.noise, x0.shape, x0.dtype), t)
         error = x0 - predict_x0(teacher, x, t, condition, unconditional, self.guidance)
         if self.frames:
             kept = jnp.arange(error.shape[1]) < self.frames

@@ -54,6 +54,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
+from vpae_jax.flow import draws
 from vpae_jax.flow.schedule import LogitNormal, Uniform, add_noise
 from vpae_jax.methods.adversarial import (
     LOSSES,
@@ -178,7 +179,7 @@ class PhaseOne:
         """The generator's clips in one evaluation, float32. "anneal" reads the step from `others["step"]`."""
         keys = named_keys(key, "t", "noise")
         data = f32(batch.latents)
-        noise = jax.random.normal(keys.noise, data.shape, data.dtype)
+        noise = draws.normal(keys.noise, data.shape, data.dtype)
         if self.input == "pure_noise":
             return predict_x0(generator, noise, jnp.ones(len(data)), batch.condition)
         if self.input == "anneal" and isinstance(self.t, Uniform):
@@ -297,7 +298,7 @@ class PhaseTwo:
     def generate(self, generator: Velocity, batch: Batch, key: PRNGKey) -> Latents:
         """x0 = eps - mu(eps, 1) in float32."""
         shape = batch.latents.shape
-        noise = jax.random.normal(key, shape, jnp.float32)
+        noise = draws.normal(key, shape, jnp.float32)
         return predict_x0(generator, noise, jnp.ones(shape[0]), batch.condition)
 
     def heads_loss(

@@ -23,11 +23,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from vpae_jax.models.attention import LayerNorm, RMSNorm, attention
+from vpae_jax.models.attention import LayerNorm, RMSNorm
+from vpae_jax.models.kernels.reference import attention
 from vpae_jax.models.lora import Linear
+from vpae_jax.models.parallel import gather
+from vpae_jax.sharding import HEADS_RULES
 from vpae_jax.types import Features, PerExample, Tokens, UserError
 
 
@@ -243,6 +247,7 @@ class DiscriminatorHeads(nnx.Module):
       rngs: source of the initial weights.
       dtype: compute dtype of the products with hidden states and condition tokens.
       param_dtype: dtype in which the weights are kept.
+      mesh: where they run, with the axes of `sharding`; None for where their arguments are.
     """
 
     def __init__(
@@ -252,10 +257,12 @@ class DiscriminatorHeads(nnx.Module):
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
+        mesh: Mesh | None = None,
     ):
         kind = ConvHeads if config.kind == "conv" else QueryHeads
         self.heads = kind(config, rngs, dtype, param_dtype)
         self.config = config
+        self.mesh = mesh
 
     def __call__(self, features: Features) -> PerExample:
         """Logits, high for real.
@@ -267,7 +274,8 @@ class DiscriminatorHeads(nnx.Module):
             raise UserError(
                 f"heads: {len(features.taps)} taps were given, {len(self.config.taps)} are expected; set heads.taps"
             )
-        return self.heads(features)
+        graph, weights = nnx.split(self.heads)
+        return nnx.merge(graph, gather(weights, HEADS_RULES, self.mesh, "heads/"))(features)
 
 
 def sinusoid(length: int, width: int) -> Float[np.ndarray, "n d"]:

@@ -14,8 +14,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from vpae_jax.models.attention import LayerNorm, RMSNorm, attention, normalise, rotate
+from vpae_jax.models.attention import LayerNorm, RMSNorm, normalise, rotate
 from vpae_jax.models.lora import Linear
+from vpae_jax.models.parallel import Layout
 from vpae_jax.types import Tokens, UserError
 
 
@@ -102,8 +103,10 @@ class Context(NamedTuple):
       text: projected text tokens, then one padding token if the prompt is shorter than Wan pads it to.
       text_bias: logit added for each of them.
       image: projected image tokens.
-      cos: of the rotary embedding.
+      cos: of the rotary embedding; tokens that are padding are not turned.
       sin: of the rotary embedding.
+      tokens: how many of the clip's tokens are no padding.
+      layout: where the arrays lie.
     """
 
     modulation: Float[Array, "b 6 d"]
@@ -112,6 +115,8 @@ class Context(NamedTuple):
     image: Float[Array, "b n_image d"] | None
     cos: Float[Array, "n half"]
     sin: Float[Array, "n half"]
+    tokens: int
+    layout: Layout
 
 
 class Attention(nnx.Module):
@@ -141,10 +146,11 @@ class Attention(nnx.Module):
     def self_attention(self, x: Tokens, context: Context) -> Tokens:
         q = rotate(self.split(self.norm_q(self.to_q(x))), context.cos, context.sin)
         k = rotate(self.split(self.norm_k(self.to_k(x))), context.cos, context.sin)
-        return self.to_out(attention(q, k, self.split(self.to_v(x))).reshape(x.shape))
+        out = context.layout.self_attention(q, k, self.split(self.to_v(x)), context.tokens)
+        return self.to_out(out.reshape(x.shape))
 
     def cross_attention(self, x: Tokens, context: Context) -> Tokens:
-        text, image = context.text, context.image
+        text, image, attention = context.text, context.image, context.layout.cross_attention
         q = self.split(self.norm_q(self.to_q(x)))
         k = self.split(self.norm_k(self.to_k(text)))
         out = attention(q, k, self.split(self.to_v(text)), context.text_bias)

@@ -13,21 +13,35 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from vpae_jax.models import kernels
 from vpae_jax.models.attention import normalise, rope_table
 from vpae_jax.models.lora import Linear, LoRASpec, attach_lora
+from vpae_jax.models.parallel import Layout, gather
 from vpae_jax.models.stack import stack_layers
 from vpae_jax.models.wan_blocks import Block, Context, Options, WanTransformerConfig
 from vpae_jax.models.wan_embed import ConditionEmbedder, PatchEmbedding
+from vpae_jax.sharding import TRANSFORMER_RULES, param_path
 from vpae_jax.types import Condition, Features, Latents, Params, Times, Tokens, UserError
 
+CARRY = "carry"  # a block's input
 REMAT_POLICIES: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
         "full": jax.checkpoint_policies.nothing_saveable,
         "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "attention": jax.checkpoint_policies.save_only_these_names(kernels.RESIDUALS),
+        "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[CARRY],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
     }
 )
 
@@ -40,12 +54,14 @@ class WanTransformer(nnx.Module):
       rngs: source of the initial weights (Wan's initialisation: Xavier-uniform, zero output projection).
       dtype: compute dtype of the matrix products; norms, modulation, time embedding and softmax stay float32.
       param_dtype: dtype in which the weights are kept.
-      remat: what the backward pass recomputes: "none" of the blocks, the "full" block, or all but the products of
-        activations with weights ("dots").
+      remat: what the backward pass recomputes: "none" of the blocks, the "full" block, all but the products of
+        activations with weights ("dots"), or all but self-attention ("attention"); "offload" is "full" with the blocks'
+        inputs kept in the host's memory.
       lora: adapters to attach; their initial effect is zero.
+      mesh: where it runs, with the axes of `sharding`; None for where its arguments are.
 
     Raises:
-      UserError: an unknown `remat`, or adapters that fit no layer.
+      UserError: an unknown `remat`, adapters that fit no layer, or a mesh that does not divide the heads.
     """
 
     def __init__(
@@ -57,6 +73,7 @@ class WanTransformer(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         remat: str = "none",
         lora: LoRASpec | None = None,
+        mesh: Mesh | None = None,
     ):
         if remat not in ("none", *REMAT_POLICIES):
             raise UserError(f"remat is {remat!r}, expected one of none, {', '.join(REMAT_POLICIES)}; choose one")
@@ -74,6 +91,7 @@ class WanTransformer(nnx.Module):
         self.config = config
         self.dtype = dtype
         self.remat = remat
+        self.layout = Layout(mesh, config.num_attention_heads)
         if lora is not None:
             attach_lora(self, lora, rngs=rngs)
 
@@ -88,8 +106,8 @@ class WanTransformer(nnx.Module):
         table = self.scale_shift_table[...].astype(jnp.float32) + embedding[:, None, :]
         shift, scale = table[:, :1], table[:, 1:]
         hidden = (normalise(hidden, self.config.eps) * (1 + scale) + shift).astype(self.dtype)
-        patches = self.proj_out(hidden)
         (pf, ph, pw), (f, h, w) = self.config.patch_size, self._grid(x)
+        patches = self.layout.place_clips(self.proj_out(hidden))[:, : f * h * w]
         patches = patches.reshape(x.shape[0], f, h, w, pf, ph, pw, self.config.out_channels)
         velocity = patches.transpose(0, 1, 4, 2, 5, 3, 6, 7)
         return velocity.reshape(*x.shape[:-1], self.config.out_channels).astype(x.dtype)
@@ -109,7 +127,7 @@ class WanTransformer(nnx.Module):
         states, start = [], 0
         for tap in taps:
             hidden = self._run(hidden, context, start, tap)
-            states.append(hidden)
+            states.append(hidden[:, : context.tokens])
             start = tap
         text = context.text[:, : condition.text.shape[1]]
         return Features(taps=tuple(states), text=text, text_mask=condition.text_mask, image=context.image)
@@ -148,19 +166,27 @@ class WanTransformer(nnx.Module):
             raise UserError(
                 f"condition.text has {length} tokens, expected at most {config.text_len}; shorten the prompt"
             )
-        hidden = self.patch_embedding(x)
+        hidden = self.patch_embedding(self.layout.place_clips(x))
+        tokens = hidden.shape[1]
+        padding = self.layout.padded(tokens) - tokens
+        if padding:
+            hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
+        hidden = self.layout.place(hidden)
         embedding, modulation = self.condition_embedder.time(t)
         text, text_bias = condition.text.astype(self.dtype), None
         if length < config.text_len:
             # All padding tokens are equal after the embedder: one of them with logit log(count) stands for them all.
             text = jnp.pad(text, ((0, 0), (0, 1), (0, 0)))
             text_bias = jnp.zeros((1, length + 1)).at[:, -1].set(math.log(config.text_len - length))
-        text = self.condition_embedder.text_embedder(text)
+        text = self.layout.place_clips(self.condition_embedder.text_embedder(self.layout.place_clips(text)))
         image = None
         if condition.image is not None and self.condition_embedder.image_embedder is not None:
-            image = self.condition_embedder.image_embedder(condition.image)
-        cos, sin = (jnp.asarray(table) for table in rope_table(grid, config.attention_head_dim))
-        return hidden, embedding, Context(modulation, text, text_bias, image, cos, sin)
+            image = self.condition_embedder.image_embedder(self.layout.place_clips(condition.image))
+            image = self.layout.place_clips(image)
+        cos, sin = (
+            jnp.asarray(np.pad(table, ((0, padding), (0, 0)))) for table in rope_table(grid, config.attention_head_dim)
+        )
+        return hidden, embedding, Context(modulation, text, text_bias, image, cos, sin, tokens, self.layout)
 
     def _run(self, hidden: Tokens, context: Context, start: int, stop: int) -> Tokens:
         """Blocks start to stop - 1 in one scan over their stacked weights."""
@@ -169,8 +195,18 @@ class WanTransformer(nnx.Module):
             weights = jax.tree.map(lambda weight: weight[start:stop], weights)
 
         def body(carry: Tokens, layer: Params) -> tuple[Tokens, None]:
-            return nnx.merge(graph, layer)(carry, context), None
+            layer = gather(_cast(layer, self.dtype), TRANSFORMER_RULES, self.layout.mesh, "blocks/", stacked=True)
+            return self.layout.place(nnx.merge(graph, layer)(checkpoint_name(carry, CARRY), context)), None
 
         if self.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         return jax.lax.scan(body, hidden, weights)[0]
+
+
+def _cast(layer: Params, dtype: DTypeLike) -> Params:
+    """A block's matrices in the compute dtype, before devices exchange them; norms and modulation as they are."""
+
+    def one(path: tuple[Any, ...], leaf: Array) -> Array:
+        return leaf.astype(dtype) if param_path(path).endswith(("/kernel", "/lora_a", "/lora_b")) else leaf
+
+    return jax.tree_util.tree_map_with_path(one, layer)

@@ -11,6 +11,7 @@ A run looks for its start in this order:
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ import orbax.checkpoint as ocp
 from grain.checkpoint import CheckpointHandler, CheckpointRestore, CheckpointSave
 
 from vpae_jax.files import write_text
+from vpae_jax.sharding import param_path
 from vpae_jax.train.state import TrainState
-from vpae_jax.types import UserError
+from vpae_jax.types import Params, UserError
 
 CONFIG_FILE = "config.json"
 FOLDER = "checkpoints"
@@ -70,7 +72,10 @@ def latest_step(workdir: Path) -> int | None:
 
 
 def read_state(
-    workdir: Path, step: int | None = None, items: tuple[str, ...] = ("step", "params", "ema")
+    workdir: Path,
+    step: int | None = None,
+    items: tuple[str, ...] = ("step", "params", "ema"),
+    like: Mapping[str, Params] | None = None,
 ) -> dict[str, Any]:
     """What a run's checkpoint holds, as nested dicts of numpy arrays, whatever devices it was written on.
 
@@ -78,9 +83,11 @@ def read_state(
       workdir: the run's folder.
       step: which checkpoint; the newest by default.
       items: of "step", "key", "params", "opt", "ema".
+      like: shapes with places of the roles that are wanted, of which "params" and "ema" then hold these alone, on
+        their devices.
 
     Raises:
-      UserError: when the workdir has no such checkpoint.
+      UserError: when the workdir has no such checkpoint, or one of other shapes.
     """
     folder, newest = (workdir / FOLDER).absolute(), latest_step(workdir)
     if newest is None:
@@ -92,9 +99,31 @@ def read_state(
             raise UserError(f"no checkpoint of step {step} in {workdir}, the newest is of step {newest}")
         tree = manager.item_metadata(step)["state"].tree
         wanted = {item: tree[item] for item in items}
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-        restore = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
+        how: Any = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        for item in {"params", "ema"} & set(items):
+            if like is None:
+                continue
+            held = {role: places for role, places in like.items() if role in tree[item]}
+            wanted[item] = {role: tree[item][role] for role in held}
+            how[item] = {role: _into(wanted[item][role], places, folder, role) for role, places in held.items()}
+        restore = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True)
         return manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
+
+
+def _into(stored: Any, places: Params, folder: Path, role: str) -> Any:
+    """How to restore one role's weights into their places. Raises `UserError` when they have other shapes."""
+
+    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+        return {param_path(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+    found, expected = shapes(stored), shapes(places)
+    for name in sorted({*found, *expected}):
+        if found.get(name) != expected.get(name):
+            raise UserError(
+                f"{folder}: {role} parameter {name} has shape {found.get(name)}, expected {expected.get(name)}; it was "
+                "trained with other sizes (config.model.preset, config.model.path, ranks, heads)"
+            )
+    return jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype), places)
 
 
 def guard_config(workdir: Path, config: dict[str, Any], free: tuple[str, ...]) -> None:

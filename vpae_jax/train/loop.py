@@ -23,7 +23,7 @@ from vpae_jax.train import step as steps
 from vpae_jax.train.checkpoint import Checkpoints
 from vpae_jax.train.metrics import Metrics
 from vpae_jax.train.roles import RoleModels
-from vpae_jax.train.state import TrainState
+from vpae_jax.train.state import TrainState, places_of
 from vpae_jax.types import Params, UserError
 
 
@@ -74,8 +74,10 @@ def train(
         state, batches = checkpoints.restore(state, batches)
         print(f"continuing from step {start} of {workdir}", flush=True)
     start = int(state.step)
+    places = places_of(state)
     programs = [
-        steps.make_update(update, i, models, optimizers[update.trains]) for i, update in enumerate(method.updates)
+        steps.make_update(update, i, models, optimizers[update.trains], experiment.accumulation, places)
+        for i, update in enumerate(method.updates)
     ]
     metrics = Metrics(workdir, start, experiment.steps)
     try:

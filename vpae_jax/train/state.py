@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
-from jax import Array
-from jaxtyping import Int
+from jax.sharding import NamedSharding, PartitionSpec
 
 from vpae_jax.methods.base import Role
 from vpae_jax.train import ema
-from vpae_jax.types import Params, PRNGKey
+from vpae_jax.types import Params, pytree
 
 
-@struct.dataclass
+@pytree
 class TrainState:
-    """State of all trained roles.
+    """State of all trained roles; or, as a tree of the same form, its shapes or places.
 
     Attributes:
-      step: completed steps.
-      key: root of all randomness; never changes. Each draw folds in the step, the update and its repeat.
+      step: completed steps, int32.
+      key: root of all randomness, one key; never changes. Each draw folds in the step, the update and its repeat.
       params: float32 master weights of each trained role (only the adapters, for a role with adapters).
       opt: each trained role's optimizer state.
       ema: float32 average of the weights of each role that keeps one.
     """
 
-    step: Int[Array, ""]
-    key: PRNGKey
+    step: Any
+    key: Any
     params: dict[str, Params]
     opt: dict[str, optax.OptState]
     ema: dict[str, Params]
@@ -41,13 +40,60 @@ def create(
     roles: Mapping[str, Role],
     optimizers: Mapping[str, optax.GradientTransformation],
 ) -> TrainState:
-    """A fresh state at step 0: float32 copies of the given weights, empty moments, averages equal to the weights."""
-    # Copies: the step donates its state, and two roles may have started from the same arrays.
-    params = {name: ema.start(tree) for name, tree in params.items()}
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        key=jax.random.key(seed),
-        params=params,
-        opt={name: optimizers[name].init(tree) for name, tree in params.items()},
-        ema={name: ema.start(params[name]) for name in params if roles[name].ema is not None},
+    """A fresh state at step 0: the given weights in float32, empty moments, averages equal to the weights.
+
+    Moments and averages lie where their weights do. The weights' own buffers are given up.
+    """
+    params = dict(params)
+    places = places_of(abstract(params, roles, optimizers))
+    return jax.jit(_builder(seed, roles, optimizers), out_shardings=places, donate_argnums=0)(params)
+
+
+def abstract(
+    params: Mapping[str, Params], roles: Mapping[str, Role], optimizers: Mapping[str, optax.GradientTransformation]
+) -> TrainState:
+    """Shapes, dtypes and places of `create`'s state, for weights that may be shapes with places, too."""
+    params = dict(params)
+    shapes = jax.eval_shape(_builder(0, roles, optimizers), params)
+    weights = places_of(params)
+    whole = _everywhere(jax.tree.leaves(weights)[0])
+    places = TrainState(
+        step=whole,
+        key=whole,
+        params=weights,
+        opt={name: _moments(optimizers[name], shapes.opt[name], weights[name], whole) for name in shapes.opt},
+        ema={name: weights[name] for name in shapes.ema},
     )
+    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, places)
+
+
+def places_of(tree: Any) -> Any:
+    """The sharding of every array, or shape with a place, of a tree."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def _builder(
+    seed: int, roles: Mapping[str, Role], optimizers: Mapping[str, optax.GradientTransformation]
+) -> Callable[[dict[str, Params]], TrainState]:
+    def build(params: dict[str, Params]) -> TrainState:
+        params = {name: ema.start(tree) for name, tree in params.items()}
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            key=jax.random.key(seed),
+            params=params,
+            opt={name: optimizers[name].init(tree) for name, tree in params.items()},
+            ema={name: ema.start(params[name]) for name in params if roles[name].ema is not None},
+        )
+
+    return build
+
+
+def _moments(optimizer: optax.GradientTransformation, state: Any, weights: Any, whole: Any) -> Any:
+    """Places of an optimizer's state: those of the weights for what has their shape, everywhere for the rest."""
+    return optax.tree.map_params(
+        optimizer, lambda _, place: place, state, weights, transform_non_params=lambda _: whole
+    )
+
+
+def _everywhere(place: Any) -> Any:
+    return NamedSharding(place.mesh, PartitionSpec()) if isinstance(place, NamedSharding) else place

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from vpae_jax import sharding
+from vpae_jax.flow.draws import clip_keys
 from vpae_jax.methods.base import Update
 from vpae_jax.train import ema
 from vpae_jax.train.roles import RoleModels
@@ -27,7 +29,14 @@ from vpae_jax.types import Metrics, Params
 UpdateFn = Callable[[TrainState, Mapping[str, Params], Any, Any], tuple[TrainState, Metrics]]
 
 
-def make_update(update: Update, index: int, models: RoleModels, optimizer: optax.GradientTransformation) -> UpdateFn:
+def make_update(
+    update: Update,
+    index: int,
+    models: RoleModels,
+    optimizer: optax.GradientTransformation,
+    accumulation: int = 1,
+    places: TrainState | None = None,
+) -> UpdateFn:
     """Builds the jitted step of one update.
 
     Args:
@@ -35,6 +44,8 @@ def make_update(update: Update, index: int, models: RoleModels, optimizer: optax
       index: the update's place in the method's order; part of its randomness.
       models: how weights become networks.
       optimizer: the trained role's.
+      accumulation: parts that the batch is processed in, one after the other; their gradients are averaged.
+      places: the state's shardings; a new state lies where the old one did. None leaves it to the compiler.
 
     Returns:
       The step. Its metrics are scalars named `<role>/<metric>`: the loss, what the loss reports (means over the
@@ -43,25 +54,46 @@ def make_update(update: Update, index: int, models: RoleModels, optimizer: optax
     role = update.trains
     decay = models.roles[role].ema
 
+    def placed(grads: Params) -> Params:
+        """Gradients lie where their weights do, so that summing them over devices leaves each its own share."""
+        return grads if places is None else jax.lax.with_sharding_constraint(grads, places.params[role])
+
     def run(state: TrainState, frozen: Mapping[str, Params], batch: Any, repeat: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(state.key, state.step), index), repeat)
         # All roles, the trained one too: there it is a constant, since only `params` below is differentiated.
         others = {**models.networks(state.params, state.ema, frozen), "step": state.step}
-
-        def mean_loss(params: Params) -> tuple[Array, Metrics]:
-            loss, metrics = update.loss(models.network(role, params, frozen), others, batch, key)
-            return jnp.mean(loss), metrics
-
         params = state.params[role]
-        (loss, metrics), grads = jax.value_and_grad(mean_loss, has_aux=True)(params)
+
+        def differentiate(batch: Any, keys: Any) -> tuple[tuple[Array, Metrics], Params]:
+            def mean_loss(params: Params) -> tuple[Array, Metrics]:
+                loss, metrics = update.loss(models.network(role, params, frozen), others, batch, keys)
+                return jnp.mean(loss), {name: jnp.mean(value) for name, value in metrics.items()}
+
+            value, grads = jax.value_and_grad(mean_loss, has_aux=True)(params)
+            return value, placed(grads)
+
+        keys = clip_keys(key, sharding.count_clips(batch))
+        if accumulation == 1:
+            (loss, metrics), grads = differentiate(batch, keys)
+        else:
+
+            def add(total: Params, part: Array) -> tuple[Params, tuple[Array, Metrics]]:
+                value, grads = differentiate(*sharding.part_of((batch, keys), part, accumulation))
+                return jax.tree.map(jnp.add, total, grads), value
+
+            zeros = placed(jax.tree.map(jnp.zeros_like, params))
+            total, values = jax.lax.scan(add, zeros, jnp.arange(accumulation))
+            grads = jax.tree.map(lambda grad: grad / accumulation, total)
+            loss, metrics = jax.tree.map(lambda value: jnp.mean(value, axis=0), values)
+
         steps, opt = optimizer.update(grads, state.opt[role], params)
         params = optax.apply_updates(params, steps)
         averages = dict(state.ema)
         if decay is not None:
             averages[role] = ema.update(averages[role], params, decay)
         state = replace(state, params={**state.params, role: params}, opt={**state.opt, role: opt}, ema=averages)
-        scalars = {name: jnp.mean(value) for name, value in metrics.items()}
-        scalars |= {
+        scalars = {
+            **metrics,
             "loss": loss,
             "grad_norm": optax.tree.norm(grads),
             "update_norm": optax.tree.norm(steps),
@@ -69,7 +101,9 @@ def make_update(update: Update, index: int, models: RoleModels, optimizer: optax
         }
         return state, {f"{role}/{name}": value for name, value in scalars.items()}
 
-    return jax.jit(run, donate_argnums=0)
+    if places is None:
+        return jax.jit(run, donate_argnums=0)
+    return jax.jit(run, donate_argnums=0, out_shardings=(places, places.step))
 
 
 def due(updates: tuple[Update, ...], step: int) -> list[tuple[int, Update]]:

@@ -1,0 +1,41 @@
+"""Random numbers that belong to a clip: the same whatever the batch is split into, and on any mesh.
+
+A loss is given one key for each clip, and everything that it draws for a clip comes from that clip's key. So a batch
+that is processed in parts, or by several hosts, sees exactly the numbers that it would see in one piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Key
+
+from vpae_jax.types import PRNGKey
+
+
+def clip_keys(key: PRNGKey, clips: int) -> Key[Array, "b"]:
+    """One independent key for each clip: `key` folded with the clip's number. Keys that are the clips' own stay."""
+    if key.ndim:
+        if len(key) != clips:
+            raise ValueError(f"{len(key)} keys for {clips} clips")
+        return key
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(clips))
+
+
+def normal(key: PRNGKey, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Float[Array, "b *shape"]:
+    """Standard normal numbers; `shape[0]` is the number of clips."""
+    keys = clip_keys(key, shape[0])
+    return jax.vmap(lambda own: jax.random.normal(own, tuple(shape[1:]), dtype))(keys)
+
+
+def uniform(key: PRNGKey, clips: int) -> Float[Array, "b"]:
+    """A number in [0, 1) for each clip, float32."""
+    return jax.vmap(lambda own: jax.random.uniform(own, (), jnp.float32))(clip_keys(key, clips))
+
+
+def bernoulli(key: PRNGKey, probability: float, clips: int) -> Bool[Array, "b"]:
+    """True with this probability, for each clip."""
+    return uniform(key, clips) < probability

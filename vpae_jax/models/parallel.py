@@ -1,0 +1,234 @@
+"""How the tokens of a clip lie on a mesh, and attention across its `context` axis.
+
+Each of the axis's `c` devices holds a run of tokens. Self-attention needs all of them:
+
+    Ulysses (2309.14509)   devices exchange tokens for heads, so that each holds all tokens of some heads
+    ring (2310.01889)      keys and values travel around a ring; partial results are combined by their log-sum-exp
+
+Where `c` divides the heads, Ulysses serves alone. Where it does not, the largest divisor `u` of both does Ulysses, and
+rings of `c / u` devices do the rest. Cross-attention needs no exchange: text and image are on every device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float
+
+from vpae_jax.models import kernels
+from vpae_jax.models.kernels import tiled
+from vpae_jax.sharding import SPLIT, Rules, find_rule, param_path
+from vpae_jax.types import Params, Tokens, UserError
+
+CLIPS = ("data", "fsdp")
+AXIS = "context"
+P = PartitionSpec
+Queries = Float[Array, "b n heads head_dim"]
+Keys = Float[Array, "b m heads head_dim"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Places of a transformer's arrays.
+
+    Attributes:
+      mesh: axes as in `sharding`; None leaves everything to where the arguments are.
+      heads: attention heads of the transformer.
+
+    Raises:
+      UserError: the mesh's `tensor` axis does not divide the heads.
+    """
+
+    mesh: Mesh | None
+    heads: int
+
+    def __post_init__(self) -> None:
+        if self.heads % self._size("tensor"):
+            raise UserError(
+                f"config.mesh.tensor is {self._size('tensor')}, which does not divide the transformer's {self.heads} "
+                "heads; choose a divisor"
+            )
+
+    @property
+    def ulysses(self) -> int:
+        """Devices that exchange tokens for heads."""
+        return math.gcd(self._size(AXIS), self.heads // self._size("tensor"))
+
+    @property
+    def ring(self) -> int:
+        """Devices around which keys and values travel."""
+        return self._size(AXIS) // self.ulysses
+
+    @property
+    def platform(self) -> str | None:
+        """Of the mesh's devices, which need not be at hand."""
+        return None if self.mesh is None else self.mesh.devices.flat[0].platform
+
+    def padded(self, tokens: int) -> int:
+        """Tokens that a clip is filled up to, so that `context` divides them."""
+        return -(-tokens // self._size(AXIS)) * self._size(AXIS)
+
+    def place(self, x: Tokens) -> Tokens:
+        """Hidden states: clips over `data` and `fsdp`, tokens over `context`."""
+        return self._constrain(x, self._clips(x), AXIS)
+
+    def place_clips(self, x: Float[Array, "b *shape"]) -> Float[Array, "b *shape"]:
+        """What every token of a clip reads: clips over `data` and `fsdp`, the rest whole."""
+        return self._constrain(x, self._clips(x))
+
+    def self_attention(self, q: Queries, k: Queries, v: Queries, tokens: int) -> Queries:
+        """Attention among a clip's tokens, of which those from `tokens` on are padding that nobody sees."""
+        if self.mesh is None:
+            return kernels.attention(q, k, v, platform=self.platform)
+        spec = P(self._clips(q), AXIS, "tensor", None)
+        local = partial(self._self_attention, tokens=tokens, padded=q.shape[1])
+        return self._map(local, (spec, spec, spec), spec)(q, k, v)
+
+    def cross_attention(self, q: Queries, k: Keys, v: Keys, bias: Float[Array, "1 m"] | None = None) -> Queries:
+        """Attention of a clip's tokens to text or image; `bias` as in `kernels.attention`."""
+        attend = partial(kernels.attention, platform=self.platform)
+        if self.mesh is None:
+            return attend(q, k, v, bias)
+        queries, keys = P(self._clips(q), AXIS, "tensor", None), P(self._clips(q), None, "tensor", None)
+        if bias is None:
+            return self._map(attend, (queries, keys, keys), queries)(q, k, v)
+        return self._map(attend, (queries, keys, keys, P()), queries)(q, k, v, bias)
+
+    def _self_attention(self, q: Queries, k: Queries, v: Queries, tokens: int, padded: int) -> Queries:
+        """On one device, with its own tokens and heads."""
+        exchange = partial(jax.lax.all_to_all, axis_name=AXIS, tiled=True, axis_index_groups=self._groups())
+        if self.ulysses > 1:
+            q, k, v = (exchange(x, split_axis=2, concat_axis=1) for x in (q, k, v))
+        if self.ring > 1:
+            out = ring_attention(q, k, v, Ring(self.ulysses, self.ring, tokens, padded))
+        else:
+            out = kernels.attention(q, k[:, :tokens], v[:, :tokens], platform=self.platform)
+        return exchange(out, split_axis=1, concat_axis=2) if self.ulysses > 1 else out
+
+    def _groups(self) -> list[list[int]]:
+        """Neighbours along `context` exchange tokens for heads."""
+        return [[r * self.ulysses + u for u in range(self.ulysses)] for r in range(self.ring)]
+
+    def _map(self, function: Any, given: tuple[PartitionSpec, ...], made: PartitionSpec) -> Any:
+        return jax.shard_map(function, mesh=self.mesh, in_specs=given, out_specs=made, check_vma=False)
+
+    def _constrain(self, x: Float[Array, "b *shape"], *axes: Any) -> Float[Array, "b *shape"]:
+        if self.mesh is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(*axes)))
+
+    def _clips(self, x: Float[Array, "b *shape"]) -> tuple[str, ...] | None:
+        """Axes that the clips lie along; None for too few of them, as in a preview."""
+        return None if x.shape[0] % math.prod(map(self._size, CLIPS)) else CLIPS
+
+    def _size(self, axis: str) -> int:
+        return 1 if self.mesh is None else self.mesh.shape[axis]
+
+
+def gather(params: Params, rules: Rules, mesh: Mesh | None, prefix: str = "", stacked: bool = False) -> Params:
+    """Weights whole but for `tensor`: what a device computes with while it runs a layer.
+
+    Args:
+      params: some of a model's parameters.
+      rules: of the whole model.
+      mesh: None leaves the parameters as they are.
+      prefix: what their paths in the model begin with.
+      stacked: they are one layer of parameters whose rules have a layer axis.
+    """
+    if mesh is None:
+        return params
+
+    def one(path: tuple[Any, ...], leaf: Array) -> Array:
+        spec = find_rule(prefix + param_path(path), rules)[1 if stacked else 0 :]
+        whole = P(*(None if axes == SPLIT else axes for axes in spec))
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, whole))
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Rings along `context`.
+
+    Attributes:
+      stride: distance along the axis from one device of a ring to the next.
+      size: devices of a ring.
+      tokens: of a clip; keys from there on are hidden.
+      padded: tokens of a clip with its padding.
+    """
+
+    stride: int
+    size: int
+    tokens: int
+    padded: int
+
+    def bias(self, turn: int) -> Float[Array, "1 m"] | None:
+        """Of the keys that this device holds after `turn` turns; None where no key is hidden."""
+        if self.tokens == self.padded:
+            return None
+        length = self.padded // self.size
+        chunk = (jax.lax.axis_index(AXIS) // self.stride - turn) % self.size
+        return jnp.where(chunk * length + jnp.arange(length) < self.tokens, 0.0, -jnp.inf)[None]
+
+    def turn(self, *arrays: Array) -> Sequence[Array]:
+        """Hands arrays on to the next device of the ring."""
+        count = self.stride * self.size
+        return jax.lax.ppermute(arrays, AXIS, [(i, (i + self.stride) % count) for i in range(count)])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def ring_attention(q: Queries, k: Queries, v: Queries, ring: Ring) -> Queries:
+    """Attention of this device's queries to the keys of all devices of its ring, one device's keys at a time.
+
+    Memory is that of one device's share; nothing of size tokens x tokens is kept for the backward pass.
+    """
+    return _ring_forward(q, k, v, ring)[0]
+
+
+def _ring_forward(q: Queries, k: Queries, v: Queries, ring: Ring) -> tuple[Queries, tuple[Array, ...]]:
+    travelling: Sequence[Array] = (k, v)
+    out, lse = None, None
+    for turn in range(ring.size):
+        part, part_lse = tiled.forward(q, *travelling, ring.bias(turn))
+        part = part.astype(jnp.float32)
+        if out is None or lse is None:
+            out, lse = part, part_lse
+        else:
+            total = jnp.logaddexp(lse, part_lse)
+            out = out * _share(lse, total) + part * _share(part_lse, total)
+            lse = total
+        if turn + 1 < ring.size:
+            travelling = ring.turn(*travelling)
+    assert out is not None and lse is not None
+    out = checkpoint_name(out.astype(q.dtype), kernels.RESIDUALS)
+    lse = checkpoint_name(lse, kernels.RESIDUALS)
+    return out, (q, k, v, out, lse)
+
+
+def _share(part: Float[Array, "b heads n"], total: Float[Array, "b heads n"]) -> Float[Array, "b n heads 1"]:
+    """How much of the whole a part is. Every query sees some key, so `total` is finite."""
+    return jnp.swapaxes(jnp.exp(part - total), 1, 2)[..., None]
+
+
+def _ring_backward(ring: Ring, residuals: tuple[Array, ...], d_out: Queries) -> tuple[Queries, Queries, Queries]:
+    q, k, v, out, lse = residuals
+    d_q = jnp.zeros(q.shape, jnp.float32)
+    d_k, d_v = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    for turn in range(ring.size):
+        of_q, of_k, of_v = tiled.backward(q, k, v, ring.bias(turn), out, lse, d_out)
+        d_q, d_k, d_v = d_q + of_q, d_k + of_k, d_v + of_v
+        # After the last turn, keys, values and their gradients are at home again.
+        k, v, d_k, d_v = ring.turn(k, v, d_k, d_v)
+    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)
+
+
+ring_attention.defvjp(_ring_forward, _ring_backward)
