@@ -26,7 +26,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from vpae_jax.models.attention import LayerNorm, RMSNorm, attention
+from vpae_jax.models.attention import LayerNorm, RMSNorm
+from vpae_jax.models.kernels import attention
 from vpae_jax.models.lora import Linear
 from vpae_jax.types import Features, PerExample, Tokens, UserError
 

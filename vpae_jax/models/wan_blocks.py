@@ -14,7 +14,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from vpae_jax.models.attention import LayerNorm, RMSNorm, attention, normalise, rotate
+from vpae_jax.models.attention import LayerNorm, RMSNorm, normalise, rotate
+from vpae_jax.models.kernels import attention
 from vpae_jax.models.lora import Linear
 from vpae_jax.types import Tokens, UserError
 
