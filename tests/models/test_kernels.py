@@ -1,4 +1,4 @@
-"""Attention kernels against PyTorch and against attention written out; their memory, and what `jax.checkpoint` keeps."""
+"""Attention kernels against PyTorch and against attention written out; their memory, what a checkpoint keeps."""
 
 import re
 
@@ -82,11 +82,11 @@ def test_softmax_is_float32_in_bfloat16(attention):
 
 
 @pytest.mark.parametrize("kind", ["none", "hidden", "counts"])
-@pytest.mark.parametrize("n, m", [(1, 3), (64, 40), (100, 77), (32, 129)])
+@pytest.mark.parametrize("n, m", [(1, 3), (64, 40), (80, 77)])
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-6), (jnp.bfloat16, 8e-3)])
 def test_tiles_equal_the_whole(monkeypatch, kind, n, m, dtype, tolerance):
     monkeypatch.setattr(tiled, "TILE", 32)
-    *given, d_out = qkv(n, m, dtype=dtype)
+    *given, d_out = qkv(n, m, heads=1, dtype=dtype)
     bias = make_bias(kind, m)
     expected = exact(*(x.astype(jnp.float32) for x in given), bias, d_out.astype(jnp.float32))
     found = result_and_gradients(tiled.attention, *given, bias, d_out)
@@ -141,11 +141,10 @@ def test_without_a_visible_key_everything_is_zero():
     assert not any(x.any() for x in tiled.backward(q, k, v, bias, out, lse, d_out))
 
 
-def test_the_bias_is_a_constant():
-    q, k, v, _ = qkv(300, 300, heads=6)
-    for platform in ("cpu", "tpu"):
-        attend = lambda bias: kernels.attention(q, k, v, bias, platform).sum()  # noqa: E731
-        assert not jax.grad(attend)(make_bias("counts", 300)).any()
+@pytest.mark.parametrize("n", [20, 600])
+def test_the_bias_is_a_constant(n):
+    q, k, v, _ = qkv(n, n)
+    assert not jax.grad(lambda bias: kernels.attention(q, k, v, bias, "cpu").sum())(make_bias("counts", n)).any()
 
 
 def test_memory_grows_with_the_tokens():
@@ -164,7 +163,9 @@ def test_checkpoint_keeps_the_residuals():
 
     def exponentials(policy):
         """Tiles of exponentials in the program for the gradient: one forward, one backward."""
-        block = jax.checkpoint(lambda q: jnp.sin(kernels.attention(jnp.sin(q), k, v, platform="cpu")).sum(), policy=policy)
+        block = jax.checkpoint(
+            lambda q: jnp.sin(kernels.attention(jnp.sin(q), k, v, platform="cpu")).sum(), policy=policy
+        )
         return len(re.findall(r"f32\[512,512\] = exp ", str(jax.make_jaxpr(jax.grad(block))(q))))
 
     nothing, everything = jax.checkpoint_policies.nothing_saveable, jax.checkpoint_policies.everything_saveable
@@ -173,11 +174,18 @@ def test_checkpoint_keeps_the_residuals():
     assert exponentials(nothing) == 3
 
 
-@pytest.mark.parametrize("kind", ["none", "hidden", "counts"])
-@pytest.mark.parametrize("n, m, dtype", [(128, 128, jnp.float32), (200, 70, jnp.float32), (130, 260, jnp.bfloat16)])
+@pytest.mark.parametrize(
+    "kind, n, m, dtype",
+    [
+        ("none", 128, 128, jnp.float32),
+        ("none", 130, 140, jnp.bfloat16),
+        ("hidden", 130, 70, jnp.float32),
+        ("counts", 128, 130, jnp.bfloat16),
+    ],
+)
 def test_splash_equals_the_whole(monkeypatch, kind, n, m, dtype):
     monkeypatch.setattr(splash, "TILES", (128,))
-    *given, d_out = qkv(n, m, b=2, head_dim=128, dtype=dtype)
+    *given, d_out = qkv(n, m, heads=1, head_dim=128, dtype=dtype)
     bias = make_bias(kind, m)
     expected = exact(*(x.astype(jnp.float32) for x in given), bias, d_out.astype(jnp.float32))
     found = result_and_gradients(lambda *x: splash.attention(*x, interpret=True), *given, bias, d_out)

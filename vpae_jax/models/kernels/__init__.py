@@ -5,8 +5,8 @@
     splash      TPU
     cudnn       NVIDIA GPU, 16 bits
 
-All but the reference are right under `jax.checkpoint(..., policy=save_attention)`: their backward passes do not run their
-forward passes again.
+Under `jax.checkpoint(..., policy=save_attention)` the backward passes of all but the reference do not run their forward
+passes again.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
 
 from vpae_jax.models.kernels.reference import Bias, Keys, Queries
 from vpae_jax.models.kernels.remat import RESIDUALS
@@ -18,9 +19,17 @@ def attention(q: Queries, k: Keys, v: Keys, bias: Bias | None = None) -> Queries
 
     A bias is rounded to the inputs' dtype (relative error at most 2^-9 or 2^-12), and gets no gradient.
     """
+    n = q.shape[1]
     if bias is not None:
-        bias = jnp.maximum(jax.lax.stop_gradient(bias), HIDDEN).astype(q.dtype)
-        # cuDNN repeats a bias over heads, not over queries.
+        # With a bias, cuDNN's backward pass takes even numbers of tokens only.
+        q, k, v = (_even(x) for x in (q, k, v))
+        bias = jnp.pad(jax.lax.stop_gradient(bias), ((0, 0), (0, k.shape[1] - bias.shape[1])), constant_values=HIDDEN)
+        bias = jnp.maximum(bias, HIDDEN).astype(q.dtype)
+        # It is repeated over heads, but not over queries.
         bias = jnp.broadcast_to(bias[:, None, None, :], (bias.shape[0], 1, q.shape[1], k.shape[1]))
     out = jax.nn.dot_product_attention(q, k, v, bias, implementation="cudnn")
-    return checkpoint_name(out, RESIDUALS)
+    return checkpoint_name(out[:, :n], RESIDUALS)
+
+
+def _even(x: Float[Array, "b n heads head_dim"]) -> Float[Array, "b even heads head_dim"]:
+    return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
