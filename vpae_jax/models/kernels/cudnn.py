@@ -1,14 +1,15 @@
-"""cuDNN's fused attention, for NVIDIA GPUs, through `jax.nn`."""
+"""cuDNN's fused attention, for NVIDIA GPUs, through `jax.nn`.
+
+Its result and log-sum-exp have no name: `remat.save_attention` knows them by their primitive.
+"""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from vpae_jax.models.kernels.reference import Bias, Keys, Queries
-from vpae_jax.models.kernels.remat import RESIDUALS
 
 # A hidden key's logit: cuDNN adds a bias in the inputs' dtype, and this is finite in float16 too.
 HIDDEN = -6e4
@@ -27,8 +28,7 @@ def attention(q: Queries, k: Keys, v: Keys, bias: Bias | None = None) -> Queries
         bias = jnp.maximum(bias, HIDDEN).astype(q.dtype)
         # It is repeated over heads, but not over queries.
         bias = jnp.broadcast_to(bias[:, None, None, :], (bias.shape[0], 1, q.shape[1], k.shape[1]))
-    out = jax.nn.dot_product_attention(q, k, v, bias, implementation="cudnn")
-    return checkpoint_name(out[:, :n], RESIDUALS)
+    return jax.nn.dot_product_attention(q, k, v, bias, implementation="cudnn")[:, :n]
 
 
 def _even(x: Float[Array, "b n heads head_dim"]) -> Float[Array, "b even heads head_dim"]:

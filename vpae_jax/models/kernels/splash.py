@@ -22,7 +22,8 @@ from vpae_jax.models.kernels.remat import RESIDUALS
 
 # Head dimensions and tiles are multiples of this.
 LANES = 128
-# Tokens of a tile; of several that pad equally little, the largest.
+# Tokens of a tile; of several that pad equally little, the largest. Larger ones exceed the 16 MiB of vector memory that
+# a kernel gets by default on a TPU v5e.
 TILES = (1024, 768, 512)
 # A hidden key's logit: finite, since it is multiplied; its weight is exactly zero.
 HIDDEN = -1e30
@@ -57,8 +58,13 @@ def attention(q: Queries, k: Keys, v: Keys, bias: Bias | None = None, interpret:
     segments = None
     if columns > m:
         segments = SegmentIds(jnp.zeros(rows, jnp.int32), (jnp.arange(columns) >= m).astype(jnp.int32))
-    out = jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=segments))(q, k, v)
-    return jnp.swapaxes(out[:, :, :n], 1, 2)
+
+    def one_clip(q: Array, k: Array, v: Array) -> Array:
+        out = kernel(q, k, v, segment_ids=segments)
+        assert isinstance(out, Array)  # not a pair: residuals are not asked for
+        return out
+
+    return jnp.swapaxes(jax.vmap(one_clip)(q, k, v)[:, :, :n], 1, 2)
 
 
 def _with_bias(

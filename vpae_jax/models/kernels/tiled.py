@@ -43,7 +43,8 @@ def _with_residuals(q: Queries, k: Keys, v: Keys, bias: Bias | None = None) -> t
 
 
 def _gradients(residuals: tuple[Any, ...], d_out: Queries) -> tuple[Queries, Keys, Keys, None]:
-    return *backward(*residuals, d_out), None
+    q, k, v, bias, out, lse = residuals
+    return *backward(q, k, v, bias, out, lse, d_out), None
 
 
 attention.defvjp(_with_residuals, _gradients)
