@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import socket
 import statistics
@@ -23,11 +22,11 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from measure import PART, Facts, measure
+from report import machine, paste
 from synthetic import random_values
 
 from vpae_jax import cli
@@ -36,7 +35,7 @@ from vpae_jax.models.presets import PRESETS
 
 GIB = 2**30
 LIMIT = 2 * GIB  # of host memory above the arrays that a load results in
-BEGIN, END = "<!-- made by benchmarks/weights.py -->", "<!-- end -->"
+MARK = "benchmarks/weights.py"
 Spec = Mapping[str, Any]
 Round = dict[str, Facts]
 
@@ -210,21 +209,6 @@ def _ratios(ours: list[Facts], theirs: list[Facts], key: str) -> str:
     return f"**{statistics.median(ratios):.2f}** ({ratios[0]:.2f}-{ratios[-1]:.2f})"
 
 
-def machine() -> str:
-    """What this runs on, in general words."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-    versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "torch", "diffusers", "safetensors"))
-    return f"{os.cpu_count()} {platform.machine()} cores, {memory:.0f} GiB of memory, {versions}"
-
-
-def _paste(path: Path, text: str) -> None:
-    """Writes a Markdown file, or replaces what stands between the marks of one that has them."""
-    old = path.read_text() if path.is_file() else ""
-    before, mark, rest = old.partition(BEGIN)
-    after = rest.partition(END)[2] if mark else "\n"
-    path.write_text(f"{before if mark else ''}{BEGIN}\n{text}\n{END}{after}")
-
-
 def _progress(line: str) -> None:
     if sys.stderr.isatty():
         print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
@@ -256,13 +240,14 @@ def main(argv: list[str]) -> None:
         rounds = run(source, Path(folder), given.rounds)
     layers = "" if given.layers is None else f" with {given.layers} layers"
     size = f"{file_bytes / 1e9:.2f} GB of bfloat16"
-    about = f"{given.preset}'s transformer{layers}, {size}; {machine()}; {given.rounds} rounds."
+    where = machine("jax", "torch", "diffusers", "safetensors")
+    about = f"{given.preset}'s transformer{layers}, {size}; {where}; {given.rounds} rounds."
     text = "\n".join(("", about, "", *table(rounds, file_bytes), ""))
     print(text)
     if given.json is not None:
         given.json.write_text(json.dumps({"about": about, "bytes": file_bytes, "rounds": rounds}, indent=2) + "\n")
     if given.markdown is not None:
-        _paste(given.markdown, text)
+        paste(given.markdown, MARK, text)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Attention, rotary position embedding and the norms that Wan's blocks are made of.
+"""Rotary position embedding and the norms that Wan's blocks are made of.
 
-Statistics (mean, variance, softmax) are float32 whatever the compute dtype.
+Statistics (mean, variance) are float32 whatever the compute dtype.
 """
 
 from __future__ import annotations
@@ -77,28 +77,3 @@ def rotate(x: Heads, cos: Float[Array, "n half"], sin: Float[Array, "n half"]) -
     cos, sin = cos[:, None, :], sin[:, None, :]
     turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return turned.reshape(x.shape).astype(x.dtype)
-
-
-def attention(
-    q: Float[Array, "b n heads head_dim"],
-    k: Float[Array, "b m heads head_dim"],
-    v: Float[Array, "b m heads head_dim"],
-    bias: Float[Array, "#b m"] | None = None,
-) -> Float[Array, "b n heads head_dim"]:
-    """softmax(q k^T / sqrt(head_dim) + bias) v, the softmax in float32, the products in the inputs' dtype.
-
-    Args:
-      q: queries.
-      k: keys.
-      v: values.
-      bias: float32 logit added for each key, the same for all queries and heads: the logarithm of how often the key
-        counts, so -inf hides a key. At least one key must be visible.
-    """
-    scale = q.shape[-1] ** -0.5
-    # Batched matrix products over [b, heads]: on CPU several times faster than einsum over the unmoved axes.
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * jnp.asarray(scale, q.dtype), k, v))
-    logits = jnp.matmul(q, jnp.swapaxes(k, -1, -2), preferred_element_type=jnp.float32)
-    if bias is not None:
-        logits = logits + bias[:, None, None, :]
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.swapaxes(jnp.matmul(weights, v), 1, 2)

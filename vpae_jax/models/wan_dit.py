@@ -35,7 +35,7 @@ REMAT_POLICIES: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
         "full": jax.checkpoint_policies.nothing_saveable,
         "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        "attention": jax.checkpoint_policies.save_only_these_names(kernels.RESIDUALS),
+        "attention": kernels.save_attention,
         "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
             names_which_can_be_offloaded=[CARRY],

@@ -1,0 +1,218 @@
+"""Attention kernels against PyTorch and against attention written out; their memory, what a checkpoint keeps."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from vpae_jax.models import kernels
+from vpae_jax.models.kernels import reference, splash, tiled
+
+
+def draw(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def qkv(n, m, b=2, heads=2, head_dim=16, dtype=jnp.float32):
+    """Queries, keys, values and a gradient for the result."""
+    shapes = ((b, n, heads, head_dim), (b, m, heads, head_dim), (b, m, heads, head_dim), (b, n, heads, head_dim))
+    return tuple(jnp.asarray(draw(seed, *shape), dtype) for seed, shape in enumerate(shapes))
+
+
+def make_bias(kind, m, b=2):
+    """No bias, hidden keys that differ between the clips, or one logarithm of counts for all."""
+    hidden = jnp.where(jnp.asarray(draw(9, b, m)) > 0.5, -jnp.inf, 0)
+    return {"none": None, "hidden": hidden, "counts": jnp.log(jnp.arange(1.0, m + 1))[None]}[kind]
+
+
+@jax.jit
+def exact(q, k, v, bias, d_out):
+    """Result and gradients of the attention written out."""
+    out, vjp = jax.vjp(lambda q, k, v: reference.attention(q, k, v, bias), q, k, v)
+    return out, *vjp(d_out)
+
+
+def result_and_gradients(attention, q, k, v, bias, d_out):
+    out, vjp = jax.vjp(lambda q, k, v: attention(q, k, v, bias), q, k, v)
+    return out, *vjp(d_out)
+
+
+def distance(found, expected):
+    """Relative, in the 2-norm."""
+    found, expected = np.asarray(found, np.float32), np.asarray(expected, np.float32)
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+
+def torch_attention(q, k, v, bias=None):
+    q, k, v = (torch.tensor(np.asarray(x, np.float32)).transpose(1, 2) for x in (q, k, v))
+    mask = None if bias is None else torch.tensor(bias)[:, None, None, :].expand(q.shape[0], 1, q.shape[2], -1)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).numpy()
+
+
+@pytest.mark.parametrize("keys", [1, 9, 27])
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_reference_equals_pytorchs(keys, biased):
+    q, k, v = draw(0, 2, 9, 3, 8), draw(1, 2, keys, 3, 8), draw(2, 2, keys, 3, 8)
+    bias = draw(3, 2, keys) if biased else None
+    found = kernels.attention(*map(jnp.asarray, (q, k, v)), None if bias is None else jnp.asarray(bias))
+    np.testing.assert_allclose(found, torch_attention(q, k, v, bias), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("attention", [reference.attention, tiled.attention])
+def test_a_bias_is_the_logarithm_of_a_count(attention):
+    q, k, v, _ = qkv(5, 5)
+    bias = jnp.log(jnp.array([[1.0, 1.0, 0.0, 3.0, 1.0]]))
+    repeats = jnp.array([0, 1, 3, 3, 3, 4])
+    np.testing.assert_allclose(
+        attention(q, k, v, bias), attention(q, k[:, repeats], v[:, repeats]), rtol=1e-5, atol=1e-6
+    )
+    gradient = jax.grad(lambda k: attention(q, k, v, bias).sum())(k)
+    assert bool(jnp.isfinite(gradient).all()) and not gradient[:, 2].any()
+
+
+@pytest.mark.parametrize("attention", [reference.attention, tiled.attention])
+def test_softmax_is_float32_in_bfloat16(attention):
+    q, k, v, _ = qkv(300, 300, 1, 1, dtype=jnp.bfloat16)
+    found = attention(q, k, v)
+    assert found.dtype == jnp.bfloat16
+    assert distance(found, torch_attention(q, k, v)) < 6e-3  # a sum accumulated in bfloat16 is off by 5e-2
+
+
+@pytest.mark.parametrize("kind", ["none", "hidden", "counts"])
+@pytest.mark.parametrize("n, m", [(1, 3), (64, 40), (80, 77)])
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-6), (jnp.bfloat16, 8e-3)])
+def test_tiles_equal_the_whole(monkeypatch, kind, n, m, dtype, tolerance):
+    monkeypatch.setattr(tiled, "TILE", 32)
+    *given, d_out = qkv(n, m, heads=1, dtype=dtype)
+    bias = make_bias(kind, m)
+    expected = exact(*(x.astype(jnp.float32) for x in given), bias, d_out.astype(jnp.float32))
+    found = result_and_gradients(tiled.attention, *given, bias, d_out)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == dtype
+        assert distance(one, other) < tolerance
+
+
+def test_large_logits_do_not_overflow(monkeypatch):
+    monkeypatch.setattr(tiled, "TILE", 16)
+    q, k, v, d_out = qkv(40, 50)
+    for one, other in zip(
+        result_and_gradients(tiled.attention, 100 * q, 10 * k, v, None, d_out),
+        exact(100 * q, 10 * k, v, None, d_out),
+        strict=True,
+    ):
+        assert distance(one, other) < 1e-4
+
+
+def combine(parts):
+    """Attention to all keys from results and log-sum-exps of attentions to some of them."""
+    lse = jax.nn.logsumexp(jnp.stack([lse for _, lse in parts]), axis=0)
+    shares = [jnp.swapaxes(jnp.exp(part - lse), 1, 2)[..., None] for _, part in parts]
+    return sum(out * share for (out, _), share in zip(parts, shares, strict=True)), lse
+
+
+@pytest.mark.parametrize("hide", [False, True])
+def test_parts_of_the_keys_make_the_whole(monkeypatch, hide):
+    monkeypatch.setattr(tiled, "TILE", 32)
+    q, k, v, d_out = qkv(50, 90)
+    bias = make_bias("hidden", 90)
+    if hide:
+        bias = bias.at[:, 40:70].set(-jnp.inf)
+    cuts = [slice(0, 40), slice(40, 70), slice(70, 90)]
+    parts = [tiled.forward(q, k[:, cut], v[:, cut], bias[:, cut]) for cut in cuts]
+    if hide:
+        assert not parts[1][0].any() and bool((parts[1][1] == -jnp.inf).all())
+    out, lse = combine(parts)
+    whole = exact(q, k, v, bias, d_out)
+    assert distance(out, whole[0]) < 2e-6
+    gradients = [tiled.backward(q, k[:, cut], v[:, cut], bias[:, cut], out, lse, d_out) for cut in cuts]
+    dq, dk, dv = zip(*gradients, strict=True)
+    for found, expected in zip((sum(dq), jnp.concatenate(dk, 1), jnp.concatenate(dv, 1)), whole[1:], strict=True):
+        assert distance(found, expected) < 2e-6
+
+
+def test_without_a_visible_key_everything_is_zero():
+    q, k, v, d_out = qkv(5, 7)
+    bias = jnp.full((2, 7), -jnp.inf)
+    out, lse = tiled.forward(q, k, v, bias)
+    assert not out.any() and bool((lse == -jnp.inf).all())
+    assert not any(x.any() for x in tiled.backward(q, k, v, bias, out, lse, d_out))
+
+
+@pytest.mark.parametrize("n", [20, 600])
+def test_the_bias_is_a_constant(n):
+    q, k, v, _ = qkv(n, n)
+    assert not jax.grad(lambda bias: kernels.attention(q, k, v, bias, "cpu").sum())(make_bias("counts", n)).any()
+
+
+def test_memory_grows_with_the_tokens():
+    def temporary(n):
+        x = jax.ShapeDtypeStruct((1, n, 2, 32), jnp.float32)
+        gradients = jax.grad(lambda q, k, v: kernels.attention(q, k, v, platform="cpu").sum(), argnums=(0, 1, 2))
+        return jax.jit(gradients).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+
+    small, large = temporary(8192), temporary(32768)
+    assert large < 4.1 * small
+    assert large < 32768**2  # all logits of one head are four times that
+
+
+def test_checkpoint_keeps_the_residuals():
+    q, k, v, _ = qkv(2048, 2048, 1, 1)
+
+    def exponentials(policy):
+        """Tiles of exponentials in the program for the gradient: one forward, one backward."""
+        block = jax.checkpoint(
+            lambda q: jnp.sin(kernels.attention(jnp.sin(q), k, v, platform="cpu")).sum(), policy=policy
+        )
+        return len(re.findall(r"f32\[512,512\] = exp ", str(jax.make_jaxpr(jax.grad(block))(q))))
+
+    nothing, everything = jax.checkpoint_policies.nothing_saveable, jax.checkpoint_policies.everything_saveable
+    named = jax.checkpoint_policies.save_only_these_names(kernels.RESIDUALS)
+    assert exponentials(everything) == exponentials(named) == exponentials(kernels.save_attention) == 2
+    assert exponentials(nothing) == 3
+
+
+@pytest.mark.parametrize(
+    "kind, n, m, dtype",
+    [
+        ("none", 128, 128, jnp.float32),
+        ("none", 130, 140, jnp.bfloat16),
+        ("hidden", 130, 70, jnp.float32),
+        ("counts", 128, 130, jnp.bfloat16),
+    ],
+)
+def test_splash_equals_the_whole(monkeypatch, kind, n, m, dtype):
+    monkeypatch.setattr(splash, "TILES", (128,))
+    *given, d_out = qkv(n, m, heads=1, head_dim=128, dtype=dtype)
+    bias = make_bias(kind, m)
+    expected = exact(*(x.astype(jnp.float32) for x in given), bias, d_out.astype(jnp.float32))
+    found = result_and_gradients(lambda *x: splash.attention(*x, interpret=True), *given, bias, d_out)
+    for one, other in zip(found, expected, strict=True):
+        assert distance(one, other) < (2e-6 if dtype == jnp.float32 else 1e-2)
+
+
+LONG, TEXT = (1, 9450, 40, 128), (1, 512, 40, 128)
+
+
+@pytest.mark.parametrize(
+    "platform, q, k, dtype, expected",
+    [
+        ("cpu", (1, 80, 6, 32), (1, 80, 6, 32), "float32", "reference"),
+        ("tpu", (1, 3, 4, 128), (1, 600, 4, 128), "float32", "reference"),
+        ("cpu", LONG, LONG, "float32", "tiled"),
+        ("cpu", LONG, TEXT, "float32", "tiled"),
+        ("tpu", LONG, LONG, "bfloat16", "splash"),
+        ("tpu", LONG, TEXT, "bfloat16", "splash"),
+        ("tpu", LONG, LONG, "float32", "splash"),
+        ("tpu", (1, 4096, 16, 64), (1, 4096, 16, 64), "bfloat16", "tiled"),
+        ("gpu", LONG, LONG, "bfloat16", "cudnn"),
+        ("cuda", LONG, TEXT, "float16", "cudnn"),
+        ("cuda", LONG, LONG, "float32", "tiled"),
+        ("gpu", (1, 4096, 16, 60), (1, 4096, 16, 60), "bfloat16", "tiled"),
+        ("gpu", (1, 4096, 1, 384), (1, 4096, 1, 384), "bfloat16", "tiled"),
+    ],
+)
+def test_which_kernel_serves(platform, q, k, dtype, expected):
+    assert kernels.choose(platform, q, k, jnp.dtype(dtype)) == expected

@@ -1,0 +1,70 @@
+"""Attention kernels, and which of them serves a call.
+
+    reference   written out; small problems
+    tiled       plain jax.numpy by tiles, memory linear in the tokens; everywhere
+    splash      TPU
+    cudnn       NVIDIA GPU, 16 bits
+
+Under `jax.checkpoint(..., policy=save_attention)` the backward passes of all but the reference do not run their forward
+passes again.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from vpae_jax.models.kernels import cudnn, reference, splash, tiled
+from vpae_jax.models.kernels.reference import Bias, Keys, Queries
+from vpae_jax.models.kernels.remat import RESIDUALS, save_attention
+
+__all__ = ["RESIDUALS", "attention", "choose", "save_attention"]
+
+# Logits, over clips and heads, up to which writing them out is faster than tiles; 4 MiB of float32.
+SMALL = 2**20
+
+_KERNELS = {
+    "reference": reference.attention,
+    "tiled": tiled.attention,
+    "splash": splash.attention,
+    "cudnn": cudnn.attention,
+}
+
+
+def attention(q: Queries, k: Keys, v: Keys, bias: Bias | None = None, platform: str | None = None) -> Queries:
+    """softmax(q k^T / sqrt(head_dim) + bias) v, the softmax in float32, by the kernel that suits the call.
+
+    Arrays are those of one device: inside `jax.shard_map`, or whole.
+
+    Args:
+      q: queries.
+      k: keys.
+      v: values.
+      bias: float32 logit added for each key, the same for all queries and heads: the logarithm of how often the key
+        counts, so -inf hides a key. At least one key must be visible. It gets no gradient.
+      platform: what the program is compiled for; None is the default backend's.
+    """
+    name = choose(platform or jax.default_backend(), q.shape, k.shape, q.dtype)
+    return _KERNELS[name](q, k, v, None if bias is None else jax.lax.stop_gradient(bias))
+
+
+def choose(platform: str, q_shape: tuple[int, ...], k_shape: tuple[int, ...], dtype: DTypeLike) -> str:
+    """Name of the kernel for a call.
+
+    Args:
+      platform: "cpu", "tpu", "gpu" or "cuda".
+      q_shape: [b, n, heads, head_dim].
+      k_shape: [b, m, heads, head_dim].
+      dtype: of q, k and v.
+    """
+    b, n, heads, head_dim = q_shape
+    if b * heads * n * k_shape[1] <= SMALL:
+        return "reference"
+    if platform == "tpu" and head_dim % splash.LANES == 0:
+        return "splash"
+    half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+    # cuDNN: head_dim a multiple of 8, at most 128 on all GPUs that have the kernel.
+    if platform in ("gpu", "cuda") and half and head_dim % 8 == 0 and head_dim <= 128:
+        return "cudnn"
+    return "tiled"
