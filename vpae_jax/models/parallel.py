@@ -109,7 +109,7 @@ class Layout:
         if self.ulysses > 1:
             q, k, v = (exchange(x, split_axis=2, concat_axis=1) for x in (q, k, v))
         if self.ring > 1:
-            out = ring_attention(q, k, v, Ring(self.ulysses, self.ring, tokens, padded))
+            out: Any = ring_attention(q, k, v, Ring(self.ulysses, self.ring, tokens, padded))
         else:
             out = kernels.attention(q, k[:, :tokens], v[:, :tokens], platform=self.platform)
         return exchange(out, split_axis=1, concat_axis=2) if self.ulysses > 1 else out
@@ -185,16 +185,27 @@ class Ring:
         return jax.lax.ppermute(arrays, AXIS, [(i, (i + self.stride) % count) for i in range(count)])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def ring_attention(q: Queries, k: Queries, v: Queries, ring: Ring) -> Queries:
     """Attention of this device's queries to the keys of all devices of its ring, one device's keys at a time.
 
     Memory is that of one device's share; nothing of size tokens x tokens is kept for the backward pass.
     """
-    return _ring_forward(q, k, v, ring)[0]
+
+    @jax.custom_vjp
+    def attend(q: Queries, k: Queries, v: Queries) -> Queries:
+        return _ring_forward(ring, q, k, v)[0]
+
+    def forward(q: Queries, k: Queries, v: Queries) -> tuple[Queries, tuple[Array, ...]]:
+        return _ring_forward(ring, q, k, v)
+
+    def backward(residuals: tuple[Array, ...], d_out: Queries) -> tuple[Queries, Queries, Queries]:
+        return _ring_backward(ring, residuals, d_out)
+
+    attend.defvjp(forward, backward)
+    return attend(q, k, v)
 
 
-def _ring_forward(q: Queries, k: Queries, v: Queries, ring: Ring) -> tuple[Queries, tuple[Array, ...]]:
+def _ring_forward(ring: Ring, q: Queries, k: Queries, v: Queries) -> tuple[Queries, tuple[Array, ...]]:
     travelling: Sequence[Array] = (k, v)
     out, lse = None, None
     for turn in range(ring.size):
@@ -229,6 +240,3 @@ def _ring_backward(ring: Ring, residuals: tuple[Array, ...], d_out: Queries) -> 
         # After the last turn, keys, values and their gradients are at home again.
         k, v, d_k, d_v = ring.turn(k, v, d_k, d_v)
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)
-
-
-ring_attention.defvjp(_ring_forward, _ring_backward)
