@@ -83,7 +83,7 @@ def test_softmax_is_float32_in_bfloat16(attention):
 
 @pytest.mark.parametrize("kind", ["none", "hidden", "counts"])
 @pytest.mark.parametrize("n, m", [(1, 3), (64, 40), (80, 77)])
-@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-6), (jnp.bfloat16, 8e-3)])
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-6), (jnp.bfloat16, 1.5e-2)])
 def test_tiles_equal_the_whole(monkeypatch, kind, n, m, dtype, tolerance):
     monkeypatch.setattr(tiled, "TILE", 32)
     *given, d_out = qkv(n, m, heads=1, dtype=dtype)
