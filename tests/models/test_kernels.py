@@ -83,7 +83,7 @@ def test_softmax_is_float32_in_bfloat16(attention):
 
 @pytest.mark.parametrize("kind", ["none", "hidden", "counts"])
 @pytest.mark.parametrize("n, m", [(1, 3), (64, 40), (80, 77)])
-@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-6), (jnp.bfloat16, 8e-3)])
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-6), (jnp.bfloat16, 1.5e-2)])
 def test_tiles_equal_the_whole(monkeypatch, kind, n, m, dtype, tolerance):
     monkeypatch.setattr(tiled, "TILE", 32)
     *given, d_out = qkv(n, m, heads=1, dtype=dtype)
@@ -191,6 +191,27 @@ def test_splash_equals_the_whole(monkeypatch, kind, n, m, dtype):
     found = result_and_gradients(lambda *x: splash.attention(*x, interpret=True), *given, bias, d_out)
     for one, other in zip(found, expected, strict=True):
         assert distance(one, other) < (2e-6 if dtype == jnp.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_checkpoint_keeps_splashs_residuals(biased):
+    def kernel_calls(policy):
+        """Kernels in the program that a TPU would get."""
+
+        def block(x, bias):
+            return jnp.sin(kernels.attention(jnp.sin(x), x, x, bias if biased else None, "tpu"))
+
+        def loss(x, bias):
+            step = jax.checkpoint(block, policy=policy)
+            return jax.lax.scan(lambda x, _: (step(x, bias), None), x, None, length=2)[0].sum()
+
+        given = jax.ShapeDtypeStruct((1, 1100, 1, 128), jnp.bfloat16), jax.ShapeDtypeStruct((1, 1100), jnp.float32)
+        program = jax.jit(jax.grad(loss)).trace(*given).lower(lowering_platforms=("tpu",)).as_text()
+        return sorted(re.findall(r'kernel_name = "splash_mha_([a-z]+)', program))
+
+    assert kernel_calls(jax.checkpoint_policies.nothing_saveable) == ["dkv", "dq", "fwd", "fwd"]
+    assert kernel_calls(jax.checkpoint_policies.save_only_these_names(kernels.RESIDUALS)) == ["dkv", "dq", "fwd"]
+    assert kernel_calls(kernels.save_attention) == ["dkv", "dq", "fwd"]
 
 
 LONG, TEXT = (1, 9450, 40, 128), (1, 512, 40, 128)
