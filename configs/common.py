@@ -67,6 +67,10 @@ def wan(preset: str) -> dict:
     return {
         "preset": preset,
         "batch_size": 32,
+        # One clip at a time on every eight devices, four for 1.3B with its twelve heads; so each holds an eighth of a
+        # clip's tokens. `python -m vpae_jax.plan` says what fits where.
+        "accumulation": -1,
+        "mesh": {"context": 4 if "1.3b" in preset else 8},
         "log_every": 1,
         "sample_every": 50,
         "checkpoint_every": 50,

@@ -138,10 +138,10 @@ def test_a_step_in_parts_is_the_same(alone, phase):
     assert_same(step(phase, MeshConfig(fsdp=2, context=2, tensor=2), accumulation=4), alone[phase], OF_THE_BATCH)
 
 
-def test_something_moves(alone):
+def test_everything_moves(alone):
+    """Else the comparison would say nothing. Under the hinge loss the logit's bias is pulled both ways alike."""
     for _, moved in alone.values():
         for role, tree in moved.items():
-            still = [
-                str(path) for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if not np.abs(leaf).max() > 0
-            ]
-            assert not still, (role, still)
+            leaves = {sharding.param_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+            still = {name for name, leaf in leaves.items() if not np.abs(leaf).max() > 0}
+            assert still <= {"heads/proj_out/bias"}, (role, still)

@@ -164,7 +164,8 @@ class Experiment:
       optimizers: one for each trained role.
       heads: discriminator heads (`models.heads.HeadsConfig`); empty when the method has none.
       steps, batch_size, seed: length, clips a step over all devices, root of all randomness.
-      accumulation: parts that a batch is processed in, one after the other, to save memory; the result is the same.
+      accumulation: parts that a batch is processed in, one after the other, to save memory; the result is the same. -1
+        makes parts of one clip a device (along `data` and `fsdp`).
       log_every, sample_every, checkpoint_every: intervals in steps; `sample_every` = 0 makes no previews.
       keep: how many checkpoints are kept.
       sample_guidance: guidance of the teacher's sampled clips.
@@ -194,10 +195,10 @@ class Experiment:
     guard: GuardConfig = GuardConfig()
 
     def __post_init__(self) -> None:
-        _at_least(
-            self, 1, "steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "keep", "generator_nfe"
-        )
+        _at_least(self, 1, "steps", "batch_size", "log_every", "checkpoint_every", "keep", "generator_nfe")
         _at_least(self, 0, "seed", "sample_every")
+        if self.accumulation < 1 and self.accumulation != -1:
+            raise UserError(f"accumulation is {self.accumulation}, expected at least 1, or -1 for one clip at a time")
         if self.sample_shift <= 0:
             raise UserError(f"sample_shift is {self.sample_shift}, expected a positive number")
 

@@ -64,12 +64,7 @@ def run(experiment: Experiment, workdir: Path, devices: Sequence[Any] | None = N
     check_roles(method, experiment.optimizers)
     check_settings(experiment, method)
     mesh = sharding.make_mesh(experiment.mesh, devices)
-    shares = mesh.shape["data"] * mesh.shape["fsdp"] * experiment.accumulation
-    if experiment.batch_size % shares:
-        raise UserError(
-            f"config.batch_size is {experiment.batch_size}, expected a multiple of {shares} "
-            "(mesh.data x mesh.fsdp x accumulation)"
-        )
+    experiment = dataclasses.replace(experiment, accumulation=sharding.parts_of_batch(experiment, mesh))
     pipeline = source = None
     transformer = presets.find(experiment.model.preset).transformer
     if method.batch is not PixelBatch:

@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from vpae_jax.config import MeshConfig
+from vpae_jax.config import Experiment, MeshConfig
 from vpae_jax.types import UserError
 
 AXES = ("data", "fsdp", "context", "tensor")
@@ -90,6 +90,22 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if int(np.prod(sizes)) != len(devices):
         raise UserError(f"config.mesh: {dict(zip(AXES, sizes, strict=True))} does not fit {len(devices)} devices")
     return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def parts_of_batch(experiment: Experiment, mesh: Mesh) -> int:
+    """Parts that a batch is processed in: `config.accumulation`, where -1 makes parts of one clip a device.
+
+    Raises:
+      UserError: mesh and parts do not divide the batch.
+    """
+    devices, size = mesh.shape["data"] * mesh.shape["fsdp"], experiment.batch_size
+    parts = max(1, size // devices) if experiment.accumulation == -1 else experiment.accumulation
+    if size % (devices * parts):
+        raise UserError(
+            f"config.batch_size is {size}, expected a multiple of {devices * parts} (mesh.data x mesh.fsdp"
+            f"{'' if parts == 1 else ' x accumulation'}); change it, or raise config.mesh.context"
+        )
+    return parts
 
 
 def param_path(path: tuple[Any, ...]) -> str:

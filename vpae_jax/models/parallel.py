@@ -201,7 +201,7 @@ def ring_attention(q: Queries, k: Queries, v: Queries, ring: Ring) -> Queries:
     def backward(residuals: tuple[Array, ...], d_out: Queries) -> tuple[Queries, Queries, Queries]:
         return _ring_backward(ring, residuals, d_out)
 
-    attend.defvjp(forward, backward)
+    attend.defvjp(forward, backward)  # pyright: ignore
     return attend(q, k, v)
 
 

@@ -6,33 +6,28 @@ The only module of this package that knows how a training run is put together.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vpae_jax import sharding
-from vpae_jax.config import Experiment, build
+from vpae_jax import sharding, weights
+from vpae_jax.config import Experiment
 from vpae_jax.methods import make_method
-from vpae_jax.methods.base import Method, Role
 from vpae_jax.models import presets
-from vpae_jax.models.heads import DiscriminatorHeads, HeadsConfig
-from vpae_jax.models.lora import LoRASpec
-from vpae_jax.models.wan_dit import WanTransformer, WanTransformerConfig
+from vpae_jax.models.wan_dit import WanTransformerConfig
 from vpae_jax.planning.clips import ClipSize
 from vpae_jax.train.optim import make_optimizer
-from vpae_jax.train.roles import RoleModels, check_roles
-from vpae_jax.train.state import TrainState, create
+from vpae_jax.train.roles import check_roles
+from vpae_jax.train.state import TrainState, abstract, places_of
 from vpae_jax.train.step import make_update
 from vpae_jax.types import MASK_CHANNELS, Batch, Condition, UserError
 
 # What a search may set `config.model.remat` to, from the least recomputation to the most.
-REMATS = ("none", "dots", "full")
+REMATS = ("none", "dots", "attention", "full", "offload")
 
 
 @dataclass(frozen=True)
@@ -106,16 +101,14 @@ class Programs:
 def setting_of(experiment: Experiment, mesh: Mesh) -> Setting:
     """The setting that a config asks for on this mesh."""
     sizes: dict[str, int] = {axis: mesh.shape[axis] for axis in sharding.AXES}
-    return Setting(**sizes, accumulation=1, remat=experiment.model.remat)
+    return Setting(**sizes, accumulation=sharding.parts_of_batch(experiment, mesh), remat=experiment.model.remat)
 
 
 def with_setting(experiment: Experiment, setting: Setting) -> Experiment:
-    """The experiment in another setting. Raises `UserError` for one that training cannot run."""
-    if setting.accumulation != 1:
-        raise UserError(f"accumulation is {setting.accumulation}, but a batch is processed whole; use 1")
+    """The experiment in another setting."""
     mesh = dataclasses.replace(experiment.mesh, **{axis: getattr(setting, axis) for axis in sharding.AXES})
     model = dataclasses.replace(experiment.model, remat=setting.remat)
-    return dataclasses.replace(experiment, mesh=mesh, model=model)
+    return dataclasses.replace(experiment, mesh=mesh, model=model, accumulation=setting.accumulation)
 
 
 def transformer_of(experiment: Experiment) -> WanTransformerConfig:
@@ -135,142 +128,38 @@ def draw_up(experiment: Experiment, clip: ClipSize, devices: Any) -> Programs:
         raise UserError(f"{experiment.name} does not train on encoded clips; plan phase1, phase2 or teacher")
     check_roles(method, experiment.optimizers)
     mesh = sharding.make_mesh(experiment.mesh, devices)
-    shares = mesh.shape["data"] * mesh.shape["fsdp"]
-    if experiment.batch_size % shares:
-        raise UserError(f"config.batch_size is {experiment.batch_size}, expected a multiple of {shares} (data x fsdp)")
-    models, trained, frozen = _roles(experiment, method, mesh)
-    optimizers = {role: make_optimizer(experiment.optimizers[role]) for role in trained}
-    state = _state(experiment, method, trained, optimizers, mesh)
+    blueprint = weights.draw_up(experiment, method, mesh, transformer_of(experiment))
+    optimizers = {role: make_optimizer(experiment.optimizers[role]) for role in blueprint.trained}
+    state = abstract(blueprint.trained, method.roles, optimizers)
     batch = abstract_batch(experiment, clip, mesh)
     repeat = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+    places, parts = places_of(state), sharding.parts_of_batch(experiment, mesh)
     updates = tuple(
         Program(
             update.trains,
             update.repeats,
             update.every,
-            make_update(update, index, models, optimizers[update.trains]),
-            (state, frozen, batch, repeat),
+            make_update(update, index, blueprint.models, optimizers[update.trains], parts, places),
+            (state, blueprint.frozen, batch, repeat),
         )
         for index, update in enumerate(method.updates)
     )
-    return Programs(updates, state, frozen, batch, mesh)
+    return Programs(updates, state, blueprint.frozen, batch, mesh)
 
 
 def abstract_batch(experiment: Experiment, clip: ClipSize, mesh: Mesh) -> Batch:
     """One global batch, float32 as the data pipeline makes it; clips lie along `data` and `fsdp`."""
     preset, b = presets.find(experiment.model.preset), experiment.batch_size
-    config = preset.transformer
-    clips, whole = NamedSharding(mesh, PartitionSpec(("data", "fsdp"))), NamedSharding(mesh, PartitionSpec())
-
-    def struct(shape: tuple[int, ...], where: NamedSharding, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
-
+    text, width = clip.text_tokens, preset.transformer.text_dim
     f, h, w, c = clip.latents
-    image = frames = None
-    if preset.image_encoder is not None:
-        tokens = (preset.image_encoder.image_size // preset.image_encoder.patch_size) ** 2 + 1
-        image = struct((b, tokens, preset.image_encoder.hidden_size), clips)
-        frames = struct((b, f, h, w, MASK_CHANNELS + c), clips)
-    condition = _abstract_of(
-        Condition,
-        text=struct((b, clip.text_tokens, config.text_dim), clips),
-        text_mask=struct((b, clip.text_tokens), clips, jnp.bool_),
-        image=image,
-        frames=frames,
-    )
-    return _abstract_of(
-        Batch,
-        latents=struct((b, f, h, w, c), clips),
-        condition=condition,
-        null_text=struct((clip.text_tokens, config.text_dim), whole),
-        null_mask=struct((clip.text_tokens,), whole, jnp.bool_),
-    )
 
+    def zeros() -> Batch:
+        image = frames = None
+        if preset.image_encoder is not None:
+            image = jnp.zeros((b, preset.image_encoder.num_tokens, preset.image_encoder.hidden_size))
+            frames = jnp.zeros((b, f, h, w, MASK_CHANNELS + c))
+        condition = Condition(jnp.zeros((b, text, width)), jnp.zeros((b, text), bool), image, frames)
+        return Batch(jnp.zeros((b, f, h, w, c)), condition, jnp.zeros((text, width)), jnp.zeros(text, bool))
 
-def _abstract_of(cls: type, **fields: Any) -> Any:
-    """A dataclass of arrays that holds shapes instead: made past its constructor, which is checked to get arrays."""
-    made = object.__new__(cls)
-    for name, value in fields.items():
-        object.__setattr__(made, name, value)
-    return made
-
-
-def _roles(experiment: Experiment, method: Method, mesh: Mesh) -> tuple[RoleModels, dict[str, Any], dict[str, Any]]:
-    """Every role's graph and abstract weights."""
-    preset = presets.find(experiment.model.preset)
-    graphs, trained, frozen = {}, {}, {}
-    taps: tuple[int, ...] = ()
-    for name, role in method.roles.items():
-        if role.model == "heads":
-            heads = build(HeadsConfig, experiment.heads, "config.heads")
-            taps = heads.taps
-            graphs[name], params = _abstract(_heads(experiment, heads))
-            rules = sharding.REPLICATED
-        else:
-            graphs[name], params = _transformer(experiment, role, preset.transformer)
-            rules = sharding.TRANSFORMER_RULES
-        dtype = jnp.float32 if role.trains != "none" else jnp.dtype(experiment.model.frozen_dtype)
-        params = jax.tree.map(
-            lambda p, s, dtype=dtype: jax.ShapeDtypeStruct(p.shape, dtype, sharding=s),
-            params,
-            sharding.param_shardings(params, rules, mesh),
-        )
-        (frozen if role.trains == "none" else trained)[name] = params
-    return RoleModels(method.roles, graphs, taps), trained, frozen
-
-
-def _heads(experiment: Experiment, heads: HeadsConfig) -> Callable[[], nnx.Module]:
-    dtype = jnp.dtype(experiment.model.dtype)
-    return lambda: DiscriminatorHeads(heads, rngs=nnx.Rngs(0), dtype=dtype)
-
-
-def _transformer(experiment: Experiment, role: Role, config: WanTransformerConfig) -> tuple[nnx.GraphDef, Any]:
-    options: dict[str, Any] = {"dtype": jnp.dtype(experiment.model.dtype), "remat": experiment.model.remat}
-    if role.trains == "lora":
-        spec = LoRASpec(rank=role.lora_rank, alpha=role.lora_alpha)
-        return _abstract(
-            lambda: WanTransformer(config, rngs=nnx.Rngs(0), lora=spec, **options), nnx.LoRAParam, nnx.Param
-        )
-    return _abstract(lambda: WanTransformer(config, rngs=nnx.Rngs(0), **options))
-
-
-def _abstract(make: Callable[[], nnx.Module], *kinds: type) -> tuple[nnx.GraphDef, Any]:
-    """A model's graph and its abstract weights, those of the first kind if there are several."""
-    graph, weights, *_ = nnx.split(nnx.eval_shape(make), *(kinds or (nnx.Param,)))
-    return graph, nnx.to_pure_dict(weights)
-
-
-def _state(
-    experiment: Experiment,
-    method: Method,
-    trained: Mapping[str, Any],
-    optimizers: Mapping[str, optax.GradientTransformation],
-    mesh: Mesh,
-) -> TrainState:
-    """The abstract train state: moments and averages lie where their weights do, all else everywhere."""
-
-    def start(params: Mapping[str, Any]) -> tuple[Any, ...]:
-        state = create(experiment.seed, params, method.roles, optimizers)
-        return state.step, state.key, state.opt, state.ema
-
-    step, key, moments, averages = jax.eval_shape(start, trained)
-    whole = NamedSharding(mesh, PartitionSpec())
-
-    def like(struct: jax.ShapeDtypeStruct, weight: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=weight.sharding)
-
-    def everywhere(struct: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=whole)
-
-    opt = {
-        role: optax.tree_map_params(optimizers[role], like, tree, trained[role], transform_non_params=everywhere)
-        for role, tree in moments.items()
-    }
-    return _abstract_of(
-        TrainState,
-        step=everywhere(step),
-        key=everywhere(key),
-        params=dict(trained),
-        opt=opt,
-        ema={role: jax.tree.map(like, tree, trained[role]) for role, tree in averages.items()},
-    )
+    batch = jax.eval_shape(zeros)
+    return sharding.abstract(batch, sharding.batch_shardings(batch, mesh))

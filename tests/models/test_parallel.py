@@ -1,0 +1,109 @@
+"""Attention across a mesh equals attention on one device, in values and gradients, with tokens that fill no device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from vpae_jax.config import MeshConfig
+from vpae_jax.models.kernels import reference
+from vpae_jax.models.parallel import Layout
+from vpae_jax.models.wan_dit import WanTransformer, WanTransformerConfig
+from vpae_jax.sharding import make_mesh
+from vpae_jax.types import Condition, UserError
+
+# Mesh, heads, and how the context axis is used.
+CASES = {
+    "ulysses 8": (MeshConfig(fsdp=1, context=8), 8, (8, 1)),
+    "ring 8": (MeshConfig(fsdp=1, context=8), 3, (1, 8)),
+    "ulysses 2 x ring 2, tensor 2": (MeshConfig(fsdp=1, context=4, tensor=2), 4, (2, 2)),
+    "data 2 x fsdp 2 x ring 2": (MeshConfig(data=2, fsdp=2, context=2), 5, (1, 2)),
+}
+CLIPS, TOKENS, DIM = 4, 21, 8
+
+
+def random(*shapes, seed=0):
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
+    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+
+
+@pytest.mark.parametrize("tokens", [TOKENS, 24])
+@pytest.mark.parametrize("case", CASES)
+def test_self_attention_equals_the_reference(case, tokens):
+    config, heads, split = CASES[case]
+    layout = Layout(make_mesh(config), heads)
+    assert (layout.ulysses, layout.ring) == split
+    padded = layout.padded(tokens)
+    assert padded % (split[0] * split[1]) == 0 and padded - tokens < split[0] * split[1]
+    q, k, v, weight = random(*[(CLIPS, tokens, heads, DIM)] * 4)
+    # What stands in the padding must not matter, unless it is seen.
+    fill = lambda x: jnp.pad(x, ((0, 0), (0, padded - tokens), (0, 0), (0, 0)), constant_values=7.0)  # noqa: E731
+
+    def across(q, k, v):
+        return layout.self_attention(fill(q), fill(k), fill(v), tokens)[:, :tokens]
+
+    def total(function):
+        return jax.jit(jax.value_and_grad(lambda *x: (weight * function(*x)).sum(), argnums=(0, 1, 2)))
+
+    np.testing.assert_allclose(jax.jit(across)(q, k, v), reference.attention(q, k, v), atol=2e-6)
+    found, expected = total(across)(q, k, v), total(reference.attention)(q, k, v)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), found, expected)
+
+
+def test_cross_attention_exchanges_nothing():
+    layout = Layout(make_mesh(MeshConfig(fsdp=2, context=2, tensor=2)), 4)
+    q, k, v = random((4, 16, 4, DIM), (4, 5, 4, DIM), (4, 5, 4, DIM))
+    bias = jnp.array([[0.0, 1.0, -jnp.inf, 2.0, 0.0]])
+    program = jax.jit(layout.cross_attention).lower(q, k, v, bias).compile()
+    assert not any(word in program.as_text() for word in ("all-to-all", "collective-permute", "all-gather"))
+    np.testing.assert_allclose(program(q, k, v, bias), reference.attention(q, k, v, bias), atol=1e-6)
+
+
+def test_heads_that_the_tensor_axis_does_not_divide_are_named():
+    with pytest.raises(UserError, match=r"config.mesh.tensor is 8, which does not divide the transformer's 12 heads"):
+        Layout(make_mesh(MeshConfig(fsdp=1, tensor=8)), 12)
+
+
+def test_clips_that_do_not_fill_the_mesh_are_on_every_device():
+    """A preview of three clips on eight devices."""
+    layout = Layout(make_mesh(MeshConfig(fsdp=4, context=2)), 4)
+    q, k, v = random(*[(3, 10, 4, DIM)] * 3)
+    found = jax.jit(lambda *x: layout.self_attention(*x, 10))(q, k, v)
+    np.testing.assert_allclose(found, reference.attention(q, k, v), atol=2e-6)
+
+
+SIZES = WanTransformerConfig(
+    num_attention_heads=2, attention_head_dim=8, text_dim=16, freq_dim=16, ffn_dim=32, num_layers=2
+)
+
+
+@pytest.fixture(scope="module")
+def gradients():
+    x, text = random((1, 3, 32, 32, 16), (1, 4, 16))
+    condition = Condition(text, jnp.ones((1, 4), bool))
+
+    def gradients(remat):
+        model = WanTransformer(SIZES, rngs=nnx.Rngs(0), remat=remat)
+        model.proj_out.kernel.set_value(jax.random.normal(jax.random.key(1), model.proj_out.kernel.shape))
+        graph, weights = nnx.split(model)
+        loss = lambda weights: (nnx.merge(graph, weights)(x, jnp.full(1, 0.5), condition) ** 2).mean()  # noqa: E731
+        return jax.jit(jax.grad(loss)).trace(weights), weights
+
+    return gradients
+
+
+@pytest.mark.parametrize("remat", ["dots", "full", "attention", "offload"])
+def test_recomputing_changes_no_gradient(gradients, remat):
+    (plain, weights), (other, _) = gradients("none"), gradients(remat)
+    expected, found = (traced.lower().compile()(weights) for traced in (plain, other))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected)
+
+
+def test_offloaded_inputs_of_blocks_leave_the_device(gradients):
+    """As a TPU runs it; a processor has but one memory."""
+
+    def moved(remat):
+        return gradients(remat)[0].lower(lowering_platforms=("tpu",)).as_text().count("pinned_host")
+
+    assert moved("offload") > 0 and moved("full") == 0
