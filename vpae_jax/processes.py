@@ -6,6 +6,7 @@ the first one alone prints and writes what is not a checkpoint.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ PIECE_BYTES = 256 * 2**20
 
 
 def client() -> Any:
-    """The coordination service, by which processes exchange short texts and wait for each other; None for one process."""
+    """The coordination service, by which processes tell each other things and wait; None for one process."""
     return distributed.global_state.client
 
 
@@ -55,7 +56,20 @@ def wait_for_all(name: str, seconds: int = PATIENCE) -> None:
         client().wait_at_barrier(f"vpae/{name}", seconds * 1000)
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"not every process has come to {name!r} within {seconds} s ({reason}); see their logs") from error
+        raise UserError(
+            f"not every process has come to {name!r} within {seconds} s ({reason}); see their logs"
+        ) from error
+
+
+def as_first_says(name: str, value: Any) -> Any:
+    """What the first process gives as `value`, which is plain JSON; another `name` each time."""
+    service, key = client(), f"vpae/said/{name}"
+    if service is None:
+        return value
+    if is_first():
+        service.key_value_set(key, json.dumps(value))
+        return value
+    return json.loads(service.blocking_key_value_get(key, PATIENCE * 1000))
 
 
 def first_alone(name: str, action: Callable[[], T]) -> T:
@@ -80,17 +94,23 @@ def to_host(tree: Any) -> Any:
     return jax.tree.map(_gather, tree)
 
 
+def everywhere(value: jax.Array) -> jax.Array:
+    """An array of which every device, and so every process, has all; collective where it is not."""
+    if value.is_fully_replicated or not isinstance(value.sharding, NamedSharding):
+        return value
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(value.sharding.mesh, PartitionSpec()))(value)
+
+
 def _gather(value: jax.Array | np.ndarray) -> Any:
     if not isinstance(value, jax.Array) or value.is_fully_addressable:
         return value
     if value.is_fully_replicated:
         return np.asarray(value) if is_first() else None
-    assert isinstance(value.sharding, NamedSharding)
-    everywhere = NamedSharding(value.sharding.mesh, PartitionSpec())
     if value.ndim < 2 or value.nbytes <= PIECE_BYTES:
-        whole = jax.jit(lambda x: x, out_shardings=everywhere)(value)
+        whole = everywhere(value)
         return np.asarray(whole) if is_first() else None
-    take = jax.jit(lambda x, i: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), out_shardings=everywhere)
+    place = NamedSharding(value.sharding.mesh, PartitionSpec())
+    take = jax.jit(lambda x, i: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), out_shardings=place)
     result = np.empty(value.shape, value.dtype) if is_first() else None
     for i in range(value.shape[0]):
         layer = take(value, np.int32(i))

@@ -104,7 +104,9 @@ def _gather(place: Place, seconds: float, deadline: float) -> None:
 
 def _wrong(place: Place, index: int, count: int, here: dict[int, socket.socket]) -> str | None:
     if count != place.count:
-        return f"process {index} was told of {count} processes, but process 0 of {place.count}; give all the same number"
+        return (
+            f"process {index} was told of {count} processes, but process 0 of {place.count}; give all the same number"
+        )
     if index in here or not 0 < index < count:
         return f"two processes have process_id {index}; give each its own, from 0 to {count - 1}"
     return None
