@@ -118,9 +118,9 @@ def with_setting(experiment: Experiment, setting: Setting) -> Experiment:
     return dataclasses.replace(experiment, mesh=mesh, model=model)
 
 
-def without_recomputation(experiment: Experiment) -> Experiment:
-    """The experiment whose programs compute everything once: what model FLOPs are counted on."""
-    return dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, remat="none"))
+def transformer_of(experiment: Experiment) -> WanTransformerConfig:
+    """Sizes of the transformer that the phase trains."""
+    return presets.find(experiment.model.preset).transformer
 
 
 def draw_up(experiment: Experiment, clip: ClipSize, devices: Any) -> Programs:

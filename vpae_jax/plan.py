@@ -1,0 +1,82 @@
+"""Says what a phase would need on chips that are not there, before you queue for them.
+
+    python -m vpae_jax.plan --config=configs/phase2.py:i2v-14b-720p --topology=v5p:2x2x4 [--config.KEY=VALUE ...]
+                            [--frames=N] [--search [--tries=N]] [--json]
+
+The phase's own update programs are compiled for the named devices on a machine without any; docs/plan.md says how to
+read the page. Topologies: v4, v5p, tpu7x:AxBxC, v5e, v6e:AxB (TPU chips along each axis; needs libtpu, of jax[tpu]),
+h20, h100, h200, b200:N (GPUs, in hosts of eight; needs jax[cuda12]).
+
+`--json` prints one object:
+
+    schema        1; a key's meaning never changes within a schema, keys may be added
+    phase, topology, devices, batch_size, chip {name, memory, capacity: bytes}
+    setting       {data, fsdp, context, tensor, accumulation, remat}, and the same as `flags`
+    clip          {frames, height, width, text_tokens, tokens}
+    memory        bytes on one device: parameters, optimizer, EMA, frozen, batch, temporaries, code; null: unknown
+    total, fits   bytes on one device (null: unknown), true or false
+    programs      a list of {name, calls (a step), flops and model_flops (all devices, one run), memory_bytes (traffic of
+                  one device), footprint {arguments, temporaries, code: bytes} or null if the compiler refused it, needed
+                  (bytes, of a refused one), communication [{kind, axes, count, bytes}] or null, seconds {compute, memory,
+                  communication} or null, unknown_loops, compile_seconds}
+    step          {flops, model_flops, seconds_overlapped, seconds_serial, mfu_overlapped, mfu_serial}
+    search        with --search: {flags, plan (as above), settings, tried [{flags, estimated_bytes, estimated_seconds,
+                  total, outcome}]}
+
+The exit status is 0 whether it fits or not.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from vpae_jax import cli, config
+from vpae_jax.planning import clips, report, topology
+from vpae_jax.planning.compiling import make_plan
+from vpae_jax.planning.search import search
+from vpae_jax.types import UserError
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with a preset after a colon.", lock_config=True)
+TOPOLOGY = flags.DEFINE_string("topology", None, "Devices: v5p:2x2x4, v6e:16x16, tpu7x:2x2x4, h100:8, h20:32, ...")
+FRAMES = flags.DEFINE_integer("frames", None, "Video frames of a clip, instead of the preset's.")
+SEARCH = flags.DEFINE_bool("search", False, "Look for the fastest setting that fits.")
+TRIES = flags.DEFINE_integer("tries", 6, "Settings that a search compiles at most.", lower_bound=1)
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    try:
+        experiment = config.parse(CONFIG.value)
+    except OSError as error:  # how ml_collections says that there is no such config file
+        raise UserError(" ".join(str(error).split())) from error
+    path = config_flags.get_config_filename(flags.FLAGS["config"])
+    clip = clips.size_of(path.partition(":")[2] or "tiny", FRAMES.value)
+    named = topology.parse(str(TOPOLOGY.value))
+    topology.prepare(named)
+    devices = topology.devices(named)
+    plan = make_plan(experiment, clip, named, devices, _say)
+    found = search(experiment, clip, named, devices, plan, _say, TRIES.value) if SEARCH.value else None
+    if JSON.value:
+        print(json.dumps(plan.as_json() | ({} if found is None else {"search": found.as_json()}), indent=2))
+        return
+    print(report.page(plan))
+    if found is not None:
+        print(f"\n{report.proposal(found)}")
+        if found.plan is not None and found.plan is not plan:
+            print(f"\n{report.page(found.plan)}")
+    elif not plan.fits:
+        print("\n--search looks for a setting that fits")
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "topology"])
+    cli.launch(main)

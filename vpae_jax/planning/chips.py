@@ -1,0 +1,105 @@
+"""What one device of each kind can do. Published figures; what a program reaches of them is `roofline`'s business.
+
+TPU: memory, bandwidth and bf16 peak from https://docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. The interconnect
+is stated there as bytes a second of a chip over all its ports in both directions (v5e 400, v6e 800, v5p and tpu7x 1200
+GB/s with 4, 4, 6 and 6 ports; v4 has six of 50 GB/s each way, arXiv 2304.01433); `link` is what a device sends along
+one axis of the torus, over the two ports of that axis. A TPU7x chip is two devices, each with half of everything.
+`reserved` is what libtpu keeps for itself, as its own out-of-memory messages count.
+
+GPU: H100, H200, B200: memory size and bandwidth, L2 and clocks as the driver reports them, from the device descriptions
+in OpenXLA (xla/backends/gpu/target_config/specs/{h100_sxm,h200,b200}.txtpb); dense bf16 peaks from NVIDIA's data sheets
+(H100 SXM and H200 989, HGX B200 2250 TFLOP/s, half of the sparse figure). H20: 78 SMs, 96 GB, 4.0 TB/s, 148 TFLOP/s, 60 MB
+L2, NVLink 900 GB/s as resellers publish them (NVIDIA has no public data sheet); its clock is the H100's. NVLink counts
+both directions (900 or 1800 GB/s); `link` is one. `network` is the usual eight 400 Gb/s adapters of a host of eight.
+`reserved` of GPUs is for the CUDA context, NCCL's buffers and fragmentation: 8 %, so that
+XLA_PYTHON_CLIENT_MEM_FRACTION=.92 gives the rest to XLA, whose default is .75.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What XLA's GPU compiler wants to know of a device besides `Chip`.
+
+    Attributes:
+      capability: CUDA compute capability.
+      cores: streaming multiprocessors.
+      l2: bytes of the second-level cache.
+      clock: GHz.
+    """
+
+    capability: tuple[int, int]
+    cores: int
+    l2: int
+    clock: float
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One JAX device.
+
+    Attributes:
+      name: as topologies are named.
+      platform: "tpu" or "cuda".
+      memory: bytes of HBM.
+      reserved: bytes of it that a program cannot have.
+      flops: peak dense bf16 FLOP/s.
+      bandwidth: HBM bytes/s.
+      link: bytes/s that a device sends to devices of its own host (GPU) or along one axis of the torus (TPU).
+      network: bytes/s that a device sends out of its host (GPU); a TPU slice is one network, so 0.
+      axes: dimensions of a topology's name.
+      description: the device's full name.
+      gpu: for GPUs.
+    """
+
+    name: str
+    platform: Literal["tpu", "cuda"]
+    memory: int
+    reserved: int
+    flops: float
+    bandwidth: float
+    link: float
+    network: float = 0.0
+    axes: int = 1
+    description: str = ""
+    gpu: Gpu | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Bytes that a program can have."""
+        return self.memory - self.reserved
+
+
+def _tpu(name: str, memory: float, usable: float, flops: float, bandwidth: float, link: float, axes: int) -> Chip:
+    size = int(memory * GIB)
+    return Chip(name, "tpu", size, size - int(usable * GIB), flops, bandwidth, link, 0.0, axes, f"TPU {name}")
+
+
+def _gpu(name: str, memory: int, flops: float, bandwidth: float, link: float, description: str, gpu: Gpu) -> Chip:
+    return Chip(name, "cuda", memory, int(0.08 * memory), flops, bandwidth, link, 50e9, 1, description, gpu)
+
+
+CHIPS: Mapping[str, Chip] = MappingProxyType(
+    {
+        chip.name: chip
+        for chip in (
+            _tpu("v4", 32, 30.75, 275e12, 1.2e12, 100e9, 3),
+            _tpu("v5e", 16, 15.75, 197e12, 819e9, 100e9, 2),
+            _tpu("v5p", 95.74, 95.74, 459e12, 2.765e12, 200e9, 3),
+            _tpu("v6e", 32, 31.25, 918e12, 1.638e12, 200e9, 2),
+            _tpu("tpu7x", 96, 94.75, 1153.5e12, 3.69e12, 100e9, 3),
+            _gpu("h20", 102_005_473_280, 148e12, 4.0e12, 450e9, "NVIDIA H20", Gpu((9, 0), 78, 62_914_560, 1.98)),
+            _gpu("h100", 84_942_979_072, 989e12, 3.352e12, 450e9, "NVIDIA H100", Gpu((9, 0), 132, 52_428_800, 1.98)),
+            _gpu("h200", 151_397_597_184, 989e12, 4.8e12, 450e9, "NVIDIA H200", Gpu((9, 0), 132, 52_428_800, 1.98)),
+            _gpu("b200", 191_514_411_008, 2250e12, 7.672e12, 900e9, "NVIDIA B200", Gpu((10, 0), 148, 132_644_864, 1.965)),
+        )
+    }
+)

@@ -1,0 +1,90 @@
+"""From a config and a topology to a plan: draws the programs up, compiles each, and reads what came out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from vpae_jax.config import Experiment
+from vpae_jax.planning import flops, hlo, memory, roofline
+from vpae_jax.planning.clips import ClipSize
+from vpae_jax.planning.programs import Program, Programs, draw_up, setting_of
+from vpae_jax.planning.result import Plan, ProgramPlan
+from vpae_jax.planning.topology import Topology
+
+Say = Callable[[str], None]
+
+
+def make_plan(
+    experiment: Experiment, clip: ClipSize, topology: Topology, devices: Sequence[Any], say: Say, fail_fast: bool = False
+) -> Plan:
+    """Compiles every update of the phase for the devices.
+
+    Args:
+      devices: the topology's.
+      say: is told what is being compiled.
+      fail_fast: stop after the first program that the memory does not hold; the plan lacks those after it.
+
+    Raises:
+      UserError: for a config that does not fit itself or the devices.
+    """
+    programs = draw_up(experiment, clip, devices)
+    kept = memory.persistent(programs)
+    made: list[ProgramPlan] = []
+    for program in programs.updates:
+        say(f"compiling {program.name} for {topology.name}")
+        made.append(_compile(program, programs, topology))
+        sizes = _sizes(kept, made)
+        if fail_fast and (None in sizes.values() or sum(s or 0 for s in sizes.values()) > topology.chip.capacity):
+            break
+    return Plan(
+        phase=experiment.name,
+        topology=topology.name,
+        chip=topology.chip,
+        devices=len(devices),
+        setting=setting_of(experiment, programs.mesh),
+        clip=clip,
+        batch_size=experiment.batch_size,
+        memory=_sizes(kept, made),
+        programs=tuple(made),
+    )
+
+
+def _sizes(kept: dict[str, int], programs: Sequence[ProgramPlan]) -> dict[str, int | None]:
+    """Memory by kind: the state once, the hungriest program's temporaries, the code of all."""
+    base = sum(kept.values())
+    extra: list[int | None] = []
+    for program in programs:
+        if program.footprint is not None:
+            extra.append(program.footprint.temporaries)
+        else:  # the refusal counts arguments too
+            extra.append(None if program.needed is None else max(program.needed - base, 0))
+    temporaries = None if None in extra else max((size or 0 for size in extra), default=0)
+    return {**kept, "temporaries": temporaries, "code": sum(p.footprint.code for p in programs if p.footprint)}
+
+
+def _compile(program: Program, programs: Programs, topology: Topology) -> ProgramPlan:
+    mesh = programs.mesh
+    hosts = [device.process_index for device in mesh.devices.flat]
+    start = time.perf_counter()
+    with jax.set_mesh(mesh):
+        traced = program.jitted.trace(*program.arguments)
+        work = flops.count(traced.jaxpr)
+        trained = [tree.get(program.name) for tree in (programs.state.params, programs.state.opt, programs.state.ema)]
+        moved = roofline.traffic(work, mesh.size, memory.tree_bytes(trained))
+        footprint = needed = sent = seconds = None
+        try:
+            compiled = traced.lower().compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            needed = memory.needed(str(error))
+        else:
+            footprint = memory.footprint(compiled)
+            sent = hlo.communication(compiled.as_text() or "", dict(mesh.shape))
+            seconds = roofline.estimate(topology.chip, mesh.size, work, moved, sent.collectives, hosts)
+    spent = time.perf_counter() - start
+    return ProgramPlan(program.name, program.calls, work, moved, footprint, needed, sent, seconds, spent)

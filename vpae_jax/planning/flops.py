@@ -1,0 +1,170 @@
+"""Arithmetic of a program, counted from its jaxpr: what is multiplied, how often, and what of it is done again.
+
+Matrix products, convolutions and attention kernels are counted, 2 FLOPs for a multiply and add; all else is small beside
+them. A scan counts as often as it turns; of branches the dearest counts. `recomputed` is what `jax.checkpoint` repeats
+in the backward pass, and what attention kernels do: the backward pass needs four products (dV, dP, dQ, dK), and a kernel
+that makes all of them has a fifth, the logits again (FlashAttention, arXiv 2205.14135); two kernels, one for dQ with
+three products and one for dK and dV with four, repeat the logits twice and dP once.
+
+The compiler's own count (`cost_analysis`) is of no use here: it takes a loop's body once, and a kernel not at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+# How `jax.checkpoint` marks what the backward pass computes again.
+RECOMPUTED = "rematted_computation"
+# Of an attention kernel's products, by their number, those that repeat: the backward pass's dQ, dK and dV, and all.
+REPEATED = {3: 2, 4: 1, 5: 1}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a program does, over all devices unless said otherwise.
+
+    Attributes:
+      flops: of all products.
+      recomputed: the part of them that repeats what was computed before.
+      activation_bytes: operands and results of the products, but for weights, each read or written once.
+      weight_bytes: the same for weights (operands of at most two axes), as each device sees them whole.
+      unknown_loops: loops with products whose number of turns is not in the program; counted as one turn.
+    """
+
+    flops: float = 0.0
+    recomputed: float = 0.0
+    activation_bytes: float = 0.0
+    weight_bytes: float = 0.0
+    unknown_loops: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(a + b for a, b in zip(self._values(), other._values(), strict=True)))  # type: ignore[arg-type]
+
+    def times(self, turns: float, devices: int = 1) -> Work:
+        """The same `turns` times on each of `devices`."""
+        return Work(
+            self.flops * turns * devices,
+            self.recomputed * turns * devices,
+            self.activation_bytes * turns * devices,
+            self.weight_bytes * turns,
+            self.unknown_loops,
+        )
+
+    @property
+    def model_flops(self) -> float:
+        """What would be computed if nothing were computed twice."""
+        return self.flops - self.recomputed
+
+    def _values(self) -> tuple[float, ...]:
+        return (self.flops, self.recomputed, self.activation_bytes, self.weight_bytes, self.unknown_loops)
+
+
+def count(jaxpr: Jaxpr | ClosedJaxpr, again: bool = False) -> Work:
+    """The work of a jaxpr, such as `jax.jit(f).trace(...).jaxpr`.
+
+    Args:
+      again: everything in it counts as recomputation.
+    """
+    inner = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+    total = Work()
+    for equation in inner.eqns:
+        repeats = again or RECOMPUTED in str(equation.source_info.name_stack)
+        total += _equation(equation, repeats)
+    return total
+
+
+def _equation(equation: Any, again: bool) -> Work:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        return _product(equation, _dot_flops(equation), again)
+    if name == "conv_general_dilated":
+        return _product(equation, _conv_flops(equation), again)
+    if name.startswith("dot_product_attention_fwd"):
+        return _cudnn(equation, 2, 2, again)
+    if name.startswith("dot_product_attention_bwd"):
+        return _cudnn(equation, 5, 4, again)
+    if name == "cond":
+        return max((count(branch, again) for branch in params["branches"]), key=lambda work: work.flops)
+    inside = Work()
+    for jaxpr in _inner(params):
+        inside += count(jaxpr, again)
+    if not inside.flops:
+        return Work()
+    if name == "scan":
+        return inside.times(params["length"])
+    if name == "while":
+        return inside + Work(unknown_loops=1)
+    if name == "shard_map":
+        # JAX before and after 0.10 spells the name differently.
+        manual = next(value for key, value in params.items() if key.endswith("manual_axes"))
+        return inside.times(1, math.prod(params["mesh"].shape[axis] for axis in manual))
+    if name == "pallas_call":
+        return _kernel(equation, inside, again)
+    return inside
+
+
+def _inner(params: dict[str, Any]) -> Iterator[Jaxpr | ClosedJaxpr]:
+    for value in params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(item, (Jaxpr, ClosedJaxpr)):
+                yield item
+
+
+def _product(equation: Any, flops: float, again: bool) -> Work:
+    arrays = [variable.aval for variable in (*equation.invars, *equation.outvars)]
+    weights = sum(_bytes(a) for a in arrays if a.ndim <= 2)
+    activations = sum(_bytes(a) for a in arrays if a.ndim > 2)
+    return Work(flops, flops if again else 0.0, activations, weights)
+
+
+def _dot_flops(equation: Any) -> float:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    lhs = equation.invars[0].aval.shape
+    return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(lhs[axis] for axis in contracted)
+
+
+def _conv_flops(equation: Any) -> float:
+    kernel = equation.invars[1].aval.shape
+    out_features = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
+    return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / out_features
+
+
+def _cudnn(equation: Any, products: int, needed: int, again: bool) -> Work:
+    """cuDNN's attention on queries [b, n, heads, d] and keys [b, m, heads, d], or [b, heads, n, d] with layout 1."""
+    q, k = (variable.aval.shape for variable in equation.invars[:2])
+    one = 2.0 * math.prod(q) * k[1 + int(equation.params.get("layout", 0))]
+    flops = products * one
+    moved = sum(_bytes(variable.aval) for variable in (*equation.invars, *equation.outvars))
+    return Work(flops, flops if again else (products - needed) * one, moved)
+
+
+def _kernel(equation: Any, body: Work, again: bool) -> Work:
+    """A Pallas kernel: its body at every point of its grid; its operands and results pass through memory once."""
+    grid = equation.params["grid_mapping"].grid
+    turns = math.prod(size for size in grid if isinstance(size, int))
+    unknown = sum(not isinstance(size, int) for size in grid)
+    flops = body.flops * turns
+    products = sum(_products(jaxpr) for jaxpr in _inner(equation.params))
+    repeated = flops * (1 if again else REPEATED.get(products, 0) / max(products, 1))
+    moved = sum(_bytes(variable.aval) for variable in (*equation.invars, *equation.outvars))
+    return Work(flops, repeated, moved, 0.0, body.unknown_loops + unknown)
+
+
+def _products(jaxpr: Jaxpr | ClosedJaxpr) -> int:
+    """How many products are written down in a kernel, of branches the most."""
+    inner = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+    total = 0
+    for equation in inner.eqns:
+        inside = [_products(item) for item in _inner(equation.params)]
+        total += max(inside, default=0) if equation.primitive.name == "cond" else sum(inside)
+        total += equation.primitive.name == "dot_general"
+    return total
+
+
+def _bytes(aval: Any) -> float:
+    return float(math.prod(aval.shape) * aval.dtype.itemsize) if hasattr(aval, "shape") else 0.0

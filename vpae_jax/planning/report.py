@@ -1,0 +1,133 @@
+"""A plan as a page of text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vpae_jax.planning.chips import GIB
+from vpae_jax.planning.result import Plan
+from vpae_jax.planning.search import Found
+
+BAR = 40
+
+
+def page(plan: Plan) -> str:
+    """The whole plan, 100 columns at most."""
+    parts = [_head(plan), _memory(plan), _programs(plan), _communication(plan), _step(plan)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def proposal(found: Found) -> str:
+    """What a search came to."""
+    rows = [["setting", "expected", "", "compiled", "outcome"]]
+    for t in found.tried:
+        s = t.estimate.setting
+        layout = f"fsdp {s.fsdp} x context {s.context}, {s.accumulation} parts, remat {s.remat}"
+        known = t.estimate.bytes > 0
+        rows.append(
+            [
+                layout,
+                _gib(t.estimate.bytes) if known else "-",
+                f"{t.estimate.seconds:.1f} s" if known else "-",
+                "-" if t.total is None else _gib(t.total),
+                t.outcome,
+            ]
+        )
+    lines = [f"search over {found.settings} settings"] + _table(rows, "<>>><")
+    if found.plan is None:
+        lines.append("none of these fits: use more devices, or raise --tries")
+    else:
+        lines.append(f"fastest that fits: {found.plan.setting.flags}")
+    return "\n".join(lines)
+
+
+def _head(plan: Plan) -> str:
+    s, clip = plan.setting, plan.clip
+    return (
+        f"{plan.phase} on {plan.topology}: {plan.devices} x {plan.chip.description}\n"
+        f"{plan.batch_size} clips a step of {clip.frames} frames, {clip.width} x {clip.height}: {clip.tokens:,} tokens each\n"
+        f"mesh data {s.data} x fsdp {s.fsdp} x context {s.context} x tensor {s.tensor}, "
+        f"batch in {s.accumulation} part{'s' * (s.accumulation != 1)}, remat {s.remat}"
+    )
+
+
+def _memory(plan: Plan) -> str:
+    capacity = plan.chip.capacity
+    lines = ["memory of one device"]
+    for kind, size in plan.memory.items():
+        if size is None:
+            lines.append(f"  {kind:<12} {'unknown':>12}")
+        else:
+            lines.append(f"  {kind:<12} {_gib(size):>12} {size / capacity:>8.1%}  {_bar(size / capacity)}")
+    if plan.total is not None:
+        lines.append(f"  {'total':<12} {_gib(plan.total):>12} {plan.total / capacity:>8.1%}  {_bar(plan.total / capacity)}")
+    lines.append(f"  {'capacity':<12} {_gib(capacity):>12}           {_verdict(plan)}")
+    return "\n".join(lines)
+
+
+def _verdict(plan: Plan) -> str:
+    capacity = plan.chip.capacity
+    if plan.fits and plan.total is not None:
+        return f"FITS, {_gib(capacity - plan.total)} to spare"
+    refused = f"; the compiler refused {', '.join(plan.refused)}" if plan.refused else ""
+    over = "" if plan.total is None or plan.total <= capacity else f" by {_gib(plan.total - capacity)}"
+    return f"DOES NOT FIT{over}{refused}"
+
+
+def _programs(plan: Plan) -> str:
+    rows = [["program", "a step", "reads", "makes", "PFLOP", "again", "FLOP/byte", "seconds", "waits for"]]
+    for p in plan.programs:
+        held, time = p.footprint, p.time
+        rows.append(
+            [
+                p.name,
+                f"{p.calls:g} x",
+                "-" if held is None else _gib(held.arguments),
+                "refused" if held is None else _gib(held.temporaries),
+                f"{p.work.flops / 1e15:.3g}",
+                f"{p.work.recomputed / max(p.work.flops, 1):.0%}",
+                f"{p.work.flops / plan.devices / max(p.memory_bytes, 1):.0f}",
+                "-" if time is None else f"{time.overlapped:.3g} to {time.serial:.3g}",
+                "-" if time is None else time.bound,
+            ]
+        )
+    return "\n".join(["programs (memory of one device; FLOPs of all)", *_table(rows, "<>>>>>>><")])
+
+
+def _communication(plan: Plan) -> str:
+    rows = [["program", "collective", "along", "times", "sends"]]
+    for p in plan.programs:
+        for c in p.communication.collectives if p.communication else ():
+            rows.append([p.name, c.kind, " x ".join(c.axes), f"{c.count:,}", _gib(c.bytes)])
+    if len(rows) == 1:
+        return ""
+    return "\n".join(["communication of one device, one run of each program", *_table(rows, "<<<>>")])
+
+
+def _step(plan: Plan) -> str:
+    best, worst = plan.step(False), plan.step(True)
+    if best is None or worst is None:
+        return ""
+    mfu = f"{plan.mfu(True) or 0:.0%} to {plan.mfu(False) or 0:.0%}"
+    return (
+        f"one step: {best:.3g} s if communication hides behind the rest, {worst:.3g} s if none does\n"
+        f"          {plan.model_flops / 1e15:.3g} PFLOP, nothing counted twice; MFU {mfu}; "
+        f"{plan.batch_size / worst:.3g} to {plan.batch_size / best:.3g} clips/s"
+    )
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB"
+
+
+def _bar(share: float) -> str:
+    full = min(round(share * BAR), BAR)
+    return "#" * full + "." * (BAR - full) + (" >" if share > 1 else "")
+
+
+def _table(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(sides))]
+    return [
+        ("  " + "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True))).rstrip()
+        for row in rows
+    ]

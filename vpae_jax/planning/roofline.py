@@ -1,0 +1,87 @@
+"""How long a program takes at least: the longest of its arithmetic, its memory traffic and its communication.
+
+Assumptions, on the cautious side:
+
+    compute         60 % of the chip's bf16 peak; work is spread evenly over the devices
+    memory          80 % of the HBM's bandwidth; every product's operands and results pass through it once, and the
+                    optimizer reads and writes its state once; what lies between products is fused into them
+    communication   80 % of the links' bandwidth; a group talks along one axis of the torus, in both directions,
+                    whatever the mesh; on a ring of g chips an all-to-all takes g / 4 times as long as its bytes do; GPUs of
+                    different hosts share as many network adapters as the group has members in a host, an all-to-all
+                    one each
+    overlap         between all (`overlapped`) and none of the communication (`serial`)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vpae_jax.planning.chips import Chip
+from vpae_jax.planning.flops import Work
+from vpae_jax.planning.hlo import Collective
+
+COMPUTE, MEMORY, LINK = 0.6, 0.8, 0.8
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of one run of a program."""
+
+    compute: float
+    memory: float
+    communication: float
+
+    @property
+    def overlapped(self) -> float:
+        """If communication hides behind the rest."""
+        return max(self.compute, self.memory, self.communication)
+
+    @property
+    def serial(self) -> float:
+        """If none of it does."""
+        return max(self.compute, self.memory) + self.communication
+
+    @property
+    def bound(self) -> str:
+        """What the program waits for most."""
+        parts = {"compute": self.compute, "memory": self.memory, "communication": self.communication}
+        return max(parts, key=lambda name: parts[name])
+
+
+def traffic(work: Work, devices: int, state_bytes: float) -> float:
+    """Bytes through one device's memory.
+
+    Args:
+      work: of the program.
+      devices: over which activations are spread.
+      state_bytes: of the trained role's weights, moments and average on one device, each read and written once.
+    """
+    return work.activation_bytes / devices + work.weight_bytes + 2 * state_bytes
+
+
+def estimate(
+    chip: Chip, devices: int, work: Work, memory_bytes: float, collectives: Sequence[Collective], hosts: Sequence[int]
+) -> Time:
+    """The time of one run.
+
+    Args:
+      memory_bytes: `traffic` of one device.
+      collectives: what it sends.
+      hosts: the host of each device of the mesh, in the mesh's order.
+    """
+    compute = work.flops / devices / (chip.flops * COMPUTE)
+    sent = sum(c.bytes / (rate(chip, c, hosts) * LINK) for c in collectives)
+    return Time(compute, memory_bytes / (chip.bandwidth * MEMORY), sent)
+
+
+def rate(chip: Chip, collective: Collective, hosts: Sequence[int]) -> float:
+    """Bytes/s at which a device's share of a collective leaves it."""
+    g, exchange = len(collective.group), collective.kind.endswith("all-to-all")
+    if chip.platform == "tpu":
+        return chip.link / max(g / 4, 1) if exchange else chip.link
+    outside = {hosts[position] for position in collective.group}
+    if len(outside) == 1:
+        return chip.link
+    members = 1 if exchange or collective.kind == "collective-permute" else g / len(outside)
+    return min(chip.link, members * chip.network)

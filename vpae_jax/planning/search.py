@@ -1,0 +1,243 @@
+"""Looks for the fastest setting that fits: fsdp x context x accumulation x rematerialisation.
+
+Every setting of the devices is estimated in closed form, in a moment; those that may fit are compiled from the fastest
+on, until one does. The estimate only decides the order and what is not worth compiling: what is proposed was compiled.
+
+    memory   the state as sharded, float32 gradients of the trained weights, and for every clip on the device and every
+             token of its share, what a block keeps for the backward pass (`SAVED`, in units of the hidden state)
+    time     arithmetic with what is recomputed (`REPEATED`), weights gathered once an evaluation and part of the batch,
+             four all-to-alls a block for the sequence's share
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from vpae_jax.config import Experiment
+from vpae_jax.models.wan_dit import WanTransformerConfig
+from vpae_jax.planning import memory, roofline
+from vpae_jax.planning.chips import Chip
+from vpae_jax.planning.clips import ClipSize
+from vpae_jax.planning.compiling import Say, make_plan
+from vpae_jax.planning.hlo import Collective
+from vpae_jax.planning.programs import REMATS, Programs, Setting, draw_up, transformer_of, with_setting
+from vpae_jax.planning.result import Plan
+from vpae_jax.planning.topology import Topology
+from vpae_jax.types import UserError
+
+# Hidden states that a block keeps, besides its hidden layer of the feed-forward, and of that hidden layer, how many.
+SAVED: Mapping[str, tuple[float, float]] = MappingProxyType(
+    {"none": (24, 3), "dots": (9, 1), "attention": (2, 0), "full": (1, 0), "offload": (0, 0)}
+)
+# Arithmetic in units of what there is without recomputation, for a step of which about half differentiates the network.
+REPEATED: Mapping[str, float] = MappingProxyType(
+    {"none": 1.0, "dots": 1.03, "attention": 1.1, "full": 1.17, "offload": 1.2}
+)
+# How far beyond the capacity an estimate may be and still be tried.
+SLACK = 1.15
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A setting before it is compiled.
+
+    Attributes:
+      setting: what is estimated.
+      bytes: on one device.
+      seconds: of one step.
+    """
+
+    setting: Setting
+    bytes: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A setting that was compiled, or could not be.
+
+    Attributes:
+      estimate: what was expected.
+      total: bytes on one device as compiled; None if it was refused without a number or could not be drawn up.
+      outcome: "fits", "does not fit", or why training cannot run it.
+    """
+
+    estimate: Estimate
+    total: int | None
+    outcome: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """The end of a search.
+
+    Attributes:
+      plan: the fastest setting that fits; None when none of those tried does.
+      tried: what was compiled, in order.
+      settings: how many settings there are.
+    """
+
+    plan: Plan | None
+    tried: tuple[Tried, ...]
+    settings: int
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "flags": None if self.plan is None else self.plan.setting.flags,
+            "plan": None if self.plan is None else self.plan.as_json(),
+            "settings": self.settings,
+            "tried": [
+                {
+                    "flags": t.estimate.setting.flags,
+                    "estimated_bytes": t.estimate.bytes,
+                    "estimated_seconds": t.estimate.seconds,
+                    "total": t.total,
+                    "outcome": t.outcome,
+                }
+                for t in self.tried
+            ],
+        }
+
+
+def settings(asked: Setting, devices: int, batch: int) -> Iterator[Setting]:
+    """All settings of the devices with the asked `data` and `tensor` in which every device has whole clips."""
+    for fsdp in _divisors(devices // (asked.data * asked.tensor)):
+        context = devices // (asked.data * asked.tensor * fsdp)
+        if asked.data * fsdp * context * asked.tensor != devices or batch % (asked.data * fsdp):
+            continue
+        for accumulation in _divisors(batch // (asked.data * fsdp)):
+            for remat in REMATS:
+                yield Setting(asked.data, fsdp, context, asked.tensor, accumulation, remat)
+
+
+def search(
+    experiment: Experiment,
+    clip: ClipSize,
+    topology: Topology,
+    devices: Sequence[Any],
+    asked: Plan,
+    say: Say,
+    tries: int,
+) -> Found:
+    """The fastest setting that fits.
+
+    Args:
+      asked: the plan of the config as it is; the estimates are scaled to agree with it.
+      tries: settings that are compiled at most.
+    """
+    options = list(settings(asked.setting, len(devices), experiment.batch_size))
+    estimates, tried = _estimates(experiment, clip, topology, devices, asked, options)
+    for estimate in estimates[:tries]:
+        say(f"trying {estimate.setting.flags}")
+        if estimate.setting == asked.setting:
+            plan = asked
+        else:
+            changed = with_setting(experiment, estimate.setting)
+            plan = make_plan(changed, clip, topology, devices, say, fail_fast=True)
+        tried.append(Tried(estimate, plan.total, "fits" if plan.fits else "does not fit"))
+        if plan.fits:
+            return Found(plan, tuple(tried), len(options))
+    return Found(None, tuple(tried), len(options))
+
+
+def _estimates(
+    experiment: Experiment,
+    clip: ClipSize,
+    topology: Topology,
+    devices: Sequence[Any],
+    asked: Plan,
+    options: Sequence[Setting],
+) -> tuple[list[Estimate], list[Tried]]:
+    """Settings that may fit, fastest first, and those that training cannot run."""
+    config = transformer_of(experiment)
+    drawn: dict[tuple[int, int], Programs | str] = {}
+    raw: list[tuple[Setting, float, float, float]] = []
+    refused: list[Tried] = []
+    for setting in options:
+        mesh = (setting.fsdp, setting.context)
+        if mesh not in drawn:
+            drawn[mesh] = _draw(lambda setting=setting: with_setting(experiment, setting), clip, devices)
+            reason = drawn[mesh]
+            if isinstance(reason, str):
+                refused.append(Tried(Estimate(setting, 0.0, 0.0), None, reason))
+        programs = drawn[mesh]
+        if isinstance(programs, str) or not _runs(experiment, setting):
+            continue
+        kept = float(sum(memory.persistent(programs).values()))
+        largest = max(memory.tree_bytes(tree) for tree in programs.state.params.values())
+        made = largest + activations(config, clip, experiment.batch_size, setting)
+        raw.append((setting, kept, made, seconds(config, clip, topology.chip, asked, setting)))
+    scale = _scale(asked, raw)
+    estimates = [Estimate(setting, kept + scale * made, time) for setting, kept, made, time in raw]
+    limit = SLACK * topology.chip.capacity
+    return sorted((e for e in estimates if e.bytes <= limit), key=lambda e: (e.seconds, e.bytes)), refused
+
+
+def _scale(asked: Plan, raw: Sequence[tuple[Setting, float, float, float]]) -> float:
+    """What the compiler made of the asked setting, over its estimate; 1 if it does not say."""
+    made = asked.memory["temporaries"]
+    for setting, _, estimate, _ in raw:
+        if setting == asked.setting and made:
+            return made / estimate
+    return 1.0
+
+
+def _runs(experiment: Experiment, setting: Setting) -> bool:
+    try:
+        with_setting(experiment, setting)
+    except UserError:
+        return False
+    return True
+
+
+def _draw(change: Callable[[], Experiment], clip: ClipSize, devices: Sequence[Any]) -> Programs | str:
+    """The programs of a mesh, or why there are none."""
+    try:
+        return draw_up(change(), clip, devices)
+    except UserError as error:
+        return str(error)
+
+
+def activations(config: WanTransformerConfig, clip: ClipSize, batch: int, setting: Setting) -> float:
+    """Bytes on one device of what the blocks keep for the backward pass, and of one block at work."""
+    tokens = batch / (setting.data * setting.fsdp * setting.accumulation) * clip.tokens / setting.context
+    wide = config.ffn_dim / config.width
+
+    def held(remat: str) -> float:
+        states, hidden = SAVED[remat]
+        return (states + hidden * wide) * tokens * config.width * 2
+
+    return config.num_layers * held(setting.remat) + held("none")
+
+
+def seconds(config: WanTransformerConfig, clip: ClipSize, chip: Chip, asked: Plan, setting: Setting) -> float:
+    """A step, communication not hidden."""
+    devices, batch = asked.devices, asked.batch_size
+    weights = config.num_layers * config.width * (8 * config.width + 2 * config.ffn_dim)
+    forward = 2.0 * batch * clip.tokens * (weights + 2.0 * config.num_layers * clip.tokens * config.width)
+    flops = asked.model_flops * REPEATED[setting.remat]
+    evaluations = flops / forward
+    hosts = [i // topology_host(chip) for i in range(devices)]
+    gathered = evaluations * setting.accumulation * 2.0 * weights * (setting.fsdp - 1) / setting.fsdp
+    hidden = 2.0 * batch / (setting.data * setting.fsdp) * clip.tokens / setting.context * config.width
+    exchanged = evaluations * 4 * config.num_layers * hidden * (setting.context - 1) / setting.context
+    across = tuple(range(0, setting.fsdp * setting.context * setting.tensor, setting.context * setting.tensor))
+    beside = tuple(range(0, setting.context * setting.tensor, setting.tensor))
+    parts = [
+        Collective("all-gather", ("fsdp",), across, 1, gathered),
+        Collective("all-to-all", ("context",), beside, 1, exchanged),
+    ]
+    sent = sum(part.bytes / (roofline.rate(chip, part, hosts) * roofline.LINK) for part in parts)
+    return flops / (devices * chip.flops * roofline.COMPUTE) + sent
+
+
+def topology_host(chip: Chip) -> int:
+    """Devices that talk at `chip.link`: a host's GPUs, a whole TPU slice."""
+    return 8 if chip.platform == "cuda" else 2**30
+
+
+def _divisors(number: int) -> list[int]:
+    return [i for i in range(1, number + 1) if number % i == 0]
