@@ -12,8 +12,8 @@ ROOMS = (
     ("models", "methods"),
     ("train",),
     ("data", "eval", "convert"),
-    ("sampling", "pipeline", "weights", "previews", "products", "guard", "experiment"),
-    ("cli", "main", "sample", "evaluate", "convert.__main__"),
+    ("sampling", "pipeline", "weights", "previews", "products", "guard", "experiment", "planning"),
+    ("cli", "main", "sample", "evaluate", "plan", "convert.__main__"),
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,11 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
     {
         chip.name: chip
         for chip in (
-            _tpu("v4", 32, 30.75, 275e12, 1.2e12, 100e9, 3),
-            _tpu("v5e", 16, 15.75, 197e12, 819e9, 100e9, 2),
+            _tpu("v4", 32.0, 30.75, 275e12, 1.2e12, 100e9, 3),
+            _tpu("v5e", 16.0, 15.75, 197e12, 819e9, 100e9, 2),
             _tpu("v5p", 95.74, 95.74, 459e12, 2.765e12, 200e9, 3),
-            _tpu("v6e", 32, 31.25, 918e12, 1.638e12, 200e9, 2),
-            _tpu("tpu7x", 96, 94.75, 1153.5e12, 3.69e12, 100e9, 3),
+            _tpu("v6e", 32.0, 31.25, 918e12, 1.638e12, 200e9, 2),
+            _tpu("tpu7x", 96.0, 94.75, 1153.5e12, 3.69e12, 100e9, 3),
             _gpu("h20", 102_005_473_280, 148e12, 4.0e12, 450e9, "NVIDIA H20", Gpu((9, 0), 78, 62_914_560, 1.98)),
             _gpu("h100", 84_942_979_072, 989e12, 3.352e12, 450e9, "NVIDIA H100", Gpu((9, 0), 132, 52_428_800, 1.98)),
             _gpu("h200", 151_397_597_184, 989e12, 4.8e12, 450e9, "NVIDIA H200", Gpu((9, 0), 132, 52_428_800, 1.98)),

@@ -14,6 +14,7 @@ from vpae_jax.planning.clips import ClipSize
 from vpae_jax.planning.programs import Program, Programs, draw_up, setting_of
 from vpae_jax.planning.result import Plan, ProgramPlan
 from vpae_jax.planning.topology import Topology
+from vpae_jax.types import UserError
 
 Say = Callable[[str], None]
 
@@ -80,7 +81,8 @@ def _compile(program: Program, programs: Programs, topology: Topology) -> Progra
             compiled = traced.lower().compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
+                reason = str(error).split("\n", 1)[0]
+                raise UserError(f"the compiler for {topology.name} failed on the {program.name}: {reason}") from error
             needed = memory.needed(str(error))
         else:
             footprint = memory.footprint(compiled)

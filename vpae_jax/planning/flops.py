@@ -43,9 +43,15 @@ class Work:
     unknown_loops: int = 0
 
     def __add__(self, other: Work) -> Work:
-        return Work(*(a + b for a, b in zip(self._values(), other._values(), strict=True)))  # type: ignore[arg-type]
+        return Work(
+            self.flops + other.flops,
+            self.recomputed + other.recomputed,
+            self.activation_bytes + other.activation_bytes,
+            self.weight_bytes + other.weight_bytes,
+            self.unknown_loops + other.unknown_loops,
+        )
 
-    def times(self, turns: float, devices: int = 1) -> Work:
+    def times(self, turns: int, devices: int = 1) -> Work:
         """The same `turns` times on each of `devices`."""
         return Work(
             self.flops * turns * devices,
@@ -59,9 +65,6 @@ class Work:
     def model_flops(self) -> float:
         """What would be computed if nothing were computed twice."""
         return self.flops - self.recomputed
-
-    def _values(self) -> tuple[float, ...]:
-        return (self.flops, self.recomputed, self.activation_bytes, self.weight_bytes, self.unknown_loops)
 
 
 def count(jaxpr: Jaxpr | ClosedJaxpr, again: bool = False) -> Work:
@@ -117,8 +120,8 @@ def _inner(params: dict[str, Any]) -> Iterator[Jaxpr | ClosedJaxpr]:
 
 def _product(equation: Any, flops: float, again: bool) -> Work:
     arrays = [variable.aval for variable in (*equation.invars, *equation.outvars)]
-    weights = sum(_bytes(a) for a in arrays if a.ndim <= 2)
-    activations = sum(_bytes(a) for a in arrays if a.ndim > 2)
+    weights = sum((_bytes(a) for a in arrays if a.ndim <= 2), 0.0)
+    activations = sum((_bytes(a) for a in arrays if a.ndim > 2), 0.0)
     return Work(flops, flops if again else 0.0, activations, weights)
 
 

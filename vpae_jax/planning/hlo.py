@@ -77,7 +77,7 @@ class Communication:
     @property
     def bytes(self) -> float:
         """What one device sends."""
-        return sum(c.bytes for c in self.collectives)
+        return sum((c.bytes for c in self.collectives), 0.0)
 
 
 def communication(text: str, mesh: Mapping[str, int]) -> Communication:
@@ -238,11 +238,11 @@ def type_bytes(text: str) -> float:
 
 
 def _group(line: str) -> tuple[int, ...]:
-    """Positions of the devices of an instruction's first group; for a permutation, of all that differ from it."""
+    """Positions of the devices of an instruction's first group; of a permutation, of the first two that it connects."""
     at = line.find("source_target_pairs={{")
     if at >= 0:
-        first, second = line[at + 22 :].split("}", 1)[0].split(",")[:2]
-        return (int(first), int(second))
+        pairs = [pair.split(",") for pair in line[at + 22 :].split("}}", 1)[0].split("},{")]
+        return next(((int(a), int(b)) for a, b in pairs if a != b), ())
     at = line.find("replica_groups=")
     if at < 0:
         return ()

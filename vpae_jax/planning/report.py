@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vpae_jax.planning.chips import GIB
+from vpae_jax.planning.chips import GIB, MIB
 from vpae_jax.planning.result import Plan
 from vpae_jax.planning.search import Found
 
@@ -117,7 +117,7 @@ def _step(plan: Plan) -> str:
 
 
 def _gib(size: float) -> str:
-    return f"{size / GIB:.2f} GiB"
+    return f"{size / GIB:.2f} GiB" if size >= 0.1 * GIB or not size else f"{size / MIB:.2f} MiB"
 
 
 def _bar(share: float) -> str:

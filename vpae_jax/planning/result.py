@@ -92,17 +92,17 @@ class Plan:
         times = [(p.calls, p.time) for p in self.programs if p.time is not None]
         if len(times) < len(self.programs):
             return None
-        return sum(calls * (time.serial if serial else time.overlapped) for calls, time in times)
+        return sum((calls * (time.serial if serial else time.overlapped) for calls, time in times), 0.0)
 
     @property
     def model_flops(self) -> float:
         """FLOPs of a step over all devices, nothing counted twice."""
-        return sum(p.calls * p.work.model_flops for p in self.programs)
+        return sum((p.calls * p.work.model_flops for p in self.programs), 0.0)
 
     @property
     def flops(self) -> float:
         """FLOPs of a step over all devices."""
-        return sum(p.calls * p.work.flops for p in self.programs)
+        return sum((p.calls * p.work.flops for p in self.programs), 0.0)
 
     def mfu(self, serial: bool) -> float | None:
         """Model FLOPs over what the devices could do in the time of a step."""

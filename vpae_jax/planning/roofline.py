@@ -49,7 +49,7 @@ class Time:
         return max(parts, key=lambda name: parts[name])
 
 
-def traffic(work: Work, devices: int, state_bytes: float) -> float:
+def traffic(work: Work, devices: int, state_bytes: int) -> float:
     """Bytes through one device's memory.
 
     Args:
@@ -71,7 +71,7 @@ def estimate(
       hosts: the host of each device of the mesh, in the mesh's order.
     """
     compute = work.flops / devices / (chip.flops * COMPUTE)
-    sent = sum(c.bytes / (rate(chip, c, hosts) * LINK) for c in collectives)
+    sent = sum((c.bytes / (rate(chip, c, hosts) * LINK) for c in collectives), 0.0)
     return Time(compute, memory_bytes / (chip.bandwidth * MEMORY), sent)
 
 

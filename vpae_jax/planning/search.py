@@ -30,7 +30,7 @@ from vpae_jax.types import UserError
 
 # Hidden states that a block keeps, besides its hidden layer of the feed-forward, and of that hidden layer, how many.
 SAVED: Mapping[str, tuple[float, float]] = MappingProxyType(
-    {"none": (24, 3), "dots": (9, 1), "attention": (2, 0), "full": (1, 0), "offload": (0, 0)}
+    {"none": (24.0, 3.0), "dots": (9.0, 1.0), "attention": (2.0, 0.0), "full": (1.0, 0.0), "offload": (0.0, 0.0)}
 )
 # Arithmetic in units of what there is without recomputation, for a step of which about half differentiates the network.
 REPEATED: Mapping[str, float] = MappingProxyType(
@@ -230,7 +230,7 @@ def seconds(config: WanTransformerConfig, clip: ClipSize, chip: Chip, asked: Pla
         Collective("all-gather", ("fsdp",), across, 1, gathered),
         Collective("all-to-all", ("context",), beside, 1, exchanged),
     ]
-    sent = sum(part.bytes / (roofline.rate(chip, part, hosts) * roofline.LINK) for part in parts)
+    sent = sum((part.bytes / (roofline.rate(chip, part, hosts) * roofline.LINK) for part in parts), 0.0)
     return flops / (devices * chip.flops * roofline.COMPUTE) + sent
 
 

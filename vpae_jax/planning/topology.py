@@ -95,8 +95,9 @@ def prepare(topology: Topology) -> None:
                 f"planning for {topology.name} needs JAX's CUDA plugin (5.5 GB, no GPU); "
                 f"pip install 'jax[cuda12]=={jax.__version__}'"
             )
-        # There is no device to time kernels on.
-        settings["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
+        # There is no device to time kernels on; untimed, Triton's products do not compile for every shape, cuBLAS's do.
+        untimed = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+        settings["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {untimed}".strip()
     settings["TF_CPP_MIN_LOG_LEVEL"] = "3"
     os.environ.update(settings)
     jax.config.update("jax_platforms", "cpu")
