@@ -38,7 +38,8 @@ def test_gathers_in_a_scan_count_once_a_turn(mesh):
     assert communication(text, SIZES).unknown_loops == 0
 
 
-def compiled(mesh, function, spec=P("data")):
+def compiled(mesh, function):
+    spec = P("data")
     mapped = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     return jax.jit(mapped).lower(jax.ShapeDtypeStruct((8, 8), jnp.float32)).compile().as_text()
 
@@ -70,12 +71,12 @@ FORMS = """HloModule forms
 
 %fused_start (p: bf16[4,8]) -> bf16[16,8] {
   %p = bf16[4,8]{1,0} parameter(0)
-  ROOT %all-gather.1 = bf16[16,8]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}
+  ROOT %all-gather.1 = bf16[16,8]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, INNER
 }
 
 %fused_done (p.1: bf16[4,8]) -> bf16[16,8] {
   %p.1 = bf16[4,8]{1,0} parameter(0)
-  ROOT %all-gather.2 = bf16[16,8]{1,0:T(8,128)(2,1)} all-gather(%p.1), channel_id=7, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}
+  ROOT %all-gather.2 = bf16[16,8]{1,0:T(8,128)(2,1)} all-gather(%p.1), channel_id=7, INNER
 }
 
 %all-reduce-scatter.clone (p.2: f32[16,8]) -> f32[4,8] {
@@ -111,11 +112,13 @@ ENTRY %main (x: bf16[4,8]) -> f32[4,8] {
   %x = bf16[4,8]{1,0} parameter(0)
   %while.1 = (s32[], bf16[4,8]) while(%x), condition=%condition, body=%body
   %while.2 = (s32[]) while(%x), condition=%condition.2, body=%body.2
-  %all-gather-start = (f32[4]{0}, f32[8]{0}) all-gather-start(%x), channel_id=9, replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
+  %all-gather-start = (f32[4]{0}, f32[8]{0}) all-gather-start(%x), channel_id=9, replica_groups=[4,2]<=[2,4]T(1,0)
   %all-gather-done = f32[8]{0} all-gather-done(%all-gather-start)
-  ROOT %all-reduce.4 = f32[10]{0} all-reduce(%x), channel_id=10, replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}, to_apply=%add
+  ROOT %all-reduce.4 = f32[10]{0} all-reduce(%x), channel_id=10, OUTER
 }
-"""
+""".replace("INNER", "replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}").replace(
+    "OUTER", "replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}, to_apply=%add"
+)
 
 
 def test_forms_of_gpu_and_tpu():
@@ -138,7 +141,13 @@ def test_a_long_line_is_read_at_once():
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("f32[2,3]{1,0}", 24), ("(bf16[4], pred[3], s32[])", 15), ("f8e4m3fn[16]{0:T(256)}", 16), ("token[]", 0), ("u4[4]", 2)],
+    [
+        ("f32[2,3]{1,0}", 24),
+        ("(bf16[4], pred[3], s32[])", 15),
+        ("f8e4m3fn[16]{0:T(256)}", 16),
+        ("token[]", 0),
+        ("u4[4]", 2),
+    ],
 )
 def test_bytes_of_types(text, size):
     assert type_bytes(text) == size

@@ -1,16 +1,17 @@
 """What one device of each kind can do. Published figures; what a program reaches of them is `roofline`'s business.
 
-TPU: memory, bandwidth and bf16 peak from https://docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. The interconnect
-is stated there as bytes a second of a chip over all its ports in both directions (v5e 400, v6e 800, v5p and tpu7x 1200
-GB/s with 4, 4, 6 and 6 ports; v4 has six of 50 GB/s each way, arXiv 2304.01433); `link` is what a device sends along
-one axis of the torus, over the two ports of that axis. A TPU7x chip is two devices, each with half of everything.
-`reserved` is what libtpu keeps for itself, as its own out-of-memory messages count.
+TPU: memory, bandwidth and bf16 peak from https://docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. The
+interconnect is stated there as bytes a second of a chip over all its ports in both directions (v5e 400, v6e 800, v5p
+and tpu7x 1200 GB/s with 4, 4, 6 and 6 ports; v4 has six of 50 GB/s each way, arXiv 2304.01433); `link` is what a device
+sends along one axis of the torus, over the two ports of that axis. A TPU7x chip is two devices, each with half of
+everything. `reserved` is what libtpu keeps for itself, as its own out-of-memory messages count.
 
 GPU: H100, H200, B200: memory size and bandwidth, L2 and clocks as the driver reports them, from the device descriptions
 in OpenXLA (xla/backends/gpu/target_config/specs/{h100_sxm,h200,b200}.txtpb); dense bf16 peaks from NVIDIA's data sheets
-(H100 SXM and H200 989, HGX B200 2250 TFLOP/s, half of the sparse figure). H20: 78 SMs, 96 GB, 4.0 TB/s, 148 TFLOP/s, 60 MB
-L2, NVLink 900 GB/s as resellers publish them (NVIDIA has no public data sheet); its clock is the H100's. NVLink counts
-both directions (900 or 1800 GB/s); `link` is one. `network` is the usual eight 400 Gb/s adapters of a host of eight.
+(H100 SXM and H200 989, HGX B200 2250 TFLOP/s, half of the sparse figure). H20: 78 SMs, 96 GB, 4.0 TB/s, 148 TFLOP/s,
+60 MB of L2, NVLink 900 GB/s as resellers publish them (NVIDIA has no public data sheet; 95 GiB is what is left of 96);
+its clock is the H100's. NVLink counts both directions (900 or 1800 GB/s); `link` is one. `network` is the usual eight
+400 Gb/s adapters of a host of eight.
 `reserved` of GPUs is for the CUDA context, NCCL's buffers and fragmentation: 8 %, so that
 XLA_PYTHON_CLIENT_MEM_FRACTION=.92 gives the rest to XLA, whose default is .75.
 """
@@ -99,7 +100,9 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
             _gpu("h20", 102_005_473_280, 148e12, 4.0e12, 450e9, "NVIDIA H20", Gpu((9, 0), 78, 62_914_560, 1.98)),
             _gpu("h100", 84_942_979_072, 989e12, 3.352e12, 450e9, "NVIDIA H100", Gpu((9, 0), 132, 52_428_800, 1.98)),
             _gpu("h200", 151_397_597_184, 989e12, 4.8e12, 450e9, "NVIDIA H200", Gpu((9, 0), 132, 52_428_800, 1.98)),
-            _gpu("b200", 191_514_411_008, 2250e12, 7.672e12, 900e9, "NVIDIA B200", Gpu((10, 0), 148, 132_644_864, 1.965)),
+            _gpu(
+                "b200", 191_514_411_008, 2250e12, 7.672e12, 900e9, "NVIDIA B200", Gpu((10, 0), 148, 132_644_864, 1.965)
+            ),
         )
     }
 )

@@ -20,7 +20,12 @@ Say = Callable[[str], None]
 
 
 def make_plan(
-    experiment: Experiment, clip: ClipSize, topology: Topology, devices: Sequence[Any], say: Say, fail_fast: bool = False
+    experiment: Experiment,
+    clip: ClipSize,
+    topology: Topology,
+    devices: Sequence[Any],
+    say: Say,
+    fail_fast: bool = False,
 ) -> Plan:
     """Compiles every update of the phase for the devices.
 

@@ -1,10 +1,10 @@
 """Arithmetic of a program, counted from its jaxpr: what is multiplied, how often, and what of it is done again.
 
-Matrix products, convolutions and attention kernels are counted, 2 FLOPs for a multiply and add; all else is small beside
-them. A scan counts as often as it turns; of branches the dearest counts. `recomputed` is what `jax.checkpoint` repeats
-in the backward pass, and what attention kernels do: the backward pass needs four products (dV, dP, dQ, dK), and a kernel
-that makes all of them has a fifth, the logits again (FlashAttention, arXiv 2205.14135); two kernels, one for dQ with
-three products and one for dK and dV with four, repeat the logits twice and dP once.
+Matrix products, convolutions and attention kernels are counted, 2 FLOPs for a multiply and add; all else is small
+beside them. A scan counts as often as it turns; of branches the dearest counts. `recomputed` is what `jax.checkpoint`
+repeats in the backward pass, and what attention kernels do: the backward pass needs four products (dV, dP, dQ, dK), and
+a kernel that makes all of them has a fifth, the logits again (FlashAttention, arXiv 2205.14135); two kernels, one for
+dQ with three products and one for dK and dV with four, repeat the logits twice and dP once.
 
 The compiler's own count (`cost_analysis`) is of no use here: it takes a loop's body once, and a kernel not at all.
 """

@@ -179,7 +179,9 @@ def _read_line(line: str, part: _Computation, scattering: bool) -> None:
                 sent = _sent(kind, started, line[:at], len(group))
                 if scattering and kind == "all-reduce":
                     kind, sent = "reduce-scatter", sent / 2
-                part.found.append((kind, group, sent, _after(line, "channel_id=", at) or line[:at].split("=")[0].strip()))
+                part.found.append(
+                    (kind, group, sent, _after(line, "channel_id=", at) or line[:at].split("=")[0].strip())
+                )
             return
     if " fusion(" in line:
         callee = _name(line, "calls=")

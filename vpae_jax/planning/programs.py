@@ -26,7 +26,7 @@ from vpae_jax.models.lora import LoRASpec
 from vpae_jax.models.wan_dit import WanTransformer, WanTransformerConfig
 from vpae_jax.planning.clips import ClipSize
 from vpae_jax.train.optim import make_optimizer
-from vpae_jax.train.roles import RoleModels, check_roles, split, split_lora
+from vpae_jax.train.roles import RoleModels, check_roles
 from vpae_jax.train.state import TrainState, create
 from vpae_jax.train.step import make_update
 from vpae_jax.types import MASK_CHANNELS, Batch, Condition, UserError
@@ -105,8 +105,8 @@ class Programs:
 
 def setting_of(experiment: Experiment, mesh: Mesh) -> Setting:
     """The setting that a config asks for on this mesh."""
-    accumulation = 1
-    return Setting(*(mesh.shape[axis] for axis in sharding.AXES), accumulation, experiment.model.remat)
+    sizes: dict[str, int] = {axis: mesh.shape[axis] for axis in sharding.AXES}
+    return Setting(**sizes, accumulation=1, remat=experiment.model.remat)
 
 
 def with_setting(experiment: Experiment, setting: Setting) -> Experiment:
@@ -171,14 +171,28 @@ def abstract_batch(experiment: Experiment, clip: ClipSize, mesh: Mesh) -> Batch:
         tokens = (preset.image_encoder.image_size // preset.image_encoder.patch_size) ** 2 + 1
         image = struct((b, tokens, preset.image_encoder.hidden_size), clips)
         frames = struct((b, f, h, w, MASK_CHANNELS + c), clips)
-    text: Any = struct((b, clip.text_tokens, config.text_dim), clips)
-    mask: Any = struct((b, clip.text_tokens), clips, jnp.bool_)
-    latents: Any = struct((b, f, h, w, c), clips)
-    null_text: Any = struct((clip.text_tokens, config.text_dim), whole)
-    null_mask: Any = struct((clip.text_tokens,), whole, jnp.bool_)
-    image_states: Any = image
-    given_frames: Any = frames
-    return Batch(latents, Condition(text, mask, image_states, given_frames), null_text, null_mask)
+    condition = _abstract_of(
+        Condition,
+        text=struct((b, clip.text_tokens, config.text_dim), clips),
+        text_mask=struct((b, clip.text_tokens), clips, jnp.bool_),
+        image=image,
+        frames=frames,
+    )
+    return _abstract_of(
+        Batch,
+        latents=struct((b, f, h, w, c), clips),
+        condition=condition,
+        null_text=struct((clip.text_tokens, config.text_dim), whole),
+        null_mask=struct((clip.text_tokens,), whole, jnp.bool_),
+    )
+
+
+def _abstract_of(cls: type, **fields: Any) -> Any:
+    """A dataclass of arrays that holds shapes instead: made past its constructor, which is checked to get arrays."""
+    made = object.__new__(cls)
+    for name, value in fields.items():
+        object.__setattr__(made, name, value)
+    return made
 
 
 def _roles(experiment: Experiment, method: Method, mesh: Mesh) -> tuple[RoleModels, dict[str, Any], dict[str, Any]]:
@@ -190,7 +204,7 @@ def _roles(experiment: Experiment, method: Method, mesh: Mesh) -> tuple[RoleMode
         if role.model == "heads":
             heads = build(HeadsConfig, experiment.heads, "config.heads")
             taps = heads.taps
-            graphs[name], params = _abstract(_heads(experiment, heads), split)
+            graphs[name], params = _abstract(_heads(experiment, heads))
             rules = sharding.REPLICATED
         else:
             graphs[name], params = _transformer(experiment, role, preset.transformer)
@@ -214,14 +228,16 @@ def _transformer(experiment: Experiment, role: Role, config: WanTransformerConfi
     options: dict[str, Any] = {"dtype": jnp.dtype(experiment.model.dtype), "remat": experiment.model.remat}
     if role.trains == "lora":
         spec = LoRASpec(rank=role.lora_rank, alpha=role.lora_alpha)
-        make = lambda: WanTransformer(config, rngs=nnx.Rngs(0), lora=spec, **options)  # noqa: E731
-        return _abstract(make, lambda model: split_lora(model)[:2])
-    return _abstract(lambda: WanTransformer(config, rngs=nnx.Rngs(0), **options), split)
+        return _abstract(
+            lambda: WanTransformer(config, rngs=nnx.Rngs(0), lora=spec, **options), nnx.LoRAParam, nnx.Param
+        )
+    return _abstract(lambda: WanTransformer(config, rngs=nnx.Rngs(0), **options))
 
 
-def _abstract(make: Callable[[], nnx.Module], take: Callable[[Any], Any]) -> tuple[nnx.GraphDef, Any]:
-    """A model's graph and abstract weights."""
-    return take(nnx.eval_shape(make))
+def _abstract(make: Callable[[], nnx.Module], *kinds: type) -> tuple[nnx.GraphDef, Any]:
+    """A model's graph and its abstract weights, those of the first kind if there are several."""
+    graph, weights, *_ = nnx.split(nnx.eval_shape(make), *(kinds or (nnx.Param,)))
+    return graph, nnx.to_pure_dict(weights)
 
 
 def _state(
@@ -232,7 +248,12 @@ def _state(
     mesh: Mesh,
 ) -> TrainState:
     """The abstract train state: moments and averages lie where their weights do, all else everywhere."""
-    shapes = jax.eval_shape(lambda params: create(experiment.seed, params, method.roles, optimizers), trained)
+
+    def start(params: Mapping[str, Any]) -> tuple[Any, ...]:
+        state = create(experiment.seed, params, method.roles, optimizers)
+        return state.step, state.key, state.opt, state.ema
+
+    step, key, moments, averages = jax.eval_shape(start, trained)
     whole = NamedSharding(mesh, PartitionSpec())
 
     def like(struct: jax.ShapeDtypeStruct, weight: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -243,12 +264,13 @@ def _state(
 
     opt = {
         role: optax.tree_map_params(optimizers[role], like, tree, trained[role], transform_non_params=everywhere)
-        for role, tree in shapes.opt.items()
+        for role, tree in moments.items()
     }
-    return TrainState(
-        step=everywhere(shapes.step),
-        key=everywhere(shapes.key),
+    return _abstract_of(
+        TrainState,
+        step=everywhere(step),
+        key=everywhere(key),
         params=dict(trained),
         opt=opt,
-        ema={role: jax.tree.map(like, tree, trained[role]) for role, tree in shapes.ema.items()},
+        ema={role: jax.tree.map(like, tree, trained[role]) for role, tree in averages.items()},
     )

@@ -33,7 +33,7 @@ def proposal(found: Found) -> str:
                 t.outcome,
             ]
         )
-    lines = [f"search over {found.settings} settings"] + _table(rows, "<>>><")
+    lines = [f"search over {found.settings} settings", *_table(rows, "<>>><")]
     if found.plan is None:
         lines.append("none of these fits: use more devices, or raise --tries")
     else:
@@ -45,7 +45,8 @@ def _head(plan: Plan) -> str:
     s, clip = plan.setting, plan.clip
     return (
         f"{plan.phase} on {plan.topology}: {plan.devices} x {plan.chip.description}\n"
-        f"{plan.batch_size} clips a step of {clip.frames} frames, {clip.width} x {clip.height}: {clip.tokens:,} tokens each\n"
+        f"{plan.batch_size} clips a step, each {clip.frames} frames of {clip.width} x {clip.height}, "
+        f"{clip.tokens:,} tokens\n"
         f"mesh data {s.data} x fsdp {s.fsdp} x context {s.context} x tensor {s.tensor}, "
         f"batch in {s.accumulation} part{'s' * (s.accumulation != 1)}, remat {s.remat}"
     )
@@ -60,7 +61,9 @@ def _memory(plan: Plan) -> str:
         else:
             lines.append(f"  {kind:<12} {_gib(size):>12} {size / capacity:>8.1%}  {_bar(size / capacity)}")
     if plan.total is not None:
-        lines.append(f"  {'total':<12} {_gib(plan.total):>12} {plan.total / capacity:>8.1%}  {_bar(plan.total / capacity)}")
+        lines.append(
+            f"  {'total':<12} {_gib(plan.total):>12} {plan.total / capacity:>8.1%}  {_bar(plan.total / capacity)}"
+        )
     lines.append(f"  {'capacity':<12} {_gib(capacity):>12}           {_verdict(plan)}")
     return "\n".join(lines)
 
@@ -128,6 +131,8 @@ def _bar(share: float) -> str:
 def _table(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(sides))]
     return [
-        ("  " + "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True))).rstrip()
+        (
+            "  " + "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True))
+        ).rstrip()
         for row in rows
     ]

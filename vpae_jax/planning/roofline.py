@@ -6,9 +6,9 @@ Assumptions, on the cautious side:
     memory          80 % of the HBM's bandwidth; every product's operands and results pass through it once, and the
                     optimizer reads and writes its state once; what lies between products is fused into them
     communication   80 % of the links' bandwidth; a group talks along one axis of the torus, in both directions,
-                    whatever the mesh; on a ring of g chips an all-to-all takes g / 4 times as long as its bytes do; GPUs of
-                    different hosts share as many network adapters as the group has members in a host, an all-to-all
-                    one each
+                    whatever the mesh; on a ring of g chips an all-to-all takes g / 4 times as long as its bytes do;
+                    GPUs of different hosts share as many network adapters as the group has members in a host, those of
+                    an all-to-all have one each
     overlap         between all (`overlapped`) and none of the communication (`serial`)
 """
 

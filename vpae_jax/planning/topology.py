@@ -1,7 +1,7 @@
 """Devices of machines that are not there: names, and the compilers that know them.
 
-    v5p:2x2x4, v6e:16x16, tpu7x:2x2x4      chips along each axis of a TPU slice (libtpu compiles)
-    h100:8, h20:32                         GPUs, in hosts of eight (JAX's CUDA plugin compiles)
+v5p:2x2x4, v6e:16x16, tpu7x:2x2x4      chips along each axis of a TPU slice (libtpu compiles)
+h100:8, h20:32                         GPUs, in hosts of eight (JAX's CUDA plugin compiles)
 """
 
 from __future__ import annotations
