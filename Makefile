@@ -1,6 +1,7 @@
 # make demo    everything on real data: phase 1 -> phase 2 -> sample -> evaluate -> runs/demo/report.html
 # make test    every test but the long ones        make test-all    the long ones too
 # make check   format, lint and types              make tiny        trains the embedded model again
+# make plans   compiles every large preset for every kind of machine -> runs/plans/ (hours; continues where it stopped)
 # make clean   removes .venv, caches and runs/
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ SHORT = --config.method.ema=0.98 --config.data.clips=1024 --config.log_every=5 -
 # Compiled programs are kept between runs; a second demo or test run skips most of the compiling.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: demo test test-all check format tiny clean
+.PHONY: demo test test-all check format tiny plans clean
 
 demo: $(VENV)/installed
 	$(RUN) -m vpae_jax.main --config=configs/phase1.py $(SHORT) --config.steps=200 --workdir=$(WORKDIR)/phase1
@@ -45,6 +46,9 @@ tiny: $(VENV)/installed
 	$(RUN) -m vpae_jax.main --config=configs/vae.py --workdir=runs/tiny/vae
 	$(RUN) -m vpae_jax.main --config=configs/encoders.py --workdir=runs/tiny/encoders
 	$(RUN) -m vpae_jax.main --config=configs/teacher.py --workdir=runs/tiny/teacher
+
+plans: $(VENV)/installed-dev
+	$(RUN) -m vpae_jax.planning.table --output=runs/plans
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)

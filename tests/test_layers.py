@@ -13,7 +13,7 @@ ROOMS = (
     ("train",),
     ("data", "eval", "convert"),
     ("sampling", "pipeline", "weights", "previews", "products", "guard", "experiment", "planning"),
-    ("cli", "main", "sample", "evaluate", "plan", "convert.__main__"),
+    ("cli", "main", "sample", "evaluate", "plan", "planning.table", "convert.__main__"),
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -91,7 +92,9 @@ def test_a_missing_compiler_is_named(name, module, package, monkeypatch):
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "vpae_jax.plan", "--config=configs/phase1.py", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=500, check=False, cwd=Path(__file__).parents[2]
+    )
 
 
 @pytest.mark.skipif(not topology.installed("libtpu"), reason="needs libtpu")

@@ -43,8 +43,8 @@ def make_plan(
     for program in programs.updates:
         say(f"compiling {program.name} for {topology.name}")
         made.append(_compile(program, programs, topology))
-        sizes = _sizes(kept, made)
-        if fail_fast and (None in sizes.values() or sum(s or 0 for s in sizes.values()) > topology.chip.capacity):
+        held = sizes(kept, made)
+        if fail_fast and (None in held.values() or sum(s or 0 for s in held.values()) > topology.chip.capacity):
             break
     return Plan(
         phase=experiment.name,
@@ -54,12 +54,12 @@ def make_plan(
         setting=setting_of(experiment, programs.mesh),
         clip=clip,
         batch_size=experiment.batch_size,
-        memory=_sizes(kept, made),
+        memory=sizes(kept, made),
         programs=tuple(made),
     )
 
 
-def _sizes(kept: dict[str, int], programs: Sequence[ProgramPlan]) -> dict[str, int | None]:
+def sizes(kept: dict[str, int], programs: Sequence[ProgramPlan]) -> dict[str, int | None]:
     """Memory by kind: the state once, the hungriest program's temporaries, the code of all."""
     base = sum(kept.values())
     extra: list[int | None] = []

@@ -119,7 +119,7 @@ def _step(plan: Plan) -> str:
     )
 
 
-def _gib(size: float) -> str:
+def _gib(size: int | float) -> str:
     return f"{size / GIB:.2f} GiB" if size >= 0.1 * GIB or not size else f"{size / MIB:.2f} MiB"
 
 
