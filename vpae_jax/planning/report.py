@@ -21,14 +21,13 @@ def proposal(found: Found) -> str:
     """What a search came to."""
     rows = [["setting", "expected", "", "compiled", "outcome"]]
     for t in found.tried:
-        s = t.estimate.setting
-        layout = f"fsdp {s.fsdp} x context {s.context}, {s.accumulation} parts, remat {s.remat}"
-        known = t.estimate.bytes > 0
+        s = t.setting
+        layout = f"fsdp {s.fsdp} x context {s.context}, {_parts(s.accumulation)}, remat {s.remat}"
         rows.append(
             [
                 layout,
-                _gib(t.estimate.bytes) if known else "-",
-                f"{t.estimate.seconds:.1f} s" if known else "-",
+                "-" if t.expected is None else _gib(t.expected[0]),
+                "-" if t.expected is None else f"{t.expected[1]:.3g} s",
                 "-" if t.total is None else _gib(t.total),
                 t.outcome,
             ]
@@ -48,8 +47,12 @@ def _head(plan: Plan) -> str:
         f"{plan.batch_size} clips a step, each {clip.frames} frames of {clip.width} x {clip.height}, "
         f"{clip.tokens:,} tokens\n"
         f"mesh data {s.data} x fsdp {s.fsdp} x context {s.context} x tensor {s.tensor}, "
-        f"batch in {s.accumulation} part{'s' * (s.accumulation != 1)}, remat {s.remat}"
+        f"batch in {_parts(s.accumulation)}, remat {s.remat}"
     )
+
+
+def _parts(accumulation: int) -> str:
+    return f"{accumulation} part{'s' * (accumulation != 1)}"
 
 
 def _memory(plan: Plan) -> str:

@@ -56,10 +56,9 @@ class Plan:
       setting: the mesh, accumulation and rematerialisation.
       clip: size of a clip.
       batch_size: clips a step.
-      memory: bytes on one device by kind (`memory.KINDS`); what a refused program needs beyond the rest is unknown, and
-        "temporaries" is None if the compiler did not say.
+      memory: bytes on one device by kind (`memory.KINDS`); "temporaries" is None if the compiler refused a program and
+        did not say how much it wanted.
       programs: the updates.
-      steps: how often all of them run on one step: always 1 but for the ones that `calls` says.
     """
 
     phase: str

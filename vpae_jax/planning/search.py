@@ -1,7 +1,8 @@
 """Looks for the fastest setting that fits: fsdp x context x accumulation x rematerialisation.
 
 Every setting of the devices is estimated in closed form, in a moment; those that may fit are compiled from the fastest
-on, until one does. The estimate only decides the order and what is not worth compiling: what is proposed was compiled.
+on, until one does; each that does not fit corrects the estimates of those after it. They only decide the order and what
+is not worth compiling: what is proposed was compiled.
 
     memory   the state as sharded, float32 gradients of the trained weights, and for every clip on the device and every
              token of its share, what a block keeps for the backward pass (`SAVED`, in units of the hidden state)
@@ -11,7 +12,7 @@ on, until one does. The estimate only decides the order and what is not worth co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -46,12 +47,14 @@ class Estimate:
 
     Attributes:
       setting: what is estimated.
-      bytes: on one device.
+      kept: bytes on one device of what lies there between programs.
+      made: bytes that the programs add, as estimated.
       seconds: of one step.
     """
 
     setting: Setting
-    bytes: float
+    kept: float
+    made: float
     seconds: float
 
 
@@ -60,12 +63,14 @@ class Tried:
     """A setting that was compiled, or could not be.
 
     Attributes:
-      estimate: what was expected.
+      setting: what was tried.
+      expected: bytes on one device and seconds of a step before it was compiled; None for what could not be drawn up.
       total: bytes on one device as compiled; None if it was refused without a number or could not be drawn up.
       outcome: "fits", "does not fit", or why training cannot run it.
     """
 
-    estimate: Estimate
+    setting: Setting
+    expected: tuple[float, float] | None
     total: int | None
     outcome: str
 
@@ -91,9 +96,9 @@ class Found:
             "settings": self.settings,
             "tried": [
                 {
-                    "flags": t.estimate.setting.flags,
-                    "estimated_bytes": t.estimate.bytes,
-                    "estimated_seconds": t.estimate.seconds,
+                    "flags": t.setting.flags,
+                    "estimated_bytes": None if t.expected is None else t.expected[0],
+                    "estimated_seconds": None if t.expected is None else t.expected[1],
                     "total": t.total,
                     "outcome": t.outcome,
                 }
@@ -130,16 +135,24 @@ def search(
     """
     options = list(settings(asked.setting, len(devices), experiment.batch_size))
     estimates, tried = _estimates(experiment, clip, topology, devices, asked, options)
-    for estimate in estimates[:tries]:
+    scale = _scale(asked, estimates)
+    for _ in range(tries):
+        limit = SLACK * topology.chip.capacity
+        estimate = next((e for e in estimates if e.kept + scale * e.made <= limit), None)
+        if estimate is None:
+            break
+        estimates.remove(estimate)
         say(f"trying {estimate.setting.flags}")
-        if estimate.setting == asked.setting:
-            plan = asked
-        else:
+        plan = asked
+        if estimate.setting != asked.setting:
             changed = with_setting(experiment, estimate.setting)
             plan = make_plan(changed, clip, topology, devices, say, fail_fast=True)
-        tried.append(Tried(estimate, plan.total, "fits" if plan.fits else "does not fit"))
+        expected = (estimate.kept + scale * estimate.made, estimate.seconds)
+        tried.append(Tried(estimate.setting, expected, plan.total, "fits" if plan.fits else "does not fit"))
         if plan.fits:
             return Found(plan, tuple(tried), len(options))
+        if plan.total is not None:  # do not try again what is now known to be too large
+            scale = max(scale, (plan.total - estimate.kept) / estimate.made)
     return Found(None, tuple(tried), len(options))
 
 
@@ -151,38 +164,33 @@ def _estimates(
     asked: Plan,
     options: Sequence[Setting],
 ) -> tuple[list[Estimate], list[Tried]]:
-    """Settings that may fit, fastest first, and those that training cannot run."""
+    """All settings that training can run, fastest first, and one for each mesh that it cannot."""
     config = transformer_of(experiment)
     drawn: dict[tuple[int, int], Programs | str] = {}
-    raw: list[tuple[Setting, float, float, float]] = []
+    estimates: list[Estimate] = []
     refused: list[Tried] = []
     for setting in options:
         mesh = (setting.fsdp, setting.context)
         if mesh not in drawn:
-            drawn[mesh] = _draw(lambda setting=setting: with_setting(experiment, setting), clip, devices)
+            drawn[mesh] = _draw(experiment, setting, clip, devices)
             reason = drawn[mesh]
             if isinstance(reason, str):
-                refused.append(Tried(Estimate(setting, 0.0, 0.0), None, reason))
+                refused.append(Tried(setting, None, None, reason))
         programs = drawn[mesh]
         if isinstance(programs, str) or not _runs(experiment, setting):
             continue
-        kept = float(sum(memory.persistent(programs).values()))
         largest = max(memory.tree_bytes(tree) for tree in programs.state.params.values())
         made = largest + activations(config, clip, experiment.batch_size, setting)
-        raw.append((setting, kept, made, seconds(config, clip, topology.chip, asked, setting)))
-    scale = _scale(asked, raw)
-    estimates = [Estimate(setting, kept + scale * made, time) for setting, kept, made, time in raw]
-    limit = SLACK * topology.chip.capacity
-    return sorted((e for e in estimates if e.bytes <= limit), key=lambda e: (e.seconds, e.bytes)), refused
+        kept = float(sum(memory.persistent(programs).values()))
+        estimates.append(Estimate(setting, kept, made, seconds(config, clip, topology.chip, asked, setting)))
+    return sorted(estimates, key=lambda e: (e.seconds, e.kept + e.made)), refused
 
 
-def _scale(asked: Plan, raw: Sequence[tuple[Setting, float, float, float]]) -> float:
+def _scale(asked: Plan, estimates: Sequence[Estimate]) -> float:
     """What the compiler made of the asked setting, over its estimate; 1 if it does not say."""
     made = asked.memory["temporaries"]
-    for setting, _, estimate, _ in raw:
-        if setting == asked.setting and made:
-            return made / estimate
-    return 1.0
+    known = [e.made for e in estimates if e.setting == asked.setting]
+    return made / known[0] if made and known else 1.0
 
 
 def _runs(experiment: Experiment, setting: Setting) -> bool:
@@ -193,10 +201,10 @@ def _runs(experiment: Experiment, setting: Setting) -> bool:
     return True
 
 
-def _draw(change: Callable[[], Experiment], clip: ClipSize, devices: Sequence[Any]) -> Programs | str:
-    """The programs of a mesh, or why there are none."""
+def _draw(experiment: Experiment, setting: Setting, clip: ClipSize, devices: Sequence[Any]) -> Programs | str:
+    """The programs of a setting, or why there are none."""
     try:
-        return draw_up(change(), clip, devices)
+        return draw_up(with_setting(experiment, setting), clip, devices)
     except UserError as error:
         return str(error)
 

@@ -88,6 +88,7 @@ def prepare(topology: Topology) -> None:
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
             "TPU_STDERR_LOG_LEVEL": "3",
             "TPU_MIN_LOG_LEVEL": "3",
+            "TPU_LOG_DIR": "disabled",
         }
     else:
         if not (installed("jax_plugins.xla_cuda12") or installed("jax_plugins.xla_cuda13")):
@@ -101,6 +102,8 @@ def prepare(topology: Topology) -> None:
     settings["TF_CPP_MIN_LOG_LEVEL"] = "3"
     os.environ.update(settings)
     jax.config.update("jax_platforms", "cpu")
+    # What is compiled for other devices cannot be read back from a cache of this one's programs.
+    jax.config.update("jax_enable_compilation_cache", False)
 
 
 def devices(topology: Topology) -> Sequence[Any]:
