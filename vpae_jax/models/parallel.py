@@ -201,15 +201,15 @@ def ring_attention(q: Queries, k: Queries, v: Queries, ring: Ring) -> Queries:
     def backward(residuals: tuple[Array, ...], d_out: Queries) -> tuple[Queries, Queries, Queries]:
         return _ring_backward(ring, residuals, d_out)
 
-    attend.defvjp(forward, backward)  # pyright: ignore
+    attend.defvjp(forward, backward)
     return attend(q, k, v)
 
 
 def _ring_forward(ring: Ring, q: Queries, k: Queries, v: Queries) -> tuple[Queries, tuple[Array, ...]]:
-    travelling: Sequence[Array] = (k, v)
+    own_k, own_v = k, v
     out, lse = None, None
     for turn in range(ring.size):
-        part, part_lse = tiled.forward(q, *travelling, ring.bias(turn))
+        part, part_lse = tiled.forward(q, k, v, ring.bias(turn))
         part = part.astype(jnp.float32)
         if out is None or lse is None:
             out, lse = part, part_lse
@@ -218,11 +218,11 @@ def _ring_forward(ring: Ring, q: Queries, k: Queries, v: Queries) -> tuple[Queri
             out = out * _share(lse, total) + part * _share(part_lse, total)
             lse = total
         if turn + 1 < ring.size:
-            travelling = ring.turn(*travelling)
+            k, v = ring.turn(k, v)
     assert out is not None and lse is not None
     out = checkpoint_name(out.astype(q.dtype), kernels.RESIDUALS)
     lse = checkpoint_name(lse, kernels.RESIDUALS)
-    return out, (q, k, v, out, lse)
+    return out, (q, own_k, own_v, out, lse)
 
 
 def _share(part: Float[Array, "b heads n"], total: Float[Array, "b heads n"]) -> Float[Array, "b n heads 1"]:

@@ -20,15 +20,19 @@ def attention(q: Queries, k: Keys, v: Keys, bias: Bias | None = None) -> Queries
 
     A bias is rounded to the inputs' dtype (relative error at most 2^-9 or 2^-12), and gets no gradient.
     """
-    n = q.shape[1]
+    (b, n), m = q.shape[:2], k.shape[1]
+    # For a backward pass, JAX lets cuDNN have even numbers of tokens only.
+    q, k, v = (_even(x) for x in (q, k, v))
+    lengths = None
     if bias is not None:
-        # With a bias, cuDNN's backward pass takes even numbers of tokens only.
-        q, k, v = (_even(x) for x in (q, k, v))
-        bias = jnp.pad(jax.lax.stop_gradient(bias), ((0, 0), (0, k.shape[1] - bias.shape[1])), constant_values=HIDDEN)
+        bias = jnp.pad(jax.lax.stop_gradient(bias), ((0, 0), (0, m % 2)), constant_values=HIDDEN)
         bias = jnp.maximum(bias, HIDDEN).astype(q.dtype)
         # It is repeated over heads, but not over queries.
         bias = jnp.broadcast_to(bias[:, None, None, :], (bias.shape[0], 1, q.shape[1], k.shape[1]))
-    return jax.nn.dot_product_attention(q, k, v, bias, implementation="cudnn")[:, :n]
+    elif m % 2:
+        lengths = jnp.full(b, m, jnp.int32)
+    out = jax.nn.dot_product_attention(q, k, v, bias, key_value_seq_lengths=lengths, implementation="cudnn")
+    return out[:, :n]
 
 
 def _even(x: Float[Array, "b n heads head_dim"]) -> Float[Array, "b even heads head_dim"]:
