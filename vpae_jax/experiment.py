@@ -14,8 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from vpae_jax import products, sharding
 from vpae_jax.config import Experiment
@@ -28,8 +30,10 @@ from vpae_jax.methods import make_method
 from vpae_jax.methods.base import Method
 from vpae_jax.models import presets
 from vpae_jax.pipeline import Pipeline, load_pipeline
+from vpae_jax.preemption import Stop, never
 from vpae_jax.previews import Generation, Sampler, write_previews
-from vpae_jax.train.checkpoint import guard_config, latest_step
+from vpae_jax.processes import as_first_says, first_alone, is_first, say, to_host
+from vpae_jax.train.checkpoint import CONFIG_FILE, guard_config, latest_step
 from vpae_jax.train.loop import Hook, train
 from vpae_jax.train.optim import make_optimizer
 from vpae_jax.train.roles import check_roles
@@ -49,13 +53,18 @@ from vpae_jax.weights import (
 FREE = ("steps", "accumulation", "mesh", "log_every", "sample_every", "checkpoint_every", "keep", "guard")
 PREVIEW_CLIPS = 8
 PREVIEW_SEED = 7
+# Roles that a run's model directory is made from.
+PRODUCTS = ("generator", "vae", "encoders")
 
 
-def run(experiment: Experiment, workdir: Path, devices: Sequence[Any] | None = None) -> None:
+def run(experiment: Experiment, workdir: Path, devices: Sequence[Any] | None = None, stop: Stop = never) -> None:
     """Trains one phase in `workdir`, or continues it, and writes the resulting model directory to `workdir/model`.
+
+    Of several processes, all call this; the first one writes what is not a checkpoint.
 
     Args:
       devices: JAX's devices that the mesh is laid over; all devices of all processes by default.
+      stop: whether to stop after a step, with a checkpoint and no model directory.
 
     Raises:
       UserError: for a config that does not fit itself, the method, the devices, the model directory or the workdir.
@@ -77,7 +86,7 @@ def run(experiment: Experiment, workdir: Path, devices: Sequence[Any] | None = N
         pipeline = load_pipeline(source, jnp.dtype(experiment.model.dtype), with_transformer=False)
         made, transformer = pipeline.defaults, pipeline.transformer.config
         check_size(str(source), made.num_frames, made.height, made.width)
-    continuing = latest_step(workdir) is not None
+    continuing = as_first_says("continuing", latest_step(workdir) is not None)
     blueprint = draw_up(experiment, method, mesh, transformer)
     optimizers = {role: make_optimizer(experiment.optimizers[role]) for role in blueprint.trained}
     # A run that continues has its trained weights in its checkpoint; so the phase before may be gone by then.
@@ -86,28 +95,42 @@ def run(experiment: Experiment, workdir: Path, devices: Sequence[Any] | None = N
     frozen = {name: weights.pop(name) for name in blueprint.frozen}
     if previous_step is not None:
         folder, kind = resolve(experiment.previous.workdir, workdir), experiment.previous.weights
-        print(f"{experiment.name} starts from step {previous_step} of {folder} ({kind} weights)", flush=True)
-    workdir.mkdir(parents=True, exist_ok=True)
-    guard_config(workdir, dataclasses.asdict(experiment), FREE)
+        say(f"{experiment.name} starts from step {previous_step} of {folder} ({kind} weights)")
+    first_alone("config", partial(claim, experiment, workdir))
 
     guard = Guard(pipeline, workdir, experiment.guard) if pipeline is not None and experiment.guard.enabled else None
     if guard is not None and not continuing:
         guard.begin(previous_step)
     hooks = make_hooks(experiment, method, workdir, pipeline, guard, frozen)
-    batches = make_batches(experiment, method, workdir, pipeline)
+    batches = make_batches(experiment, method, workdir, pipeline, mesh)
     del pipeline  # and with it the encoders: hooks keep what they need
     if continuing:
         state = abstract(blueprint.trained, method.roles, optimizers)
     else:
         state = create(experiment.seed, weights, method.roles, optimizers)
-    put = partial(sharding.put_batch, mesh=mesh)
-    state = train(experiment, method, blueprint.models, optimizers, state, frozen, batches, put, workdir, hooks)
+    put = partial(sharding.put_rows, mesh=mesh, size=experiment.batch_size)
+    state = train(experiment, method, blueprint.models, optimizers, state, frozen, batches, put, workdir, hooks, stop)
+    if (step := int(state.step)) < experiment.steps:
+        say(f"stopped at step {step} of {experiment.steps}, and saved; the same command continues")
+        return
     params = dict(state.params) | dict(state.ema)
     if guard is not None:
         start = partial(starting_generator, blueprint, experiment, workdir, source, guard.read()["previous_step"])
         if not guard.decide(int(state.step), _average(state), start):
             params["generator"] = start()
-    print(f"model directory: {write_product(experiment, method, workdir, params, source)}", flush=True)
+    params = {name: to_host(params[name]) for name in params if name in PRODUCTS}
+    if is_first():
+        say(f"model directory: {write_product(experiment, method, workdir, params, source)}")
+
+
+def claim(experiment: Experiment, workdir: Path) -> None:
+    """Makes the workdir and ties it to this config. Raises `UserError` if it is tied to another, or not shared."""
+    if not is_first() and not (workdir / CONFIG_FILE).is_file():
+        raise UserError(
+            f"{workdir}: what process 0 wrote there is not seen here; choose a --workdir that all hosts share"
+        )
+    workdir.mkdir(parents=True, exist_ok=True)
+    guard_config(workdir, dataclasses.asdict(experiment), FREE)
 
 
 def check_settings(experiment: Experiment, method: Method) -> None:
@@ -140,17 +163,19 @@ def starting_generator(
     return read_pretrained(source, like)
 
 
-def make_batches(experiment: Experiment, method: Method, workdir: Path, pipeline: Pipeline | None) -> Any:
-    """The grain iterator that the method trains on; encodes the clips first where these are latents."""
+def make_batches(
+    experiment: Experiment, method: Method, workdir: Path, pipeline: Pipeline | None, mesh: Mesh
+) -> grain.DatasetIterator:
+    """This process's part of the batches that the method trains on; encodes the clips first where these are latents."""
     data = experiment.data
     clips = MovingDigits("train", data.clips, data.seed)
-    size, seed, workers = experiment.batch_size, experiment.seed, data.workers
+    how = (experiment.batch_size, experiment.seed, data.workers, sharding.own_rows(mesh, experiment.batch_size))
     if pipeline is None:
-        return pixel_batches(clips, size, seed, workers)
+        return pixel_batches(clips, *how)
     if method.batch is CaptionedFrames:
-        return captioned_batches(clips, pipeline.tokenizer, size, seed, workers)
-    folder = encode_clips(clips, pipeline, resolve(data.folder, workdir))
-    return latent_batches(LatentRecords(folder), size, seed, workers)
+        return captioned_batches(clips, pipeline.tokenizer, *how)
+    folder = first_alone("encoded", partial(encode_clips, clips, pipeline, resolve(data.folder, workdir)))
+    return latent_batches(LatentRecords(folder), *how)
 
 
 def make_hooks(
@@ -193,7 +218,8 @@ def make_preview(
         made["generator"] = generation(state.params["generator"], sampler)
         if "generator" in state.ema:
             made["generator, average"] = generation(state.ema["generator"], sampler)
-        write_previews(workdir / "previews", step, made, fps)
+        if is_first():
+            write_previews(workdir / "previews", step, made, fps)
         return {}
 
     return preview

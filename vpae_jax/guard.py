@@ -20,6 +20,7 @@ from vpae_jax.eval.distances import FeatureScale, features, kernel_distance
 from vpae_jax.files import write_text
 from vpae_jax.pipeline import Pipeline
 from vpae_jax.previews import Generation, Sampler
+from vpae_jax.processes import as_first_says, is_first, say
 from vpae_jax.types import Params
 
 FILE = "guard.json"
@@ -54,6 +55,7 @@ class Guard:
         found = features(videos)
         self.scale = FeatureScale.of(found)
         self.real = self.scale(found)
+        self.known = as_first_says("guard", self._load())
 
     def begin(self, previous_step: int | None) -> None:
         """A run at its first step: what an earlier one left is forgotten."""
@@ -81,14 +83,19 @@ class Guard:
             reason = f"held-out KVD rose from {before:.1f} to {after:.1f}: the weights that it started from are kept"
         self._write({**self.read(), "kept": kept, "reason": reason})
         advice = "" if kept else "; the trained ones are in the checkpoint (--config.guard.enabled=False keeps them)"
-        print(f"guard: {reason}{advice}", flush=True)
+        say(f"guard: {reason}{advice}")
         return kept
 
     def read(self) -> dict[str, Any]:
-        """What is known of this workdir so far."""
+        """What is known of this workdir so far; the same in every process."""
+        return self.known
+
+    def _load(self) -> dict[str, Any]:
         empty = {"clips": self.clips, "previous_step": None, "scores": {}}
         found = json.loads(self.file.read_text()) if self.file.exists() else empty
         return found if found["clips"] == self.clips else {**found, **empty, "previous_step": found["previous_step"]}
 
     def _write(self, content: dict[str, Any]) -> None:
-        write_text(self.file, json.dumps(content, indent=1))
+        self.known = content
+        if is_first():
+            write_text(self.file, json.dumps(content, indent=1))

@@ -15,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from vpae_jax import sharding
 from vpae_jax.data.video import write_contact_sheet, write_video
 from vpae_jax.pipeline import Pipeline
+from vpae_jax.processes import everywhere
 from vpae_jax.types import Condition, Params
 
 Clips = UInt8[np.ndarray, "b t height width 3"]
@@ -33,6 +35,8 @@ class Sampler:
 
 class Generation:
     """Fixed conditions and noise, to be turned into clips by different weights.
+
+    Where these lie on the devices of several processes, all of them call it, and all get the clips.
 
     Args:
       pipeline: encodes the conditions, holds the decoder.
@@ -68,15 +72,15 @@ class Generation:
         for start in range(0, len(self.noise), self.batch):
             part = slice(start, start + self.batch)
             condition = jax.tree.map(lambda x, part=part: x[part], self.condition)
+            inputs = sharding.beside((self.noise[part], condition, self._unconditional(condition)), params)
             latents = pipeline.sample(
-                self.noise[part],
-                condition,
-                self._unconditional(condition),
+                *inputs,
                 steps=sampler.steps,
                 guidance=sampler.guidance,
                 shift=sampler.shift,
             )
-            clips.append(np.asarray(pipeline.decode(latents)))
+            here = jnp.asarray(np.asarray(everywhere(latents)))  # the decoder is each process's own
+            clips.append(np.asarray(pipeline.decode(here)))
         return np.concatenate(clips)
 
     def _unconditional(self, condition: Condition) -> Condition:

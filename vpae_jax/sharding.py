@@ -147,6 +147,43 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(jax.device_put, batch, batch_shardings(batch, mesh))
 
 
+def own_rows(mesh: Mesh, size: int) -> list[int]:
+    """Which clips of a batch of `size` lie on this process's devices, in order."""
+    places = NamedSharding(mesh, P(("data", "fsdp"))).addressable_devices_indices_map((size,))
+    return sorted({row for index in places.values() for row in range(size)[(index or (slice(None),))[0]]})
+
+
+def put_rows(batch: Any, mesh: Mesh, size: int) -> Any:
+    """A batch of `size` clips on the mesh (`batch_shardings`), of which each process gives its `own_rows`."""
+    rows = own_rows(mesh, size)
+    if len(rows) == size and not mesh.is_multi_process:
+        return put_batch(batch, mesh)
+
+    def put(leaf: Any, place: NamedSharding) -> jax.Array:
+        if place.spec == P():
+            return jax.make_array_from_callback(leaf.shape, place, lambda index: leaf[index])
+        shape = (size, *leaf.shape[1:])
+
+        def piece(index: tuple[slice, ...]) -> Any:
+            first = rows.index(range(size)[index[0]][0])
+            return leaf[(slice(first, first + len(range(size)[index[0]])), *index[1:])]
+
+        pieces = place.addressable_devices_indices_map(shape).items()
+        arrays = [jax.device_put(piece(index or (slice(None),)), device) for device, index in pieces]
+        return jax.make_array_from_single_device_arrays(shape, place, arrays)
+
+    return jax.tree.map(put, batch, batch_shardings(batch, mesh))
+
+
+def beside(tree: Any, params: Any) -> Any:
+    """Host or local arrays, the same in every process, on all devices that `params` lie on."""
+    place = jax.tree.leaves(params)[0].sharding
+    if not isinstance(place, NamedSharding):
+        return tree
+    whole = NamedSharding(place.mesh, P())
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, whole, lambda index: x[index]), tree)
+
+
 def count_clips(batch: Any) -> int:
     """How many clips a batch holds."""
     leaves = jax.tree_util.tree_leaves_with_path(batch)

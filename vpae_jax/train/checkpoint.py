@@ -1,4 +1,7 @@
-"""Checkpoints: the whole train state and the data iterator, written by Orbax.
+"""Checkpoints: the whole train state and the data iterator's position, written by Orbax.
+
+All processes write, each the shards that it holds, while training goes on. Neither the devices nor the number of
+processes matters to who reads it.
 
 A run looks for its start in this order:
 
@@ -13,13 +16,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from grain.checkpoint import CheckpointHandler, CheckpointRestore, CheckpointSave
 
+from vpae_jax import processes
 from vpae_jax.files import write_text
 from vpae_jax.sharding import param_path
 from vpae_jax.train.state import TrainState
@@ -38,15 +42,19 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, keep: int = 2):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
         self.manager = ocp.CheckpointManager((workdir / FOLDER).absolute(), options=options)
 
     def save(self, state: TrainState, data: Any) -> None:
-        """Writes the state (at its own step) and the data iterator's position; complete or not there at all."""
+        """Writes the state (at its own step) and the data iterator's position; complete or not there at all.
+
+        Returns when the state is copied, and may be given up; writing goes on, and is waited for at the end. What went
+        wrong with it is raised by the next call.
+        """
         step = int(state.step)
-        args = ocp.args.Composite(state=ocp.args.StandardSave(_plain(state)), data=CheckpointSave(data))
+        position = json.loads(json.dumps(data.get_state()))
+        args = ocp.args.Composite(state=ocp.args.StandardSave(_plain(state)), data=ocp.args.JsonSave(position))
         self.manager.save(step, args=args, force=True)
-        self.manager.wait_until_finished()
 
     def latest(self) -> int | None:
         return self.manager.latest_step()
@@ -54,21 +62,27 @@ class Checkpoints:
     def restore(self, like: TrainState, data: Any) -> tuple[TrainState, Any]:
         """The newest checkpoint, in the shapes and shardings of `like`; the iterator continues after its last batch."""
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _plain(like))
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=CheckpointRestore(data))
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
         restored = self.manager.restore(self.latest(), args=args)
-        return _state(restored["state"]), restored["data"]
+        data.set_state(restored["data"])
+        return _state(restored["state"]), data
 
-    def close(self) -> None:
-        self.manager.close()
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        # Completing a checkpoint takes all processes. After an error one of them may be gone; it would be waited for.
+        if error is None or isinstance(error, UserError) or processes.client() is None:
+            self.manager.close()
 
 
 def latest_step(workdir: Path) -> int | None:
     """The step of a run's newest checkpoint; None when it has none."""
-    folder = (workdir / FOLDER).absolute()
-    if not folder.is_dir():
-        return None
-    with ocp.CheckpointManager(folder) as manager:
-        return manager.latest_step()
+    folder = workdir / FOLDER
+    # Orbax renames a folder to its bare number when it is complete. Its own manager would have to be opened by all
+    # processes together.
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return max((int(name) for name in names if name.isdecimal()), default=None)
 
 
 def read_state(
@@ -93,7 +107,7 @@ def read_state(
     if newest is None:
         raise UserError(f"no checkpoint in {workdir}")
     step = newest if step is None else step
-    handlers = {"state": ocp.PyTreeCheckpointHandler(), "data": CheckpointHandler()}
+    handlers = {"state": ocp.PyTreeCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
     with ocp.CheckpointManager(folder, item_handlers=handlers) as manager:
         if step not in manager.all_steps():
             raise UserError(f"no checkpoint of step {step} in {workdir}, the newest is of step {newest}")
@@ -146,7 +160,8 @@ def guard_config(workdir: Path, config: dict[str, Any], free: tuple[str, ...]) -
                     f"{workdir} belongs to another config: {key} is {found.get(key)!r} there, {given.get(key)!r} here; "
                     "choose another --workdir, or the same config"
                 )
-    write_text(file, json.dumps(config, indent=1))
+    if processes.is_first():
+        write_text(file, json.dumps(config, indent=1))
 
 
 def _plain(state: TrainState) -> dict[str, Any]:

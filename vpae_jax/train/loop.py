@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ import jax.numpy as jnp
 
 from vpae_jax.config import Experiment
 from vpae_jax.methods.base import Method
+from vpae_jax.preemption import Stop, never
+from vpae_jax.processes import say
 from vpae_jax.train import step as steps
 from vpae_jax.train.checkpoint import Checkpoints
 from vpae_jax.train.metrics import Metrics
@@ -55,32 +58,34 @@ def train(
     put: Callable[[Any], Any],
     workdir: Path,
     hooks: tuple[Hook, ...] = (),
+    stop: Stop = never,
 ) -> TrainState:
-    """Trains from the workdir's newest checkpoint, or from `state`, to `experiment.steps`.
+    """Trains from the workdir's newest checkpoint, or from `state`, to `experiment.steps`, or until it is to stop.
 
     Args:
       batches: a grain iterator; its position is part of every checkpoint.
-      put: moves a host batch to the devices in the right sharding.
+      put: moves this process's part of a batch to the devices, in the right sharding.
+      stop: whether to stop after this step, on all processes alike.
 
     Returns:
-      The final state, which is also the newest checkpoint.
+      The last state, which is also the newest checkpoint.
 
     Raises:
       UserError: when a loss or gradient is not finite; the last good checkpoint stays.
     """
-    checkpoints = Checkpoints(workdir, experiment.keep)
-    start = checkpoints.latest()
-    if start is not None:
-        state, batches = checkpoints.restore(state, batches)
-        print(f"continuing from step {start} of {workdir}", flush=True)
-    start = int(state.step)
-    places = places_of(state)
-    programs = [
-        steps.make_update(update, i, models, optimizers[update.trains], experiment.accumulation, places)
-        for i, update in enumerate(method.updates)
-    ]
-    metrics = Metrics(workdir, start, experiment.steps)
-    try:
+    with Checkpoints(workdir, experiment.keep) as checkpoints, ExitStack() as stack:
+        start = checkpoints.latest()
+        if start is not None:
+            state, batches = checkpoints.restore(state, batches)
+            say(f"continuing from step {start} of {workdir}")
+        start = int(state.step)
+        places = places_of(state)
+        programs = [
+            steps.make_update(update, i, models, optimizers[update.trains], experiment.accumulation, places)
+            for i, update in enumerate(method.updates)
+        ]
+        metrics = Metrics(workdir, start, experiment.steps)
+        stack.callback(metrics.close)
         if start == 0:
             _run_hooks(hooks, 0, experiment.steps, state, metrics)
         pending: tuple[int, dict[str, Any]] | None = None
@@ -96,15 +101,14 @@ def train(
                 _record(metrics, *pending, clock, experiment.log_every, workdir)
             pending = (step + 1, scalars)
             metrics.advance()
-            last = step + 1 == experiment.steps
-            if last or (step + 1) % experiment.checkpoint_every == 0:
+            last, stopping = step + 1 == experiment.steps, stop(step + 1)
+            if last or stopping or (step + 1) % experiment.checkpoint_every == 0:
                 _record(metrics, *pending, clock, experiment.log_every, workdir)
                 pending = None
                 checkpoints.save(state, batches)
+            if stopping and not last:
+                break
             _run_hooks(hooks, step + 1, experiment.steps, state, metrics)
-    finally:
-        metrics.close()
-        checkpoints.close()
     return state
 
 

@@ -16,12 +16,13 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from vpae_jax.files import write_text
+from vpae_jax.processes import is_first
 
 JSONL = "metrics.jsonl"
 
 
 class Metrics:
-    """Writes scalars of a run.
+    """Writes scalars of a run; of several processes, the first one alone does.
 
     Args:
       workdir: the run's folder.
@@ -30,7 +31,9 @@ class Metrics:
     """
 
     def __init__(self, workdir: Path, start: int, steps: int):
-        self.file = workdir / JSONL
+        self.writes, self.file = is_first(), workdir / JSONL
+        if not self.writes:
+            return
         kept = [record for record in read_metrics(workdir) if record["step"] <= start] if start else []
         write_text(self.file, "".join(json.dumps(record) + "\n" for record in kept))
         self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start)
@@ -38,6 +41,8 @@ class Metrics:
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Records one step's scalars everywhere; the terminal shows the losses."""
+        if not self.writes:
+            return
         with self.file.open("a") as file:
             file.write(json.dumps({"step": step, **scalars}) + "\n")
         for name, value in scalars.items():
@@ -51,11 +56,13 @@ class Metrics:
 
     def advance(self) -> None:
         """One more step is done."""
-        self.bar.update()
+        if self.writes:
+            self.bar.update()
 
     def close(self) -> None:
-        self.bar.close()
-        self.board.close()
+        if self.writes:
+            self.bar.close()
+            self.board.close()
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:

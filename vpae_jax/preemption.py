@@ -1,0 +1,53 @@
+"""SIGTERM: finish the step, save, and end well.
+
+Schedulers send it before they take a machine away. The first one asks for a stop after the current step; one that comes
+while the run is stopping ends it at once. All processes stop at the same step: JAX's preemption service, which listens
+for SIGTERM itself once processes have joined, lets them agree on the largest step that one of them has begun.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from jax.experimental import multihost_utils
+
+from vpae_jax import processes
+
+# Given the number of completed steps, whether to stop there. To be asked after every step.
+Stop = Callable[[int], bool]
+
+
+def never(step: int) -> bool:
+    """A run that does not stop early."""
+    del step
+    return False
+
+
+@contextmanager
+def on_sigterm() -> Iterator[Stop]:
+    """While the body runs, SIGTERM asks for a stop; in the main thread only."""
+    if processes.client() is not None:
+        yield _agreed
+        return
+    asked = []
+
+    def ask(number: int, frame: Any) -> None:
+        del frame
+        asked.append(number)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield lambda step: bool(asked)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _agreed(step: int) -> bool:
+    stop = multihost_utils.reached_preemption_sync_point(step)
+    if stop:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return stop
