@@ -1,0 +1,171 @@
+"""Real processes on this machine: the same training whatever their number, and none that outlives another."""
+
+import signal
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from running import finish, run, started, wait_for_step
+
+from vpae_jax.train.checkpoint import latest_step, read_state
+from vpae_jax.train.metrics import read_metrics
+
+STEPS = 10
+LONG = 100_000  # steps of a run that only a signal ends
+
+
+def records(workdir: Path) -> list[dict[str, float]]:
+    return [{k: v for k, v in record.items() if k != "seconds_per_step"} for record in read_metrics(workdir)]
+
+
+def weights(workdir: Path, step: int | None = None) -> list[np.ndarray]:
+    return jax.tree.leaves(read_state(workdir, step, items=("params", "opt", "ema")))
+
+
+def same_bits(one: Path, other: Path, step: int | None = None) -> bool:
+    pairs = zip(weights(one, step), weights(other, step), strict=True)
+    return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
+
+
+def close(one: Path, other: Path) -> None:
+    for a, b in zip(records(one), records(other), strict=True):
+        assert a == pytest.approx(b, rel=1e-6, abs=1e-7)
+    for a, b in zip(weights(one), weights(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> Path:
+    """An uninterrupted run: one process with two devices."""
+    workdir = tmp_path_factory.mktemp("one") / "run"
+    run(1, workdir, STEPS, "fsdp", 0, devices=2)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    """An uninterrupted run: two processes with a device each."""
+    workdir = tmp_path_factory.mktemp("two") / "run"
+    run(2, workdir, STEPS, "fsdp", 0)
+    return workdir
+
+
+def test_two_processes_train_as_one_does_bit_for_bit(one, two):
+    """A sum of two numbers has only one order."""
+    assert len(records(one)) == STEPS
+    assert records(one) == records(two)
+    assert same_bits(one, two)
+    assert len({record["vae/seen"] for record in records(one)}) == STEPS, "every batch is another one"
+
+
+@pytest.mark.long
+def test_four_processes_train_as_one_does(one, tmp_path):
+    run(4, tmp_path / "fsdp", STEPS, "fsdp", 0)
+    close(one, tmp_path / "fsdp")
+    run(4, tmp_path / "data", STEPS, "data", 0)
+    close(one, tmp_path / "data")
+
+
+@pytest.mark.long
+def test_a_run_continues_on_other_numbers_of_processes_and_devices(one, two, tmp_path):
+    """Two processes, then one with four devices, then four."""
+    folder = tmp_path / "run"
+    run(2, folder, 4, "fsdp", 0)
+    out = run(1, folder, 7, "data", 0, devices=4)[0][0]
+    assert f"continuing from step 4 of {folder}" in out
+    run(4, folder, STEPS, "fsdp", 0)
+    close(one, folder)
+
+
+def test_a_process_that_is_killed_takes_the_other_down_and_a_restart_ends_with_the_same_bits(two, tmp_path):
+    folder = tmp_path / "run"
+    with started(2, folder, STEPS, "fsdp", 0.4) as running:
+        wait_for_step(folder, 5, running)
+        running[1].send_signal(signal.SIGKILL)
+        since = time.monotonic()
+        out, err = running[0].communicate(timeout=90)
+        assert time.monotonic() - since < 60
+        assert running[0].returncode == 75, err
+        assert running[1].communicate()[1].splitlines()[-1].startswith("error: process 1 of 2 was ended from outside")
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: process 1 of 2 is gone: no sign of life for ")
+    assert lines[0].endswith("start the same command again: it continues from its newest checkpoint")
+    assert "Traceback" not in err
+    out = run(2, folder, STEPS, "fsdp", 0)[0][0]
+    assert "continuing from step 4" in out
+    assert records(folder) == records(two) and same_bits(folder, two)
+
+
+def test_the_coordinators_death_takes_the_other_down(tmp_path):
+    folder = tmp_path / "run"
+    with started(2, folder, LONG, "fsdp", 0.1) as running:
+        wait_for_step(folder, 2, running)
+        running[0].send_signal(signal.SIGKILL)
+        since = time.monotonic()
+        _, err = running[1].communicate(timeout=90)
+        assert time.monotonic() - since < 60
+    assert running[1].returncode not in (0, None)
+    last = err.splitlines()[-1]
+    assert last.startswith("error: process 1 of 2 ") and last.endswith("from its newest checkpoint"), err
+
+
+@pytest.mark.long
+def test_a_process_that_hangs_takes_the_other_down(tmp_path):
+    folder = tmp_path / "run"
+    with started(2, folder, LONG, "fsdp", 0.1) as running:
+        wait_for_step(folder, 2, running)
+        running[1].send_signal(signal.SIGSTOP)
+        since = time.monotonic()
+        _, err = running[0].communicate(timeout=90)
+        assert time.monotonic() - since < 60
+    assert running[0].returncode == 75
+    assert err.splitlines()[-1].startswith("error: process 1 of 2 is gone: no sign of life for "), err
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_sigterm_to_one_saves_and_ends_all_well(count, tmp_path):
+    folder = tmp_path / "run"
+    with started(count, folder, LONG, "fsdp", 0.05, devices=2 // count) as running:
+        wait_for_step(folder, 3, running)
+        running[-1].send_signal(signal.SIGTERM)
+        out = finish(running, 0, seconds=60)[0][0]
+    step = latest_step(folder)
+    assert out.splitlines()[-1] == f"ended at step {step} of {LONG}"
+    assert records(folder)[-1]["step"] == step
+    # It goes on as if nothing had happened.
+    whole = tmp_path / "whole"
+    run(1, folder, step + 3, "fsdp", 0, devices=2)
+    run(1, whole, step + 3, "fsdp", 0, devices=2)
+    assert records(folder) == records(whole) and same_bits(folder, whole)
+
+
+def test_a_second_sigterm_ends_at_once(tmp_path):
+    folder = tmp_path / "run"
+    with started(1, folder, LONG, "fsdp", 6) as running:
+        wait_for_step(folder, 1, running)
+        for _ in range(2):
+            running[0].send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+        assert running[0].wait(3) == -signal.SIGTERM
+    assert latest_step(folder) is None
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_process_that_waits_in_vain_says_so(index, tmp_path):
+    with started(2, tmp_path, STEPS, "fsdp", 0, only=(index,), TOY_TIMEOUT="2") as running:
+        _, err = finish(running, 2, seconds=60)[0]
+    lines = err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"error: process {index} of 2: waited 2 s"), err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_that_fails_alone_takes_the_other_down_with_its_reason(tmp_path):
+    with started(2, tmp_path / "run", LONG, "fsdp", 0.1, TOY_FAILS="1 at 3") as running:
+        written = [process.communicate(timeout=90) for process in running]
+    assert [process.returncode for process in running] == [75, 2]
+    assert written[1][1].splitlines() == ["error: the toy is broken"]
+    last = written[0][1].splitlines()[-1]
+    assert last.startswith("error: process 1 of 2 failed (the toy is broken); process 0 stops too; "), written[0][1]
