@@ -1,13 +1,15 @@
 """SIGTERM: finish the step, save, and end well.
 
 Schedulers send it before they take a machine away. The first one asks for a stop after the current step; one that comes
-while the run is stopping ends it at once. All processes stop at the same step: JAX's preemption service, which listens
+while the run is stopping ends it at once, but for those of the first seconds, since a scheduler may send it to a process
+and to its parent, which hands it on. All processes stop at the same step: JAX's preemption service, which listens
 for SIGTERM itself once processes have joined, lets them agree on the largest step that one of them has begun.
 """
 
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +18,7 @@ from jax.experimental import multihost_utils
 
 from vpae_jax import processes
 
+SAME_SECONDS = 2.0
 # Given the number of completed steps, whether to stop there. To be asked after every step.
 Stop = Callable[[int], bool]
 
@@ -37,7 +40,7 @@ def on_sigterm() -> Iterator[Stop]:
     def ask(number: int, frame: Any) -> None:
         del frame
         asked.append(number)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        _end_on_another()
 
     before = signal.signal(signal.SIGTERM, ask)
     try:
@@ -49,5 +52,18 @@ def on_sigterm() -> Iterator[Stop]:
 def _agreed(step: int) -> bool:
     stop = multihost_utils.reached_preemption_sync_point(step)
     if stop:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        _end_on_another()
     return stop
+
+
+def _end_on_another() -> None:
+    """From now on SIGTERM ends this process."""
+    since = time.monotonic()
+
+    def end(number: int, frame: Any) -> None:
+        del frame
+        if time.monotonic() - since > SAME_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    signal.signal(signal.SIGTERM, end)

@@ -146,9 +146,11 @@ def test_a_second_sigterm_ends_at_once(tmp_path):
     folder = tmp_path / "run"
     with started(1, folder, LONG, "fsdp", 6) as running:
         wait_for_step(folder, 1, running)
-        for _ in range(2):
+        for pause in (0, 2.5):  # the same one twice, and another
             running[0].send_signal(signal.SIGTERM)
-            time.sleep(0.5)
+            running[0].send_signal(signal.SIGTERM)
+            time.sleep(pause)
+        running[0].send_signal(signal.SIGTERM)
         assert running[0].wait(3) == -signal.SIGTERM
     assert latest_step(folder) is None
 

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Trains on a Kubernetes cluster with JobSet, on TPUs or GPUs: fills in launch/gke/KIND.yaml and applies it.
+#
+#   IMAGE=REGISTRY/vpae_jax launch/gke.sh tpu|gpu CONFIG WORKDIR [FLAG ...] [--dry-run]
+#
+# Reads NAME (vpae), IMAGE: this project in its working directory, with its packages; VOLUME: a persistent volume claim
+# that all hosts can write, mounted as /data (vpae-data); HOSTS (16 for tpu, 2 for gpu).
+# For tpu: ACCELERATOR (tpu-v5p-slice), TOPOLOGY (4x4x4), CHIPS of a host (4). For gpu: ACCELERATOR (nvidia-h100-80gb),
+# GPUS of a host (8).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+# shellcheck source=launch/common.sh
+source launch/common.sh
+parse "$@"
+((${#ARGUMENTS[@]} >= 3)) || fail "usage: IMAGE=IMAGE launch/gke.sh tpu|gpu CONFIG WORKDIR [FLAG ...] [--dry-run]"
+kind=${ARGUMENTS[0]}
+[[ -n ${IMAGE:-} ]] || fail "set IMAGE to a container image of this project"
+case $kind in
+  tpu) hosts=16 accelerator=tpu-v5p-slice ;;
+  gpu) hosts=2 accelerator=nvidia-h100-80gb ;;
+  *) fail "'$kind' is not tpu or gpu" ;;
+esac
+
+# Arguments as a list in YAML, each in single quotes.
+list=""
+for argument in "${ARGUMENTS[@]:1}"; do list+="${list:+, }'${argument//\'/\'\'}'"; done
+manifest=$(<"launch/gke/$kind.yaml")
+fill() { manifest=${manifest//"<$1>"/$2}; }
+fill NAME "${NAME:-vpae}"
+fill IMAGE "$IMAGE"
+fill VOLUME "${VOLUME:-vpae-data}"
+fill HOSTS "${HOSTS:-$hosts}"
+fill ACCELERATOR "${ACCELERATOR:-$accelerator}"
+fill TOPOLOGY "${TOPOLOGY:-4x4x4}"
+fill CHIPS "${CHIPS:-4}"
+fill GPUS "${GPUS:-8}"
+fill ARGUMENTS "$list"
+if [[ -n $DRY_RUN ]]; then
+  echo "# kubectl apply --filename=-"
+  echo "$manifest"
+else
+  kubectl apply --filename=- <<<"$manifest"
+fi
