@@ -1,9 +1,9 @@
 """SIGTERM: finish the step, save, and end well.
 
-Schedulers send it before they take a machine away. The first one asks for a stop after the current step; one that comes
-while the run is stopping ends it at once, but for those of the first seconds, since a scheduler may send it to a process
-and to its parent, which hands it on. All processes stop at the same step: JAX's preemption service, which listens
-for SIGTERM itself once processes have joined, lets them agree on the largest step that one of them has begun.
+Schedulers send it before they take a machine away. The first one asks for a stop after the current step. One that comes
+while the run is stopping ends it at once; not in the first seconds, though, since a scheduler may send the same to a
+process and to its parent, which hands it on. All processes stop at the same step: JAX's preemption service, which
+listens for SIGTERM itself once processes have joined, lets them agree on the largest step that one of them has begun.
 """
 
 from __future__ import annotations

@@ -48,7 +48,10 @@ class Denoise:
     """A matrix that takes noise off the middle row of a clip's middle frame."""
 
     batch: ClassVar[type] = PixelBatch
-    roles = {"vae": Role("fresh", "all", model="vae", ema=0.9)}
+
+    @property
+    def roles(self):
+        return {"vae": Role("fresh", "all", model="vae", ema=0.9)}
 
     @property
     def updates(self):
