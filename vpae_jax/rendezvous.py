@@ -54,7 +54,7 @@ class Place:
         return host.strip("[]"), int(port)
 
 
-def meet(place: Place, seconds: float) -> None:
+def meet(place: Place, seconds: int) -> None:
     """Returns when all processes are there.
 
     Raises:
@@ -67,7 +67,7 @@ def meet(place: Place, seconds: float) -> None:
         _join(place, seconds, deadline)
 
 
-def _gather(place: Place, seconds: float, deadline: float) -> None:
+def _gather(place: Place, seconds: int, deadline: float) -> None:
     """The first process: waits for the others, then lets them go."""
     here: dict[int, socket.socket] = {}
     try:
@@ -83,7 +83,7 @@ def _gather(place: Place, seconds: float, deadline: float) -> None:
                         continue
                     names = ", ".join(map(str, missing))
                     raise UserError(
-                        f"{place.name}: waited {seconds:.0f} s at {place.address}, but process {names} did not come; "
+                        f"{place.name}: waited {seconds} s at {place.address}, but process {names} did not come; "
                         "start all processes with the same coordinator and number of processes"
                     ) from None
                 except (OSError, ValueError):
@@ -125,12 +125,12 @@ def _server(place: Place) -> socket.socket:
         ) from error
 
 
-def _join(place: Place, seconds: float, deadline: float) -> None:
+def _join(place: Place, seconds: int, deadline: float) -> None:
     """Any other process: knocks until the first one answers."""
     reason = "no answer"
     while time.monotonic() < deadline:
         try:
-            with socket.create_connection(place.endpoint, timeout=min(5.0, seconds)) as peer:
+            with socket.create_connection(place.endpoint, timeout=min(5, seconds)) as peer:
                 _send(peer, f"vpae {place.index} {place.count}")
                 peer.settimeout(max(0.01, deadline - time.monotonic()))
                 answer = _line(peer)
@@ -143,7 +143,7 @@ def _join(place: Place, seconds: float, deadline: float) -> None:
                 raise UserError(answer)
         time.sleep(RETRY_SECONDS)
     raise UserError(
-        f"{place.name}: waited {seconds:.0f} s for the coordinator {place.address} ({reason}); "
+        f"{place.name}: waited {seconds} s for the coordinator {place.address} ({reason}); "
         "is process 0 running there, are all others, and is the port open?"
     )
 
