@@ -104,6 +104,7 @@ def everywhere(value: jax.Array) -> jax.Array:
 def _gather(value: jax.Array | np.ndarray) -> Any:
     if not isinstance(value, jax.Array) or value.is_fully_addressable:
         return value
+    assert isinstance(value.sharding, NamedSharding)  # what lies on several processes lies on a mesh
     if value.is_fully_replicated:
         return np.asarray(value) if is_first() else None
     if value.ndim < 2 or value.nbytes <= PIECE_BYTES:
