@@ -1,9 +1,9 @@
 """The recorded table: every large preset on every kind of machine, one plan a row.
 
-    python -m vpae_jax.planning.table --output=runs/plans [--table=docs/plans.md]
+    python -m vpae_jax.planning.table --output=runs/plans [--table=docs/plans.md] [--topologies=h100:8,v5p:2x2x4]
 
-A row is one run of `vpae_jax.plan --search --json` in a process of its own, kept as a file of JSON as soon as it is
-there. The command continues where it was stopped; a row whose file is there is not run again. The most important rows
+A row is one run of `vpae_jax.plan --json` in a process of its own, and one with `--search` where the preset's own
+setting does not fit; it is kept as a file of JSON as soon as it is there. The command continues where it was stopped; a row whose file is there is not run again. The most important rows
 come first. Rows whose compiler is not installed are left out, and said.
 """
 
@@ -23,14 +23,14 @@ from vpae_jax.types import UserError
 
 PRESETS = ("i2v-14b-720p", "i2v-14b-480p", "t2v-14b-720p", "t2v-14b-480p", "t2v-1.3b-480p")
 PHASES = ("phase2", "phase1")
-TOPOLOGIES = ("v5p:2x2x4", "h20:32", "h200:8", "h100:32", "v6e:8x8", "tpu7x:2x2x4")
+TOPOLOGIES = ("h100:8", "h200:8", "h20:32", "h100:32", "v5p:2x2x4", "v6e:8x8", "tpu7x:2x2x4")
 HEAD = "| preset | phase | devices | setting | memory of a device | step | MFU |\n|---|---|---|---|---|---|---|\n"
 
 
-def rows() -> Iterator[tuple[str, str, str]]:
+def rows(topologies: Sequence[str] = TOPOLOGIES) -> Iterator[tuple[str, str, str]]:
     """(preset, phase, topology) of every row, the most important first."""
     for preset in PRESETS:
-        for name in TOPOLOGIES:
+        for name in topologies:
             for phase in PHASES:
                 yield preset, phase, name
 
@@ -38,11 +38,16 @@ def rows() -> Iterator[tuple[str, str, str]]:
 def run(preset: str, phase: str, name: str) -> dict[str, Any]:
     """One row's plan. Raises `UserError` with the planner's own line when it refuses."""
     command = [sys.executable, "-m", "vpae_jax.plan", f"--config=configs/{phase}.py:{preset}", f"--topology={name}"]
-    ended = subprocess.run([*command, "--search", "--json"], capture_output=True, text=True, check=False)
-    if ended.returncode:
-        lines = ended.stderr.strip().splitlines() or ["no word"]
-        raise UserError(f"{preset} {phase} {name}: {lines[-1].removeprefix('error: ')}")
-    return json.loads(ended.stdout)
+    plan: dict[str, Any] = {}
+    for more in ([], ["--search"]):
+        ended = subprocess.run([*command, "--json", *more], capture_output=True, text=True, check=False)
+        if ended.returncode:
+            lines = ended.stderr.strip().splitlines() or ["no word"]
+            raise UserError(f"{preset} {phase} {name}: {lines[-1].removeprefix('error: ')}")
+        plan = json.loads(ended.stdout)
+        if plan["fits"]:
+            break
+    return plan
 
 
 def line(plan: dict[str, Any], preset: str) -> str:
@@ -64,10 +69,11 @@ def main(argv: Sequence[str]) -> None:
     parser = cli.Parser("python -m vpae_jax.planning.table", __doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder of the rows' JSON")
     parser.add_argument("--table", type=Path, help="file of the table; by default plans.md in the folder")
+    parser.add_argument("--topologies", default=",".join(TOPOLOGIES), help="machines, separated by commas")
     args = parser.parse_args(list(argv))
     args.output.mkdir(parents=True, exist_ok=True)
     table = HEAD
-    for preset, phase, name in rows():
+    for preset, phase, name in rows(args.topologies.split(",")):
         kept = args.output / f"{preset}_{phase}_{name.replace(':', '_')}.json"
         if not kept.exists():
             print(f"{preset} {phase} {name}", file=sys.stderr, flush=True)
