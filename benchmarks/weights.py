@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import socket
 import statistics
@@ -23,20 +22,20 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from measure import PART, Facts, measure
+from report import GIB, machine, paste, progress, ratios
+from report import table as markdown
 from synthetic import random_values
 
 from vpae_jax import cli
 from vpae_jax.convert.writing import write_part
 from vpae_jax.models.presets import PRESETS
 
-GIB = 2**30
 LIMIT = 2 * GIB  # of host memory above the arrays that a load results in
-BEGIN, END = "<!-- made by benchmarks/weights.py -->", "<!-- end -->"
+BEGIN = "<!-- made by benchmarks/weights.py -->"
 Spec = Mapping[str, Any]
 Round = dict[str, Facts]
 
@@ -112,14 +111,14 @@ def run(source: Path, folder: Path, rounds: int) -> list[Round]:
     for number in range(1, rounds + 1):
         measured = {}
         for name, specs in _actions(source, folder).items():
-            _progress(f"round {number} of {rounds}: {name}")
+            progress(f"round {number} of {rounds}: {name}")
             measured[name] = _together(measure(*specs, touch=touch))
             shutil.rmtree(folder / "written", ignore_errors=True)
             os.sync()
             if name in LOADS:
                 checks.load(name, measured[name])
         result.append(measured)
-    _progress("")
+    progress("")
     return result
 
 
@@ -160,7 +159,7 @@ def _together(facts: list[Facts]) -> Facts:
 
 def _check_values(source: Path, checks: Checks) -> None:
     """However the weights are sharded, over one process or two, they are the same."""
-    _progress("checking values")
+    progress("checking values")
     load = {"action": "ours", "folder": str(source), "dtype": "bfloat16"}
     whole = {**load, "digest": "whole"}
     alone, sharded = measure(whole)[0], measure({**whole, "devices": 8})[0]
@@ -182,8 +181,7 @@ def _warm(source: Path) -> None:
 def table(rounds: list[Round], file_bytes: int) -> Iterator[str]:
     """The lines of a Markdown table."""
     head = ("", "seconds", "diffusers", "ratio", "processor time", "memory", "diffusers", "read")
-    yield f"| {' | '.join(head)} |"
-    yield "|---" * len(head) + "|"
+    rows = []
     for row in ROWS:
         ours, theirs = [one[row.ours] for one in rounds], [one[row.theirs] for one in rounds]
         read = f"{max(facts['bytes_read'] for facts in ours) / file_bytes:.2%}" if row.ours in LOADS else ""
@@ -197,7 +195,8 @@ def table(rounds: list[Round], file_bytes: int) -> Iterator[str]:
             f"{max(facts['extra'] for facts in theirs) / GIB:.2f} GiB",
             read,
         )
-        yield f"| {' | '.join(cells)} |"
+        rows.append(cells)
+    return markdown(head, rows)
 
 
 def _median(facts: list[Facts], key: str) -> float:
@@ -205,31 +204,7 @@ def _median(facts: list[Facts], key: str) -> float:
 
 
 def _ratios(ours: list[Facts], theirs: list[Facts], key: str) -> str:
-    """Median of the rounds' ratios, and their range."""
-    ratios = sorted(one[key] / other[key] for one, other in zip(ours, theirs, strict=True))
-    return f"**{statistics.median(ratios):.2f}** ({ratios[0]:.2f}-{ratios[-1]:.2f})"
-
-
-def machine() -> str:
-    """What this runs on, in general words."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-    versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "torch", "diffusers", "safetensors"))
-    return f"{os.cpu_count()} {platform.machine()} cores, {memory:.0f} GiB of memory, {versions}"
-
-
-def _paste(path: Path, text: str) -> None:
-    """Writes a Markdown file, or replaces what stands between the marks of one that has them."""
-    old = path.read_text() if path.is_file() else ""
-    before, mark, rest = old.partition(BEGIN)
-    after = rest.partition(END)[2] if mark else "\n"
-    path.write_text(f"{before if mark else ''}{BEGIN}\n{text}\n{END}{after}")
-
-
-def _progress(line: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-    elif line:
-        print(line, file=sys.stderr, flush=True)
+    return ratios([one[key] for one in ours], [one[key] for one in theirs])
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
@@ -250,19 +225,19 @@ def main(argv: list[str]) -> None:
         given.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         source = Path(folder) / "source"
-        _progress("making the checkpoint")
+        progress("making the checkpoint")
         write_part(source, PART, random_values(given.preset, given.layers))
         file_bytes = sum(path.stat().st_size for path in (source / PART).glob("*.safetensors"))
         rounds = run(source, Path(folder), given.rounds)
     layers = "" if given.layers is None else f" with {given.layers} layers"
     size = f"{file_bytes / 1e9:.2f} GB of bfloat16"
-    about = f"{given.preset}'s transformer{layers}, {size}; {machine()}; {given.rounds} rounds."
+    about = f"{given.preset}'s transformer{layers}, {size}; {machine('jax', 'torch', 'diffusers', 'safetensors')}; {given.rounds} rounds."
     text = "\n".join(("", about, "", *table(rounds, file_bytes), ""))
     print(text)
     if given.json is not None:
         given.json.write_text(json.dumps({"about": about, "bytes": file_bytes, "rounds": rounds}, indent=2) + "\n")
     if given.markdown is not None:
-        _paste(given.markdown, text)
+        paste(given.markdown, text, BEGIN)
 
 
 if __name__ == "__main__":

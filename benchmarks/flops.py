@@ -1,0 +1,87 @@
+"""Floating-point operations of the models, from shapes: two for each multiplication of a matrix product or convolution.
+
+These are *model* FLOPs: what the result needs, not what a program executes. Recomputed activations and tiles of
+attention do not count; a backward pass counts as much as the forward pass for the gradient of the activations, and
+as much again for the gradient of the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+
+from vpae_jax.models.umt5 import UMT5Config
+from vpae_jax.models.wan_dit import WanTransformerConfig
+
+
+def transformer(config: WanTransformerConfig, latents: tuple[int, ...], n_image: int = 0, layers: int = 0) -> float:
+    """One forward pass of the Wan transformer.
+
+    Args:
+      config: sizes.
+      latents: shape `[b, f, h, w, c]` of the noisy latents.
+      n_image: image tokens.
+      layers: number of blocks that run; by default all.
+    """
+    b, *grid, _ = latents
+    n, d = math.prod(grid) // math.prod(config.patch_size), config.width
+    self_attention = 4 * n * d * d + 2 * n * n * d
+    # All text tokens count that Wan attends to: that equal ones need not be computed is our doing.
+    cross = 2 * n * d * d + sum(2 * m * d * d + 2 * n * m * d for m in (config.text_len, n_image))
+    blocks = (layers or config.num_layers) * (self_attention + cross + 2 * n * d * config.ffn_dim)
+    patch = n * math.prod(config.patch_size) * d * (config.in_channels + config.out_channels)
+    text = config.text_len * d * (config.text_dim + d)
+    time = d * (config.freq_dim + d + 6 * d)
+    image = n_image * (config.image_dim or 0) * ((config.image_dim or 0) + d)
+    return 2.0 * b * (blocks + patch + text + time + image)
+
+
+def text_encoder(config: UMT5Config, tokens: tuple[int, int]) -> float:
+    """One forward pass of the UMT5 encoder over token ids of shape `[b, s]`."""
+    b, s = tokens
+    inner = config.num_heads * config.d_kv
+    layer = 4 * s * config.d_model * inner + 2 * s * s * inner + 3 * s * config.d_model * config.d_ff
+    return 2.0 * b * config.num_layers * layer
+
+
+def products(function: Callable[..., Any], *args: Any) -> float:
+    """Operations of all matrix products and convolutions that a function traces to.
+
+    Args:
+      function: of arrays.
+      args: its arguments, or their shapes.
+
+    Raises:
+      ValueError: the function holds a loop of unknown length.
+    """
+    return _jaxpr(jax.make_jaxpr(function)(*args))
+
+
+def _jaxpr(jaxpr: Any) -> float:
+    jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+    return sum(_equation(equation) for equation in jaxpr.eqns)
+
+
+def _equation(equation: JaxprEqn) -> float:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        left, (out,) = equation.invars[0].aval.shape, equation.outvars
+        return 2.0 * math.prod(out.aval.shape) * math.prod(left[axis] for axis in contracted)
+    if name == "conv_general_dilated":
+        kernel, out = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
+        channels = params["dimension_numbers"].rhs_spec[0]
+        return 2.0 * math.prod(out) * math.prod(kernel) / kernel[channels]
+    inner = [_jaxpr(value) for value in _inner(params)]
+    if name == "while" and sum(inner):
+        raise ValueError("a loop of unknown length holds matrix products; count them from shapes")
+    return sum(inner) * (params["length"] if name == "scan" else 1)
+
+
+def _inner(params: dict[str, Any]) -> list[Any]:
+    values = [one for value in params.values() for one in (value if isinstance(value, (tuple, list)) else (value,))]
+    return [value for value in values if isinstance(value, (ClosedJaxpr, Jaxpr))]
