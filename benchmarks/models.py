@@ -17,7 +17,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +203,8 @@ def run(name: str, size: Size, rounds: int, both: bool) -> dict[str, Any]:
     """Compares and times one case.
 
     Returns:
-      seconds of every round, ours, PyTorch's ("theirs") and the matrix product's; FLOPs; the relative difference.
+      times of every round, ours, PyTorch's ("theirs") and the matrix product's; model FLOPs; the product's FLOP/s; our
+      utilisation; the relative difference.
     """
     progress(f"{LABELS[name]}: preparing")
     case = CASES[name](size, both)
@@ -226,25 +227,28 @@ def run(name: str, size: Size, rounds: int, both: bool) -> dict[str, Any]:
         facts["difference"] = found
         timed["theirs"] = Timed(waited, case.flops)
     progress(f"{LABELS[name]}: {rounds} rounds")
-    seconds = measure(timed, rounds)
-    facts["utilisation"] = rate(timed["ours"], seconds["ours"]) / rate(timed[PRODUCT], seconds[PRODUCT])
-    return {**facts, "product": rate(timed[PRODUCT], seconds[PRODUCT]), "seconds": seconds}
+    times = measure(timed, rounds)
+    facts["product"] = rate(timed[PRODUCT], times[PRODUCT])
+    facts["utilisation"] = rate(timed["ours"], times["ours"]) / facts["product"]
+    return {**facts, "times": {name: asdict(one) for name, one in times.items()}}
 
 
 def row(name: str, facts: Mapping[str, Any]) -> tuple[str, ...]:
     """One line of the table."""
-    seconds = facts["seconds"]
-    mine = statistics.median(seconds["ours"])
-    other, compared = "", ("", "")
-    if "theirs" in seconds:
-        other = f"{statistics.median(seconds['theirs']):.2f}"
-        compared = (ratios(seconds["ours"], seconds["theirs"]), f"{facts['difference']:.0e}")
-    yardstick = f"{facts['product'] / 1e9:,.0f}"
-    work = f"{facts['flops'] / 1e9:,.0f}"
-    return (LABELS[name], f"{mine:.2f}", other, *compared, work, f"{facts['utilisation']:.0%}", yardstick)
+    times = facts["times"]
+    ours = times["ours"]
+    other, compared = "", ("", "", "")
+    if "theirs" in times:
+        both = times["theirs"]
+        other = f"{statistics.median(both['seconds']):.2f}"
+        by_clock, by_processor = (ratios(ours[key], both[key]) for key in ("seconds", "cpu"))
+        compared = (by_clock, by_processor, f"{facts['difference']:.0e}")
+    work, yardstick = (f"{facts[key] / 1e9:,.0f}" for key in ("flops", "product"))
+    mine = f"{statistics.median(ours['seconds']):.2f}"
+    return (LABELS[name], mine, other, *compared, work, f"{facts['utilisation']:.0%}", yardstick)
 
 
-HEAD = ("", "seconds", "PyTorch", "ratio", "difference", "GFLOP", "utilisation", "product, GFLOP/s")
+HEAD = ("", "seconds", "PyTorch", "ratio", "processor time", "difference", "GFLOP", "utilisation", "product, GFLOP/s")
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:

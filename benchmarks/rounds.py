@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -39,23 +39,37 @@ def product(size: int, dtype: DTypeLike) -> Timed:
     return Timed(lambda: jax.block_until_ready(multiply(first, second)), 2.0 * size**3)
 
 
-def measure(timed: Mapping[str, Timed], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every function in every round; each runs once before.
+@dataclass
+class Times:
+    """What a function took, one entry a round.
+
+    Attributes:
+      seconds: that passed.
+      cpu: that the process's threads computed, all together; other processes on the machine add little to these.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+
+def measure(timed: Mapping[str, Timed], rounds: int) -> dict[str, Times]:
+    """Times of every function in every round; each runs once before.
 
     Every other round goes backwards, so that no function always follows the same one.
     """
     for one in timed.values():
         one.run()
-    seconds: dict[str, list[float]] = {name: [] for name in timed}
+    times = {name: Times() for name in timed}
     for number in range(rounds):
         for name in list(timed)[:: 1 if number % 2 == 0 else -1]:
             time.sleep(PAUSE)
-            start = time.perf_counter()
+            cpu, start = time.process_time(), time.perf_counter()
             timed[name].run()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+            times[name].seconds.append(time.perf_counter() - start)
+            times[name].cpu.append(time.process_time() - cpu)
+    return times
 
 
-def rate(timed: Timed, seconds: Sequence[float]) -> float:
+def rate(timed: Timed, times: Times) -> float:
     """FLOP/s at the median time."""
-    return timed.flops / statistics.median(seconds)
+    return timed.flops / statistics.median(times.seconds)
