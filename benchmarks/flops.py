@@ -16,25 +16,27 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from vpae_jax.models.umt5 import UMT5Config
 from vpae_jax.models.wan_dit import WanTransformerConfig
+from vpae_jax.types import Condition
 
 
-def transformer(config: WanTransformerConfig, latents: tuple[int, ...], n_image: int = 0, layers: int = 0) -> float:
+def transformer(config: WanTransformerConfig, latents: tuple[int, ...], condition: Condition, layers: int = 0) -> float:
     """One forward pass of the Wan transformer.
 
     Args:
       config: sizes.
       latents: shape `[b, f, h, w, c]` of the noisy latents.
-      n_image: image tokens.
+      condition: arrays or shapes. Of the zeros that Wan pads its text with one token counts: they are all equal.
       layers: number of blocks that run; by default all.
     """
     b, *grid, _ = latents
+    n_text = min(condition.text.shape[1] + 1, config.text_len)
+    n_image = 0 if condition.image is None else condition.image.shape[1]
     n, d = math.prod(grid) // math.prod(config.patch_size), config.width
     self_attention = 4 * n * d * d + 2 * n * n * d
-    # All text tokens count that Wan attends to: that equal ones need not be computed is our doing.
-    cross = 2 * n * d * d + sum(2 * m * d * d + 2 * n * m * d for m in (config.text_len, n_image))
+    cross = 2 * n * d * d + sum(2 * m * d * d + 2 * n * m * d for m in (n_text, n_image))
     blocks = (layers or config.num_layers) * (self_attention + cross + 2 * n * d * config.ffn_dim)
     patch = n * math.prod(config.patch_size) * d * (config.in_channels + config.out_channels)
-    text = config.text_len * d * (config.text_dim + d)
+    text = n_text * d * (config.text_dim + d)
     time = d * (config.freq_dim + d + 6 * d)
     image = n_image * (config.image_dim or 0) * ((config.image_dim or 0) + d)
     return 2.0 * b * (blocks + patch + text + time + image)

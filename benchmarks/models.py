@@ -29,7 +29,7 @@ import theirs
 from flax import nnx
 from report import machine, paste, progress, ratios, table
 from rounds import Timed, measure, product, rate
-from sizes import SIZES, Size, find
+from sizes import N_IMAGE, SIZES, Size, find
 
 from vpae_jax import cli
 from vpae_jax.models.umt5 import UMT5Encoder
@@ -69,10 +69,9 @@ def transformer(size: Size, both: bool, backward: bool = False) -> Case:
     shape = (1, *size.latents, config.out_channels)
     x, cotangent = (jnp.asarray(draw(shape), dtype) for _ in range(2))
     text = jnp.asarray(draw((1, config.text_len, config.text_dim)), dtype)
-    image, frames, n_image = None, None, 0
+    image, frames = None, None
     if config.image_dim is not None:
-        n_image = 257  # tokens of Wan's image encoder
-        image = jnp.asarray(draw((1, n_image, config.image_dim)), dtype)
+        image = jnp.asarray(draw((1, N_IMAGE, config.image_dim)), dtype)
         frames = jnp.asarray(draw((1, *size.latents, config.in_channels - config.out_channels)), dtype)
     condition = Condition(text, jnp.ones(text.shape[:2], bool), image, frames)
     t = jnp.asarray([0.7])
@@ -80,7 +79,7 @@ def transformer(size: Size, both: bool, backward: bool = False) -> Case:
     def velocity(params: Params, x: Any) -> Any:
         return nnx.merge(graph, params)(x, t, condition)
 
-    count = flops.transformer(config, shape, n_image)
+    count = flops.transformer(config, shape, condition)
     if not backward:
         ours = _jitted(velocity, params, x)
     else:

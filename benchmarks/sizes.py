@@ -11,6 +11,8 @@ from vpae_jax.models.umt5 import UMT5Config
 from vpae_jax.models.wan_dit import WanTransformerConfig
 from vpae_jax.models.wan_vae import WanVAEConfig
 
+N_IMAGE = 257  # tokens of Wan's image encoder
+
 
 @dataclass(frozen=True)
 class Size:
@@ -19,6 +21,7 @@ class Size:
     Attributes:
       transformer: the diffusion transformer.
       latents: latent frames, rows and columns that it reads.
+      step_latents: the same in a training step.
       vae: the autoencoder.
       video: frames, rows and columns that it encodes, and decodes to.
       text_encoder: the text encoder.
@@ -30,6 +33,7 @@ class Size:
 
     transformer: WanTransformerConfig
     latents: tuple[int, int, int]
+    step_latents: tuple[int, int, int]
     vae: WanVAEConfig
     video: tuple[int, int, int]
     text_encoder: UMT5Config
@@ -42,17 +46,20 @@ class Size:
 # fmt: off
 CPU = Size(
     transformer=replace(presets.T2V_1_3B.transformer, num_layers=2), latents=(4, 32, 32),
+    step_latents=(4, 16, 16),
     vae=WanVAEConfig(), video=(9, 64, 64),
     text_encoder=UMT5Config(vocab_size=1000, d_model=2048, d_kv=64, d_ff=5120, num_layers=2, num_heads=32), tokens=512,
     dtype="float32", remat="none", product=3072,
 )
 WAN_480P = Size(
-    transformer=presets.T2V_1_3B.transformer, latents=(21, 60, 104), vae=WanVAEConfig(), video=(81, 480, 832),
+    transformer=presets.T2V_1_3B.transformer, latents=(21, 60, 104),
+    step_latents=(21, 60, 104), vae=WanVAEConfig(), video=(81, 480, 832),
     text_encoder=presets.UMT5_XXL, tokens=512, dtype="bfloat16", remat="full", product=8192,
 )
 SIZES: Mapping[str, Size] = MappingProxyType({
     "tiny": Size(
-        transformer=presets.TINY.transformer, latents=(3, 6, 6), vae=presets.TINY.vae, video=(9, 16, 16),
+        transformer=presets.TINY.transformer, latents=(3, 6, 6), step_latents=(3, 6, 6),
+        vae=presets.TINY.vae, video=(9, 16, 16),
         text_encoder=presets.TINY.text_encoder, tokens=16, dtype="float32", remat="none", product=256,
     ),
     "cpu": CPU,

@@ -231,7 +231,8 @@ def main(argv: list[str]) -> None:
         rounds = run(source, Path(folder), given.rounds)
     layers = "" if given.layers is None else f" with {given.layers} layers"
     size = f"{file_bytes / 1e9:.2f} GB of bfloat16"
-    about = f"{given.preset}'s transformer{layers}, {size}; {machine('jax', 'torch', 'diffusers', 'safetensors')}; {given.rounds} rounds."
+    where = machine("jax", "torch", "diffusers", "safetensors")
+    about = f"{given.preset}'s transformer{layers}, {size}; {where}; {given.rounds} rounds."
     text = "\n".join(("", about, "", *table(rounds, file_bytes), ""))
     print(text)
     if given.json is not None:

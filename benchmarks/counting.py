@@ -1,0 +1,155 @@
+"""Model FLOPs of a method's updates: its losses are traced with networks that only count.
+
+A network that counts returns something of the right shape that depends on its inputs and its weights, and adds to a
+sum what an evaluation costs; when JAX differentiates through it, what the backward pass costs: as much for the
+gradient of the activations, and as much again for that of the weights. So whatever a loss evaluates, detaches or
+differentiates is counted as it is, without knowing the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import flops
+import jax
+import jax.numpy as jnp
+
+from vpae_jax.methods.base import Method
+from vpae_jax.models.wan_dit import WanTransformerConfig
+from vpae_jax.types import Batch, Condition, Features, Latents, PerExample, Times
+from vpae_jax.weights import Weights
+
+
+@dataclass
+class Count:
+    """A sum of FLOPs."""
+
+    total: float = 0.0
+
+
+@dataclass(frozen=True)
+class Counter:
+    """A network that counts.
+
+    Attributes:
+      count: what it adds to.
+      weight: stands for all its weights; differentiated in the role that is trained.
+      trains_all: whether the gradient of the weights costs as much as an evaluation; that of adapters is left out.
+      config: the transformer's.
+      taps: blocks whose hidden states the heads read.
+      heads: FLOPs of the heads for one clip; they are heads if this is given.
+    """
+
+    count: Count
+    weight: Any
+    trains_all: bool
+    config: WanTransformerConfig
+    taps: tuple[int, ...]
+    heads: Callable[[Features], float] | None = field(default=None)
+
+    def __call__(self, first: Any, *rest: Any) -> Latents | PerExample:
+        if self.heads is not None:
+            return self._counted(self.heads(first), lambda weight, found: weight * _each(found), first)
+        x, _, condition = first, *rest
+        forward = flops.transformer(self.config, x.shape, condition)
+        return self._counted(forward, lambda weight, x: weight * x, x)
+
+    def features(self, x: Latents, t: Times, condition: Condition) -> Features:
+        forward = flops.transformer(self.config, x.shape, condition, self.taps[-1])
+        made = _features(self.config, self.taps, x, condition)
+
+        def states(weight: Any, x: Latents) -> Features:
+            moved = weight * _each(x)[:, None, None]
+            return jax.tree.map(lambda leaf: leaf if leaf.dtype == bool else leaf + moved, made)
+
+        return self._counted(forward, states, x)
+
+    def _counted(self, forward: float, function: Callable[..., Any], inputs: Any) -> Any:
+        """`function(weight, inputs)`, counted as an evaluation of `forward` FLOPs, backward pass included."""
+        differentiated: list[bool] = []
+
+        @jax.custom_vjp
+        def call(weight: Any, inputs: Any) -> Any:
+            self.count.total += forward
+            return function(weight, inputs)
+
+        def ahead(weight: Any, inputs: Any) -> tuple[Any, Any]:
+            self.count.total += forward
+            differentiated.append(weight.perturbed)
+            weight, inputs = weight.value, jax.tree.map(lambda one: one.value, inputs, is_leaf=_is_primal)
+            return jax.vjp(function, weight, inputs)
+
+        def back(pull: Callable[..., Any], cotangents: Any) -> Any:
+            self.count.total += forward * (2 if differentiated[0] and self.trains_all else 1)
+            return pull(jax.tree.map(_dense, cotangents, is_leaf=_is_zero))
+
+        call.defvjp(ahead, back, symbolic_zeros=True)
+        return call(self.weight, inputs)
+
+
+def _is_primal(value: Any) -> bool:
+    return hasattr(value, "perturbed")
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, jax.custom_derivatives.SymbolicZero)
+
+
+def _dense(cotangent: Any) -> Any:
+    return jnp.zeros(cotangent.shape, cotangent.dtype) if _is_zero(cotangent) else cotangent
+
+
+def _each(tree: Any) -> PerExample:
+    """One number a clip that depends on all leaves."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.dtype != bool]
+    return sum((jnp.sum(leaf, axis=tuple(range(1, leaf.ndim))) for leaf in leaves), jnp.zeros(leaves[0].shape[0]))
+
+
+def _features(config: WanTransformerConfig, taps: tuple[int, ...], x: Latents, condition: Condition) -> Features:
+    """Zeros in the shape of a transformer's features."""
+    b, f, h, w, _ = x.shape
+    (pf, ph, pw), d = config.patch_size, config.width
+    states = jnp.zeros((b, (f // pf) * (h // ph) * (w // pw), d))
+    return Features(
+        taps=(states,) * len(taps),
+        text=jnp.zeros((b, condition.text.shape[1], d)),
+        text_mask=condition.text_mask,
+        image=None if condition.image is None else jnp.zeros((b, condition.image.shape[1], d)),
+    )
+
+
+def step_flops(method: Method, weights: Weights, config: WanTransformerConfig, batch: Batch) -> list[float]:
+    """Model FLOPs of each update of a method, once each.
+
+    Args:
+      method: whose losses are traced.
+      weights: all roles' weights.
+      config: the transformer's.
+      batch: what is trained on; only its shapes matter.
+    """
+    params = {**weights.frozen, **weights.trained}
+
+    def network(role: str, count: Count, weight: Any) -> Counter:
+        spec, heads = method.roles[role], None
+        if spec.model == "heads":
+
+            def heads(features: Features) -> float:
+                judge = weights.models.network(role, params[role], weights.frozen)
+                return flops.products(judge, features)
+
+        return Counter(count, weight, spec.trains == "all", config, weights.models.taps, heads)
+
+    result = []
+    for update in method.updates:
+        count = Count()
+
+        def loss(weight: Any, batch: Batch, update: Any = update, count: Count = count) -> Any:
+            others: dict[str, Any] = {role: network(role, count, 1.0) for role in method.roles}
+            others |= {f"{role}_ema": one for role, one in others.items()} | {"step": 0}
+            return jnp.mean(update.loss(network(update.trains, count, weight), others, batch, jax.random.key(0))[0])
+
+        jax.eval_shape(jax.grad(loss), jnp.ones(()), batch)
+        result.append(count.total)
+    return result
