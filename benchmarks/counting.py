@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from vpae_jax.methods.base import Method
 from vpae_jax.models.wan_dit import WanTransformerConfig
-from vpae_jax.types import Batch, Condition, Features, Latents, PerExample, Times
+from vpae_jax.types import Batch, Condition, Features, Latents, PerExample, Times, Tokens
 from vpae_jax.weights import Weights
 
 
@@ -51,73 +51,48 @@ class Counter:
 
     def __call__(self, first: Any, *rest: Any) -> Latents | PerExample:
         if self.heads is not None:
-            return self._counted(self.heads(first), lambda weight, found: weight * _each(found), first)
+            return self._counted(self.heads(first), first)
         x, _, condition = first, *rest
-        forward = flops.transformer(self.config, x.shape, condition)
-        return self._counted(forward, lambda weight, x: weight * x, x)
+        found = self._counted(flops.transformer(self.config, x.shape, condition), x)
+        return jnp.zeros_like(x) + found[:, None, None, None, None]
 
     def features(self, x: Latents, t: Times, condition: Condition) -> Features:
-        forward = flops.transformer(self.config, x.shape, condition, self.taps[-1])
-        made = _features(self.config, self.taps, x, condition)
+        found = self._counted(flops.transformer(self.config, x.shape, condition, self.taps[-1]), x)
+        (_, f, h, w, _), (pf, ph, pw) = x.shape, self.config.patch_size
 
-        def states(weight: Any, x: Latents) -> Features:
-            moved = weight * _each(x)[:, None, None]
-            return jax.tree.map(lambda leaf: leaf if leaf.dtype == bool else leaf + moved, made)
+        def states(tokens: int) -> Tokens:
+            return jnp.broadcast_to(found[:, None, None], (len(x), tokens, self.config.width))
 
-        return self._counted(forward, states, x)
+        return Features(
+            taps=(states((f // pf) * (h // ph) * (w // pw)),) * len(self.taps),
+            text=states(condition.text.shape[1]),
+            text_mask=condition.text_mask,
+            image=None if condition.image is None else states(condition.image.shape[1]),
+        )
 
-    def _counted(self, forward: float, function: Callable[..., Any], inputs: Any) -> Any:
-        """`function(weight, inputs)`, counted as an evaluation of `forward` FLOPs, backward pass included."""
+    def _counted(self, forward: float, inputs: Any) -> PerExample:
+        """A number for each clip that depends on weights and inputs; an evaluation of `forward` FLOPs is counted."""
         differentiated: list[bool] = []
 
+        def number(weight: Any, *leaves: Any) -> PerExample:
+            return weight * sum(jnp.sum(leaf, axis=tuple(range(1, leaf.ndim))) for leaf in leaves)
+
         @jax.custom_vjp
-        def call(weight: Any, inputs: Any) -> Any:
+        def call(weight: Any, *leaves: Any) -> PerExample:
             self.count.total += forward
-            return function(weight, inputs)
+            return number(weight, *leaves)
 
-        def ahead(weight: Any, inputs: Any) -> tuple[Any, Any]:
+        def ahead(*primals: Any) -> tuple[PerExample, Any]:
             self.count.total += forward
-            differentiated.append(weight.perturbed)
-            weight, inputs = weight.value, jax.tree.map(lambda one: one.value, inputs, is_leaf=_is_primal)
-            return jax.vjp(function, weight, inputs)
+            differentiated.append(primals[0].perturbed)
+            return jax.vjp(number, *(primal.value for primal in primals))
 
-        def back(pull: Callable[..., Any], cotangents: Any) -> Any:
+        def back(pull: Callable[..., Any], cotangent: Any) -> Any:
             self.count.total += forward * (2 if differentiated[0] and self.trains_all else 1)
-            return pull(jax.tree.map(_dense, cotangents, is_leaf=_is_zero))
+            return pull(cotangent)
 
         call.defvjp(ahead, back, symbolic_zeros=True)
-        return call(self.weight, inputs)
-
-
-def _is_primal(value: Any) -> bool:
-    return hasattr(value, "perturbed")
-
-
-def _is_zero(value: Any) -> bool:
-    return isinstance(value, jax.custom_derivatives.SymbolicZero)
-
-
-def _dense(cotangent: Any) -> Any:
-    return jnp.zeros(cotangent.shape, cotangent.dtype) if _is_zero(cotangent) else cotangent
-
-
-def _each(tree: Any) -> PerExample:
-    """One number a clip that depends on all leaves."""
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.dtype != bool]
-    return sum((jnp.sum(leaf, axis=tuple(range(1, leaf.ndim))) for leaf in leaves), jnp.zeros(leaves[0].shape[0]))
-
-
-def _features(config: WanTransformerConfig, taps: tuple[int, ...], x: Latents, condition: Condition) -> Features:
-    """Zeros in the shape of a transformer's features."""
-    b, f, h, w, _ = x.shape
-    (pf, ph, pw), d = config.patch_size, config.width
-    states = jnp.zeros((b, (f // pf) * (h // ph) * (w // pw), d))
-    return Features(
-        taps=(states,) * len(taps),
-        text=jnp.zeros((b, condition.text.shape[1], d)),
-        text_mask=condition.text_mask,
-        image=None if condition.image is None else jnp.zeros((b, condition.image.shape[1], d)),
-    )
+        return call(self.weight, *(leaf for leaf in jax.tree.leaves(inputs) if leaf.dtype != bool))
 
 
 def step_flops(method: Method, weights: Weights, config: WanTransformerConfig, batch: Batch) -> list[float]:

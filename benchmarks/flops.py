@@ -19,14 +19,16 @@ from vpae_jax.models.wan_dit import WanTransformerConfig
 from vpae_jax.types import Condition
 
 
-def transformer(config: WanTransformerConfig, latents: tuple[int, ...], condition: Condition, layers: int = 0) -> float:
-    """One forward pass of the Wan transformer.
+def transformer(
+    config: WanTransformerConfig, latents: tuple[int, ...], condition: Condition, tap: int | None = None
+) -> float:
+    """One forward pass of the Wan transformer, to its velocity or only to the features after a block.
 
     Args:
       config: sizes.
       latents: shape `[b, f, h, w, c]` of the noisy latents.
       condition: arrays or shapes. Of the zeros that Wan pads its text with one token counts: they are all equal.
-      layers: number of blocks that run; by default all.
+      tap: the last block that runs, counted from 1; None runs all, and the output layer.
     """
     b, *grid, _ = latents
     n_text = min(condition.text.shape[1] + 1, config.text_len)
@@ -34,8 +36,9 @@ def transformer(config: WanTransformerConfig, latents: tuple[int, ...], conditio
     n, d = math.prod(grid) // math.prod(config.patch_size), config.width
     self_attention = 4 * n * d * d + 2 * n * n * d
     cross = 2 * n * d * d + sum(2 * m * d * d + 2 * n * m * d for m in (n_text, n_image))
-    blocks = (layers or config.num_layers) * (self_attention + cross + 2 * n * d * config.ffn_dim)
-    patch = n * math.prod(config.patch_size) * d * (config.in_channels + config.out_channels)
+    blocks = (tap or config.num_layers) * (self_attention + cross + 2 * n * d * config.ffn_dim)
+    channels = config.in_channels + (config.out_channels if tap is None else 0)
+    patch = n * math.prod(config.patch_size) * d * channels
     text = n_text * d * (config.text_dim + d)
     time = d * (config.freq_dim + d + 6 * d)
     image = n_image * (config.image_dim or 0) * ((config.image_dim or 0) + d)
@@ -51,7 +54,7 @@ def text_encoder(config: UMT5Config, tokens: tuple[int, int]) -> float:
 
 
 def products(function: Callable[..., Any], *args: Any) -> float:
-    """Operations of all matrix products and convolutions that a function traces to.
+    """Operations of all matrix products and convolutions that a function traces to; of a choice, the dearest branch.
 
     Args:
       function: of arrays.
@@ -81,6 +84,8 @@ def _equation(equation: JaxprEqn) -> float:
     inner = [_jaxpr(value) for value in _inner(params)]
     if name == "while" and sum(inner):
         raise ValueError("a loop of unknown length holds matrix products; count them from shapes")
+    if name == "cond":
+        return max(inner)
     return sum(inner) * (params["length"] if name == "scan" else 1)
 
 

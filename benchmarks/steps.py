@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from counting import step_flops
 from flax import nnx
+from jaxtyping import Array, Float
 from report import machine, paste, progress, table
 from rounds import Timed, measure, product, rate
 from sizes import N_IMAGE, SIZES, Size, find
@@ -94,18 +95,21 @@ def experiment(size: Size, options: Mapping[str, Any], clips: int) -> Experiment
 def random_batch(size: Size, clips: int) -> Batch:
     """Clips of normal values, with prompts of all tokens."""
     config, tokens = size.transformer, size.tokens
-    draw = np.random.default_rng(0).standard_normal
+    draw = np.random.default_rng(0)
+
+    def normal(*shape: int) -> Float[Array, "..."]:
+        return jnp.asarray(draw.standard_normal(shape), jnp.float32)
+
     image, frames = None, None
     if config.image_dim is not None:
-        image = draw((clips, N_IMAGE, config.image_dim)).astype(np.float32)
-        channels = config.in_channels - config.out_channels
-        frames = draw((clips, *size.step_latents, channels)).astype(np.float32)
-    text = draw((clips, tokens, config.text_dim)).astype(np.float32)
+        image = normal(clips, N_IMAGE, config.image_dim)
+        frames = normal(clips, *size.step_latents, config.in_channels - config.out_channels)
+    text = normal(clips, tokens, config.text_dim)
     return Batch(
-        latents=draw((clips, *size.step_latents, config.out_channels)).astype(np.float32),
-        condition=Condition(text, np.ones((clips, tokens), bool), image, frames),
+        latents=normal(clips, *size.step_latents, config.out_channels),
+        condition=Condition(text, jnp.ones((clips, tokens), bool), image, frames),
         null_text=text[0],
-        null_mask=np.ones(tokens, bool),
+        null_mask=jnp.ones(tokens, bool),
     )
 
 

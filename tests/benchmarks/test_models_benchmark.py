@@ -7,15 +7,16 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 
-from vpae_jax.models.attention import attention
+from vpae_jax.config import MeshConfig
+from vpae_jax.models.heads import DiscriminatorHeads, HeadsConfig
 from vpae_jax.models.presets import TINY
 from vpae_jax.models.umt5 import UMT5Encoder
 from vpae_jax.models.wan_dit import WanTransformer
-from vpae_jax.types import Condition, UserError
+from vpae_jax.sharding import make_mesh
+from vpae_jax.types import Condition, Features, UserError
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 CONFIG = TINY.transformer
@@ -29,13 +30,18 @@ def module(monkeypatch):
 
 
 def condition_of(tokens):
-    shape = jax.ShapeDtypeStruct
     return Condition(
-        text=shape((2, tokens, CONFIG.text_dim), jnp.float32),
-        text_mask=shape((2, tokens), bool),
-        image=shape((2, 17, CONFIG.image_dim), jnp.float32),
-        frames=shape((2, 3, 6, 6, 20), jnp.float32),
+        text=jnp.zeros((2, tokens, CONFIG.text_dim)),
+        text_mask=jnp.ones((2, tokens), bool),
+        image=jnp.zeros((2, 17, CONFIG.image_dim)),
+        frames=jnp.zeros((2, 3, 6, 6, 20)),
     )
+
+
+def plain(q, k, v, bias=None):
+    """Attention that is neither tiled nor a kernel: its products are those that count."""
+    weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k))
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
 @pytest.mark.parametrize("name", ["dit-backward", "vae-decode", "vae-encode", "umt5"])
@@ -66,21 +72,24 @@ def test_a_difference_ends_the_program(module, monkeypatch):
 
 
 @pytest.mark.parametrize("tokens", [16, 512])
-def test_flops_of_the_transformer_are_its_products(module, tokens):
+def test_flops_of_the_transformer_are_its_products(module, monkeypatch, tokens):
     """Where attention is plain, the traced products are what is counted from shapes."""
+    monkeypatch.setattr("vpae_jax.models.wan_blocks.attention", plain)
     flops = module("flops")
-    model = nnx.eval_shape(lambda: WanTransformer(CONFIG, rngs=nnx.Rngs(0)))
-    x = jax.ShapeDtypeStruct((2, 3, 6, 6, 16), jnp.float32)
-    t = jax.ShapeDtypeStruct((2,), jnp.float32)
-    traced = flops.products(model, x, t, condition_of(tokens))
+    graph, weights = nnx.split(nnx.eval_shape(lambda: WanTransformer(CONFIG, rngs=nnx.Rngs(0))))
+    x = jnp.zeros((2, 3, 6, 6, 16))
+    traced = flops.products(
+        lambda w, *given: nnx.merge(graph, w)(*given), weights, x, jnp.zeros(2), condition_of(tokens)
+    )
     assert flops.transformer(CONFIG, x.shape, condition_of(tokens)) == pytest.approx(traced, rel=1e-6)
 
 
 def test_flops_of_the_text_encoder_are_its_products(module):
     flops, config = module("flops"), TINY.text_encoder
-    model = nnx.eval_shape(lambda: UMT5Encoder(config, rngs=nnx.Rngs(0)))
-    ids, mask = (jax.ShapeDtypeStruct((3, 16), kind) for kind in (jnp.int32, bool))
-    assert flops.text_encoder(config, (3, 16)) == pytest.approx(flops.products(model, ids, mask), rel=1e-6)
+    graph, weights = nnx.split(nnx.eval_shape(lambda: UMT5Encoder(config, rngs=nnx.Rngs(0))))
+    ids, mask = jnp.zeros((3, 16), int), jnp.ones((3, 16), bool)
+    traced = flops.products(lambda w, *given: nnx.merge(graph, w)(*given), weights, ids, mask)
+    assert flops.text_encoder(config, (3, 16)) == pytest.approx(traced, rel=1e-6)
 
 
 def test_products_of_loops_and_convolutions_are_counted(module):
@@ -98,25 +107,32 @@ def test_products_of_loops_and_convolutions_are_counted(module):
     with pytest.raises(ValueError, match="loop of unknown length"):
         products(lambda a: jax.lax.while_loop(lambda c: c[0, 0] < 1, lambda c: c @ a, a), a)
     q = jnp.zeros((2, 8, 3, 4))
-    assert products(attention, q, q, q) == 2 * 2 * 2 * 3 * 8 * 8 * 4
+    assert products(plain, q, q, q) == 2 * 2 * 2 * 3 * 8 * 8 * 4
 
 
 def test_updates_are_counted_as_what_they_evaluate(module):
-    """Phase one: generator, then the fake score both ways; generator both ways, guided teacher, fake score."""
-    from vpae_jax.sharding import make_mesh
-
+    """Evaluations, with twice as many for a backward pass to the weights and once as many for one to the inputs."""
     steps, flops, sizes = module("steps"), module("flops"), module("sizes")
-    size = sizes.find("tiny", 2)
-    mesh = make_mesh(steps.MeshConfig(), jax.devices()[:1])
+    size = sizes.find("tiny", 1)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     phase = steps.prepare(size, steps.PHASES["phase 1"], mesh)
     shape, condition = (1, *size.step_latents, 16), phase.batch.condition
     once = flops.transformer(size.transformer, shape, condition)
-    assert np.allclose(np.asarray(phase.flops) / once, [1 + 2, 3 + 2 + 1])
+    # The generator, then the fake score, whose adapters are trained; the trained generator, guided teacher, fake score.
+    assert phase.flops == pytest.approx([(1 + 2) * once, (3 + 2 + 1) * once])
     phase = steps.prepare(size, steps.PHASES["phase 2"], mesh)
-    heads, generator = np.asarray(phase.flops) / once
-    # The last tap is the last block, so features cost an evaluation less its output layer; heads are small.
-    assert 1 + 3 < heads < 4.5
-    assert 3 + 1 + 2 < generator < 6.5
+    tap = size.transformer.num_layers
+    features = flops.transformer(size.transformer, shape, condition, tap)
+    assert 0 < features < once
+    rows = (1, 27, size.transformer.width)
+    seen = Features((jnp.zeros(rows),), jnp.zeros((1, 16, rows[2])), condition.text_mask, jnp.zeros((1, 257, rows[2])))
+    config = HeadsConfig(width=rows[2], taps=(tap,), num_heads=size.transformer.num_attention_heads)
+    graph, weights = nnx.split(nnx.eval_shape(lambda: DiscriminatorHeads(config, rngs=nnx.Rngs(0))))
+    heads = flops.products(lambda w, seen: nnx.merge(graph, w)(seen), weights, seen)
+    assert heads > 0
+    # The heads are trained on a real, a generated and a perturbed clip; the generator by the heads and the teacher.
+    expected = [once + 3 * features + 3 * 3 * heads, 3 * once + 2 * (features + heads) + once]
+    assert phase.flops == pytest.approx(expected)
 
 
 @pytest.mark.long
