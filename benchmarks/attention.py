@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from report import machine, paste
+from report import machine, paste, ratios
 
 from vpae_jax import cli
 from vpae_jax.models import kernels
@@ -30,7 +30,7 @@ from vpae_jax.models.kernels import reference
 from vpae_jax.types import UserError
 
 SIZES = "1000:12:128,4096:12:128,4096:6:32,4096:6:64,8192:6:128,16384:6:64"
-MARK = "benchmarks/attention.py"
+BEGIN = "<!-- made by benchmarks/attention.py -->"
 Arrays = tuple[np.ndarray, ...]
 Pair = tuple[Callable[[], Any], Callable[[], Any]]
 
@@ -92,9 +92,8 @@ def row(size: tuple[int, int, int], keys: int | None, dtype: str, rounds: int) -
     cells = [f"{n:,} x {m:,}", str(heads), str(head_dim), kernel]
     for theirs, ours in zip(peer, jax_pair(kernels.attention, arrays, dtype), strict=True):
         times = compare(theirs, ours, rounds, 1e-5 if dtype == "float32" and on_processor else 3e-2)
-        ratios = sorted(our / their for their, our in times)
-        cells.append(f"{statistics.median(our for _, our in times):.3f}")
-        cells.append(f"**{statistics.median(ratios):.2f}** ({ratios[0]:.2f}-{ratios[-1]:.2f})")
+        theirs, ours = zip(*times, strict=True)
+        cells += [f"{statistics.median(ours):.3f}", ratios(ours, theirs)]
     return f"| {' | '.join(cells)} |"
 
 
@@ -133,7 +132,7 @@ def main(argv: list[str]) -> None:
         print(lines[-1], file=sys.stderr, flush=True)
     print("\n".join(lines))
     if given.markdown is not None:
-        paste(given.markdown, MARK, "\n".join(("", *lines, "")))
+        paste(given.markdown, "\n".join(("", *lines, "")), BEGIN)
 
 
 if __name__ == "__main__":

@@ -26,16 +26,16 @@ from pathlib import Path
 from typing import Any
 
 from measure import PART, Facts, measure
-from report import machine, paste
+from report import GIB, machine, paste, progress, ratios
+from report import table as markdown
 from synthetic import random_values
 
 from vpae_jax import cli
 from vpae_jax.convert.writing import write_part
 from vpae_jax.models.presets import PRESETS
 
-GIB = 2**30
 LIMIT = 2 * GIB  # of host memory above the arrays that a load results in
-MARK = "benchmarks/weights.py"
+BEGIN = "<!-- made by benchmarks/weights.py -->"
 Spec = Mapping[str, Any]
 Round = dict[str, Facts]
 
@@ -111,14 +111,14 @@ def run(source: Path, folder: Path, rounds: int) -> list[Round]:
     for number in range(1, rounds + 1):
         measured = {}
         for name, specs in _actions(source, folder).items():
-            _progress(f"round {number} of {rounds}: {name}")
+            progress(f"round {number} of {rounds}: {name}")
             measured[name] = _together(measure(*specs, touch=touch))
             shutil.rmtree(folder / "written", ignore_errors=True)
             os.sync()
             if name in LOADS:
                 checks.load(name, measured[name])
         result.append(measured)
-    _progress("")
+    progress("")
     return result
 
 
@@ -159,7 +159,7 @@ def _together(facts: list[Facts]) -> Facts:
 
 def _check_values(source: Path, checks: Checks) -> None:
     """However the weights are sharded, over one process or two, they are the same."""
-    _progress("checking values")
+    progress("checking values")
     load = {"action": "ours", "folder": str(source), "dtype": "bfloat16"}
     whole = {**load, "digest": "whole"}
     alone, sharded = measure(whole)[0], measure({**whole, "devices": 8})[0]
@@ -181,8 +181,7 @@ def _warm(source: Path) -> None:
 def table(rounds: list[Round], file_bytes: int) -> Iterator[str]:
     """The lines of a Markdown table."""
     head = ("", "seconds", "diffusers", "ratio", "processor time", "memory", "diffusers", "read")
-    yield f"| {' | '.join(head)} |"
-    yield "|---" * len(head) + "|"
+    rows = []
     for row in ROWS:
         ours, theirs = [one[row.ours] for one in rounds], [one[row.theirs] for one in rounds]
         read = f"{max(facts['bytes_read'] for facts in ours) / file_bytes:.2%}" if row.ours in LOADS else ""
@@ -196,7 +195,8 @@ def table(rounds: list[Round], file_bytes: int) -> Iterator[str]:
             f"{max(facts['extra'] for facts in theirs) / GIB:.2f} GiB",
             read,
         )
-        yield f"| {' | '.join(cells)} |"
+        rows.append(cells)
+    return markdown(head, rows)
 
 
 def _median(facts: list[Facts], key: str) -> float:
@@ -204,16 +204,7 @@ def _median(facts: list[Facts], key: str) -> float:
 
 
 def _ratios(ours: list[Facts], theirs: list[Facts], key: str) -> str:
-    """Median of the rounds' ratios, and their range."""
-    ratios = sorted(one[key] / other[key] for one, other in zip(ours, theirs, strict=True))
-    return f"**{statistics.median(ratios):.2f}** ({ratios[0]:.2f}-{ratios[-1]:.2f})"
-
-
-def _progress(line: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-    elif line:
-        print(line, file=sys.stderr, flush=True)
+    return ratios([one[key] for one in ours], [one[key] for one in theirs])
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
@@ -234,7 +225,7 @@ def main(argv: list[str]) -> None:
         given.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         source = Path(folder) / "source"
-        _progress("making the checkpoint")
+        progress("making the checkpoint")
         write_part(source, PART, random_values(given.preset, given.layers))
         file_bytes = sum(path.stat().st_size for path in (source / PART).glob("*.safetensors"))
         rounds = run(source, Path(folder), given.rounds)
@@ -247,7 +238,7 @@ def main(argv: list[str]) -> None:
     if given.json is not None:
         given.json.write_text(json.dumps({"about": about, "bytes": file_bytes, "rounds": rounds}, indent=2) + "\n")
     if given.markdown is not None:
-        paste(given.markdown, MARK, text)
+        paste(given.markdown, text, BEGIN)
 
 
 if __name__ == "__main__":

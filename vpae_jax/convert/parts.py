@@ -32,7 +32,8 @@ _TRANSFORMERS_KEYS = frozenset({
     "architectures", "attention_dropout", "classifier_dropout", "decoder_start_token_id", "dropout", "dropout_rate",
     "dtype", "eos_token_id", "initializer_factor", "initializer_range", "is_encoder_decoder", "model_type",
     "num_decoder_layers", "output_past", "pad_token_id", "projection_dim", "scalable_attention",
-    "tie_word_embeddings", "tokenizer_class", "torch_dtype", "transformers_version", "use_cache",
+    "scale_decoder_outputs", "tie_word_embeddings", "tokenizer_class", "torch_dtype", "transformers_version",
+    "use_cache",
 })
 # fmt: on
 

@@ -96,9 +96,13 @@ class Attention(nnx.Module):
         h = self.norm(x)
         heads = (b, s, self.config.num_heads, self.config.d_kv)
         q, k, v = self.q(h).reshape(heads), self.k(h).reshape(heads), self.v(h).reshape(heads)
-        bias = self.relative_attention_bias(buckets).transpose(2, 0, 1)[None]
-        out = jax.nn.dot_product_attention(q, k, v, bias=bias, mask=key_mask, scale=1.0)
-        return x + self.o(out.reshape(b, s, -1))
+        bias = self.relative_attention_bias.embedding[...].astype(jnp.float32).T[:, buckets]
+        bias = jnp.where(key_mask, bias, jnp.finfo(jnp.float32).min)
+        # Batched matrix products over [b, heads]: on CPU several times faster than einsum over the unmoved axes.
+        q, k, v = (jnp.swapaxes(one, 1, 2) for one in (q, k, v))
+        logits = jnp.matmul(q, jnp.swapaxes(k, -1, -2), preferred_element_type=jnp.float32) + bias
+        out = jnp.matmul(jax.nn.softmax(logits, axis=-1).astype(v.dtype), v)
+        return x + self.o(jnp.swapaxes(out, 1, 2).reshape(b, s, -1))
 
 
 class FeedForward(nnx.Module):

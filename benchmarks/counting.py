@@ -1,0 +1,130 @@
+"""Model FLOPs of a method's updates: its losses are traced with networks that only count.
+
+A network that counts returns something of the right shape that depends on its inputs and its weights, and adds to a
+sum what an evaluation costs; when JAX differentiates through it, what the backward pass costs: as much for the
+gradient of the activations, and as much again for that of the weights. So whatever a loss evaluates, detaches or
+differentiates is counted as it is, without knowing the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import flops
+import jax
+import jax.numpy as jnp
+
+from vpae_jax.methods.base import Method
+from vpae_jax.models.wan_dit import WanTransformerConfig
+from vpae_jax.types import Batch, Condition, Features, Latents, PerExample, Times, Tokens
+from vpae_jax.weights import Weights
+
+
+@dataclass
+class Count:
+    """A sum of FLOPs."""
+
+    total: float = 0.0
+
+
+@dataclass(frozen=True)
+class Counter:
+    """A network that counts.
+
+    Attributes:
+      count: what it adds to.
+      weight: stands for all its weights; differentiated in the role that is trained.
+      trains_all: whether the gradient of the weights costs as much as an evaluation; that of adapters is left out.
+      config: the transformer's.
+      taps: blocks whose hidden states the heads read.
+      heads: FLOPs of the heads for one clip; they are heads if this is given.
+    """
+
+    count: Count
+    weight: Any
+    trains_all: bool
+    config: WanTransformerConfig
+    taps: tuple[int, ...]
+    heads: Callable[[Features], float] | None = field(default=None)
+
+    def __call__(self, first: Any, *rest: Any) -> Latents | PerExample:
+        if self.heads is not None:
+            return self._counted(self.heads(first), first)
+        x, _, condition = first, *rest
+        found = self._counted(flops.transformer(self.config, x.shape, condition), x)
+        return jnp.zeros_like(x) + found[:, None, None, None, None]
+
+    def features(self, x: Latents, t: Times, condition: Condition) -> Features:
+        found = self._counted(flops.transformer(self.config, x.shape, condition, self.taps[-1]), x)
+        (_, f, h, w, _), (pf, ph, pw) = x.shape, self.config.patch_size
+
+        def states(tokens: int) -> Tokens:
+            return jnp.broadcast_to(found[:, None, None], (len(x), tokens, self.config.width))
+
+        return Features(
+            taps=(states((f // pf) * (h // ph) * (w // pw)),) * len(self.taps),
+            text=states(condition.text.shape[1]),
+            text_mask=condition.text_mask,
+            image=None if condition.image is None else states(condition.image.shape[1]),
+        )
+
+    def _counted(self, forward: float, inputs: Any) -> PerExample:
+        """A number for each clip that depends on weights and inputs; an evaluation of `forward` FLOPs is counted."""
+        differentiated: list[bool] = []
+
+        def number(weight: Any, *leaves: Any) -> PerExample:
+            return weight * sum(jnp.sum(leaf, axis=tuple(range(1, leaf.ndim))) for leaf in leaves)
+
+        @jax.custom_vjp
+        def call(weight: Any, *leaves: Any) -> PerExample:
+            self.count.total += forward
+            return number(weight, *leaves)
+
+        def ahead(*primals: Any) -> tuple[PerExample, Any]:
+            self.count.total += forward
+            differentiated.append(primals[0].perturbed)
+            return jax.vjp(number, *(primal.value for primal in primals))
+
+        def back(pull: Callable[..., Any], cotangent: Any) -> Any:
+            self.count.total += forward * (2 if differentiated[0] and self.trains_all else 1)
+            return pull(cotangent)
+
+        call.defvjp(ahead, back, symbolic_zeros=True)
+        return call(self.weight, *(leaf for leaf in jax.tree.leaves(inputs) if leaf.dtype != bool))
+
+
+def step_flops(method: Method, weights: Weights, config: WanTransformerConfig, batch: Batch) -> list[float]:
+    """Model FLOPs of each update of a method, once each.
+
+    Args:
+      method: whose losses are traced.
+      weights: all roles' weights.
+      config: the transformer's.
+      batch: what is trained on; only its shapes matter.
+    """
+    params = {**weights.frozen, **weights.trained}
+
+    def network(role: str, count: Count, weight: Any) -> Counter:
+        spec, heads = method.roles[role], None
+        if spec.model == "heads":
+
+            def heads(features: Features) -> float:
+                judge = weights.models.network(role, params[role], weights.frozen)
+                return flops.products(judge, features)
+
+        return Counter(count, weight, spec.trains == "all", config, weights.models.taps, heads)
+
+    result = []
+    for update in method.updates:
+        count = Count()
+
+        def loss(weight: Any, batch: Batch, update: Any = update, count: Count = count) -> Any:
+            others: dict[str, Any] = {role: network(role, count, 1.0) for role in method.roles}
+            others |= {f"{role}_ema": one for role, one in others.items()} | {"step": 0}
+            return jnp.mean(update.loss(network(update.trains, count, weight), others, batch, jax.random.key(0))[0])
+
+        jax.eval_shape(jax.grad(loss), jnp.ones(()), batch)
+        result.append(count.total)
+    return result

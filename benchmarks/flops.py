@@ -1,0 +1,94 @@
+"""Floating-point operations of the models, from shapes: two for each multiplication of a matrix product or convolution.
+
+These are *model* FLOPs: what the result needs, not what a program executes. Recomputed activations and tiles of
+attention do not count; a backward pass counts as much as the forward pass for the gradient of the activations, and
+as much again for the gradient of the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+
+from vpae_jax.models.umt5 import UMT5Config
+from vpae_jax.models.wan_dit import WanTransformerConfig
+from vpae_jax.types import Condition
+
+
+def transformer(
+    config: WanTransformerConfig, latents: tuple[int, ...], condition: Condition, tap: int | None = None
+) -> float:
+    """One forward pass of the Wan transformer, to its velocity or only to the features after a block.
+
+    Args:
+      config: sizes.
+      latents: shape `[b, f, h, w, c]` of the noisy latents.
+      condition: arrays or shapes. Of the zeros that Wan pads its text with one token counts: they are all equal.
+      tap: the last block that runs, counted from 1; None runs all, and the output layer.
+    """
+    b, *grid, _ = latents
+    n_text = min(condition.text.shape[1] + 1, config.text_len)
+    n_image = 0 if condition.image is None else condition.image.shape[1]
+    n, d = math.prod(grid) // math.prod(config.patch_size), config.width
+    self_attention = 4 * n * d * d + 2 * n * n * d
+    cross = 2 * n * d * d + sum(2 * m * d * d + 2 * n * m * d for m in (n_text, n_image))
+    blocks = (tap or config.num_layers) * (self_attention + cross + 2 * n * d * config.ffn_dim)
+    channels = config.in_channels + (config.out_channels if tap is None else 0)
+    patch = n * math.prod(config.patch_size) * d * channels
+    text = n_text * d * (config.text_dim + d)
+    time = d * (config.freq_dim + d + 6 * d)
+    image = n_image * (config.image_dim or 0) * ((config.image_dim or 0) + d)
+    return 2.0 * b * (blocks + patch + text + time + image)
+
+
+def text_encoder(config: UMT5Config, tokens: tuple[int, int]) -> float:
+    """One forward pass of the UMT5 encoder over token ids of shape `[b, s]`."""
+    b, s = tokens
+    inner = config.num_heads * config.d_kv
+    layer = 4 * s * config.d_model * inner + 2 * s * s * inner + 3 * s * config.d_model * config.d_ff
+    return 2.0 * b * config.num_layers * layer
+
+
+def products(function: Callable[..., Any], *args: Any) -> float:
+    """Operations of all matrix products and convolutions that a function traces to; of a choice, the dearest branch.
+
+    Args:
+      function: of arrays.
+      args: its arguments, or their shapes.
+
+    Raises:
+      ValueError: the function holds a loop of unknown length.
+    """
+    return _jaxpr(jax.make_jaxpr(function)(*args))
+
+
+def _jaxpr(jaxpr: Any) -> float:
+    jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+    return sum(_equation(equation) for equation in jaxpr.eqns)
+
+
+def _equation(equation: JaxprEqn) -> float:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        left, (out,) = equation.invars[0].aval.shape, equation.outvars
+        return 2.0 * math.prod(out.aval.shape) * math.prod(left[axis] for axis in contracted)
+    if name == "conv_general_dilated":
+        kernel, out = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
+        channels = params["dimension_numbers"].rhs_spec[0]
+        return 2.0 * math.prod(out) * math.prod(kernel) / kernel[channels]
+    inner = [_jaxpr(value) for value in _inner(params)]
+    if name == "while" and sum(inner):
+        raise ValueError("a loop of unknown length holds matrix products; count them from shapes")
+    if name == "cond":
+        return max(inner)
+    return sum(inner) * (params["length"] if name == "scan" else 1)
+
+
+def _inner(params: dict[str, Any]) -> list[Any]:
+    values = [one for value in params.values() for one in (value if isinstance(value, (tuple, list)) else (value,))]
+    return [value for value in values if isinstance(value, (ClosedJaxpr, Jaxpr))]

@@ -1,0 +1,99 @@
+"""The PyTorch models of Diffusers and Transformers with random weights, and their weights as ours.
+
+Torch is imported when a model is made: without it our own models can still be timed.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib.util
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from vpae_jax.convert.reading import read_part
+from vpae_jax.types import Params
+
+Host = Float[np.ndarray, "..."]
+
+
+def installed() -> bool:
+    """Whether PyTorch, Diffusers and Transformers are."""
+    return all(importlib.util.find_spec(name) for name in ("torch", "diffusers", "transformers"))
+
+
+def device() -> str:
+    """Where PyTorch computes."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make(part: str, config: Any, dtype: str) -> Any:
+    """A model with PyTorch's own random weights.
+
+    Args:
+      part: "transformer", "vae" or "text_encoder".
+      config: ours.
+      dtype: of the weights; those that Diffusers keeps in float32 stay in it.
+    """
+    import diffusers
+    import torch
+    import transformers
+
+    fields = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(config).items()}
+    torch.manual_seed(0)
+    if part == "transformer":
+        del fields["text_len"]  # Diffusers attends to whatever text it is given
+        model: Any = diffusers.WanTransformer3DModel(**fields)
+    elif part == "vae":
+        model = diffusers.AutoencoderKLWan(**fields)
+    else:
+        model = transformers.UMT5EncoderModel(transformers.UMT5Config(**fields))
+    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
+    for name, weight in model.named_parameters():
+        if not any(one in name for one in kept):
+            weight.data = weight.data.to(getattr(torch, dtype))
+    return model.eval().to(device())
+
+
+def weights(part: str, model: Any, dtype: DTypeLike) -> Params:
+    """A model's weights as ours, by the way that every user's weights take: a saved folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(Path(folder) / part)
+        return read_part(Path(folder), part, dtype)[1]
+
+
+def gradients(part: str, model: Any) -> Params:
+    """The gradients of all weights, where ours are: saved and read as weights are."""
+    holder = copy.deepcopy(model)
+    for weight, of in zip(holder.parameters(), model.parameters(), strict=True):
+        weight.data = of.grad.clone()
+    return weights(part, holder, "float32")
+
+
+def tensor(x: Float[Array, "..."] | Host, dtype: str) -> Any:
+    """An array as PyTorch's, channels second if it has five axes."""
+    import torch
+
+    made = torch.tensor(np.asarray(x, np.float32)).to(device(), getattr(torch, dtype))
+    return made.permute(0, 4, 1, 2, 3).contiguous() if made.ndim == 5 else made
+
+
+def array(x: Any) -> Host:
+    """A tensor as NumPy's, channels last if it has five axes."""
+    x = x.detach().float().cpu()
+    return (x.permute(0, 2, 3, 4, 1) if x.ndim == 5 else x).numpy()
+
+
+def synchronise() -> None:
+    """Waits for the accelerator."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
