@@ -3,8 +3,9 @@
     python -m vpae_jax.planning.table --output=runs/plans [--table=docs/plans.md] [--topologies=h100:8,v5p:2x2x4]
 
 A row is one run of `vpae_jax.plan --json` in a process of its own, and one with `--search` where the preset's own
-setting does not fit; it is kept as a file of JSON as soon as it is there. The command continues where it was stopped; a row whose file is there is not run again. The most important rows
-come first. Rows whose compiler is not installed are left out, and said.
+setting does not fit; it is kept as a file of JSON as soon as it is there. The command continues where it was stopped; a
+row whose file is there is not run again. The most important rows come first. Rows whose compiler is not installed are
+left out, and said.
 """
 
 from __future__ import annotations
