@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from vpae_jax.methods.base import Method
 from vpae_jax.models.wan_dit import WanTransformerConfig
 from vpae_jax.types import Batch, Condition, Features, Latents, PerExample, Times, Tokens
-from vpae_jax.weights import Weights
+from vpae_jax.weights import Blueprint
 
 
 @dataclass
@@ -95,26 +95,25 @@ class Counter:
         return call(self.weight, *(leaf for leaf in jax.tree.leaves(inputs) if leaf.dtype != bool))
 
 
-def step_flops(method: Method, weights: Weights, config: WanTransformerConfig, batch: Batch) -> list[float]:
+def step_flops(method: Method, blueprint: Blueprint, config: WanTransformerConfig, batch: Batch) -> list[float]:
     """Model FLOPs of each update of a method, once each.
 
     Args:
       method: whose losses are traced.
-      weights: all roles' weights.
+      blueprint: all roles' networks and shapes.
       config: the transformer's.
       batch: what is trained on; only its shapes matter.
     """
-    params = {**weights.frozen, **weights.trained}
+    params, models = {**blueprint.frozen, **blueprint.trained}, blueprint.models
 
     def network(role: str, count: Count, weight: Any) -> Counter:
         spec, heads = method.roles[role], None
         if spec.model == "heads":
 
             def heads(features: Features) -> float:
-                judge = weights.models.network(role, params[role], weights.frozen)
-                return flops.products(judge, features)
+                return flops.products(lambda own, seen: models.network(role, own, {})(seen), params[role], features)
 
-        return Counter(count, weight, spec.trains == "all", config, weights.models.taps, heads)
+        return Counter(count, weight, spec.trains == "all", config, models.taps, heads)
 
     result = []
     for update in method.updates:

@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from counting import step_flops
-from flax import nnx
 from jaxtyping import Array, Float
 from report import machine, paste, progress, table
 from rounds import Timed, measure, product, rate
@@ -33,13 +32,11 @@ from vpae_jax.config import Experiment, MeshConfig, parse
 from vpae_jax.methods import make_method
 from vpae_jax.methods.base import Method
 from vpae_jax.models.heads import HeadsConfig, default_taps
-from vpae_jax.models.wan_dit import WanTransformer
 from vpae_jax.train.optim import make_optimizer
-from vpae_jax.train.roles import split
-from vpae_jax.train.state import TrainState, create
+from vpae_jax.train.state import TrainState, create, places_of
 from vpae_jax.train.step import make_update
 from vpae_jax.types import Batch, Condition
-from vpae_jax.weights import make_weights
+from vpae_jax.weights import draw_up
 
 BEGIN = "<!-- made by benchmarks/steps.py -->"
 PHASES: Mapping[str, Mapping[str, Any]] = {
@@ -118,24 +115,28 @@ def prepare(size: Size, options: Mapping[str, Any], mesh: Any) -> Phase:
     clips = mesh.shape["data"] * mesh.shape["fsdp"]
     run = experiment(size, options, clips)
     method = make_method(run.method)
-    dtype = jnp.dtype(size.dtype)
-    pretrained = jax.jit(
-        lambda: split(WanTransformer(size.transformer, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype))[1]
-    )()
-    # No path is read: weights are given, and no role starts from a phase before.
-    weights = make_weights(run, method, Path(), mesh, (size.transformer, pretrained))
-    optimizers = {role: make_optimizer(run.optimizers[role]) for role in weights.trained}
+    blueprint = draw_up(run, method, mesh, size.transformer)
+    # Random weights for all roles, also for those that a training would read.
+    trained, frozen = (
+        {
+            role: jax.jit(blueprint.makers[role], out_shardings=places_of(tree))(jax.random.key(0))
+            for role, tree in trees.items()
+        }
+        for trees in (blueprint.trained, blueprint.frozen)
+    )
+    optimizers = {role: make_optimizer(run.optimizers[role]) for role in trained}
+    state = create(0, trained, method.roles, optimizers)
     batch = sharding.put_batch(random_batch(size, clips), mesh)
     programs = [
-        make_update(update, index, weights.models, optimizers[update.trains])
+        make_update(update, index, blueprint.models, optimizers[update.trains], places=places_of(state))
         for index, update in enumerate(method.updates)
     ]
     return Phase(
         method=method,
         batch=batch,
-        state=create(0, weights.trained, method.roles, optimizers),
-        updates=[partial(_update, program, weights.frozen) for program in programs],
-        flops=step_flops(method, weights, size.transformer, batch),
+        state=state,
+        updates=[partial(_update, program, frozen) for program in programs],
+        flops=step_flops(method, blueprint, size.transformer, batch),
     )
 
 

@@ -41,6 +41,7 @@ from vpae_jax.convert.settings import Defaults, Scheduler, read_defaults, read_s
 from vpae_jax.convert.stream import Place
 from vpae_jax.data.tokenizer import load_tokenizer, tokenize
 from vpae_jax.models.clip import CLIPVision
+from vpae_jax.models.parallel import Layout
 from vpae_jax.models.umt5 import UMT5Encoder
 from vpae_jax.models.wan_dit import WanTransformer
 from vpae_jax.models.wan_vae import WanVAE
@@ -82,9 +83,12 @@ class Pipeline:
         """The transformer, split once: doing it for every clip would cost a tenth of a tiny model's evaluation."""
         return split(self.transformer)
 
-    def with_transformer(self, params: Params) -> Pipeline:
-        """The same pipeline with other transformer weights of the same architecture."""
-        return dataclasses.replace(self, transformer=nnx.merge(nnx.graphdef(self.transformer), params))
+    def with_transformer(self, params: Params, mesh: Mesh | None = None) -> Pipeline:
+        """The same pipeline with other transformer weights of the same architecture, on their mesh if one is given."""
+        transformer = nnx.merge(nnx.graphdef(self.transformer), params)
+        if mesh is not None:
+            transformer.layout = Layout(mesh, transformer.config.num_attention_heads)
+        return dataclasses.replace(self, transformer=transformer)
 
     def without_encoders(self) -> Pipeline:
         """The same pipeline, whose text and image encoder have no weights left: for when all prompts are encoded."""
@@ -343,8 +347,8 @@ def load_pipeline(
       path: a folder in any layout (`convert/find.py`), or `OWNER/NAME` of the Hugging Face hub; "tiny" or None for
         the model inside this package.
       dtype: weights and compute dtype of the transformer and the encoders. The VAE is float32 always, as in Wan.
-      mesh: devices over which the transformer's weights are sharded (`sharding.TRANSFORMER_RULES`) and the other
-        parts replicated; None uses the default device.
+      mesh: devices over which the transformer's weights and tokens are sharded (`sharding.TRANSFORMER_RULES`,
+        `parallel.Layout`) and the other parts replicated; None uses the default device.
       with_transformer: False leaves the transformer's weights in their files, for a caller that brings others
         (`Pipeline.with_transformer`); it then has shapes only.
 
@@ -363,6 +367,7 @@ def load_pipeline(
         transformer = load_part(model, "transformer", dtype, _place(mesh, sharding.TRANSFORMER_RULES))
     else:
         transformer = nnx.merge(*abstract("transformer", model.part("transformer").config, dtype))
+    transformer.layout = Layout(mesh, transformer.config.num_attention_heads)
     tokenizer = load_tokenizer(model.tokenizer)
     tokenizer.model_max_length = min(tokenizer.model_max_length, transformer.config.text_len)
     return Pipeline(

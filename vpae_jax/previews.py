@@ -67,12 +67,13 @@ class Generation:
 
     def __call__(self, params: Params, sampler: Sampler) -> Clips:
         """Clips of these weights."""
-        pipeline = self.pipeline.with_transformer(params)
+        mesh = sharding.mesh_of(params)
+        pipeline = self.pipeline.with_transformer(params, mesh)
         clips = []
         for start in range(0, len(self.noise), self.batch):
             part = slice(start, start + self.batch)
             condition = jax.tree.map(lambda x, part=part: x[part], self.condition)
-            inputs = sharding.beside((self.noise[part], condition, self._unconditional(condition)), params)
+            inputs = sharding.beside((self.noise[part], condition, self._unconditional(condition)), mesh)
             latents = pipeline.sample(
                 *inputs,
                 steps=sampler.steps,

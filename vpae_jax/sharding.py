@@ -191,12 +191,17 @@ def put_rows(batch: Any, mesh: Mesh, size: int) -> Any:
     return jax.tree.map(put, batch, batch_shardings(batch, mesh))
 
 
-def beside(tree: Any, params: Any) -> Any:
-    """Host or local arrays, the same in every process, on all devices that `params` lie on."""
+def mesh_of(params: Any) -> Mesh | None:
+    """The mesh that parameters lie on; None for those of one device."""
     place = jax.tree.leaves(params)[0].sharding
-    if not isinstance(place, NamedSharding):
+    return place.mesh if isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh) else None
+
+
+def beside(tree: Any, mesh: Mesh | None) -> Any:
+    """Host or local arrays, the same in every process, on all devices of a mesh; as they are without one."""
+    if mesh is None:
         return tree
-    whole = NamedSharding(place.mesh, P())
+    whole = NamedSharding(mesh, P())
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, whole, lambda index: x[index]), tree)
 
 

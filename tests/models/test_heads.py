@@ -43,7 +43,7 @@ def test_one_logit_a_clip_that_depends_on_every_tap(kind, options):
     heads, given = make(kind, **options), features()
     logit = heads(given)
     assert logit.shape == (2,) and logit.dtype == jnp.float32
-    grads = jax.grad(lambda taps: heads(given.replace(taps=taps)).sum())(given.taps)
+    grads = jax.grad(lambda taps: heads(dataclasses.replace(given, taps=taps)).sum())(given.taps)
     assert all(float(jnp.abs(g).max()) > 0 for g in grads)
 
 
@@ -58,7 +58,10 @@ def test_only_the_semantic_head_reads_prompt_and_picture():
     given, other = features(0), features(1)
     for kind in KINDS:
         heads = make(kind)
-        changed = [heads(given.replace(text=other.text)), heads(given.replace(image=other.image))]
+        changed = [
+            heads(dataclasses.replace(given, text=other.text)),
+            heads(dataclasses.replace(given, image=other.image)),
+        ]
         for logit in changed:
             assert bool((jnp.abs(logit - heads(given)) > 1e-7).all()) == (kind == "ca_mm")
 
@@ -66,9 +69,9 @@ def test_only_the_semantic_head_reads_prompt_and_picture():
 def test_padding_of_the_prompt_is_not_seen():
     heads, given = make(), features()
     noisy = jnp.where(given.text_mask[..., None], given.text, 99.0)
-    np.testing.assert_array_equal(heads(given.replace(text=noisy)), heads(given))
-    longer = given.replace(
-        text=jnp.pad(given.text, ((0, 0), (0, 3), (0, 0))), text_mask=jnp.pad(given.text_mask, ((0, 0), (0, 3)))
+    np.testing.assert_array_equal(heads(dataclasses.replace(given, text=noisy)), heads(given))
+    longer = dataclasses.replace(
+        given, text=jnp.pad(given.text, ((0, 0), (0, 3), (0, 0))), text_mask=jnp.pad(given.text_mask, ((0, 0), (0, 3)))
     )
     np.testing.assert_allclose(heads(longer), heads(given), rtol=1e-5, atol=1e-7)
 
@@ -77,8 +80,10 @@ def test_ways_to_tell_modalities_apart_and_to_read_the_condition():
     given = features()
     order, image = jnp.array([2, 0, 1, 3, 4]), given.image[:, ::-1]
     text, mask = given.text[:, order], given.text_mask[:, order]  # moves the first clip's three words
-    moved = given.replace(text=text, text_mask=mask, image=image)
-    mean = given.replace(image=jnp.broadcast_to(given.image.mean(axis=1, keepdims=True), given.image.shape))
+    moved = dataclasses.replace(given, text=text, text_mask=mask, image=image)
+    mean = dataclasses.replace(
+        given, image=jnp.broadcast_to(given.image.mean(axis=1, keepdims=True), given.image.shape)
+    )
     for options, order_matters, spread_matters in (
         ({}, False, True),
         ({"modality": "sinusoid"}, True, True),
@@ -88,7 +93,7 @@ def test_ways_to_tell_modalities_apart_and_to_read_the_condition():
         logit = heads(given)
         assert bool((jnp.abs(heads(moved) - logit) > 1e-6).any()) == order_matters, options
         assert bool((jnp.abs(heads(mean) - logit) > 1e-6).any()) == spread_matters, options
-        assert bool(jnp.isfinite(heads(given.replace(text_mask=jnp.zeros_like(given.text_mask)))).all())
+        assert bool(jnp.isfinite(heads(dataclasses.replace(given, text_mask=jnp.zeros_like(given.text_mask)))).all())
 
 
 def test_text_to_video_features_have_no_picture():
@@ -98,7 +103,7 @@ def test_text_to_video_features_have_no_picture():
 @pytest.mark.parametrize("kind", KINDS)
 def test_scale_of_hidden_states_does_not_matter(kind):
     heads, given = make(kind), features()
-    large = given.replace(taps=tuple(1000 * tap for tap in given.taps))
+    large = dataclasses.replace(given, taps=tuple(1000 * tap for tap in given.taps))
     np.testing.assert_allclose(heads(large), heads(given), rtol=1e-4, atol=1e-6)
 
 
@@ -116,4 +121,4 @@ def test_bad_sizes_are_named():
     with pytest.raises(UserError, match="num_heads 5 does not divide the inner width 24"):
         HeadsConfig(width=24, taps=(1, 2, 3), num_heads=5)
     with pytest.raises(UserError, match="2 taps were given, 3 are expected"):
-        make()(features().replace(taps=features().taps[:2]))
+        make()(dataclasses.replace(features(), taps=features().taps[:2]))

@@ -176,12 +176,10 @@ def test_the_search_proposes_what_it_compiled():
     assert {"all-gather"} <= {c["kind"] for c in asked["programs"][0]["communication"]}
     assert asked["programs"][0]["flops"] == asked["programs"][0]["model_flops"]
     assert found["plan"]["fits"] and found["plan"]["total"] < asked["total"]
-    assert found["plan"]["step"]["flops"] > found["plan"]["step"]["model_flops"]
     assert found["tried"][-1]["outcome"] == "fits" and found["tried"][-1]["flags"] == found["flags"]
     assert f"fastest that fits: {found['flags']}" in made["page"]
     assert none["plan"] is None and none["flags"] is None
-    # The context axis needs an attention that exchanges tokens; what training refuses is said, not compiled.
-    assert all(tried["total"] is None for tried in none["tried"])
+    assert all(tried["outcome"] != "fits" for tried in none["tried"])
 
 
 def end_to_end(name: str) -> dict:

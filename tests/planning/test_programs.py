@@ -8,17 +8,15 @@ import numpy as np
 import pytest
 
 from configs import common, phase1, phase2, vae
-from vpae_jax import config, sharding
+from vpae_jax import config, sharding, weights
 from vpae_jax.methods import make_method
-from vpae_jax.pipeline import load_pipeline
 from vpae_jax.planning import memory
 from vpae_jax.planning.clips import SIZES, size_of
-from vpae_jax.planning.programs import abstract_batch, draw_up, setting_of, with_setting
+from vpae_jax.planning.programs import abstract_batch, draw_up, setting_of, transformer_of, with_setting
 from vpae_jax.train.optim import make_optimizer
-from vpae_jax.train.roles import split
 from vpae_jax.train.state import create
 from vpae_jax.types import UserError
-from vpae_jax.weights import make_weights
+from vpae_jax.weights import resolve_model
 
 
 def described(tree):
@@ -40,11 +38,13 @@ def test_the_state_is_that_of_a_run(tiny, tmp_path):
     experiment, drawn = tiny
     method = make_method(experiment.method)
     mesh = sharding.make_mesh(experiment.mesh)
-    transformer = load_pipeline("tiny").transformer
-    weights = make_weights(experiment, method, tmp_path, mesh, (transformer.config, split(transformer)[1]))
-    optimizers = {role: make_optimizer(experiment.optimizers[role]) for role in weights.trained}
-    state = create(experiment.seed, weights.trained, method.roles, optimizers)
-    assert described(drawn.frozen) == described(weights.frozen)
+    source = resolve_model("tiny", tmp_path)
+    blueprint = weights.draw_up(experiment, method, mesh, transformer_of(experiment))
+    made, _ = weights.make_weights(blueprint, experiment, tmp_path, source, method.roles)
+    frozen = {name: made.pop(name) for name in blueprint.frozen}
+    optimizers = {role: make_optimizer(experiment.optimizers[role]) for role in made}
+    state = create(experiment.seed, made, method.roles, optimizers)
+    assert described(drawn.frozen) == described(frozen)
     assert described(drawn.state.params) == described(state.params)
     assert described(drawn.state.ema) == described(state.ema)
     moments = {path: shape for path, shape in described(state.opt).items() if len(shape[0])}
@@ -78,7 +78,7 @@ def test_batches_are_those_of_the_data():
     assert batch.condition.text.shape == (32, 512, 4096) and batch.condition.text_mask.dtype == jnp.bool_
     assert batch.condition.image is not None and batch.condition.image.shape == (32, 257, 1280)
     assert batch.condition.frames is not None and batch.condition.frames.shape == (32, 21, 90, 160, 20)
-    assert batch.latents.sharding.shard_shape(batch.latents.shape)[0] == 4
+    assert batch.latents.sharding.shard_shape(batch.latents.shape)[0] == 32  # all eight devices share each clip
     text_only = abstract_batch(config.parse(phase2.get_config("t2v-1.3b-480p")), size_of("t2v-1.3b-480p"), mesh)
     assert text_only.condition.image is None and text_only.condition.frames is None
 

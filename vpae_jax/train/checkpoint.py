@@ -14,7 +14,7 @@ A run looks for its start in this order:
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -60,8 +60,9 @@ class Checkpoints:
         return self.manager.latest_step()
 
     def restore(self, like: TrainState, data: Any) -> tuple[TrainState, Any]:
-        """The newest checkpoint, in the shapes and shardings of `like`; the iterator continues after its last batch."""
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _plain(like))
+        """The newest checkpoint, in the shapes and shardings of `like`, which may be no more than these; the iterator
+        continues after its last batch."""
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _plain(like, _abstract_key_data))
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
         restored = self.manager.restore(self.latest(), args=args)
         data.set_state(restored["data"])
@@ -164,14 +165,19 @@ def guard_config(workdir: Path, config: dict[str, Any], free: tuple[str, ...]) -
         write_text(file, json.dumps(config, indent=1))
 
 
-def _plain(state: TrainState) -> dict[str, Any]:
+def _plain(state: TrainState, key_data: Callable[[Any], Any] = jax.random.key_data) -> dict[str, Any]:
     return {
         "step": state.step,
-        "key": jax.random.key_data(state.key),
+        "key": key_data(state.key),
         "params": state.params,
         "opt": state.opt,
         "ema": state.ema,
     }
+
+
+def _abstract_key_data(key: Any) -> jax.ShapeDtypeStruct:
+    data = jax.eval_shape(jax.random.key_data, key)
+    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=key.sharding)
 
 
 def _state(plain: dict[str, Any]) -> TrainState:

@@ -31,8 +31,8 @@ def plan(fits=True, seconds=4.0, **more):
 
 def test_rows_are_presets_on_machines_that_exist():
     rows = list(table.rows())
-    assert rows[0] == ("i2v-14b-720p", "phase2", "v5p:2x2x4") and rows[1][1] == "phase1"
-    assert len(rows) == len(set(rows)) == 5 * 6 * 2
+    assert rows[0] == ("i2v-14b-720p", "phase2", "h100:8") and rows[1][1] == "phase1"
+    assert len(rows) == len(set(rows)) == 5 * 7 * 2
     assert {preset for preset, _, _ in rows} == set(SIZES) - {"tiny"}
     assert all(parse(name) for _, _, name in rows)
 
