@@ -191,16 +191,18 @@ class WanTransformer(nnx.Module):
     def _run(self, hidden: Tokens, context: Context, start: int, stop: int) -> Tokens:
         """Blocks start to stop - 1 in one scan over their stacked weights."""
         graph, weights = nnx.split(self.blocks)
-        if (start, stop) != (0, self.config.num_layers):
-            weights = jax.tree.map(lambda weight: weight[start:stop], weights)
+        whole = (start, stop) == (0, self.config.num_layers)
 
-        def body(carry: Tokens, layer: Params) -> tuple[Tokens, None]:
+        def body(carry: Tokens, layer: Any) -> tuple[Tokens, None]:
+            if not whole:  # some of the blocks, by number: their weights, sliced, would be copies
+                number = layer
+                layer = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, number, keepdims=False), weights)
             layer = gather(_cast(layer, self.dtype), TRANSFORMER_RULES, self.layout.mesh, "blocks/", stacked=True)
             return self.layout.place(nnx.merge(graph, layer)(checkpoint_name(carry, CARRY), context)), None
 
         if self.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        return jax.lax.scan(body, hidden, weights)[0]
+        return jax.lax.scan(body, hidden, weights if whole else jnp.arange(start, stop))[0]
 
 
 def _cast(layer: Params, dtype: DTypeLike) -> Params:
