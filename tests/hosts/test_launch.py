@@ -181,6 +181,7 @@ def test_slurms_variables_make_one_run_of_two_tasks(tmp_path):
     assert {file.name for file in (tmp_path / "run" / "logs").iterdir()} == {"process-0.log", "process-1.log"}
 
 
+@pytest.mark.long
 def test_a_slurm_job_that_is_stopped_saves_and_queues_again(tmp_path):
     settings = environment(**simulated_slurm(tmp_path, 100_000, 0.05))
     command = [str(LAUNCH / "slurm.sh"), CONFIG, str(tmp_path / "run")]

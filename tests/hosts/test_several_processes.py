@@ -125,7 +125,7 @@ def test_a_process_that_hangs_takes_the_other_down(tmp_path):
     assert err.splitlines()[-1].startswith("error: process 1 of 2 is gone: no sign of life for "), err
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_sigterm_to_one_saves_and_ends_all_well(count, tmp_path):
     folder = tmp_path / "run"
     with started(count, folder, LONG, "fsdp", 0.05, devices=2 // count) as running:
@@ -142,6 +142,7 @@ def test_sigterm_to_one_saves_and_ends_all_well(count, tmp_path):
     assert records(folder) == records(whole) and same_bits(folder, whole)
 
 
+@pytest.mark.long
 def test_a_second_sigterm_ends_at_once(tmp_path):
     folder = tmp_path / "run"
     with started(1, folder, LONG, "fsdp", 6) as running:
@@ -155,7 +156,7 @@ def test_a_second_sigterm_ends_at_once(tmp_path):
     assert latest_step(folder) is None
 
 
-@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("index", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_a_process_that_waits_in_vain_says_so(index, tmp_path):
     with started(2, tmp_path, STEPS, "fsdp", 0, only=(index,), TOY_TIMEOUT="2") as running:
         _, err = finish(running, 2, seconds=60)[0]

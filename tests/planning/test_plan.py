@@ -165,6 +165,7 @@ def test_estimates_follow_what_drives_them():
     assert seconds(remat="none") < seconds(remat="dots") < seconds(remat="full") < seconds(accumulation=4)
 
 
+@pytest.mark.long
 def test_the_search_proposes_what_it_compiled():
     """On eight devices of this CPU in the place of a chip's: a device with a little less memory than the config asks
     for, so that something must be recomputed, and one with next to none."""
