@@ -12,10 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from vpae_jax.models.umt5 import UMT5Config
 from vpae_jax.models.wan_dit import WanTransformerConfig
+from vpae_jax.planning.flops import count
 from vpae_jax.types import Condition
 
 
@@ -63,32 +63,7 @@ def products(function: Callable[..., Any], *args: Any) -> float:
     Raises:
       ValueError: the function holds a loop of unknown length.
     """
-    return _jaxpr(jax.make_jaxpr(function)(*args))
-
-
-def _jaxpr(jaxpr: Any) -> float:
-    jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
-    return sum(_equation(equation) for equation in jaxpr.eqns)
-
-
-def _equation(equation: JaxprEqn) -> float:
-    name, params = equation.primitive.name, equation.params
-    if name == "dot_general":
-        (contracted, _), _ = params["dimension_numbers"]
-        left, (out,) = equation.invars[0].aval.shape, equation.outvars
-        return 2.0 * math.prod(out.aval.shape) * math.prod(left[axis] for axis in contracted)
-    if name == "conv_general_dilated":
-        kernel, out = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
-        channels = params["dimension_numbers"].rhs_spec[0]
-        return 2.0 * math.prod(out) * math.prod(kernel) / kernel[channels]
-    inner = [_jaxpr(value) for value in _inner(params)]
-    if name == "while" and sum(inner):
+    work = count(jax.make_jaxpr(function)(*args))
+    if work.unknown_loops:
         raise ValueError("a loop of unknown length holds matrix products; count them from shapes")
-    if name == "cond":
-        return max(inner)
-    return sum(inner) * (params["length"] if name == "scan" else 1)
-
-
-def _inner(params: dict[str, Any]) -> list[Any]:
-    values = [one for value in params.values() for one in (value if isinstance(value, (tuple, list)) else (value,))]
-    return [value for value in values if isinstance(value, (ClosedJaxpr, Jaxpr))]
+    return work.flops

@@ -49,26 +49,29 @@ def normalise(x: Float[Array, "*batch d"], eps: float) -> Float[Array, "*batch d
 
 def rope_table(
     grid: tuple[int, int, int], head_dim: int, theta: float = 10000.0
-) -> tuple[Float[np.ndarray, "n half"], Float[np.ndarray, "n half"]]:
+) -> tuple[Float[Array, "n half"], Float[Array, "n half"]]:
     """Cosines and sines of the three-dimensional rotary embedding, one row a token in (frame, row, column) order.
 
     Of a head's channels, 2 * (head_dim // 6) turn with the row, as many with the column, and the rest with the frame
-    (Wan 2.1; Diffusers' WanRotaryPosEmbed). Angles are float64, the tables float32.
+    (Wan 2.1; Diffusers' WanRotaryPosEmbed). Angles are float64, the tables float32. A program holds those of each axis
+    and puts them together itself: whole, they would be 20 MB of constants for each evaluation of a network at 720p.
 
     Args:
       grid: tokens along frame, height and width.
       head_dim: channels of one head, even.
     """
     side = 2 * (head_dim // 6)
-    angles = []
+    cosines, sines = [], []
     for axis, channels in enumerate((head_dim - 2 * side, side, side)):
         frequencies = theta ** -(np.arange(0, channels, 2, dtype=np.float64) / channels)
         angle = np.arange(grid[axis], dtype=np.float64)[:, None] * frequencies
         shape = [1, 1, 1, channels // 2]
         shape[axis] = grid[axis]
-        angles.append(np.broadcast_to(angle.reshape(shape), (*grid, channels // 2)))
-    table = np.concatenate(angles, axis=-1).reshape(int(np.prod(grid)), head_dim // 2)
-    return np.cos(table).astype(np.float32), np.sin(table).astype(np.float32)
+        for parts, function in ((cosines, np.cos), (sines, np.sin)):
+            table = jnp.asarray(function(angle).reshape(shape), jnp.float32)
+            parts.append(jnp.broadcast_to(table, (*grid, channels // 2)))
+    cos, sin = (jnp.concatenate(parts, axis=-1).reshape(-1, head_dim // 2) for parts in (cosines, sines))
+    return cos, sin
 
 
 def rotate(x: Heads, cos: Float[Array, "n half"], sin: Float[Array, "n half"]) -> Heads:

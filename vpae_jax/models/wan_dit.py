@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
@@ -183,9 +182,7 @@ class WanTransformer(nnx.Module):
         if condition.image is not None and self.condition_embedder.image_embedder is not None:
             image = self.condition_embedder.image_embedder(self.layout.place_clips(condition.image))
             image = self.layout.place_clips(image)
-        cos, sin = (
-            jnp.asarray(np.pad(table, ((0, padding), (0, 0)))) for table in rope_table(grid, config.attention_head_dim)
-        )
+        cos, sin = (jnp.pad(table, ((0, padding), (0, 0))) for table in rope_table(grid, config.attention_head_dim))
         return hidden, embedding, Context(modulation, text, text_bias, image, cos, sin, tokens, self.layout)
 
     def _run(self, hidden: Tokens, context: Context, start: int, stop: int) -> Tokens:
