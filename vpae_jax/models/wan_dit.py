@@ -111,10 +111,16 @@ class WanTransformer(nnx.Module):
         velocity = patches.transpose(0, 1, 4, 2, 5, 3, 6, 7)
         return velocity.reshape(*x.shape[:-1], self.config.out_channels).astype(x.dtype)
 
-    def features(self, x: Latents, t: Times, condition: Condition, taps: tuple[int, ...]) -> Features:
+    def features(
+        self, x: Latents, t: Times, condition: Condition, taps: tuple[int, ...], trained: bool = False
+    ) -> Features:
         """Hidden states after the blocks `taps` (counted from 1, rising) and the projected condition.
 
         Runs no block after the last tap, and keeps no other block's states.
+
+        Args:
+          trained: whether the weights are differentiated. If so, the blocks between two taps are copies of them; else
+            they are read in place, and a gradient would hold all weights once for each tap.
 
         Raises:
           UserError: as `__call__`, and for taps that are not rising block numbers.
@@ -125,7 +131,7 @@ class WanTransformer(nnx.Module):
         hidden, _, context = self._enter(x, t, condition)
         states, start = [], 0
         for tap in taps:
-            hidden = self._run(hidden, context, start, tap)
+            hidden = self._run(hidden, context, start, tap, copied=trained)
             states.append(hidden[:, : context.tokens])
             start = tap
         text = context.text[:, : condition.text.shape[1]]
@@ -185,13 +191,14 @@ class WanTransformer(nnx.Module):
         cos, sin = (jnp.pad(table, ((0, padding), (0, 0))) for table in rope_table(grid, config.attention_head_dim))
         return hidden, embedding, Context(modulation, text, text_bias, image, cos, sin, tokens, self.layout)
 
-    def _run(self, hidden: Tokens, context: Context, start: int, stop: int) -> Tokens:
-        """Blocks start to stop - 1 in one scan over their stacked weights."""
+    def _run(self, hidden: Tokens, context: Context, start: int, stop: int, copied: bool = True) -> Tokens:
+        """Blocks start to stop - 1 in one scan over their stacked weights, sliced, or read in place by number."""
         graph, weights = nnx.split(self.blocks)
-        whole = (start, stop) == (0, self.config.num_layers)
+        if copied and (start, stop) != (0, self.config.num_layers):
+            weights = jax.tree.map(lambda weight: weight[start:stop], weights)
 
         def body(carry: Tokens, layer: Any) -> tuple[Tokens, None]:
-            if not whole:  # some of the blocks, by number: their weights, sliced, would be copies
+            if not copied:
                 number = layer
                 layer = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, number, keepdims=False), weights)
             layer = gather(_cast(layer, self.dtype), TRANSFORMER_RULES, self.layout.mesh, "blocks/", stacked=True)
@@ -199,7 +206,7 @@ class WanTransformer(nnx.Module):
 
         if self.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        return jax.lax.scan(body, hidden, weights if whole else jnp.arange(start, stop))[0]
+        return jax.lax.scan(body, hidden, weights if copied else jnp.arange(start, stop))[0]
 
 
 def _cast(layer: Params, dtype: DTypeLike) -> Params:

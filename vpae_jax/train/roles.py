@@ -20,17 +20,24 @@ from vpae_jax.types import Condition, Features, Latents, Params, PerExample, Tim
 
 @dataclass(frozen=True)
 class TransformerNetwork:
-    """A Wan transformer bound to weights, as methods see it (`methods.base.Backbone`)."""
+    """A Wan transformer bound to weights, as methods see it (`methods.base.Backbone`).
+
+    Attributes:
+      graph, params: the transformer, split.
+      taps: 1-indexed blocks whose hidden states are read.
+      trained: whether the weights are differentiated.
+    """
 
     graph: nnx.GraphDef
     params: Params
     taps: tuple[int, ...] = ()
+    trained: bool = False
 
     def __call__(self, x: Latents, t: Times, condition: Condition) -> Latents:
         return nnx.merge(self.graph, self.params)(x, t, condition)
 
     def features(self, x: Latents, t: Times, condition: Condition) -> Features:
-        return nnx.merge(self.graph, self.params).features(x, t, condition, self.taps)
+        return nnx.merge(self.graph, self.params).features(x, t, condition, self.taps, self.trained)
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,7 @@ class HeadNetwork:
     graph: nnx.GraphDef
     params: Params
     taps: tuple[int, ...] = ()
+    trained: bool = False
 
     def __call__(self, features: Features) -> PerExample:
         return nnx.merge(self.graph, self.params)(features)
@@ -52,6 +60,7 @@ class ModelNetwork:
     graph: nnx.GraphDef
     params: Params
     taps: tuple[int, ...] = ()
+    trained: bool = False
 
     def __call__(self, *args: Any) -> Any:
         return nnx.merge(self.graph, self.params)(*args)
@@ -82,12 +91,12 @@ class RoleModels:
     graphs: Mapping[str, nnx.GraphDef]
     taps: tuple[int, ...] = ()
 
-    def network(self, role: str, params: Params, frozen: Mapping[str, Params]) -> Any:
-        """The role's network for these weights (its adapters, when it trains adapters)."""
+    def network(self, role: str, params: Params, frozen: Mapping[str, Params], trained: bool = False) -> Any:
+        """The role's network for these weights (its adapters, when it trains adapters); `trained` in its own update."""
         spec = self.roles[role]
         if spec.trains == "lora":
             params = merge_trees(frozen[str(spec.base)], params)
-        return NETWORKS[spec.model](self.graphs[role], params, self.taps)
+        return NETWORKS[spec.model](self.graphs[role], params, self.taps, trained)
 
     def networks(
         self, trained: Mapping[str, Params], averages: Mapping[str, Params], frozen: Mapping[str, Params]

@@ -66,7 +66,7 @@ def make_update(
 
         def differentiate(batch: Any, keys: Any) -> tuple[tuple[Array, Metrics], Params]:
             def mean_loss(params: Params) -> tuple[Array, Metrics]:
-                loss, metrics = update.loss(models.network(role, params, frozen), others, batch, keys)
+                loss, metrics = update.loss(models.network(role, params, frozen, trained=True), others, batch, keys)
                 return jnp.mean(loss), {name: jnp.mean(value) for name, value in metrics.items()}
 
             value, grads = jax.value_and_grad(mean_loss, has_aux=True)(params)
