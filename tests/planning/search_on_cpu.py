@@ -1,6 +1,6 @@
 """Plans and searches with real compiles on eight devices of this CPU; prints what came out as JSON.
 
-A process of its own: the tests' checks of types do not let a train state hold shapes instead of arrays.
+A process of its own: what it compiles for is set before JAX starts.
 """
 
 import dataclasses

@@ -196,7 +196,7 @@ def end_to_end(name: str) -> dict:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param("v5e:2x2", marks=pytest.mark.skipif(not installed("libtpu"), reason="needs libtpu")),
+        "v5e:2x2",
         pytest.param("h100:4", marks=pytest.mark.skipif(not installed("jax_plugins.xla_cuda12"), reason="needs CUDA")),
     ],
 )

@@ -97,7 +97,6 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.skipif(not topology.installed("libtpu"), reason="needs libtpu")
 def test_a_slice_that_does_not_exist_is_one_line():
     ended = run("--topology=v5e:3x3")
     assert ended.returncode == 2 and not ended.stdout

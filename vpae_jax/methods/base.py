@@ -9,7 +9,8 @@ knows of models, optimizers or files.
 
 `trainable` is the network of the role being trained and is the only one that the step differentiates. `others` maps
 every role's name to its network as a constant, `"<role>_ema"` to the same network with its averaged weights for each
-role that keeps an average, and `"step"` to the number of completed steps.
+role that keeps an average, and `"step"` to the number of completed steps. `key` is one key for each clip, from which
+all that is drawn for the clip comes (`flow.draws`), or one key for all, which is folded with their numbers.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ class Context(NamedTuple):
       text: projected text tokens, then one padding token if the prompt is shorter than Wan pads it to.
       text_bias: logit added for each of them.
       image: projected image tokens.
-      cos: of the rotary embedding; tokens that are padding are not turned.
+      cos: of the rotary embedding; zero for tokens that are padding, whose queries and keys then are.
       sin: of the rotary embedding.
       tokens: how many of the clip's tokens are no padding.
       layout: where the arrays lie.
