@@ -9,8 +9,8 @@ Flags come first, then JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCES
 
 A process that dies takes the others down: each leaves a sign of life with the coordination service every `BEAT` seconds
 and looks at the others'. JAX does the same, but ends with a page of text; so we look more closely, and say in one line
-what happened. The coordinator's own death is the exception: JAX ends the others at once. Then, and after a kill from
-outside, the line comes from a shell that waits for its parent's end.
+what happened. The coordinator's own death is the exception: JAX ends the others at once, in the middle of whatever they
+say. Then, and after a kill from outside, the line comes from a shell that waits for its parent's end.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 import jax
 
@@ -34,6 +35,7 @@ from vpae_jax.cli import EXIT_BAD_INPUT
 from vpae_jax.rendezvous import Place, meet
 from vpae_jax.types import UserError
 
+T = TypeVar("T")
 AUTOMATIC: Literal["automatic"] = "automatic"
 START_SECONDS = 300
 BEAT, SILENCE = 2.0, 30.0  # seconds between signs of life, and without one until a process counts as gone
@@ -206,11 +208,19 @@ class Watch:
         self.thread.join(2 * BEAT)
 
     def _say(self, state: str) -> None:
-        self.client.key_value_set(f"{SIGNS}{self.index}", state, allow_overwrite=True)
+        self._ask(partial(self.client.key_value_set, f"{SIGNS}{self.index}", state, allow_overwrite=True))
+
+    def _ask(self, call: Callable[[], T]) -> T:
+        """What the coordination service answers. Without one this process ends, and its last words are the shell's."""
+        try:
+            return call()
+        except jax.errors.JaxRuntimeError:
+            os._exit(EXIT_LOST)
 
     def _lost(self, silence: float) -> str | None:
         """What is wrong with another process, or None."""
-        signs = {int(key.rsplit("/", 1)[1]): sign for key, sign in self.client.key_value_dir_get(SIGNS)}
+        found = self._ask(partial(self.client.key_value_dir_get, SIGNS))
+        signs = {int(key.rsplit("/", 1)[1]): sign for key, sign in found}
         now = time.monotonic()
         for other, (before, since) in self.heard.items():
             sign = signs.get(other, "")

@@ -1,6 +1,8 @@
 """Real processes on this machine: the same training whatever their number, and none that outlives another."""
 
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -110,6 +112,27 @@ def test_the_coordinators_death_takes_the_other_down(tmp_path):
     assert running[1].returncode not in (0, None)
     last = err.splitlines()[-1]
     assert last.startswith("error: process 1 of 2 ") and last.endswith("from its newest checkpoint"), err
+
+
+def test_who_finds_the_coordinator_gone_before_jax_does_ends_with_the_same_line():
+    """JAX, which looks more seldom, would end the process itself a moment later."""
+    program = """
+import jax
+from vpae_jax.distributed import LastWords, Watch
+
+class Gone:
+    def key_value_set(self, key, value, allow_overwrite):
+        pass
+    def key_value_dir_get(self, prefix):
+        raise jax.errors.JaxRuntimeError("UNAVAILABLE: Connection reset by peer")
+
+with Watch(Gone(), 1, 2, LastWords("process 1 of 2")):
+    raise RuntimeError("Gloo all-reduce failed")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 75, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: process 1 of 2 was ended from outside") and "its coordinator is gone" in line
 
 
 @pytest.mark.long
