@@ -1,0 +1,82 @@
+"""What clips are made of before they are encoded: entries of a manifest, clips, and what was refused with its reason.
+
+A source is cut into units: a unit is read, encoded and written by one process, as a whole or not at all. What a unit
+holds depends on nothing but the source, so that a run that was killed, on other numbers of processes too, ends with the
+same records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import UInt8
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A video with its caption, as a folder or a manifest lists it.
+
+    Attributes:
+      id: unique in its source.
+      path: the file.
+      caption: what it shows.
+      start, end: the part of the video that is meant, in seconds; None for its beginning and its end.
+      cuts: times of shot cuts in seconds, from the video's beginning; no clip crosses one.
+      about: what else the manifest says of it, as plain JSON.
+    """
+
+    id: str
+    path: Path
+    caption: str
+    start: float | None = None
+    end: float | None = None
+    cuts: tuple[float, ...] = ()
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Frames to encode.
+
+    Attributes:
+      id: unique in its source.
+      video: 1 + a multiple of 4 frames.
+      caption: what they show.
+      about: where they come from and what was measured of them, as plain JSON.
+    """
+
+    id: str
+    video: UInt8[np.ndarray, "t height width 3"]
+    caption: str
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A video or a clip that is not used.
+
+    Attributes:
+      id: of the entry or the clip; a manifest's row number where it has none.
+      kind: one or two words, by which rejects are counted: "unreadable", "too short", "static".
+      reason: one line.
+      picture: a small frame of it for the summary, where one could be read.
+    """
+
+    id: str
+    kind: str
+    reason: str
+    picture: UInt8[np.ndarray, "height width 3"] | None = None
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Clips in a fixed order, in units. Its `repr` says all that decides them."""
+
+    @property
+    def units(self) -> int: ...
+
+    def read(self, unit: int) -> Iterator[Clip | Reject]: ...
