@@ -23,8 +23,9 @@ from vpae_jax import products, sharding
 from vpae_jax.config import Experiment
 from vpae_jax.convert.settings import Scheduler
 from vpae_jax.data.digits import MovingDigits, check_size
-from vpae_jax.data.latents import LatentRecords, encode_clips
+from vpae_jax.data.latents import encode_clips
 from vpae_jax.data.pipeline import captioned_batches, latent_batches, pixel_batches
+from vpae_jax.data.records import LatentRecords
 from vpae_jax.guard import Guard
 from vpae_jax.methods import make_method
 from vpae_jax.methods.base import Method

@@ -1,17 +1,8 @@
-"""Encoded clips on disk: what a distillation trains on, computed once.
-
-A folder of records holds
-
-    index.json                          schema, count, shapes, where the clips came from, fingerprint, checksums
-    null.safetensors                    text states and mask of the negative prompt
-    clips-00000-of-00005.array_record   one record a clip, in safetensors format: latents, text states and mask, and
-                                        for image-to-video image states and the condition frames; in float16
-"""
+"""Clips that are encoded before a run trains on them (`data.records`)."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import sys
@@ -23,18 +14,14 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
-from array_record.python.array_record_data_source import ArrayRecordDataSource
-from array_record.python.array_record_module import ArrayRecordWriter
 from flax import nnx
-from jaxtyping import Array, Float
 from tqdm import tqdm
 
-from vpae_jax.types import Latents, UserError, Video
+from vpae_jax.data.records import SCHEMA
+from vpae_jax.data.units import Units, UnitWriter
+from vpae_jax.types import Latents, Video
 
-SCHEMA = 1
-INDEX, NULL = "index.json", "null.safetensors"
-SHARD_CLIPS = 4096
+UNIT_CLIPS = 4096
 
 
 @runtime_checkable
@@ -68,53 +55,6 @@ class Encoders(Protocol):
     ) -> Any: ...
 
 
-class LatentRecords:
-    """Random-access source over a folder of encoded clips.
-
-    Item i is a dict of numpy arrays: `latents` [f, h, w, c], `text` [s, d] (zero beyond the prompt's end), `text_mask`
-    [s], and for image-to-video `image` [n, e] and `frames` [f, h, w, 4 + c].
-
-    Raises:
-      UserError: no such folder, another schema, or a shard that is missing or cut short.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.index = read_index(folder)
-        for shard in self.index["shards"]:
-            path = folder / shard["file"]
-            size = path.stat().st_size if path.is_file() else 0
-            if size != shard["bytes"]:
-                raise UserError(f"{path} has {size} bytes, expected {shard['bytes']}; remove {folder} and encode again")
-        self._records = ArrayRecordDataSource([str(folder / shard["file"]) for shard in self.index["shards"]])
-        null = safetensors.numpy.load_file(folder / NULL)
-        self.null_text, self.null_mask = null["text"], null["text_mask"]
-
-    def __len__(self) -> int:
-        return int(self.index["count"])
-
-    def __repr__(self) -> str:
-        return f"LatentRecords({str(self.folder)!r}, fingerprint={self.index['fingerprint']})"
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        record = safetensors.numpy.load(self._records[index])
-        del record["about"]
-        text = np.zeros((self.index["text_tokens"], record["text"].shape[-1]), record["text"].dtype)
-        mask = np.zeros(self.index["text_tokens"], bool)
-        text[: len(record["text"])], mask[: len(record["text"])] = record["text"], True
-        return {**record, "text": text, "text_mask": mask}
-
-    def about(self, index: int) -> dict[str, Any]:
-        """What else is known of a clip: its caption and id, a digit's class and direction."""
-        return json.loads(safetensors.numpy.load(self._records[index])["about"].tobytes())
-
-    def verify(self) -> None:
-        """Reads every shard and compares checksums. Raises `UserError` for one that was damaged."""
-        for shard in self.index["shards"]:
-            if _sha256(self.folder / shard["file"]) != shard["sha256"]:
-                raise UserError(f"{self.folder / shard['file']} is damaged; remove {self.folder} and encode again")
-
-
 def encode_clips(clips: Clips, encoders: Encoders, root: Path, batch_size: int = 32) -> Path:
     """Encodes all clips into a folder of `root` that is named by clips and encoders, unless it is there already.
 
@@ -129,9 +69,9 @@ def encode_clips(clips: Clips, encoders: Encoders, root: Path, batch_size: int =
     Returns:
       The folder.
     """
-    identity = {"schema": SCHEMA, "clips": repr(clips), "encoders": fingerprint(encoders)}
-    identity["fingerprint"] = hashlib.sha256(repr(sorted(identity.items())).encode()).hexdigest()[:16]
-    folder = root / str(identity["fingerprint"])
+    identity = {"clips": repr(clips), "encoders": fingerprint(encoders)}
+    named = repr((SCHEMA, sorted(identity.items())))
+    folder = root / hashlib.sha256(named.encode()).hexdigest()[:16]
     if folder.exists():
         return folder
     partial_folder = root / f".{folder.name}.{os.getpid()}.partial"
@@ -143,17 +83,6 @@ def encode_clips(clips: Clips, encoders: Encoders, root: Path, batch_size: int =
     finally:
         shutil.rmtree(partial_folder, ignore_errors=True)
     return folder
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """A record folder's index. Raises `UserError` when there is none, or one of another schema."""
-    path = folder / INDEX
-    if not path.is_file():
-        raise UserError(f"{folder} holds no encoded clips ({INDEX} is missing); remove it or choose another folder")
-    index = json.loads(path.read_text())
-    if index.get("schema") != SCHEMA:
-        raise UserError(f"{path}: schema {index.get('schema')}, expected {SCHEMA}; remove {folder} and encode again")
-    return index
 
 
 def fingerprint(encoders: Encoders) -> str:
@@ -175,40 +104,23 @@ def fingerprint(encoders: Encoders) -> str:
 
 
 def _write(clips: Clips, encoders: Encoders, folder: Path, batch_size: int, identity: Mapping[str, Any]) -> None:
-    """Fills a new folder: shards, the negative prompt, the index last."""
+    """Fills a new folder."""
     count = len(clips)
     text, mask = encoders.encode_prompt([""])
-    null = {"text": _half(text[0], "the negative prompt"), "text_mask": np.asarray(mask[0])}
-    safetensors.numpy.save_file(null, folder / NULL)
-    total = -(-count // SHARD_CLIPS)
-    shards, shape = [], ()
+    units = Units(folder, identity, -(-count // UNIT_CLIPS))
     with _Progress(count) as progress:
-        for number in range(total):
-            file = f"clips-{number:05d}-of-{total:05d}.array_record"
-            writer = ArrayRecordWriter(str(folder / file), "group_size:1")
-            first, last = number * SHARD_CLIPS, min(count, (number + 1) * SHARD_CLIPS)
-            for start in range(first, last, batch_size):
-                items = [clips[i] for i in range(start, min(last, start + batch_size))]
-                records = _encode(items, encoders, batch_size)
-                shape = records[0]["latents"].shape
-                for record in records:
-                    writer.write(safetensors.numpy.save(record))
-                progress.advance(len(items))
-            writer.close()
-            path = folder / file
-            shards.append({"file": file, "clips": last - first, "bytes": path.stat().st_size, "sha256": _sha256(path)})
-    index = {
-        **identity,
-        "count": count,
-        "latents": shape,
-        "text_tokens": int(mask.shape[1]),
-        "takes_image": encoders.takes_image,
-        "shards": shards,
-    }
-    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+        for unit in units.pending():
+            with units.write(unit) as writer:
+                first, last = unit * UNIT_CLIPS, min(count, (unit + 1) * UNIT_CLIPS)
+                for start in range(first, last, batch_size):
+                    items = [clips[i] for i in range(start, min(last, start + batch_size))]
+                    _encode(items, encoders, batch_size, writer)
+                    progress.advance(len(items))
+    facts = {"text_tokens": int(mask.shape[1]), "takes_image": encoders.takes_image}
+    units.finish({"text": np.asarray(text[0]), "text_mask": np.asarray(mask[0])}, facts)
 
 
-def _encode(items: Sequence[Mapping[str, Any]], encoders: Encoders, batch_size: int) -> list[dict[str, np.ndarray]]:
+def _encode(items: Sequence[Mapping[str, Any]], encoders: Encoders, batch_size: int, writer: UnitWriter) -> None:
     """Records of some clips. The batch is filled up to `batch_size`, so that one program serves all."""
     padded = [items[min(i, len(items) - 1)] for i in range(batch_size)]
     video = np.stack([item["video"] for item in padded])
@@ -218,16 +130,10 @@ def _encode(items: Sequence[Mapping[str, Any]], encoders: Encoders, batch_size: 
     condition = encoders.condition([item["caption"] for item in padded], pictures, t, height, width)
     arrays = {"latents": latents, "text": condition.text, "image": condition.image, "frames": condition.frames}
     arrays = {name: np.asarray(value) for name, value in arrays.items() if value is not None}
-    mask = np.asarray(condition.text_mask)
-    records = []
+    arrays["text_mask"] = np.asarray(condition.text_mask)
     for row, item in enumerate(items):
-        record = {name: value[row] for name, value in arrays.items()}
-        record["text"] = record["text"][: int(mask[row].sum())]
-        record = {name: _half(value, item["caption"]) for name, value in record.items()}
         about = {name: value for name, value in item.items() if not isinstance(value, np.ndarray)}
-        record["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
-        records.append(record)
-    return records
+        writer.add(str(item["id"]), {name: value[row] for name, value in arrays.items()}, about)
 
 
 def encode_video(vae: nnx.Module, video: Video) -> Latents:
@@ -238,19 +144,6 @@ def encode_video(vae: nnx.Module, video: Video) -> Latents:
 @partial(jax.jit, static_argnums=0)
 def _encode_video(graph: nnx.GraphDef, weights: nnx.State, video: Video) -> Latents:
     return nnx.merge(graph, weights).encode(video)
-
-
-def _half(values: Float[np.ndarray, "..."] | Float[Array, "..."], name: str) -> Float[np.ndarray, "..."]:
-    """As float16. Raises `UserError` for values that it cannot hold."""
-    full = np.asarray(values, np.float32)
-    if not np.abs(full).max() <= np.finfo(np.float16).max:  # so written, it is true of NaN too
-        raise UserError(f"clip {name!r} has encoded values that are not finite in float16; check the encoders' weights")
-    return np.ascontiguousarray(full, np.float16)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _Progress:

@@ -21,7 +21,7 @@ from jaxtyping import Float, UInt8
 from transformers import PreTrainedTokenizerBase
 
 from vpae_jax.data.digits import MovingDigits
-from vpae_jax.data.latents import LatentRecords
+from vpae_jax.data.records import LatentRecords
 from vpae_jax.data.tokenizer import tokenize
 from vpae_jax.types import Batch, CaptionedFrames, Condition, PixelBatch, UserError
 

@@ -1,0 +1,243 @@
+"""A folder of records in the making: whole or not at all, unit by unit, whoever is killed when."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from writing import FACTS, NULL, SMALL, WIDE, arrays_of, number_of, write_folder
+
+from vpae_jax.data.records import LatentRecords
+from vpae_jax.data.source import Reject
+from vpae_jax.data.units import Units
+from vpae_jax.types import UserError
+
+HERE = Path(__file__).parent
+IDENTITY = {"clips": "numbers", "encoders": {"vae": "one"}}
+
+
+def add(writer, *numbers, shape=SMALL):
+    for number in numbers:
+        writer.add(f"clip {number}", arrays_of(number, shape), {"number": number})
+
+
+def fill(units: Units, process: int = 0, processes: int = 1) -> None:
+    for unit in units.pending(process, processes):
+        with units.write(unit) as writer:
+            add(writer, 2 * unit, 2 * unit + 1)
+
+
+def numbers(folder: Path) -> list[int]:
+    records = LatentRecords(folder)
+    return [number_of(records[i]["latents"]) for i in range(len(records))]
+
+
+def hidden(folder: Path) -> list[str]:
+    return [path.name for path in folder.rglob(".*")]
+
+
+def test_a_folder_is_readable_when_all_units_are_done_and_not_before(tmp_path):
+    folder = tmp_path / "folder"
+    units = Units(folder, IDENTITY, 3)
+    assert units.pending() == [0, 1, 2]
+    assert units.pending(1, 2) == [1]
+    with units.write(1) as writer:
+        add(writer, 2, 3)
+    assert units.pending() == [0, 2]
+    assert not units.finish(NULL, FACTS)
+    with pytest.raises(UserError, match="its encoding has not ended; run the same encode command again"):
+        LatentRecords(folder)
+    again = Units(folder, IDENTITY, 3)
+    fill(again)
+    assert again.pending() == []
+    assert again.finish(NULL, FACTS) and units.finish(NULL, FACTS)
+    assert numbers(folder) == list(range(6))
+    index = LatentRecords(folder).index
+    assert (index["schema"], index["count"], index["takes_image"], index["fingerprint"]) == (
+        2,
+        6,
+        True,
+        units.fingerprint,
+    )
+    assert hidden(folder) == []
+
+
+def test_a_unit_that_fails_leaves_nothing(tmp_path):
+    units = Units(tmp_path / "folder", IDENTITY, 1)
+    before = sorted(path for path in tmp_path.rglob("*"))
+    with pytest.raises(RuntimeError, match="the decoder is gone"), units.write(0) as writer:
+        add(writer, 0)
+        raise RuntimeError("the decoder is gone")
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+    assert units.pending() == [0]
+
+
+def test_rejects_and_notes_are_kept(tmp_path):
+    folder = tmp_path / "folder"
+    units = Units(folder, IDENTITY, 2)
+    picture = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
+    with units.write(0) as writer:
+        writer.reject(Reject("a", "static", "nothing moves", picture))
+        writer.reject(Reject("b\ud800", "unreadable", "no frames"))
+        add(writer, 0)
+        writer.note({"id": "clip 0", "motion": 0.5})
+    with units.write(1) as writer:
+        writer.reject(Reject("c", "static", "nothing moves"))
+    contents = units.read(0)
+    assert contents.clips == 1 and contents.notes == ({"id": "clip 0", "motion": 0.5},)
+    assert [(r.id, r.kind, r.reason) for r in contents.rejects] == [
+        ("a", "static", "nothing moves"),
+        ("b\ud800", "unreadable", "no frames"),
+    ]
+    assert np.array_equal(contents.rejects[0].picture, picture) and contents.rejects[1].picture is None
+    assert units.finish(NULL, FACTS)
+    lines = [json.loads(line) for line in (folder / "rejects.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == ["a", "b\ud800", "c"]
+    assert LatentRecords(folder).index["rejects"] == {"static": 2, "unreadable": 1}
+
+
+def test_a_folder_of_rejects_alone_has_no_clips(tmp_path):
+    units = Units(tmp_path / "folder", IDENTITY, 1)
+    with units.write(0) as writer:
+        writer.reject(Reject("a", "static", "nothing moves"))
+    assert units.finish(NULL, FACTS)
+    assert len(LatentRecords(tmp_path / "folder")) == 0
+
+
+def test_another_identity_is_refused_by_its_key(tmp_path):
+    folder = tmp_path / "folder"
+    Units(folder, IDENTITY, 3)
+    with pytest.raises(
+        UserError, match=r"holds other records: encoders is \{'vae': 'one'\} there, \{'vae': 'two'\} he"
+    ):
+        Units(folder, {**IDENTITY, "encoders": {"vae": "two"}}, 3)
+    with pytest.raises(UserError, match="units is 3 there, 4 here"):
+        Units(folder, IDENTITY, 4)
+    with pytest.raises(UserError, match="fps is None there, 16 here"):
+        Units(folder, {**IDENTITY, "fps": 16}, 3)
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "holiday.jpg").touch()
+    with pytest.raises(UserError, match="is not empty and holds no records; choose another folder"):
+        Units(tmp_path, IDENTITY, 1)
+    (tmp_path / "index.json").write_text('{"schema": 1}')
+    with pytest.raises(UserError, match="holds records of another version"):
+        Units(tmp_path, IDENTITY, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["holiday.jpg", "index.json"]
+
+
+@pytest.mark.parametrize("damage", ["shard missing", "shard short", "unit missing", "unit cut", "notes missing"])
+def test_a_damaged_unit_is_written_again(damage, tmp_path):
+    folder = write_folder(tmp_path / "folder", [[(0, SMALL), (1, WIDE)], [(2, SMALL)]])
+    what, how = damage.split()
+    (path,) = {"shard": (folder / "shards").glob("00001-*"), "unit": [folder / "units/00001.json"]}.get(
+        what, [folder / "notes/00001.json"]
+    )
+    whole = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(whole[:-5])
+    units = Units(folder, {"clips": "numbers"}, 2)
+    assert units.pending() == [1]
+    write_folder(folder, [[(0, SMALL), (1, WIDE)], [(2, SMALL)]])
+    assert path.read_bytes() == whole
+    assert numbers(folder) == [0, 1, 2]
+
+
+def test_arrays_that_do_not_fit_together_are_an_error(tmp_path):
+    units = Units(tmp_path / "folder", IDENTITY, 1)
+    arrays = arrays_of(1)
+    del arrays["image"]
+    with pytest.raises(ValueError, match="clip 'clip 1' has arrays of"), units.write(0) as writer:
+        add(writer, 0)
+        writer.add("clip 1", arrays, {})
+
+
+def test_two_writers_of_one_unit_do_not_mix(tmp_path):
+    folder = tmp_path / "folder"
+    one, two = Units(folder, IDENTITY, 1), Units(folder, IDENTITY, 1)
+    with one.write(0) as first, two.write(0) as second:
+        add(first, 0, 1)
+        add(second, 5)
+    assert one.finish(NULL, FACTS)
+    assert numbers(folder) == [5]  # whose block ended first
+    assert len(list((folder / "shards").iterdir())) == 1 and hidden(folder) == []
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from test_units import FACTS, IDENTITY, NULL, Units, fill
+units = Units(Path(sys.argv[1]), IDENTITY, int(sys.argv[2]))
+print("begins", flush=True)
+fill(units, int(sys.argv[3]), int(sys.argv[4]))
+units.finish(NULL, FACTS)
+"""
+
+
+def start(folder, count, process=0, processes=1, before=""):
+    paths = os.pathsep.join([str(HERE), str(HERE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    arguments = map(str, (folder, count, process, processes))
+    return subprocess.Popen(
+        [sys.executable, "-c", before + WRITER, *arguments],
+        env={**os.environ, "PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_unit(tmp_path):
+    folder = tmp_path / "folder"
+    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+    _, err = start(folder, 2, before=limit).communicate(timeout=60)
+    last = err.splitlines()[-1]
+    assert last.endswith(
+        f"UserError: {folder}: cannot be written: File too large; make room there, or choose another destination"
+    ), err
+    assert sorted(path.name for path in folder.iterdir()) == ["identity.json"]
+
+
+def test_several_processes_fill_one_folder(tmp_path):
+    folder = tmp_path / "folder"
+    for process in (running := [start(folder, 9, i, 3) for i in range(3)]):
+        assert process.wait(60) == 0, process.communicate()
+    assert numbers(folder) == list(range(18))
+    assert hidden(folder) == []
+    for process in running:
+        process.communicate()
+
+
+@pytest.mark.long
+def test_thirty_kills_lose_and_double_nothing(tmp_path):
+    folder, count = tmp_path / "folder", 400
+    rng = random.Random(0)
+    kills = 0
+    while kills < 30:
+        running = [start(folder, count, i, 2) for i in range(2)]
+        for process in running:
+            process.stdout.readline()
+        time.sleep(rng.uniform(0, 0.03))
+        for process in running:
+            kills += process.poll() is None
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+        assert len(hidden(folder)) <= 4, "what was left is swept"
+    done = count - len(Units(folder, IDENTITY, count).pending())
+    assert 0 < done < count
+    fill(Units(folder, IDENTITY, count))
+    assert Units(folder, IDENTITY, count).finish(NULL, FACTS)
+    assert numbers(folder) == list(range(2 * count))
+    whole = tmp_path / "whole"
+    fill(units := Units(whole, IDENTITY, count))
+    assert units.finish(NULL, FACTS)
+    files = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert files == {path.relative_to(whole): path.read_bytes() for path in whole.rglob("*") if path.is_file()}

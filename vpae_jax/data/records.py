@@ -1,0 +1,292 @@
+"""Encoded clips on disk: what a distillation trains on, computed once.
+
+A folder of records (`data.units` writes it) holds
+
+    index.json                                    schema, fingerprint, shards with their shapes, sizes and checksums
+    null.safetensors                              text states and mask of the negative prompt
+    shards/00012-21x60x104x16-1f3a.array_record   clips of one unit and one shape of latents
+    rejects.jsonl                                 what was not encoded, with the reason
+    identity.json, units/, notes/                 what the encoding goes by (`data.units`)
+
+A record is one clip in safetensors format, followed by the CRC32 of those bytes (4 bytes, little-endian). Its floats
+are bfloat16; its text states end with the prompt; the mask channels of its condition frames are left out, being always
+the same; all else that is known of the clip is JSON in the header, under "about".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import zlib
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Mapping
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+from array_record.python.array_record_module import ArrayRecordReader
+from jaxtyping import Float, Shaped
+
+from vpae_jax.convert.safetensors_file import DTYPES
+from vpae_jax.types import MASK_CHANNELS, UserError
+
+SCHEMA = 2
+INDEX, NULL, REJECTS, IDENTITY = "index.json", "null.safetensors", "rejects.jsonl", "identity.json"
+# Shards that are held open, each with a descriptor and its list of chunks; a folder may have many thousands.
+OPEN_SHARDS = 64
+READING: Mapping[str, Any] = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 32768}
+CRC_BYTES = 4
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+Value = Shaped[np.ndarray, "..."]
+Arrays = Mapping[str, Value]
+Shape = tuple[int, ...]
+
+
+class BadRecord(Exception):
+    """A record that is damaged, with the reason in one line."""
+
+
+class LatentRecords:
+    """Random-access source over a folder of encoded clips. Threads may share it, and it may be sent to processes.
+
+    Item i is a dict of numpy arrays, in bfloat16: `latents` [f, h, w, c], `text` [s, d] (zero beyond the prompt's end),
+    `text_mask` [s] bool, and for image-to-video `image` [n, e] and `frames` [f, h, w, 4 + c]. Reading one raises
+    `BadRecord` when it is damaged: unreadable, of another checksum, of other shapes than the index says, or not finite.
+
+    Attributes:
+      index: what `index.json` says.
+      shapes: indices of the clips of each shape of latents, in order.
+      null_text, null_mask: the negative prompt's states [s, d] and mask [s].
+
+    Raises:
+      UserError: no such folder, an encoding that has not ended, another schema, a shard that is missing or cut short.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.index = read_index(folder)
+        self._shards = self.index["shards"]
+        for shard in self._shards:
+            check_shard(folder, shard)
+        self._ends = list(accumulate(shard["clips"] for shard in self._shards))
+        parts: dict[Shape, list[np.ndarray]] = {}
+        for shard, end in zip(self._shards, self._ends, strict=True):
+            parts.setdefault(tuple(shard["shapes"]["latents"]), []).append(np.arange(end - shard["clips"], end))
+        self.shapes: Mapping[Shape, np.ndarray] = {shape: np.concatenate(part) for shape, part in parts.items()}
+        try:
+            null = decode((folder / NULL).read_bytes())[0]
+        except (OSError, BadRecord) as error:
+            raise UserError(f"{folder / NULL}: {error}; run the same encode command again") from error
+        self.null_text, self.null_mask = null["text"], null["text_mask"]
+        self._readers = _Readers(OPEN_SHARDS)
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __repr__(self) -> str:
+        return f"LatentRecords({str(self.folder)!r}, fingerprint={self.index['fingerprint']})"
+
+    def __getitem__(self, index: int) -> dict[str, Value]:
+        shard, arrays, _ = self._read(index)
+        limit = self.index["text_tokens"]
+        if shapes_of(arrays) != shard["shapes"] or len(arrays["text"]) > limit:
+            found = {name: value.shape for name, value in arrays.items()}
+            raise BadRecord(f"{self._name(index)}: its arrays are {found}, not as the index says")
+        for name, value in arrays.items():
+            if not is_finite(value):
+                raise BadRecord(f"{self._name(index)}: {name} is not finite")
+        tokens, width = arrays["text"].shape
+        text = np.zeros((limit, width), arrays["text"].dtype)
+        text[:tokens] = arrays["text"]
+        result = {**arrays, "text": text, "text_mask": np.arange(limit) < tokens}
+        if "frames" in result:
+            result["frames"] = with_mask(result["frames"])
+        return result
+
+    def about(self, index: int) -> dict[str, Any]:
+        """What else is known of a clip: its id and caption, where it comes from. Raises `BadRecord`."""
+        return self._read(index)[2]
+
+    def verify(self) -> None:
+        """Reads every shard and compares checksums. Raises `UserError` for one that was damaged."""
+        for shard in self._shards:
+            if sha256(path := self.folder / shard["file"]) != shard["sha256"]:
+                raise UserError(f"{path} is damaged; remove it and run the same encode command again")
+
+    def _read(self, index: int) -> tuple[Mapping[str, Any], dict[str, Value], dict[str, Any]]:
+        """A record's shard and what it holds."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        number = bisect_right(self._ends, index)
+        shard = self._shards[number]
+        place = index - self._ends[number] + shard["clips"]
+        try:
+            found = self._readers.get(self.folder / shard["file"]).read([place])
+            arrays, about = unpack(found[0] if found else b"")
+        except (RuntimeError, BadRecord) as error:  # a RuntimeError is how ArrayRecord says that it cannot read
+            raise BadRecord(f"{self._name(index)}: {' '.join(str(error).split())[:200]}") from error
+        return shard, arrays, about
+
+    def _name(self, index: int) -> str:
+        number = bisect_right(self._ends, index)
+        shard = self._shards[number]
+        return f"{self.folder / shard['file']}, record {index - self._ends[number] + shard['clips']}"
+
+
+def stored(id: str, arrays: Arrays) -> dict[str, Value]:
+    """What a record keeps of a clip's arrays.
+
+    Args:
+      id: for messages.
+      arrays: `latents` [f, h, w, c], `text` [s, d] and what else is kept of the clip. `text_mask` [s], where it is
+        given, tells the prompt's states, which lead, from those that are left out. `frames` [f, h, w, 4 + c] come with
+        their mask channels.
+
+    Raises:
+      ValueError: frames with another mask than the one that is put back.
+    """
+    kept = dict(arrays)
+    if "text_mask" in kept:
+        kept["text"] = kept["text"][: int(kept.pop("text_mask").sum())]
+    if "frames" in kept:
+        bare = kept["frames"][..., MASK_CHANNELS:]
+        if not np.array_equal(with_mask(bare)[..., :MASK_CHANNELS], kept["frames"][..., :MASK_CHANNELS]):
+            raise ValueError(f"clip {id!r}: the mask of its condition frames does not give the first frame alone")
+        kept["frames"] = bare
+    return kept
+
+
+def pack(id: str, kept: Arrays, about: Mapping[str, Any]) -> bytes:
+    """One record's bytes.
+
+    Args:
+      id: kept in `about`, and used in messages.
+      kept: as `stored` gives them.
+      about: plain JSON.
+
+    Raises:
+      UserError: values that are not finite in bfloat16.
+    """
+    payload = encode(f"clip {id!r}", kept, {"id": id, **about})
+    return payload + zlib.crc32(payload).to_bytes(CRC_BYTES, "little")
+
+
+def unpack(record: bytes) -> tuple[dict[str, Value], dict[str, Any]]:
+    """A record's arrays, read-only, as they are stored, and what else it knows. Raises `BadRecord`."""
+    payload, stored = memoryview(record)[:-CRC_BYTES], record[-CRC_BYTES:]
+    if len(record) <= CRC_BYTES:
+        raise BadRecord(f"cut short: {len(record)} bytes")
+    if (found := zlib.crc32(payload)) != int.from_bytes(stored, "little"):
+        raise BadRecord(f"its checksum is {found:08x}, expected {int.from_bytes(stored, 'little'):08x}")
+    return decode(payload)
+
+
+def encode(name: str, arrays: Arrays, about: Mapping[str, Any]) -> bytes:
+    """Arrays in safetensors format, floats in bfloat16. Raises `UserError` naming `name` if they are not finite."""
+    stored = {}
+    for key, value in arrays.items():
+        value = np.asarray(value)
+        if value.dtype == BFLOAT16 or np.issubdtype(value.dtype, np.floating):
+            with np.errstate(over="ignore"):  # it becomes infinite, which is said below
+                value = value.astype(BFLOAT16)
+            if not is_finite(value):
+                raise UserError(f"{name}: its {key} are not finite in bfloat16; check the encoders' weights")
+        stored[key] = np.ascontiguousarray(value)
+    return safetensors.numpy.save(stored, {"about": json.dumps(about)})
+
+
+def decode(payload: bytes | memoryview) -> tuple[dict[str, Value], dict[str, Any]]:
+    """What `encode` was given; arrays are views of the bytes. Raises `BadRecord` if they are not in that format."""
+    try:
+        start = 8 + int.from_bytes(payload[:8], "little")
+        header = json.loads(bytes(payload[8:start]))
+        about = json.loads(header.pop("__metadata__")["about"])
+        arrays = {}
+        for name, entry in header.items():
+            first, last = entry["data_offsets"]
+            flat = np.frombuffer(payload[start + first : start + last], DTYPES[entry["dtype"]])
+            arrays[name] = flat.reshape(entry["shape"])
+        return arrays, about
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadRecord(f"not a record: {error}") from error
+
+
+def with_mask(frames: Float[np.ndarray, "f h w c"]) -> Float[np.ndarray, "f h w c_frames"]:
+    """Condition frames with their mask before them: 1 on the first latent frame, which is the one that is given."""
+    result = np.zeros((*frames.shape[:-1], MASK_CHANNELS + frames.shape[-1]), frames.dtype)
+    result[:1, ..., :MASK_CHANNELS] = 1
+    result[..., MASK_CHANNELS:] = frames
+    return result
+
+
+def is_finite(value: Value) -> bool:
+    """Whether all values are finite. Of bfloat16 the exponent's bits tell it, ten times as fast as NumPy does."""
+    if value.dtype == BFLOAT16:
+        return bool((np.ascontiguousarray(value).view(np.uint16) & np.uint16(0x7FFF)).max(initial=0) < 0x7F80)
+    return not np.issubdtype(value.dtype, np.floating) or bool(np.isfinite(value).all())
+
+
+def shapes_of(arrays: Arrays) -> dict[str, list[int]]:
+    """The shapes that all records of a shard have in common; of text states that is their width."""
+    return {name: list(value.shape[1:] if name == "text" else value.shape) for name, value in sorted(arrays.items())}
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """A record folder's index. Raises `UserError` when there is none, or one of another schema."""
+    path = folder / INDEX
+    if not path.is_file():
+        if (folder / IDENTITY).is_file():
+            raise UserError(f"{folder}: its encoding has not ended; run the same encode command again to continue it")
+        raise UserError(f"{folder} holds no encoded clips ({INDEX} is missing); encode some, or choose another folder")
+    try:
+        index = json.loads(path.read_text())
+        schema = index["schema"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not an index of records ({error}); run the same encode command again") from error
+    if schema != SCHEMA:
+        raise UserError(f"{path}: schema {schema}, expected {SCHEMA}; encode the clips again into another folder")
+    return index
+
+
+def check_shard(folder: Path, shard: Mapping[str, Any]) -> None:
+    """Raises `UserError` for a shard that is missing or has another size than its index says."""
+    path = folder / shard["file"]
+    size = path.stat().st_size if path.is_file() else None
+    if size != shard["bytes"]:
+        found = "is missing" if size is None else f"has {size} bytes"
+        raise UserError(f"{path} {found}, expected {shard['bytes']} bytes; run the same encode command again")
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _Readers:
+    """The readers of the shards that were read last."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._lock, self._open = threading.Lock(), OrderedDict[Path, ArrayRecordReader]()
+
+    def get(self, path: Path) -> ArrayRecordReader:
+        """A shard's reader. One that is dropped is closed when nobody reads from it any more."""
+        with self._lock:
+            reader = self._open.get(path)
+        if reader is None:
+            reader = ArrayRecordReader(str(path), **READING)
+        with self._lock:
+            self._open[path] = reader
+            self._open.move_to_end(path)
+            while len(self._open) > self.size:
+                self._open.popitem(last=False)
+        return reader
+
+    def __reduce__(self) -> tuple[type[_Readers], tuple[int]]:
+        return _Readers, (self.size,)

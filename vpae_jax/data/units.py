@@ -1,0 +1,351 @@
+"""A folder of records in the making, unit by unit.
+
+A unit is there whole or not at all: its shards and notes are written under hidden names and moved to their places, and
+`units/00012.json`, which is moved last, makes it done. Shards are named by what is in them, so that two processes that
+write the same unit do not touch each other's files. A process that is killed at any moment leaves finished units and
+hidden files, which are removed by those who come later; the same command continues with the units that are missing.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from jaxtyping import UInt8
+from PIL import Image
+
+from vpae_jax.data.records import (
+    IDENTITY,
+    INDEX,
+    NULL,
+    READING,
+    REJECTS,
+    SCHEMA,
+    Arrays,
+    Shape,
+    check_shard,
+    encode,
+    pack,
+    sha256,
+    shapes_of,
+    stored,
+)
+from vpae_jax.data.source import Reject
+from vpae_jax.files import REMEDY, refused_writes
+from vpae_jax.types import UserError
+
+# Latents hardly compress, and reading them back would cost more than they save.
+WRITING = "group_size:1,uncompressed"
+_HIDDEN = re.compile(r"\.(?P<label>unit-\d+|finish)\.(?P<host>.+)\.(?P<pid>\d+)\.(?P<token>[0-9a-f]+)\.tmp")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a finished unit says of itself.
+
+    Attributes:
+      clips: how many it holds.
+      rejects: what was refused, in order.
+      notes: what `UnitWriter.note` was given, in order.
+    """
+
+    clips: int
+    rejects: tuple[Reject, ...]
+    notes: tuple[Any, ...]
+
+
+class Units:
+    """A folder of records that is being written, by one process or several.
+
+    Args:
+      folder: made when it is not there.
+      identity: what decides the records, as plain JSON: source, encoders, sizes.
+      count: number of units.
+
+    Raises:
+      UserError: the folder holds records of another identity (naming the first key that differs) or something else, or
+        cannot be written.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], count: int) -> None:
+        self.folder, self.count = folder, count
+        self.identity = json.loads(json.dumps({"schema": SCHEMA, "units": count, **identity}))
+        self._token = secrets.token_hex(4)
+        path = folder / IDENTITY
+        if not path.is_file():
+            if (folder / INDEX).is_file():
+                raise UserError(f"{folder} holds records of another version; choose another folder")
+            others = folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir())
+            if others and not path.is_file():  # else another process has just begun
+                raise UserError(f"{folder} is not empty and holds no records; choose another folder")
+            with self._workspace("finish") as hidden:
+                (hidden / IDENTITY).write_text(json.dumps(self.identity, indent=1) + "\n")
+                (hidden / IDENTITY).replace(path)
+        try:
+            found = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path}: {error}; choose another folder") from error
+        for key in sorted({*found, *self.identity}):
+            if found.get(key) != self.identity.get(key):
+                raise UserError(
+                    f"{folder} holds other records: {key} is {_short(found.get(key))} there, "
+                    f"{_short(self.identity.get(key))} here; choose another folder"
+                )
+        self._sweep(everything=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of the identity."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
+
+    def pending(self, process: int = 0, processes: int = 1) -> list[int]:
+        """Units that are not done, or whose files are missing or cut short: those that this process is to write."""
+        return [unit for unit in range(process, self.count, processes) if self._facts(unit) is None]
+
+    @contextmanager
+    def write(self, unit: int) -> Iterator[UnitWriter]:
+        """Where a unit's clips are added. It is done when the block ends, and untouched when it raises.
+
+        Raises:
+          UserError: the files cannot be written.
+        """
+        with self._workspace(f"unit-{unit:05d}") as hidden:
+            writer = UnitWriter(hidden, unit)
+            yield writer
+            facts = writer.close()
+            if self._facts(unit) is not None:  # another process was faster
+                return
+            for file, place in ((hidden / Path(s["file"]).name, self.folder / s["file"]) for s in facts["shards"]):
+                place.parent.mkdir(exist_ok=True)
+                file.replace(place)
+            for kind in ("notes", "units"):  # this order makes the unit done
+                (self.folder / kind).mkdir(exist_ok=True)
+                (hidden / f"{kind}.json").replace(self._file(kind, unit))
+
+    def read(self, unit: int) -> Contents:
+        """What a finished unit says of itself."""
+        facts = json.loads(self._file("units", unit).read_text())
+        notes = json.loads(self._file("notes", unit).read_text())
+        pictures = {int(number): _picture(text) for number, text in notes["pictures"].items()}
+        rejects = tuple(Reject(**reject, picture=pictures.get(i)) for i, reject in enumerate(facts["rejects"]))
+        return Contents(facts["clips"], rejects, tuple(notes["notes"]))
+
+    def finish(self, null: Arrays, facts: Mapping[str, Any]) -> bool:
+        """Makes the folder readable, when all units are done: the negative prompt, the list of rejects, the index last.
+
+        Several processes may call it, at the same time too, and again later.
+
+        Args:
+          null: `text` [s, d] and `text_mask` [s] of the negative prompt.
+          facts: what else the index says: `text_tokens`, `takes_image`.
+
+        Returns:
+          Whether all units are done.
+        """
+        shards, kinds, clips, used = [], Counter(), 0, set()
+        with self._workspace("finish") as hidden:
+            with (hidden / REJECTS).open("w") as rejects:
+                for unit in range(self.count):
+                    found = self._facts(unit)
+                    if found is None:
+                        return False
+                    shards += found["shards"]
+                    clips += found["clips"]
+                    used |= {shard["file"] for shard in found["shards"]}
+                    for reject in found["rejects"]:
+                        kinds[reject["kind"]] += 1
+                        rejects.write(json.dumps(reject) + "\n")
+            index = {
+                "schema": SCHEMA,
+                "fingerprint": self.fingerprint,
+                "count": clips,
+                **facts,
+                "rejects": dict(sorted(kinds.items())),
+                "identity": self.identity,
+                "shards": shards,
+            }
+            (hidden / NULL).write_bytes(encode("the negative prompt", null, {}))
+            (hidden / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+            for name in (NULL, REJECTS, INDEX):
+                (hidden / name).replace(self.folder / name)
+        for path in (self.folder / "shards").glob("*.array_record"):
+            if f"shards/{path.name}" not in used:
+                path.unlink(missing_ok=True)
+        self._sweep(everything=True)
+        return True
+
+    def _facts(self, unit: int) -> dict[str, Any] | None:
+        """What a unit's file says, when the unit is done and its shards are whole."""
+        try:
+            facts = json.loads(self._file("units", unit).read_text())
+            for shard in facts["shards"]:
+                check_shard(self.folder, shard)
+        except (FileNotFoundError, ValueError, UserError):
+            return None
+        return facts if self._file("notes", unit).is_file() else None
+
+    def _file(self, kind: str, unit: int) -> Path:
+        return self.folder / kind / f"{unit:05d}.json"
+
+    @contextmanager
+    def _workspace(self, label: str) -> Iterator[Path]:
+        """A hidden folder of this process, which is removed in the end. The system's refusals become `UserError`s."""
+        hidden = self.folder / f".{label}.{socket.gethostname()}.{os.getpid()}.{self._token}.tmp"
+        with refused_writes(self.folder):
+            try:
+                hidden.mkdir(parents=True)
+                yield hidden
+            finally:
+                shutil.rmtree(hidden, ignore_errors=True)
+
+    def _sweep(self, everything: bool) -> None:
+        """Removes what killed processes left: those of this host, and when all is done the other hosts' units too."""
+        for entry in self.folder.iterdir():
+            if (name := _HIDDEN.fullmatch(entry.name)) is None:
+                continue
+            if name["host"] != socket.gethostname():
+                dead = everything and name["label"] != "finish"
+            elif int(name["pid"]) == os.getpid():  # one of the same number before this one, in a restarted container
+                dead = name["token"] != self._token
+            else:
+                dead = not _lives(int(name["pid"]))
+            if dead:
+                shutil.rmtree(entry, ignore_errors=True)
+
+
+class UnitWriter:
+    """Takes a unit's clips and rejects; made by `Units.write`."""
+
+    def __init__(self, hidden: Path, unit: int) -> None:
+        self._hidden, self._unit = hidden, unit
+        self._shards: dict[Shape, _Shard] = {}
+        self._rejects: list[dict[str, str]] = []
+        self._pictures: dict[int, str] = {}
+        self._notes: list[Any] = []
+
+    def add(self, id: str, arrays: Arrays, about: Mapping[str, Any]) -> None:
+        """Adds a clip.
+
+        Args:
+          id: unique in the source.
+          arrays: as `LatentRecords` gives them back: `latents` [f, h, w, c], `text` [s, d], `text_mask` [s] (or trimmed
+            text and no mask), and for image-to-video `image` [n, e] and `frames` [f, h, w, 4 + c]; of any float type.
+          about: what else is known of it, as plain JSON.
+
+        Raises:
+          UserError: values that are not finite in bfloat16, or a disk that is full.
+        """
+        shape = arrays["latents"].shape
+        if shape not in self._shards:
+            size = "x".join(map(str, shape))
+            self._shards[shape] = _Shard(self._hidden / f"{self._unit:05d}-{size}.array_record")
+        self._shards[shape].add(id, arrays, about)
+
+    def reject(self, reject: Reject) -> None:
+        """Lists what is not used, with the reason."""
+        if reject.picture is not None:
+            self._pictures[len(self._rejects)] = _png(reject.picture)
+        self._rejects.append({"id": reject.id, "kind": reject.kind, "reason": reject.reason})
+
+    def note(self, value: Any) -> None:
+        """Keeps something for the summary, as plain JSON; `Units.read` gives it back."""
+        self._notes.append(value)
+
+    def close(self) -> dict[str, Any]:
+        """Ends all files. Returns what the unit's file says."""
+        shards = [shard.close() for _, shard in sorted(self._shards.items())]
+        facts = {"clips": sum(shard["clips"] for shard in shards), "shards": shards, "rejects": self._rejects}
+        (self._hidden / "notes.json").write_text(json.dumps({"notes": self._notes, "pictures": self._pictures}))
+        (self._hidden / "units.json").write_text(json.dumps(facts))
+        return facts
+
+
+class _Shard:
+    """A shard that is being written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.clips, self.payload = path, 0, 0
+        self.shapes: dict[str, list[int]] = {}
+        self._writer = ArrayRecordWriter(str(path), WRITING)
+
+    def add(self, id: str, arrays: Arrays, about: Mapping[str, Any]) -> None:
+        kept = stored(id, arrays)
+        shapes = shapes_of(kept)
+        if self.clips and shapes != self.shapes:
+            raise ValueError(f"clip {id!r} has arrays of {shapes}, those before it of {self.shapes}")
+        record = pack(id, kept, about)
+        self.shapes = shapes
+        with self._failures():
+            self._writer.write(record)
+            if not self._writer.ok():
+                self._writer.close()  # which says why
+        self.clips, self.payload = self.clips + 1, self.payload + len(record)
+
+    def close(self) -> dict[str, Any]:
+        """Ends the file, looks whether all is there, and names it by its contents."""
+        with self._failures():
+            self._writer.close()
+            reader = ArrayRecordReader(str(self.path), **READING)
+            found, size = reader.num_records(), self.path.stat().st_size
+            reader.close()
+        if found != self.clips or size < self.payload:
+            raise UserError(f"{self.path.parent.parent}: {found} of {self.clips} clips were written; {REMEDY}")
+        digest = sha256(self.path)
+        named = self.path.with_name(f"{self.path.stem}-{digest[:8]}{self.path.suffix}")
+        self.path.rename(named)
+        return {
+            "file": f"shards/{named.name}",
+            "clips": self.clips,
+            "bytes": size,
+            "sha256": digest,
+            "shapes": self.shapes,
+        }
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        """ArrayRecord says by a RuntimeError, and often late, that the system did not let it write."""
+        try:
+            yield
+        except RuntimeError as error:
+            reason = " ".join(str(error).split(";")[0].removeprefix("write() failed: ").split())
+            raise UserError(f"{self.path.parent.parent}: cannot be written: {reason}; {REMEDY}") from error
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def _png(picture: UInt8[np.ndarray, "height width 3"]) -> str:
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _picture(text: str) -> UInt8[np.ndarray, "height width 3"]:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
