@@ -1,0 +1,338 @@
+"""Frames of a video file at given times and of a given size.
+
+Times are seconds after the first frame. Frames are resampled at a constant rate: each output time shows the last frame
+that has begun by then, as a player would. So a variable frame rate is right, and frames are dropped or repeated, never
+blended. Only frames that are kept are converted: swscale crops nothing, but scales and converts in one pass.
+
+This module, like all that runs in the workers of `pool.py`, imports neither JAX nor anything that does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.error import FFmpegError
+from av.video.frame import VideoFrame
+from av.video.reformatter import ColorPrimaries, Colorspace, ColorTrc, Interpolation, VideoReformatter
+from jaxtyping import UInt8
+
+# Containers of one video in one file. Playlists are not among them: they name other files.
+CONTAINERS = (
+    "3g2,3gp,apng,asf,avi,dv,flv,gif,h264,hevc,ivf,live_flv,m4v,matroska,mj2,mov,mp4,mpeg,mpegts,mpegvideo,mxf,nut,ogg,"
+    "rm,webm,webp_anim,webp_pipe,yuv4mpegpipe"
+)
+MAX_PIXELS = 2**26  # of a decoded frame: 8192 x 8192; one takes 100 MB, and decoders hold up to 16
+TICK = 1e-3  # seconds: times are rounded to a container's ticks, but no more than this is forgiven
+SEEKS = (0.0, 2.0)  # seconds before the start; then the file is read from its beginning
+HDR = {ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67}
+UNSPECIFIED = 2  # FFmpeg's number for a matrix of colours that the file does not say
+
+
+class Unreadable(Exception):
+    """A video that gives no clip.
+
+    Attributes:
+      kind: one or two words, by which rejects are counted.
+      reason: one line.
+    """
+
+    def __init__(self, kind: str, reason: str):
+        super().__init__(kind, reason)
+        self.kind, self.reason = kind, reason
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a file says of its video.
+
+    Attributes:
+      height, width: as shown: turned upright, pixels made square.
+      seconds: from the first frame to the last one's end.
+      fps: frames a second on average.
+      codec: FFmpeg's name.
+    """
+
+    height: int
+    width: int
+    seconds: float
+    fps: float
+    codec: str
+
+
+def probe(path: Path) -> Probe:
+    """Reads a file's header and decodes its first frame.
+
+    Raises:
+      Unreadable: no video that can be decoded, or an absurd size.
+    """
+    with _opened(path) as (container, stream), _decoding(path):
+        for _, frame in _frames(container, stream):
+            height, width = _upright_size(frame, _turn(frame), _aspect(stream))
+            seconds = _seconds(container, stream)
+            if seconds is None:
+                seconds = _seconds_of_packets(path)
+            return Probe(height, width, seconds, _rate(stream, seconds), stream.codec_context.name)
+    raise Unreadable("unreadable", "has no frame that can be decoded")
+
+
+def read_frames(
+    path: Path,
+    start: float,
+    count: int,
+    fps: float,
+    height: int,
+    width: int,
+    out: UInt8[np.ndarray, "{count} {height} {width} 3"] | None = None,
+) -> UInt8[np.ndarray, "{count} {height} {width} 3"]:
+    """`count` frames from `start` on, `1 / fps` seconds apart, scaled to cover `height` x `width` and cropped to it.
+
+    Args:
+      path: a video.
+      start: seconds after the first frame.
+      count: frames.
+      fps: frames a second.
+      height, width: of the result; the centre of what is shown is kept.
+      out: where the frames go; new memory by default.
+
+    Raises:
+      Unreadable: the file has no such frames, or they are damaged.
+    """
+    if out is None:
+        out = np.empty((count, height, width, 3), np.uint8)
+    for seek in (*SEEKS, None):
+        target = None if seek is None else max(start - seek, 0.0)
+        with _opened(path) as (container, stream), _decoding(path):
+            if target is not None and target > 0 and not _sought(container, stream, target):
+                continue
+            if _fill(out, container, stream, start, fps, from_beginning=not target):
+                return out
+    raise AssertionError("a file that is read from its beginning has no frame that comes too late")
+
+
+def _fill(
+    out: UInt8[np.ndarray, "count height width 3"],
+    container: Any,
+    stream: Any,
+    start: float,
+    fps: float,
+    from_beginning: bool,
+) -> bool:
+    """Fills `out`; False when decoding began after `start`, so that a frame is missing before it."""
+    slack = min(float(stream.time_base) / 2, TICK) + 1e-6
+    write = _Writer(out, _aspect(stream))
+    held: VideoFrame | None = None
+    end = 0.0
+    due = 0
+    for time, frame in _frames(container, stream):
+        if held is None and time > start + slack and not from_beginning:
+            return False
+        # What is held shows until this frame begins. The first frame also stands for the times before it.
+        while held is not None and due < len(out) and start + due / fps + slack < time:
+            write(held, due)
+            due += 1
+        if due == len(out):
+            return True
+        held = frame
+        end = time + _duration(frame, stream)
+    while held is not None and due < len(out) and start + due / fps < end + slack:
+        write(held, due)
+        due += 1
+    if due < len(out):
+        needed, said = start + (len(out) - 1) / fps, _seconds(container, stream)
+        if said is not None and said > needed:
+            raise Unreadable("truncated", f"should last {said:.2f} s, but its frames end at {end:.2f} s")
+        raise Unreadable("too short", f"ends at {end:.2f} s; the clip needs {needed:.2f} s")
+    return True
+
+
+class _Writer:
+    """Converts kept frames to upright RGB of one size, a frame that is shown twice only once."""
+
+    def __init__(self, out: UInt8[np.ndarray, "count height width 3"], aspect: Fraction):
+        self.out = out
+        self.aspect = aspect
+        self.reformatter = VideoReformatter()
+        self.last: VideoFrame | None = None
+
+    def __call__(self, frame: VideoFrame, index: int) -> None:
+        if frame is self.last:
+            self.out[index] = self.out[index - 1]
+            return
+        if frame.is_corrupt:
+            raise Unreadable("damaged", "a frame cannot be decoded whole")
+        self.last = frame
+        turn = _turn(frame)
+        rows, columns = self.out.shape[1:3]
+        shown_height, shown_width = _upright_size(frame, turn, self.aspect)
+        scale = max(rows / shown_height, columns / shown_width)
+        height, width = (max(math.ceil(n * scale - 1e-6), 1) for n in (shown_height, shown_width))
+        picture = turn.apply(_rgb(self.reformatter, frame, *((width, height) if turn.swap else (height, width))))
+        top, left = (height - rows) // 2, (width - columns) // 2
+        self.out[index] = picture[top : top + rows, left : left + columns]
+
+
+def _rgb(reformatter: VideoReformatter, frame: VideoFrame, height: int, width: int) -> UInt8[np.ndarray, "h w 3"]:
+    """A frame in RGB of a size; transparent parts become black, and HDR is mapped to BT.709."""
+    alpha = any(component.is_alpha for component in frame.format.components)
+    settings: dict[str, Any] = {}
+    if frame.color_trc in HDR:
+        settings = {"dst_color_trc": ColorTrc.BT709, "dst_color_primaries": ColorPrimaries.BT709}
+    elif frame.colorspace == UNSPECIFIED and not frame.format.is_rgb:
+        # As players guess: high definition is BT.709, the rest BT.601.
+        large = frame.width >= 1280 or frame.height > 576
+        settings = {"src_colorspace": Colorspace.ITU709 if large else Colorspace.ITU601}
+    converted = reformatter.reformat(
+        frame,
+        width=width,
+        height=height,
+        format="rgba" if alpha else "rgb24",
+        interpolation=Interpolation.BICUBIC,
+        threads=1,
+        **settings,
+    )
+    plane, channels = converted.planes[0], 4 if alpha else 3
+    rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:height, : width * channels]
+    picture = rows.reshape(height, width, channels)
+    if alpha:
+        picture = (picture[..., :3].astype(np.uint16) * picture[..., 3:] // 255).astype(np.uint8)
+    return picture
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """How a decoded picture is brought upright: transposed, then mirrored."""
+
+    swap: bool = False
+    left_right: bool = False
+    up_down: bool = False
+
+    def apply(self, picture: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h2 w2 3"]:
+        if self.swap:
+            picture = picture.transpose(1, 0, 2)
+        return picture[:: -1 if self.up_down else 1, :: -1 if self.left_right else 1]
+
+
+def _turn(frame: VideoFrame) -> _Turn:
+    """From the display matrix: x' = a x + c y, y' = b x + d y, here in quarter turns."""
+    side = frame.side_data.get("DISPLAYMATRIX")
+    if side is None:
+        return _Turn()
+    a, b, _, c, d = (int(n) for n in np.frombuffer(side, np.int32)[:5])
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        return _Turn(False, a < 0, d < 0)
+    return _Turn(True, c < 0, b < 0)
+
+
+def _aspect(stream: Any) -> Fraction:
+    """A pixel's width over its height, where the file says something that can be meant."""
+    aspect = stream.sample_aspect_ratio or Fraction(1)
+    return aspect if Fraction(1, 16) <= aspect <= 16 else Fraction(1)
+
+
+def _upright_size(frame: VideoFrame, turn: _Turn, aspect: Fraction) -> tuple[int, int]:
+    """Height and width as shown: pixels that are not square are made so by stretching the width."""
+    width = max(round(frame.width * aspect), 1)
+    return (width, frame.height) if turn.swap else (frame.height, width)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
+    """A file and its video stream, decoded by one thread: there are as many workers as there is work for."""
+    if not path.is_file():
+        raise Unreadable("unreadable", "is no file" if path.exists() else "does not exist")
+    with _decoding(path):
+        container = av.open(
+            f"file:{path}",
+            metadata_errors="replace",
+            options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"},
+        )
+    with container:
+        pictures = [s for s in container.streams.video if not s.disposition & 0x400]  # no cover of a piece of music
+        if not pictures:
+            raise Unreadable("no video", "has no video stream")
+        stream = pictures[0]
+        context = stream.codec_context
+        if context is None:
+            raise Unreadable("unreadable", "is of a codec that FFmpeg does not decode")
+        if context.width * context.height > MAX_PIXELS:
+            raise Unreadable("too large", f"{context.width}x{context.height} pixels; at most {MAX_PIXELS} are decoded")
+        context.options = {"max_pixels": str(MAX_PIXELS)}
+        context.thread_count = 1
+        yield container, stream
+
+
+@contextmanager
+def _decoding(path: Path) -> Iterator[None]:
+    """FFmpeg's errors become `Unreadable`."""
+    try:
+        yield
+    except FFmpegError as error:
+        raise Unreadable("unreadable", f"cannot be decoded: {(error.strerror or str(error)).lower()}") from error
+    except OSError as error:
+        raise Unreadable("unreadable", f"cannot be read: {error.strerror or error}") from error
+
+
+def _frames(container: Any, stream: Any) -> Iterator[tuple[float, VideoFrame]]:
+    """Frames with their times in seconds, which never run backwards."""
+    origin = stream.start_time or 0
+    step = 1 / _rate(stream, None)
+    last = -math.inf
+    for frame in container.decode(stream):
+        if frame.pts is None:
+            time = 0.0 if last == -math.inf else last + step
+        else:
+            time = float((frame.pts - origin) * stream.time_base)
+        last = max(time, last)
+        yield last, frame
+
+
+def _sought(container: Any, stream: Any, target: float) -> bool:
+    """Goes to the keyframe before a time; False where the file does not allow it."""
+    try:
+        container.seek(math.floor(target / stream.time_base) + (stream.start_time or 0), stream=stream)
+    except FFmpegError:
+        return False
+    return True
+
+
+def _duration(frame: VideoFrame, stream: Any) -> float:
+    return float(frame.duration * stream.time_base) if frame.duration else 1 / _rate(stream, None)
+
+
+def _rate(stream: Any, seconds: float | None) -> float:
+    """Frames a second on average; 25 where nothing says it."""
+    if seconds and stream.frames > 1:
+        return stream.frames / seconds
+    return float(stream.average_rate or stream.guessed_rate or 25)
+
+
+def _seconds(container: Any, stream: Any) -> float | None:
+    """How long the video is, as far as the header says."""
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    tag = stream.metadata.get("DURATION", "").split(":")  # Matroska: 00:01:02.345000000
+    if len(tag) == 3:
+        try:
+            return sum(float(part) * unit for part, unit in zip(tag, (3600, 60, 1), strict=True))
+        except ValueError:
+            return None
+    return container.duration / av.time_base if container.duration else None
+
+
+def _seconds_of_packets(path: Path) -> float:
+    """How long the video is, from the times of its packets, which are read but not decoded."""
+    end, number = 0, 0
+    with _opened(path) as (container, stream):
+        for packet in container.demux(stream):
+            number += packet.size > 0
+            if packet.pts is not None:
+                end = max(end, packet.pts + (packet.duration or 0) - (stream.start_time or 0))
+        return float(end * stream.time_base) if end else number / _rate(stream, None)

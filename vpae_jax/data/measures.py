@@ -1,0 +1,53 @@
+"""What is measured of a clip's frames, on small grey copies."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+
+SMALL = 64  # pixels of the shorter side, at least
+BLACK = 24  # a frame's mean grey value below which it is black, of 0..255
+
+
+class Measures(TypedDict):
+    """Plain numbers, as they are kept with a clip.
+
+    motion: mean absolute difference of successive frames, 0..255.
+    brightness: mean grey value, 0..255.
+    contrast: standard deviation of grey values over pixels, averaged over frames.
+    black: share of frames that are black.
+    """
+
+    motion: float
+    brightness: float
+    contrast: float
+    black: float
+
+
+def measure(video: UInt8[np.ndarray, "t height width 3"]) -> Measures:
+    """A clip's measures."""
+    grey = small_grey(video)
+    means = grey.mean((1, 2))
+    motion = np.abs(np.diff(grey, axis=0)).mean() if len(grey) > 1 else 0.0
+    return Measures(
+        motion=round(float(motion), 3),
+        brightness=round(float(means.mean()), 3),
+        contrast=round(float(grey.std((1, 2)).mean()), 3),
+        black=round(float((means < BLACK).mean()), 3),
+    )
+
+
+def small_grey(video: UInt8[np.ndarray, "t height width 3"]) -> Float32[np.ndarray, "t h w"]:
+    """Grey copies of every nth pixel, averaged by four."""
+    step = max(min(video.shape[1:3]) // (2 * SMALL), 1)
+    rows = video[:, ::step, ::step].sum(-1, dtype=np.uint16)
+    height, width = (n - n % 2 if n > 1 else 1 for n in rows.shape[1:])
+    rows = rows[:, :height, :width]
+    if height > 1:
+        rows = rows[:, ::2] + rows[:, 1::2]
+    if width > 1:
+        rows = rows[:, :, ::2] + rows[:, :, 1::2]
+    parts = 3 * (2 if height > 1 else 1) * (2 if width > 1 else 1)
+    return rows.astype(np.float32) / parts

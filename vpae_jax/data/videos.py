@@ -1,0 +1,222 @@
+"""Clips from the videos of a manifest: looked at, cut, read and filtered."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from vpae_jax.data import tasks
+from vpae_jax.data.buckets import Size, choose
+from vpae_jax.data.cutting import clip_starts
+from vpae_jax.data.decoding import Probe, Unreadable
+from vpae_jax.data.filters import Filters
+from vpae_jax.data.pool import Lost, Pool
+from vpae_jax.data.source import Clip, Entry, Reject
+from vpae_jax.types import UserError
+
+T = TypeVar("T")
+PICTURE = 160  # pixels of the longer side of a reject's picture, about
+
+
+class Entries(Protocol):
+    """A manifest: entries in a fixed order, in units. Its `repr` says all that decides them."""
+
+    @property
+    def units(self) -> int: ...
+
+    def read(self, unit: int) -> Iterator[Entry | Reject]: ...
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A clip that is to be read."""
+
+    id: str
+    entry: Entry
+    probe: Probe
+    bucket: Size
+    start: float
+
+
+class VideoClips:
+    """A `Source` of clips from video files."""
+
+    def __init__(
+        self,
+        manifest: Entries,
+        buckets: tuple[Size, ...],
+        frames: int,
+        fps: float = 16,
+        filters: Filters | None = None,
+        stride: float | None = None,
+        clips_per_video: int = 1,
+        workers: int = 2,
+        timeout: float = 120.0,
+    ):
+        """
+        Args:
+          manifest: videos with their captions.
+          buckets: heights and widths; each video gets the one of the nearest aspect ratio.
+          frames: of a clip; 1 + a multiple of 4.
+          fps: frames a second of a clip.
+          filters: what is not used.
+          stride: seconds between the beginnings of a shot's clips; by default clips follow one another.
+          clips_per_video: at most.
+          workers: processes that decode; 0 for none but this one, which a crash of a decoder ends and a hang stops.
+          timeout: seconds after which a worker is taken to hang.
+
+        Raises:
+          UserError: a number that makes no sense.
+        """
+        if frames < 1 or frames % 4 != 1:
+            raise UserError(f"clips of {frames} frames: expected 1 + a multiple of 4, as 81")
+        for name, value in {
+            "fps": fps,
+            "stride": stride,
+            "clips_per_video": clips_per_video,
+            "timeout": timeout,
+        }.items():
+            if value is not None and not value > 0:
+                raise UserError(f"{name} is {value}; expected a positive number")
+        if workers < 0:
+            raise UserError(f"workers is {workers}; expected 0 or more")
+        if not buckets:
+            raise UserError("no buckets are given; expected at least one size, as 480x832")
+        self.manifest, self.buckets, self.frames, self.fps = manifest, buckets, frames, fps
+        self.filters, self.stride, self.clips_per_video = filters or Filters(), stride, clips_per_video
+        self.workers, self.timeout = workers, timeout
+        self._pool: Pool | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"VideoClips({self.manifest!r}, buckets={self.buckets}, frames={self.frames}, fps={self.fps:g}, "
+            f"filters={self.filters}, stride={self.stride}, clips_per_video={self.clips_per_video})"
+        )
+
+    @property
+    def units(self) -> int:
+        return self.manifest.units
+
+    def read(self, unit: int) -> Iterator[Clip | Reject]:
+        """A unit's clips and rejects. The next ones are decoded meanwhile, a few clips ahead."""
+        looked = _ahead(self.manifest.read(unit), self._look, max(self.workers, 1))
+        cuts = chain.from_iterable(self._cut(entry, found) for entry, found in looked)
+        for cut, found in _ahead(cuts, self._read, 2 * self.workers):
+            yield self._judged(cut, found)
+
+    def close(self) -> None:
+        """Ends the workers."""
+        if self._pool:
+            self._pool.close()
+            self._pool = None
+
+    def __enter__(self) -> VideoClips:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _look(self, entry: Entry | Reject) -> Future[Any] | None:
+        if isinstance(entry, Reject) or self.filters.caption(entry.caption):
+            return None
+        return self._submit(tasks.look, entry.path)
+
+    def _cut(self, entry: Entry | Reject, found: Probe | Unreadable | Lost | None) -> Iterator[_Cut | Reject]:
+        if isinstance(entry, Reject):
+            yield entry
+            return
+        if isinstance(found, Probe):
+            bucket = choose(self.buckets, found.height, found.width)
+            first, last = max(entry.start or 0.0, 0.0), found.seconds if entry.end is None else entry.end
+            seconds = max(min(last, found.seconds) - first, 0.0)
+            refusal = self.filters.video(seconds, found.height, found.width, bucket)
+            if refusal is None:
+                length = self.frames / self.fps
+                starts = clip_starts(
+                    found.seconds, length, entry.start, entry.end, entry.cuts, self.stride, self.clips_per_video
+                )
+                for number, start in enumerate(starts):
+                    yield _Cut(f"{entry.id}#{number}", entry, found, bucket, start)
+                if starts:
+                    return
+                shot = " in one shot" if entry.cuts else ""
+                refusal = "too short", f"lasts {seconds:.2f} s; a clip needs {length:.2f} s{shot}"
+        elif found is None:
+            refusal = self.filters.caption(entry.caption)
+            assert refusal is not None
+        else:
+            refusal = found.kind, f"{entry.path.name} {found.reason}"
+        yield Reject(entry.id, *refusal)
+
+    def _read(self, cut: _Cut | Reject) -> Future[Any] | None:
+        if isinstance(cut, Reject):
+            return None
+        shape = (self.frames, *cut.bucket, 3)
+        return self._submit(tasks.read, cut.entry.path, cut.start, self.fps, shape=shape)
+
+    def _judged(self, cut: _Cut | Reject, found: Any) -> Clip | Reject:
+        if isinstance(cut, Reject):
+            return cut
+        if isinstance(found, Lost):
+            return Reject(cut.id, found.kind, f"{cut.entry.path.name} {found.reason}")
+        video, measures = found
+        if isinstance(measures, Unreadable):
+            return Reject(cut.id, measures.kind, f"{cut.entry.path.name} {measures.reason}")
+        refusal = self.filters.clip(measures)
+        if refusal:
+            step = max(max(cut.bucket) // PICTURE, 1)
+            return Reject(cut.id, *refusal, video[len(video) // 2, ::step, ::step].copy())
+        probe = cut.probe
+        about = {
+            **cut.entry.about,
+            "video": cut.entry.path.name,
+            "start": cut.start,
+            "source": {"height": probe.height, "width": probe.width, "fps": round(probe.fps, 3), "codec": probe.codec},
+            "bucket": list(cut.bucket),
+            "fps": self.fps,
+            **measures,
+        }
+        return Clip(cut.id, video, cut.entry.caption, about)
+
+    def _submit(self, function: Callable[..., Any], *args: Any, shape: tuple[int, ...] | None = None) -> Future[Any]:
+        if self.workers:
+            self._pool = self._pool or Pool(self.workers, self.timeout)
+            return self._pool.submit(function, *args, shape=shape)
+        done: Future[Any] = Future()
+        if shape is None:
+            done.set_result(function(*args))
+        else:
+            array = np.empty(shape, np.uint8)
+            done.set_result((array, function(array, *args)))
+        return done
+
+
+def _ahead(items: Iterable[T], submit: Callable[[T], Future[Any] | None], number: int) -> Iterator[tuple[T, Any]]:
+    """Items with their results, or the `Lost` in their place, in order; `number` more are under way meanwhile."""
+    waiting: deque[tuple[T, Future[Any] | None]] = deque()
+    try:
+        for item in items:
+            waiting.append((item, submit(item)))
+            if len(waiting) > number:
+                yield _result(*waiting.popleft())
+        while waiting:
+            yield _result(*waiting.popleft())
+    finally:
+        for _, future in waiting:
+            if future:
+                future.cancel()
+
+
+def _result(item: T, future: Future[Any] | None) -> tuple[T, Any]:
+    if future is None:
+        return item, None
+    try:
+        return item, future.result()
+    except Lost as lost:
+        return item, lost
