@@ -95,6 +95,18 @@ class Pipeline:
         image = None if self.image_encoder is None else _shapes_of(self.image_encoder)
         return dataclasses.replace(self, text_encoder=_shapes_of(self.text_encoder), image_encoder=image)
 
+    def on(self, device: Any) -> Pipeline:
+        """The same pipeline with all but its transformer on one device."""
+
+        def moved(model: Any) -> Any:
+            graph, weights = nnx.split(model)
+            return nnx.merge(graph, jax.device_put(weights, device))
+
+        image = None if self.image_encoder is None else moved(self.image_encoder)
+        return dataclasses.replace(
+            self, vae=moved(self.vae), text_encoder=moved(self.text_encoder), image_encoder=image
+        )
+
     def encode_prompt(self, prompts: Sequence[str]) -> tuple[Float[Array, "b s d"], Mask]:
         """Text states, zero beyond each prompt's end, and the mask that is true at the prompts' tokens.
 
@@ -295,7 +307,7 @@ class Pipeline:
           UserError: a picture so long that nothing would be left of its shorter side.
         """
         area = self.defaults.height * self.defaults.width
-        unit_h, unit_w = self._units
+        unit_h, unit_w = self.units
         rows = math.isqrt(area * height // (width * unit_h**2))
         columns = math.isqrt(area * width // (height * unit_w**2))
         if not rows or not columns:
@@ -306,7 +318,7 @@ class Pipeline:
         return rows * unit_h, columns * unit_w
 
     @property
-    def _units(self) -> tuple[int, int]:
+    def units(self) -> tuple[int, int]:
         """What a video's height and width are multiples of, in pixels."""
         space, (_, patch_h, patch_w) = self.vae.config.scale_factor_spatial, self.transformer.config.patch_size
         return space * patch_h, space * patch_w
@@ -323,7 +335,7 @@ class Pipeline:
         num_frames = self.defaults.num_frames if num_frames is None else num_frames
         height = self.defaults.height if height is None else height
         width = self.defaults.width if width is None else width
-        time, unit_h, unit_w = self.vae.config.scale_factor_temporal, *self._units
+        time, unit_h, unit_w = self.vae.config.scale_factor_temporal, *self.units
         latent_frames = 1 + (num_frames - 1) // time
         if num_frames < 1 or (num_frames - 1) % time or latent_frames % self.transformer.config.patch_size[0]:
             near = max(0, round((num_frames - 1) / time)) * time + 1

@@ -73,6 +73,15 @@ class Reject:
 
 
 @runtime_checkable
+class RandomAccess(Protocol):
+    """Clips by number, as mappings with `id`, `video` and `caption`. Its `repr` says all that decides them."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+
+
+@runtime_checkable
 class Source(Protocol):
     """Clips in a fixed order, in units. Its `repr` says all that decides them."""
 
@@ -80,3 +89,29 @@ class Source(Protocol):
     def units(self) -> int: ...
 
     def read(self, unit: int) -> Iterator[Clip | Reject]: ...
+
+
+class InUnits:
+    """Clips by number, as a `Source`.
+
+    Args:
+      clips: what a mapping of it holds besides id, video and caption is kept, unless it is an array.
+      size: clips of a unit.
+    """
+
+    def __init__(self, clips: RandomAccess, size: int = 256) -> None:
+        self.clips, self.size = clips, size
+
+    def __repr__(self) -> str:
+        return f"InUnits({self.clips!r}, size={self.size})"
+
+    @property
+    def units(self) -> int:
+        return -(-len(self.clips) // self.size)
+
+    def read(self, unit: int) -> Iterator[Clip | Reject]:
+        for number in range(unit * self.size, min((unit + 1) * self.size, len(self.clips))):
+            rest = dict(self.clips[number])
+            id, video, caption = (rest.pop(name) for name in ("id", "video", "caption"))
+            about = {name: value for name, value in rest.items() if not isinstance(value, np.ndarray)}
+            yield Clip(id, video, caption, about)

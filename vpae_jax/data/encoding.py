@@ -1,0 +1,285 @@
+"""From clips to records: decoded ahead, brought together by size, encoded in batches, written unit by unit.
+
+    identity = describe(source, encoders)
+    encode(source, encoders, Units(folder, identity, source.units))
+
+Each device of this process has a copy of the encoders and encodes batches of its own. Processes share the units and
+know nothing of each other: any of them may be killed, or join later. The one that ends the last unit makes the folder
+whole.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from jaxtyping import Shaped, UInt8
+from PIL import Image
+
+from vpae_jax.data.progress import Progress
+from vpae_jax.data.records import INDEX
+from vpae_jax.data.source import Clip, Reject, Source
+from vpae_jax.data.units import Units
+from vpae_jax.types import Latents
+
+T = TypeVar("T")
+# Of each unit, so many clips are shown in the summary.
+SHOWN = 4
+# Pixels of the longer side of a frame there.
+SHOWN_SIDE = 160
+
+
+@runtime_checkable
+class Encoders(Protocol):
+    """What of `vpae_jax.pipeline.Pipeline` is used here."""
+
+    @property
+    def vae(self) -> Any: ...
+    @property
+    def text_encoder(self) -> Any: ...
+    @property
+    def image_encoder(self) -> Any: ...
+    @property
+    def image_processor(self) -> Any: ...
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def defaults(self) -> Any: ...
+    @property
+    def takes_image(self) -> bool: ...
+    def encode_prompt(self, prompts: Sequence[str]) -> Any: ...
+    def condition(
+        self, prompts: Sequence[str], pictures: Any, num_frames: int | None, height: int | None, width: int | None
+    ) -> Any: ...
+    def on(self, device: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A clip as its record keeps it.
+
+    Attributes:
+      id: unique in its source.
+      arrays: see `UnitWriter.add`.
+      about: plain JSON; the caption is in it.
+      video: what it shows, for the summary.
+    """
+
+    id: str
+    arrays: Mapping[str, Shaped[np.ndarray, "..."]]
+    about: Mapping[str, Any]
+    video: UInt8[np.ndarray, "t height width 3"]
+
+
+def describe(source: Source, encoders: Encoders) -> dict[str, Any]:
+    """What decides the records: the identity of their folder."""
+    return {"source": repr(source), "encoders": fingerprint(encoders)}
+
+
+def encode(
+    source: Source,
+    encoders: Encoders,
+    units: Units,
+    batch_size: int = 1,
+    process: int = 0,
+    processes: int = 1,
+    devices: Sequence[Any] | None = None,
+) -> bool:
+    """Encodes this process's share of the units that are not done yet.
+
+    Args:
+      source: clips.
+      encoders: a pipeline.
+      units: the folder; its identity is `describe`'s.
+      batch_size: clips that a device encodes at once.
+      process, processes: which share.
+      devices: this process's by default.
+
+    Returns:
+      Whether all units are done, by whomever, and the folder can be read.
+    """
+    pending = units.pending(process, processes)
+    if pending:
+        copies = [encoders.on(device) for device in devices or jax.local_devices()]
+        runs = [partial(_encode, encoders=copy, batch_size=batch_size) for copy in copies]
+        write_units(units, pending, source.read, runs, batch_size, lambda clip: clip.video.shape)
+    return finish(units, encoders)
+
+
+def encode_into(root: Path, source: Source, encoders: Encoders, batch_size: int = 32) -> Path:
+    """Encodes all clips into a folder of `root` that is named by what decides them, or goes on there.
+
+    Returns:
+      The folder, complete.
+    """
+    identity = describe(source, encoders)
+    folder = root / hashlib.sha256(repr(sorted(identity.items())).encode()).hexdigest()[:16]
+    if not (folder / INDEX).is_file():
+        encode(source, encoders, Units(folder, identity, source.units), batch_size)
+    return folder
+
+
+def finish(units: Units, encoders: Encoders) -> bool:
+    """Makes the folder readable if all units are done; returns whether they are."""
+    text, mask = encoders.encode_prompt([encoders.defaults.negative_prompt])
+    null = {"text": np.asarray(text[0], np.float32), "text_mask": np.asarray(mask[0])}
+    return units.finish(null, {"text_tokens": int(mask.shape[1]), "takes_image": encoders.takes_image})
+
+
+def write_units(
+    units: Units,
+    pending: Sequence[int],
+    read: Callable[[int], Iterable[T | Reject]],
+    runs: Sequence[Callable[[list[T]], list[Encoded]]],
+    batch_size: int,
+    size: Callable[[T], Hashable],
+) -> None:
+    """Reads units, encodes their items in batches of one size, and writes them.
+
+    Args:
+      units: where to.
+      pending: which.
+      read: a unit's items in a fixed order.
+      runs: encode a batch; each is called by a thread of its own, one batch after the other.
+      batch_size: items of a batch; the last ones of a unit may be fewer.
+      size: what the items of a batch have in common.
+    """
+    with ExitStack() as stack:
+        threads = [(stack.enter_context(ThreadPoolExecutor(1)), run) for run in runs]
+        progress = stack.enter_context(Progress(len(pending)))
+        for unit in pending:
+            with units.write(unit) as writer:
+                shown = 0
+                for item in _in_batches(read(unit), threads, batch_size, size):
+                    if isinstance(item, Reject):
+                        writer.reject(item)
+                    else:
+                        writer.add(item.id, item.arrays, item.about)
+                        writer.note(note(item, shown < SHOWN))
+                        shown += 1
+                    progress.advance(isinstance(item, Encoded))
+            progress.end_of_unit()
+
+
+def _in_batches(
+    items: Iterable[T | Reject],
+    threads: Sequence[tuple[ThreadPoolExecutor, Callable[[list[T]], list[Encoded]]]],
+    batch_size: int,
+    size: Callable[[T], Hashable],
+) -> Iterator[Encoded | Reject]:
+    """Rejects at once; what is encoded in the order in which batches were filled. Each thread has work waiting."""
+    filling: dict[Hashable, list[T]] = {}
+    flying: deque[Future[list[Encoded]]] = deque()
+    turns = cycle(threads)
+
+    def start(batch: list[T]) -> None:
+        thread, run = next(turns)
+        flying.append(thread.submit(run, batch))
+
+    for item in items:
+        if isinstance(item, Reject):
+            yield item
+            continue
+        batch = filling.setdefault(size(item), [])
+        batch.append(item)
+        if len(batch) == batch_size:
+            start(filling.pop(size(item)))
+        while len(flying) > 2 * len(threads):
+            yield from flying.popleft().result()
+    for batch in filling.values():
+        start(batch)
+    while flying:
+        yield from flying.popleft().result()
+
+
+def _encode(clips: list[Clip], encoders: Encoders, batch_size: int) -> list[Encoded]:
+    """Encodes clips of one size. The batch is filled up to `batch_size`, so that one program serves all."""
+    padded = [clips[min(i, len(clips) - 1)] for i in range(batch_size)]
+    video = np.stack([clip.video for clip in padded])
+    _, t, height, width, _ = video.shape
+    pictures = video[:, 0] if encoders.takes_image else None
+    latents = encode_video(encoders.vae, video)
+    condition = encoders.condition([clip.caption for clip in padded], pictures, t, height, width)
+    arrays = arrays_of(latents, condition)
+    result = []
+    for row, clip in enumerate(clips):
+        about = {"caption": clip.caption, **clip.about}
+        result.append(Encoded(clip.id, {name: x[row] for name, x in arrays.items()}, about, clip.video))
+    return result
+
+
+def arrays_of(latents: Any, condition: Any) -> dict[str, np.ndarray]:
+    """A batch's latents and conditions on the host, by the names that records have for them."""
+    arrays = {
+        "latents": latents,
+        "text": condition.text,
+        "text_mask": condition.text_mask,
+        "image": condition.image,
+        "frames": condition.frames,
+    }
+    return {name: np.asarray(value) for name, value in arrays.items() if value is not None}
+
+
+def note(item: Encoded, shown: bool) -> dict[str, Any]:
+    """What the summary of an encoding (`data.summary`) knows of a clip: a picture of some, and what was measured."""
+    plain = {name: value for name, value in item.about.items() if isinstance(value, int | float | str | list)}
+    picture = {"picture": strip(item.video)} if shown else {}
+    return {"id": item.id, "frames": len(item.video), **plain, **picture}
+
+
+def strip(video: UInt8[np.ndarray, "t height width 3"]) -> str:
+    """A clip's first, middle and last frame side by side, as a small JPEG in base64."""
+    frames = [Image.fromarray(video[i]) for i in (0, len(video) // 2, len(video) - 1)]
+    for frame in frames:
+        frame.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+    width, height = frames[0].size
+    sheet = Image.new("RGB", (3 * width + 4, height), "white")
+    for i, frame in enumerate(frames):
+        sheet.paste(frame, (i * (width + 2), 0))
+    file = io.BytesIO()
+    sheet.save(file, "JPEG", quality=85)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def fingerprint(encoders: Encoders) -> str:
+    """16 hexadecimal digits of the encoders' configs and weights, the tokenizer's pieces, the image preparation and the
+    negative prompt. Weights are compared as bfloat16, so that one model has one print whatever it is loaded as."""
+    digest = hashlib.sha256()
+    models = (encoders.vae, encoders.text_encoder, encoders.image_encoder)
+    for model in models:
+        if model is None:
+            continue
+        digest.update(repr(model.config).encode())
+        for path, value in jax.tree_util.tree_flatten_with_path(nnx.split(model, nnx.Param, ...)[1])[0]:
+            host = np.asarray(value).astype(ml_dtypes.bfloat16)
+            digest.update(f"{jax.tree_util.keystr(path)} {host.shape}".encode())
+            digest.update(host.tobytes())
+    tokenizer = encoders.tokenizer
+    digest.update(repr((sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length)).encode())
+    digest.update(repr((encoders.image_processor, encoders.defaults.negative_prompt)).encode())
+    return digest.hexdigest()[:16]
+
+
+def encode_video(vae: nnx.Module, video: UInt8[np.ndarray, "b t height width 3"]) -> Latents:
+    """`vae.encode` of pixels 0..255, compiled."""
+    return _encode_video(*nnx.split(vae), video)
+
+
+@partial(jax.jit, static_argnums=0)
+def _encode_video(graph: nnx.GraphDef, weights: nnx.State, video: Any) -> Latents:
+    return nnx.merge(graph, weights).encode(video.astype(jnp.float32) / 127.5 - 1)

@@ -1,0 +1,143 @@
+"""Turns videos with captions, or captions alone, into latent records: what a distillation trains on.
+
+    python -m vpae_jax.encode --videos=DIR [--manifest=FILE --columns=...] --model=DIR --output=DIR
+    python -m vpae_jax.encode --captions=FILE --model=DIR [--teacher=DIR] --output=DIR [--steps=50] [--guidance=5]
+
+The first encodes real videos: those of a folder, with captions beside them in .txt or .json files, or those that a
+manifest lists. The second has a teacher make a clip for each caption. Both leave a folder of records, for
+`config.data.records`, with a page `summary.html` of what is in it and what was refused. The same command goes on
+where it was stopped. Several processes share the work when each is told its place (--process_id and --num_processes, or
+SLURM's or JAX's variables) and all see the folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from vpae_jax import cli, distributed
+from vpae_jax.data import buckets
+from vpae_jax.data.datasets import parse_columns
+from vpae_jax.data.encoding import describe, encode
+from vpae_jax.data.filters import Filters
+from vpae_jax.data.manifest import Manifest
+from vpae_jax.data.units import Units
+from vpae_jax.data.videos import VideoClips
+from vpae_jax.pipeline import Pipeline, load_pipeline
+from vpae_jax.types import UserError
+
+FILTERS = {
+    "min_seconds": "seconds that a video lasts at least",
+    "min_side": "pixels of its shorter side, at least",
+    "max_crop": "share of the picture that cropping to a bucket may cost",
+    "min_motion": "mean difference of successive frames, 0 to 255, below which a clip is static",
+    "max_black": "share of a clip's frames that may be black",
+    "min_caption": "characters of a caption, at least",
+    "max_caption": "characters of a caption, at most",
+}
+
+
+def parser() -> cli.Parser:
+    """The command line."""
+    result = cli.Parser("python -m vpae_jax.encode", __doc__)
+    add = result.add_argument
+    add(
+        "--model",
+        default="tiny",
+        help="whose VAE and encoders: a folder in any layout, 'tiny', or OWNER/NAME of the hub",
+    )
+    add("--output", type=Path, required=True, help="folder of the records")
+    add("--videos", type=Path, help="folder of the videos")
+    add("--manifest", type=Path, help="table of them: .csv, .tsv, .jsonl or .parquet; by default all below --videos")
+    add("--columns", help="USE=COLUMN,... for path, caption, id, start, end, cuts; or openvid, koala, intern4k")
+    add("--buckets", help="480p, 720p or HEIGHTxWIDTH,...; by default the model's own size")
+    add("--num_frames", type=int, help="frames of a clip, 1 + a multiple of 4; the model's own by default")
+    add("--fps", type=float, help="frames a second of a clip; the model's own by default")
+    add("--clips_per_video", type=int, default=1, help="clips of one video at most; 1 by default")
+    add("--stride", type=float, help="seconds between the beginnings of a shot's clips; by default they do not overlap")
+    add("--batch", type=int, default=1, help="clips that a device encodes at once; 1 by default")
+    add(
+        "--unit",
+        type=int,
+        default=64,
+        help="videos that are written together, and lost together by a kill; 64 by default",
+    )
+    add("--workers", type=int, default=os.cpu_count(), help="processes that decode; the processors by default")
+    add("--timeout", type=float, default=120.0, help="seconds after which decoding a clip is given up; 120 by default")
+    add("--dtype", choices=cli.DTYPES, default="bfloat16", help="of the text and image encoder; the VAE is float32")
+    add("--process_id", type=int, help="which of several processes this is, from 0")
+    add("--num_processes", type=int, help="how many share the work")
+    defaults = {field.name: field.default for field in dataclasses.fields(Filters)}
+    for name, text in FILTERS.items():
+        add(f"--{name}", type=type(defaults[name]), default=defaults[name], help=f"{text}; {defaults[name]} by default")
+    return result
+
+
+def main(argv: list[str]) -> None:
+    given = parser().parse_args(argv)
+    process, processes = place(given)
+    pipeline = load_pipeline(given.model, jnp.dtype(given.dtype), with_transformer=False)
+    with clips(given, pipeline) as source:
+        units = Units(given.output, describe(source, pipeline), source.units)
+        done = encode(source, pipeline, units, given.batch, process, processes)
+    if done:
+        print(f"records: {given.output}")
+    else:
+        print(f"this process has done its share; {given.output} is complete when the others have")
+
+
+def place(given: argparse.Namespace) -> tuple[int, int]:
+    """Which of how many processes this is, from flags or the environment. Each has devices of its own then.
+
+    Raises:
+      UserError: one of two flags, or an index that is not one of the processes.
+    """
+    index, count = given.process_id, given.num_processes
+    if (index is None) != (count is None):
+        raise UserError("--process_id and --num_processes: give both, or neither")
+    if index is None:
+        where = distributed.find(os.environ)
+        if where is None:
+            return 0, 1
+        if where.devices is not None:  # several processes on one host, which would all claim all of its GPUs
+            jax.config.update("jax_cuda_visible_devices", ",".join(map(str, where.devices)))
+        return where.index, where.count
+    if not 0 <= index < count:
+        raise UserError(f"--process_id is {index} of --num_processes={count}; expected 0 to {count - 1}")
+    return index, count
+
+
+def clips(given: argparse.Namespace, pipeline: Pipeline) -> VideoClips:
+    """The clips that the flags ask for, in sizes that the model can make.
+
+    Raises:
+      UserError: a flag that is missing or makes no sense.
+    """
+    if given.videos is None:
+        raise UserError("--videos is missing; name the folder of the videos")
+    if given.columns is not None and given.manifest is None:
+        raise UserError("--columns says how to read a manifest; give --manifest=FILE, or leave it out")
+    columns = None if given.columns is None else parse_columns(given.columns)
+    manifest = Manifest(given.videos, given.manifest, columns, given.unit)
+    own = pipeline.defaults
+    sizes = buckets.parse(given.buckets or f"{own.height}x{own.width}", max(pipeline.units))
+    return VideoClips(
+        manifest,
+        sizes,
+        own.num_frames if given.num_frames is None else given.num_frames,
+        own.fps if given.fps is None else given.fps,
+        Filters(**{name: getattr(given, name) for name in FILTERS}),
+        given.stride,
+        given.clips_per_video,
+        given.workers,
+        given.timeout,
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)
