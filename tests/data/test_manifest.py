@@ -1,0 +1,669 @@
+"""Manifests: every kind of table, every kind of bad row, places that hold, memory that does not grow."""
+
+import csv
+import json
+import os
+import pickle
+import random
+import time
+import tracemalloc
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from vpae_jax.data.manifest import Columns, Manifest, _repeated
+from vpae_jax.data.source import Entry, Reject
+from vpae_jax.data.tables import ROW_BYTES
+from vpae_jax.types import UserError
+
+CAPTIONS = (
+    "a plain caption",
+    'with "quotes", commas; and\ttabs',
+    "two\nlines\r\nand more",
+    "日本語 العربية 👩‍👩‍👧 e\u0301 \u202eright to left",
+    "a NUL \x00 within",
+    "\ufeffa mark before it",
+    "'; DROP TABLE clips; --",
+    "{json: [1, 2]}",
+    "=SUM(A1:A9)",
+    "line\u2028separator \x85 next \x1c line",
+)
+
+
+@pytest.fixture
+def videos(tmp_path):
+    """A folder with files v0.mp4 ... v9.mp4."""
+    root = tmp_path / "videos"
+    root.mkdir()
+    for number in range(len(CAPTIONS)):
+        (root / f"v{number}.mp4").write_bytes(b"no video")
+    return root
+
+
+def write(path, rows):
+    """A table of dicts, in the format of the path's suffix."""
+    suffix = path.suffix
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    if suffix in (".csv", ".tsv"):
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, names, delimiter="," if suffix == ".csv" else "\t")
+            writer.writeheader()
+            writer.writerows(rows)
+    elif suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=7)
+    return path
+
+
+def read(manifest):
+    return [one for unit in range(manifest.units) for one in manifest.read(unit)]
+
+
+def only(videos, name, rows, columns=None):
+    """The one thing that a manifest of one row gives."""
+    found = read(Manifest(videos, write(videos.parent / name, rows), columns))
+    assert len(found) == 1
+    return found[0]
+
+
+TABLES = ("t.csv", "t.tsv", "t.jsonl", "t.parquet")
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_format_gives_the_same_entries(videos, name):
+    rows = [
+        {"video": f"v{i}.mp4", "text": text, "from": 0.5 * i, "to": 0.5 * i + 2, "shots": "[1.5, 0.25]", "fps": 24 + i}
+        for i, text in enumerate(CAPTIONS)
+    ]
+    columns = Columns("video", "text", None, "from", "to", "shots")
+    manifest = Manifest(videos, write(videos.parent / name, rows), columns, unit_videos=3)
+    assert (manifest.rows, manifest.units) == (10, 4)
+    found = read(manifest)
+    number = int if name in ("t.jsonl", "t.parquet") else str
+    for i, one in enumerate(found):
+        about = {"fps": number(24 + i)}
+        expected = Entry(f"v{i}.mp4", videos / f"v{i}.mp4", CAPTIONS[i], 0.5 * i, 0.5 * i + 2, (0.25, 1.5), about)
+        assert one == expected
+    for unit in random.Random(0).choices(range(4), k=20):
+        assert list(manifest.read(unit)) == found[3 * unit : 3 * unit + 3]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_what_is_read_outlives_a_copy_to_another_process(videos, name):
+    rows = [{"path": f"v{i}.mp4", "caption": "c"} for i in range(10)]
+    manifest = Manifest(videos, write(videos.parent / name, rows), unit_videos=4)
+    list(manifest.read(0))
+    copy = pickle.loads(pickle.dumps(manifest))
+    assert list(copy.read(1)) == list(manifest.read(1))
+    assert repr(copy) == repr(manifest)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_interleaved_units_do_not_disturb_each_other(videos, name):
+    rows = [{"path": f"v{i % 10}.mp4", "caption": f"c{i}", "id": f"n{i}"} for i in range(40)]
+    manifest = Manifest(videos, write(videos.parent / name, rows), Columns(id="id"), unit_videos=5)
+    both = list(zip(manifest.read(6), manifest.read(1), strict=True))
+    assert [one.id for one, _ in both] == [f"n{i}" for i in range(30, 35)]
+    assert [one.id for _, one in both] == [f"n{i}" for i in range(5, 10)]
+
+
+BAD_ROWS = {
+    "climbs": ({"path": "../outside.mp4"}, "path"),
+    "climbs from within": ({"path": "a/../../outside.mp4"}, "path"),
+    "absolute": ({"path": "/etc/passwd"}, "path"),
+    "link": ({"path": "link.mp4"}, "path"),
+    "circle": ({"path": "circle.mp4"}, "path"),
+    "folder": ({"path": "folder.mp4"}, "path"),
+    "pipe": ({"path": "pipe.mp4"}, "path"),
+    "root": ({"path": "."}, "path"),
+    "NUL": ({"path": "v0\x00.mp4"}, "path"),
+    "long name": ({"path": "v" * 300 + ".mp4"}, "path"),
+    "long path": ({"path": "v" * 5000 + ".mp4"}, "path"),
+    "no name": ({"path": "  "}, "path"),
+    "below a file": ({"path": "v0.mp4/v1.mp4"}, "missing"),
+    "absent": ({"path": "none.mp4"}, "missing"),
+    "absent, newline": ({"path": "no\nne.mp4"}, "missing"),
+    "no caption": ({"caption": ""}, "caption"),
+    "blank caption": ({"caption": " \n\t\u3000"}, "caption"),
+    "no id": ({"id": ""}, "id"),
+    "long id": ({"id": "i" * 5000}, "id"),
+    "start": ({"start": "soon"}, "time"),
+    "negative": ({"start": "-1"}, "time"),
+    "not a number": ({"start": "nan"}, "time"),
+    "infinite": ({"end": "inf"}, "time"),
+    "too large": ({"end": "1e999"}, "time"),
+    "Python only": ({"end": "1_000"}, "time"),
+    "foreign digits": ({"end": "٣"}, "time"),
+    "end before start": ({"start": "3", "end": "2"}, "time"),
+    "nothing left": ({"start": "3", "end": "3"}, "time"),
+    "end at zero": ({"end": "0"}, "time"),
+    "cuts": ({"cuts": "1, two"}, "time"),
+    "too many cuts": ({"cuts": "1 " * 10_001}, "time"),
+}
+GOOD_ROW = {"path": "v0.mp4", "caption": "c", "id": "one", "start": "", "end": "", "cuts": ""}
+ALL = Columns(id="id", start="start", end="end", cuts="cuts")
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_bad_row_is_a_reject_with_its_kind(videos, name, case):
+    (videos.parent / "outside.mp4").touch()
+    (videos / "link.mp4").symlink_to(videos.parent / "outside.mp4")
+    (videos / "circle.mp4").symlink_to(videos / "circle.mp4")
+    (videos / "folder.mp4").mkdir()
+    os.mkfifo(videos / "pipe.mp4")
+    change, kind = BAD_ROWS[case]
+    found = only(videos, name, [GOOD_ROW | change], ALL)
+    assert isinstance(found, Reject), found
+    assert found.kind == kind
+    assert found.reason and "\n" not in found.reason and len(found.reason) < 300
+    assert found.id == ("row 1" if kind == "id" else "one")
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"), [("1.5", 1.5), (" 2 ", 2), (".5", 0.5), ("1e1", 10), ("0:02.5", 2.5), ("1:00:01.25", 3601.25)]
+)
+def test_times_are_seconds_or_clock_times(videos, given, seconds):
+    row = GOOD_ROW | {"start": given, "end": "2:00:00", "cuts": f"['{given}'; 0:07.5]"}
+    found = only(videos, "t.csv", [row], ALL)
+    assert (found.start, found.end, found.cuts) == (seconds, 7200, tuple(sorted((seconds, 7.5))))
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        ({"caption": "half \ud800"}, "caption"),
+        ({"caption": 7}, "caption"),
+        ({"caption": ["a", "b"]}, "caption"),
+        ({"caption": None}, "caption"),
+        ({"path": "\udcff.mp4"}, "path"),
+        ({"path": True}, "path"),
+        ({"path": {}}, "path"),
+        ({"id": "\ud800"}, "id"),
+        ({"id": 1.5}, "id"),
+        ({"id": None}, "id"),
+        ({"start": True}, "time"),
+        ({"start": float("nan")}, "time"),
+        ({"start": [1]}, "time"),
+        ({"end": 10**400}, "time"),
+        ({"end": float("inf")}, "time"),
+        ({"cuts": {"a": 1}}, "time"),
+        ({"cuts": [1, None]}, "time"),
+        ({"cuts": [[1]]}, "time"),
+    ],
+)
+def test_values_of_json(videos, change, kind):
+    found = only(videos, "t.jsonl", [GOOD_ROW | change], ALL)
+    assert isinstance(found, Reject) and found.kind == kind
+    (found.reason + found.id).encode()
+
+
+def test_json_numbers_and_lists_are_times_and_ids(videos):
+    found = only(videos, "t.jsonl", [GOOD_ROW | {"id": 7, "start": 1, "end": 2.5, "cuts": [2, 1.5, "0:02"]}], ALL)
+    assert (found.id, found.start, found.end, found.cuts) == ("7", 1.0, 2.5, (1.5, 2.0))
+    assert only(videos, "t.jsonl", [GOOD_ROW | {"cuts": 3}], ALL).cuts == (3.0,)
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, "9" * 5000, '{"path": ', '"path"', "[1]", "null", "{'path': 1}", "\x00"])
+def test_json_lines_that_are_no_objects(videos, line):
+    path = videos.parent / "t.jsonl"
+    path.write_text(json.dumps(GOOD_ROW) + "\n" + line + "\n\n  \n" + json.dumps(GOOD_ROW | {"id": "two"}))
+    good, bad, after = read(Manifest(videos, path, Columns(id="id")))
+    assert (good.id, after.id) == ("one", "two")
+    assert (bad.id, bad.kind) == ("row 2", "row") and "line 2" in bad.reason
+
+
+def test_what_is_kept_about_a_video_is_plain_json(videos):
+    row = {"a": 1, "b": "x", "c": True, "d": 1.5, "e": float("nan"), "f": [1], "g": "y" * 2000, "h": "\ud800", "i": None}
+    found = only(videos, "t.jsonl", [GOOD_ROW | row | {"\udc00": 1}], ALL)
+    assert found.about == {"a": 1, "b": "x", "c": True, "d": 1.5, "h": "?", "?": 1}
+    json.dumps(found.about, ensure_ascii=False, allow_nan=False).encode()
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_first_of_equal_ids_is_kept(videos, name):
+    rows = [{"path": f"v{i % 3}.mp4", "caption": f"c{i}"} for i in range(9)]
+    found = read(Manifest(videos, write(videos.parent / name, rows), unit_videos=2))
+    assert [one.caption for one in found[:3]] == ["c0", "c1", "c2"]
+    assert [(one.id, one.kind) for one in found[3:]] == [(f"v{i % 3}.mp4", "duplicate") for i in range(3, 9)]
+
+
+def test_rows_without_ids_are_not_equal(videos):
+    rows = [{"path": "", "caption": "c"}] * 3
+    found = read(Manifest(videos, write(videos.parent / "t.csv", rows)))
+    assert [(one.id, one.kind) for one in found] == [(f"row {i}", "path") for i in (1, 2, 3)]
+
+
+def test_repeated_finds_all_but_the_first():
+    hashes = np.array([5, 0, 7, 5, 0, 5, 2**64 - 1, 7, 2**64 - 1], np.uint64)
+    assert _repeated(hashes).tolist() == [3, 5, 7, 8]
+    assert _repeated(hashes[:1]).tolist() == []
+
+
+def test_names_without_a_suffix_are_completed(videos):
+    (videos / "v1").mkdir()
+    (videos / "b.c.webm").touch()
+    (videos / "plain").touch()
+    rows = [{"path": name, "caption": "c"} for name in ("v0", "v1", "b.c", "plain", "none", "../v0")]
+    found = read(Manifest(videos, write(videos.parent / "t.csv", rows)))
+    assert [one.path.name for one in found[:4]] == ["v0.mp4", "v1.mp4", "b.c.webm", "plain"]
+    assert [one.kind for one in found[4:]] == ["missing", "path"]
+
+
+def test_absolute_paths_and_links_within_the_folder_are_taken(videos):
+    (videos / "link.mp4").symlink_to("v1.mp4")
+    (videos.parent / "elsewhere").symlink_to(videos)
+    rows = [{"path": str(videos / "v0.mp4")}, {"path": "link.mp4"}, {"path": str(videos.parent / "elsewhere/v2.mp4")}]
+    table = write(videos.parent / "t.csv", [row | {"caption": "c"} for row in rows])
+    for root in (videos, videos.parent / "elsewhere"):
+        assert [one.path.read_bytes() for one in read(Manifest(root, table))] == [b"no video"] * 3
+
+
+def rows_of(videos, text, name="t.csv", **options):
+    path = videos.parent / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return read(Manifest(videos, path, **options))
+
+
+def test_line_ends_a_mark_and_blank_lines(videos):
+    for text in (
+        "\ufeffpath,caption\r\nv0.mp4,one\r\n\r\n\r\nv1.mp4,two",
+        "\n\npath,caption\nv0.mp4,one\n\nv1.mp4,two\n\n\n",
+        '"path","caption"\n"v0.mp4","one"\n"v1.mp4","two"\n',
+    ):
+        assert [one.caption for one in rows_of(videos, text)] == ["one", "two"]
+    text = '\ufeff{"path": "v0.mp4", "caption": "one"}\r\n\r\n{"path": "v1.mp4", "caption": "two"}'
+    assert [one.caption for one in rows_of(videos, text, "t.jsonl")] == ["one", "two"]
+
+
+def test_rows_of_other_lengths_and_broken_quotes_are_refused(videos):
+    text = (
+        "path,caption\n"
+        "v0.mp4,one\n"
+        "v1.mp4\n"
+        "v2.mp4,unquoted, comma\n"
+        'v3.mp4,"an end" too early\n'
+        "v4.mp4,a carriage\rreturn\n"
+        'v5.mp4,"two\nlines"\n'
+        'v6.mp4,"an open quote\nv7.mp4,swallowed\n'
+    )
+    found = rows_of(videos, text, unit_videos=2)
+    assert [one.id for one in found] == ["v0.mp4", "row 2", "row 3", "row 4", "row 5", "v5.mp4", "row 7"]
+    assert [one.kind for one in found if isinstance(one, Reject)] == ["row"] * 5
+    assert "line 3: 1 fields, expected 2" in found[1].reason
+    assert "lines 9 to 10" in found[-1].reason
+
+
+def test_an_open_quote_hides_no_more_than_the_limit(videos):
+    lines = [f"v{i % 10}.mp4,c{i}\n" for i in range(20_000)]
+    lines[3] = 'v3.mp4,"never closed\n'
+    found = rows_of(videos, "path,caption\n" + "".join(lines))
+    assert [one.kind for one in found[:4] if isinstance(one, Reject)] == ["row"]
+    assert "are its quotes closed?" in found[3].reason
+    assert found[-1].id == "v9.mp4" and 20_000 - len(found) < ROW_BYTES / 10
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
+def test_rows_that_are_too_long_are_refused(videos, name):
+    rows = [{"path": "v0.mp4", "caption": "a" * 1000}, {"path": "v1.mp4", "caption": "b" * 300_000}]
+    rows += [{"path": "v2.mp4", "caption": "c"}, {"path": "v3.mp4", "caption": "d" * 300_000}]
+    found = read(Manifest(videos, write(videos.parent / name, rows), unit_videos=1))
+    assert [one.id for one in found] == ["v0.mp4", "row 2", "v2.mp4", "row 4"]
+    assert str(ROW_BYTES) in found[1].reason
+
+
+def test_a_limit_that_others_set_for_csv_changes_nothing(videos):
+    text = "path,caption\n" + 'v0.mp4,"' + "a" * 200_000 + '"\nv1.mp4,b\n'
+    before = rows_of(videos, text)
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        assert rows_of(videos, text) == before
+    finally:
+        csv.field_size_limit(limit)
+
+
+def refusal(call, *args, **options):
+    with pytest.raises(UserError) as caught:
+        call(*args, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_missing_columns_are_named_with_those_there_are(videos, name):
+    table = write(videos.parent / name, [{"video": "v0.mp4", "caption": "c"}])
+    message = refusal(Manifest, videos, table)
+    assert name in message and "'path'" in message and "'video', 'caption'" in message
+    assert "--columns=path=COLUMN" in message
+    assert "'shots'" in refusal(Manifest, videos, table, Columns(path="video", cuts="shots"))
+
+
+def test_json_columns_may_be_there_in_some_rows(videos):
+    rows = [{"path": "v0.mp4", "caption": "c"}, {"path": "v1.mp4", "caption": "c", "start": 1}, {"path": "v2.mp4"}]
+    first, second, third = read(Manifest(videos, write(videos.parent / "t.jsonl", rows), Columns(start="start")))
+    assert (first.start, second.start, third.kind) == (None, 1.0, "caption")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "hint"),
+    [
+        ("t.csv", b"", "empty"),
+        ("t.jsonl", b"", "empty"),
+        ("t.parquet", b"", "empty"),
+        ("t.csv", b"\n\n\n", "no rows"),
+        ("t.csv", b"path,caption\n", "no rows"),
+        ("t.jsonl", b"\n", "no rows"),
+        ("t.csv", b"path,caption,path\nv0.mp4,c,d\n", "more than one column 'path'"),
+        ("t.csv", "path,caption\nv0.mp4,caf\u00e9\n".encode("latin1"), "line 2 is not UTF-8 (byte 0xe9)"),
+        ("t.jsonl", b'{"path": "v0.mp4", "caption": "\xff"}', "line 1 is not UTF-8"),
+        ("t.csv", "path,caption\nv0.mp4,c\n".encode("utf-16"), "not UTF-8"),
+        ("t.csv", "path,caption\nv0.mp4,c\n".encode("utf-16-le"), "no column 'path'"),
+        ("t.csv", b'"path,caption\nv0.mp4,c\n', "no header"),
+        ("t.csv", b"\x00" * 300_000, "no header"),
+        ("t.csv", b"a" * 300_000, "no header"),
+        ("t.jsonl", b"[1]\n[2]\n", "no column 'path'"),
+        ("t.parquet", b"PAR1 no parquet", "damaged"),
+        ("t.parquet", b"path,caption\nv0.mp4,c\n", "damaged"),
+        ("t.txt", b"path,caption\n", ".csv .tsv .jsonl"),
+        ("t.json", b"[]", "--manifest=FILE"),
+        ("t", b"path,caption\n", "--videos=FOLDER"),
+    ],
+)
+def test_files_that_are_no_manifests(videos, name, data, hint):
+    path = videos.parent / name
+    path.write_bytes(data)
+    message = refusal(Manifest, videos, path)
+    assert name in message and hint in message
+    assert "--" in message or "header" in message
+
+
+def test_files_that_are_not_there(videos, tmp_path):
+    assert "no such folder" in refusal(Manifest, tmp_path / "none")
+    assert "--manifest=FILE" in refusal(Manifest, videos, tmp_path / "none.csv")
+    (tmp_path / "folder.csv").mkdir()
+    assert "is no file" in refusal(Manifest, videos, tmp_path / "folder.csv")
+    assert "expected 1 or more" in refusal(Manifest, videos, unit_videos=0)
+    assert "span" in repr(Columns(span="timestamp"))
+    assert "start" in refusal(Columns, span="timestamp", start="from")
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_that_changed_is_not_read_on(videos, name):
+    table = write(videos.parent / name, [{"path": "v0.mp4", "caption": "c"}])
+    manifest = Manifest(videos, table)
+    write(table, [{"path": "v0.mp4", "caption": "another"}])
+    assert "was changed" in refusal(lambda: list(manifest.read(0)))
+    table.unlink()
+    assert name in refusal(lambda: list(manifest.read(0)))
+    with pytest.raises(IndexError, match="unit 1 of 1"):
+        list(manifest.read(1))
+
+
+def test_a_repr_says_what_decides_the_entries_and_not_where_they_lie(videos, tmp_path):
+    rows = [{"path": "v0.mp4", "caption": "c"}]
+    one = Manifest(videos, write(tmp_path / "a.csv", rows))
+    (tmp_path / "moved").mkdir()
+    assert repr(Manifest(tmp_path / "moved", write(tmp_path / "b.csv", rows))) == repr(one)
+    assert str(videos) not in repr(one)
+    assert repr(Manifest(videos, write(tmp_path / "c.csv", [rows[0] | {"caption": "d"}]))) != repr(one)
+    assert repr(Manifest(videos, tmp_path / "a.csv", unit_videos=2)) != repr(one)
+    assert repr(Manifest(videos, tmp_path / "a.csv", Columns(id="path"))) != repr(one)
+    parquet = Manifest(videos, write(tmp_path / "a.parquet", rows))
+    assert repr(Manifest(videos, write(tmp_path / "b.parquet", rows * 2))) != repr(parquet)
+
+
+# --- Folders
+
+
+def folder(root, files):
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return root
+
+
+def test_a_folder_is_read_in_the_order_of_names_with_captions_beside(tmp_path):
+    about = {"prompt": "from json", "start": 1, "end": "0:03", "cuts": [2.5], "camera": "static", "path": "ignored"}
+    root = folder(
+        tmp_path / "root",
+        {
+            "b.mp4": "",
+            "b.txt": "\ufeff  a caption\n",
+            "a/z.MKV": "",
+            "a/z.txt": "deep",
+            "a/b/c.webm": "",
+            "a/b/c.json": json.dumps(about),
+            "a/b/c.txt": "not used",
+            "no caption.mov": "",
+            "notes.txt": "no video of this name",
+            ".hidden.mp4": "",
+            ".cache/d.mp4": "",
+        },
+    )
+    manifest = Manifest(root, unit_videos=2)
+    assert (manifest.rows, manifest.units) == (4, 2)
+    deep, upper, plain, none = read(manifest)
+    assert deep == Entry(
+        "a/b/c.webm", root / "a/b/c.webm", "from json", 1.0, 3.0, (2.5,), {"camera": "static"}
+    )
+    assert (upper.id, upper.caption, upper.path) == ("a/z.MKV", "deep", root / "a/z.MKV")
+    assert (plain.id, plain.caption) == ("b.mp4", "a caption")
+    assert (none.id, none.kind) == ("no caption.mov", "caption")
+    assert list(manifest.read(1)) == [plain, none]
+
+
+@pytest.mark.parametrize(
+    ("sidecar", "content", "hint"),
+    [
+        ("a.txt", b"", "no caption"),
+        ("a.txt", b"\xff\xfe", "UTF-8"),
+        ("a.txt", b"x" * 200_000, "at most"),
+        ("a.json", b"", "JSON"),
+        ("a.json", b"[" * 100_000, "JSON"),
+        ("a.json", b"[]", "object"),
+        ("a.json", b'{"title": "x"}', "caption, text, prompt"),
+        ("a.json", b'{"caption": null, "text": "x"}', "caption, text, prompt"),
+        ("a.json", b'{"caption": ["x"]}', "no text"),
+        ("a.json", b'{"caption": "\\ud800"}', "UTF-8"),
+    ],
+)
+def test_bad_captions_beside_a_video(tmp_path, sidecar, content, hint):
+    (found,) = read(Manifest(folder(tmp_path, {"a.mp4": "", sidecar: content})))
+    assert (found.id, found.kind) == ("a.mp4", "caption") and hint in found.reason
+
+
+def test_bad_times_beside_a_video(tmp_path):
+    (found,) = read(Manifest(folder(tmp_path, {"a.mp4": "", "a.json": '{"caption": "c", "end": "x"}'})))
+    assert found.kind == "time"
+
+
+def test_links_pipes_and_odd_names_in_a_folder(tmp_path):
+    root = folder(tmp_path / "root", {"a.mp4": "", "a.txt": "c", "dir.mp4/b.mp4": "", "dir.mp4/b.txt": "c"})
+    folder(tmp_path, {"secret.txt": "secret", "out.mp4": "", "out/e.mp4": ""})
+    (root / "link.mp4").symlink_to(tmp_path / "out.mp4")
+    (root / "s.mp4").touch()
+    (root / "s.txt").symlink_to(tmp_path / "secret.txt")
+    (root / "t.mp4").touch()
+    os.mkfifo(root / "t.txt")
+    os.mkfifo(root / "u.mp4")
+    (root / "inner").symlink_to(root / "dir.mp4")
+    (root / "outer").symlink_to(tmp_path / "out")
+    (root / "self").symlink_to(root)
+    (root / "gone.mp4").symlink_to("nowhere")
+    with open(os.fsencode(root) + b"/w\xff.mp4", "wb"):
+        pass
+    found = {one.id: one for one in read(Manifest(root))}
+    assert {name for name, one in found.items() if isinstance(one, Entry)} == {"a.mp4", "dir.mp4/b.mp4"}
+    kinds = {name: one.kind for name, one in found.items() if isinstance(one, Reject)}
+    assert kinds == {
+        "link.mp4": "path",
+        "s.mp4": "caption",
+        "t.mp4": "caption",
+        "u.mp4": "path",
+        "inner": "path",
+        "outer": "path",
+        "self": "path",
+        "gone.mp4": "missing",
+        "row 11": "path",
+    }
+    assert "secret" not in found["s.mp4"].reason.replace("secret.txt", "")
+
+
+def test_a_folder_deeper_than_python_recurses(tmp_path):
+    here = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(1100):
+        os.mkdir("d", dir_fd=here)
+        here, above = os.open("d", os.O_RDONLY, dir_fd=here), here
+        os.close(above)
+    os.close(os.open("a.mp4", os.O_CREAT, dir_fd=here))
+    os.close(here)
+    (found,) = read(Manifest(tmp_path))
+    assert found.id.endswith("/d/a.mp4") and found.kind == "caption"
+
+
+def test_a_folder_without_videos(tmp_path):
+    folder(tmp_path, {"a.txt": "", "b.jpg": ""})
+    message = refusal(Manifest, tmp_path)
+    assert ".mp4" in message and "--videos=FOLDER" in message
+
+
+def test_a_folder_is_known_by_names_sizes_and_captions(tmp_path):
+    files = {"a.mp4": "12", "a.txt": "one", "b.mp4": "3", "b.json": '{"text": "two"}'}
+    known = repr(Manifest(folder(tmp_path / "0", files)))
+    assert repr(Manifest(folder(tmp_path / "1", files | {"notes.md": "x"}))) == known
+    changes = [{"a.mp4": "123"}, {"a.txt": "uno"}, {"b.json": '{"text": "due"}'}, {"c.mp4": ""}, {"a.json": "{}"}]
+    seen = {known} | {repr(Manifest(folder(tmp_path / f"c{i}", files | c))) for i, c in enumerate(changes)}
+    assert len(seen) == 1 + len(changes)
+
+
+# --- Parquet
+
+
+def test_parquet_of_other_types(videos):
+    table = pa.table(
+        {
+            "path": pa.array(["v0.mp4", "v1.mp4", None]).dictionary_encode(),
+            "caption": pa.array(["a", "b", "c"], pa.large_string()),
+            "id": pa.array([1, 2, None], pa.int16()),
+            "start": pa.array([0.5, None, 1], pa.float32()),
+            "cuts": pa.array([[1.0, 2.0], None, []]),
+            "frames": pa.array([[b"x" * 100]] * 3),
+            "when": pa.array([10**18] * 3, pa.timestamp("ns")),
+        }
+    )
+    path = videos.parent / "t.parquet"
+    pq.write_table(table, path)
+    first, second, third = read(Manifest(videos, path, Columns(id="id", start="start", cuts="cuts")))
+    assert (first.id, first.start, first.cuts, first.about) == ("1", 0.5, (1.0, 2.0), {})
+    assert (second.id, second.start, second.cuts) == ("2", None, ())
+    assert third.kind == "id"
+
+
+def test_parquet_columns_that_hold_no_text(videos):
+    path = videos.parent / "t.parquet"
+    pq.write_table(pa.table({"path": [{"bytes": b"x", "path": "v0.mp4"}], "caption": ["c"]}), path)
+    message = refusal(Manifest, videos, path)
+    assert "struct<" in message and "--columns=path=COLUMN" in message
+
+
+def test_parquet_text_that_is_not_utf8(videos):
+    bad = pa.StringArray.from_buffers(2, pa.py_buffer(np.array([0, 2, 3], np.int32)), pa.py_buffer(b"\xff\xfec"))
+    path = videos.parent / "t.parquet"
+    pq.write_table(pa.table({"path": ["v0.mp4", "v1.mp4"], "caption": bad}), path)
+    first, second = read(Manifest(videos, path))
+    assert (first.kind, second.caption) == ("row", "c") and "'caption'" in first.reason
+
+
+def test_a_damaged_part_of_a_parquet_file_costs_its_rows(videos):
+    rows = [{"path": f"v{i % 10}.mp4", "id": i, "caption": f"caption {i} " + "x" * 50} for i in range(40)]
+    path = videos.parent / "t.parquet"
+    pq.write_table(
+        pa.Table.from_pylist(rows), path, row_group_size=10, use_dictionary=False, write_page_checksum=True
+    )
+    data = bytearray(path.read_bytes())
+    where = data.index(b"caption 25 " if b"caption 25 " in data else b"caption 25")
+    data[where] ^= 0xFF
+    path.write_bytes(data)
+    manifest = Manifest(videos, path, Columns(id="id"), unit_videos=5)
+    found = {unit: list(manifest.read(unit)) for unit in (5, 0, 7, 4, 6, 3)}
+    bad = [unit for unit, some in found.items() if any(isinstance(one, Reject) for one in some)]
+    assert sorted(bad) == [4, 5]
+    assert all(one.kind == "row" for unit in bad for one in found[unit])
+    assert [one.id for one in found[7]] == [str(i) for i in range(35, 40)]
+
+
+# --- Size
+
+
+def big(path, rows):
+    """A CSV with line breaks within captions."""
+    with path.open("w", newline="") as file:
+        file.write("path,caption,score\r\n")
+        for i in range(rows):
+            file.write(f'folder/v{i}.mp4,"caption {i}, with a ""quote"" and\na line break of the clip",{i / 7:.4f}\r\n')
+    return path
+
+
+def check_size(videos, rows):
+    path = big(videos.parent / "big.csv", rows)
+    tracemalloc.start()
+    try:
+        manifest = Manifest(videos, path)
+        kept, peak = tracemalloc.get_traced_memory()
+        assert (manifest.rows, manifest.units) == (rows, -(-rows // 64))
+        rng = random.Random(0)
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        for unit in rng.sample(range(manifest.units), 100):
+            for i, one in enumerate(manifest.read(unit), 64 * unit):
+                assert (one.id, one.kind) == (f"folder/v{i}.mp4", "missing")
+        reading = tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+    assert peak < (1 << 20) + 32 * rows, peak
+    assert kept < (1 << 19) + rows, kept
+    assert reading < 1 << 20, reading
+    return manifest, peak
+
+
+def test_memory_hardly_grows_with_the_rows(videos):
+    check_size(videos, 50_000)
+
+
+@pytest.mark.long
+def test_a_million_rows(videos):
+    manifest, peak = check_size(videos, 1_000_000)
+    print(f"a million rows: {peak / 2**20:.1f} MiB at the peak")
+    start = time.perf_counter()
+    sequential = list(manifest._table.rows(next(iter([_place(manifest, 0)])), manifest.rows))
+    print(f"read in {time.perf_counter() - start:.1f} s")
+    for unit in random.Random(1).sample(range(manifest.units), 1000):
+        count = min(64, manifest.rows - 64 * unit)
+        rows = list(manifest._table.rows(_place(manifest, unit), count))
+        assert rows == sequential[64 * unit : 64 * unit + count]
+
+
+def _place(manifest, unit):
+    from vpae_jax.data.tables import Place
+
+    return Place(*manifest._places[unit].tolist())
+
+
+def test_units_of_one_large_row_group_cost_one_pass(videos):
+    rows = 200_000
+    path = videos.parent / "t.parquet"
+    table = pa.table({"path": [f"v{i}.mp4" for i in range(rows)], "caption": [f"caption {i}" for i in range(rows)]})
+    pq.write_table(table, path, row_group_size=rows)
+    manifest = Manifest(videos, path)
+    start = time.perf_counter()
+    list(manifest.read(manifest.units - 1))
+    alone = time.perf_counter() - start
+    start = time.perf_counter()
+    for unit in range(manifest.units - 100, manifest.units, 3):
+        assert next(iter(manifest.read(unit))).id == f"v{64 * unit}.mp4"
+    assert time.perf_counter() - start < 10 * alone + 1
