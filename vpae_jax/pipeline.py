@@ -27,7 +27,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
@@ -113,9 +113,17 @@ class Pipeline:
         Raises:
           UserError: a prompt with more tokens than the tokenizer's `model_max_length`.
         """
-        ids, mask = tokenize(self.tokenizer, [clean_prompt(prompt) for prompt in prompts])
+        ids, mask = self.tokenize(prompts)
         states = sampling.apply(self.text_encoder, jnp.asarray(ids), jnp.asarray(mask))
         return jnp.where(mask[..., None], states, 0), jnp.asarray(mask)
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Int[np.ndarray, "b s"], Bool[np.ndarray, "b s"]]:
+        """What of prompts the text encoder reads: their cleaned text's tokens, and the mask that is true at them.
+
+        Raises:
+          UserError: a prompt with more tokens than the tokenizer's `model_max_length`.
+        """
+        return tokenize(self.tokenizer, [clean_prompt(prompt) for prompt in prompts])
 
     def encode_image(self, pictures: Pictures) -> Float[Array, "b n e"]:
         """Image-encoder states of uint8 pictures of any size.

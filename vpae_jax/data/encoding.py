@@ -35,7 +35,7 @@ from vpae_jax.data.progress import Progress
 from vpae_jax.data.records import INDEX
 from vpae_jax.data.source import Clip, Reject, Source
 from vpae_jax.data.units import Units
-from vpae_jax.types import Latents
+from vpae_jax.types import Latents, UserError
 
 T = TypeVar("T")
 # Of each unit, so many clips are shown in the summary.
@@ -62,6 +62,7 @@ class Encoders(Protocol):
     def defaults(self) -> Any: ...
     @property
     def takes_image(self) -> bool: ...
+    def tokenize(self, prompts: Sequence[str]) -> Any: ...
     def encode_prompt(self, prompts: Sequence[str]) -> Any: ...
     def condition(
         self, prompts: Sequence[str], pictures: Any, num_frames: int | None, height: int | None, width: int | None
@@ -117,7 +118,13 @@ def encode(
     if pending:
         copies = [encoders.on(device) for device in devices or jax.local_devices()]
         runs = [partial(_encode, encoders=copy, batch_size=batch_size) for copy in copies]
-        write_units(units, pending, source.read, runs, batch_size, lambda clip: clip.video.shape)
+
+        def read(unit: int) -> Iterator[Clip | Reject]:
+            return (
+                fitting(item, item.caption, encoders) if isinstance(item, Clip) else item for item in source.read(unit)
+            )
+
+        write_units(units, pending, read, runs, batch_size, lambda clip: clip.video.shape)
     return finish(units, encoders)
 
 
@@ -221,6 +228,15 @@ def _encode(clips: list[Clip], encoders: Encoders, batch_size: int) -> list[Enco
         about = {"caption": clip.caption, **clip.about}
         result.append(Encoded(clip.id, {name: x[row] for name, x in arrays.items()}, about, clip.video))
     return result
+
+
+def fitting(item: T, caption: str, encoders: Encoders) -> T | Reject:
+    """The item, or a reject if its caption has more tokens than the text encoder reads."""
+    try:
+        encoders.tokenize([caption])
+    except UserError as error:
+        return Reject(getattr(item, "id"), "caption", str(error))
+    return item
 
 
 def arrays_of(latents: Any, condition: Any) -> dict[str, np.ndarray]:
