@@ -51,7 +51,8 @@ class Guard:
         videos = np.stack([item["video"] for item in items])
         given = [i >= config.clips for i in range(count)]
         captions = [item["caption"] for item in items]
-        self.generation = Generation(pipeline, captions, videos[:, 0] if pipeline.takes_image else None, given, SEED)
+        pictures = videos[:, 0] if pipeline.takes_image else None
+        self.generation = Generation.of_prompts(pipeline, captions, pictures, given, SEED)
         found = features(videos)
         self.scale = FeatureScale.of(found)
         self.real = self.scale(found)

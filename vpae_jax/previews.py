@@ -13,13 +13,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 
 from vpae_jax import sharding
 from vpae_jax.data.video import write_contact_sheet, write_video
 from vpae_jax.pipeline import Pipeline
 from vpae_jax.processes import everywhere
-from vpae_jax.types import Condition, Params
+from vpae_jax.types import Batch, Condition, Latents, Params
 
 Clips = UInt8[np.ndarray, "b t height width 3"]
 
@@ -39,10 +39,10 @@ class Generation:
     Where these lie on the devices of several processes, all of them call it, and all get the clips.
 
     Args:
-      pipeline: encodes the conditions, holds the decoder.
-      captions: one a clip.
-      pictures: first frames of the clips, or None for text-to-video alone.
-      given: which clips get their picture; the others are text-to-video.
+      pipeline: holds the transformer's shapes and the decoder.
+      condition: one a clip.
+      null_text, null_mask: the negative prompt, one for all.
+      shape: of the latents of one clip.
       seed: decides the noise.
       batch: clips generated at once.
     """
@@ -50,20 +50,43 @@ class Generation:
     def __init__(
         self,
         pipeline: Pipeline,
+        condition: Condition,
+        null_text: Float[Array, "1 s d"],
+        null_mask: Bool[Array, "1 s"],
+        shape: tuple[int, ...],
+        seed: int,
+        batch: int = 64,
+    ):
+        self.pipeline, self.batch, self.condition = pipeline.without_encoders(), batch, condition
+        self.null_text, self.null_mask = null_text, null_mask
+        self.noise = jax.random.normal(jax.random.key(seed), (len(condition.text), *shape))
+
+    @classmethod
+    def of_prompts(
+        cls,
+        pipeline: Pipeline,
         captions: Sequence[str],
         pictures: UInt8[np.ndarray, "b height width 3"] | None,
         given: Sequence[bool],
         seed: int,
-        batch: int = 64,
-    ):
-        self.pipeline, self.batch = pipeline.without_encoders(), batch
+    ) -> Generation:
+        """From what the pipeline's encoders make of captions and pictures, in clips of the model's own size.
+
+        Args:
+          pictures: first frames of the clips, or None for text-to-video alone.
+          given: which clips get their picture; the others are text-to-video.
+        """
         condition = pipeline.condition(list(captions), pictures)
         if pictures is not None:
             condition = replace(condition, image=_keep(condition.image, given), frames=_keep(condition.frames, given))
-        self.condition = condition
-        text, mask = pipeline.encode_prompt([""])
-        self.null_text, self.null_mask = text, mask
-        self.noise = jax.random.normal(jax.random.key(seed), pipeline.latent_shape(len(captions)))
+        null_text, null_mask = pipeline.encode_prompt([pipeline.defaults.negative_prompt])
+        return cls(pipeline, condition, null_text, null_mask, pipeline.latent_shape(1)[1:], seed)
+
+    @classmethod
+    def of_batch(cls, pipeline: Pipeline, batch: Batch, seed: int) -> Generation:
+        """From the conditions of encoded clips; one at a time, since such clips may be large."""
+        null_text, null_mask = batch.null_text[None], batch.null_mask[None]
+        return cls(pipeline, batch.condition, null_text, null_mask, batch.latents.shape[1:], seed, batch=1)
 
     def __call__(self, params: Params, sampler: Sampler) -> Clips:
         """Clips of these weights."""
@@ -80,9 +103,14 @@ class Generation:
                 guidance=sampler.guidance,
                 shift=sampler.shift,
             )
-            here = jnp.asarray(np.asarray(everywhere(latents)))  # the decoder is each process's own
-            clips.append(np.asarray(pipeline.decode(here)))
+            clips.append(self.decode(latents))
         return np.concatenate(clips)
+
+    def decode(self, latents: Latents) -> Clips:
+        """Pixels of latents; the decoder is each process's own."""
+        here = jnp.asarray(np.asarray(everywhere(latents)))
+        parts = [self.pipeline.decode(here[i : i + self.batch]) for i in range(0, len(here), self.batch)]
+        return np.concatenate([np.asarray(part) for part in parts])
 
     def _unconditional(self, condition: Condition) -> Condition:
         return replace(
