@@ -14,32 +14,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
 
 from vpae_jax import products, sharding
 from vpae_jax.config import Experiment
 from vpae_jax.convert.settings import Scheduler
 from vpae_jax.data.digits import MovingDigits, check_size
-from vpae_jax.data.latents import encode_clips
-from vpae_jax.data.pipeline import captioned_batches, latent_batches, pixel_batches
-from vpae_jax.data.records import LatentRecords
 from vpae_jax.guard import Guard
+from vpae_jax.inputs import Sources, make_batches, open_records, renders
 from vpae_jax.methods import make_method
 from vpae_jax.methods.base import Method
 from vpae_jax.models import presets
 from vpae_jax.pipeline import Pipeline, load_pipeline
 from vpae_jax.preemption import Stop, never
-from vpae_jax.previews import Generation, Sampler, write_previews
+from vpae_jax.previews import Clips, Generation, Sampler, preview_of_digits, preview_of_records, write_previews
 from vpae_jax.processes import as_first_says, first_alone, is_first, say, to_host
 from vpae_jax.train.checkpoint import CONFIG_FILE, guard_config, latest_step
 from vpae_jax.train.loop import Hook, train
 from vpae_jax.train.optim import make_optimizer
 from vpae_jax.train.roles import check_roles
 from vpae_jax.train.state import TrainState, abstract, create
-from vpae_jax.types import CaptionedFrames, Params, PixelBatch, UserError
+from vpae_jax.types import Batch, CaptionedFrames, Params, PixelBatch, UserError
 from vpae_jax.weights import (
     Blueprint,
     draw_up,
@@ -52,8 +47,6 @@ from vpae_jax.weights import (
 
 # What may differ between two runs in one workdir: how long and how often, never what is computed.
 FREE = ("steps", "accumulation", "mesh", "log_every", "sample_every", "checkpoint_every", "keep", "guard")
-PREVIEW_CLIPS = 8
-PREVIEW_SEED = 7
 # Roles that a run's model directory is made from.
 PRODUCTS = ("generator", "vae", "encoders")
 
@@ -81,7 +74,8 @@ def run(experiment: Experiment, workdir: Path, devices: Sequence[Any] | None = N
         source = resolve_model(experiment.model.path, workdir)
         pipeline = load_pipeline(source, jnp.dtype(experiment.model.dtype), with_transformer=False)
         made, transformer = pipeline.defaults, pipeline.transformer.config
-        check_size(str(source), made.num_frames, made.height, made.width)
+        if renders(experiment):
+            check_size(str(source), made.num_frames, made.height, made.width)
     continuing = as_first_says("continuing", latest_step(workdir) is not None)
     blueprint = draw_up(experiment, method, mesh, transformer)
     optimizers = {role: make_optimizer(experiment.optimizers[role]) for role in blueprint.trained}
@@ -94,11 +88,14 @@ def run(experiment: Experiment, workdir: Path, devices: Sequence[Any] | None = N
         say(f"{experiment.name} starts from step {previous_step} of {folder} ({kind} weights)")
     first_alone("config", partial(claim, experiment, workdir))
 
-    guard = Guard(pipeline, workdir, experiment.guard) if pipeline is not None and experiment.guard.enabled else None
+    guard = make_guard(experiment, workdir, pipeline)
     if guard is not None and not continuing:
         guard.begin(previous_step)
-    hooks = make_hooks(experiment, method, workdir, pipeline, guard, frozen)
-    batches = make_batches(experiment, method, workdir, pipeline, mesh)
+    records: Sources = ()
+    if pipeline is not None and method.batch is Batch:
+        records = open_records(experiment, workdir, pipeline)
+    hooks = make_hooks(experiment, method, workdir, pipeline, guard, frozen, records)
+    batches = make_batches(experiment, method, pipeline, mesh, records)
     del pipeline  # and with it the encoders: hooks keep what they need
     if continuing:
         state = abstract(blueprint.trained, method.roles, optimizers)
@@ -134,7 +131,7 @@ def check_settings(experiment: Experiment, method: Method) -> None:
     of a method that trains no generator."""
     if experiment.guard.enabled and "generator" not in method.roles:
         raise UserError("config.guard.enabled is True, but the method trains no generator to score; switch it off")
-    if experiment.batch_size > experiment.data.clips:
+    if renders(experiment) and experiment.batch_size > experiment.data.clips:
         raise UserError(
             f"config.batch_size is {experiment.batch_size}, but config.data.clips is {experiment.data.clips}; "
             "lower the one or raise the other"
@@ -159,19 +156,14 @@ def starting_generator(
     return read_pretrained(source, like)
 
 
-def make_batches(
-    experiment: Experiment, method: Method, workdir: Path, pipeline: Pipeline | None, mesh: Mesh
-) -> grain.DatasetIterator:
-    """This process's part of the batches that the method trains on; encodes the clips first where these are latents."""
-    data = experiment.data
-    clips = MovingDigits("train", data.clips, data.seed)
-    how = (experiment.batch_size, experiment.seed, data.workers, sharding.own_rows(mesh, experiment.batch_size))
-    if pipeline is None:
-        return pixel_batches(clips, *how)
-    if method.batch is CaptionedFrames:
-        return captioned_batches(clips, pipeline.tokenizer, *how)
-    folder = first_alone("encoded", partial(encode_clips, clips, pipeline, resolve(data.folder, workdir)))
-    return latent_batches(LatentRecords(folder), *how)
+def make_guard(experiment: Experiment, workdir: Path, pipeline: Pipeline | None) -> Guard | None:
+    """The guard, where it is switched on and knows the clips: it scores generated digits."""
+    if pipeline is None or not experiment.guard.enabled:
+        return None
+    if not renders(experiment):
+        say("guard: off, since it scores digits alone; the run's last weights will be its model directory")
+        return None
+    return Guard(pipeline, workdir, experiment.guard)
 
 
 def make_hooks(
@@ -181,33 +173,30 @@ def make_hooks(
     pipeline: Pipeline | None,
     guard: Guard | None,
     frozen: Mapping[str, Params],
+    records: Sources,
 ) -> tuple[Hook, ...]:
     """Scores of the guard and previews of the generator, for a run that has one."""
     hooks = []
     if guard is not None:
         hooks.append(Hook(experiment.guard.every, lambda step, state: guard.score(step, _average(state))))
     if pipeline is not None and "generator" in method.roles and experiment.sample_every:
-        hooks.append(Hook(experiment.sample_every, make_preview(experiment, workdir, pipeline, frozen.get("teacher"))))
+        real, generation = preview_of_digits(pipeline) if renders(experiment) else preview_of_records(pipeline, records)
+        preview = make_preview(experiment, workdir, pipeline.defaults.fps, real, generation, frozen.get("teacher"))
+        hooks.append(Hook(experiment.sample_every, preview))
     return tuple(hooks)
 
 
 def make_preview(
-    experiment: Experiment, workdir: Path, pipeline: Pipeline, teacher: Params | None
+    experiment: Experiment, workdir: Path, fps: float, real: Clips, generation: Generation, teacher: Params | None
 ) -> Callable[[int, TrainState], Mapping[str, float]]:
     """Writes clips of the data, the teacher, the generator and its average, side by side."""
-    clips = MovingDigits("eval", PREVIEW_CLIPS, PREVIEW_SEED)
-    items = [clips[i] for i in range(PREVIEW_CLIPS)]
-    pictures = np.stack([item["video"][0] for item in items]) if pipeline.takes_image else None
-    given = [i >= PREVIEW_CLIPS // 2 for i in range(PREVIEW_CLIPS)]
-    generation = Generation(pipeline, [item["caption"] for item in items], pictures, given, PREVIEW_SEED)
     shift = experiment.sample_shift
     sampler = Sampler(experiment.generator_nfe, 1.0, shift)
     if experiment.generator_nfe > 1:
         sampler = Sampler(experiment.generator_nfe, experiment.sample_guidance, shift)
-    rows: dict[str, Any] = {"data": np.stack([item["video"] for item in items])}
+    rows: dict[str, Any] = {"data": real}
     if teacher is not None:
         rows["teacher, 100 evaluations"] = generation(teacher, Sampler(50, experiment.sample_guidance, shift))
-    fps = pipeline.defaults.fps
 
     def preview(step: int, state: TrainState) -> Mapping[str, float]:
         made = dict(rows)

@@ -6,6 +6,7 @@ same at every interval, so that the pictures of a run can be flipped through.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,12 +17,20 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
 from vpae_jax import sharding
+from vpae_jax.data.digits import MovingDigits
+from vpae_jax.data.pipeline import latent_batches
 from vpae_jax.data.video import write_contact_sheet, write_video
+from vpae_jax.inputs import Sources
 from vpae_jax.pipeline import Pipeline
 from vpae_jax.processes import everywhere
 from vpae_jax.types import Batch, Condition, Latents, Params
 
 Clips = UInt8[np.ndarray, "b t height width 3"]
+
+CLIPS = 8
+SEED = 7
+# Clips of more latent points than these are large, and fewer are shown.
+POINTS, LARGE_CLIPS = 4096, 2
 
 
 @dataclass(frozen=True)
@@ -118,6 +127,27 @@ class Generation:
             text=jnp.broadcast_to(self.null_text, condition.text.shape),
             text_mask=jnp.broadcast_to(self.null_mask, condition.text_mask.shape),
         )
+
+
+def preview_of_digits(pipeline: Pipeline) -> tuple[Clips, Generation]:
+    """Held-out clips, and what is generated for their captions; half of them with the first frame where the model takes
+    one."""
+    clips = MovingDigits("eval", CLIPS, SEED)
+    items = [clips[i] for i in range(CLIPS)]
+    videos = np.stack([item["video"] for item in items])
+    pictures = videos[:, 0] if pipeline.takes_image else None
+    given = [i >= CLIPS // 2 for i in range(CLIPS)]
+    captions = [item["caption"] for item in items]
+    return videos, Generation.of_prompts(pipeline, captions, pictures, given, SEED)
+
+
+def preview_of_records(pipeline: Pipeline, records: Sources) -> tuple[Clips, Generation]:
+    """Some clips that are trained on, as they are decoded, and what is generated for their conditions."""
+    shapes = [shape for source, _ in records for shape in source.shapes]
+    count = CLIPS if max(math.prod(shape[:3]) for shape in shapes) <= POINTS else LARGE_CLIPS
+    batch = next(latent_batches(records, min(count, sum(len(source) for source, _ in records)), SEED))
+    generation = Generation.of_batch(pipeline, batch, SEED)
+    return generation.decode(batch.latents), generation
 
 
 def write_previews(folder: Path, step: int, rows: Mapping[str, Clips], fps: float) -> Path:

@@ -235,7 +235,7 @@ def fitting(item: T, caption: str, encoders: Encoders) -> T | Reject:
     try:
         encoders.tokenize([caption])
     except UserError as error:
-        return Reject(getattr(item, "id"), "caption", str(error))
+        return Reject(item.id, "caption", str(error))
     return item
 
 
