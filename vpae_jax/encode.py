@@ -20,12 +20,17 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from vpae_jax import cli, distributed
-from vpae_jax.data import buckets
+from vpae_jax import cli, distributed, sharding
+from vpae_jax.config import MeshConfig
+from vpae_jax.data import buckets, synthetic
+from vpae_jax.data.captions import Captions
 from vpae_jax.data.datasets import parse_columns
 from vpae_jax.data.encoding import describe, encode
 from vpae_jax.data.filters import Filters
-from vpae_jax.data.manifest import Manifest
+from vpae_jax.data.manifest import Columns, Manifest
+from vpae_jax.data.records import read_index
+from vpae_jax.data.summary import write_summary
+from vpae_jax.data.synthetic import Recipe
 from vpae_jax.data.units import Units
 from vpae_jax.data.videos import VideoClips
 from vpae_jax.pipeline import Pipeline, load_pipeline
@@ -70,6 +75,15 @@ def parser() -> cli.Parser:
     add("--workers", type=int, default=os.cpu_count(), help="processes that decode; the processors by default")
     add("--timeout", type=float, default=120.0, help="seconds after which decoding a clip is given up; 120 by default")
     add("--dtype", choices=cli.DTYPES, default="bfloat16", help="of the text and image encoder; the VAE is float32")
+    add(
+        "--captions", type=Path, help="file of captions for the teacher: .txt with one a line, or a table as --manifest"
+    )
+    add("--teacher", help="model that makes the clips of --captions; --model by default")
+    add("--steps", type=int, help="its network evaluations, twice as many with guidance; as its author samples it")
+    add("--guidance", type=float, help="w of v_u + w (v_c - v_u); as its author samples it")
+    add("--solver", choices=("euler", "unipc"), help="how the steps are taken; as its author samples it")
+    add("--shift", type=float, help="of the time grid; as its author samples it")
+    add("--seed", type=int, default=0, help="of the first caption's noise, each has the next one; 0 by default")
     add("--process_id", type=int, help="which of several processes this is, from 0")
     add("--num_processes", type=int, help="how many share the work")
     defaults = {field.name: field.default for field in dataclasses.fields(Filters)}
@@ -80,15 +94,52 @@ def parser() -> cli.Parser:
 
 def main(argv: list[str]) -> None:
     given = parser().parse_args(argv)
-    process, processes = place(given)
+    if (given.videos is None) == (given.captions is None):
+        raise UserError("give either --videos, to encode these, or --captions, for a teacher to make clips for")
+    share = place(given)
     pipeline = load_pipeline(given.model, jnp.dtype(given.dtype), with_transformer=False)
+    done = from_captions(given, pipeline, *share) if given.videos is None else from_videos(given, pipeline, *share)
+    if not done:
+        print(f"this process has done its share; {given.output} is complete when the others have")
+        return
+    index = read_index(given.output)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in index["rejects"].items())
+    page = write_summary(given.output)
+    print(f"records: {given.output}: {index['count']} clips" + (f"; rejected: {kinds}" if kinds else ""))
+    print(f"summary: {page}")
+
+
+def from_videos(given: argparse.Namespace, pipeline: Pipeline, process: int, processes: int) -> bool:
+    """Encodes videos; whether all units are done."""
     with clips(given, pipeline) as source:
         units = Units(given.output, describe(source, pipeline), source.units)
-        done = encode(source, pipeline, units, given.batch, process, processes)
-    if done:
-        print(f"records: {given.output}")
-    else:
-        print(f"this process has done its share; {given.output} is complete when the others have")
+        return encode(source, pipeline, units, given.batch, process, processes)
+
+
+def from_captions(given: argparse.Namespace, pipeline: Pipeline, process: int, processes: int) -> bool:
+    """Has a teacher make clips; whether all units are done."""
+    columns = Columns() if given.columns is None else parse_columns(given.columns)
+    captions = Captions(given.captions, columns.caption, given.unit)
+    mesh = (
+        sharding.make_mesh(MeshConfig(fsdp=1, context=-1), jax.local_devices())
+        if jax.local_device_count() > 1
+        else None
+    )
+    teacher = load_pipeline(given.teacher or given.model, jnp.dtype(given.dtype), mesh)
+    advised, own = teacher.scheduler, pipeline.defaults
+    sizes = buckets.parse(given.buckets, max(pipeline.units)) if given.buckets else ((own.height, own.width),)
+    recipe = Recipe(
+        steps=given.steps or advised.steps,
+        guidance=advised.guidance if given.guidance is None else given.guidance,
+        solver=given.solver or advised.solver,
+        shift=advised.shift if given.shift is None else given.shift,
+        seed=given.seed,
+        num_frames=given.num_frames or own.num_frames,
+        height=sizes[0][0],
+        width=sizes[0][1],
+    )
+    units = Units(given.output, synthetic.describe(captions, pipeline, teacher, recipe), captions.units)
+    return synthetic.synthesise(captions, pipeline, teacher, recipe, units, given.batch, mesh, process, processes)
 
 
 def place(given: argparse.Namespace) -> tuple[int, int]:
@@ -118,8 +169,6 @@ def clips(given: argparse.Namespace, pipeline: Pipeline) -> VideoClips:
     Raises:
       UserError: a flag that is missing or makes no sense.
     """
-    if given.videos is None:
-        raise UserError("--videos is missing; name the folder of the videos")
     if given.columns is not None and given.manifest is None:
         raise UserError("--columns says how to read a manifest; give --manifest=FILE, or leave it out")
     columns = None if given.columns is None else parse_columns(given.columns)

@@ -42,6 +42,9 @@ T = TypeVar("T")
 SHOWN = 4
 # Pixels of the longer side of a frame there.
 SHOWN_SIDE = 160
+LONGEST = 300  # characters of a caption
+# What it knows of every clip, where it was measured.
+MEASURED = ("motion", "brightness", "black", "start", "fps", "seed")
 
 
 @runtime_checkable
@@ -118,13 +121,14 @@ def encode(
     if pending:
         copies = [encoders.on(device) for device in devices or jax.local_devices()]
         runs = [partial(_encode, encoders=copy, batch_size=batch_size) for copy in copies]
-
-        def read(unit: int) -> Iterator[Clip | Reject]:
-            return (
-                fitting(item, item.caption, encoders) if isinstance(item, Clip) else item for item in source.read(unit)
-            )
-
-        write_units(units, pending, read, runs, batch_size, lambda clip: clip.video.shape)
+        write_units(
+            units,
+            pending,
+            lambda unit: fitting(source.read(unit), encoders),
+            runs,
+            batch_size,
+            lambda clip: clip.video.shape,
+        )
     return finish(units, encoders)
 
 
@@ -253,9 +257,15 @@ def arrays_of(latents: Any, condition: Any) -> dict[str, np.ndarray]:
 
 def note(item: Encoded, shown: bool) -> dict[str, Any]:
     """What the summary of an encoding (`data.summary`) knows of a clip: a picture of some, and what was measured."""
-    plain = {name: value for name, value in item.about.items() if isinstance(value, int | float | str | list)}
+    kept = {name: item.about[name] for name in MEASURED if name in item.about}
     picture = {"picture": strip(item.video)} if shown else {}
-    return {"id": item.id, "frames": len(item.video), **plain, **picture}
+    return {
+        "id": item.id,
+        "caption": item.about["caption"][:LONGEST],
+        "size": list(item.video.shape),
+        **kept,
+        **picture,
+    }
 
 
 def strip(video: UInt8[np.ndarray, "t height width 3"]) -> str:
@@ -278,17 +288,21 @@ def fingerprint(encoders: Encoders) -> str:
     digest = hashlib.sha256()
     models = (encoders.vae, encoders.text_encoder, encoders.image_encoder)
     for model in models:
-        if model is None:
-            continue
-        digest.update(repr(model.config).encode())
-        for path, value in jax.tree_util.tree_flatten_with_path(nnx.split(model, nnx.Param, ...)[1])[0]:
-            host = np.asarray(value).astype(ml_dtypes.bfloat16)
-            digest.update(f"{jax.tree_util.keystr(path)} {host.shape}".encode())
-            digest.update(host.tobytes())
+        if model is not None:
+            add_weights(digest, model)
     tokenizer = encoders.tokenizer
     digest.update(repr((sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length)).encode())
     digest.update(repr((encoders.image_processor, encoders.defaults.negative_prompt)).encode())
     return digest.hexdigest()[:16]
+
+
+def add_weights(digest: Any, model: Any) -> None:
+    """Takes a model's config and weights, as bfloat16, into a `hashlib` digest."""
+    digest.update(repr(model.config).encode())
+    for path, value in jax.tree_util.tree_flatten_with_path(nnx.split(model, nnx.Param, ...)[1])[0]:
+        host = np.asarray(value).astype(ml_dtypes.bfloat16)
+        digest.update(f"{jax.tree_util.keystr(path)} {host.shape}".encode())
+        digest.update(host.tobytes())
 
 
 def encode_video(vae: nnx.Module, video: UInt8[np.ndarray, "b t height width 3"]) -> Latents:

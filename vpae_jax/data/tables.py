@@ -157,6 +157,23 @@ class TextTable:
                 yield place, Refused("row", f"{_span(place, lines)}: no JSON object")
 
 
+def lines_of(
+    path: Path, known: tuple[int, int], place: Place, digest: Digest | None
+) -> Iterator[tuple[Place, str | Refused]]:
+    """The lines of an unchanged file from a place on; a line that is too long is a `Refused`."""
+    with open_unchanged(path, known) as file:
+        file.seek(place.offset)
+        lines = _Lines(file, path, place, digest)
+        while True:
+            where = lines.begin()
+            try:
+                yield where, next(lines)
+            except StopIteration:
+                return
+            except Refused as refused:
+                yield where, refused
+
+
 class _Lines:
     """Decoded lines of a file. A row that grows over the limit is left where it is, with a `Refused`."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib.resources
 import json
 import math
 import tempfile
@@ -12,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from vpae_jax.data.video import write_video
 from vpae_jax.eval.base import Clips, Metric
 from vpae_jax.eval.plots import Curve, line_plot
 from vpae_jax.files import write_text
+from vpae_jax.pages import page_template
 
 TEMPLATE = "report.html.jinja"
 TITLES = {"t2v": "Text to video", "i2v": "Image to video"}
@@ -102,10 +101,7 @@ class Report:
 
 def write_report(path: Path, report: Report) -> None:
     """Writes the page; an existing one is replaced when the new one is complete."""
-    source = (importlib.resources.files("vpae_jax") / "assets" / TEMPLATE).read_text()
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["seconds"] = _seconds
-    page = environment.from_string(source).render(
+    page = page_template(TEMPLATE, seconds=_seconds).render(
         report=report,
         halves=[_half(half, title, report) for half, title in TITLES.items() if half in report.captions],
         runs=[_run(run) for run in report.runs],

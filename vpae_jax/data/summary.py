@@ -1,0 +1,138 @@
+"""A page that shows what an encoding made: some clips, how all of them are spread, and what was refused and why."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from vpae_jax.data.records import read_index
+from vpae_jax.data.source import Reject
+from vpae_jax.data.units import Units
+from vpae_jax.files import write_text
+from vpae_jax.pages import page_template
+
+PAGE, TEMPLATE = "summary.html", "summary.html.jinja"
+CLIPS = 48
+EXAMPLES = 6  # rejects of a kind
+BINS = 30
+# What is measured of clips, and how it is called.
+MEASURES = {
+    "motion": "motion: mean difference of successive frames, 0 to 255",
+    "brightness": "brightness: mean, 0 to 255",
+    "start": "start within the video, seconds",
+    "words": "words of the caption",
+}
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar of a histogram: its place and height as shares, and what it stands for."""
+
+    left: float
+    width: float
+    height: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Histogram:
+    title: str
+    low: str
+    high: str
+    bars: Sequence[Bar]
+
+
+def write_summary(folder: Path) -> Path:
+    """Writes `summary.html` into a complete folder of records; returns its path.
+
+    Raises:
+      UserError: the folder is not complete, or cannot be written.
+    """
+    index = read_index(folder)
+    identity = dict(index["identity"])
+    del identity["schema"]
+    units = Units(folder, identity, identity.pop("units"))
+    shown: list[Mapping[str, Any]] = []
+    values: dict[str, list[float]] = defaultdict(list)
+    rejects: dict[str, list[Reject]] = defaultdict(list)
+    seconds = 0.0
+    for number in range(units.count):
+        unit = units.read(number)
+        for note in unit.notes:
+            for name, value in {**note, "words": len(note["caption"].split())}.items():
+                if name in MEASURES:
+                    values[name].append(float(value))
+            seconds += note["size"][0] / note["fps"] if "fps" in note else 0.0
+        # As many of each unit as make the page's clips over all of them.
+        wanted = -(-CLIPS * (number + 1) // units.count) - len(shown)
+        shown += [note for note in unit.notes if "picture" in note][: max(wanted, 0)]
+        for reject in unit.rejects:
+            if len(rejects[reject.kind]) < EXAMPLES:
+                rejects[reject.kind].append(reject)
+    shapes = Counter[str]()
+    for shard in index["shards"]:
+        shapes[" x ".join(map(str, shard["shapes"]["latents"][:3]))] += shard["clips"]
+    page = page_template(TEMPLATE).render(
+        folder=folder.resolve().name,
+        index=index,
+        shapes=shapes.most_common(),
+        size=_bytes(sum(shard["bytes"] for shard in index["shards"])),
+        duration=_duration(seconds),
+        refused=sum(index["rejects"].values()),
+        clips=shown,
+        histograms=[_histogram(title, values[name]) for name, title in MEASURES.items() if len(values[name]) > 1],
+        rejects=[(kind, index["rejects"][kind], [_example(r) for r in some]) for kind, some in sorted(rejects.items())],
+    )
+    write_text(folder / PAGE, page)
+    return folder / PAGE
+
+
+def _histogram(title: str, values: Sequence[float]) -> Histogram:
+    counts, edges = np.histogram(values, bins=min(BINS, max(5, len(values) // 2)))
+    span = edges[-1] - edges[0]
+    bars = [
+        Bar(
+            float((low - edges[0]) / span),
+            float((high - low) / span),
+            float(count / counts.max()),
+            f"{low:.4g} to {high:.4g}: {count}",
+        )
+        for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True)
+    ]
+    return Histogram(title, f"{edges[0]:.4g}", f"{edges[-1]:.4g}", bars)
+
+
+def _example(reject: Reject) -> dict[str, Any]:
+    picture = None if reject.picture is None else _jpeg(reject.picture)
+    return {"id": reject.id, "reason": reject.reason, "picture": picture}
+
+
+def _jpeg(picture: UInt8[np.ndarray, "height width 3"]) -> str:
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "JPEG", quality=85)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _duration(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
