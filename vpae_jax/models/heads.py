@@ -27,9 +27,9 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from vpae_jax.models.attention import LayerNorm, RMSNorm
 from vpae_jax.models.kernels.reference import attention
 from vpae_jax.models.lora import Linear
+from vpae_jax.models.norms import LayerNorm, RMSNorm
 from vpae_jax.models.parallel import gather
 from vpae_jax.sharding import HEADS_RULES
 from vpae_jax.types import Features, PerExample, Tokens, UserError

@@ -14,9 +14,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from vpae_jax.models.attention import LayerNorm, RMSNorm, normalise, rotate
 from vpae_jax.models.lora import Linear
+from vpae_jax.models.norms import LayerNorm, RMSNorm, layer_norm
 from vpae_jax.models.parallel import Layout
+from vpae_jax.models.rotary import rotate
 from vpae_jax.types import Tokens, UserError
 
 
@@ -160,6 +161,11 @@ class Attention(nnx.Module):
         return self.to_out(out.reshape(x.shape))
 
 
+# Of the activation the backward pass keeps the input, and not the five arrays that its gradient is made of. Blocks run
+# in a scan, which keeps the compiler from sharing what is computed twice.
+_gelu = jax.checkpoint(jax.nn.gelu, prevent_cse=False, static_argnums=1)
+
+
 class FeedForward(nnx.Module):
     """Linear, GELU, Linear."""
 
@@ -169,7 +175,7 @@ class FeedForward(nnx.Module):
         self.approximate = approximate
 
     def __call__(self, x: Float[Array, "b n d_in"]) -> Float[Array, "b n d_out"]:
-        return self.proj_out(jax.nn.gelu(self.proj_in(x), approximate=self.approximate))
+        return self.proj_out(_gelu(self.proj_in(x), self.approximate))
 
 
 class Block(nnx.Module):
@@ -189,10 +195,10 @@ class Block(nnx.Module):
         table = self.scale_shift_table[...].astype(jnp.float32) + context.modulation
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = jnp.split(table, 6, axis=1)
         wide = x.astype(jnp.float32)
-        y = (normalise(wide, self.eps) * (1 + scale) + shift).astype(x.dtype)
+        y = layer_norm(wide, 1 + scale, shift, self.eps).astype(x.dtype)
         x = (wide + self.attn1.self_attention(y, context) * gate).astype(x.dtype)
         y = x if self.norm2 is None else self.norm2(x).astype(x.dtype)
         x = x + self.attn2.cross_attention(y, context)
         wide = x.astype(jnp.float32)
-        y = (normalise(wide, self.eps) * (1 + ffn_scale) + ffn_shift).astype(x.dtype)
+        y = layer_norm(wide, 1 + ffn_scale, ffn_shift, self.eps).astype(x.dtype)
         return (wide + self.ffn(y).astype(jnp.float32) * ffn_gate).astype(x.dtype)

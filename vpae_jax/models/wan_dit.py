@@ -20,9 +20,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from vpae_jax.models import kernels
-from vpae_jax.models.attention import normalise, rope_table
 from vpae_jax.models.lora import Linear, LoRASpec, attach_lora
+from vpae_jax.models.norms import layer_norm
 from vpae_jax.models.parallel import Layout, gather
+from vpae_jax.models.rotary import rope_table
 from vpae_jax.models.stack import stack_layers
 from vpae_jax.models.wan_blocks import Block, Context, Options, WanTransformerConfig
 from vpae_jax.models.wan_embed import ConditionEmbedder, PatchEmbedding
@@ -104,7 +105,7 @@ class WanTransformer(nnx.Module):
         hidden = self._run(hidden, context, 0, self.config.num_layers)
         table = self.scale_shift_table[...].astype(jnp.float32) + embedding[:, None, :]
         shift, scale = table[:, :1], table[:, 1:]
-        hidden = (normalise(hidden, self.config.eps) * (1 + scale) + shift).astype(self.dtype)
+        hidden = layer_norm(hidden, 1 + scale, shift, self.config.eps).astype(self.dtype)
         (pf, ph, pw), (f, h, w) = self.config.patch_size, self._grid(x)
         patches = self.layout.place_clips(self.proj_out(hidden))[:, : f * h * w]
         patches = patches.reshape(x.shape[0], f, h, w, pf, ph, pw, self.config.out_channels)

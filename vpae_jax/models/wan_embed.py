@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from vpae_jax.models.attention import LayerNorm
 from vpae_jax.models.lora import Linear
+from vpae_jax.models.norms import LayerNorm
 from vpae_jax.models.wan_blocks import FeedForward, Options, WanTransformerConfig
 from vpae_jax.types import Latents, Times, Tokens, UserError
 

@@ -1,4 +1,4 @@
-"""Rotary embedding and norms against PyTorch and Diffusers."""
+"""Rotary embedding and norms against PyTorch and Diffusers; gradients of norms against their formulas."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,8 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from flax import nnx
 
-from vpae_jax.models.attention import LayerNorm, RMSNorm, normalise, rope_table, rotate
+from vpae_jax.models.norms import LayerNorm, RMSNorm, layer_norm, rms_norm
+from vpae_jax.models.rotary import rope_table, rotate
 
 
 def draw(seed, *shape):
@@ -47,8 +48,39 @@ def test_norms_equal_pytorchs(dtype):
     expected = torch.nn.functional.layer_norm(wide, (20,), torch.tensor(scale), torch.tensor(bias), 1e-2)
     assert layer(x).dtype == jnp.float32
     np.testing.assert_allclose(layer(x), expected, rtol=1e-4, atol=1e-5)
-    expected = torch.nn.functional.layer_norm(wide, (20,), eps=1e-2)
-    np.testing.assert_allclose(normalise(x, 1e-2), expected, rtol=1e-4, atol=1e-5)
+    gains, shifts = draw(3, 4, 1, 20), draw(4, 4, 1, 20)  # another one for each clip
+    expected = torch.nn.functional.layer_norm(wide, (20,), eps=1e-2) * torch.tensor(gains) + torch.tensor(shifts)
+    found = layer_norm(x, jnp.asarray(gains), jnp.asarray(shifts), 1e-2)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("spread", [(20,), (4, 1, 20)])
+def test_gradients_of_norms_are_those_of_their_formulas(dtype, spread):
+    x = jnp.asarray(3 + 5 * draw(0, 4, 6, 20), dtype)
+    gain, bias, weights = (jnp.asarray(draw(seed, *shape)) for seed, shape in enumerate((spread, spread, x.shape), 1))
+
+    def layer(x, gain, bias):
+        wide = x.astype(jnp.float32)
+        mean, variance = wide.mean(-1, keepdims=True), wide.var(-1, keepdims=True)
+        return (wide - mean) / jnp.sqrt(variance + 1e-2) * gain + bias
+
+    def rms(x, gain):
+        wide = x.astype(jnp.float32)
+        return (wide / jnp.sqrt((wide**2).mean(-1, keepdims=True) + 1e-2) * gain).astype(x.dtype)
+
+    pairs = [(layer, lambda *args: layer_norm(*args, 1e-2), (x, gain, bias))]
+    if len(spread) == 1:
+        pairs.append((rms, lambda *args: rms_norm(*args, 1e-2), (x, gain)))
+    for formula, ours, args in pairs:
+        expected, found = (
+            jax.grad(lambda *args, f=f: (f(*args) * weights).sum(), argnums=range(len(args)))(*args)
+            for f in (formula, ours)
+        )
+        for one, other in zip(found, expected, strict=True):
+            assert one.dtype == other.dtype
+            tolerance = 1e-4 if one.dtype == jnp.float32 else 1e-2
+            np.testing.assert_allclose(one.astype(jnp.float32), other, rtol=tolerance, atol=tolerance)
 
 
 def test_norms_hold_parameters():

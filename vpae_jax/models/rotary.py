@@ -1,50 +1,12 @@
-"""Rotary position embedding and the norms that Wan's blocks are made of.
-
-Statistics (mean, variance) are float32 whatever the compute dtype.
-"""
+"""Rotary position embedding."""
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 Heads = Float[Array, "b n heads head_dim"]
-
-
-class RMSNorm(nnx.Module):
-    """`x / rms(x) * scale` over the last axis, computed in float32, returned in the input's dtype."""
-
-    def __init__(self, features: int, *, eps: float, param_dtype: DTypeLike = jnp.float32):
-        self.scale = nnx.Param(jnp.ones((features,), param_dtype))
-        self.eps = eps
-
-    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-        wide = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide * inverse * self.scale[...].astype(jnp.float32)).astype(x.dtype)
-
-
-class LayerNorm(nnx.Module):
-    """Layer norm with scale and bias, computed and returned in float32 (Diffusers' FP32LayerNorm)."""
-
-    def __init__(self, features: int, *, eps: float, param_dtype: DTypeLike = jnp.float32):
-        self.scale = nnx.Param(jnp.ones((features,), param_dtype))
-        self.bias = nnx.Param(jnp.zeros((features,), param_dtype))
-        self.eps = eps
-
-    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-        return normalise(x, self.eps) * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
-
-
-def normalise(x: Float[Array, "*batch d"], eps: float) -> Float[Array, "*batch d"]:
-    """Layer norm without scale or bias over the last axis, computed and returned in float32."""
-    wide = x.astype(jnp.float32)
-    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
 
 
 def rope_table(
