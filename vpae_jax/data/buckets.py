@@ -28,10 +28,7 @@ def parse(text: str, multiple: int = 16) -> tuple[Size, ...]:
     Raises:
       UserError: neither a name nor a list of sizes, or a side that is no such multiple.
     """
-    if text in FAMILIES:
-        sizes = FAMILIES[text]
-    else:
-        sizes = tuple(_size(part.strip(), text) for part in text.split(","))
+    sizes = FAMILIES.get(text) or tuple(_size(part.strip(), text) for part in text.split(","))
     for height, width in sizes:
         if height % multiple or width % multiple or not height or not width:
             near = "x".join(str(max(round(side / multiple), 1) * multiple) for side in (height, width))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 SLACK = 1e-3  # seconds: how exactly manifests give times
 
@@ -35,7 +36,7 @@ def clip_starts(
     first, last = max(start or 0.0, 0.0), min(seconds if end is None else end, seconds)
     bounds = [first, *sorted({cut for cut in cuts if first < cut < last}), last]
     starts: list[float] = []
-    for begin, finish in zip(bounds, bounds[1:], strict=False):
+    for begin, finish in pairwise(bounds):
         starts.extend(_in_shot(begin, finish, length, stride))
     if len(starts) > most:
         # Of n, the middle ones of `most` equal parts.

@@ -1,8 +1,9 @@
 """Frames of a video file at given times and of a given size.
 
-Times are seconds after the first frame. Frames are resampled at a constant rate: each output time shows the last frame
-that has begun by then, as a player would. So a variable frame rate is right, and frames are dropped or repeated, never
-blended. Only frames that are kept are converted: swscale crops nothing, but scales and converts in one pass.
+Times are seconds after the stream's start, where its first frame begins. Frames are resampled at a constant rate: each
+output time shows the last frame that has begun by then, as a player would. So a variable frame rate is right, and
+frames are dropped or repeated, never blended. Frames that are dropped are not converted; those that are kept are scaled
+and converted to RGB in one pass over their pixels, then cropped in a copy.
 
 This module, like all that runs in the workers of `pool.py`, imports neither JAX nor anything that does.
 """
@@ -27,11 +28,13 @@ from jaxtyping import UInt8
 # Containers of one video in one file. Playlists are not among them: they name other files.
 CONTAINERS = (
     "3g2,3gp,apng,asf,avi,dv,flv,gif,h264,hevc,ivf,live_flv,m4v,matroska,mj2,mov,mp4,mpeg,mpegts,mpegvideo,mxf,nut,ogg,"
-    "rm,webm,webp_anim,webp_pipe,yuv4mpegpipe"
+    "rm,webm,yuv4mpegpipe"
 )
 MAX_PIXELS = 2**26  # of a decoded frame: 8192 x 8192; one takes 100 MB, and decoders hold up to 16
-TICK = 1e-3  # seconds: times are rounded to a container's ticks, but no more than this is forgiven
+TICK = 5e-3  # seconds: times are rounded to a container's ticks, but no more than this is forgiven
 SEEKS = (0.0, 2.0)  # seconds before the start; then the file is read from its beginning
+FOR_SEEKING = {"damaged", "unreadable"}  # what may be so because decoding began at a frame that depends on others
+EXACT = Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND  # without it greys come out 2 of 255 too dark
 HDR = {ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67}
 UNSPECIFIED = 2  # FFmpeg's number for a matrix of colours that the file does not say
 
@@ -73,11 +76,11 @@ def probe(path: Path) -> Probe:
     Raises:
       Unreadable: no video that can be decoded, or an absurd size.
     """
-    with _opened(path) as (container, stream), _decoding(path):
+    with _opened(path) as (container, stream), _decoding():
         for _, frame in _frames(container, stream):
             height, width = _upright_size(frame, _turn(frame), _aspect(stream))
             seconds = _seconds(container, stream)
-            if seconds is None:
+            if seconds is None or container.format.name == "mpeg":  # whose headers do not say it
                 seconds = _seconds_of_packets(path)
             return Probe(height, width, seconds, _rate(stream, seconds), stream.codec_context.name)
     raise Unreadable("unreadable", "has no frame that can be decoded")
@@ -96,7 +99,7 @@ def read_frames(
 
     Args:
       path: a video.
-      start: seconds after the first frame.
+      start: seconds after the stream's start.
       count: frames.
       fps: frames a second.
       height, width: of the result; the centre of what is shown is kept.
@@ -107,14 +110,20 @@ def read_frames(
     """
     if out is None:
         out = np.empty((count, height, width, 3), np.uint8)
-    for seek in (*SEEKS, None):
-        target = None if seek is None else max(start - seek, 0.0)
-        with _opened(path) as (container, stream), _decoding(path):
-            if target is not None and target > 0 and not _sought(container, stream, target):
-                continue
-            if _fill(out, container, stream, start, fps, from_beginning=not target):
-                return out
-    raise AssertionError("a file that is read from its beginning has no frame that comes too late")
+    for back in SEEKS:
+        target = start - back
+        if target > 0:
+            try:
+                with _opened(path) as (container, stream), _decoding():
+                    container.seek(math.floor(target / stream.time_base) + (stream.start_time or 0), stream=stream)
+                    if _fill(out, container, stream, start, fps, from_beginning=False):
+                        return out
+            except Unreadable as error:
+                if error.kind not in FOR_SEEKING:
+                    raise
+    with _opened(path) as (container, stream), _decoding():
+        _fill(out, container, stream, start, fps, from_beginning=True)
+    return out
 
 
 def _fill(
@@ -194,12 +203,12 @@ def _rgb(reformatter: VideoReformatter, frame: VideoFrame, height: int, width: i
         width=width,
         height=height,
         format="rgba" if alpha else "rgb24",
-        interpolation=Interpolation.BICUBIC,
+        interpolation=(Interpolation.AREA if height < frame.height else Interpolation.BICUBIC) | EXACT,
         threads=1,
         **settings,
     )
     plane, channels = converted.planes[0], 4 if alpha else 3
-    rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:height, : width * channels]
+    rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)[:height, : width * channels]
     picture = rows.reshape(height, width, channels)
     if alpha:
         picture = (picture[..., :3].astype(np.uint16) * picture[..., 3:] // 255).astype(np.uint8)
@@ -248,7 +257,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """A file and its video stream, decoded by one thread: there are as many workers as there is work for."""
     if not path.is_file():
         raise Unreadable("unreadable", "is no file" if path.exists() else "does not exist")
-    with _decoding(path):
+    with _decoding():
         container = av.open(
             f"file:{path}",
             metadata_errors="replace",
@@ -270,7 +279,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 @contextmanager
-def _decoding(path: Path) -> Iterator[None]:
+def _decoding() -> Iterator[None]:
     """FFmpeg's errors become `Unreadable`."""
     try:
         yield
@@ -285,7 +294,8 @@ def _frames(container: Any, stream: Any) -> Iterator[tuple[float, VideoFrame]]:
     origin = stream.start_time or 0
     step = 1 / _rate(stream, None)
     last = -math.inf
-    for frame in container.decode(stream):
+    decoded = container.decode(stream)
+    while frame := _next(decoded):
         if frame.pts is None:
             time = 0.0 if last == -math.inf else last + step
         else:
@@ -294,13 +304,11 @@ def _frames(container: Any, stream: Any) -> Iterator[tuple[float, VideoFrame]]:
         yield last, frame
 
 
-def _sought(container: Any, stream: Any, target: float) -> bool:
-    """Goes to the keyframe before a time; False where the file does not allow it."""
+def _next(decoded: Iterator[VideoFrame]) -> VideoFrame | None:
     try:
-        container.seek(math.floor(target / stream.time_base) + (stream.start_time or 0), stream=stream)
-    except FFmpegError:
-        return False
-    return True
+        return next(decoded, None)
+    except IndexError as error:  # PyAV's, when a damaged file announces another stream in its middle
+        raise Unreadable("unreadable", "cannot be decoded: its streams change") from error
 
 
 def _duration(frame: VideoFrame, stream: Any) -> float:
@@ -335,4 +343,5 @@ def _seconds_of_packets(path: Path) -> float:
             number += packet.size > 0
             if packet.pts is not None:
                 end = max(end, packet.pts + (packet.duration or 0) - (stream.start_time or 0))
-        return float(end * stream.time_base) if end else number / _rate(stream, None)
+        # Some formats give few packets a time.
+        return max(float(end * stream.time_base), 0 if stream.duration else number / _rate(stream, None))

@@ -43,7 +43,7 @@ class Filters:
                 raise UserError(f"filter {name} is {getattr(self, name)}; expected a share from 0 to 1")
         if self.max_caption < self.min_caption:
             raise UserError(
-                f"filter max_caption is {self.max_caption}, below min_caption, {self.min_caption}; expected at least that"
+                f"filter max_caption is {self.max_caption}; expected at least min_caption, {self.min_caption}"
             )
 
     def caption(self, caption: str) -> Refusal | None:

@@ -7,7 +7,7 @@ from typing import TypedDict
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-SMALL = 64  # pixels of the shorter side, at least
+SMALL = 60  # pixels of the shorter side, at least
 BLACK = 24  # a frame's mean grey value below which it is black, of 0..255
 
 
@@ -42,7 +42,8 @@ def measure(video: UInt8[np.ndarray, "t height width 3"]) -> Measures:
 def small_grey(video: UInt8[np.ndarray, "t height width 3"]) -> Float32[np.ndarray, "t h w"]:
     """Grey copies of every nth pixel, averaged by four."""
     step = max(min(video.shape[1:3]) // (2 * SMALL), 1)
-    rows = video[:, ::step, ::step].sum(-1, dtype=np.uint16)
+    picked = video[:, ::step, ::step]
+    rows = picked[..., 0].astype(np.uint16) + picked[..., 1] + picked[..., 2]
     height, width = (n - n % 2 if n > 1 else 1 for n in rows.shape[1:])
     rows = rows[:, :height, :width]
     if height > 1:

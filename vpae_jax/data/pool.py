@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -28,6 +29,7 @@ from jaxtyping import UInt8
 HEADER = 8  # bytes that say how long a message is
 # A worker ends itself after this many timeouts: its parent, which should have ended it, is gone.
 ORPHAN = 2
+DYING = 5.0  # seconds that a worker which has hung up is given to end
 # Interrupts from the keyboard are the parent's to handle; libraries for matrices need no threads of their own.
 START = (
     "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.path[:] = {path!r}; "
@@ -50,7 +52,7 @@ class Lost(Exception):
 
 
 class Pool:
-    """Runs functions in up to `workers` processes, which start when there is work and live until `close`."""
+    """Runs functions in up to `workers` processes, which start when there is work and live until `close()`."""
 
     def __init__(self, workers: int, timeout: float):
         """
@@ -61,6 +63,9 @@ class Pool:
         self.timeout = timeout
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="pool")
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        self._workers: set[_Worker] = set()
+        # Also when the pool is forgotten, and at the interpreter's end.
+        self.close = weakref.finalize(self, _close, self._threads, self._workers)
 
     def submit(self, function: Callable[..., Any], *args: Any, shape: tuple[int, ...] | None = None) -> Future[Any]:
         """Has a worker call `function(*args)`, or `function(array, *args)` if an array's shape is given.
@@ -75,24 +80,30 @@ class Pool:
         """
         return self._threads.submit(self._run, (function, args, shape))
 
-    def close(self) -> None:
-        """Drops the tasks that wait, lets those that run finish, and ends the workers."""
-        self._threads.shutdown(cancel_futures=True)
-        while not self._idle.empty():
-            self._idle.get().end()
-
     def _run(self, task: tuple[Any, ...]) -> Any:
         try:
             worker = self._idle.get_nowait()
         except queue.Empty:
             worker = _Worker(self.timeout)
+            self._workers.add(worker)
         try:
             result = worker.call(task)
         except Lost:
+            self._workers.discard(worker)
             worker.end()
             raise
         self._idle.put(worker)
         return result
+
+
+def _close(threads: ThreadPoolExecutor, workers: set[_Worker]) -> None:
+    """Drops all tasks and ends the workers."""
+    threads.shutdown(wait=False, cancel_futures=True)
+    for worker in tuple(workers):
+        worker.process.kill()  # its thread, if it waits, sees it go
+    threads.shutdown()
+    while workers:
+        workers.pop().end()
 
 
 class _Worker:
@@ -101,7 +112,7 @@ class _Worker:
     def __init__(self, timeout: float):
         self.socket, theirs = socket.socketpair()
         self.socket.settimeout(timeout)
-        self.errors = tempfile.TemporaryFile()
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `end`
         with theirs:
             code = START.format(path=sys.path, fd=theirs.fileno(), timeout=timeout)
             self.process = subprocess.Popen(
@@ -124,8 +135,11 @@ class _Worker:
         return (_mapped(fds[0], task[2]), message) if fds else message
 
     def _last_words(self) -> str:
-        self.process.kill()
-        status = self.process.wait()
+        try:
+            status = self.process.wait(DYING)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            status = self.process.wait()
         self.errors.seek(0)
         lines = self.errors.read().decode(errors="replace").strip().splitlines()
         if lines:
@@ -141,21 +155,21 @@ class _Worker:
 
 def serve(fd: int, timeout: float) -> None:
     """A worker's life: tasks come, results go, until the parent hangs up."""
-    with socket.socket(fileno=fd) as parent:
-        while True:
-            try:
-                (function, args, shape), _ = _receive(parent)
-            except (EOFError, ConnectionError):
-                return
-            signal.setitimer(signal.ITIMER_REAL, ORPHAN * timeout)  # its signal ends a process that does not handle it
-            if shape is None:
-                _send(parent, function(*args))
-            else:
-                memory = _anonymous_file()
-                os.ftruncate(memory, math.prod(shape))
-                _send(parent, function(_mapped(os.dup(memory), shape), *args), [memory])
-                os.close(memory)
-            signal.setitimer(signal.ITIMER_REAL, 0)
+    parent = socket.socket(fileno=fd)  # stays open until the end, so that last words are written before it closes
+    while True:
+        try:
+            (function, args, shape), _ = _receive(parent)
+        except (EOFError, ConnectionError):
+            return parent.close()
+        signal.setitimer(signal.ITIMER_REAL, ORPHAN * timeout)  # its signal ends a process that does not handle it
+        if shape is None:
+            _send(parent, function(*args))
+        else:
+            memory = _anonymous_file()
+            os.ftruncate(memory, math.prod(shape))
+            _send(parent, function(_mapped(os.dup(memory), shape), *args), [memory])
+            os.close(memory)
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _anonymous_file() -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -24,6 +24,7 @@ T = TypeVar("T")
 PICTURE = 160  # pixels of the longer side of a reject's picture, about
 
 
+@runtime_checkable
 class Entries(Protocol):
     """A manifest: entries in a fixed order, in units. Its `repr` says all that decides them."""
 
@@ -52,7 +53,7 @@ class VideoClips:
         manifest: Entries,
         buckets: tuple[Size, ...],
         frames: int,
-        fps: float = 16,
+        fps: float = 16.0,
         filters: Filters | None = None,
         stride: float | None = None,
         clips_per_video: int = 1,
@@ -146,7 +147,8 @@ class VideoClips:
                 if starts:
                     return
                 shot = " in one shot" if entry.cuts else ""
-                refusal = "too short", f"lasts {seconds:.2f} s; a clip needs {length:.2f} s{shot}"
+                part = "" if entry.start is None and entry.end is None else "the part that is meant "
+                refusal = "too short", f"{part}lasts {seconds:.3f} s; a clip needs {length:.3f} s{shot}"
         elif found is None:
             refusal = self.filters.caption(entry.caption)
             assert refusal is not None

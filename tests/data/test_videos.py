@@ -1,0 +1,269 @@
+"""Clips from videos: order, names, what is said of them, and workers that die."""
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import failing_tasks
+import numpy as np
+import pytest
+from video_files import numbered, numbers, write
+
+from vpae_jax.data import videos
+from vpae_jax.data.decoding import read_frames
+from vpae_jax.data.filters import Filters
+from vpae_jax.data.pool import Lost, Pool
+from vpae_jax.data.source import Clip, Entry, Reject, Source
+from vpae_jax.data.videos import VideoClips
+from vpae_jax.types import UserError
+
+BUCKETS = ((48, 64), (64, 48))
+
+
+class Listed:
+    """Entries and rejects, `size` a unit."""
+
+    def __init__(self, *items: Entry | Reject, size: int = 100):
+        self.items, self.size = items, size
+
+    @property
+    def units(self) -> int:
+        return -(-len(self.items) // self.size)
+
+    def read(self, unit: int):
+        yield from self.items[unit * self.size : (unit + 1) * self.size]
+
+    def __repr__(self) -> str:
+        return "Listed()"
+
+
+def entry(path: Path, **settings) -> Entry:
+    return Entry(**{"id": path.stem, "path": path, "caption": "a caption", **settings})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("videos")
+    write(path / "long.mp4", numbered(96), g="12", bf="2")
+    write(path / "tall.mp4", numbered(24, 64, 48))
+    write(path / "short.mp4", numbered(5))
+    write(path / "still.mp4", np.repeat(numbered(86)[-1:], 24, 0))
+    write(path / "black.mp4", numbered(24) // 16)
+    (path / "text.mp4").write_text("a text")
+    return path
+
+
+def entries(folder: Path) -> list[Entry | Reject]:
+    return [
+        entry(folder / "long.mp4", about={"score": 0.5}, caption="ein Bär 🐻"),
+        Reject("row 2", "caption", "has none"),
+        entry(folder / "text.mp4"),
+        entry(folder / "tall.mp4"),
+        entry(folder / "short.mp4"),
+        entry(folder / "still.mp4"),
+        entry(folder / "long.mp4", id="cut", cuts=(1.0, 2.5, 3.0), start=0.5, end=4.0),
+        entry(folder / "none.mp4", id="no caption", caption=" "),
+        entry(folder / "black.mp4"),
+    ]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_clips_and_rejects_in_order(folder, workers):
+    manifest = Listed(*entries(folder))
+    with VideoClips(manifest, BUCKETS, 17, clips_per_video=3, workers=workers) as clips:
+        assert isinstance(clips, Source) and clips.units == 1
+        for _ in range(2):
+            found = list(clips.read(0))
+            assert [(item.id, item.kind if isinstance(item, Reject) else "") for item in found] == [
+                ("long#0", ""),
+                ("long#1", ""),
+                ("long#2", ""),
+                ("row 2", "caption"),
+                ("text", "unreadable"),
+                ("tall#0", ""),
+                ("short", "too short"),
+                ("still#0", "static"),
+                ("cut#0", ""),
+                ("no caption", "caption"),
+                ("black#0", "black"),
+            ]
+            first, tall, cut = found[0], found[5], found[8]
+            assert isinstance(first, Clip) and isinstance(tall, Clip) and isinstance(cut, Clip)
+            assert first.video.shape == (17, 48, 64, 3) and tall.video.shape == (17, 64, 48, 3)
+            start = first.about["start"]
+            np.testing.assert_array_equal(first.video, read_frames(folder / "long.mp4", start, 17, 16.0, 48, 64))
+            assert numbers(cut.video) == list(range(19, 36))  # in the shot from 1 to 2.5 s, the middle
+            assert first.caption == "ein Bär 🐻"
+            assert isinstance(found[7], Reject) and found[7].picture is not None
+            assert "short.mp4" not in found[6].reason and "lasts 0.312 s; a clip needs 1.062 s" in found[6].reason
+            about = json.loads(json.dumps(first.about))
+            assert about.items() >= {"video": "long.mp4", "score": 0.5, "bucket": [48, 64], "fps": 16.0}.items()
+            assert about["source"] == {"height": 48, "width": 64, "fps": 16.0, "codec": "h264"}
+            assert about["motion"] > 1 and set(about) >= {"brightness", "contrast", "black"}
+
+
+def test_units_are_read_by_themselves(folder):
+    manifest = Listed(*entries(folder), size=4)
+    with VideoClips(manifest, BUCKETS, 9) as clips:
+        assert clips.units == 3
+        one_by_one = [item.id for unit in (2, 0, 1) for item in clips.read(unit)]
+        assert sorted(one_by_one) == sorted(item.id for unit in range(3) for item in clips.read(unit))
+
+
+def test_repr_says_what_decides_the_clips_and_nothing_else(folder):
+    one = VideoClips(Listed(), BUCKETS, 17, workers=1, timeout=5.0)
+    other = VideoClips(Listed(), BUCKETS, 17, workers=4)
+    assert repr(one) == repr(other) and "Listed()" in repr(one)
+    different = [
+        VideoClips(Listed(), BUCKETS[:1], 17),
+        VideoClips(Listed(), BUCKETS, 21),
+        VideoClips(Listed(), BUCKETS, 17, fps=8.0),
+        VideoClips(Listed(), BUCKETS, 17, filters=Filters(min_motion=1.0)),
+        VideoClips(Listed(), BUCKETS, 17, stride=1.0),
+        VideoClips(Listed(), BUCKETS, 17, clips_per_video=2),
+    ]
+    assert len({repr(one), *map(repr, different)}) == 7
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"frames": 16}, "clips of 16 frames: expected 1"),
+        ({"frames": 0}, "clips of 0 frames"),
+        ({"frames": 17, "fps": 0.0}, "fps is 0.0; expected a positive number"),
+        ({"frames": 17, "stride": -1.0}, "stride is -1.0"),
+        ({"frames": 17, "clips_per_video": 0}, "clips_per_video is 0"),
+        ({"frames": 17, "workers": -1}, "workers is -1"),
+        ({"frames": 17, "buckets": ()}, "no buckets"),
+    ],
+)
+def test_bad_settings_are_one_line(settings, message):
+    with pytest.raises(UserError, match=message):
+        VideoClips(Listed(), **{"buckets": BUCKETS, **settings})
+
+
+def test_a_worker_that_dies_costs_one_video(tmp_path, monkeypatch):
+    names = ["a", "abort", "b", "exit", "c", "hang", "d", "raise", "e", "stop", "f"]
+    paths = [write(tmp_path / f"{name}.mp4", numbered(24)) for name in names]
+    monkeypatch.setattr(videos, "tasks", failing_tasks)
+    with VideoClips(Listed(*map(entry, paths)), BUCKETS, 9, timeout=2.5) as clips:
+        found = list(clips.read(0))
+    kinds = {"abort": "crashed", "exit": "crashed", "hang": "timeout", "raise": "crashed", "stop": "timeout"}
+    assert [item.id.split("#")[0] for item in found] == names
+    assert [getattr(item, "kind", None) for item in found] == [kinds.get(name) for name in names]
+    reasons = {item.id: item.reason for item in found if isinstance(item, Reject)}
+    assert reasons["abort"] == "abort.mp4 the decoder died of SIGABRT"
+    assert reasons["exit"] == "exit.mp4 the decoder died of status 3"
+    assert reasons["hang"] == "hang.mp4 took more than 2.5 s"
+    assert reasons["raise#0"] == "raise.mp4 the decoder failed: has expected"
+
+
+def workers_of(pool: Pool) -> list[int]:
+    return [worker.process.pid for worker in pool._workers]
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended; one that nobody has waited for counts as well."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_arrays_come_back_without_a_copy_and_outlive_their_worker():
+    pool = Pool(1, 20.0)
+    array, pid = pool.submit(failing_tasks.fill, 7, shape=(3, 4, 5)).result()
+    assert pid == workers_of(pool)[0] != os.getpid()
+    other, again = pool.submit(failing_tasks.fill, 9, shape=(2, 2)).result()
+    assert again == pid
+    pool.close()
+    assert gone(pid)
+    assert (array == 7).all() and array.shape == (3, 4, 5) and (other == 9).all()
+    array[0] = 1  # it is ours
+
+
+def test_memory_of_clips_is_given_back():
+    """Thirty arrays of 20 MB, each dropped before the next: no more descriptors or memory than at the start."""
+
+    def held() -> tuple[int, int]:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return len(os.listdir("/proc/self/fd")), pages * os.sysconf("SC_PAGESIZE")
+
+    pool = Pool(1, 20.0)
+    pool.submit(failing_tasks.fill, 1, shape=(20_000_000,)).result()
+    gc.collect()
+    files, memory = held()
+    for i in range(30):
+        array, _ = pool.submit(failing_tasks.fill, i, shape=(20_000_000,)).result()
+        assert array[-1] == i
+        del array
+    files_after, memory_after = held()
+    pool.close()
+    assert files_after <= files and memory_after < memory + 60_000_000
+
+
+def test_workers_do_not_load_jax():
+    pool = Pool(1, 20.0)
+    loaded = pool.submit(failing_tasks.modules).result()
+    pool.close()
+    assert "av" in loaded and not {name for name in loaded if name.partition(".")[0] in ("jax", "jaxlib", "flax")}
+
+
+def test_closing_does_not_wait_for_what_hangs():
+    pool = Pool(2, 600.0)
+    futures = [pool.submit(time.sleep, 600.0) for _ in range(5)]
+    while not (pids := workers_of(pool)):
+        time.sleep(0.01)
+    begun = time.monotonic()
+    pool.close()
+    assert time.monotonic() - begun < 5 and all(map(gone, pids))
+    assert all(future.cancelled() or isinstance(future.exception(), Lost) for future in futures)
+
+
+def test_a_forgotten_pool_ends_its_workers():
+    pool = Pool(1, 20.0)
+    pool.submit(failing_tasks.modules).result()
+    pids = workers_of(pool)
+    del pool
+    gc.collect()
+    assert pids and all(map(gone, pids))
+
+
+def test_a_reader_that_stops_early_leaves_a_pool_that_works(folder):
+    with VideoClips(Listed(*entries(folder)), BUCKETS, 9, clips_per_video=3) as clips:
+        reading = clips.read(0)
+        assert isinstance(next(reading), Clip)
+        reading.close()
+        assert len(list(clips.read(0))) == len(list(clips.read(0))) > 9
+
+
+PARENT = """
+import sys, time
+from vpae_jax.data.pool import Pool
+import failing_tasks
+pool = Pool(1, {timeout})
+pool.submit(failing_tasks.modules).result()
+print(*[w.process.pid for w in pool._workers], flush=True)
+pool.submit(time.sleep, {sleep})
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("timeout, sleep", [(60.0, 0.1), (1.0, 600.0)], ids=["idle", "hanging"])
+def test_workers_end_when_their_parent_is_killed(timeout, sleep):
+    code = PARENT.format(timeout=timeout, sleep=sleep)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        assert parent.stdout
+        pid = int(parent.stdout.readline())
+        time.sleep(0.3)
+        parent.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 15
+    while not gone(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
