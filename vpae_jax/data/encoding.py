@@ -38,8 +38,20 @@ from vpae_jax.data.units import Units
 from vpae_jax.types import Latents, UserError
 
 T = TypeVar("T")
-# Of each unit, so many clips are shown in the summary.
-SHOWN = 4
+
+
+class Captioned(Protocol):
+    """A clip, or what becomes one."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def caption(self) -> str: ...
+
+
+C = TypeVar("C", bound=Captioned)
+# Of each unit, so many clips are shown in the summary, each of another video.
+SHOWN = 12
 # Pixels of the longer side of a frame there.
 SHOWN_SIDE = 160
 LONGEST = 300  # characters of a caption
@@ -175,14 +187,15 @@ def write_units(
         progress = stack.enter_context(Progress(len(pending)))
         for unit in pending:
             with units.write(unit) as writer:
-                shown = 0
+                shown: list[Any] = []
                 for item in _in_batches(read(unit), threads, batch_size, size):
                     if isinstance(item, Reject):
                         writer.reject(item)
                     else:
                         writer.add(item.id, item.arrays, item.about)
-                        writer.note(note(item, shown < SHOWN))
-                        shown += 1
+                        show = len(shown) < SHOWN and item.about.get("video") not in shown
+                        writer.note(note(item, show))
+                        shown += [item.about.get("video", len(shown))] if show else []
                     progress.advance(isinstance(item, Encoded))
             progress.end_of_unit()
 
@@ -234,13 +247,16 @@ def _encode(clips: list[Clip], encoders: Encoders, batch_size: int) -> list[Enco
     return result
 
 
-def fitting(item: T, caption: str, encoders: Encoders) -> T | Reject:
-    """The item, or a reject if its caption has more tokens than the text encoder reads."""
-    try:
-        encoders.tokenize([caption])
-    except UserError as error:
-        return Reject(item.id, "caption", str(error))
-    return item
+def fitting(items: Iterable[C | Reject], encoders: Encoders) -> Iterator[C | Reject]:
+    """The items; those with more tokens than the text encoder reads as rejects."""
+    for item in items:
+        if not isinstance(item, Reject):
+            try:
+                encoders.tokenize([item.caption])
+            except UserError as error:
+                yield Reject(item.id, "caption", str(error))
+                continue
+        yield item
 
 
 def arrays_of(latents: Any, condition: Any) -> dict[str, np.ndarray]:

@@ -89,7 +89,7 @@ def write_summary(folder: Path) -> Path:
         duration=_duration(seconds),
         refused=sum(index["rejects"].values()),
         clips=shown,
-        histograms=[_histogram(title, values[name]) for name, title in MEASURES.items() if len(values[name]) > 1],
+        histograms=[_histogram(title, values[name]) for name, title in MEASURES.items() if len(set(values[name])) > 1],
         rejects=[(kind, index["rejects"][kind], [_example(r) for r in some]) for kind, some in sorted(rejects.items())],
     )
     write_text(folder / PAGE, page)
