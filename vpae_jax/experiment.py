@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -25,6 +24,7 @@ from vpae_jax.convert.settings import Scheduler
 from vpae_jax.data.digits import MovingDigits, check_size
 from vpae_jax.data.latents import encode_clips
 from vpae_jax.data.pipeline import captioned_batches, latent_batches, pixel_batches
+from vpae_jax.data.reading import Batches
 from vpae_jax.data.records import LatentRecords
 from vpae_jax.guard import Guard
 from vpae_jax.methods import make_method
@@ -161,7 +161,7 @@ def starting_generator(
 
 def make_batches(
     experiment: Experiment, method: Method, workdir: Path, pipeline: Pipeline | None, mesh: Mesh
-) -> grain.DatasetIterator:
+) -> Batches:
     """This process's part of the batches that the method trains on; encodes the clips first where these are latents."""
     data = experiment.data
     clips = MovingDigits("train", data.clips, data.seed)
@@ -171,7 +171,8 @@ def make_batches(
     if method.batch is CaptionedFrames:
         return captioned_batches(clips, pipeline.tokenizer, *how)
     folder = first_alone("encoded", partial(encode_clips, clips, pipeline, resolve(data.folder, workdir)))
-    return latent_batches(LatentRecords(folder), *how)
+    records = LatentRecords(folder)
+    return latent_batches([(records, float(len(records)))], *how, data.max_bad)
 
 
 def make_hooks(
