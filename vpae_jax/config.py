@@ -98,16 +98,50 @@ class DataConfig:
       folder: where encoded clips are kept between runs; relative to the workdir when it starts with "../", else to the
         current folder.
       workers: processes that prepare batches; 0 prepares them in the training process.
+      records: folders of latent records, "DIR,DIR" or "DIR=WEIGHT,DIR=WEIGHT"; each is relative as `folder` is. A
+        weight is the share of training clips that come from there, up to a common factor; without weights all clips
+        are seen equally often. Empty: clips are encoded from `videos`, or rendered.
+      videos: a folder of videos that are encoded before the run. Empty: there is none.
+      max_bad: share of damaged records that is put up with; the run stops beyond.
     """
 
     clips: int = 2048
     seed: int = 0
     folder: str = "../data"
     workers: int = 0
+    records: str = ""
+    videos: str = ""
+    max_bad: float = 0.01
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "clips")
-        _at_least(self, 0, "seed", "workers")
+        _at_least(self, 0, "seed", "workers", "max_bad")
+        if self.max_bad >= 1:
+            raise UserError(f"max_bad is {self.max_bad}, expected less than 1")
+        if self.records and self.videos:
+            raise UserError("records and videos are both given; choose one (--config.data.videos= leaves it out)")
+        weighted = [weight is not None for _, weight in self.sources]
+        if any(weighted) and not all(weighted):
+            raise UserError(f"records is {self.records!r}; give every folder a weight, or none")
+
+    @property
+    def sources(self) -> tuple[tuple[str, float | None], ...]:
+        """The folders of `records`, each with its weight; None where it has none."""
+        return tuple(_source(part) for part in self.records.split(",")) if self.records else ()
+
+
+def _source(text: str) -> tuple[str, float | None]:
+    """ "DIR=WEIGHT" or "DIR", taken apart. Raises `UserError` for a weight that is none."""
+    folder, equals, weight = (part.strip() for part in text.rpartition("="))
+    if not equals:
+        folder, weight = weight, "1"
+    try:
+        value = float(weight)
+    except ValueError:
+        value = math.nan
+    if not folder or not 0 < value < math.inf:
+        raise UserError(f"records: {text!r} is not a folder, or a folder and its weight (DIR=0.5), a positive number")
+    return folder, value if equals else None
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
+from absl import flags
 
 from vpae_jax.data.digits import MovingDigits
 from vpae_jax.data.pipeline import captioned_batches, pixel_batches, to_float
@@ -66,6 +68,15 @@ def test_seed_decides_and_a_saved_position_continues_exactly(source):
     assert not np.array_equal(
         next(pixel_batches(source, 3, seed=0)).video, next(pixel_batches(source, 3, seed=1)).video
     )
+
+
+def test_workers_prepare_the_same_batches(source, tokenizer):
+    flags.FLAGS.mark_as_parsed()  # as programs do; grain asks for it before it starts processes
+    here, there = (captioned_batches(source, tokenizer, batch_size=3, seed=4, workers=n) for n in (0, 1))
+    for _ in range(3):
+        pairs = zip(jax.tree.leaves(next(here)), jax.tree.leaves(next(there)), strict=True)
+        assert all(np.array_equal(a, b) for a, b in pairs)
+    there.close()
 
 
 def test_a_batch_larger_than_the_data_is_refused(source):

@@ -103,7 +103,7 @@ def test_records_hold_what_the_encoders_give(folder, pipeline, clips):
 
 def test_latent_batches_are_records_and_continue_exactly(folder):
     records = LatentRecords(folder)
-    batches = latent_batches(records, batch_size=3, seed=0)
+    batches = latent_batches([(records, 1.0)], batch_size=3, seed=0)
     first = next(batches)
     assert isinstance(first, Batch)
     assert first.latents.dtype == first.condition.text.dtype == jnp.float32
@@ -116,7 +116,7 @@ def test_latent_batches_are_records_and_continue_exactly(folder):
         assert np.array_equal(records[index]["image"], first.condition.image[row])
     position = json.loads(json.dumps(batches.get_state()))
     ahead = [next(batches) for _ in range(5)]
-    other = latent_batches(LatentRecords(folder), batch_size=3, seed=0)
+    other = latent_batches([(LatentRecords(folder), 1.0)], batch_size=3, seed=0)
     other.set_state(position)
     for expected in ahead:
         found = next(other)
@@ -125,7 +125,7 @@ def test_latent_batches_are_records_and_continue_exactly(folder):
 
 def test_text_to_video_records_have_no_image(tokenizer, clips, tmp_path):
     folder = encode_clips(clips, make_pipeline(tokenizer, image=False), tmp_path, batch_size=BATCH)
-    batch = next(latent_batches(LatentRecords(folder), 2, seed=0))
+    batch = next(latent_batches([(LatentRecords(folder), 1.0)], 2, seed=0))
     assert batch.condition.image is None
     assert batch.condition.frames is None
 

@@ -19,7 +19,8 @@ LONG = 100_000  # steps of a run that only a signal ends
 
 
 def records(workdir: Path) -> list[dict[str, float]]:
-    return [{k: v for k, v in record.items() if k != "seconds_per_step"} for record in read_metrics(workdir)]
+    timing = ("seconds_per_step", "data_wait")
+    return [{k: v for k, v in record.items() if k not in timing} for record in read_metrics(workdir)]
 
 
 def weights(workdir: Path, step: int | None = None) -> list[np.ndarray]:

@@ -1,48 +1,68 @@
 """Batch iterators over clips, frames with captions, and encoded clips.
 
-Each is a grain pipeline: shuffled anew in every epoch, endless, the same for the same seed, and with `get_state` and
-`set_state`, so that a checkpoint continues after exactly the batches that were seen. Items are prepared as numpy arrays
-(in threads, or in processes when `workers` is above 0) and become JAX arrays when the iterator hands them out.
+Each is endless, shuffled anew in every epoch, the same for the same seed, and has `get_state` and `set_state`, so that
+a checkpoint continues after exactly the batches that were seen. Items are prepared as numpy arrays, in threads or in
+processes (`data.reading`), and become JAX arrays when the iterator hands them out.
 
-A batch is a row of one endless order of clips, whoever reads it: of several processes, each prepares some of its clips
-(`rows`), and a position is a number of batches, so that it holds for any number of processes.
+A batch is a row of one endless order of clips (`data.order`), whoever reads it: of several processes, each prepares
+some of its clips (`rows`), and a position is a number of batches, so that it holds for any number of processes and
+workers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import grain
 import jax.numpy as jnp
 import numpy as np
-from grain.multiprocessing import MultiprocessingOptions
 from jaxtyping import Float, UInt8
 from transformers import PreTrainedTokenizerBase
 
 from vpae_jax.data.digits import MovingDigits
-from vpae_jax.data.records import LatentRecords
+from vpae_jax.data.order import Order, Part
+from vpae_jax.data.reading import Batches, RecordsOf
+from vpae_jax.data.records import LatentRecords, Shape
 from vpae_jax.data.tokenizer import tokenize
 from vpae_jax.types import Batch, CaptionedFrames, Condition, PixelBatch, UserError
 
-# Batches that wait in memory: enough to hide the preparation, few enough for clips of any size.
-READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 # Which clips of each batch are prepared here, in order; None for all.
 Rows = Sequence[int] | None
+# Negative prompts of one text encoder differ by the rounding of other devices and batches, if at all.
+SAME_PROMPT = 0.1
 
 
-def pixel_batches(
-    source: MovingDigits, batch_size: int, seed: int, workers: int = 0, rows: Rows = None
-) -> grain.DatasetIterator:
+@dataclass(frozen=True)
+class _Pixels:
+    """Loads a clip's video."""
+
+    clips: Any
+
+    def __call__(self, _: int, clip: int) -> Any:
+        return {"video": self.clips[clip]["video"]}
+
+
+@dataclass(frozen=True)
+class _Frames:
+    """Loads a clip's first and last frame and its caption's tokens."""
+
+    clips: Any
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(self, _: int, clip: int) -> Any:
+        item = self.clips[clip]
+        ids, mask = tokenize(self.tokenizer, [item["caption"]])
+        return {"first": item["video"][0], "last": item["video"][-1], "ids": ids[0], "mask": mask[0]}
+
+
+def pixel_batches(source: MovingDigits, batch_size: int, seed: int, workers: int = 0, rows: Rows = None) -> Batches:
     """Endless iterator of `PixelBatch`."""
-
-    def load(clip: Any) -> Any:
-        return {"video": clip["video"]}
 
     def finish(batch: Any) -> PixelBatch:
         return PixelBatch(video=jnp.asarray(to_float(batch["video"])))
 
-    return _iterate(source, load, finish, batch_size, seed, workers, rows)
+    return _iterate(_whole(source), _Pixels(source), finish, batch_size, seed, workers, rows)
 
 
 def captioned_batches(
@@ -52,12 +72,8 @@ def captioned_batches(
     seed: int,
     workers: int = 0,
     rows: Rows = None,
-) -> grain.DatasetIterator:
+) -> Batches:
     """Endless iterator of `CaptionedFrames`: each clip's first and last frame and its caption's tokens."""
-
-    def load(clip: Any) -> Any:
-        ids, mask = tokenize(tokenizer, [clip["caption"]])
-        return {"first": clip["video"][0], "last": clip["video"][-1], "ids": ids[0], "mask": mask[0]}
 
     def finish(batch: Any) -> CaptionedFrames:
         return CaptionedFrames(
@@ -67,15 +83,40 @@ def captioned_batches(
             mask=jnp.asarray(batch["mask"]),
         )
 
-    return _iterate(source, load, finish, batch_size, seed, workers, rows)
+    return _iterate(_whole(source), _Frames(source, tokenizer), finish, batch_size, seed, workers, rows)
 
 
 def latent_batches(
-    records: LatentRecords, batch_size: int, seed: int, workers: int = 0, rows: Rows = None
-) -> grain.DatasetIterator:
-    """Endless iterator of `Batch`, in float32."""
-    null_text = jnp.asarray(records.null_text, jnp.float32)
-    null_mask = jnp.asarray(records.null_mask)
+    sources: Sequence[tuple[LatentRecords, float]],
+    batch_size: int,
+    seed: int,
+    workers: int = 0,
+    rows: Rows = None,
+    max_bad: float = 0.01,
+) -> Batches:
+    """Endless iterator of `Batch`, in float32. The clips of a batch have latents of one shape.
+
+    Args:
+      sources: folders of records, each with its weight: the share of clips that come from it, up to a common factor
+        (the folder's size, to see all clips equally often). A shape has the share of a source that it has of its clips.
+      batch_size: clips a batch, over all processes.
+      seed: decides the order.
+      workers: processes that read; 0 reads in threads.
+      rows: which clips of each batch are read here, in order; None for all.
+      max_bad: share of bad records that is put up with; a bad one is replaced by another one of its source and shape.
+
+    Raises:
+      UserError: fewer clips than a batch has, or sources that do not fit together.
+    """
+    first = sources[0][0]
+    for records, weight in sources:
+        _check_source(records, weight, first)
+    buckets: dict[Shape, list[Part]] = {}
+    for number, (records, weight) in enumerate(sources):
+        for shape, clips in records.shapes.items():
+            buckets.setdefault(shape, []).append(Part(number, clips, weight * len(clips) / len(records)))
+    null_text, null_mask = jnp.asarray(first.null_text, jnp.float32), jnp.asarray(first.null_mask)
+    load = RecordsOf(tuple(records for records, _ in sources))
 
     def finish(batch: Any) -> Batch:
         value = {name: jnp.asarray(x, None if x.dtype == bool else jnp.float32) for name, x in batch.items()}
@@ -84,7 +125,33 @@ def latent_batches(
         )
         return Batch(latents=value["latents"], condition=condition, null_text=null_text, null_mask=null_mask)
 
-    return _iterate(records, lambda record: record, finish, batch_size, seed, workers, rows)
+    return _iterate(
+        [parts for _, parts in sorted(buckets.items())], load, finish, batch_size, seed, workers, rows, max_bad
+    )
+
+
+def _check_source(records: LatentRecords, weight: float, first: LatentRecords) -> None:
+    """Raises `UserError` for a source without clips or weight, or one that was encoded otherwise than the first."""
+    if not len(records):
+        raise UserError(f"{records.folder} holds no clips, only rejects (rejects.jsonl says why); leave it out")
+    if not weight > 0:
+        raise UserError(f"{records.folder} has weight {weight}, expected more than 0; leave it out instead")
+    kinds = []
+    for one in (first, records):
+        shapes = {name: tuple(shape) for name, shape in one.index["shards"][0]["shapes"].items()}
+        kinds.append({name: shape[-1:] if len(shape) == 4 else shape for name, shape in shapes.items()})
+        kinds[-1]["text_tokens"] = (one.index["text_tokens"],)
+    for name in sorted({*kinds[0], *kinds[1]}):
+        if kinds[0].get(name) != kinds[1].get(name):
+            raise UserError(
+                f"{records.folder} and {first.folder} do not fit together: {name} is {kinds[1].get(name)} and "
+                f"{kinds[0].get(name)}; encode both with the same model"
+            )
+    given, expected = np.float32(records.null_text), np.float32(first.null_text)
+    if np.linalg.norm(given - expected) > SAME_PROMPT * np.linalg.norm(expected):
+        raise UserError(
+            f"{records.folder} and {first.folder} have other text encoders; encode both with the same model"
+        )
 
 
 def to_float(pixels: UInt8[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
@@ -92,38 +159,23 @@ def to_float(pixels: UInt8[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]
     return pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
+def _whole(source: Any) -> list[list[Part]]:
+    """All clips of a source in one bucket."""
+    return [[Part(0, np.arange(len(source)), 1.0)]]
+
+
 def _iterate(
-    source: Any,
-    load: Callable[[Any], Any],
+    buckets: Sequence[Sequence[Part]],
+    load: Callable[[int, int], Any],
     finish: Callable[[Any], Any],
     batch_size: int,
     seed: int,
     workers: int,
     rows: Rows,
-) -> grain.DatasetIterator:
-    if not 1 <= batch_size <= len(source):
-        raise UserError(f"batch size {batch_size} does not fit {len(source)} clips; lower it or render more clips")
-    order = grain.MapDataset.source(source).shuffle(seed=seed).repeat()
-    own = tuple(range(batch_size)) if rows is None else tuple(rows)
-    items = _OwnRows(order, batch_size, own).map(load)
-    batches = items.batch(len(own), drop_remainder=True).to_iter_dataset(READ)
-    if workers > 0:
-        batches = batches.mp_prefetch(MultiprocessingOptions(num_workers=workers))
-    return iter(batches.map(finish))
-
-
-class _OwnRows(grain.MapDataset):
-    """Of an endless order of clips, cut into batches of `size`, the clips at some places of each batch."""
-
-    def __init__(self, order: grain.MapDataset, size: int, rows: tuple[int, ...]):
-        super().__init__(order)
-        self.size, self.rows = size, rows
-
-    def __len__(self) -> int:
-        return len(self._parent) // self.size * len(self.rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return self.slice(index)
-        batch, place = divmod(index, len(self.rows))
-        return self._parent[batch * self.size + self.rows[place]]
+    max_bad: float = 0.0,
+) -> Batches:
+    clips = sum(len(part.clips) for parts in buckets for part in parts)
+    if not 1 <= batch_size <= clips:
+        raise UserError(f"batch size {batch_size} does not fit {clips} clips; lower it or take more clips")
+    own = range(batch_size) if rows is None else rows
+    return Batches(Order(buckets, batch_size, seed), load, finish, own, workers, max_bad)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,9 @@ def train(
             scalars: dict[str, Any] = {}
             for index, update in steps.due(method.updates, step):
                 for repeat in range(update.repeats):
-                    state, scalars_of_update = programs[index](state, frozen, put(next(batches)), jnp.int32(repeat))
+                    with clock.waiting():
+                        batch = next(batches)
+                    state, scalars_of_update = programs[index](state, frozen, put(batch), jnp.int32(repeat))
                     scalars |= scalars_of_update
             state = replace(state, step=state.step + 1)
             if pending is not None:
@@ -113,16 +115,29 @@ def train(
 
 
 class _Clock:
-    """Seconds a step since the last reading."""
+    """Time a step since the last reading, and how much of it was spent waiting for data."""
 
     def __init__(self) -> None:
-        self.time, self.step = time.monotonic(), None
+        self.time, self.step, self.waited = time.monotonic(), None, 0.0
 
-    def read(self, step: int) -> float:
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what waits for data."""
+        since = time.monotonic()
+        yield
+        self.waited += time.monotonic() - since
+
+    def read(self, step: int) -> dict[str, float]:
+        """`seconds_per_step`, and `data_wait`, the share of them that was spent waiting; 0 at the first reading."""
         now, before = time.monotonic(), self.step
-        seconds = (now - self.time) / max(1, step - before) if before is not None else 0.0
-        self.time, self.step = now, step
-        return seconds
+        passed = now - self.time
+        known = before is not None and passed > 0
+        result = {
+            "seconds_per_step": passed / max(1, step - before) if before is not None else 0.0,
+            "data_wait": self.waited / passed if known else 0.0,
+        }
+        self.time, self.step, self.waited = now, step, 0.0
+        return result
 
 
 def _record(metrics: Metrics, step: int, scalars: dict, clock: _Clock, every: int, workdir: Path) -> None:
@@ -135,7 +150,7 @@ def _record(metrics: Metrics, step: int, scalars: dict, clock: _Clock, every: in
             "lower that role's learning_rate or clip_norm and start again"
         )
     if step % every == 0:
-        metrics.write(step, {**values, "seconds_per_step": clock.read(step)})
+        metrics.write(step, {**values, **clock.read(step)})
 
 
 def _run_hooks(hooks: tuple[Hook, ...], step: int, last: int, state: TrainState, metrics: Metrics) -> None:

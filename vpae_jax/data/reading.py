@@ -1,0 +1,149 @@
+"""Batches of a fixed order, prepared ahead of the training in threads or processes, from any position on.
+
+A position is the number of batches before it. It says nothing of who prepares them, so it holds for any number of
+processes that train and of workers that read.
+
+Workers import this module and what it imports, which is why it knows neither models nor tokenizers.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grain
+import numpy as np
+from grain.multiprocessing import MultiprocessingOptions
+
+from vpae_jax.data.order import Order
+from vpae_jax.data.records import BadRecord, LatentRecords, Value
+from vpae_jax.types import UserError
+
+# Batches that wait in memory: enough to hide the preparation, few enough for clips of any size.
+READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+# Damage is judged by its share once this many records were read; so many in a row are not replaced.
+ENOUGH = 200
+
+# From source and index to one clip's arrays; may raise `BadRecord`.
+Load = Callable[[int, int], Mapping[str, Value]]
+
+
+@dataclass(frozen=True)
+class RecordsOf:
+    """Loads clips from folders of records, of which `source` names one."""
+
+    folders: tuple[LatentRecords, ...]
+
+    def __call__(self, source: int, clip: int) -> Mapping[str, Value]:
+        return self.folders[source][clip]
+
+
+class _Batches(grain.MapDataset):
+    """Of each batch from `start` on, the clips at some places.
+
+    An item has their `arrays`, one above the other (none when a clip could not be replaced), how many records were
+    `read`, and what was `bad` about which of them. It is a plain tree, whose arrays workers pass on in shared memory.
+    """
+
+    def __init__(self, order: Order, load: Load, rows: tuple[int, ...], start: int):
+        super().__init__()
+        self.order, self.load, self.rows, self.start = order, load, rows, start
+
+    def __len__(self) -> int:
+        return sys.maxsize - self.start
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        arrays: dict[str, Value] = {}
+        read, bad = 0, []
+        for place, row in enumerate(self.rows):
+            for source, clip in self.order.candidates(self.start + index, row):
+                read += 1
+                try:
+                    loaded = self.load(source, clip)
+                    break
+                except BadRecord as error:
+                    bad.append(str(error))
+                    if read >= ENOUGH and len(bad) == read:
+                        return {"arrays": {}, "read": read, "bad": bad}
+            for name, value in loaded.items():
+                if place == 0:
+                    arrays[name] = np.empty((len(self.rows), *np.shape(value)), np.asarray(value).dtype)
+                arrays[name][place] = value
+        return {"arrays": arrays, "read": read, "bad": bad}
+
+
+class Batches(Iterator[Any]):
+    """Endless iterator over an order's batches.
+
+    Args:
+      order: of all clips.
+      load: makes one clip's arrays.
+      finish: makes what is handed out from a batch's arrays.
+      rows: which clips of each batch are prepared here.
+      workers: processes that prepare batches; 0 prepares them in threads.
+      max_bad: share of bad records that is put up with.
+
+    Raises:
+      UserError: (when it is advanced) more than `max_bad` of the records that were read, at least 200, are bad.
+    """
+
+    def __init__(
+        self,
+        order: Order,
+        load: Load,
+        finish: Callable[[Mapping[str, Value]], Any],
+        rows: Sequence[int],
+        workers: int = 0,
+        max_bad: float = 0.0,
+    ):
+        self._order, self._load, self._finish, self._rows = order, load, finish, tuple(rows)
+        self._workers, self._max_bad = workers, max_bad
+        self._position, self._ahead = 0, None
+        self._read, self._bad = 0, 0
+        self._named: set[str] = set()
+
+    def __next__(self) -> Any:
+        if self._ahead is None:
+            dataset = _Batches(self._order, self._load, self._rows, self._position).to_iter_dataset(READ)
+            if self._workers > 0:
+                dataset = dataset.mp_prefetch(MultiprocessingOptions(num_workers=self._workers))
+            self._ahead = iter(dataset)
+        loaded = next(self._ahead)
+        self._judge(loaded)
+        self._position += 1
+        return self._finish(loaded["arrays"])
+
+    def get_state(self) -> dict[str, int]:
+        """How many batches were handed out."""
+        return {"batches": self._position}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Continues after that many batches. Raises `UserError` for a position of another version."""
+        if list(state) != ["batches"]:
+            raise UserError(f"the checkpoint's position in the data is {dict(state)}, of another version; start again")
+        self.close()
+        self._position = state["batches"]
+
+    def close(self) -> None:
+        """Ends the threads and processes that prepare batches; the next batch starts them again."""
+        if self._ahead is not None:
+            self._ahead.close()
+        self._ahead = None
+
+    def _judge(self, loaded: Mapping[str, Any]) -> None:
+        """Counts bad records, and says of each once what is wrong with it."""
+        self._read += loaded["read"]
+        self._bad += len(loaded["bad"])
+        for reason in loaded["bad"]:
+            if reason not in self._named:
+                self._named.add(reason)
+                print(f"bad record: {reason}; another one takes its place", file=sys.stderr, flush=True)
+        if not loaded["arrays"] or (self._read >= ENOUGH and self._bad > self._max_bad * self._read):
+            raise UserError(
+                f"{self._bad} of {self._read} records were bad, more than config.data.max_bad = {self._max_bad:g} "
+                "allows; remove the shards named above and run the same encode command again"
+            )
