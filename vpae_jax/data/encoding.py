@@ -40,6 +40,7 @@ from vpae_jax.types import Latents, UserError
 T = TypeVar("T")
 
 
+@runtime_checkable
 class Captioned(Protocol):
     """A clip, or what becomes one."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -32,7 +32,8 @@ class Teacher(Encoders, Protocol):
     @property
     def transformer(self) -> Any: ...
     def latent_shape(self, batch: int, num_frames: int | None, height: int | None, width: int | None) -> Any: ...
-    def sample(self, noise: Any, condition: Any, unconditional: Any = None, **options: Any) -> Any: ...
+    @property
+    def sample(self) -> Callable[..., Any]: ...
     def decode(self, latents: Any) -> Any: ...
 
 

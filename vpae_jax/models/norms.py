@@ -7,6 +7,7 @@ compiler runs fast. What it made of the derived ones took a twelfth of a transfo
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+custom_vjp: Any = jax.custom_vjp  # its own type hides the types of what it decorates
 Rows = Float[Array, "*batch d"]
 Gain = Float[Array, "*spread d"]
 
@@ -41,7 +43,7 @@ class LayerNorm(nnx.Module):
         return layer_norm(x, self.scale[...].astype(jnp.float32), self.bias[...].astype(jnp.float32), self.eps)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
+@partial(custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: Rows, gain: Float[Array, "d"], eps: float) -> Rows:
     """`x / rms(x) * gain` over the last axis, in the dtype of x; float32 inside."""
     wide = x.astype(jnp.float32)
@@ -59,7 +61,7 @@ def _rms_gradients(eps: float, kept: tuple[Array, Array], grad: Array) -> tuple[
 rms_norm.defvjp(lambda x, gain, eps: (rms_norm(x, gain, eps), (x, gain)), _rms_gradients)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
+@partial(custom_vjp, nondiff_argnums=(3,))
 def layer_norm(x: Rows, gain: Gain, bias: Gain, eps: float) -> Rows:
     """`(x - mean(x)) / std(x) * gain + bias` over the last axis, computed and returned in float32.
 
