@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ class ParquetTable:
         self.columns = [name for name, kind in kinds if name in needed.values() or _is_plain(kind)]
         self.starts = np.cumsum([0, *groups])
         self._readers: list[_Reader] = []  # one at most; taken by who reads, and given back
+        self._lost: list[tuple[int, int, Refused]] = []  # rows from, to: what lies behind damage is not tried again
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_readers": []}
@@ -79,6 +81,10 @@ class ParquetTable:
     def rows(self, place: Place, count: int) -> Iterator[Row | Refused]:
         if signature(self.path) != self.signature:
             raise UserError(f"{self.path} was changed while it was in use; start again")
+        for first, end, refused in self._lost:
+            if first <= place.offset < end:
+                yield from [refused] * count
+                return
         try:
             reader = self._readers.pop()
         except IndexError:
@@ -88,8 +94,12 @@ class ParquetTable:
         try:
             found = reader.take(place.offset, count)
         except DAMAGED as error:
-            lost = Refused("row", f"cannot be read: {_one_line(error)}")
-            yield from [lost] * count
+            if isinstance(error, OSError) and error.errno is not None:  # the disk's trouble, not the file's
+                raise UserError(f"{self.path}: {os.strerror(error.errno)}; start again") from error
+            refused = Refused("row", f"cannot be read: {_one_line(error)}")
+            end = self.starts[np.searchsorted(self.starts, reader.number, side="right")]
+            self._lost.append((reader.number, int(end), refused))
+            yield from [refused] * count
             return
         self._readers[:] = [reader]
         yield from found

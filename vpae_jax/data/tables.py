@@ -136,7 +136,7 @@ class TextTable:
                     seen.update(dict.fromkeys(islice(row, COLUMNS_SHOWN + 1)))
             yield place, row
         if any_row and missing:
-            require(self.path, [*seen, *set(self.needed.values()) - missing], self.needed)
+            require(self.path, list(dict.fromkeys([*seen, *set(self.needed.values()) - missing])), self.needed)
 
     def _json(self, lines: _Lines) -> Iterator[tuple[Place, Row | Refused]]:
         while True:
