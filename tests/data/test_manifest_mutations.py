@@ -15,6 +15,7 @@ from vpae_jax.types import UserError
 COLUMNS = Columns("path", "caption", "id", "start", "end", "cuts")
 FORMATS = ("csv", "tsv", "jsonl", "parquet", "folder")
 CASES = 120
+HARD = (5261,)
 SPICE = (
     *("\x00", "\ufeff", "\u2028", "\x85", "\r", "\n", "\r\n", '"', '""', "'", ",", "\t", "\\\\", "\\", "=", ";"),
     *("\U0001f600", "\u0301", "\u202e", "\uffff", "../", "/", "~", "%s", "{", "}", "[", "]", "\\ud800", "\\udc00x"),
@@ -128,6 +129,15 @@ def plant(rng, root, kind):
     file = root.parent / f"table.{kind}"
     file.write_bytes(damage_bytes(rng, encode(rng, kind, rows)))
     return file
+
+
+@pytest.mark.parametrize("seed", HARD)
+def test_damage_that_once_hung(tmp_path, seed):
+    root = tmp_path / "videos"
+    (root / "sub").mkdir(parents=True)
+    file = plant(random.Random(f"xparquet {seed}"), root, "parquet")
+    manifest = Manifest(root, file, COLUMNS, unit_videos=4)
+    assert sum(len(list(manifest.read(unit))) for unit in range(manifest.units)) == manifest.rows
 
 
 @pytest.mark.parametrize("kind", FORMATS)

@@ -121,7 +121,7 @@ class _Reader:
 
     def __init__(self, file: pq.ParquetFile, starts: Int[np.ndarray, " groups"], columns: Sequence[str]) -> None:
         self.file, self.starts, self.columns = file, starts, columns
-        self.number = 0  # of the row that comes next
+        self.number = self.end = 0  # of the row that comes next; where its row group ends
         self.left: list[Row] = []
         self.batches: Iterator[pa.RecordBatch] = iter(())
 
@@ -144,7 +144,7 @@ class _Reader:
 
     def _enter(self, group: int) -> None:
         self.batches, self.left = _batches(self.file, group, READ_ROWS, self.columns), []
-        self.number = int(self.starts[group])
+        self.number, self.end = int(self.starts[group]), int(self.starts[group + 1])
 
     def _skip(self, count: int) -> None:
         if self.left:
@@ -156,11 +156,15 @@ class _Reader:
         self.left = list(_rows(batch.slice(count))) if batch.num_rows > count else []
 
     def _next(self) -> pa.RecordBatch:
-        while (batch := next(self.batches, None)) is None:
+        """Rows from `number` on, at least one. Damage may leave a row group with fewer than the file says, or more."""
+        batch = next((batch for batch in self.batches if batch.num_rows), None)
+        if batch is None:
             group = int(np.searchsorted(self.starts, self.number, side="right")) - 1
-            if group >= len(self.starts) - 1 or self.starts[group] != self.number:
-                raise OSError("a row group is shorter than the file says")
-            self._enter(group)
+            if group < len(self.starts) - 1 and self.starts[group] == self.number:
+                self._enter(group)
+                batch = next((batch for batch in self.batches if batch.num_rows), None)
+        if batch is None or self.number + batch.num_rows > self.end:
+            raise OSError("a row group is not as long as the file says")
         return batch
 
 
