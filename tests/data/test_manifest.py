@@ -1,18 +1,21 @@
 """Manifests: every kind of table, every kind of bad row, places that hold, memory that does not grow."""
 
 import csv
+import inspect
 import json
 import os
 import pickle
 import random
-import time
-import tracemalloc
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from vpae_jax.data.listing import _walk
 from vpae_jax.data.manifest import Columns, Manifest, _repeated
 from vpae_jax.data.source import Entry, Reject
 from vpae_jax.data.tables import ROW_BYTES
@@ -207,7 +210,9 @@ def test_json_numbers_and_lists_are_times_and_ids(videos):
     assert only(videos, "t.jsonl", [GOOD_ROW | {"cuts": 3}], ALL).cuts == (3.0,)
 
 
-@pytest.mark.parametrize("line", ["[" * 100_000, "9" * 5000, '{"path": ', '"path"', "[1]", "null", "{'path': 1}", "\x00"])
+@pytest.mark.parametrize(
+    "line", ["[" * 100_000, "9" * 5000, '{"path": ', '"path"', "[1]", "null", "{'path': 1}", "\x00"]
+)
 def test_json_lines_that_are_no_objects(videos, line):
     path = videos.parent / "t.jsonl"
     path.write_text(json.dumps(GOOD_ROW) + "\n" + line + "\n\n  \n" + json.dumps(GOOD_ROW | {"id": "two"}))
@@ -217,7 +222,17 @@ def test_json_lines_that_are_no_objects(videos, line):
 
 
 def test_what_is_kept_about_a_video_is_plain_json(videos):
-    row = {"a": 1, "b": "x", "c": True, "d": 1.5, "e": float("nan"), "f": [1], "g": "y" * 2000, "h": "\ud800", "i": None}
+    row = {
+        "a": 1,
+        "b": "x",
+        "c": True,
+        "d": 1.5,
+        "e": float("nan"),
+        "f": [1],
+        "g": "y" * 2000,
+        "h": "\ud800",
+        "i": None,
+    }
     found = only(videos, "t.jsonl", [GOOD_ROW | row | {"\udc00": 1}], ALL)
     assert found.about == {"a": 1, "b": "x", "c": True, "d": 1.5, "h": "?", "?": 1}
     json.dumps(found.about, ensure_ascii=False, allow_nan=False).encode()
@@ -298,12 +313,12 @@ def test_rows_of_other_lengths_and_broken_quotes_are_refused(videos):
 
 
 def test_an_open_quote_hides_no_more_than_the_limit(videos):
-    lines = [f"v{i % 10}.mp4,c{i}\n" for i in range(20_000)]
+    lines = [f"v{i % 10}.mp4,{i:0100}\n" for i in range(3000)]
     lines[3] = 'v3.mp4,"never closed\n'
     found = rows_of(videos, "path,caption\n" + "".join(lines))
     assert [one.kind for one in found[:4] if isinstance(one, Reject)] == ["row"]
     assert "are its quotes closed?" in found[3].reason
-    assert found[-1].id == "v9.mp4" and 20_000 - len(found) < ROW_BYTES / 10
+    assert found[-1].id == "v9.mp4" and 3000 - len(found) < ROW_BYTES / 100
 
 
 @pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
@@ -339,7 +354,7 @@ def test_missing_columns_are_named_with_those_there_are(videos, name):
     message = refusal(Manifest, videos, table)
     assert name in message and "'path'" in message and "'video', 'caption'" in message
     assert "--columns=path=COLUMN" in message
-    assert "'shots'" in refusal(Manifest, videos, table, Columns(path="video", cuts="shots"))
+    assert "--columns=cuts=COLUMN" in refusal(Manifest, videos, table, Columns(path="video", cuts="shots"))
 
 
 def test_json_columns_may_be_there_in_some_rows(videos):
@@ -448,9 +463,7 @@ def test_a_folder_is_read_in_the_order_of_names_with_captions_beside(tmp_path):
     manifest = Manifest(root, unit_videos=2)
     assert (manifest.rows, manifest.units) == (4, 2)
     deep, upper, plain, none = read(manifest)
-    assert deep == Entry(
-        "a/b/c.webm", root / "a/b/c.webm", "from json", 1.0, 3.0, (2.5,), {"camera": "static"}
-    )
+    assert deep == Entry("a/b/c.webm", root / "a/b/c.webm", "from json", 1.0, 3.0, (2.5,), {"camera": "static"})
     assert (upper.id, upper.caption, upper.path) == ("a/z.MKV", "deep", root / "a/z.MKV")
     assert (plain.id, plain.caption) == ("b.mp4", "a caption")
     assert (none.id, none.kind) == ("no caption.mov", "caption")
@@ -515,15 +528,15 @@ def test_links_pipes_and_odd_names_in_a_folder(tmp_path):
 
 
 def test_a_folder_deeper_than_python_recurses(tmp_path):
-    here = os.open(tmp_path, os.O_RDONLY)
-    for _ in range(1100):
-        os.mkdir("d", dir_fd=here)
-        here, above = os.open("d", os.O_RDONLY, dir_fd=here), here
-        os.close(above)
-    os.close(os.open("a.mp4", os.O_CREAT, dir_fd=here))
-    os.close(here)
-    (found,) = read(Manifest(tmp_path))
-    assert found.id.endswith("/d/a.mp4") and found.kind == "caption"
+    (tmp_path / ("d/" * 300)).mkdir(parents=True)
+    (tmp_path / ("d/" * 300) / "a.mp4").touch()
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack()) + 100)
+    try:
+        found = list(_walk(str(tmp_path)))
+    finally:
+        sys.setrecursionlimit(limit)
+    assert found == ["d/" * 300 + "a.mp4"]
 
 
 def test_a_folder_without_videos(tmp_path):
@@ -583,87 +596,62 @@ def test_a_damaged_part_of_a_parquet_file_costs_its_rows(videos):
     rows = [{"path": f"v{i % 10}.mp4", "id": i, "caption": f"caption {i} " + "x" * 50} for i in range(40)]
     path = videos.parent / "t.parquet"
     pq.write_table(
-        pa.Table.from_pylist(rows), path, row_group_size=10, use_dictionary=False, write_page_checksum=True
+        pa.Table.from_pylist(rows),
+        path,
+        row_group_size=10,
+        use_dictionary=False,
+        compression="none",
+        write_page_checksum=True,
     )
     data = bytearray(path.read_bytes())
-    where = data.index(b"caption 25 " if b"caption 25 " in data else b"caption 25")
+    where = data.index(b"caption 25 ")
     data[where] ^= 0xFF
     path.write_bytes(data)
     manifest = Manifest(videos, path, Columns(id="id"), unit_videos=5)
     found = {unit: list(manifest.read(unit)) for unit in (5, 0, 7, 4, 6, 3)}
+    assert found == {unit: list(manifest.read(unit)) for unit in found}
+    assert found[5] == list(pickle.loads(pickle.dumps(manifest)).read(5))
+    assert found == {unit: list(Manifest(videos, path, Columns(id="id"), 5).read(unit)) for unit in found}
     bad = [unit for unit, some in found.items() if any(isinstance(one, Reject) for one in some)]
     assert sorted(bad) == [4, 5]
     assert all(one.kind == "row" for unit in bad for one in found[unit])
     assert [one.id for one in found[7]] == [str(i) for i in range(35, 40)]
 
 
+def test_units_of_one_large_row_group_cost_one_pass(videos):
+    rows = [{"path": "v0.mp4", "caption": f"caption {i}", "id": i} for i in range(3000)]
+    path = videos.parent / "t.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=3000)
+    manifest = Manifest(videos, path, Columns(id="id"), unit_videos=50)
+    readers = set()
+    for unit in range(0, manifest.units, 3):
+        assert [one.id for one in manifest.read(unit)] == [str(50 * unit + i) for i in range(50)]
+        readers.update(map(id, manifest._table._readers))
+    assert len(readers) == 1
+
+
 # --- Size
 
 
-def big(path, rows):
-    """A CSV with line breaks within captions."""
-    with path.open("w", newline="") as file:
-        file.write("path,caption,score\r\n")
-        for i in range(rows):
-            file.write(f'folder/v{i}.mp4,"caption {i}, with a ""quote"" and\na line break of the clip",{i / 7:.4f}\r\n')
-    return path
+def measured(folder, rows, units):
+    """What a manifest of many rows takes, in a process of its own: without checks of types, which take memory too."""
+    script = Path(__file__).with_name("measure_manifest.py")
+    done = subprocess.run(
+        [sys.executable, script, folder, str(rows), str(units)], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    print(found)
+    assert found["rows"] == rows
+    assert found["peak"] < (1 << 20) + 32 * rows
+    assert found["kept"] < (1 << 18) + rows
+    assert found["reading"] < 1 << 20
 
 
-def check_size(videos, rows):
-    path = big(videos.parent / "big.csv", rows)
-    tracemalloc.start()
-    try:
-        manifest = Manifest(videos, path)
-        kept, peak = tracemalloc.get_traced_memory()
-        assert (manifest.rows, manifest.units) == (rows, -(-rows // 64))
-        rng = random.Random(0)
-        before = tracemalloc.get_traced_memory()[0]
-        tracemalloc.reset_peak()
-        for unit in rng.sample(range(manifest.units), 100):
-            for i, one in enumerate(manifest.read(unit), 64 * unit):
-                assert (one.id, one.kind) == (f"folder/v{i}.mp4", "missing")
-        reading = tracemalloc.get_traced_memory()[1] - before
-    finally:
-        tracemalloc.stop()
-    assert peak < (1 << 20) + 32 * rows, peak
-    assert kept < (1 << 19) + rows, kept
-    assert reading < 1 << 20, reading
-    return manifest, peak
-
-
-def test_memory_hardly_grows_with_the_rows(videos):
-    check_size(videos, 50_000)
+def test_memory_hardly_grows_with_the_rows(tmp_path):
+    measured(tmp_path, 50_000, 40)
 
 
 @pytest.mark.long
-def test_a_million_rows(videos):
-    manifest, peak = check_size(videos, 1_000_000)
-    print(f"a million rows: {peak / 2**20:.1f} MiB at the peak")
-    start = time.perf_counter()
-    sequential = list(manifest._table.rows(next(iter([_place(manifest, 0)])), manifest.rows))
-    print(f"read in {time.perf_counter() - start:.1f} s")
-    for unit in random.Random(1).sample(range(manifest.units), 1000):
-        count = min(64, manifest.rows - 64 * unit)
-        rows = list(manifest._table.rows(_place(manifest, unit), count))
-        assert rows == sequential[64 * unit : 64 * unit + count]
-
-
-def _place(manifest, unit):
-    from vpae_jax.data.tables import Place
-
-    return Place(*manifest._places[unit].tolist())
-
-
-def test_units_of_one_large_row_group_cost_one_pass(videos):
-    rows = 200_000
-    path = videos.parent / "t.parquet"
-    table = pa.table({"path": [f"v{i}.mp4" for i in range(rows)], "caption": [f"caption {i}" for i in range(rows)]})
-    pq.write_table(table, path, row_group_size=rows)
-    manifest = Manifest(videos, path)
-    start = time.perf_counter()
-    list(manifest.read(manifest.units - 1))
-    alone = time.perf_counter() - start
-    start = time.perf_counter()
-    for unit in range(manifest.units - 100, manifest.units, 3):
-        assert next(iter(manifest.read(unit))).id == f"v{64 * unit}.mp4"
-    assert time.perf_counter() - start < 10 * alone + 1
+def test_a_million_rows(tmp_path):
+    measured(tmp_path, 1_000_000, 1000)

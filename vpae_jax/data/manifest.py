@@ -1,8 +1,8 @@
 """Which videos there are, and what they show: a folder with captions beside the videos, or a table that lists them.
 
 A manifest is read once when it is made. What is kept of it does not depend on what its rows hold: where each unit
-begins, and the numbers of the rows whose id came before. That takes about 30 bytes a row while it is read, and a quarter
-of a byte afterwards.
+begins, and the numbers of the rows whose id came before. That takes about 30 bytes a row while it is read, and a
+quarter of a byte afterwards.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ class ParquetTable:
         self.columns = [name for name, kind in kinds if name in needed.values() or _is_plain(kind)]
         self.starts = np.cumsum([0, *groups])
         self._readers: list[_Reader] = []  # one at most; taken by who reads, and given back
+        self._lost: list[tuple[int, int, Refused]] = []  # rows from, to: what lies behind damage is not tried again
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_readers": []}
@@ -79,6 +81,10 @@ class ParquetTable:
     def rows(self, place: Place, count: int) -> Iterator[Row | Refused]:
         if signature(self.path) != self.signature:
             raise UserError(f"{self.path} was changed while it was in use; start again")
+        for first, end, refused in self._lost:
+            if first <= place.offset < end:
+                yield from [refused] * count
+                return
         try:
             reader = self._readers.pop()
         except IndexError:
@@ -88,8 +94,12 @@ class ParquetTable:
         try:
             found = reader.take(place.offset, count)
         except DAMAGED as error:
-            lost = Refused("row", f"cannot be read: {_one_line(error)}")
-            yield from [lost] * count
+            if isinstance(error, OSError) and error.errno is not None:  # the disk's trouble, not the file's
+                raise UserError(f"{self.path}: {os.strerror(error.errno)}; start again") from error
+            refused = Refused("row", f"cannot be read: {_one_line(error)}")
+            end = self.starts[np.searchsorted(self.starts, reader.number, side="right")]
+            self._lost.append((reader.number, int(end), refused))
+            yield from [refused] * count
             return
         self._readers[:] = [reader]
         yield from found
@@ -111,7 +121,7 @@ class _Reader:
 
     def __init__(self, file: pq.ParquetFile, starts: Int[np.ndarray, " groups"], columns: Sequence[str]) -> None:
         self.file, self.starts, self.columns = file, starts, columns
-        self.number = 0  # of the row that comes next
+        self.number = self.end = 0  # of the row that comes next; where its row group ends
         self.left: list[Row] = []
         self.batches: Iterator[pa.RecordBatch] = iter(())
 
@@ -134,7 +144,7 @@ class _Reader:
 
     def _enter(self, group: int) -> None:
         self.batches, self.left = _batches(self.file, group, READ_ROWS, self.columns), []
-        self.number = int(self.starts[group])
+        self.number, self.end = int(self.starts[group]), int(self.starts[group + 1])
 
     def _skip(self, count: int) -> None:
         if self.left:
@@ -146,11 +156,15 @@ class _Reader:
         self.left = list(_rows(batch.slice(count))) if batch.num_rows > count else []
 
     def _next(self) -> pa.RecordBatch:
-        while (batch := next(self.batches, None)) is None:
+        """Rows from `number` on, at least one. Damage may leave a row group with fewer than the file says, or more."""
+        batch = next((batch for batch in self.batches if batch.num_rows), None)
+        if batch is None:
             group = int(np.searchsorted(self.starts, self.number, side="right")) - 1
-            if group >= len(self.starts) - 1 or self.starts[group] != self.number:
-                raise OSError("a row group is shorter than the file says")
-            self._enter(group)
+            if group < len(self.starts) - 1 and self.starts[group] == self.number:
+                self._enter(group)
+                batch = next((batch for batch in self.batches if batch.num_rows), None)
+        if batch is None or self.number + batch.num_rows > self.end:
+            raise OSError("a row group is not as long as the file says")
         return batch
 
 

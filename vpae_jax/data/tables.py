@@ -35,8 +35,11 @@ class Refused(Exception):
     """
 
     def __init__(self, kind: str, reason: str) -> None:
-        super().__init__(reason)
+        super().__init__(kind, reason)
         self.kind, self.reason = kind, reason
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 class Place(NamedTuple):
@@ -136,7 +139,8 @@ class TextTable:
                     seen.update(dict.fromkeys(islice(row, COLUMNS_SHOWN + 1)))
             yield place, row
         if any_row and missing:
-            require(self.path, [*seen, *set(self.needed.values()) - missing], self.needed)
+            found = [*seen, *(column for column in self.needed.values() if column not in missing)]
+            require(self.path, list(dict.fromkeys(found)), self.needed)
 
     def _json(self, lines: _Lines) -> Iterator[tuple[Place, Row | Refused]]:
         while True:
@@ -224,10 +228,10 @@ def require(path: Path, columns: Sequence[str], needed: Mapping[str, str]) -> No
             continue
         names = ", ".join(repr(name[:40]) for name in columns[:COLUMNS_SHOWN])
         names += ", ..." if len(columns) > COLUMNS_SHOWN else ""
-        trouble = "more than one column" if column in columns else "no column"
+        trouble, remedy = ("more than one", "rename one, or name") if column in columns else ("no", "name")
         raise UserError(
-            f"{path} has {trouble} {column!r} for the {use}; it has {names or 'none'}; "
-            f"name the right one with --columns={use}=COLUMN, or remove what is twice"
+            f"{path} has {trouble} column {column!r} for the {use}; it has {names or 'none'}; "
+            f"{remedy} another with --columns={use}=COLUMN"
         )
 
 
