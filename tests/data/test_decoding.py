@@ -211,7 +211,7 @@ def frame_of(pixels, values, **settings):
     ],
 )
 def test_colours(pixels, values, settings, expected, size):
-    picture = decoding._rgb(decoding.VideoReformatter(), frame_of(pixels, values, **settings), *size)
+    picture = decoding._ToRGB()(frame_of(pixels, values, **settings), *size)
     assert picture.shape == (*size, 3)
     np.testing.assert_allclose(picture[size[0] // 2, size[1] // 2], expected, atol=2)
 
@@ -221,20 +221,18 @@ def test_unsaid_matrices_are_guessed_by_size():
     frame = av.VideoFrame(1280, 720, "yuv420p")
     for plane, value in zip(frame.planes, (173, 42, 26), strict=True):
         np.frombuffer(memoryview(plane), np.uint8)[:] = value
-    assert decoding._rgb(decoding.VideoReformatter(), frame, 48, 64)[20, 20].tolist() == pytest.approx(
-        [0, 255, 0], abs=2
-    )
+    assert decoding._ToRGB()(frame, 48, 64)[20, 20].tolist() == pytest.approx([0, 255, 0], abs=2)
 
 
 @pytest.mark.parametrize("transfer, reference", [(16, 0.58), pytest.param(18, 0.75, marks=pytest.mark.long)])
 def test_high_dynamic_range_is_mapped_to_what_screens_show(transfer, reference):
     """HDR's reference white (203 nits: 58 % of PQ's signal, 75 % of HLG's) becomes white, and greys stay grey."""
-    reformatter = decoding.VideoReformatter()  # takes 2.5 s to make its table, once
+    to_rgb = decoding._ToRGB()  # takes 2.5 s to make its table, once
 
     def grey(signal):
         luma = round(64 + 876 * signal)
         settings = {"color_range": 1, "colorspace": 9, "color_primaries": 9, "color_trc": transfer}
-        return decoding._rgb(reformatter, frame_of("yuv420p10le", (luma, 512, 512), **settings), 20, 30)
+        return to_rgb(frame_of("yuv420p10le", (luma, 512, 512), **settings), 20, 30)
 
     white, middle = grey(reference)[10, 10].astype(int), grey(0.6 * reference)[10, 10].astype(int)
     assert white.min() >= 250 and np.ptp(white) <= 1 and np.ptp(middle) <= 1
@@ -243,9 +241,9 @@ def test_high_dynamic_range_is_mapped_to_what_screens_show(transfer, reference):
 
 def test_what_is_transparent_is_black(tmp_path):
     frame = av.VideoFrame.from_ndarray(np.full((48, 64, 4), (200, 100, 50, 0), np.uint8), format="rgba")
-    assert (decoding._rgb(decoding.VideoReformatter(), frame, 48, 64) == 0).all()
+    assert (decoding._ToRGB()(frame, 48, 64) == 0).all()
     frame = av.VideoFrame.from_ndarray(np.full((48, 64, 4), (200, 100, 50, 255), np.uint8), format="rgba")
-    assert (decoding._rgb(decoding.VideoReformatter(), frame, 48, 64) == (200, 100, 50)).all()
+    assert (decoding._ToRGB()(frame, 48, 64) == (200, 100, 50)).all()
     path = write(tmp_path / "alpha.mov", numbered(9), codec="prores_ks", pixels="yuva444p10le")
     assert numbers(read_frames(path, 0.0, 9, 16.0, 48, 64)) == list(range(9))
 

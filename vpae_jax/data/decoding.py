@@ -2,8 +2,7 @@
 
 Times are seconds after the stream's start, where its first frame begins. Frames are resampled at a constant rate: each
 output time shows the last frame that has begun by then, as a player would. So a variable frame rate is right, and
-frames are dropped or repeated, never blended. Frames that are dropped are not converted; those that are kept are scaled
-and converted to RGB in one pass over their pixels, then cropped in a copy.
+frames are dropped or repeated, never blended. Frames that are dropped are neither scaled nor converted.
 
 This module, like all that runs in the workers of `pool.py`, imports neither JAX nor anything that does.
 """
@@ -168,7 +167,7 @@ class _Writer:
     def __init__(self, out: UInt8[np.ndarray, "count height width 3"], aspect: Fraction):
         self.out = out
         self.aspect = aspect
-        self.reformatter = VideoReformatter()
+        self.to_rgb = _ToRGB()
         self.last: VideoFrame | None = None
 
     def __call__(self, frame: VideoFrame, index: int) -> None:
@@ -183,36 +182,48 @@ class _Writer:
         shown_height, shown_width = _upright_size(frame, turn, self.aspect)
         scale = max(rows / shown_height, columns / shown_width)
         height, width = (max(math.ceil(n * scale - 1e-6), 1) for n in (shown_height, shown_width))
-        picture = turn.apply(_rgb(self.reformatter, frame, *((width, height) if turn.swap else (height, width))))
+        picture = turn.apply(self.to_rgb(frame, *((width, height) if turn.swap else (height, width))))
         top, left = (height - rows) // 2, (width - columns) // 2
         self.out[index] = picture[top : top + rows, left : left + columns]
 
 
-def _rgb(reformatter: VideoReformatter, frame: VideoFrame, height: int, width: int) -> UInt8[np.ndarray, "h w 3"]:
-    """A frame in RGB of a size; transparent parts become black, and HDR is mapped to BT.709."""
-    alpha = any(component.is_alpha for component in frame.format.components)
-    settings: dict[str, Any] = {}
-    if frame.color_trc in HDR:
-        settings = {"dst_color_trc": ColorTrc.BT709, "dst_color_primaries": ColorPrimaries.BT709}
-    elif frame.colorspace == UNSPECIFIED and not frame.format.is_rgb:
-        # As players guess: high definition is BT.709, the rest BT.601.
-        large = frame.width >= 1280 or frame.height > 576
-        settings = {"src_colorspace": Colorspace.ITU709 if large else Colorspace.ITU601}
-    converted = reformatter.reformat(
-        frame,
-        width=width,
-        height=height,
-        format="rgba" if alpha else "rgb24",
-        interpolation=(Interpolation.AREA if height < frame.height else Interpolation.BICUBIC) | EXACT,
-        threads=1,
-        **settings,
-    )
-    plane, channels = converted.planes[0], 4 if alpha else 3
-    rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)[:height, : width * channels]
-    picture = rows.reshape(height, width, channels)
-    if alpha:
-        picture = (picture[..., :3].astype(np.uint16) * picture[..., 3:] // 255).astype(np.uint8)
-    return picture
+class _ToRGB:
+    """Scales frames and converts them to RGB; transparent parts become black, and HDR is mapped to BT.709."""
+
+    def __init__(self) -> None:
+        # swscale keeps its tables as long as it is given frames of one kind; for HDR they take seconds to make.
+        self.scale, self.interleave = VideoReformatter(), VideoReformatter()
+
+    def __call__(self, frame: VideoFrame, height: int, width: int) -> UInt8[np.ndarray, "{height} {width} 3"]:
+        alpha = any(component.is_alpha for component in frame.format.components)
+        settings: dict[str, Any] = {}
+        if frame.color_trc in HDR:
+            settings = {"dst_color_trc": ColorTrc.BT709, "dst_color_primaries": ColorPrimaries.BT709}
+        elif frame.colorspace == UNSPECIFIED and not frame.format.is_rgb:
+            # As players guess: high definition is BT.709, the rest BT.601.
+            large = frame.width >= 1280 or frame.height > 576
+            settings = {"src_colorspace": Colorspace.ITU709 if large else Colorspace.ITU601}
+        converted = self.scale.reformat(
+            frame,
+            width=width,
+            height=height,
+            format="rgba" if alpha else "gbrp",
+            interpolation=(Interpolation.AREA if height < frame.height else Interpolation.BICUBIC) | EXACT,
+            threads=1,
+            **settings,
+        )
+        if alpha:
+            picture = _pixels(converted, 4)
+            return (picture[..., :3].astype(np.uint16) * picture[..., 3:] // 255).astype(np.uint8)
+        # The same numbers as straight to rgb24, in half of the time.
+        return _pixels(self.interleave.reformat(converted, format="rgb24", threads=1), 3)
+
+
+def _pixels(frame: VideoFrame, channels: int) -> UInt8[np.ndarray, "h w {channels}"]:
+    """The memory of a frame whose channels lie beside one another."""
+    plane = frame.planes[0]
+    rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)
+    return rows[: frame.height, : frame.width * channels].reshape(frame.height, frame.width, channels)
 
 
 @dataclass(frozen=True)

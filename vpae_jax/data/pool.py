@@ -2,8 +2,8 @@
 
 Each worker is a fresh interpreter (no fork: JAX has threads) that imports what its tasks need and no more; unlike
 `multiprocessing` it does not import the parent's main module. A thread of the parent waits for each worker, kills it
-when a task takes too long, and starts another for the next task. Arrays come back in anonymous shared memory, by its
-file descriptor, and are not copied.
+when a task takes too long, and starts another for the next task. Arrays come through memory that a worker shares with
+its parent, and that is used again for the next task: new pages cost more than the copy that the parent's thread makes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DYING = 5.0  # seconds that a worker which has hung up is given to end
 # Interrupts from the keyboard are the parent's to handle; libraries for matrices need no threads of their own.
 START = (
     "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.path[:] = {path!r}; "
-    "from vpae_jax.data.pool import serve; serve({fd}, {timeout!r})"
+    "from vpae_jax.data.pool import serve; serve({fd}, {memory}, {timeout!r})"
 )
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
@@ -113,26 +113,31 @@ class _Worker:
         self.socket, theirs = socket.socketpair()
         self.socket.settimeout(timeout)
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `end`
+        self.memory = _Memory(_anonymous_file())
         with theirs:
-            code = START.format(path=sys.path, fd=theirs.fileno(), timeout=timeout)
+            fds = theirs.fileno(), self.memory.fd
+            code = START.format(path=sys.path, fd=fds[0], memory=fds[1], timeout=timeout)
             self.process = subprocess.Popen(
                 [sys.executable, "-c", code],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=self.errors,
-                pass_fds=[theirs.fileno()],
+                pass_fds=fds,
                 env={**os.environ, **ENVIRONMENT},
             )
 
     def call(self, task: tuple[Any, ...]) -> Any:
+        shape = task[2]
         try:
+            if shape is not None:
+                self.memory.make_room(shape)
             _send(self.socket, task)
-            message, fds = _receive(self.socket)
+            result = _receive(self.socket)
         except TimeoutError as error:
             raise Lost("timeout", f"took more than {self.socket.gettimeout():g} s") from error
         except (EOFError, ConnectionError) as error:
             raise Lost("crashed", self._last_words()) from error
-        return (_mapped(fds[0], task[2]), message) if fds else message
+        return result if shape is None else (self.memory.array(shape).copy(), result)
 
     def _last_words(self) -> str:
         try:
@@ -151,53 +156,57 @@ class _Worker:
         self.process.kill()
         self.process.wait()
         self.errors.close()
+        os.close(self.memory.fd)
 
 
-def serve(fd: int, timeout: float) -> None:
+class _Memory:
+    """Memory that two processes share, as a file that no folder lists. One of them makes room, then both see it."""
+
+    def __init__(self, fd: int):
+        self.fd = fd
+        self.mapped: mmap.mmap | None = None
+
+    def make_room(self, shape: tuple[int, ...]) -> None:
+        if os.fstat(self.fd).st_size < math.prod(shape):
+            os.ftruncate(self.fd, math.prod(shape))
+
+    def array(self, shape: tuple[int, ...]) -> UInt8[np.ndarray, "..."]:
+        size = math.prod(shape)
+        if self.mapped is None or len(self.mapped) < size:
+            self.mapped = mmap.mmap(self.fd, size)
+        return np.frombuffer(self.mapped, np.uint8, size).reshape(shape)
+
+
+def serve(fd: int, memory: int, timeout: float) -> None:
     """A worker's life: tasks come, results go, until the parent hangs up."""
     parent = socket.socket(fileno=fd)  # stays open until the end, so that last words are written before it closes
+    shared = _Memory(memory)
     while True:
         try:
-            (function, args, shape), _ = _receive(parent)
+            function, args, shape = _receive(parent)
         except (EOFError, ConnectionError):
             return parent.close()
         signal.setitimer(signal.ITIMER_REAL, ORPHAN * timeout)  # its signal ends a process that does not handle it
-        if shape is None:
-            _send(parent, function(*args))
-        else:
-            memory = _anonymous_file()
-            os.ftruncate(memory, math.prod(shape))
-            _send(parent, function(_mapped(os.dup(memory), shape), *args), [memory])
-            os.close(memory)
+        _send(parent, function(*args) if shape is None else function(shared.array(shape), *args))
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _anonymous_file() -> int:
-    """A file in memory that no folder lists, gone with its last user."""
+    """A file in memory, gone with its last user; where the system has none, a temporary file."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("frames")
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())
 
 
-def _mapped(fd: int, shape: tuple[int, ...]) -> UInt8[np.ndarray, "..."]:
-    """The file as an array; closes the descriptor, and the memory goes with the array."""
-    memory = mmap.mmap(fd, math.prod(shape))
-    os.close(fd)
-    return np.frombuffer(memory, np.uint8).reshape(shape)
-
-
-def _send(to: socket.socket, message: Any, fds: list[int] | None = None) -> None:
+def _send(to: socket.socket, message: Any) -> None:
     body = pickle.dumps(message)
-    socket.send_fds(to, [len(body).to_bytes(HEADER, "little")], fds or [])
-    to.sendall(body)
+    to.sendall(len(body).to_bytes(HEADER, "little") + body)
 
 
-def _receive(sender: socket.socket) -> tuple[Any, list[int]]:
-    """A message and the file descriptors that came with it; EOFError when the other side is gone."""
-    header, fds, *_ = socket.recv_fds(sender, HEADER, 1)
-    header += _exactly(sender, HEADER - len(header))
-    return pickle.loads(_exactly(sender, int.from_bytes(header, "little"))), fds
+def _receive(sender: socket.socket) -> Any:
+    """A message; EOFError when the other side is gone."""
+    return pickle.loads(_exactly(sender, int.from_bytes(_exactly(sender, HEADER), "little")))
 
 
 def _exactly(sender: socket.socket, count: int) -> bytes:

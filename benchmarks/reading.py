@@ -1,0 +1,166 @@
+"""Clips through `VideoClips` against the same clips read by plain PyAV, in turns on the same machine.
+
+    python benchmarks/reading.py VIDEO [VIDEO ...] [--clips=24] [--bucket=480x832] [--workers=2] [--rounds=3]
+
+Ours decodes, resamples to 16 frames a second, scales, crops, measures and hands frames to this process. The peers seek
+to the keyframe before the same clip, decode until its end, and call `to_ndarray(format="rgb24")` of every frame that
+begins in it, as the file has them: neither resampled nor scaled. One peer decodes in one thread, one in as many as PyAV
+likes, and one in as many processes of one thread as we have workers, whose frames go no further.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import av
+from report import machine, paste, progress, ratios, table
+
+from vpae_jax import cli
+from vpae_jax.data.buckets import Size, parse
+from vpae_jax.data.filters import Filters
+from vpae_jax.data.source import Clip, Entry
+from vpae_jax.data.videos import VideoClips
+from vpae_jax.types import UserError
+
+BEGIN = "<!-- made by benchmarks/reading.py -->"
+FPS = 16.0
+Span = tuple[Path, float, float]  # a clip's file, beginning and end in seconds
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Videos as a manifest of one unit."""
+
+    paths: tuple[Path, ...]
+    units: int = 1
+
+    def read(self, unit: int) -> Iterator[Entry]:
+        for number, path in enumerate(self.paths):
+            yield Entry(f"{number}-{path.stem}", path, "a caption")
+
+
+@dataclass
+class Times:
+    """One entry a round.
+
+    Attributes:
+      seconds: that passed.
+      cpu: that this process and those it started computed.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+
+def ours(paths: tuple[Path, ...], clips: int, bucket: Size, frames: int, workers: int) -> list[Span]:
+    """Reads all clips; where they lie. Starting and ending the workers is part of it."""
+    each = -(-clips // len(paths))
+    spans = []
+    manifest, filters = Listed(paths), Filters(min_motion=0.0, max_black=1.0)
+    with VideoClips(manifest, (bucket,), frames, FPS, filters, clips_per_video=each, workers=workers) as source:
+        for item in source.read(0):
+            if not isinstance(item, Clip):
+                raise UserError(f"{item.id}: {item.reason}; leave it out")
+            path = paths[int(item.id.partition("-")[0])]
+            spans.append((path, item.about["start"], item.about["start"] + frames / FPS))
+    return spans
+
+
+def plain(span: Span, threads: bool = False) -> int:
+    """Reads a clip's frames as PyAV's own documentation would; how many."""
+    path, start, end = span
+    frames = []
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        if threads:
+            stream.thread_type = "AUTO"
+        else:
+            stream.thread_count = 1
+        container.seek(int(start / stream.time_base), stream=stream)
+        for frame in container.decode(stream):
+            if frame.time >= end:
+                break
+            if frame.time >= start:
+                frames.append(frame.to_ndarray(format="rgb24"))
+    return len(frames)
+
+
+def in_turn(spans: list[Span], threads: bool) -> None:
+    for span in spans:
+        plain(span, threads)
+
+
+def in_processes(spans: list[Span], workers: int) -> None:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        list(pool.map(plain, spans))
+
+
+def cpu_seconds() -> float:
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+def measure(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, Times]:
+    """Every run once a round; every other round goes backwards."""
+    times = {name: Times() for name in runs}
+    for number in range(rounds):
+        for name in list(runs)[:: 1 if number % 2 == 0 else -1]:
+            progress(f"round {number + 1}, {name}")
+            cpu, start = cpu_seconds(), time.perf_counter()
+            runs[name]()
+            times[name].seconds.append(time.perf_counter() - start)
+            times[name].cpu.append(cpu_seconds() - cpu)
+    progress("")
+    return times
+
+
+def main(argv: list[str]) -> None:
+    parser = cli.Parser("python benchmarks/reading.py", __doc__)
+    parser.add_argument("videos", type=Path, nargs="+", help="files to read clips from")
+    parser.add_argument("--clips", type=int, default=24, help="how many, about the same number from each video")
+    parser.add_argument("--frames", type=int, default=81, help="frames of a clip, at 16 a second")
+    parser.add_argument("--bucket", default="480x832", help="height and width of our clips")
+    parser.add_argument("--workers", type=int, default=2, help="our processes, and the last peer's")
+    parser.add_argument("--rounds", type=int, default=3, help="how often everything is measured")
+    parser.add_argument("--markdown", type=Path, help="file for the table; where it has marks for it, between these")
+    given = parser.parse_args(argv)
+    (bucket,) = parse(given.bucket)
+    read = partial(ours, tuple(given.videos), given.clips, bucket, given.frames, given.workers)
+    spans = read()
+    shown = sum(map(plain, spans))
+    runs = {
+        "VideoClips": read,
+        "PyAV, one thread": partial(in_turn, spans, False),
+        "PyAV, its threads": partial(in_turn, spans, True),
+        f"PyAV, {given.workers} processes": partial(in_processes, spans, given.workers),
+    }
+    times = measure(runs, given.rounds)
+    mine = times["VideoClips"]
+    rows = []
+    for name, found in times.items():
+        speed = len(spans) / statistics.median(found.seconds)
+        against = ["", ""] if found is mine else [ratios(found.seconds, mine.seconds), ratios(found.cpu, mine.cpu)]
+        rows.append([name, f"{speed:.2f}", f"{statistics.median(found.cpu) / len(spans):.2f}", *against])
+    head = ("", "clips/s", "processor seconds a clip", "our throughput to it", "the same, by processor time")
+    lines = [
+        f"{len(spans)} clips of {given.frames} frames of {bucket[0]}x{bucket[1]} from {len(given.videos)} videos, "
+        f"which have {shown} frames there; {given.workers} workers, {given.rounds} rounds; {machine('av', 'numpy')}.",
+        "",
+        *table(head, rows),
+    ]
+    print("\n".join(lines))
+    if given.markdown is not None:
+        paste(given.markdown, "\n".join(("", *lines, "")), BEGIN)
+
+
+if __name__ == "__main__":
+    cli.run(main)
