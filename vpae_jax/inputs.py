@@ -14,7 +14,7 @@ from vpae_jax.data.encoding import encode_into, fingerprint
 from vpae_jax.data.manifest import Manifest
 from vpae_jax.data.pipeline import captioned_batches, latent_batches, pixel_batches
 from vpae_jax.data.reading import Batches
-from vpae_jax.data.records import LatentRecords
+from vpae_jax.data.records import REJECTS, LatentRecords
 from vpae_jax.data.source import InUnits, Source
 from vpae_jax.data.videos import VideoClips
 from vpae_jax.methods.base import Method
@@ -45,6 +45,11 @@ def open_records(experiment: Experiment, workdir: Path, pipeline: Pipeline) -> S
     if not data.sources:
         encode = partial(encode_into, resolve(data.folder, workdir), _raw(experiment, workdir, pipeline), pipeline)
         records = LatentRecords(first_alone("encoded", encode))
+        if not len(records):
+            kinds = ", ".join(f"{count} {kind}" for kind, count in records.index["rejects"].items())
+            raise UserError(
+                f"config.data.videos: no clip of {data.videos} is used ({kinds}); see {records.folder}/{REJECTS}"
+            )
         return ((records, float(len(records))),)
     found, expected = [], fingerprint(pipeline)
     for name, weight in data.sources:
