@@ -119,7 +119,7 @@ def latent_batches(
     load = RecordsOf(tuple(records for records, _ in sources))
 
     def finish(batch: Any) -> Batch:
-        value = {name: jnp.asarray(x, None if x.dtype == bool else jnp.float32) for name, x in batch.items()}
+        value = {name: jnp.asarray(x) for name, x in batch.items()}
         condition = Condition(
             text=value["text"], text_mask=value["text_mask"], image=value.get("image"), frames=value.get("frames")
         )
