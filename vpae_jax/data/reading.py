@@ -18,7 +18,7 @@ import numpy as np
 from grain.multiprocessing import MultiprocessingOptions
 
 from vpae_jax.data.order import Order
-from vpae_jax.data.records import BFLOAT16, BadRecord, LatentRecords, Value
+from vpae_jax.data.records import BadRecord, LatentRecords, Value
 from vpae_jax.types import UserError
 
 # Batches that wait in memory: enough to hide the preparation, few enough for clips of any size.
@@ -71,8 +71,7 @@ class _Batches(grain.MapDataset):
                         return {"arrays": {}, "read": read, "bad": bad}
             for name, value in loaded.items():
                 if place == 0:
-                    dtype = np.float32 if value.dtype == BFLOAT16 else value.dtype  # as it is trained on
-                    arrays[name] = np.empty((len(self.rows), *value.shape), dtype)
+                    arrays[name] = np.empty((len(self.rows), *value.shape), value.dtype)
                 arrays[name][place] = value
         return {"arrays": arrays, "read": read, "bad": bad}
 
