@@ -4,6 +4,7 @@ import json
 import pickle
 import random
 import zlib
+from collections import Counter
 
 import ml_dtypes
 import numpy as np
@@ -32,6 +33,10 @@ def packed(id, arrays, about):
     return pack(id, stored(id, arrays), about)
 
 
+def unpacked(record):
+    return unpack(np.frombuffer(record, np.uint8))
+
+
 def shard_of(folder):
     return next((folder / "shards").iterdir())
 
@@ -57,7 +62,7 @@ def test_what_is_read_is_what_was_written_in_bfloat16(folder):
 
 
 def test_the_text_of_a_record_ends_with_its_prompt(folder):
-    arrays, about = unpack(packed("a", arrays_of(2), {"caption": "two"}))
+    arrays, about = unpacked(packed("a", arrays_of(2), {"caption": "two"}))
     assert arrays["text"].shape == (3, 8)
     assert arrays["frames"].shape == SMALL
     assert about == {"id": "a", "caption": "two"}
@@ -68,7 +73,7 @@ def test_the_text_of_a_record_ends_with_its_prompt(folder):
 
 def test_captions_of_any_kind_come_back():
     for caption in ("", "ein Bär 🐻", "\x00\ud800\u202e", "a" * 100_000):
-        assert unpack(packed("a", arrays_of(0), {"caption": caption}))[1]["caption"] == caption
+        assert unpacked(packed("a", arrays_of(0), {"caption": caption}))[1]["caption"] == caption
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3.4e38])
@@ -102,7 +107,7 @@ def test_any_changed_byte_of_a_record_is_found():
         changed = whole[:at] + bytes([whole[at] ^ rng.randrange(1, 256)]) + whole[at + 1 :]
         for bad in (changed, whole[:at], changed[at:]):
             with pytest.raises(BadRecord):
-                unpack(bad)
+                unpacked(bad)
 
 
 def test_bytes_that_are_no_record_are_found_whatever_their_checksum():
@@ -112,7 +117,7 @@ def test_bytes_that_are_no_record_are_found_whatever_their_checksum():
         at = rng.randrange(600)  # the header and a little more
         changed = whole[:at] + bytes([rng.randrange(256)]) + whole[at + 1 :]
         try:
-            arrays, about = unpack(changed + zlib.crc32(changed).to_bytes(4, "little"))
+            arrays, about = unpacked(changed + zlib.crc32(changed).to_bytes(4, "little"))
         except BadRecord:
             continue
         assert isinstance(about, dict) and all(isinstance(value, np.ndarray) for value in arrays.values())
@@ -121,26 +126,24 @@ def test_bytes_that_are_no_record_are_found_whatever_their_checksum():
             decode(bad)
 
 
-def test_a_flipped_bit_in_a_shard_costs_no_more_than_its_records(copy):
-    """Of ArrayRecord's own structures too: nothing ends or blocks the process, and no wrong record comes back."""
+def test_a_flipped_bit_in_a_shard_costs_no_more_than_its_record(copy):
     path = shard_of(copy)
     whole = path.read_bytes()
-    expected = [number_of(LatentRecords(copy)[i]["latents"]) for i in range(6)]
-    assert expected == list(range(6))
     used = [i for i, byte in enumerate(whole) if byte]
     rng = random.Random(0)
-    bad = 0
+    counts = Counter()
     for _ in range(MUTATIONS):
         at = rng.choice(used)
         path.write_bytes(whole[:at] + bytes([whole[at] ^ rng.randrange(1, 256)]) + whole[at + 1 :])
-        records = LatentRecords(copy)
+        records, bad = LatentRecords(copy), 0
         for index in range(6):
             try:
                 assert number_of(records[index]["latents"]) == index
             except BadRecord as error:
                 assert str(error).startswith(f"{path}, record {index}: ") and "\n" not in str(error)
                 bad += 1
-    assert MUTATIONS / 2 < bad < 6 * MUTATIONS
+        counts[bad] += 1
+    assert set(counts) == {0, 1} and counts[1] > 20 * counts[0], "ArrayRecord's own structures are not needed"
     path.write_bytes(whole[:500] + bytes([whole[500] ^ 1]) + whole[501:])
     with pytest.raises(UserError, match=r"array_record is damaged; remove it and run the same encode command again"):
         LatentRecords(copy).verify()
@@ -182,7 +185,7 @@ def test_a_shard_that_is_cut_short_or_removed_while_it_is_read_gives_bad_records
 )
 def test_a_record_that_is_whole_but_not_what_the_index_says_is_bad(change, reason, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        arrays = dict(unpack(packed("a", arrays_of(0), {}))[0])
+        arrays = dict(unpacked(packed("a", arrays_of(0), {}))[0])
         patch.setattr(module, "is_finite", lambda value: True)  # writing refuses what is tested here
         payload = encode("a", change(arrays), {"id": "a"})
         patch.setattr("vpae_jax.data.units.pack", lambda *_: payload + zlib.crc32(payload).to_bytes(4, "little"))
@@ -207,12 +210,12 @@ def test_folders_that_cannot_be_read_are_named(folder, tmp_path):
             LatentRecords(tmp_path)
 
 
-def test_more_shards_than_are_held_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "OPEN_SHARDS", 2)
+def test_more_shards_than_are_held_open(tmp_path):
     folder = write_folder(tmp_path / "folder", [[(n, SMALL)] for n in range(5)])
     records = LatentRecords(folder)
+    records._files.limit = 2
     for index in (0, 1, 2, 3, 4, 0, 4, 2):
         assert number_of(records[index]["latents"]) == index
-        assert len(records._readers._open) <= 2
+        assert len(records._files._open) <= 2
     again = pickle.loads(pickle.dumps(records))
     assert number_of(again[3]["latents"]) == 3

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -97,11 +98,12 @@ def batches(scale: float = 1.0):
     return iter(grain.MapDataset.source(numbers).shuffle(seed=0).repeat().batch(2).to_iter_dataset().map(jnp.asarray))
 
 
-def run(workdir, steps=8, noise=0.5, hooks=(), scale=1.0, checkpoint_every=3):
+def run(workdir, steps=8, noise=0.5, hooks=(), scale=1.0, checkpoint_every=3, given=None):
     workdir.mkdir(parents=True, exist_ok=True)
     experiment = dataclasses.replace(EXPERIMENT, steps=steps, checkpoint_every=checkpoint_every)
     method, models, optimizers, state, frozen = parts(noise)
-    return train(experiment, method, models, optimizers, state, frozen, batches(scale), lambda x: x, workdir, hooks)
+    given = batches(scale) if given is None else given
+    return train(experiment, method, models, optimizers, state, frozen, given, lambda x: x, workdir, hooks)
 
 
 def slopes(state):
@@ -248,6 +250,35 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, stop):
         return [{k: v for k, v in r.items() if k not in timing} for r in read_metrics(folder)]
 
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+
+class Slow:
+    """Batches that take a while."""
+
+    def __init__(self, seconds):
+        self.batches, self.seconds = batches(), seconds
+
+    def __next__(self):
+        time.sleep(self.seconds)
+        return next(self.batches)
+
+    def __iter__(self):
+        return self
+
+    def get_state(self):
+        return self.batches.get_state()
+
+
+def test_the_share_of_time_spent_waiting_for_data_is_recorded(tmp_path):
+    shares = {}
+    for name, waits, between in (("starved", 0.02, 0.0), ("fed", 0.0, 0.04)):
+        pause = Hook(1, lambda step, state: time.sleep(between) or {})  # noqa: B023
+        run(tmp_path / name, hooks=(pause,), given=Slow(waits), checkpoint_every=100)
+        shares[name] = [record["data_wait"] for record in read_metrics(tmp_path / name)]
+        assert len(shares[name]) == 8
+    # The first steps compile; the last one is read together with the one before.
+    assert np.median(shares["starved"][3:-1]) > 0.5 and max(shares["starved"]) <= 1
+    assert np.median(shares["fed"][3:-1]) < 0.2
 
 
 def test_a_finished_run_does_nothing_more(tmp_path):

@@ -11,10 +11,11 @@ workers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -119,7 +120,7 @@ def latent_batches(
     load = RecordsOf(tuple(records for records, _ in sources))
 
     def finish(batch: Any) -> Batch:
-        value = {name: jnp.asarray(x, None if x.dtype == bool else jnp.float32) for name, x in batch.items()}
+        value = _in_float32({name: jnp.asarray(x) for name, x in batch.items()})
         condition = Condition(
             text=value["text"], text_mask=value["text_mask"], image=value.get("image"), frames=value.get("frames")
         )
@@ -128,6 +129,12 @@ def latent_batches(
     return _iterate(
         [parts for _, parts in sorted(buckets.items())], load, finish, batch_size, seed, workers, rows, max_bad
     )
+
+
+@jax.jit
+def _in_float32(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Floats in float32; on the device, so that half as many bytes are moved there and nothing waits for it."""
+    return {name: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x for name, x in values.items()}
 
 
 def _check_source(records: LatentRecords, weight: float, first: LatentRecords) -> None:

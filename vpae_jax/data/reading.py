@@ -71,7 +71,7 @@ class _Batches(grain.MapDataset):
                         return {"arrays": {}, "read": read, "bad": bad}
             for name, value in loaded.items():
                 if place == 0:
-                    arrays[name] = np.empty((len(self.rows), *np.shape(value)), np.asarray(value).dtype)
+                    arrays[name] = np.empty((len(self.rows), *value.shape), value.dtype)
                 arrays[name][place] = value
         return {"arrays": arrays, "read": read, "bad": bad}
 

@@ -17,29 +17,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 import zlib
-from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Mapping
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
-from array_record.python.array_record_module import ArrayRecordReader
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Shaped, UInt8
 
 from vpae_jax.convert.safetensors_file import DTYPES
+from vpae_jax.data.shards import Shards, starts
 from vpae_jax.types import MASK_CHANNELS, UserError
 
 SCHEMA = 2
 INDEX, NULL, REJECTS, IDENTITY = "index.json", "null.safetensors", "rejects.jsonl", "identity.json"
-# Shards that are held open, each with a descriptor and its list of chunks; a folder may have many thousands.
-OPEN_SHARDS = 64
-READING: Mapping[str, Any] = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 32768}
 CRC_BYTES = 4
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -60,7 +53,7 @@ class LatentRecords:
     `BadRecord` when it is damaged: unreadable, of another checksum, of other shapes than the index says, or not finite.
 
     Attributes:
-      index: what `index.json` says.
+      index: what `index.json` says, but for the records' sizes.
       shapes: indices of the clips of each shape of latents, in order.
       null_text, null_mask: the negative prompt's states [s, d] and mask [s].
 
@@ -74,20 +67,24 @@ class LatentRecords:
         self._shards = self.index["shards"]
         for shard in self._shards:
             check_shard(folder, shard)
-        self._ends = list(accumulate(shard["clips"] for shard in self._shards))
+        sizes = [shard.pop("sizes") for shard in self._shards]
+        counts = [len(some) for some in sizes]
+        self._ends = np.cumsum(counts)
+        self._sizes = np.array([size for some in sizes for size in some], np.int64)
+        self._starts = np.array([start for some in sizes for start in starts(some)], np.int64)
         parts: dict[Shape, list[np.ndarray]] = {}
-        for shard, end in zip(self._shards, self._ends, strict=True):
-            parts.setdefault(tuple(shard["shapes"]["latents"]), []).append(np.arange(end - shard["clips"], end))
+        for shard, count, end in zip(self._shards, counts, self._ends, strict=True):
+            parts.setdefault(tuple(shard["shapes"]["latents"]), []).append(np.arange(end - count, end))
         self.shapes: Mapping[Shape, np.ndarray] = {shape: np.concatenate(part) for shape, part in parts.items()}
         try:
             null = decode((folder / NULL).read_bytes())[0]
         except (OSError, BadRecord) as error:
             raise UserError(f"{folder / NULL}: {error}; run the same encode command again") from error
         self.null_text, self.null_mask = null["text"], null["text_mask"]
-        self._readers = _Readers(OPEN_SHARDS)
+        self._files = Shards()
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return len(self._sizes)
 
     def __repr__(self) -> str:
         return f"LatentRecords({str(self.folder)!r}, fingerprint={self.index['fingerprint']})"
@@ -123,20 +120,21 @@ class LatentRecords:
         """A record's shard and what it holds."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        number = bisect_right(self._ends, index)
-        shard = self._shards[number]
-        place = index - self._ends[number] + shard["clips"]
+        shard = self._shards[int(np.searchsorted(self._ends, index, "right"))]
+        start, size = int(self._starts[index]), int(self._sizes[index])
         try:
-            found = self._readers.get(self.folder / shard["file"]).read([place])
-            arrays, about = unpack(found[0] if found else b"")
-        except (RuntimeError, BadRecord) as error:  # a RuntimeError is how ArrayRecord says that it cannot read
-            raise BadRecord(f"{self._name(index)}: {' '.join(str(error).split())[:200]}") from error
+            arrays, about = unpack(self._files.read(self.folder / shard["file"], start, size))
+        except (OSError, EOFError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise BadRecord(f"{self._name(index)}: cannot be read: {reason}") from error
+        except BadRecord as error:
+            raise BadRecord(f"{self._name(index)}: {error}") from error
         return shard, arrays, about
 
     def _name(self, index: int) -> str:
-        number = bisect_right(self._ends, index)
-        shard = self._shards[number]
-        return f"{self.folder / shard['file']}, record {index - self._ends[number] + shard['clips']}"
+        number = int(np.searchsorted(self._ends, index, "right"))
+        first = int(self._ends[number - 1]) if number else 0
+        return f"{self.folder / self._shards[number]['file']}, record {index - first}"
 
 
 def stored(id: str, arrays: Arrays) -> dict[str, Value]:
@@ -177,13 +175,12 @@ def pack(id: str, kept: Arrays, about: Mapping[str, Any]) -> bytes:
     return payload + zlib.crc32(payload).to_bytes(CRC_BYTES, "little")
 
 
-def unpack(record: bytes) -> tuple[dict[str, Value], dict[str, Any]]:
-    """A record's arrays, read-only, as they are stored, and what else it knows. Raises `BadRecord`."""
-    payload, stored = memoryview(record)[:-CRC_BYTES], record[-CRC_BYTES:]
-    if len(record) <= CRC_BYTES:
-        raise BadRecord(f"cut short: {len(record)} bytes")
-    if (found := zlib.crc32(payload)) != int.from_bytes(stored, "little"):
-        raise BadRecord(f"its checksum is {found:08x}, expected {int.from_bytes(stored, 'little'):08x}")
+def unpack(record: UInt8[np.ndarray, "n"]) -> tuple[dict[str, Value], dict[str, Any]]:
+    """A record's arrays, as they are stored, which are views of it, and what else it knows. Raises `BadRecord`."""
+    payload = record.data[:-CRC_BYTES]
+    found, expected = zlib.crc32(payload), int.from_bytes(record[-CRC_BYTES:].tobytes(), "little")
+    if found != expected:
+        raise BadRecord(f"its checksum is {found:08x}, expected {expected:08x}")
     return decode(payload)
 
 
@@ -266,27 +263,3 @@ def check_shard(folder: Path, shard: Mapping[str, Any]) -> None:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class _Readers:
-    """The readers of the shards that were read last."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._lock, self._open = threading.Lock(), OrderedDict[Path, ArrayRecordReader]()
-
-    def get(self, path: Path) -> ArrayRecordReader:
-        """A shard's reader. One that is dropped is closed when nobody reads from it any more."""
-        with self._lock:
-            reader = self._open.get(path)
-        if reader is None:
-            reader = ArrayRecordReader(str(path), **READING)
-        with self._lock:
-            self._open[path] = reader
-            self._open.move_to_end(path)
-            while len(self._open) > self.size:
-                self._open.popitem(last=False)
-        return reader
-
-    def __reduce__(self) -> tuple[type[_Readers], tuple[int]]:
-        return _Readers, (self.size,)

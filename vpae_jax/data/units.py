@@ -33,10 +33,10 @@ from vpae_jax.data.records import (
     IDENTITY,
     INDEX,
     NULL,
-    READING,
     REJECTS,
     SCHEMA,
     Arrays,
+    BadRecord,
     Shape,
     check_shard,
     encode,
@@ -44,13 +44,13 @@ from vpae_jax.data.records import (
     sha256,
     shapes_of,
     stored,
+    unpack,
 )
+from vpae_jax.data.shards import WRITING, Shards, starts
 from vpae_jax.data.source import Reject
 from vpae_jax.files import REMEDY, refused_writes
 from vpae_jax.types import UserError
 
-# Latents hardly compress, and reading them back would cost more than they save.
-WRITING = "group_size:1,uncompressed"
 _HIDDEN = re.compile(r"\.(?P<label>unit-\d+|finish)\.(?P<host>.+)\.(?P<pid>\d+)\.(?P<token>[0-9a-f]+)\.tmp")
 
 
@@ -269,7 +269,7 @@ class UnitWriter:
     def close(self) -> dict[str, Any]:
         """Ends all files. Returns what the unit's file says."""
         shards = [shard.close() for _, shard in sorted(self._shards.items())]
-        facts = {"clips": sum(shard["clips"] for shard in shards), "shards": shards, "rejects": self._rejects}
+        facts = {"clips": sum(len(shard["sizes"]) for shard in shards), "shards": shards, "rejects": self._rejects}
         (self._hidden / "notes.json").write_text(json.dumps({"notes": self._notes, "pictures": self._pictures}))
         (self._hidden / "units.json").write_text(json.dumps(facts))
         return facts
@@ -279,14 +279,15 @@ class _Shard:
     """A shard that is being written."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.clips, self.payload = path, 0, 0
+        self.path = path
+        self.sizes: list[int] = []
         self.shapes: dict[str, list[int]] = {}
         self._writer = ArrayRecordWriter(str(path), WRITING)
 
     def add(self, id: str, arrays: Arrays, about: Mapping[str, Any]) -> None:
         kept = stored(id, arrays)
         shapes = shapes_of(kept)
-        if self.clips and shapes != self.shapes:
+        if self.sizes and shapes != self.shapes:
             raise ValueError(f"clip {id!r} has arrays of {shapes}, those before it of {self.shapes}")
         record = pack(id, kept, about)
         self.shapes = shapes
@@ -294,34 +295,38 @@ class _Shard:
             self._writer.write(record)
             if not self._writer.ok():
                 self._writer.close()  # which says why
-        self.clips, self.payload = self.clips + 1, self.payload + len(record)
+        self.sizes.append(len(record))
 
     def close(self) -> dict[str, Any]:
-        """Ends the file, looks whether all is there, and names it by its contents."""
+        """Ends the file, reads all of it back, and names it by its contents."""
         with self._failures():
             self._writer.close()
-            reader = ArrayRecordReader(str(self.path), **READING)
-            found, size = reader.num_records(), self.path.stat().st_size
+            reader = ArrayRecordReader(str(self.path))
+            found = reader.num_records()
             reader.close()
-        if found != self.clips or size < self.payload:
-            raise UserError(f"{self.path.parent.parent}: {found} of {self.clips} clips were written; {REMEDY}")
+            if found != len(self.sizes):
+                raise RuntimeError(f"{found} of {len(self.sizes)} records are there")
+            files = Shards()
+            for start, size in zip(starts(self.sizes), self.sizes, strict=True):
+                unpack(files.read(self.path, start, size))
         digest = sha256(self.path)
         named = self.path.with_name(f"{self.path.stem}-{digest[:8]}{self.path.suffix}")
         self.path.rename(named)
         return {
             "file": f"shards/{named.name}",
-            "clips": self.clips,
-            "bytes": size,
+            "bytes": named.stat().st_size,
             "sha256": digest,
             "shapes": self.shapes,
+            "sizes": self.sizes,
         }
 
     @contextmanager
     def _failures(self) -> Iterator[None]:
-        """ArrayRecord says by a RuntimeError, and often late, that the system did not let it write."""
+        """ArrayRecord says by a RuntimeError, and often late, that the system did not let it write; or not at all, but
+        then what is read back is not what was written."""
         try:
             yield
-        except RuntimeError as error:
+        except (RuntimeError, EOFError, BadRecord) as error:
             reason = " ".join(str(error).split(";")[0].removeprefix("write() failed: ").split())
             raise UserError(f"{self.path.parent.parent}: cannot be written: {reason}; {REMEDY}") from error
 
