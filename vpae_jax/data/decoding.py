@@ -133,7 +133,7 @@ def _fill(
     fps: float,
     from_beginning: bool,
 ) -> bool:
-    """Fills `out`; False when decoding began after `start`, so that a frame is missing before it."""
+    """Fills `out`; False when decoding began after `start`, or nowhere, so that a frame is missing before it."""
     slack = min(float(stream.time_base) / 2, TICK) + 1e-6
     write = _Writer(out, _aspect(stream))
     held: VideoFrame | None = None
@@ -150,6 +150,8 @@ def _fill(
             return True
         held = frame
         end = time + _duration(frame, stream)
+    if held is None and not from_beginning:
+        return False
     while held is not None and due < len(out) and start + due / fps < end + slack:
         write(held, due)
         due += 1

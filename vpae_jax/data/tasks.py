@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -26,3 +27,5 @@ def read(out: UInt8[np.ndarray, "t height width 3"], path: Path, start: float, f
         return measure(read_frames(path, start, count, fps, height, width, out))
     except Unreadable as error:
         return error
+    finally:
+        gc.collect()  # a decoder and its container refer to each other, and hold tens of frames
