@@ -80,7 +80,7 @@ def write_summary(folder: Path) -> Path:
                 rejects[reject.kind].append(reject)
     shapes = Counter[str]()
     for shard in index["shards"]:
-        shapes[" x ".join(map(str, shard["shapes"]["latents"][:3]))] += shard["clips"]
+        shapes[" x ".join(map(str, shard["shapes"]["latents"][:3]))] += len(shard["sizes"])
     page = page_template(TEMPLATE).render(
         folder=folder.resolve().name,
         index=index,
