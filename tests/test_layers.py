@@ -8,12 +8,23 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "vpae_jax"
 # From the ground up; a module may import its own room and those before it.
 ROOMS = (
-    ("types", "files", "config", "processes", "preemption", "sharding", "flow"),
+    ("types", "files", "pages", "config", "processes", "preemption", "sharding", "flow"),
     ("models", "methods"),
     ("train",),
     ("data", "eval", "convert"),
-    ("sampling", "pipeline", "weights", "previews", "products", "guard", "experiment", "planning"),
-    ("cli", "rendezvous", "distributed", "main", "sample", "evaluate", "plan", "planning.table", "convert.__main__"),
+    ("sampling", "pipeline", "weights", "previews", "products", "guard", "inputs", "experiment", "planning"),
+    (
+        "cli",
+        "rendezvous",
+        "distributed",
+        "main",
+        "encode",
+        "sample",
+        "evaluate",
+        "plan",
+        "planning.table",
+        "convert.__main__",
+    ),
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
