@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from configs import encoders, phase1, phase2, teacher, vae
-from vpae_jax import experiment
+from vpae_jax import experiment, previews
 from vpae_jax.config import parse
 from vpae_jax.data.digits import MovingDigits
 from vpae_jax.data.video import read_image
@@ -105,7 +105,7 @@ def test_previews_show_data_teacher_generator_and_average(workdir):
     rows = [read_image(folder / f"step_{step:06d}.png") for step in (0, 2)]
     rows = np.stack([[sheet[top : top + 48] for top in range(0, len(sheet), 49)] for sheet in rows])
     assert rows.shape[:2] == (2, 4), "data, teacher, generator, average"
-    clip = MovingDigits("eval", experiment.PREVIEW_CLIPS, experiment.PREVIEW_SEED)[0]["video"]
+    clip = MovingDigits("eval", previews.CLIPS, previews.SEED)[0]["video"]
     np.testing.assert_array_equal(rows[0, 0, :, :48], clip[0])
     np.testing.assert_array_equal(rows[0, :2], rows[1, :2], err_msg="data and teacher stay")
     np.testing.assert_array_equal(rows[0, 2], rows[0, 3], err_msg="the average starts at the weights")
