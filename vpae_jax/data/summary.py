@@ -100,7 +100,7 @@ def write_summary(folder: Path) -> Path:
         folder=folder.resolve().name,
         index=index,
         shapes=shapes.most_common(),
-        size=_bytes(sum(shard["bytes"] for shard in index["shards"])),
+        size=_bytes(float(sum(shard["bytes"] for shard in index["shards"]))),
         duration=_duration(seconds),
         refused=sum(index["rejects"].values()),
         clips=shown,
