@@ -28,8 +28,8 @@ from vpae_jax.data.datasets import parse_columns
 from vpae_jax.data.encoding import describe, encode
 from vpae_jax.data.filters import Filters
 from vpae_jax.data.manifest import Columns, Manifest
-from vpae_jax.data.records import read_index
-from vpae_jax.data.summary import write_summary
+from vpae_jax.data.records import INDEX, read_index
+from vpae_jax.data.summary import PAGE, write_summary
 from vpae_jax.data.synthetic import Recipe
 from vpae_jax.data.units import Units
 from vpae_jax.data.videos import VideoClips
@@ -96,30 +96,47 @@ def main(argv: list[str]) -> None:
     given = parser().parse_args(argv)
     if (given.videos is None) == (given.captions is None):
         raise UserError("give either --videos, to encode these, or --captions, for a teacher to make clips for")
+    if given.batch < 1:
+        raise UserError(f"--batch is {given.batch}; expected 1 or more")
     share = place(given)
-    pipeline = load_pipeline(given.model, jnp.dtype(given.dtype), with_transformer=False)
-    done = from_captions(given, pipeline, *share) if given.videos is None else from_videos(given, pipeline, *share)
+    # What is listed is looked at before a model is loaded, which may take minutes.
+    if given.videos is None:
+        done = from_captions(given, captions(given), *share)
+    else:
+        done = from_videos(given, manifest(given), *share)
     if not done:
         print(f"this process has done its share; {given.output} is complete when the others have")
         return
-    index = read_index(given.output)
+    report(given.output)
+
+
+def report(folder: Path) -> None:
+    """Says what there is in complete records, and writes their summary where it is not the newest file.
+
+    Raises:
+      UserError: no clip. Nothing can be trained on that, so what would come next must not begin.
+    """
+    index, page = read_index(folder), folder / PAGE
+    if not page.is_file() or page.stat().st_mtime_ns < (folder / INDEX).stat().st_mtime_ns:
+        write_summary(folder)
     kinds = ", ".join(f"{count} {kind}" for kind, count in index["rejects"].items())
-    page = write_summary(given.output)
-    print(f"records: {given.output}: {index['count']} clips" + (f"; rejected: {kinds}" if kinds else ""))
+    if not index["count"]:
+        raise UserError(f"{folder}: none of what was given makes a clip; rejected: {kinds}; {page} says why")
+    print(f"records: {folder}: {index['count']} clips" + (f"; rejected: {kinds}" if kinds else ""))
     print(f"summary: {page}")
 
 
-def from_videos(given: argparse.Namespace, pipeline: Pipeline, process: int, processes: int) -> bool:
+def from_videos(given: argparse.Namespace, listed: Manifest, process: int, processes: int) -> bool:
     """Encodes videos; whether all units are done."""
-    with clips(given, pipeline) as source:
+    pipeline = load_pipeline(given.model, jnp.dtype(given.dtype), with_transformer=False)
+    with clips(given, listed, pipeline) as source:
         units = Units(given.output, describe(source, pipeline), source.units)
-        return encode(source, pipeline, units, given.batch, process, processes)
+        return was_complete(units) or encode(source, pipeline, units, given.batch, process, processes)
 
 
-def from_captions(given: argparse.Namespace, pipeline: Pipeline, process: int, processes: int) -> bool:
+def from_captions(given: argparse.Namespace, listed: Captions, process: int, processes: int) -> bool:
     """Has a teacher make clips; whether all units are done."""
-    columns = Columns() if given.columns is None else parse_columns(given.columns)
-    captions = Captions(given.captions, columns.caption, given.unit)
+    pipeline = load_pipeline(given.model, jnp.dtype(given.dtype), with_transformer=False)
     mesh = (
         sharding.make_mesh(MeshConfig(fsdp=1, context=-1), jax.local_devices())
         if jax.local_device_count() > 1
@@ -129,17 +146,26 @@ def from_captions(given: argparse.Namespace, pipeline: Pipeline, process: int, p
     advised, own = teacher.scheduler, pipeline.defaults
     sizes = buckets.parse(given.buckets, max(pipeline.units)) if given.buckets else ((own.height, own.width),)
     recipe = Recipe(
-        steps=given.steps or advised.steps,
+        steps=advised.steps if given.steps is None else given.steps,
         guidance=advised.guidance if given.guidance is None else given.guidance,
         solver=given.solver or advised.solver,
         shift=advised.shift if given.shift is None else given.shift,
         seed=given.seed,
-        num_frames=given.num_frames or own.num_frames,
+        num_frames=own.num_frames if given.num_frames is None else given.num_frames,
         height=sizes[0][0],
         width=sizes[0][1],
     )
-    units = Units(given.output, synthetic.describe(captions, pipeline, teacher, recipe), captions.units)
-    return synthetic.synthesise(captions, pipeline, teacher, recipe, units, given.batch, mesh, process, processes)
+    units = Units(given.output, synthetic.describe(listed, pipeline, teacher, recipe), listed.units)
+    return was_complete(units) or synthetic.synthesise(
+        listed, pipeline, teacher, recipe, units, given.batch, mesh, process, processes
+    )
+
+
+def was_complete(units: Units) -> bool:
+    """Whether nothing is left to do, which is said."""
+    if complete := units.complete():
+        print(f"{units.folder} was complete; nothing is left to do")
+    return complete
 
 
 def place(given: argparse.Namespace) -> tuple[int, int]:
@@ -158,25 +184,37 @@ def place(given: argparse.Namespace) -> tuple[int, int]:
         if where.devices is not None:  # several processes on one host, which would all claim all of its GPUs
             jax.config.update("jax_cuda_visible_devices", ",".join(map(str, where.devices)))
         return where.index, where.count
+    if count < 1:
+        raise UserError(f"--num_processes is {count}; expected 1 or more")
     if not 0 <= index < count:
         raise UserError(f"--process_id is {index} of --num_processes={count}; expected 0 to {count - 1}")
     return index, count
 
 
-def clips(given: argparse.Namespace, pipeline: Pipeline) -> VideoClips:
-    """The clips that the flags ask for, in sizes that the model can make.
-
-    Raises:
-      UserError: a flag that is missing or makes no sense.
-    """
+def manifest(given: argparse.Namespace) -> Manifest:
+    """The videos that the flags ask for. Raises `UserError` for flags that make no sense, or no such videos."""
     if given.columns is not None and given.manifest is None:
         raise UserError("--columns says how to read a manifest; give --manifest=FILE, or leave it out")
     columns = None if given.columns is None else parse_columns(given.columns)
-    manifest = Manifest(given.videos, given.manifest, columns, given.unit)
+    return Manifest(given.videos, given.manifest, columns, given.unit)
+
+
+def captions(given: argparse.Namespace) -> Captions:
+    """The captions that the flags ask for. Raises `UserError` for flags that make no sense, or no such captions."""
+    if given.manifest is not None:
+        raise UserError(
+            "--manifest lists videos of --videos; leave it out with --captions, which may be a table itself"
+        )
+    columns = Columns() if given.columns is None else parse_columns(given.columns)
+    return Captions(given.captions, columns.caption, given.unit)
+
+
+def clips(given: argparse.Namespace, listed: Manifest, pipeline: Pipeline) -> VideoClips:
+    """The clips of videos, in sizes that the model can make. Raises `UserError` for a flag that makes no sense."""
     own = pipeline.defaults
     sizes = buckets.parse(given.buckets or f"{own.height}x{own.width}", max(pipeline.units))
     return VideoClips(
-        manifest,
+        listed,
         sizes,
         own.num_frames if given.num_frames is None else given.num_frames,
         own.fps if given.fps is None else given.fps,

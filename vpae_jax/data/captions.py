@@ -46,10 +46,12 @@ class Captions:
       unit: rows of a unit.
 
     Raises:
-      UserError: an unknown suffix, a file that is empty, damaged or not UTF-8, a missing column.
+      UserError: an empty unit, an unknown suffix, a file that is empty, damaged or not UTF-8, a missing column.
     """
 
     def __init__(self, file: Path, column: str = "caption", unit: int = 64) -> None:
+        if unit < 1:
+            raise UserError(f"units of {unit} captions; expected 1 or more")
         self.column, self.unit = column, unit
         self._table = _table(file, column)
         digest, places, rows = hashlib.sha256(), array("Q"), 0

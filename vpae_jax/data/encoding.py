@@ -243,7 +243,7 @@ def _encode(clips: list[Clip], encoders: Encoders, batch_size: int) -> list[Enco
     arrays = arrays_of(latents, condition)
     result = []
     for row, clip in enumerate(clips):
-        about = {"caption": clip.caption, **clip.about}
+        about = {**clip.about, "caption": clip.caption}  # a column of that name may be another
         result.append(Encoded(clip.id, {name: x[row] for name, x in arrays.items()}, about, clip.video))
     return result
 

@@ -164,14 +164,14 @@ def pack(id: str, kept: Arrays, about: Mapping[str, Any]) -> bytes:
     """One record's bytes.
 
     Args:
-      id: kept in `about`, and used in messages.
+      id: kept in `about`, in place of one that is there, and used in messages.
       kept: as `stored` gives them.
       about: plain JSON.
 
     Raises:
       UserError: values that are not finite in bfloat16.
     """
-    payload = encode(f"clip {id!r}", kept, {"id": id, **about})
+    payload = encode(f"clip {id!r}", kept, {**about, "id": id})
     return payload + zlib.crc32(payload).to_bytes(CRC_BYTES, "little")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from vpae_jax.data.records import read_index
 from vpae_jax.data.source import Reject
 from vpae_jax.data.units import Units
-from vpae_jax.files import write_text
 from vpae_jax.pages import page_template
 
 PAGE, TEMPLATE = "summary.html", "summary.html.jinja"
@@ -31,6 +31,22 @@ MEASURES = {
     "start": "start within the video, seconds",
     "words": "words of the caption",
 }
+
+
+@dataclass
+class Spread:
+    """The least and the greatest of some values, and how many there are."""
+
+    low: float = math.inf
+    high: float = -math.inf
+    count: int = 0
+
+    def add(self, value: float) -> None:
+        self.low, self.high, self.count = min(self.low, value), max(self.high, value), self.count + 1
+
+    def edges(self) -> Float[np.ndarray, "edges"]:
+        """Of a histogram's bins."""
+        return np.linspace(self.low, self.high, min(BINS, max(5, self.count // 2)) + 1)
 
 
 @dataclass(frozen=True)
@@ -62,15 +78,14 @@ def write_summary(folder: Path) -> Path:
     del identity["schema"]
     units = Units(folder, identity, identity.pop("units"))
     shown: list[Mapping[str, Any]] = []
-    values: dict[str, list[float]] = defaultdict(list)
+    spreads: dict[str, Spread] = defaultdict(Spread)
     rejects: dict[str, list[Reject]] = defaultdict(list)
     seconds = 0.0
     for number in range(units.count):
         unit = units.read(number)
         for note in unit.notes:
-            for name, value in {**note, "words": len(note["caption"].split())}.items():
-                if name in MEASURES:
-                    values[name].append(float(value))
+            for name, value in _measures(note).items():
+                spreads[name].add(value)
             seconds += note["size"][0] / note["fps"] if "fps" in note else 0.0
         # As many of each unit as make the page's clips over all of them.
         wanted = -(-CLIPS * (number + 1) // units.count) - len(shown)
@@ -85,19 +100,33 @@ def write_summary(folder: Path) -> Path:
         folder=folder.resolve().name,
         index=index,
         shapes=shapes.most_common(),
-        size=_bytes(sum(shard["bytes"] for shard in index["shards"])),
+        size=_bytes(float(sum(shard["bytes"] for shard in index["shards"]))),
         duration=_duration(seconds),
         refused=sum(index["rejects"].values()),
         clips=shown,
-        histograms=[_histogram(title, values[name]) for name, title in MEASURES.items() if len(set(values[name])) > 1],
+        histograms=_histograms(units, {name: each.edges() for name, each in spreads.items() if each.low < each.high}),
         rejects=[(kind, index["rejects"][kind], [_example(r) for r in some]) for kind, some in sorted(rejects.items())],
     )
-    write_text(folder / PAGE, page)
+    units.put(PAGE, page)
     return folder / PAGE
 
 
-def _histogram(title: str, values: Sequence[float]) -> Histogram:
-    counts, edges = np.histogram(values, bins=min(BINS, max(5, len(values) // 2)))
+def _measures(note: Mapping[str, Any]) -> dict[str, float]:
+    found = {**note, "words": len(note["caption"].split())}
+    return {name: float(found[name]) for name in MEASURES if name in found}
+
+
+def _histograms(units: Units, edges: Mapping[str, Float[np.ndarray, "edges"]]) -> list[Histogram]:
+    """Reads all notes a second time rather than keep what they say of millions of clips."""
+    counts = {name: np.zeros(len(bounds) - 1, np.int64) for name, bounds in edges.items()}
+    for number in range(units.count):
+        found = [_measures(note) for note in units.read(number).notes]
+        for name, bounds in edges.items():
+            counts[name] += np.histogram([each[name] for each in found if name in each], bounds)[0]
+    return [_histogram(title, counts[name], edges[name]) for name, title in MEASURES.items() if name in edges]
+
+
+def _histogram(title: str, counts: Int[np.ndarray, "bins"], edges: Float[np.ndarray, "edges"]) -> Histogram:
     span = edges[-1] - edges[0]
     bars = [
         Bar(

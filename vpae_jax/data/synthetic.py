@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,6 +24,8 @@ from vpae_jax.data.captions import Captions, Prompt
 from vpae_jax.data.encoding import Encoded, Encoders, add_weights, arrays_of, fingerprint, finish, fitting, write_units
 from vpae_jax.data.units import Units
 from vpae_jax.types import UserError
+
+SEEDS = 2**31  # JAX takes seeds of 32 bits with a sign
 
 
 @runtime_checkable
@@ -48,6 +51,9 @@ class Recipe:
       shift: of the time grid.
       seed: of the first caption; each has the next one.
       num_frames, height, width: of a clip.
+
+    Raises:
+      UserError: a number that makes no sense.
     """
 
     steps: int
@@ -59,6 +65,16 @@ class Recipe:
     height: int
     width: int
 
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UserError(f"steps is {self.steps}; expected 1 or more")
+        if not 1 <= self.guidance < math.inf:
+            raise UserError(f"guidance is {self.guidance}; expected a number from 1 on (1 is no guidance)")
+        if not 0 < self.shift < math.inf:
+            raise UserError(f"shift is {self.shift}; expected a positive number")
+        if not 0 <= self.seed < SEEDS:
+            raise UserError(f"seed is {self.seed}; expected a number from 0 to 2^31 - 1")
+
     @property
     def size(self) -> tuple[int, int, int]:
         return self.num_frames, self.height, self.width
@@ -68,8 +84,14 @@ def describe(captions: Captions, encoders: Encoders, teacher: Teacher, recipe: R
     """What decides the records: the identity of their folder.
 
     Raises:
-      UserError: the teacher's latents are not those of the encoders' VAE.
+      UserError: the teacher's latents are not those of the encoders' VAE, it cannot make clips of that size, or there
+        are not enough seeds for so many captions.
     """
+    teacher.latent_shape(1, *recipe.size)
+    if recipe.seed + captions.rows > SEEDS:
+        raise UserError(
+            f"seed is {recipe.seed}: too high for {captions.rows} captions, each has the next one up to 2^31"
+        )
     prints = []
     for model in (encoders.vae, teacher.vae, teacher.transformer):
         digest = hashlib.sha256()

@@ -39,8 +39,10 @@ from vpae_jax.data.records import (
     BadRecord,
     Shape,
     check_shard,
+    decode,
     encode,
     pack,
+    read_index,
     sha256,
     shapes_of,
     stored,
@@ -144,6 +146,26 @@ class Units:
         pictures = {int(number): _picture(text) for number, text in notes["pictures"].items()}
         rejects = tuple(Reject(**reject, picture=pictures.get(i)) for i, reject in enumerate(facts["rejects"]))
         return Contents(facts["clips"], rejects, tuple(notes["notes"]))
+
+    def complete(self) -> bool:
+        """Whether all units are done and the folder can be read: `finish` has nothing to add."""
+        try:
+            index = read_index(self.folder)
+            decode((self.folder / NULL).read_bytes())
+        except (UserError, FileNotFoundError, BadRecord):
+            return False
+        shards: list[Any] = []
+        for unit in range(self.count):
+            if (found := self._facts(unit)) is None:
+                return False
+            shards += found["shards"]
+        return index.get("shards") == shards and (self.folder / REJECTS).is_file()
+
+    def put(self, name: str, text: str) -> None:
+        """Writes a text file into the folder, whole or not at all. Raises `UserError` when it cannot be written."""
+        with self._workspace("finish") as hidden:
+            (hidden / name).write_text(text, encoding="utf-8")
+            (hidden / name).replace(self.folder / name)
 
     def finish(self, null: Arrays, facts: Mapping[str, Any]) -> bool:
         """Makes the folder readable, when all units are done: the negative prompt, the list of rejects, the index last.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -21,6 +22,7 @@ from vpae_jax.data.source import Clip, Entry, Reject
 from vpae_jax.types import UserError
 
 T = TypeVar("T")
+MOST_FPS, LONGEST_TIMEOUT = 1000, 86400  # a day
 PICTURE = 160  # pixels of the longer side of a reject's picture, about
 
 
@@ -83,8 +85,14 @@ class VideoClips:
             "clips_per_video": clips_per_video,
             "timeout": timeout,
         }.items():
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < math.inf:
                 raise UserError(f"{name} is {value}; expected a positive number")
+        if fps > MOST_FPS:
+            raise UserError(f"fps is {fps:g}; expected {MOST_FPS} at most")
+        if stride is not None and stride * fps < 1:
+            raise UserError(f"stride is {stride:g} s, less than a frame; expected {1 / fps:g} s at least")
+        if timeout > LONGEST_TIMEOUT:
+            raise UserError(f"timeout is {timeout:g} s; expected {LONGEST_TIMEOUT} at most")
         if workers < 0:
             raise UserError(f"workers is {workers}; expected 0 or more")
         if not buckets:

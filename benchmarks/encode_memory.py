@@ -1,0 +1,164 @@
+"""Memory of an encoding process over a long run, which must not depend on how much it has done.
+
+    python benchmarks/encode_memory.py WORKDIR [--clips=2000] [--rows=100000] [--plot=FILE.png]
+
+Two runs of `python -m vpae_jax.encode` with the embedded model, one after the other: over small videos, and over a
+table whose rows name files that are not there, so that each is a reject. Four times a second this script notes the
+process's resident memory, its workers' left out, beside the number of units that it has written. Of each run it prints
+the memory after a fifth and at the end, and how much each item between them took.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import av
+import numpy as np
+
+from vpae_jax import cli
+from vpae_jax.types import UserError
+
+UNIT = 50
+SIDE, FRAMES, FPS = 48, 10, 8
+SETTLED = 0.2  # share of a run after which caches and pools are as large as they get
+MIB = 2**20
+
+
+@dataclass
+class Run:
+    """What one run took.
+
+    Attributes:
+      name: for people.
+      done: items that were written, at each sample.
+      resident: bytes, at each sample.
+      peak: bytes, as the system has counted.
+    """
+
+    name: str
+    done: list[int] = field(default_factory=list)
+    resident: list[int] = field(default_factory=list)
+    peak: int = 0
+
+    def growth(self) -> tuple[float, float, float]:
+        """MiB at a fifth of the run and at its end, each the median of a tenth of it; and bytes an item between."""
+        done, resident = np.array(self.done), np.array(self.resident)
+        last = done[-1]
+        early = (done >= (SETTLED - 0.05) * last) & (done <= (SETTLED + 0.05) * last)
+        late = done >= 0.9 * last
+        first, end = np.median(resident[early]), np.median(resident[late])
+        return first / MIB, end / MIB, float((end - first) / (np.median(done[late]) - np.median(done[early])))
+
+
+def make_videos(folder: Path, count: int) -> None:
+    """Moving noise, each file another."""
+    folder.mkdir(parents=True)
+    for number in range(count):
+        rng = np.random.default_rng(number)
+        picture = rng.integers(0, 256, (SIDE // 8, SIDE // 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+        with av.open(str(folder / f"{number:06d}.mp4"), "w") as container:
+            stream = container.add_stream("libx264", rate=FPS)
+            stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, "yuv420p"
+            for step in range(FRAMES):
+                frame = av.VideoFrame.from_ndarray(np.roll(picture, 4 * step, axis=1), format="rgb24")
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        (folder / f"{number:06d}.txt").write_text(f"number {number}")
+
+
+def make_table(folder: Path, rows: int) -> Path:
+    folder.mkdir(parents=True)
+    table = folder / "rows.csv"
+    with table.open("w") as file:
+        file.write("path,caption\n")
+        file.writelines(
+            f"clips/{number // 1000}/{number}.mp4,the caption of video {number}\n" for number in range(rows)
+        )
+    return table
+
+
+def follow(name: str, output: Path, arguments: list[str], fine: tuple[int, ...]) -> Run:
+    """Runs the command and samples its memory until it ends."""
+    run = Run(name)
+    begin = time.monotonic()
+    command = [sys.executable, "-m", "vpae_jax.encode", f"--output={output}", f"--unit={UNIT}", *arguments]
+    process = subprocess.Popen(command, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    while process.poll() is None:
+        resident, peak = memory(process.pid)
+        units = output / "units"
+        done = UNIT * len(os.listdir(units)) if units.is_dir() else 0
+        if resident and done:
+            run.done.append(done)
+            run.resident.append(resident)
+            run.peak = max(run.peak, peak)
+        time.sleep(0.25)
+    if process.returncode not in fine or not run.done:
+        raise UserError(f"{name}: ended with status {process.returncode}; see its message above")
+    first, last, slope = run.growth()
+    print(
+        f"{name}: {run.done[-1]} in {time.monotonic() - begin:.0f} s; {first:.0f} MiB after {SETTLED:.0%}, "
+        f"{last:.0f} MiB at the end, {slope:+.0f} bytes each; peak {run.peak / MIB:.0f} MiB",
+        flush=True,
+    )
+    return run
+
+
+def memory(pid: int) -> tuple[int, int]:
+    """A process's resident memory and the most it had, in bytes; zeros when it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0, 0
+    found = {name: value.split() for name, _, value in (line.partition(":") for line in lines)}
+    if "VmRSS" not in found:
+        return 0, 0
+    return int(found["VmRSS"][0]) * 1024, int(found["VmHWM"][0]) * 1024
+
+
+def plot(runs: list[Run], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(runs), figsize=(4.4 * len(runs), 2.8), sharey=True, layout="constrained")
+    for axis, run in zip(axes, runs, strict=True):
+        axis.plot(run.done, np.array(run.resident) / MIB, linewidth=1.2)
+        axis.set(title=run.name, xlabel="done", ylim=(0, None))
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("resident memory, MiB")
+    figure.savefig(path, dpi=90)
+
+
+def main(argv: list[str]) -> None:
+    parser = cli.Parser("python benchmarks/encode_memory.py", __doc__)
+    parser.add_argument("workdir", type=Path, help="a folder that is not there yet")
+    parser.add_argument("--clips", type=int, default=2000)
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--plot", type=Path, help="where to draw both runs; needs matplotlib")
+    given = parser.parse_args(argv)
+    if given.workdir.exists():
+        raise UserError(f"{given.workdir} is there already; give a folder that is not")
+    videos, missing = given.workdir / "videos", given.workdir / "missing"
+    make_videos(videos, given.clips)
+    table = make_table(missing, given.rows)
+    runs = [
+        follow("small videos", given.workdir / "records", [f"--videos={videos}"], (0,)),
+        follow(
+            "rows of files that are missing",
+            given.workdir / "rejects",
+            [f"--videos={missing}", f"--manifest={table}", "--workers=1"],
+            (cli.EXIT_BAD_INPUT,),  # no clip
+        ),
+    ]
+    if given.plot is not None:
+        plot(runs, given.plot)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,93 @@
+"""An encoding that is killed at any moment, and started again, ends with what one that was let alone ends with."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+from encoding_runs import WAIT, add_bad_videos, contents, files, hidden, living, make_videos, start, wait_until
+
+ORPHANED = 60  # seconds until workers have seen that their parent is gone, on a machine that does much else
+
+
+def done(output) -> int:
+    return len(list((output / "units").glob("*.json")))
+
+
+def kill_at(output, moment, settings) -> str | None:
+    """Starts the command, kills it at a moment, and looks after its workers; what it was doing, or None if it ended.
+
+    `moment` is how many units it may write first, and how long to wait after that; where no unit is left, how long
+    after it begins to make the folder whole.
+    """
+    more, delay = moment
+    before, units = done(output), settings["units"]
+    process = start(**settings["arguments"], output=output)
+    session = process.pid
+
+    def begun() -> bool:
+        if process.poll() is not None:
+            return True
+        if before == units:
+            return any(name.startswith(".finish.") for name in os.listdir(output))
+        working = any(name.startswith(".unit-") for name in hidden(output))
+        return done(output) >= min(before + more, units) and (working or done(output) == units)
+
+    assert wait_until(begun), "it neither works nor ends"
+    time.sleep(delay)
+    workers = len(living(session)) - 1
+    killed = process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    out, err = process.communicate(timeout=WAIT)
+    assert wait_until(lambda: not living(session), ORPHANED), f"workers {living(session)} outlive it"
+    if not killed:
+        assert process.returncode == 0, (out, err)
+        return None
+    now, left = done(output), hidden(output)
+    assert len(left) <= 1, "what was left by those before is swept"
+    return f"{now - before} units, {workers} workers, in {left[0].split('.')[1] if left else 'between'}"
+
+
+def survive(tmp_path, kills: int, videos: int, unit: int) -> list[str]:
+    """Kills as often, then compares what there is with an encoding that was let alone."""
+    folder = make_videos(tmp_path / "videos", videos)
+    rejects = add_bad_videos(folder)
+    units = -(-(videos + len(rejects)) // unit)
+    settings = {"arguments": {"videos": folder, "unit": unit, "workers": 2}, "units": units}
+    rng, deaths = random.Random(0), []
+    whole, output = tmp_path / "whole", tmp_path / "killed"
+    while len(deaths) < kills:
+        finishing = done(output) == units
+        if finishing:
+            moment = 0, rng.choice((0, 1)) * rng.uniform(0, 0.02)
+        else:
+            more = min(rng.choice((0, 0, 1, 1, 2)), units - done(output))
+            moment = more, rng.choice((0, 1)) * rng.uniform(0, 0.3 if more else 1.5)
+        how = kill_at(output, moment, settings)
+        if how is None:
+            (output / "index.json").unlink()  # as if it had been killed before it wrote it
+        else:
+            deaths.append(how)
+            print(how, flush=True)
+    for folder in (output, whole):
+        process = start(**settings["arguments"], output=folder)
+        out, err = process.communicate(timeout=WAIT)
+        assert process.returncode == 0 and not living(process.pid), (out, err)
+    assert len(contents(output)) == videos, "each clip once"
+    found, expected = files(output), files(whole)
+    # The page says what its folder is called, and nothing else differs.
+    page = found.pop("summary.html").decode()
+    assert page.replace("killed", "whole") == expected.pop("summary.html").decode()
+    assert found == expected and not hidden(output)
+    return deaths
+
+
+def test_three_kills_lose_and_double_nothing(tmp_path):
+    assert len(survive(tmp_path, kills=3, videos=5, unit=2)) == 3
+
+
+@pytest.mark.long
+def test_thirty_kills_lose_and_double_nothing(tmp_path):
+    deaths = survive(tmp_path, kills=30, videos=69, unit=2)
+    assert {"unit-", "finish"} <= {how.rpartition("in ")[2].rstrip("0123456789") for how in deaths}
