@@ -179,30 +179,32 @@ class Units:
         Returns:
           Whether all units are done.
         """
-        shards, kinds, clips, used = [], Counter(), 0, set()
+        kinds, clips, used = Counter(), 0, set()
         with self._workspace("finish") as hidden:
-            with (hidden / REJECTS).open("w") as rejects:
+            # Written as it is read: there may be many thousands of units.
+            with (hidden / REJECTS).open("w") as rejects, (hidden / INDEX).open("w") as index:
+                index.write('{"shards": [')
                 for unit in range(self.count):
                     found = self._facts(unit)
                     if found is None:
                         return False
-                    shards += found["shards"]
-                    clips += found["clips"]
-                    used |= {shard["file"] for shard in found["shards"]}
+                    for shard in found["shards"]:
+                        index.write((",\n" if used else "\n") + json.dumps(shard))
+                        used.add(shard["file"])
                     for reject in found["rejects"]:
-                        kinds[reject["kind"]] += 1
                         rejects.write(json.dumps(reject) + "\n")
-            index = {
-                "schema": SCHEMA,
-                "fingerprint": self.fingerprint,
-                "count": clips,
-                **facts,
-                "rejects": dict(sorted(kinds.items())),
-                "identity": self.identity,
-                "shards": shards,
-            }
+                        kinds[reject["kind"]] += 1
+                    clips += found["clips"]
+                rest = {
+                    "schema": SCHEMA,
+                    "fingerprint": self.fingerprint,
+                    "count": clips,
+                    **facts,
+                    "rejects": dict(sorted(kinds.items())),
+                    "identity": self.identity,
+                }
+                index.write("\n],\n" + json.dumps(rest, indent=1).removeprefix("{\n") + "\n")
             (hidden / NULL).write_bytes(encode("the negative prompt", null, {}))
-            (hidden / INDEX).write_text(json.dumps(index, indent=1) + "\n")
             for name in (NULL, REJECTS, INDEX):
                 (hidden / name).replace(self.folder / name)
         for path in (self.folder / "shards").glob("*.array_record"):
