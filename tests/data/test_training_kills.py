@@ -44,7 +44,7 @@ def folder(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(30, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [1, pytest.param(30, marks=pytest.mark.long)])
 def test_the_batches_of_a_killed_training_are_those_of_an_uninterrupted_one(kills, folder, tmp_path, capfd):
     rng = random.Random(kills)
     workdir, done = tmp_path / "killed", 0
