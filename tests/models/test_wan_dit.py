@@ -189,6 +189,25 @@ def test_features_run_no_block_after_the_last_tap():
     assert all(len(scan.outvars) == 1 for scan in scans)  # the hidden states, and no layer's kept beside them
 
 
+@pytest.mark.parametrize("remat", ["none", "dots", "attention", "full"])
+def test_training_memory_grows_with_the_tokens_and_not_with_their_square(remat):
+    """Four times the tokens: more than twice as many would be kept for each if tiles of logits were among it."""
+
+    def kept(rows: int) -> int:
+        model = nnx.eval_shape(lambda: WanTransformer(T2V, rngs=nnx.Rngs(0), remat=remat))
+        graph, params = nnx.split(model)
+        given = jax.eval_shape(lambda: inputs(T2V, (4, rows, 64)))
+
+        def loss(params, x, t, condition):
+            return jnp.sum(nnx.merge(graph, params)(x, t, condition) ** 2)
+
+        quick = {"xla_backend_optimization_level": 0}
+        program = jax.jit(jax.grad(loss), compiler_options=quick).lower(params, *given).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert kept(128) < 5 * kept(32)
+
+
 def test_recomputation_changes_no_gradient():
     weights = weights_of(reference(T2V))
     x, t, condition = inputs(T2V, (1, 4, 4))

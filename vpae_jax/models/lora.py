@@ -18,12 +18,14 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from vpae_jax.types import UserError
 
 XAVIER_UNIFORM = nnx.initializers.xavier_uniform()
+PRODUCT = "product"  # the name of a linear layer's result, for policies of `jax.checkpoint`
 BLOCK_LINEARS = r"^blocks/(attn1|attn2|ffn)/"
 
 
@@ -79,7 +81,7 @@ class Linear(nnx.Module):
             # XLA's CPU compiler copies what a product over several axes sums over; the kernel's gradient is one.
             return self(x[0])[None]
         x = x.astype(self.dtype)
-        y = x @ self.kernel[...].astype(self.dtype)
+        y = checkpoint_name(x @ self.kernel[...].astype(self.dtype), PRODUCT)
         if self.bias is not None:
             y = y + self.bias[...].astype(self.dtype)
         if self.lora_a is not None and self.lora_b is not None:

@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from vpae_jax.models import kernels
-from vpae_jax.models.lora import Linear, LoRASpec, attach_lora
+from vpae_jax.models.lora import PRODUCT, Linear, LoRASpec, attach_lora
 from vpae_jax.models.norms import layer_norm
 from vpae_jax.models.parallel import Layout, gather
 from vpae_jax.models.rotary import rope_table
@@ -34,7 +34,8 @@ CARRY = "carry"  # a block's input
 REMAT_POLICIES: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
         "full": jax.checkpoint_policies.nothing_saveable,
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        # JAX's own policy for products would keep those inside attention too, tiles of logits without batch axes.
+        "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
         "attention": kernels.save_attention,
         "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
