@@ -18,7 +18,7 @@ import secrets
 import shutil
 import socket
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +52,8 @@ from vpae_jax.data.source import Reject
 from vpae_jax.files import REMEDY, refused_writes
 from vpae_jax.types import UserError
 
+# What reading JSON that has been damaged, and using it, ends in.
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError)
 # Latents hardly compress, and reading them back would cost more than they save.
 WRITING = "group_size:1,uncompressed"
 _HIDDEN = re.compile(r"\.(?P<label>unit-\d+|finish)\.(?P<host>.+)\.(?P<pid>\d+)\.(?P<token>[0-9a-f]+)\.tmp")
@@ -141,12 +143,18 @@ class Units:
                 (hidden / f"{kind}.json").replace(self._file(kind, unit))
 
     def read(self, unit: int) -> Contents:
-        """What a finished unit says of itself."""
-        facts = json.loads(self._file("units", unit).read_text())
-        notes = json.loads(self._file("notes", unit).read_text())
-        pictures = {int(number): _picture(text) for number, text in notes["pictures"].items()}
-        rejects = tuple(Reject(**reject, picture=pictures.get(i)) for i, reject in enumerate(facts["rejects"]))
-        return Contents(facts["clips"], rejects, tuple(notes["notes"]))
+        """What a finished unit says of itself. Raises `UserError` when its files are damaged."""
+        facts = self._facts(unit)
+        if facts is None:
+            raise UserError(f"{self._file('units', unit)} is damaged; run the same encode command again")
+        path = self._file("notes", unit)
+        try:
+            notes = json.loads(path.read_text())
+            pictures = {int(number): _picture(text) for number, text in notes["pictures"].items()}
+            rejects = tuple(Reject(**reject, picture=pictures.get(i)) for i, reject in enumerate(facts["rejects"]))
+            return Contents(facts["clips"], rejects, tuple(notes["notes"]))
+        except (OSError, *MALFORMED) as error:  # an OSError is how Pillow says that a picture is none
+            raise UserError(f"{path} is damaged; remove it and run the same encode command again") from error
 
     def complete(self) -> bool:
         """Whether all units are done and the folder can be read: `finish` has nothing to add."""
@@ -155,12 +163,10 @@ class Units:
             decode((self.folder / NULL).read_bytes())
         except (UserError, FileNotFoundError, BadRecord):
             return False
-        shards: list[Any] = []
-        for unit in range(self.count):
-            if (found := self._facts(unit)) is None:
-                return False
-            shards += found["shards"]
-        return index.get("shards") == shards and (self.folder / REJECTS).is_file()
+        if not (self.folder / REJECTS).is_file():
+            return False
+        found = self._collect(lambda _: None)
+        return found is not None and all(index.get(key) == value for key, value in found.items())
 
     def put(self, name: str, text: str) -> None:
         """Writes a text file into the folder, whole or not at all. Raises `UserError` when it cannot be written."""
@@ -180,37 +186,42 @@ class Units:
         Returns:
           Whether all units are done.
         """
-        shards, kinds, clips, used = [], Counter(), 0, set()
         with self._workspace("finish") as hidden:
             with (hidden / REJECTS).open("w") as rejects:
-                for unit in range(self.count):
-                    found = self._facts(unit)
-                    if found is None:
-                        return False
-                    shards += found["shards"]
-                    clips += found["clips"]
-                    used |= {shard["file"] for shard in found["shards"]}
-                    for reject in found["rejects"]:
-                        kinds[reject["kind"]] += 1
-                        rejects.write(json.dumps(reject) + "\n")
-            index = {
-                "schema": SCHEMA,
-                "fingerprint": self.fingerprint,
-                "count": clips,
-                **facts,
-                "rejects": dict(sorted(kinds.items())),
-                "identity": self.identity,
-                "shards": shards,
-            }
+                found = self._collect(rejects.write)
+            if found is None:
+                return False
+            index = {**facts, **found}
             (hidden / NULL).write_bytes(encode("the negative prompt", null, {}))
             (hidden / INDEX).write_text(json.dumps(index, indent=1) + "\n")
             for name in (NULL, REJECTS, INDEX):
                 (hidden / name).replace(self.folder / name)
+        used = {shard["file"] for shard in index["shards"]}
         for path in (self.folder / "shards").glob("*.array_record"):
             if f"shards/{path.name}" not in used:
                 path.unlink(missing_ok=True)
         self._sweep(everything=True)
         return True
+
+    def _collect(self, write: Callable[[str], object]) -> dict[str, Any] | None:
+        """What the index says of all units, None if some are not done; `write`s a line of each reject."""
+        shards, kinds, clips = [], Counter(), 0
+        for unit in range(self.count):
+            if (found := self._facts(unit)) is None:
+                return None
+            shards += found["shards"]
+            clips += found["clips"]
+            for reject in found["rejects"]:
+                kinds[reject["kind"]] += 1
+                write(json.dumps(reject) + "\n")
+        return {
+            "schema": SCHEMA,
+            "fingerprint": self.fingerprint,
+            "count": clips,
+            "rejects": dict(sorted(kinds.items())),
+            "identity": self.identity,
+            "shards": shards,
+        }
 
     def _facts(self, unit: int) -> dict[str, Any] | None:
         """What a unit's file says, when the unit is done and its shards are whole."""
@@ -218,9 +229,12 @@ class Units:
             facts = json.loads(self._file("units", unit).read_text())
             for shard in facts["shards"]:
                 check_shard(self.folder, shard)
-        except (FileNotFoundError, ValueError, UserError):
+            for reject in facts["rejects"]:
+                Reject(**reject)
+            whole = facts["clips"] == sum(shard["clips"] for shard in facts["shards"])
+        except (FileNotFoundError, UserError, *MALFORMED):
             return None
-        return facts if self._file("notes", unit).is_file() else None
+        return facts if whole and self._file("notes", unit).is_file() else None
 
     def _file(self, kind: str, unit: int) -> Path:
         return self.folder / kind / f"{unit:05d}.json"
