@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +62,7 @@ def test_a_folder_of_videos_becomes_records(videos, run, tmp_path):
         assert (record["about"]["caption"], record["about"]["video"]) == (f"clip {i}", f"v{i:03d}.mp4")
         assert record["latents"].shape == (3, 6, 6, 16)
     page = (output / "summary.html").read_text()
+    assert "motion: mean difference" in page and "words of the caption" not in page, "one value is no histogram"
     assert page.count("<figure>") == COUNT and "still.mp4" in page and not hidden(output)
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     code, out, err = run(videos=videos, output=output, unit=3, workers=1, timeout=7, batch=2)
@@ -81,6 +83,28 @@ def test_what_is_missing_of_complete_records_is_made_again(videos, run, tmp_path
             code, out, _ = run(videos=videos, output=output, unit=3, workers=0)
             assert code == 0 and ("was complete" in out[0]) == (path.name == "summary.html")
             assert files(output) == before, path.name
+
+
+def test_bits_that_flip_in_a_folder_are_no_crash(videos, run, tmp_path):
+    """The same command goes on, or says in one line what is damaged; records that are read are checked again."""
+    whole, output = tmp_path / "whole", tmp_path / "flipped"
+    assert run(videos=videos, output=whole, unit=4, workers=0)[0] == 0
+    paths = sorted(path for path in files(whole) if "shards" not in path)
+    ended = []
+    for number in range(20):
+        rng = random.Random(number)
+        shutil.copytree(whole, output)
+        for _ in range(rng.randint(1, 3)):
+            damaged = output / rng.choice(paths)
+            data = bytearray(damaged.read_bytes())
+            data[rng.randrange(min(len(data), 300))] ^= 1 << rng.randrange(8)
+            damaged.write_bytes(data[: len(data) if rng.random() < 0.8 else rng.randrange(len(data))])
+        (output / "summary.html").unlink()
+        code, _, err = run(videos=videos, output=output, unit=4, workers=0)
+        assert (code, len(err)) in ((0, 0), (2, 1)), err
+        ended.append(code)
+        shutil.rmtree(output)
+    assert 0 in ended and 2 in ended
 
 
 def test_a_table_lists_the_videos(videos, run, tmp_path):

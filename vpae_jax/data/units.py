@@ -18,7 +18,7 @@ import secrets
 import shutil
 import socket
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +53,8 @@ from vpae_jax.data.source import Reject
 from vpae_jax.files import REMEDY, refused_writes
 from vpae_jax.types import UserError
 
+# What reading JSON that has been damaged, and using it, ends in.
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError)
 _HIDDEN = re.compile(r"\.(?P<label>unit-\d+|finish)\.(?P<host>.+)\.(?P<pid>\d+)\.(?P<token>[0-9a-f]+)\.tmp")
 
 
@@ -140,12 +142,18 @@ class Units:
                 (hidden / f"{kind}.json").replace(self._file(kind, unit))
 
     def read(self, unit: int) -> Contents:
-        """What a finished unit says of itself."""
-        facts = json.loads(self._file("units", unit).read_text())
-        notes = json.loads(self._file("notes", unit).read_text())
-        pictures = {int(number): _picture(text) for number, text in notes["pictures"].items()}
-        rejects = tuple(Reject(**reject, picture=pictures.get(i)) for i, reject in enumerate(facts["rejects"]))
-        return Contents(facts["clips"], rejects, tuple(notes["notes"]))
+        """What a finished unit says of itself. Raises `UserError` when its files are damaged."""
+        facts = self._facts(unit)
+        if facts is None:
+            raise UserError(f"{self._file('units', unit)} is damaged; run the same encode command again")
+        path = self._file("notes", unit)
+        try:
+            notes = json.loads(path.read_text())
+            pictures = {int(number): _picture(text) for number, text in notes["pictures"].items()}
+            rejects = tuple(Reject(**reject, picture=pictures.get(i)) for i, reject in enumerate(facts["rejects"]))
+            return Contents(facts["clips"], rejects, tuple(notes["notes"]))
+        except (OSError, *MALFORMED) as error:  # an OSError is how Pillow says that a picture is none
+            raise UserError(f"{path} is damaged; remove it and run the same encode command again") from error
 
     def complete(self) -> bool:
         """Whether all units are done and the folder can be read: `finish` has nothing to add."""
@@ -154,12 +162,11 @@ class Units:
             decode((self.folder / NULL).read_bytes())
         except (UserError, FileNotFoundError, BadRecord):
             return False
+        if not (self.folder / REJECTS).is_file():
+            return False
         shards: list[Any] = []
-        for unit in range(self.count):
-            if (found := self._facts(unit)) is None:
-                return False
-            shards += found["shards"]
-        return index.get("shards") == shards and (self.folder / REJECTS).is_file()
+        found = self._collect(shards.append, lambda _: None)
+        return found is not None and all(index.get(key) == value for key, value in {**found, "shards": shards}.items())
 
     def put(self, name: str, text: str) -> None:
         """Writes a text file into the folder, whole or not at all. Raises `UserError` when it cannot be written."""
@@ -179,31 +186,20 @@ class Units:
         Returns:
           Whether all units are done.
         """
-        kinds, clips, used = Counter(), 0, set()
+        used: set[str] = set()
         with self._workspace("finish") as hidden:
             # Written as it is read: there may be many thousands of units.
             with (hidden / REJECTS).open("w") as rejects, (hidden / INDEX).open("w") as index:
+
+                def add_shard(shard: Mapping[str, Any]) -> None:
+                    index.write((",\n" if used else "\n") + json.dumps(shard))
+                    used.add(shard["file"])
+
                 index.write('{"shards": [')
-                for unit in range(self.count):
-                    found = self._facts(unit)
-                    if found is None:
-                        return False
-                    for shard in found["shards"]:
-                        index.write((",\n" if used else "\n") + json.dumps(shard))
-                        used.add(shard["file"])
-                    for reject in found["rejects"]:
-                        rejects.write(json.dumps(reject) + "\n")
-                        kinds[reject["kind"]] += 1
-                    clips += found["clips"]
-                rest = {
-                    "schema": SCHEMA,
-                    "fingerprint": self.fingerprint,
-                    "count": clips,
-                    **facts,
-                    "rejects": dict(sorted(kinds.items())),
-                    "identity": self.identity,
-                }
-                index.write("\n],\n" + json.dumps(rest, indent=1).removeprefix("{\n") + "\n")
+                found = self._collect(add_shard, lambda reject: rejects.write(json.dumps(reject) + "\n"))
+                if found is None:
+                    return False
+                index.write("\n],\n" + json.dumps({**facts, **found}, indent=1).removeprefix("{\n") + "\n")
             (hidden / NULL).write_bytes(encode("the negative prompt", null, {}))
             for name in (NULL, REJECTS, INDEX):
                 (hidden / name).replace(self.folder / name)
@@ -213,15 +209,41 @@ class Units:
         self._sweep(everything=True)
         return True
 
+    def _collect(
+        self, shard: Callable[[Mapping[str, Any]], object], reject: Callable[[Mapping[str, Any]], object]
+    ) -> dict[str, Any] | None:
+        """What the index says of all units but their shards; None if some are not done. Shards and rejects are handed over
+        one by one."""
+        kinds, clips = Counter[str](), 0
+        for unit in range(self.count):
+            if (found := self._facts(unit)) is None:
+                return None
+            for one in found["shards"]:
+                shard(one)
+            for one in found["rejects"]:
+                kinds[one["kind"]] += 1
+                reject(one)
+            clips += found["clips"]
+        return {
+            "schema": SCHEMA,
+            "fingerprint": self.fingerprint,
+            "count": clips,
+            "rejects": dict(sorted(kinds.items())),
+            "identity": self.identity,
+        }
+
     def _facts(self, unit: int) -> dict[str, Any] | None:
         """What a unit's file says, when the unit is done and its shards are whole."""
         try:
             facts = json.loads(self._file("units", unit).read_text())
             for shard in facts["shards"]:
                 check_shard(self.folder, shard)
-        except (FileNotFoundError, ValueError, UserError):
+            for reject in facts["rejects"]:
+                Reject(**reject)
+            whole = facts["clips"] == sum(len(shard["sizes"]) for shard in facts["shards"])
+        except (FileNotFoundError, UserError, *MALFORMED):
             return None
-        return facts if self._file("notes", unit).is_file() else None
+        return facts if whole and self._file("notes", unit).is_file() else None
 
     def _file(self, kind: str, unit: int) -> Path:
         return self.folder / kind / f"{unit:05d}.json"
