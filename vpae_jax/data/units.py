@@ -212,8 +212,8 @@ class Units:
     def _collect(
         self, shard: Callable[[Mapping[str, Any]], object], reject: Callable[[Mapping[str, Any]], object]
     ) -> dict[str, Any] | None:
-        """What the index says of all units but their shards; None if some are not done. Shards and rejects are handed over
-        one by one."""
+        """What the index says of all units but their shards; None if some are not done. Shards and rejects are handed
+        over one by one."""
         kinds, clips = Counter[str](), 0
         for unit in range(self.count):
             if (found := self._facts(unit)) is None:
