@@ -25,6 +25,7 @@ from vpae_jax.weights import resolve
 
 # Of one video of a folder that is encoded before a run, at most.
 RAW_CLIPS = 1000
+DIGITS_AT_ONCE = 32
 
 Sources = tuple[tuple[LatentRecords, float], ...]
 
@@ -43,7 +44,9 @@ def open_records(experiment: Experiment, workdir: Path, pipeline: Pipeline) -> S
     """
     data = experiment.data
     if not data.sources:
-        encode = partial(encode_into, resolve(data.folder, workdir), _raw(experiment, workdir, pipeline), pipeline)
+        batch_size = 1 if data.videos else DIGITS_AT_ONCE  # clips of videos may be large
+        source = _raw(experiment, workdir, pipeline)
+        encode = partial(encode_into, resolve(data.folder, workdir), source, pipeline, batch_size)
         records = LatentRecords(first_alone("encoded", encode))
         if not len(records):
             kinds = ", ".join(f"{count} {kind}" for kind, count in records.index["rejects"].items())

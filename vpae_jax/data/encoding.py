@@ -145,7 +145,7 @@ def encode(
     return finish(units, encoders)
 
 
-def encode_into(root: Path, source: Source, encoders: Encoders, batch_size: int = 32) -> Path:
+def encode_into(root: Path, source: Source, encoders: Encoders, batch_size: int) -> Path:
     """Encodes all clips into a folder of `root` that is named by what decides them, or goes on there.
 
     Returns:
