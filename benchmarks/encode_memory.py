@@ -4,8 +4,9 @@
 
 Two runs of `python -m vpae_jax.encode` with the embedded model, one after the other: over small videos, and over a
 table that begins with a few of them and goes on with files that are not there, each of which is a reject. Four times a
-second this script notes the process's resident memory, its workers' left out, beside the number of units that it has
-written. Of each run it prints the memory after a fifth and at the end, and how much each item between them took.
+second this script notes the process's own memory, its workers' left out, beside the number of units that it has
+written. Pages of files are not counted: the system takes them back when others need room. Of each run it prints the
+memory after a fifth and at the end, and how much each item between them took.
 """
 
 from __future__ import annotations
@@ -36,22 +37,20 @@ class Run:
     Attributes:
       name: for people.
       done: items that were written, at each sample.
-      resident: bytes, at each sample.
-      peak: bytes, as the system has counted.
+      held: bytes, at each sample.
     """
 
     name: str
     done: list[int] = field(default_factory=list)
-    resident: list[int] = field(default_factory=list)
-    peak: int = 0
+    held: list[int] = field(default_factory=list)
 
     def growth(self) -> tuple[float, float, float]:
         """MiB at a fifth of the run and at its end, each the median of a tenth of it; and bytes an item between."""
-        done, resident = np.array(self.done), np.array(self.resident)
+        done, held = np.array(self.done), np.array(self.held)
         last = done[-1]
         early = (done >= (SETTLED - 0.05) * last) & (done <= (SETTLED + 0.05) * last)
         late = done >= 0.9 * last
-        first, end = np.median(resident[early]), np.median(resident[late])
+        first, end = np.median(held[early]), np.median(held[late])
         return first / MIB, end / MIB, float((end - first) / (np.median(done[late]) - np.median(done[early])))
 
 
@@ -88,35 +87,32 @@ def follow(name: str, output: Path, arguments: list[str]) -> Run:
     command = [sys.executable, "-m", "vpae_jax.encode", f"--output={output}", f"--unit={UNIT}", *arguments]
     process = subprocess.Popen(command, env={**os.environ, "JAX_PLATFORMS": "cpu"})
     while process.poll() is None:
-        resident, peak = memory(process.pid)
+        held = memory(process.pid)
         units = output / "units"
         done = UNIT * len(os.listdir(units)) if units.is_dir() else 0
-        if resident and done:
+        if held and done:
             run.done.append(done)
-            run.resident.append(resident)
-            run.peak = max(run.peak, peak)
+            run.held.append(held)
         time.sleep(0.25)
     if process.returncode or not run.done:
         raise UserError(f"{name}: ended with status {process.returncode}; see its message above")
     first, last, slope = run.growth()
     print(
         f"{name}: {run.done[-1]} in {time.monotonic() - begin:.0f} s; {first:.0f} MiB after {SETTLED:.0%}, "
-        f"{last:.0f} MiB at the end, {slope:+.0f} bytes each; peak {run.peak / MIB:.0f} MiB",
+        f"{last:.0f} MiB at the end, {slope:+.0f} bytes each; most {max(run.held) / MIB:.0f} MiB",
         flush=True,
     )
     return run
 
 
-def memory(pid: int) -> tuple[int, int]:
-    """A process's resident memory and the most it had, in bytes; zeros when it has ended."""
+def memory(pid: int) -> int:
+    """A process's own memory in bytes, that which was swapped out too; 0 when it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
-        return 0, 0
+        return 0
     found = {name: value.split() for name, _, value in (line.partition(":") for line in lines)}
-    if "VmRSS" not in found:
-        return 0, 0
-    return int(found["VmRSS"][0]) * 1024, int(found["VmHWM"][0]) * 1024
+    return sum(int(found[name][0]) * 1024 for name in ("RssAnon", "VmSwap") if name in found)
 
 
 def plot(runs: list[Run], path: Path) -> None:
@@ -125,12 +121,13 @@ def plot(runs: list[Run], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    top = 1.2 * max(max(run.held) for run in runs) / MIB
     figure, axes = pyplot.subplots(1, len(runs), figsize=(4.4 * len(runs), 2.8), sharey=True, layout="constrained")
     for axis, run in zip(axes, runs, strict=True):
-        axis.plot(run.done, np.array(run.resident) / MIB, linewidth=1.2)
-        axis.set(title=run.name, xlabel="done", ylim=(0, None))
+        axis.plot(run.done, np.array(run.held) / MIB, linewidth=1.2)
+        axis.set(title=run.name, xlabel="done", ylim=(0, top))
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("resident memory, MiB")
+    axes[0].set_ylabel("memory, MiB")
     figure.savefig(path, dpi=90)
 
 
