@@ -210,6 +210,7 @@ def check_size(model: str, num_frames: int, height: int, width: int) -> None:
     digits = MovingDigits("eval", 1)
     if (num_frames, height, width) != (digits.frames, digits.resolution, digits.resolution):
         raise UserError(
-            f"{model} makes clips of {num_frames}x{height}x{width}, but moving digits, the only clips that there are "
-            f"so far, have {digits.frames}x{digits.resolution}x{digits.resolution}; use the tiny preset"
+            f"{model} makes clips of {num_frames}x{height}x{width}, rendered digits have "
+            f"{digits.frames}x{digits.resolution}x{digits.resolution}; give your own clips with --config.data.records or "
+            "--config.data.videos, or use the tiny preset"
         )
