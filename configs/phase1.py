@@ -1,7 +1,8 @@
 """V-PAE phase one, stability priming (2508.21019v2, section 3.1).
 
     python -m vpae_jax.main --config=configs/phase1.py --workdir=runs/tiny/phase1                # tiny, CPU
-    python -m vpae_jax.main --config=configs/phase1.py:i2v-14b-720p --workdir=... --config.model.path=... --config.data.records=...
+    python -m vpae_jax.main --config=configs/phase1.py:i2v-14b-720p --workdir=... --config.model.path=... \\
+        --config.data.records=...
 
 Paper: batch 32, Adam (.9, .999), learning rate 1e-6, 500 steps on Wan2.1-I2V-14B at 720p. The presets of 1.3B and 14B
 hold these values, with the ranges of t carried over to their resolution; the fake score's step size is 2e-5, since

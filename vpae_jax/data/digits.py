@@ -211,6 +211,6 @@ def check_size(model: str, num_frames: int, height: int, width: int) -> None:
     if (num_frames, height, width) != (digits.frames, digits.resolution, digits.resolution):
         raise UserError(
             f"{model} makes clips of {num_frames}x{height}x{width}, rendered digits have "
-            f"{digits.frames}x{digits.resolution}x{digits.resolution}; give your own clips with --config.data.records or "
+            f"{digits.frames}x{digits.resolution}x{digits.resolution}; give clips with --config.data.records or "
             "--config.data.videos, or use the tiny preset"
         )
