@@ -85,7 +85,8 @@ def test_each_process_reads_its_own_rows_of_the_same_batches(sources, monkeypatc
             found = next(part)
             assert equal(own, (found.latents, found.condition))
         part.close()
-        assert len(read) <= (12 + 5) * len(rows), "and nothing but what it prepares ahead"
+        # With what is prepared ahead. Were all rows read, there would be 4 a batch.
+        assert len(read) <= (12 + 9) * len(rows) < 4 * 12, "other processes' rows are read"
 
 
 def test_a_position_holds_for_any_rows_and_workers(sources):

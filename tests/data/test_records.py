@@ -3,7 +3,6 @@
 import json
 import pickle
 import random
-import zlib
 from collections import Counter
 
 import ml_dtypes
@@ -12,7 +11,18 @@ import pytest
 from writing import SMALL, TOKENS, WIDE, arrays_of, number_of, write_folder
 
 from vpae_jax.data import records as module
-from vpae_jax.data.records import BadRecord, LatentRecords, decode, encode, is_finite, pack, stored, unpack
+from vpae_jax.data.records import (
+    TAG_BYTES,
+    BadRecord,
+    LatentRecords,
+    checksum,
+    decode,
+    encode,
+    is_finite,
+    pack,
+    stored,
+    unpack,
+)
 from vpae_jax.types import UserError
 
 MUTATIONS = 300
@@ -111,13 +121,13 @@ def test_any_changed_byte_of_a_record_is_found():
 
 
 def test_bytes_that_are_no_record_are_found_whatever_their_checksum():
-    whole = packed("a", arrays_of(0), {"caption": "zero"})[:-4]
+    whole = packed("a", arrays_of(0), {"caption": "zero"})[:-TAG_BYTES]
     rng = random.Random(0)
     for _ in range(MUTATIONS):
         at = rng.randrange(600)  # the header and a little more
         changed = whole[:at] + bytes([rng.randrange(256)]) + whole[at + 1 :]
         try:
-            arrays, about = unpacked(changed + zlib.crc32(changed).to_bytes(4, "little"))
+            arrays, about = unpacked(changed + checksum(changed))
         except BadRecord:
             continue
         assert isinstance(about, dict) and all(isinstance(value, np.ndarray) for value in arrays.values())
@@ -188,7 +198,7 @@ def test_a_record_that_is_whole_but_not_what_the_index_says_is_bad(change, reaso
         arrays = dict(unpacked(packed("a", arrays_of(0), {}))[0])
         patch.setattr(module, "is_finite", lambda value: True)  # writing refuses what is tested here
         payload = encode("a", change(arrays), {"id": "a"})
-        patch.setattr("vpae_jax.data.units.pack", lambda *_: payload + zlib.crc32(payload).to_bytes(4, "little"))
+        patch.setattr("vpae_jax.data.units.pack", lambda *_: payload + checksum(payload))
         write_folder(tmp_path / "folder", [[(0, SMALL)]])
     with pytest.raises(BadRecord, match=reason):
         LatentRecords(tmp_path / "folder")[0]

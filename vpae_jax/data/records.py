@@ -8,7 +8,7 @@ A folder of records (`data.units` writes it) holds
     rejects.jsonl                                 what was not encoded, with the reason
     identity.json, units/, notes/                 what the encoding goes by (`data.units`)
 
-A record is one clip in safetensors format, followed by the CRC32 of those bytes (4 bytes, little-endian). Its floats
+A record is one clip in safetensors format, followed by the XXH3 checksum of those bytes (8 bytes). Its floats
 are bfloat16; its text states end with the prompt; the mask channels of its condition frames are left out, being always
 the same; all else that is known of the clip is JSON in the header, under "about".
 """
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
+import xxhash
 from jaxtyping import Float, Shaped, UInt8
 
 from vpae_jax.convert.safetensors_file import DTYPES
@@ -33,7 +33,7 @@ from vpae_jax.types import MASK_CHANNELS, UserError
 
 SCHEMA = 2
 INDEX, NULL, REJECTS, IDENTITY = "index.json", "null.safetensors", "rejects.jsonl", "identity.json"
-CRC_BYTES = 4
+TAG_BYTES = 8
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 Value = Shaped[np.ndarray, "..."]
@@ -172,15 +172,20 @@ def pack(id: str, kept: Arrays, about: Mapping[str, Any]) -> bytes:
       UserError: values that are not finite in bfloat16.
     """
     payload = encode(f"clip {id!r}", kept, {**about, "id": id})
-    return payload + zlib.crc32(payload).to_bytes(CRC_BYTES, "little")
+    return payload + checksum(payload)
+
+
+def checksum(payload: bytes | memoryview) -> bytes:
+    """XXH3 of 64 bits, which costs a fourteenth of what CRC32 does; first byte first."""
+    return xxhash.xxh3_64_digest(payload)
 
 
 def unpack(record: UInt8[np.ndarray, "n"]) -> tuple[dict[str, Value], dict[str, Any]]:
     """A record's arrays, as they are stored, which are views of it, and what else it knows. Raises `BadRecord`."""
-    payload = record.data[:-CRC_BYTES]
-    found, expected = zlib.crc32(payload), int.from_bytes(record[-CRC_BYTES:].tobytes(), "little")
+    payload = record.data[:-TAG_BYTES]
+    found, expected = checksum(payload), record[-TAG_BYTES:].tobytes()
     if found != expected:
-        raise BadRecord(f"its checksum is {found:08x}, expected {expected:08x}")
+        raise BadRecord(f"its checksum is {found.hex()}, expected {expected.hex()}")
     return decode(payload)
 
 
