@@ -29,6 +29,8 @@ CONTAINERS = (
     "3g2,3gp,apng,asf,avi,dv,flv,gif,h264,hevc,ivf,live_flv,m4v,matroska,mj2,mov,mp4,mpeg,mpegts,mpegvideo,mxf,nut,ogg,"
     "rm,webm,yuv4mpegpipe"
 )
+# Metadata that is no UTF-8 is to be no error; from version 19 on PyAV reads it so by itself.
+READABLE: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 MAX_PIXELS = 2**26  # of a decoded frame: 8192 x 8192; one takes 100 MB, and decoders hold up to 16
 TICK = 5e-3  # seconds: times are rounded to a container's ticks, but no more than this is forgiven
 SEEKS = (0.0, 2.0)  # seconds before the start; then the file is read from its beginning
@@ -255,7 +257,9 @@ def _turn(frame: VideoFrame) -> _Turn:
 
 def _aspect(stream: Any) -> Fraction:
     """A pixel's width over its height, where the file says something that can be meant."""
-    aspect = stream.sample_aspect_ratio or Fraction(1)
+    found = stream.sample_aspect_ratio
+    # From PyAV 19 on it is of a class of its own.
+    aspect = Fraction(found.numerator, found.denominator) if found else Fraction(1)
     return aspect if Fraction(1, 16) <= aspect <= 16 else Fraction(1)
 
 
@@ -273,7 +277,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     with _decoding():
         container = av.open(
             f"file:{path}",
-            metadata_errors="replace",
+            **READABLE,
             options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"},
         )
     with container:
