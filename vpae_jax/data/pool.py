@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -64,8 +65,9 @@ class Pool:
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="pool")
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._workers: set[_Worker] = set()
+        self._closing = threading.Event()
         # Also when the pool is forgotten, and at the interpreter's end.
-        self.close = weakref.finalize(self, _close, self._threads, self._workers)
+        self.close = weakref.finalize(self, _close, self._threads, self._workers, self._closing)
 
     def submit(self, function: Callable[..., Any], *args: Any, shape: tuple[int, ...] | None = None) -> Future[Any]:
         """Has a worker call `function(*args)`, or `function(array, *args)` if an array's shape is given.
@@ -87,6 +89,8 @@ class Pool:
             worker = _Worker(self.timeout)
             self._workers.add(worker)
         try:
+            if self._closing.is_set():  # it may have come too late to be killed with the others
+                raise Lost("crashed", "the pool was closed")
             result = worker.call(task)
         except Lost:
             self._workers.discard(worker)
@@ -96,8 +100,9 @@ class Pool:
         return result
 
 
-def _close(threads: ThreadPoolExecutor, workers: set[_Worker]) -> None:
+def _close(threads: ThreadPoolExecutor, workers: set[_Worker], closing: threading.Event) -> None:
     """Drops all tasks and ends the workers."""
+    closing.set()
     threads.shutdown(wait=False, cancel_futures=True)
     for worker in tuple(workers):
         worker.process.kill()  # its thread, if it waits, sees it go
