@@ -40,6 +40,7 @@ from vpae_jax.convert.reading import load_part
 from vpae_jax.convert.settings import Defaults, Scheduler, read_defaults, read_scheduler
 from vpae_jax.convert.stream import Place
 from vpae_jax.data.tokenizer import load_tokenizer, tokenize
+from vpae_jax.flow.draws import noise_of_seed
 from vpae_jax.models.clip import CLIPVision
 from vpae_jax.models.parallel import Layout
 from vpae_jax.models.umt5 import UMT5Encoder
@@ -291,8 +292,8 @@ class Pipeline:
         if guidance > 1:
             text, mask = self._encode_negative_prompt(negative_prompt)
             unconditional = dataclasses.replace(condition, text=text, text_mask=mask)
-        noise_key, key = jax.random.split(jax.random.key(seed))
-        noise = jax.random.normal(noise_key, shape) if noise is None else noise
+        drawn, key = noise_of_seed(seed, shape)
+        noise = drawn if noise is None else noise
         latents = self.sample(
             noise,
             condition,

@@ -145,7 +145,9 @@ def preview_of_records(pipeline: Pipeline, records: Sources) -> tuple[Clips, Gen
     """Some clips that are trained on, as they are decoded, and what is generated for their conditions."""
     shapes = [shape for source, _ in records for shape in source.shapes]
     count = CLIPS if max(math.prod(shape[:3]) for shape in shapes) <= POINTS else LARGE_CLIPS
-    batch = next(latent_batches(records, min(count, sum(len(source) for source, _ in records)), SEED))
+    batches = latent_batches(records, min(count, sum(len(source) for source, _ in records)), SEED)
+    batch = next(batches)
+    batches.close()
     generation = Generation.of_batch(pipeline, batch, SEED)
     return generation.decode(batch.latents), generation
 

@@ -32,7 +32,6 @@ from jaxtyping import Shaped, UInt8
 from PIL import Image
 
 from vpae_jax.data.progress import Progress
-from vpae_jax.data.records import INDEX
 from vpae_jax.data.source import Clip, Reject, Source
 from vpae_jax.data.units import Units
 from vpae_jax.types import Latents, UserError
@@ -153,8 +152,9 @@ def encode_into(root: Path, source: Source, encoders: Encoders, batch_size: int)
     """
     identity = describe(source, encoders)
     folder = root / hashlib.sha256(repr(sorted(identity.items())).encode()).hexdigest()[:16]
-    if not (folder / INDEX).is_file():
-        encode(source, encoders, Units(folder, identity, source.units), batch_size)
+    units = Units(folder, identity, source.units)
+    if not units.complete():  # a shard that was lost since is made again
+        encode(source, encoders, units, batch_size)
     return folder
 
 

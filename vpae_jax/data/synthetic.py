@@ -9,12 +9,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -23,6 +22,7 @@ from vpae_jax import sharding
 from vpae_jax.data.captions import Captions, Prompt
 from vpae_jax.data.encoding import Encoded, Encoders, add_weights, arrays_of, fingerprint, finish, fitting, write_units
 from vpae_jax.data.units import Units
+from vpae_jax.flow.draws import noise_of_seed
 from vpae_jax.types import UserError
 
 SEEDS = 2**31  # JAX takes seeds of 32 bits with a sign
@@ -155,10 +155,10 @@ def _make(
     if recipe.guidance > 1:
         text, mask = teacher.encode_prompt([teacher.defaults.negative_prompt] * batch_size)
         unconditional = dataclasses.replace(condition, text=text, text_mask=mask)
-    noise, keys = _noise(seeds, teacher.latent_shape(1, *recipe.size))
+    noise = jnp.concatenate([noise_of_seed(seed, teacher.latent_shape(1, *recipe.size))[0] for seed in seeds])
     inputs = sharding.beside((noise, condition, unconditional), mesh)
     latents = teacher.sample(
-        *inputs, steps=recipe.steps, guidance=recipe.guidance, solver=recipe.solver, shift=recipe.shift, key=keys[0]
+        *inputs, steps=recipe.steps, guidance=recipe.guidance, solver=recipe.solver, shift=recipe.shift
     )
     latents = jnp.asarray(np.asarray(latents))  # the decoder is on one device
     videos = np.asarray(teacher.decode(latents))
@@ -170,9 +170,3 @@ def _make(
         about = {"caption": prompt.caption, **recipe_of_clip, "negative_prompt": teacher.defaults.negative_prompt}
         result.append(Encoded(prompt.id, {name: x[row] for name, x in arrays.items()}, about, videos[row]))
     return result
-
-
-def _noise(seeds: Sequence[int], shape: tuple[int, ...]) -> tuple[Any, list[Any]]:
-    """What `Pipeline.__call__` draws for each seed: noise, and the key of solvers that draw more."""
-    pairs = [jax.random.split(jax.random.key(seed)) for seed in seeds]
-    return jnp.concatenate([jax.random.normal(noise, shape) for noise, _ in pairs]), [key for _, key in pairs]

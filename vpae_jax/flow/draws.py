@@ -39,3 +39,9 @@ def uniform(key: PRNGKey, clips: int) -> Float[Array, "b"]:
 def bernoulli(key: PRNGKey, probability: float, clips: int) -> Bool[Array, "b"]:
     """True with this probability, for each clip."""
     return uniform(key, clips) < probability
+
+
+def noise_of_seed(seed: int, shape: tuple[int, ...]) -> tuple[Float[Array, "..."], PRNGKey]:
+    """The noise that a clip of this seed is sampled from, and the key of solvers that draw more."""
+    noise, key = jax.random.split(jax.random.key(seed))
+    return jax.random.normal(noise, shape), key

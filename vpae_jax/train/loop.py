@@ -63,7 +63,7 @@ def train(
     """Trains from the workdir's newest checkpoint, or from `state`, to `experiment.steps`, or until it is to stop.
 
     Args:
-      batches: a grain iterator; its position is part of every checkpoint.
+      batches: as `data.pipeline` makes them; their position is part of every checkpoint.
       put: moves this process's part of a batch to the devices, in the right sharding.
       stop: whether to stop after this step, on all processes alike.
 
