@@ -49,7 +49,7 @@ from vpae_jax.types import Batch
 BEGIN = "<!-- made by benchmarks/data.py -->"
 LATENTS, TEXT, PROMPT, IMAGE = (21, 60, 104, 16), (512, 4096), 100, (257, 1280)
 UNIT, THREADS, PIECE = 8, 2, 8 << 20
-HIDDEN = 256
+HIDDEN = 1024
 WARM_UP = 3  # steps that compile and fill the queue
 
 

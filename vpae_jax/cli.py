@@ -1,4 +1,4 @@
-"""How programs start and end: arguments in, and bad input out in one line with exit status 2.
+"""How programs start and end: arguments in, and bad input out in one line with exit status 2; Ctrl-C with 130.
 
 Training reads its config through absl's flags, as `ml_collections` asks; the other programs have plain parsers.
 """
@@ -15,6 +15,7 @@ from absl import app, flags, logging
 from vpae_jax.types import UserError
 
 EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended
 # Precisions that networks run in and that weights are written in.
 DTYPES = ("float32", "bfloat16")
 
@@ -43,6 +44,8 @@ def run(main: Main, argv: list[str] | None = None) -> None:
         main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         _fail(str(error))
+    except KeyboardInterrupt:
+        _end_interrupted()
 
 
 def launch(main: Main) -> None:
@@ -51,6 +54,8 @@ def launch(main: Main) -> None:
         app.run(_without_trace(main), flags_parser=_parse)
     except UserError as error:
         _fail(str(error))
+    except KeyboardInterrupt:
+        _end_interrupted()
 
 
 def _without_trace(main: Main) -> Main:
@@ -82,3 +87,8 @@ def _parse(argv: list[str]) -> list[str]:
 def _fail(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(EXIT_BAD_INPUT)
+
+
+def _end_interrupted() -> NoReturn:
+    print("interrupted; what was saved is kept", file=sys.stderr)
+    sys.exit(EXIT_INTERRUPTED)

@@ -1,12 +1,17 @@
-"""The templates of the pages that people look at. A page loads nothing from outside."""
+"""The templates of the pages that people look at, and pictures in them. A page loads nothing from outside."""
 
 from __future__ import annotations
 
+import base64
 import importlib.resources
+import io
 from collections.abc import Callable
 from typing import Any
 
 import jinja2
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
 
 
 def page_template(name: str, **filters: Callable[[Any], str]) -> jinja2.Template:
@@ -16,3 +21,10 @@ def page_template(name: str, **filters: Callable[[Any], str]) -> jinja2.Template
     environment.globals["style"] = (assets / "page.css").read_text()
     environment.filters.update(filters)
     return environment.from_string((assets / name).read_text())
+
+
+def jpeg(picture: UInt8[np.ndarray, "height width 3"]) -> str:
+    """A picture as JPEG in base64, for `src="data:image/jpeg;base64,..."`."""
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "JPEG", quality=85)
+    return base64.b64encode(file.getvalue()).decode()

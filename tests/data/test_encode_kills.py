@@ -91,3 +91,14 @@ def test_three_kills_lose_and_double_nothing(tmp_path):
 def test_thirty_kills_lose_and_double_nothing(tmp_path):
     deaths = survive(tmp_path, kills=30, videos=69, unit=2)
     assert {"unit-", "finish"} <= {how.rpartition("in ")[2].rstrip("0123456789") for how in deaths}
+
+
+def test_ctrl_c_ends_it_in_one_line(tmp_path):
+    folder, output = make_videos(tmp_path / "videos", 4), tmp_path / "records"
+    process = start(videos=folder, unit=1, workers=2, output=output)
+    assert wait_until(lambda: output.is_dir() and hidden(output)), "it never begins"
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it, to the workers too
+    out, err = process.communicate(timeout=WAIT)
+    assert process.returncode == 130, (out, err)
+    assert err.strip().splitlines()[-1:] == ["interrupted; what was saved is kept"] and "Traceback" not in err
+    assert not hidden(output) and wait_until(lambda: not living(process.pid), ORPHANED)

@@ -19,7 +19,7 @@ from vpae_jax.flow import draws
 from vpae_jax.methods.base import Role, Update
 from vpae_jax.train import ema
 from vpae_jax.train.checkpoint import Checkpoints, guard_config, read_state
-from vpae_jax.train.loop import Hook, train
+from vpae_jax.train.loop import Clock, Hook, train
 from vpae_jax.train.metrics import read_metrics
 from vpae_jax.train.optim import make_optimizer
 from vpae_jax.train.roles import RoleModels, merge_trees, split
@@ -279,6 +279,21 @@ def test_the_share_of_time_spent_waiting_for_data_is_recorded(tmp_path):
     # The first steps compile; the last one is read together with the one before.
     assert np.median(shares["starved"][3:-1]) > 0.5 and max(shares["starved"]) <= 1
     assert np.median(shares["fed"][3:-1]) < 0.2
+
+
+def test_a_wait_beside_work_of_the_devices_is_not_counted():
+    work = jax.jit(lambda x: jax.lax.fori_loop(0, 200, lambda _, x: x @ x / 500.0, x))
+    matrix = jnp.ones((500, 500))
+    jax.block_until_ready(work(matrix))
+    clock = Clock()
+    running = {"loss": work(matrix)}
+    with clock.waiting(running):
+        time.sleep(0.01)
+    assert not running["loss"].is_ready() and clock.waited == 0
+    jax.block_until_ready(running)
+    with clock.waiting(running):
+        time.sleep(0.01)
+    assert clock.waited >= 0.01
 
 
 def test_a_finished_run_does_nothing_more(tmp_path):

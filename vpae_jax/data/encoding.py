@@ -10,9 +10,7 @@ whole.
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,6 +32,7 @@ from PIL import Image
 from vpae_jax.data.progress import Progress
 from vpae_jax.data.source import Clip, Reject, Source
 from vpae_jax.data.units import Units
+from vpae_jax.pages import jpeg
 from vpae_jax.types import Latents, UserError
 
 T = TypeVar("T")
@@ -286,7 +285,7 @@ def note(item: Encoded, shown: bool) -> dict[str, Any]:
 
 
 def strip(video: UInt8[np.ndarray, "t height width 3"]) -> str:
-    """A clip's first, middle and last frame side by side, as a small JPEG in base64."""
+    """A clip's first, middle and last frame side by side, as `pages.jpeg` makes it."""
     frames = [Image.fromarray(video[i]) for i in (0, len(video) // 2, len(video) - 1)]
     for frame in frames:
         frame.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
@@ -294,9 +293,7 @@ def strip(video: UInt8[np.ndarray, "t height width 3"]) -> str:
     sheet = Image.new("RGB", (3 * width + 4, height), "white")
     for i, frame in enumerate(frames):
         sheet.paste(frame, (i * (width + 2), 0))
-    file = io.BytesIO()
-    sheet.save(file, "JPEG", quality=85)
-    return base64.b64encode(file.getvalue()).decode()
+    return jpeg(np.asarray(sheet))
 
 
 def fingerprint(encoders: Encoders) -> str:

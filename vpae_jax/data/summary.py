@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -12,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
-from PIL import Image
+from jaxtyping import Float, Int
 
 from vpae_jax.data.records import read_index
-from vpae_jax.data.source import Reject
 from vpae_jax.data.units import Units
 from vpae_jax.pages import page_template
 
@@ -79,7 +75,7 @@ def write_summary(folder: Path) -> Path:
     units = Units(folder, identity, identity.pop("units"))
     shown: list[Mapping[str, Any]] = []
     spreads: dict[str, Spread] = defaultdict(Spread)
-    rejects: dict[str, list[Reject]] = defaultdict(list)
+    rejects: dict[str, list[dict[str, Any]]] = defaultdict(list)
     seconds = 0.0
     for number in range(units.count):
         unit = units.read(number)
@@ -90,9 +86,10 @@ def write_summary(folder: Path) -> Path:
         # As many of each unit as make the page's clips over all of them.
         wanted = -(-CLIPS * (number + 1) // units.count) - len(shown)
         shown += [note for note in unit.notes if "picture" in note][: max(wanted, 0)]
-        for reject in unit.rejects:
+        for place, reject in enumerate(unit.rejects):
             if len(rejects[reject.kind]) < EXAMPLES:
-                rejects[reject.kind].append(reject)
+                example = {"id": reject.id, "reason": reject.reason, "picture": unit.pictures.get(place)}
+                rejects[reject.kind].append(example)
     shapes = Counter[str]()
     for shard in index["shards"]:
         shapes[" x ".join(map(str, shard["shapes"]["latents"][:3]))] += len(shard["sizes"])
@@ -105,7 +102,7 @@ def write_summary(folder: Path) -> Path:
         refused=sum(index["rejects"].values()),
         clips=shown,
         histograms=_histograms(units, {name: each.edges() for name, each in spreads.items() if each.low < each.high}),
-        rejects=[(kind, index["rejects"][kind], [_example(r) for r in some]) for kind, some in sorted(rejects.items())],
+        rejects=[(kind, index["rejects"][kind], some) for kind, some in sorted(rejects.items())],
     )
     units.put(PAGE, page)
     return folder / PAGE
@@ -138,17 +135,6 @@ def _histogram(title: str, counts: Int[np.ndarray, "bins"], edges: Float[np.ndar
         for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True)
     ]
     return Histogram(title, f"{edges[0]:.4g}", f"{edges[-1]:.4g}", bars)
-
-
-def _example(reject: Reject) -> dict[str, Any]:
-    picture = None if reject.picture is None else _jpeg(reject.picture)
-    return {"id": reject.id, "reason": reject.reason, "picture": picture}
-
-
-def _jpeg(picture: UInt8[np.ndarray, "height width 3"]) -> str:
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, "JPEG", quality=85)
-    return base64.b64encode(file.getvalue()).decode()
 
 
 def _bytes(count: float) -> str:

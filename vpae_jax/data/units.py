@@ -8,9 +8,7 @@ hidden files, which are removed by those who come later; the same command contin
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 import json
 import os
 import re
@@ -24,10 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
-from jaxtyping import UInt8
-from PIL import Image
 
 from vpae_jax.data.records import (
     IDENTITY,
@@ -51,6 +46,7 @@ from vpae_jax.data.records import (
 from vpae_jax.data.shards import WRITING, Shards, starts
 from vpae_jax.data.source import Reject
 from vpae_jax.files import REMEDY, refused_writes
+from vpae_jax.pages import jpeg
 from vpae_jax.types import UserError
 
 # What reading JSON that has been damaged, and using it, ends in.
@@ -64,12 +60,14 @@ class Contents:
 
     Attributes:
       clips: how many it holds.
-      rejects: what was refused, in order.
+      rejects: what was refused, in order, without pictures.
+      pictures: of some rejects, by their places, as `pages.jpeg` makes them.
       notes: what `UnitWriter.note` was given, in order.
     """
 
     clips: int
     rejects: tuple[Reject, ...]
+    pictures: Mapping[int, str]
     notes: tuple[Any, ...]
 
 
@@ -149,10 +147,10 @@ class Units:
         path = self._file("notes", unit)
         try:
             notes = json.loads(path.read_text())
-            pictures = {int(number): _picture(text) for number, text in notes["pictures"].items()}
-            rejects = tuple(Reject(**reject, picture=pictures.get(i)) for i, reject in enumerate(facts["rejects"]))
-            return Contents(facts["clips"], rejects, tuple(notes["notes"]))
-        except (OSError, *MALFORMED) as error:  # an OSError is how Pillow says that a picture is none
+            pictures = {int(place): text for place, text in notes["pictures"].items()}
+            rejects = tuple(Reject(**reject) for reject in facts["rejects"])
+            return Contents(facts["clips"], rejects, pictures, tuple(notes["notes"]))
+        except (OSError, *MALFORMED) as error:
             raise UserError(f"{path} is damaged; remove it and run the same encode command again") from error
 
     def complete(self) -> bool:
@@ -305,7 +303,7 @@ class UnitWriter:
     def reject(self, reject: Reject) -> None:
         """Lists what is not used, with the reason."""
         if reject.picture is not None:
-            self._pictures[len(self._rejects)] = _png(reject.picture)
+            self._pictures[len(self._rejects)] = jpeg(reject.picture)
         self._rejects.append({"id": reject.id, "kind": reject.kind, "reason": reject.reason})
 
     def note(self, value: Any) -> None:
@@ -390,13 +388,3 @@ def _lives(pid: int) -> bool:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
-
-
-def _png(picture: UInt8[np.ndarray, "height width 3"]) -> str:
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
-
-
-def _picture(text: str) -> UInt8[np.ndarray, "height width 3"]:
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))

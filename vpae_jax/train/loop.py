@@ -89,12 +89,12 @@ def train(
         if start == 0:
             _run_hooks(hooks, 0, experiment.steps, state, metrics)
         pending: tuple[int, dict[str, Any]] | None = None
-        clock = _Clock()
+        clock, scalars_of_update = Clock(), {}
         for step in range(start, experiment.steps):
             scalars: dict[str, Any] = {}
             for index, update in steps.due(method.updates, step):
                 for repeat in range(update.repeats):
-                    with clock.waiting():
+                    with clock.waiting(scalars_of_update):
                         batch = next(batches)
                     state, scalars_of_update = programs[index](state, frozen, put(batch), jnp.int32(repeat))
                     scalars |= scalars_of_update
@@ -114,21 +114,23 @@ def train(
     return state
 
 
-class _Clock:
-    """Time a step since the last reading, and how much of it was spent waiting for data."""
+class Clock:
+    """Time a step since the last reading, and how much of it the devices were idle for want of data."""
 
     def __init__(self) -> None:
         self.time, self.step, self.waited = time.monotonic(), None, 0.0
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around what waits for data."""
+    def waiting(self, running: Any) -> Iterator[None]:
+        """Around what waits for data. It is counted only when what was `running` on the devices, arrays that are yet to
+        be computed, has ended by then: else the devices had work all the time."""
         since = time.monotonic()
         yield
-        self.waited += time.monotonic() - since
+        if all(value.is_ready() for value in jax.tree.leaves(running)):
+            self.waited += time.monotonic() - since
 
     def read(self, step: int) -> dict[str, float]:
-        """`seconds_per_step`, and `data_wait`, the share of them that was spent waiting; 0 at the first reading."""
+        """`seconds_per_step`, and `data_wait`, the share of them spent waiting for data; 0 at the first reading."""
         now, before = time.monotonic(), self.step
         passed = now - self.time
         known = before is not None and passed > 0
@@ -140,7 +142,7 @@ class _Clock:
         return result
 
 
-def _record(metrics: Metrics, step: int, scalars: dict, clock: _Clock, every: int, workdir: Path) -> None:
+def _record(metrics: Metrics, step: int, scalars: dict, clock: Clock, every: int, workdir: Path) -> None:
     """Waits for one step's metrics, checks them, and writes them when due."""
     values = {name: float(value) for name, value in jax.device_get(scalars).items()}
     bad = [name for name, value in values.items() if not math.isfinite(value)]
