@@ -1,7 +1,6 @@
-"""Manifests: every kind of table, every kind of bad row, places that hold, memory that does not grow."""
+"""Manifests: CSV, TSV and JSON Lines, every kind of bad row, places that hold, memory that does not grow."""
 
 import csv
-import inspect
 import json
 import os
 import pickle
@@ -11,58 +10,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from manifests import CAPTIONS, read, refusal, write
 
-from vpae_jax.data.listing import _walk
 from vpae_jax.data.manifest import Columns, Manifest, _repeated
 from vpae_jax.data.source import Entry, Reject
 from vpae_jax.data.tables import ROW_BYTES
-from vpae_jax.types import UserError
-
-CAPTIONS = (
-    "a plain caption",
-    'with "quotes", commas; and\ttabs',
-    "two\nlines\r\nand more",
-    "日本語 العربية 👩‍👩‍👧 e\u0301 \u202eright to left",
-    "a NUL \x00 within",
-    "\ufeffa mark before it",
-    "'; DROP TABLE clips; --",
-    "{json: [1, 2]}",
-    "=SUM(A1:A9)",
-    "line\u2028separator \x85 next \x1c line",
-)
-
-
-@pytest.fixture
-def videos(tmp_path):
-    """A folder with files v0.mp4 ... v9.mp4."""
-    root = tmp_path / "videos"
-    root.mkdir()
-    for number in range(len(CAPTIONS)):
-        (root / f"v{number}.mp4").write_bytes(b"no video")
-    return root
-
-
-def write(path, rows):
-    """A table of dicts, in the format of the path's suffix."""
-    suffix = path.suffix
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    if suffix in (".csv", ".tsv"):
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, names, delimiter="," if suffix == ".csv" else "\t")
-            writer.writeheader()
-            writer.writerows(rows)
-    elif suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=7)
-    return path
-
-
-def read(manifest):
-    return [one for unit in range(manifest.units) for one in manifest.read(unit)]
 
 
 def only(videos, name, rows, columns=None):
@@ -340,14 +293,6 @@ def test_a_limit_that_others_set_for_csv_changes_nothing(videos):
         csv.field_size_limit(limit)
 
 
-def refusal(call, *args, **options):
-    with pytest.raises(UserError) as caught:
-        call(*args, **options)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
 @pytest.mark.parametrize("name", TABLES)
 def test_missing_columns_are_named_with_those_there_are(videos, name):
     table = write(videos.parent / name, [{"video": "v0.mp4", "caption": "c"}])
@@ -429,205 +374,6 @@ def test_a_repr_says_what_decides_the_entries_and_not_where_they_lie(videos, tmp
     assert repr(Manifest(videos, tmp_path / "a.csv", Columns(id="path"))) != repr(one)
     parquet = Manifest(videos, write(tmp_path / "a.parquet", rows))
     assert repr(Manifest(videos, write(tmp_path / "b.parquet", rows * 2))) != repr(parquet)
-
-
-# --- Folders
-
-
-def folder(root, files):
-    for name, content in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return root
-
-
-def test_a_folder_is_read_in_the_order_of_names_with_captions_beside(tmp_path):
-    about = {"prompt": "from json", "start": 1, "end": "0:03", "cuts": [2.5], "camera": "static", "path": "ignored"}
-    root = folder(
-        tmp_path / "root",
-        {
-            "b.mp4": "",
-            "b.txt": "\ufeff  a caption\n",
-            "a/z.MKV": "",
-            "a/z.txt": "deep",
-            "a/b/c.webm": "",
-            "a/b/c.json": json.dumps(about),
-            "a/b/c.txt": "not used",
-            "no caption.mov": "",
-            "notes.txt": "no video of this name",
-            ".hidden.mp4": "",
-            ".cache/d.mp4": "",
-        },
-    )
-    manifest = Manifest(root, unit_videos=2)
-    assert (manifest.rows, manifest.units) == (4, 2)
-    deep, upper, plain, none = read(manifest)
-    assert deep == Entry("a/b/c.webm", root / "a/b/c.webm", "from json", 1.0, 3.0, (2.5,), {"camera": "static"})
-    assert (upper.id, upper.caption, upper.path) == ("a/z.MKV", "deep", root / "a/z.MKV")
-    assert (plain.id, plain.caption) == ("b.mp4", "a caption")
-    assert (none.id, none.kind) == ("no caption.mov", "caption")
-    assert list(manifest.read(1)) == [plain, none]
-
-
-@pytest.mark.parametrize(
-    ("sidecar", "content", "hint"),
-    [
-        ("a.txt", b"", "no caption"),
-        ("a.txt", b"\xff\xfe", "UTF-8"),
-        ("a.txt", b"x" * 200_000, "at most"),
-        ("a.json", b"", "JSON"),
-        ("a.json", b"[" * 100_000, "JSON"),
-        ("a.json", b"[]", "object"),
-        ("a.json", b'{"title": "x"}', "caption, text, prompt"),
-        ("a.json", b'{"caption": null, "text": "x"}', "caption, text, prompt"),
-        ("a.json", b'{"caption": ["x"]}', "no text"),
-        ("a.json", b'{"caption": "\\ud800"}', "UTF-8"),
-    ],
-)
-def test_bad_captions_beside_a_video(tmp_path, sidecar, content, hint):
-    (found,) = read(Manifest(folder(tmp_path, {"a.mp4": "", sidecar: content})))
-    assert (found.id, found.kind) == ("a.mp4", "caption") and hint in found.reason
-
-
-def test_bad_times_beside_a_video(tmp_path):
-    (found,) = read(Manifest(folder(tmp_path, {"a.mp4": "", "a.json": '{"caption": "c", "end": "x"}'})))
-    assert found.kind == "time"
-
-
-def test_links_pipes_and_odd_names_in_a_folder(tmp_path):
-    root = folder(tmp_path / "root", {"a.mp4": "", "a.txt": "c", "dir.mp4/b.mp4": "", "dir.mp4/b.txt": "c"})
-    folder(tmp_path, {"secret.txt": "secret", "out.mp4": "", "out/e.mp4": ""})
-    (root / "link.mp4").symlink_to(tmp_path / "out.mp4")
-    (root / "s.mp4").touch()
-    (root / "s.txt").symlink_to(tmp_path / "secret.txt")
-    (root / "t.mp4").touch()
-    os.mkfifo(root / "t.txt")
-    os.mkfifo(root / "u.mp4")
-    (root / "inner").symlink_to(root / "dir.mp4")
-    (root / "outer").symlink_to(tmp_path / "out")
-    (root / "self").symlink_to(root)
-    (root / "gone.mp4").symlink_to("nowhere")
-    with open(os.fsencode(root) + b"/w\xff.mp4", "wb"):
-        pass
-    found = {one.id: one for one in read(Manifest(root))}
-    assert {name for name, one in found.items() if isinstance(one, Entry)} == {"a.mp4", "dir.mp4/b.mp4"}
-    kinds = {name: one.kind for name, one in found.items() if isinstance(one, Reject)}
-    assert kinds == {
-        "link.mp4": "path",
-        "s.mp4": "caption",
-        "t.mp4": "caption",
-        "u.mp4": "path",
-        "inner": "path",
-        "outer": "path",
-        "self": "path",
-        "gone.mp4": "missing",
-        "row 11": "path",
-    }
-    assert "secret" not in found["s.mp4"].reason.replace("secret.txt", "")
-
-
-def test_a_folder_deeper_than_python_recurses(tmp_path):
-    (tmp_path / ("d/" * 300)).mkdir(parents=True)
-    (tmp_path / ("d/" * 300) / "a.mp4").touch()
-    limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(len(inspect.stack()) + 100)
-    try:
-        found = list(_walk(str(tmp_path)))
-    finally:
-        sys.setrecursionlimit(limit)
-    assert found == ["d/" * 300 + "a.mp4"]
-
-
-def test_a_folder_without_videos(tmp_path):
-    folder(tmp_path, {"a.txt": "", "b.jpg": ""})
-    message = refusal(Manifest, tmp_path)
-    assert ".mp4" in message and "--videos=FOLDER" in message
-
-
-def test_a_folder_is_known_by_names_sizes_and_captions(tmp_path):
-    files = {"a.mp4": "12", "a.txt": "one", "b.mp4": "3", "b.json": '{"text": "two"}'}
-    known = repr(Manifest(folder(tmp_path / "0", files)))
-    assert repr(Manifest(folder(tmp_path / "1", files | {"notes.md": "x"}))) == known
-    changes = [{"a.mp4": "123"}, {"a.txt": "uno"}, {"b.json": '{"text": "due"}'}, {"c.mp4": ""}, {"a.json": "{}"}]
-    seen = {known} | {repr(Manifest(folder(tmp_path / f"c{i}", files | c))) for i, c in enumerate(changes)}
-    assert len(seen) == 1 + len(changes)
-
-
-# --- Parquet
-
-
-def test_parquet_of_other_types(videos):
-    table = pa.table(
-        {
-            "path": pa.array(["v0.mp4", "v1.mp4", None]).dictionary_encode(),
-            "caption": pa.array(["a", "b", "c"], pa.large_string()),
-            "id": pa.array([1, 2, None], pa.int16()),
-            "start": pa.array([0.5, None, 1], pa.float32()),
-            "cuts": pa.array([[1.0, 2.0], None, []]),
-            "frames": pa.array([[b"x" * 100]] * 3),
-            "when": pa.array([10**18] * 3, pa.timestamp("ns")),
-        }
-    )
-    path = videos.parent / "t.parquet"
-    pq.write_table(table, path)
-    first, second, third = read(Manifest(videos, path, Columns(id="id", start="start", cuts="cuts")))
-    assert (first.id, first.start, first.cuts, first.about) == ("1", 0.5, (1.0, 2.0), {})
-    assert (second.id, second.start, second.cuts) == ("2", None, ())
-    assert third.kind == "id"
-
-
-def test_parquet_columns_that_hold_no_text(videos):
-    path = videos.parent / "t.parquet"
-    pq.write_table(pa.table({"path": [{"bytes": b"x", "path": "v0.mp4"}], "caption": ["c"]}), path)
-    message = refusal(Manifest, videos, path)
-    assert "struct<" in message and "--columns=path=COLUMN" in message
-
-
-def test_parquet_text_that_is_not_utf8(videos):
-    bad = pa.StringArray.from_buffers(2, pa.py_buffer(np.array([0, 2, 3], np.int32)), pa.py_buffer(b"\xff\xfec"))
-    path = videos.parent / "t.parquet"
-    pq.write_table(pa.table({"path": ["v0.mp4", "v1.mp4"], "caption": bad}), path)
-    first, second = read(Manifest(videos, path))
-    assert (first.kind, second.caption) == ("row", "c") and "'caption'" in first.reason
-
-
-def test_a_damaged_part_of_a_parquet_file_costs_its_rows(videos):
-    rows = [{"path": f"v{i % 10}.mp4", "id": i, "caption": f"caption {i} " + "x" * 50} for i in range(40)]
-    path = videos.parent / "t.parquet"
-    pq.write_table(
-        pa.Table.from_pylist(rows),
-        path,
-        row_group_size=10,
-        use_dictionary=False,
-        compression="none",
-        write_page_checksum=True,
-    )
-    data = bytearray(path.read_bytes())
-    where = data.index(b"caption 25 ")
-    data[where] ^= 0xFF
-    path.write_bytes(data)
-    manifest = Manifest(videos, path, Columns(id="id"), unit_videos=5)
-    found = {unit: list(manifest.read(unit)) for unit in (5, 0, 7, 4, 6, 3)}
-    assert found == {unit: list(manifest.read(unit)) for unit in found}
-    assert found[5] == list(pickle.loads(pickle.dumps(manifest)).read(5))
-    assert found == {unit: list(Manifest(videos, path, Columns(id="id"), 5).read(unit)) for unit in found}
-    bad = [unit for unit, some in found.items() if any(isinstance(one, Reject) for one in some)]
-    assert sorted(bad) == [4, 5]
-    assert all(one.kind == "row" for unit in bad for one in found[unit])
-    assert [one.id for one in found[7]] == [str(i) for i in range(35, 40)]
-
-
-def test_units_of_one_large_row_group_cost_one_pass(videos):
-    rows = [{"path": "v0.mp4", "caption": f"caption {i}", "id": i} for i in range(3000)]
-    path = videos.parent / "t.parquet"
-    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=3000)
-    manifest = Manifest(videos, path, Columns(id="id"), unit_videos=50)
-    readers = set()
-    for unit in range(0, manifest.units, 3):
-        assert [one.id for one in manifest.read(unit)] == [str(50 * unit + i) for i in range(50)]
-        readers.update(map(id, manifest._table._readers))
-    assert len(readers) == 1
 
 
 # --- Size
