@@ -136,15 +136,18 @@ def from_videos(given: argparse.Namespace, listed: Manifest, process: int, proce
 
 def from_captions(given: argparse.Namespace, listed: Captions, process: int, processes: int) -> bool:
     """Has a teacher make clips; whether all units are done."""
-    pipeline = load_pipeline(given.model, jnp.dtype(given.dtype), with_transformer=False)
     mesh = (
         sharding.make_mesh(MeshConfig(fsdp=1, context=-1), jax.local_devices())
         if jax.local_device_count() > 1
         else None
     )
-    teacher = load_pipeline(given.teacher or given.model, jnp.dtype(given.dtype), mesh)
+    teacher = pipeline = load_pipeline(given.teacher or given.model, jnp.dtype(given.dtype), mesh)
+    if given.teacher not in (None, given.model):
+        pipeline = load_pipeline(given.model, jnp.dtype(given.dtype), with_transformer=False)
     advised, own = teacher.scheduler, pipeline.defaults
     sizes = buckets.parse(given.buckets, max(pipeline.units)) if given.buckets else ((own.height, own.width),)
+    if len(sizes) > 1:
+        raise UserError(f"--buckets={given.buckets} names {len(sizes)} sizes; with --captions give one, as 480x832")
     recipe = Recipe(
         steps=advised.steps if given.steps is None else given.steps,
         guidance=advised.guidance if given.guidance is None else given.guidance,
