@@ -2,9 +2,11 @@
 
     python -m vpae_jax.main --config=configs/phase1.py --workdir=runs/tiny/phase1                # tiny, CPU
     python -m vpae_jax.main --config=configs/phase1.py:i2v-14b-720p --workdir=... --config.model.path=... \\
-        --config.data.records=...
+        --config.data.records=synthetic=1,koala=1,intern4k=1
 
-Paper: batch 32, Adam (.9, .999), learning rate 1e-6, 500 steps on Wan2.1-I2V-14B at 720p. The presets of 1.3B and 14B
+Paper: batch 32, Adam (.9, .999), learning rate 1e-6, 500 steps on Wan2.1-I2V-14B at 720p; on clips that Wan2.1-T2V-14B
+makes for captions of OpenVID-1M, "for the distributional alignment", and on Koala-36M and Intern4K, to raise the upper
+bound. It says not in what shares: the ones above are equal, and a run's metrics decide. The presets of 1.3B and 14B
 hold these values, with the ranges of t carried over to their resolution; the fake score's step size is 2e-5, since
 adapters at 1e-6 hardly move in 500 steps (the paper gives one rate for both). The tiny preset has its own values, with
 reasons beside them.

@@ -2,7 +2,7 @@
 
     python -m vpae_jax.main --config=configs/phase2.py --workdir=runs/tiny/phase2                # tiny, CPU
     python -m vpae_jax.main --config=configs/phase2.py:i2v-14b-720p --workdir=... --config.model.path=... \\
-        --config.data.records=...
+        --config.data.records=synthetic=1,koala=1,intern4k=1
 
 Starts from phase one's checkpoint, by default in the folder `phase1` beside this run's workdir. Paper: batch 32, Adam
 (.5, .999), learning rate 2e-6, 1000 steps, EMA .995, lambda 10, sigma_s .01, sigma_t .1. The presets of 1.3B and 14B
