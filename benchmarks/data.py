@@ -171,6 +171,8 @@ class Predict:
 class Repeated(Iterator[Batch]):
     """One batch, over and over."""
 
+    bad = 0
+
     def __init__(self, batch: Batch):
         self.batch = batch
 
@@ -179,6 +181,9 @@ class Repeated(Iterator[Batch]):
 
     def get_state(self) -> dict[str, int]:
         return {}
+
+    def set_state(self, state: Any) -> None:
+        del state
 
 
 def step_times(batches: Any, steps: int) -> tuple[float, float, float]:

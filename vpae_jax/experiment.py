@@ -45,8 +45,10 @@ from vpae_jax.weights import (
     resolve_model,
 )
 
-# What may differ between two runs in one workdir: how long and how often, never what is computed.
+# What may differ between two runs in one workdir: how long and how often, never what is computed. Where records lie
+# may; a checkpoint's position says which they are.
 FREE = ("steps", "accumulation", "mesh", "log_every", "sample_every", "checkpoint_every", "keep", "guard")
+FREE_DATA = ("data.folder", "data.records", "data.videos", "data.workers", "data.max_bad")
 # Roles that a run's model directory is made from.
 PRODUCTS = ("generator", "vae", "encoders")
 
@@ -123,7 +125,7 @@ def claim(experiment: Experiment, workdir: Path) -> None:
             f"{workdir}: what process 0 wrote there is not seen here; choose a --workdir that all hosts share"
         )
     workdir.mkdir(parents=True, exist_ok=True)
-    guard_config(workdir, dataclasses.asdict(experiment), FREE)
+    guard_config(workdir, dataclasses.asdict(experiment), FREE + FREE_DATA)
 
 
 def check_settings(experiment: Experiment, method: Method) -> None:

@@ -23,7 +23,7 @@ from vpae_jax.data.video import write_contact_sheet, write_video
 from vpae_jax.inputs import Sources
 from vpae_jax.pipeline import Pipeline
 from vpae_jax.processes import everywhere
-from vpae_jax.types import Batch, Condition, Latents, Params
+from vpae_jax.types import Batch, Condition, Latents, Params, in_float32
 
 Clips = UInt8[np.ndarray, "b t height width 3"]
 
@@ -146,7 +146,7 @@ def preview_of_records(pipeline: Pipeline, records: Sources) -> tuple[Clips, Gen
     shapes = [shape for source, _ in records for shape in source.shapes]
     count = CLIPS if max(math.prod(shape[:3]) for shape in shapes) <= POINTS else LARGE_CLIPS
     batches = latent_batches(records, min(count, sum(len(source) for source, _ in records)), SEED)
-    batch = next(batches)
+    batch = in_float32(next(batches))
     batches.close()
     generation = Generation.of_batch(pipeline, batch, SEED)
     return generation.decode(batch.latents), generation

@@ -13,7 +13,9 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax._src import distributed  # the coordination service has no public client
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Float
 
 from vpae_jax.types import UserError
 
@@ -84,6 +86,13 @@ def first_alone(name: str, action: Callable[[], T]) -> T:
     if is_first():
         wait_for_all(name)
     return result
+
+
+def of_all(values: Float[np.ndarray, "n"]) -> Float[np.ndarray, "process n"]:
+    """What each process gives, to all of them, which all call this."""
+    if jax.process_count() == 1:
+        return values[None]
+    return np.asarray(multihost_utils.process_allgather(values))
 
 
 def to_host(tree: Any) -> Any:

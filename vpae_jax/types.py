@@ -15,12 +15,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int, Key, PyTree, UInt8
+
+# Of batches: numpy arrays on the host, JAX arrays once they are put on the devices.
+if TYPE_CHECKING:
+    AnyArray = Any
+else:
+    AnyArray = Array | np.ndarray
 
 Video = Float[Array, "b t height width 3"]
 Frames = UInt8[Array, "t height width 3"]
@@ -88,10 +95,10 @@ class Condition:
         grey frames. Zeros mean "no frame given". None for a text-to-video model.
     """
 
-    text: Float[Array, "b s d_text"]
-    text_mask: Bool[Array, "b s"]
-    image: Float[Array, "b n_image e"] | None = None
-    frames: Float[Array, "b f h w c_frames"] | None = None
+    text: Float[AnyArray, "b s d_text"]
+    text_mask: Bool[AnyArray, "b s"]
+    image: Float[AnyArray, "b n_image e"] | None = None
+    frames: Float[AnyArray, "b f h w c_frames"] | None = None
 
 
 @pytree
@@ -105,10 +112,10 @@ class Batch:
       null_mask: true at the negative prompt's tokens.
     """
 
-    latents: Float[Array, "b f h w c"]
+    latents: Float[AnyArray, "b f h w c"]
     condition: Condition
-    null_text: Float[Array, "s d_text"]
-    null_mask: Bool[Array, "s"]
+    null_text: Float[AnyArray, "s d_text"]
+    null_mask: Bool[AnyArray, "s"]
 
     @property
     def unconditional(self) -> Condition:
@@ -146,7 +153,7 @@ class PixelBatch:
       video: values in [-1, 1].
     """
 
-    video: Float[Array, "b t height width 3"]
+    video: Float[AnyArray, "b t height width 3"]
 
 
 @pytree
@@ -159,7 +166,16 @@ class CaptionedFrames:
       mask: true at the caption's tokens.
     """
 
-    first: Float[Array, "b height width 3"]
-    last: Float[Array, "b height width 3"]
-    ids: Int[Array, "b s"]
-    mask: Bool[Array, "b s"]
+    first: Float[AnyArray, "b height width 3"]
+    last: Float[AnyArray, "b height width 3"]
+    ids: Int[AnyArray, "b s"]
+    mask: Bool[AnyArray, "b s"]
+
+
+def in_float32(tree: T) -> T:
+    """A tree of arrays on the devices, its floats in float32."""
+
+    def wide(x: Any) -> Array:
+        return jnp.asarray(x, jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype)
+
+    return jax.tree.map(wide, tree)

@@ -6,6 +6,7 @@ import tracemalloc
 from collections import Counter
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
@@ -56,8 +57,8 @@ def test_a_batch_holds_records_of_one_shape(sources):
             given = arrays_of(number, batch.latents.shape[1:])
             found = {"latents": batch.latents} | {f: getattr(batch.condition, f) for f in ("text", "image", "frames")}
             for name, value in found.items():
-                assert value.dtype == np.float32
-                np.testing.assert_allclose(value[row], given[name], rtol=4e-3, err_msg=name)
+                assert value.dtype == jnp.bfloat16
+                np.testing.assert_allclose(np.float32(value[row]), given[name], rtol=4e-3, err_msg=name)
             assert np.array_equal(batch.condition.text_mask[row], given["text_mask"])
     # 3 of 11 clips of a source with 3/4 of the weight are wide.
     assert shapes[WIDE] == pytest.approx(40 * 0.75 * 3 / 11, abs=1)
@@ -95,7 +96,7 @@ def test_a_position_holds_for_any_rows_and_workers(sources):
         batches = latent_batches(sources, SIZE, seed=2, rows=[1])
         take(batches, stop)
         position = json.loads(json.dumps(batches.get_state()))
-        assert position == {"batches": stop}
+        assert position["batches"] == stop and position["data"].startswith("batches of 4 from 11 clips of ")
         other = latent_batches(sources, SIZE, seed=2)
         next(other)
         other.set_state(position)
@@ -104,11 +105,21 @@ def test_a_position_holds_for_any_rows_and_workers(sources):
         other.set_state({"next_index": 3})
 
 
+def test_a_position_in_other_data_is_refused(sources):
+    (real, _), (made, _) = sources
+    position = latent_batches(sources, SIZE, seed=2).get_state()
+    moved = [(LatentRecords(real.folder.parent / "." / "real"), 3.0), (made, 1.0)]
+    latent_batches(moved, SIZE, seed=2).set_state(position)
+    for others, seed in (([(real, 3.0)], 2), ([(real, 2.0), (made, 1.0)], 2), (sources, 3)):
+        with pytest.raises(UserError, match=r"was trained on batches of 4 from .*, now there is batches of 4 from"):
+            latent_batches(others, SIZE, seed=seed).set_state(position)
+
+
 def test_workers_give_the_same_batches_and_report_what_is_bad(sources, tmp_path, capfd):
     whole = take(latent_batches(sources, SIZE, seed=2), 8)
     batches = latent_batches(sources, SIZE, seed=2, workers=2)
     assert all(equal(a, b) for a, b in zip(whole[:5], take(batches, 5), strict=True))
-    batches.set_state({"batches": 3})
+    batches.set_state({**batches.get_state(), "batches": 3})
     assert all(equal(a, b) for a, b in zip(whole[3:6], take(batches, 3), strict=True))
     batches.close()
     folder = damaged(tmp_path / "folder", 8, (2,))
@@ -146,7 +157,7 @@ def test_a_bad_record_is_replaced_and_named_once(tmp_path, capfd):
         part = take(latent_batches(sources, SIZE, seed=0, rows=rows, max_bad=0.1), 100)
         assert all(equal(a.latents[np.array(rows)], b.latents) for a, b in zip(whole, part, strict=True))
     later = latent_batches(sources, SIZE, seed=0, max_bad=0.1)
-    later.set_state({"batches": 50})
+    later.set_state({**later.get_state(), "batches": 50})
     assert all(equal(a, b) for a, b in zip(whole[50:], take(later, 50), strict=True))
 
 
@@ -166,7 +177,16 @@ def test_too_many_bad_records_stop_the_run(tmp_path):
 def test_a_folder_of_bad_records_ends_at_once(workers, tmp_path):
     folder = damaged(tmp_path / "folder", 6, range(6))
     batches = latent_batches([(LatentRecords(folder), 1.0)], SIZE, seed=0, workers=workers, max_bad=0.9)
-    with pytest.raises(UserError, match="200 of 200 records were bad"):
+    with pytest.raises(UserError, match=r"200 records in a row were bad, the last of them: .*its checksum is"):
+        next(batches)
+    batches.close()
+
+
+def test_a_lost_folder_among_good_ones_ends_the_run(sources, tmp_path):
+    lost = LatentRecords(write_folder(tmp_path / "lost", [[(n, SMALL) for n in range(6)]]))
+    (lost.folder / "shards").rename(tmp_path / "elsewhere")
+    batches = latent_batches([(sources[1][0], 1.0), (lost, 1.0)], SIZE, seed=0, max_bad=0.9)
+    with pytest.raises(UserError, match=r"200 records in a row were bad, the last of them: .*lost.*No such file"):
         next(batches)
     batches.close()
 
@@ -186,7 +206,7 @@ def test_damaged_shards_give_good_clips_or_one_line(tmp_path):
         try:
             for batch in take(batches, 3):
                 for row, number in enumerate(numbers(batch)):
-                    np.testing.assert_allclose(batch.latents[row], arrays_of(number)["latents"], rtol=4e-3)
+                    np.testing.assert_allclose(np.float32(batch.latents[row]), arrays_of(number)["latents"], rtol=4e-3)
         except UserError:
             stopped += 1
         batches.close()

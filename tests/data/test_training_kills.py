@@ -28,7 +28,7 @@ def start(*arguments) -> subprocess.Popen:
 
 
 def seen(workdir: Path) -> list[dict[str, float]]:
-    timing = ("seconds_per_step", "data_wait")
+    timing = ("seconds_per_step", "data_wait", "bad_records")
     return [{k: v for k, v in record.items() if k not in timing} for record in read_metrics(workdir)]
 
 

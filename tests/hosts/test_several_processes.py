@@ -19,7 +19,7 @@ LONG = 100_000  # steps of a run that only a signal ends
 
 
 def records(workdir: Path) -> list[dict[str, float]]:
-    timing = ("seconds_per_step", "data_wait")
+    timing = ("seconds_per_step", "data_wait", "bad_records")
     return [{k: v for k, v in record.items() if k not in timing} for record in read_metrics(workdir)]
 
 

@@ -263,3 +263,11 @@ def test_bad_input():
     for method in (model.decode, model.decode_raw):
         with pytest.raises(UserError, match="latents have 5 channels, the autoencoder 4"):
             method(jnp.zeros((1, 1, 4, 4, 5)))
+
+
+def test_no_product_of_the_encoder_is_one_pass_of_bfloat16():
+    graph, weights = nnx.split(WanVAE(full(**CONFIGS["small"]), rngs=nnx.Rngs(0)))
+    video = jnp.zeros((1, 5, 8, 8, 3))
+    program = jax.jit(lambda weights, video: nnx.merge(graph, weights).encode(video)).lower(weights, video).as_text()
+    products = [line for line in program.splitlines() if "stablehlo.convolution" in line or "dot_general" in line]
+    assert len(products) > 20 and all("HIGH" in line and "DEFAULT" not in line for line in products)

@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping
 from typing import ClassVar
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +14,8 @@ import pytest
 from flax import nnx
 
 from vpae_jax.config import Experiment, OptimizerConfig
+from vpae_jax.data.order import Order, Part
+from vpae_jax.data.reading import Batches
 from vpae_jax.flow import draws
 from vpae_jax.methods.base import Role, Update
 from vpae_jax.train import ema
@@ -95,7 +96,8 @@ def parts(noise: float = 0.0, slopes=(1.0, 2.0, 3.0)):
 
 def batches(scale: float = 1.0):
     numbers = np.arange(1, 101, dtype=np.float32) * scale
-    return iter(grain.MapDataset.source(numbers).shuffle(seed=0).repeat().batch(2).to_iter_dataset().map(jnp.asarray))
+    order = Order([[Part(0, np.arange(100), 1.0)]], 2, seed=0)
+    return Batches(order, lambda _, clip: {"number": numbers[clip]}, lambda batch: batch["number"], range(2))
 
 
 def run(workdir, steps=8, noise=0.5, hooks=(), scale=1.0, checkpoint_every=3, given=None):
@@ -218,11 +220,11 @@ def test_clipping_warmup_and_decay():
 
 
 def test_loop_reaches_the_target_and_records_every_step(tmp_path):
-    state = run(tmp_path, steps=60, noise=0.0, checkpoint_every=30)
+    state = run(tmp_path, steps=80, noise=0.0, checkpoint_every=30)
     assert slopes(state)["leader"] == pytest.approx(3.0, abs=0.3)
     records = read_metrics(tmp_path)
-    assert [r["step"] for r in records] == list(range(1, 61))
-    assert int(state.step) == 60 and records[-1]["leader/step"] == 59
+    assert [r["step"] for r in records] == list(range(1, 81))
+    assert int(state.step) == 80 and records[-1]["leader/step"] == 79
 
 
 @pytest.mark.parametrize("stop", [3, 4, 6])
@@ -246,7 +248,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, stop):
         assert a.tobytes() == b.tobytes()
 
     def losses(folder):
-        timing = ("seconds_per_step", "data_wait")
+        timing = ("seconds_per_step", "data_wait", "bad_records")
         return [{k: v for k, v in r.items() if k not in timing} for r in read_metrics(folder)]
 
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
@@ -254,6 +256,8 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, stop):
 
 class Slow:
     """Batches that take a while."""
+
+    bad = 3
 
     def __init__(self, seconds):
         self.batches, self.seconds = batches(), seconds
@@ -268,6 +272,9 @@ class Slow:
     def get_state(self):
         return self.batches.get_state()
 
+    def set_state(self, state):
+        self.batches.set_state(state)
+
 
 def test_the_share_of_time_spent_waiting_for_data_is_recorded(tmp_path):
     shares = {}
@@ -276,6 +283,7 @@ def test_the_share_of_time_spent_waiting_for_data_is_recorded(tmp_path):
         run(tmp_path / name, hooks=(pause,), given=Slow(waits), checkpoint_every=100)
         shares[name] = [record["data_wait"] for record in read_metrics(tmp_path / name)]
         assert len(shares[name]) == 8
+        assert {record["bad_records"] for record in read_metrics(tmp_path / name)} == {3}
     # The first steps compile; the last one is read together with the one before.
     assert np.median(shares["starved"][3:-1]) > 0.5 and max(shares["starved"]) <= 1
     assert np.median(shares["fed"][3:-1]) < 0.2
@@ -328,6 +336,14 @@ def test_a_workdir_belongs_to_one_config(tmp_path):
     with pytest.raises(UserError, match=r"belongs to another config: method.rate is 1.0 there, 2.0 here"):
         guard_config(tmp_path, {"steps": 2, "method": {"rate": 2.0}}, ("steps",))
     assert json.loads((tmp_path / "config.json").read_text())["method"]["rate"] == 1.0
+
+
+def test_single_keys_may_be_free_within_a_part(tmp_path):
+    free = ("steps", "data.workers")
+    for workers in (2, 0):
+        guard_config(tmp_path, {"data": {"seed": 0, "workers": workers}}, free)
+    with pytest.raises(UserError, match=r"data.seed is 0 there, 1 here"):
+        guard_config(tmp_path, {"data": {"seed": 1, "workers": 0}}, free)
 
 
 def test_merged_trees_do_not_overlap():

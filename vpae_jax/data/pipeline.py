@@ -1,8 +1,8 @@
 """Batch iterators over clips, frames with captions, and encoded clips.
 
 Each is endless, shuffled anew in every epoch, the same for the same seed, and has `get_state` and `set_state`, so that
-a checkpoint continues after exactly the batches that were seen. Items are prepared as numpy arrays, in threads or in
-processes (`data.reading`), and become JAX arrays when the iterator hands them out.
+a checkpoint continues after exactly the batches that were seen. Items are prepared in threads or in processes
+(`data.reading`). Batches are numpy arrays; `sharding.put_rows` moves them to the devices, each byte once.
 
 A batch is a row of one endless order of clips (`data.order`), whoever reads it: of several processes, each prepares
 some of its clips (`rows`), and a position is a number of batches, so that it holds for any number of processes and
@@ -11,12 +11,10 @@ workers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 from transformers import PreTrainedTokenizerBase
@@ -61,9 +59,9 @@ def pixel_batches(source: MovingDigits, batch_size: int, seed: int, workers: int
     """Endless iterator of `PixelBatch`."""
 
     def finish(batch: Any) -> PixelBatch:
-        return PixelBatch(video=jnp.asarray(to_float(batch["video"])))
+        return PixelBatch(video=to_float(batch["video"]))
 
-    return _iterate(_whole(source), _Pixels(source), finish, batch_size, seed, workers, rows)
+    return _iterate(_whole(source), _Pixels(source), finish, repr(source), batch_size, seed, workers, rows)
 
 
 def captioned_batches(
@@ -78,13 +76,13 @@ def captioned_batches(
 
     def finish(batch: Any) -> CaptionedFrames:
         return CaptionedFrames(
-            first=jnp.asarray(to_float(batch["first"])),
-            last=jnp.asarray(to_float(batch["last"])),
-            ids=jnp.asarray(batch["ids"]),
-            mask=jnp.asarray(batch["mask"]),
+            first=to_float(batch["first"]),
+            last=to_float(batch["last"]),
+            ids=batch["ids"],
+            mask=batch["mask"],
         )
 
-    return _iterate(_whole(source), _Frames(source, tokenizer), finish, batch_size, seed, workers, rows)
+    return _iterate(_whole(source), _Frames(source, tokenizer), finish, repr(source), batch_size, seed, workers, rows)
 
 
 def latent_batches(
@@ -95,7 +93,7 @@ def latent_batches(
     rows: Rows = None,
     max_bad: float = 0.01,
 ) -> Batches:
-    """Endless iterator of `Batch`, in float32. The clips of a batch have latents of one shape.
+    """Endless iterator of `Batch`, in bfloat16, as records are. The clips of a batch have latents of one shape.
 
     Args:
       sources: folders of records, each with its weight: the share of clips that come from it, up to a common factor
@@ -116,25 +114,19 @@ def latent_batches(
     for number, (records, weight) in enumerate(sources):
         for shape, clips in records.shapes.items():
             buckets.setdefault(shape, []).append(Part(number, clips, weight * len(clips) / len(records)))
-    null_text, null_mask = jnp.asarray(first.null_text, jnp.float32), jnp.asarray(first.null_mask)
     load = RecordsOf(tuple(records for records, _ in sources))
 
     def finish(batch: Any) -> Batch:
-        value = _in_float32({name: jnp.asarray(x) for name, x in batch.items()})
         condition = Condition(
-            text=value["text"], text_mask=value["text_mask"], image=value.get("image"), frames=value.get("frames")
+            text=batch["text"], text_mask=batch["text_mask"], image=batch.get("image"), frames=batch.get("frames")
         )
-        return Batch(latents=value["latents"], condition=condition, null_text=null_text, null_mask=null_mask)
+        return Batch(batch["latents"], condition, null_text=first.null_text, null_mask=first.null_mask)
 
-    return _iterate(
-        [parts for _, parts in sorted(buckets.items())], load, finish, batch_size, seed, workers, rows, max_bad
+    parts = [parts for _, parts in sorted(buckets.items())]
+    data = " and ".join(
+        f"{len(one)} clips of {one.index['fingerprint']} at weight {weight:g}" for one, weight in sources
     )
-
-
-@jax.jit
-def _in_float32(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Floats in float32; on the device, so that half as many bytes are moved there and nothing waits for it."""
-    return {name: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x for name, x in values.items()}
+    return _iterate(parts, load, finish, data, batch_size, seed, workers, rows, max_bad)
 
 
 def _check_source(records: LatentRecords, weight: float, first: LatentRecords) -> None:
@@ -175,6 +167,7 @@ def _iterate(
     buckets: Sequence[Sequence[Part]],
     load: Callable[[int, int], Any],
     finish: Callable[[Any], Any],
+    data: str,
     batch_size: int,
     seed: int,
     workers: int,
@@ -185,4 +178,5 @@ def _iterate(
     if not 1 <= batch_size <= clips:
         raise UserError(f"batch size {batch_size} does not fit {clips} clips; lower it or take more clips")
     own = range(batch_size) if rows is None else rows
-    return Batches(Order(buckets, batch_size, seed), load, finish, own, workers, max_bad)
+    data = f"batches of {batch_size} from {data}, seed {seed}"
+    return Batches(Order(buckets, batch_size, seed), load, finish, own, workers, max_bad, data)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import grain
@@ -23,7 +24,7 @@ from vpae_jax.types import UserError
 
 # Batches that wait in memory: enough to hide the preparation, few enough for clips of any size.
 READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-# Damage is judged by its share once this many records were read; so many in a row are not replaced.
+# Damage is judged by its share once this many records were read; after so many bad ones in a row none is looked for.
 ENOUGH = 200
 
 # From source and index to one clip's arrays; may raise `BadRecord`.
@@ -60,15 +61,16 @@ class _Batches(grain.MapDataset):
         arrays: dict[str, Value] = {}
         read, bad = 0, []
         for place, row in enumerate(self.rows):
-            for source, clip in self.order.candidates(self.start + index, row):
+            loaded: Mapping[str, Value] | None = None
+            for source, clip in islice(self.order.candidates(self.start + index, row), ENOUGH):
                 read += 1
                 try:
                     loaded = self.load(source, clip)
                     break
                 except BadRecord as error:
                     bad.append(str(error))
-                    if read >= ENOUGH and len(bad) == read:
-                        return {"arrays": {}, "read": read, "bad": bad}
+            if loaded is None:
+                return {"arrays": {}, "read": read, "bad": bad}
             for name, value in loaded.items():
                 if place == 0:
                     arrays[name] = np.empty((len(self.rows), *value.shape), value.dtype)
@@ -86,9 +88,14 @@ class Batches(Iterator[Any]):
       rows: which clips of each batch are prepared here.
       workers: processes that prepare batches; 0 prepares them in threads.
       max_bad: share of bad records that is put up with.
+      data: what the order is of. A position holds for the same data alone.
+
+    Attributes:
+      bad: how many bad records were met.
 
     Raises:
-      UserError: (when it is advanced) more than `max_bad` of the records that were read, at least 200, are bad.
+      UserError: (when it is advanced) more than `max_bad` of the records that were read, at least 200, are bad, or
+        200 bad ones came in a row.
     """
 
     def __init__(
@@ -99,11 +106,12 @@ class Batches(Iterator[Any]):
         rows: Sequence[int],
         workers: int = 0,
         max_bad: float = 0.0,
+        data: str = "",
     ):
         self._order, self._load, self._finish, self._rows = order, load, finish, tuple(rows)
-        self._workers, self._max_bad = workers, max_bad
+        self._workers, self._max_bad, self._data = workers, max_bad, data
         self._position, self._ahead = 0, None
-        self._read, self._bad = 0, 0
+        self._read, self.bad = 0, 0
         self._named: set[str] = set()
 
     def __next__(self) -> Any:
@@ -117,14 +125,19 @@ class Batches(Iterator[Any]):
         self._position += 1
         return self._finish(loaded["arrays"])
 
-    def get_state(self) -> dict[str, int]:
-        """How many batches were handed out."""
-        return {"batches": self._position}
+    def get_state(self) -> dict[str, Any]:
+        """How many batches were handed out, and of what."""
+        return {"batches": self._position, "data": self._data}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Continues after that many batches. Raises `UserError` for a position of another version."""
-        if list(state) != ["batches"]:
+        """Continues after that many batches. Raises `UserError` for a position in other data, or of another version."""
+        if sorted(state) != ["batches", "data"]:
             raise UserError(f"the checkpoint's position in the data is {dict(state)}, of another version; start again")
+        if state["data"] != self._data:
+            raise UserError(
+                f"the checkpoint was trained on {state['data']}, now there is {self._data}; give the same data, or "
+                "start again in another --workdir"
+            )
         self.close()
         self._position = state["batches"]
 
@@ -137,13 +150,16 @@ class Batches(Iterator[Any]):
     def _judge(self, loaded: Mapping[str, Any]) -> None:
         """Counts bad records, and says of each once what is wrong with it."""
         self._read += loaded["read"]
-        self._bad += len(loaded["bad"])
+        self.bad += len(loaded["bad"])
         for reason in loaded["bad"]:
             if reason not in self._named:
                 self._named.add(reason)
                 print(f"bad record: {reason}; another one takes its place", file=sys.stderr, flush=True)
-        if not loaded["arrays"] or (self._read >= ENOUGH and self._bad > self._max_bad * self._read):
+        remedy = "remove the shards named above and run the same encode command again"
+        if not loaded["arrays"]:
+            raise UserError(f"{ENOUGH} records in a row were bad, the last of them: {loaded['bad'][-1]}; {remedy}")
+        if self._read >= ENOUGH and self.bad > self._max_bad * self._read:
             raise UserError(
-                f"{self._bad} of {self._read} records were bad, more than config.data.max_bad = {self._max_bad:g} "
-                "allows; remove the shards named above and run the same encode command again"
+                f"{self.bad} of {self._read} records were bad, more than config.data.max_bad = {self._max_bad:g} "
+                f"allows; {remedy}"
             )

@@ -148,18 +148,21 @@ def draw_up(experiment: Experiment, clip: ClipSize, devices: Any) -> Programs:
 
 
 def abstract_batch(experiment: Experiment, clip: ClipSize, mesh: Mesh) -> Batch:
-    """One global batch, float32 as the data pipeline makes it; clips lie along `data` and `fsdp`."""
+    """One global batch, bfloat16 as the data pipeline makes it; clips lie along `data` and `fsdp`."""
     preset, b = presets.find(experiment.model.preset), experiment.batch_size
     text, width = clip.text_tokens, preset.transformer.text_dim
     f, h, w, c = clip.latents
 
+    def floats(*shape: int) -> Any:
+        return jnp.zeros(shape, jnp.bfloat16)
+
     def zeros() -> Batch:
         image = frames = None
         if preset.image_encoder is not None:
-            image = jnp.zeros((b, preset.image_encoder.num_tokens, preset.image_encoder.hidden_size))
-            frames = jnp.zeros((b, f, h, w, MASK_CHANNELS + c))
-        condition = Condition(jnp.zeros((b, text, width)), jnp.zeros((b, text), bool), image, frames)
-        return Batch(jnp.zeros((b, f, h, w, c)), condition, jnp.zeros((text, width)), jnp.zeros(text, bool))
+            image = floats(b, preset.image_encoder.num_tokens, preset.image_encoder.hidden_size)
+            frames = floats(b, f, h, w, MASK_CHANNELS + c)
+        condition = Condition(floats(b, text, width), jnp.zeros((b, text), bool), image, frames)
+        return Batch(floats(b, f, h, w, c), condition, floats(text, width), jnp.zeros(text, bool))
 
     batch = jax.eval_shape(zeros)
     return sharding.abstract(batch, sharding.batch_shardings(batch, mesh))

@@ -146,7 +146,7 @@ def guard_config(workdir: Path, config: dict[str, Any], free: tuple[str, ...]) -
 
     Args:
       config: the config as plain JSON values.
-      free: top-level keys that may change between runs (how long, how often), everything else decides the weights.
+      free: keys, or whole parts, that may change between runs (how long, how often); all else decides the weights.
 
     Raises:
       UserError: naming the first key that differs.
@@ -156,7 +156,7 @@ def guard_config(workdir: Path, config: dict[str, Any], free: tuple[str, ...]) -
         found = _flatten(json.loads(file.read_text()))
         given = _flatten(json.loads(json.dumps(config)))
         for key in sorted(set(found) | set(given)):
-            if key.split(".")[0] not in free and found.get(key) != given.get(key):
+            if not {key, key.split(".")[0]} & set(free) and found.get(key) != given.get(key):
                 raise UserError(
                     f"{workdir} belongs to another config: {key} is {found.get(key)!r} there, {given.get(key)!r} here; "
                     "choose another --workdir, or the same config"

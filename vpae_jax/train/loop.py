@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from vpae_jax import processes
 from vpae_jax.config import Experiment
 from vpae_jax.methods.base import Method
 from vpae_jax.preemption import Stop, never
@@ -28,6 +30,21 @@ from vpae_jax.train.metrics import Metrics
 from vpae_jax.train.roles import RoleModels
 from vpae_jax.train.state import TrainState, places_of
 from vpae_jax.types import Params, UserError
+
+
+@runtime_checkable
+class Data(Protocol):
+    """Batches as `data.pipeline` makes them.
+
+    Attributes:
+      bad: how many damaged records this process has met.
+    """
+
+    bad: int
+
+    def __next__(self) -> Any: ...
+    def get_state(self) -> Mapping[str, Any]: ...
+    def set_state(self, state: Mapping[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -54,7 +71,7 @@ def train(
     optimizers: Mapping[str, Any],
     state: TrainState,
     frozen: Mapping[str, Params],
-    batches: Iterator[Any],
+    batches: Data,
     put: Callable[[Any], Any],
     workdir: Path,
     hooks: tuple[Hook, ...] = (),
@@ -63,7 +80,7 @@ def train(
     """Trains from the workdir's newest checkpoint, or from `state`, to `experiment.steps`, or until it is to stop.
 
     Args:
-      batches: as `data.pipeline` makes them; their position is part of every checkpoint.
+      batches: their position is part of every checkpoint.
       put: moves this process's part of a batch to the devices, in the right sharding.
       stop: whether to stop after this step, on all processes alike.
 
@@ -100,12 +117,12 @@ def train(
                     scalars |= scalars_of_update
             state = replace(state, step=state.step + 1)
             if pending is not None:
-                _record(metrics, *pending, clock, experiment.log_every, workdir)
+                _record(metrics, *pending, clock, batches, experiment.log_every, workdir)
             pending = (step + 1, scalars)
             metrics.advance()
             last, stopping = step + 1 == experiment.steps, stop(step + 1)
             if last or stopping or (step + 1) % experiment.checkpoint_every == 0:
-                _record(metrics, *pending, clock, experiment.log_every, workdir)
+                _record(metrics, *pending, clock, batches, experiment.log_every, workdir)
                 pending = None
                 checkpoints.save(state, batches)
             if stopping and not last:
@@ -142,8 +159,8 @@ class Clock:
         return result
 
 
-def _record(metrics: Metrics, step: int, scalars: dict, clock: Clock, every: int, workdir: Path) -> None:
-    """Waits for one step's metrics, checks them, and writes them when due."""
+def _record(metrics: Metrics, step: int, scalars: dict, clock: Clock, data: Data, every: int, workdir: Path) -> None:
+    """Waits for one step's metrics, checks them, and writes them when due, with what slowed any of the processes."""
     values = {name: float(value) for name, value in jax.device_get(scalars).items()}
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if bad:
@@ -152,7 +169,9 @@ def _record(metrics: Metrics, step: int, scalars: dict, clock: Clock, every: int
             "lower that role's learning_rate or clip_norm and start again"
         )
     if step % every == 0:
-        metrics.write(step, {**values, **clock.read(step)})
+        times = clock.read(step)
+        waits, bad = processes.of_all(np.array([times["data_wait"], data.bad])).T
+        metrics.write(step, {**values, **times, "data_wait": float(waits.max()), "bad_records": float(bad.sum())})
 
 
 def _run_hooks(hooks: tuple[Hook, ...], step: int, last: int, state: TrainState, metrics: Metrics) -> None:

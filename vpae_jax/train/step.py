@@ -3,7 +3,8 @@
     run(state, frozen, batch, repeat) -> (state, metrics)
 
 It differentiates the update's loss with respect to the trained role's weights alone, applies that role's optimizer and
-average, and leaves everything else in the state as it is. The state's buffers are donated; frozen weights are an
+average, and leaves everything else in the state as it is. Batches come as they are stored, in bfloat16, and are
+computed with in float32. The state's buffers are donated; frozen weights are an
 argument, never a constant of the program.
 """
 
@@ -24,7 +25,7 @@ from vpae_jax.methods.base import Update
 from vpae_jax.train import ema
 from vpae_jax.train.roles import RoleModels
 from vpae_jax.train.state import TrainState
-from vpae_jax.types import Metrics, Params
+from vpae_jax.types import Metrics, Params, in_float32
 
 UpdateFn = Callable[[TrainState, Mapping[str, Params], Any, Any], tuple[TrainState, Metrics]]
 
@@ -65,6 +66,8 @@ def make_update(
         params = state.params[role]
 
         def differentiate(batch: Any, keys: Any) -> tuple[tuple[Array, Metrics], Params]:
+            batch = in_float32(batch)  # here, so that of a batch in parts one is wide at a time
+
             def mean_loss(params: Params) -> tuple[Array, Metrics]:
                 loss, metrics = update.loss(models.network(role, params, frozen, trained=True), others, batch, keys)
                 return jnp.mean(loss), {name: jnp.mean(value) for name, value in metrics.items()}
