@@ -184,9 +184,9 @@ def test_what_may_have_passed_is_tried_once_more_alone(tmp_path, monkeypatch, wo
     ]
     tries = passing_tasks.tries(tmp_path)
     assert {name: [len(each) for each in some] for name, some in tries.items()} == {
-        **dict.fromkeys("abcdefg", [1, 1, 1]),
+        **{name: [1, 1, 1] for name in "abcdefg"},
         "killed looking": [2, 1, 1],
-        **dict.fromkeys(("killed reading", "broken once", "broken for good"), [1, 2, 2]),
+        **{name: [1, 2, 2] for name in ("killed reading", "broken once", "broken for good")},
     }
     assert not any(each[1] for some in tries.values() for each in some if len(each) > 1), "others were under way"
 
