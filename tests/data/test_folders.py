@@ -1,5 +1,6 @@
 """Folders of videos with captions beside them."""
 
+import errno
 import inspect
 import json
 import os
@@ -130,6 +131,22 @@ def test_links_pipes_and_odd_names_in_a_folder(tmp_path):
         "row 11": "path",
     }
     assert "secret" not in found["s.mp4"].reason.replace("secret.txt", "")
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EACCES, errno.ENAMETOOLONG])
+def test_files_that_the_system_does_not_show(tmp_path, monkeypatch, number):
+    manifest = Manifest(folder(tmp_path, {"a.mp4": "", "a.txt": "c", "b.mp4": "", "b.txt": "c"}))
+    stat = os.stat
+
+    def refusing(path, **options):
+        if os.fspath(path).endswith("a.mp4"):
+            raise OSError(number, os.strerror(number))
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", refusing)
+    bad, good = read(manifest)
+    assert (bad.id, bad.kind, good.id) == ("a.mp4", "path", "b.mp4")
+    assert ("cannot be read: " in bad.reason) == (number != errno.ENAMETOOLONG)
 
 
 def test_a_folder_deeper_than_python_recurses(tmp_path):

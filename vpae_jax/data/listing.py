@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -132,8 +133,10 @@ def regular_file(root: str, name: str) -> os.stat_result:
         found = os.stat(real)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise Refused("missing", "no such file in the folder of the videos") from error
-    except (OSError, ValueError) as error:  # too long, not allowed, links in a circle; a NUL or half a character
-        raise Refused("path", f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    except (OSError, ValueError) as error:  # not allowed, a disk that is gone; a NUL or half a character
+        why = getattr(error, "strerror", None) or str(error)
+        names = isinstance(error, ValueError) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
+        raise Refused("path", why if names else f"cannot be read: {why}") from error
     if not stat.S_ISREG(found.st_mode):
         raise Refused("path", "is a folder" if stat.S_ISDIR(found.st_mode) else "is no regular file")
     return found
