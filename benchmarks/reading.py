@@ -37,14 +37,15 @@ Span = tuple[Path, float, float]  # a clip's file, beginning and end in seconds
 
 @dataclass(frozen=True)
 class Listed:
-    """Videos as a manifest of one unit."""
+    """Videos, which may lie anywhere, as a manifest of one unit."""
 
     paths: tuple[Path, ...]
     units: int = 1
+    root: Path = Path("/")
 
     def read(self, unit: int) -> Iterator[Entry]:
         for number, path in enumerate(self.paths):
-            yield Entry(f"{number}-{path.stem}", path, "a caption")
+            yield Entry(f"{number}-{path.stem}", path.absolute(), "a caption")
 
 
 @dataclass

@@ -209,7 +209,7 @@ def captions(given: argparse.Namespace) -> Captions:
             "--manifest lists videos of --videos; leave it out with --captions, which may be a table itself"
         )
     columns = Columns() if given.columns is None else parse_columns(given.columns)
-    return Captions(given.captions, columns.caption, given.unit)
+    return Captions(given.captions, columns.caption, columns.id, given.unit)
 
 
 def clips(given: argparse.Namespace, listed: Manifest, pipeline: Pipeline) -> VideoClips:

@@ -1,10 +1,14 @@
 """Frames of a file at given times."""
 
+import errno
+import pickle
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from av.error import err_check
 from video_files import numbered, numbers, write, write_sound
 
 from vpae_jax.data import decoding
@@ -288,6 +292,31 @@ def test_what_gives_no_frames_says_why(tmp_path):
     assert refusal(probe, tmp_path / "none.mp4") == ("unreadable", "does not exist")
     assert refusal(probe, tmp_path) == ("unreadable", "is no file")
     assert refusal(probe, write_sound(tmp_path / "sound.m4a"))[0] == "no video"
+
+
+@pytest.mark.parametrize(("number", "passing"), [("EIO", True), ("ESTALE", True), ("ENOMEM", True), ("EPERM", False)])
+def test_trouble_of_the_system_is_told_from_that_of_a_file(tmp_path, monkeypatch, number, passing):
+    path = write(tmp_path / "clip.mp4", numbered(16))
+    monkeypatch.setattr(decoding.av, "open", lambda *args, **options: err_check(-getattr(errno, number)))
+    with pytest.raises(Unreadable) as error:
+        probe(path)
+    assert error.value.kind == "unreadable" and error.value.passing == passing
+    assert error.value.reason.startswith("cannot be read: " if passing else "cannot be decoded: ")
+    assert pickle.loads(pickle.dumps(error.value)).passing == passing
+
+
+def test_a_file_whose_folder_the_system_does_not_show(tmp_path, monkeypatch):
+    def is_file(path):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+    assert refusal(probe, tmp_path / "clip.mp4") == ("unreadable", "cannot be read: stale file handle")
+
+
+def test_the_system_refuses_to_read():
+    with pytest.raises(Unreadable) as error:
+        probe(Path("/proc/self/mem"))
+    assert error.value.passing and error.value.reason == "cannot be read: input/output error"
 
 
 def test_what_ends_too_early(tmp_path):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from encoding_runs import ROOT, add_bad_videos, call, contents, files, hidden, make_videos, start
+from manifests import write
 
 from vpae_jax.data.captions import Captions, Prompt
 from vpae_jax.data.source import Reject
@@ -109,7 +110,8 @@ def test_bits_that_flip_in_a_folder_are_no_crash(videos, run, tmp_path):
 
 def test_a_table_lists_the_videos(videos, run, tmp_path):
     """Its columns are kept, and none is taken for what the record says itself."""
-    rows = [{"file": f"v00{i}.mp4", "words": f"a number {i}", "id": 7, "caption": i, "motion": "much"} for i in (3, 1)]
+    other = {"id": 7, "motion": "much", "fps": "29.97", "start": 3, "video": "x", "row": 1}
+    rows = [{"file": f"v00{i}.mp4", "words": f"a number {i}", "caption": i, **other} for i in (3, 1)]
     rows += [{"file": "../v000.mp4", "words": "elsewhere"}, {"file": "none.mp4", "words": "nothing"}]
     table = tmp_path / "table.jsonl"
     table.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -123,6 +125,49 @@ def test_a_table_lists_the_videos(videos, run, tmp_path):
         ("v003.mp4#0", "a number 3"),
         ("v001.mp4#0", "a number 1"),
     ]
+    for i, record in zip((3, 1), found.values(), strict=True):
+        about = record["about"]
+        assert about["row"] == {"caption": i, **other}
+        assert about["video"] == f"v00{i}.mp4" and about["fps"] == 8.0 and about["motion"] > 0
+
+
+def test_videos_deep_in_a_folder_and_parts_of_one(videos, run, tmp_path):
+    """Both say where their frames come from: the path below the folder, and times."""
+    root, output = tmp_path / "root", tmp_path / "records"
+    for name in ("one", "two"):
+        (root / name).mkdir(parents=True)
+        shutil.copy(videos / "v002.mp4", root / name / "v.mp4")
+    table = tmp_path / "table.csv"
+    table.write_text(
+        "path,text,from,to\none/v.mp4,a,0,1.125\none/v.mp4,b,0.125,1.25\ntwo/v.mp4,c,,\none/v.mp4,d,0,1.125\n"
+    )
+    columns = "path=path,caption=text,start=from,end=to"
+    code, out, err = run(videos=root, manifest=table, columns=columns, output=output, workers=0)
+    assert code == 0 and not err and "3 clips; rejected: 1 duplicate" in out[1]
+    found = {id: (record["about"]["video"], record["about"]["caption"]) for id, record in contents(output).items()}
+    assert found == {
+        "one/v.mp4@0-1.125#0": ("one/v.mp4", "a"),
+        "one/v.mp4@0.125-1.25#0": ("one/v.mp4", "b"),
+        "two/v.mp4#0": ("two/v.mp4", "c"),
+    }
+    (reject,) = map(json.loads, (output / "rejects.jsonl").read_text().splitlines())
+    assert reject["id"] == "one/v.mp4@0-1.125" and "id=COLUMN" in reject["reason"]
+
+
+def test_rejects_of_a_unit_are_tried_again_when_its_file_is_removed(run, tmp_path):
+    videos, output = make_videos(tmp_path / "videos", 3), tmp_path / "records"
+    (tmp_path / "whole.mp4").write_bytes((videos / "v001.mp4").read_bytes())
+    (videos / "v001.mp4").write_bytes(b"\0" * (tmp_path / "whole.mp4").stat().st_size)
+    assert run(videos=videos, output=output, unit=1, workers=0)[0] == 0
+    before = files(output)
+    (videos / "v001.mp4").write_bytes((tmp_path / "whole.mp4").read_bytes())
+    (unit,) = (path for path in (output / "units").iterdir() if '"kind": "unreadable"' in path.read_text())
+    unit.unlink()
+    code, out, err = run(videos=videos, output=output, unit=1, workers=0)
+    assert code == 0 and not err and out[1] == f"records: {output}: 3 clips"
+    assert len(contents(output)) == 3
+    same = {name for name, data in files(output).items() if before.get(name) == data}
+    assert len([name for name in same if name.startswith("shards/")]) == 2
 
 
 def test_two_processes_write_what_one_does(videos, run, tmp_path):
@@ -181,6 +226,7 @@ def test_no_clip_is_an_error(run, tmp_path):
         ({"captions": "captions.txt"}, "give either --videos, to encode these, or --captions"),
         ({"videos": "nowhere"}, "nowhere: no such folder; give the folder of the videos with --videos=FOLDER"),
         ({"videos": "empty"}, "empty holds no videos"),
+        ({"videos": "silent", "model": "nowhere"}, "silent: none of its 1 videos has a caption ('a.mp4': no .txt"),
         ({"output": None}, "required: --output"),
         ({"output": "captions.txt"}, "captions.txt: cannot be written: "),
         ({"output": "captions.txt/below"}, "captions.txt/below: cannot be written: "),
@@ -237,6 +283,8 @@ def test_no_clip_is_an_error(run, tmp_path):
         ),
         ({"videos": None, "captions": "captions.txt", "teacher": "nowhere"}, "nowhere: no such folder"),
         ({"videos": None, "captions": "table.csv", "columns": "caption=text"}, "has no column 'text' for the caption"),
+        ({"videos": None, "captions": "table.csv", "columns": "id=n"}, "has no column 'n' for the id"),
+        ({"videos": None, "captions": "captions.txt", "columns": "id=n"}, "a caption a line and no column 'n'; leave"),
     ],
     ids=lambda value: ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
@@ -245,6 +293,8 @@ def test_bad_input_is_one_line_and_status_2(videos, run, tmp_path, monkeypatch, 
     for folder in ("empty", "full"):
         (tmp_path / folder).mkdir()
     (tmp_path / "full" / "photo.jpg").touch()
+    (tmp_path / "silent").mkdir()
+    (tmp_path / "silent" / "a.mp4").touch()
     (tmp_path / "captions.txt").write_text("a three\na four\n")
     (tmp_path / "table.csv").write_text("file,caption\nv000.mp4,a three\n")
     before = sorted(tmp_path.rglob("*"))
@@ -284,6 +334,42 @@ def test_the_teachers_clips_can_be_made_again(run, tmp_path):
     assert code == 0 and out[0] == f"{output} was complete; nothing is left to do"
     code, _, err = run(**{**settings, "seed": 12}, unit=2, shift=2)
     assert code == 2 and len(err) == 1 and "holds other records: recipe is " in err[0]
+
+
+def test_a_teachers_clip_leads_back_to_its_row(run, tmp_path):
+    """Ids are the table's, the other columns are kept, and seeds count rows, whichever of them are used."""
+    rows = [("a", "a three moves up"), ("b", "a three " * 3000), ("a", "the digit six"), ("c", ""), ("d", "a one")]
+    table, output = tmp_path / "captions.csv", tmp_path / "records"
+    lines = [f"{id},{text},{id}.mp4,{i}" for i, (id, text) in enumerate(rows)]
+    table.write_text("\n".join(["id,text,video,seed", *lines]) + "\n")
+    code, out, err = run(captions=table, columns="caption=text,id=id", output=output, steps=1, guidance=1, seed=7)
+    assert code == 0 and not err and out[1].endswith("2 clips; rejected: 2 caption, 1 duplicate")
+    found = {id: record["about"] for id, record in contents(output).items()}
+    assert {id: (about["seed"], about["row"]) for id, about in found.items()} == {
+        "a": (7, {"video": "a.mp4", "seed": "0"}),
+        "d": (11, {"video": "d.mp4", "seed": "4"}),
+    }
+    rejects = map(json.loads, (output / "rejects.jsonl").read_text().splitlines())
+    assert [(each["id"], each["kind"], each["reason"]) for each in rejects] == [
+        ("b", "caption", "6001 tokens, the text encoder reads at most 16"),
+        ("a", "duplicate", "a row before it has the same 'id', 'a'"),
+        ("c", "caption", "no caption"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.parquet"])
+def test_captions_of_a_table(name, tmp_path):
+    rows = [{"text": f"caption {i}", "n": i % 4, "score": 0.5} for i in range(6)]
+    table = write(tmp_path / name, rows)
+    plain, named = Captions(table, "text", unit=4), Captions(table, "text", "n", unit=4)
+    assert repr(plain) != repr(named) and (plain.rows, plain.units) == (named.rows, named.units) == (6, 2)
+    assert [item.id for unit in (0, 1) for item in plain.read(unit)] == [f"row {i + 1}" for i in range(6)]
+    first, *_ = plain.read(0)
+    assert {key: float(value) for key, value in first.about.items()} == {"n": 0, "score": 0.5}
+    one, two = named.read(1)
+    assert (one.id, one.kind, two.id, two.kind) == ("0", "duplicate", "1", "duplicate")
+    last = list(named.read(0))[-1]
+    assert (last.id, last.number, last.caption) == ("3", 3, "caption 3") and set(last.about) == {"score"}
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:

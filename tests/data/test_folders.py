@@ -1,5 +1,6 @@
 """Folders of videos with captions beside them."""
 
+import errno
 import inspect
 import json
 import os
@@ -65,8 +66,34 @@ def test_a_folder_is_read_in_the_order_of_names_with_captions_beside(tmp_path):
     ],
 )
 def test_bad_captions_beside_a_video(tmp_path, sidecar, content, hint):
-    (found,) = read(Manifest(folder(tmp_path, {"a.mp4": "", sidecar: content})))
+    files = {"a.mp4": "", sidecar: content, "b.mp4": "", "b.txt": "c"}
+    found, _ = read(Manifest(folder(tmp_path, files)))
     assert (found.id, found.kind) == ("a.mp4", "caption") and hint in found.reason
+    assert len(found.reason) < 200
+
+
+@pytest.mark.parametrize("caption", [{}, {"caption": None}, {"text": " "}])
+def test_times_in_json_and_the_caption_in_text(tmp_path, caption):
+    about = json.dumps({"start": 1.5, "end": 3, "camera": "static", **caption})
+    (found,) = read(Manifest(folder(tmp_path, {"a.mp4": "", "a.json": about, "a.txt": "from text"})))
+    assert isinstance(found, Entry)
+    assert (found.caption, found.start, found.end, found.about) == ("from text", 1.5, 3.0, {"camera": "static"})
+
+
+@pytest.mark.parametrize(
+    ("beside", "why"),
+    [
+        ({}, "'a.mp4': no .txt or .json of the same name beside it"),
+        ({"captions.txt": "all of them"}, "'a.mp4': no .txt or .json"),
+        ({"b.json": '{"start": 1}'}, "'a.mp4': no .txt or .json"),
+        ({"a.txt": " \n"}, "'a.mp4': no caption"),
+        ({"a.txt": b"\xff"}, "'a.mp4': 'a.txt' is not UTF-8"),
+    ],
+)
+def test_a_folder_in_which_no_video_has_a_caption(tmp_path, beside, why):
+    message = refusal(Manifest, folder(tmp_path, {"a.mp4": "", "b.mp4": ""} | beside))
+    assert f"{tmp_path}: none of its 2 videos has a caption ({why}" in message
+    assert "NAME.txt" in message and "--manifest=FILE" in message
 
 
 def test_bad_times_beside_a_video(tmp_path):
@@ -104,6 +131,22 @@ def test_links_pipes_and_odd_names_in_a_folder(tmp_path):
         "row 11": "path",
     }
     assert "secret" not in found["s.mp4"].reason.replace("secret.txt", "")
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EACCES, errno.ENAMETOOLONG])
+def test_files_that_the_system_does_not_show(tmp_path, monkeypatch, number):
+    manifest = Manifest(folder(tmp_path, {"a.mp4": "", "a.txt": "c", "b.mp4": "", "b.txt": "c"}))
+    stat = os.stat
+
+    def refusing(path, **options):
+        if os.fspath(path).endswith("a.mp4"):
+            raise OSError(number, os.strerror(number))
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", refusing)
+    bad, good = read(manifest)
+    assert (bad.id, bad.kind, good.id) == ("a.mp4", "path", "b.mp4")
+    assert ("cannot be read: " in bad.reason) == (number != errno.ENAMETOOLONG)
 
 
 def test_a_folder_deeper_than_python_recurses(tmp_path):

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from manifests import CAPTIONS, read, refusal, write
 
-from vpae_jax.data.manifest import Columns, Manifest, _repeated
+from vpae_jax.data.manifest import Columns, Manifest
+from vpae_jax.data.rows import repeated
 from vpae_jax.data.source import Entry, Reject
 from vpae_jax.data.tables import ROW_BYTES
 
@@ -41,7 +42,9 @@ def test_every_format_gives_the_same_entries(videos, name):
     number = int if name in ("t.jsonl", "t.parquet") else str
     for i, one in enumerate(found):
         about = {"fps": number(24 + i)}
-        expected = Entry(f"v{i}.mp4", videos / f"v{i}.mp4", CAPTIONS[i], 0.5 * i, 0.5 * i + 2, (0.25, 1.5), about)
+        start, end = 0.5 * i, 0.5 * i + 2
+        id = f"v{i}.mp4@{start:g}-{end:g}"
+        expected = Entry(id, videos / f"v{i}.mp4", CAPTIONS[i], start, end, (0.25, 1.5), about)
         assert one == expected
     for unit in random.Random(0).choices(range(4), k=20):
         assert list(manifest.read(unit)) == found[3 * unit : 3 * unit + 3]
@@ -199,6 +202,65 @@ def test_the_first_of_equal_ids_is_kept(videos, name):
     assert [(one.id, one.kind) for one in found[3:]] == [(f"v{i % 3}.mp4", "duplicate") for i in range(3, 9)]
 
 
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("columns", [Columns(start="from", end="to"), Columns(span="span")])
+def test_parts_of_one_video_are_told_apart_by_their_times(videos, name, columns):
+    times = [("0", "1.5"), ("1.5", "3.2"), ("0:01.50", "3.200"), ("", ""), ("0", ""), ("2", ""), ("", "1:00:00.125")]
+    rows = [
+        {
+            "path": f"v{i // 7}.mp4",
+            "caption": f"c{i}",
+            "from": times[i % 7][0],
+            "to": times[i % 7][1],
+            "span": " ".join(times[i % 7]) if all(times[i % 7]) else "",
+        }
+        for i in range(14)
+    ]
+    if columns.span:
+        rows = [row for row in rows if row["span"] or not row["to"] + row["from"]]
+    manifest = Manifest(videos, write(videos.parent / name, rows), columns, unit_videos=3)
+    found = read(manifest)
+    kept = {one.id: one.caption for one in found if isinstance(one, Entry)}
+    some = {
+        "v0.mp4@0-1.5": "c0",
+        "v0.mp4@1.5-3.2": "c1",
+        "v0.mp4": "c3",
+        "v1.mp4@0-1.5": "c7",
+        "v1.mp4@1.5-3.2": "c8",
+        "v1.mp4": "c10",
+    }
+    open_ended = {
+        "v0.mp4@2-": "c5",
+        "v0.mp4@0-3600.125": "c6",
+        "v1.mp4@2-": "c12",
+        "v1.mp4@0-3600.125": "c13",
+    }
+    assert kept == (some if columns.span else some | open_ended)
+    doubled = [one for one in found if isinstance(one, Reject)]
+    assert [one.kind for one in doubled] == ["duplicate"] * (2 if columns.span else 4)
+    assert doubled[0].id == "v0.mp4@1.5-3.2"
+    assert doubled[0].reason == (
+        "a row before it has the same path and times, 'v0.mp4@1.5-3.2'; give rows ids with --columns=...,id=COLUMN"
+    )
+    assert [one for unit in reversed(range(manifest.units)) for one in manifest.read(unit)][-1] == found[2]
+
+
+def test_a_part_whose_times_are_none_keeps_its_name(videos):
+    rows = [{"path": "v0.mp4", "caption": "c", "from": at} for at in ("soon", "soon", "1")]
+    bad, same, good = read(Manifest(videos, write(videos.parent / "t.csv", rows), Columns(start="from")))
+    assert [(one.id, one.kind) for one in (bad, same)] == [("v0.mp4", "time")] * 2
+    assert good.id == "v0.mp4@1-"
+
+
+def test_a_duplicate_says_what_is_the_same(videos):
+    rows = [{"path": "v0.mp4", "caption": "c", "id": "one"}] * 2
+    table = write(videos.parent / "t.csv", rows)
+    assert read(Manifest(videos, table))[1].reason == (
+        "a row before it has the same path, 'v0.mp4'; give rows ids with --columns=...,id=COLUMN"
+    )
+    assert read(Manifest(videos, table, Columns(id="id")))[1].reason == "a row before it has the same 'id', 'one'"
+
+
 def test_rows_without_ids_are_not_equal(videos):
     rows = [{"path": "", "caption": "c"}] * 3
     found = read(Manifest(videos, write(videos.parent / "t.csv", rows)))
@@ -207,8 +269,8 @@ def test_rows_without_ids_are_not_equal(videos):
 
 def test_repeated_finds_all_but_the_first():
     hashes = np.array([5, 0, 7, 5, 0, 5, 2**64 - 1, 7, 2**64 - 1], np.uint64)
-    assert _repeated(hashes).tolist() == [3, 5, 7, 8]
-    assert _repeated(hashes[:1]).tolist() == []
+    assert repeated(hashes).tolist() == [3, 5, 7, 8]
+    assert repeated(hashes[:1]).tolist() == []
 
 
 def test_names_without_a_suffix_are_completed(videos):
@@ -227,7 +289,10 @@ def test_absolute_paths_and_links_within_the_folder_are_taken(videos):
     rows = [{"path": str(videos / "v0.mp4")}, {"path": "link.mp4"}, {"path": str(videos.parent / "elsewhere/v2.mp4")}]
     table = write(videos.parent / "t.csv", [row | {"caption": "c"} for row in rows])
     for root in (videos, videos.parent / "elsewhere"):
-        assert [one.path.read_bytes() for one in read(Manifest(root, table))] == [b"no video"] * 3
+        manifest = Manifest(root, table)
+        found = [one.path for one in read(manifest)]
+        assert [path.read_bytes() for path in found] == [b"no video"] * 3
+        assert [str(path.relative_to(manifest.root)) for path in found] == ["v0.mp4", "link.mp4", "v2.mp4"]
 
 
 def rows_of(videos, text, name="t.csv", **options):

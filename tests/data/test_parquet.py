@@ -80,5 +80,5 @@ def test_units_of_one_large_row_group_cost_one_pass(videos):
     readers = set()
     for unit in range(0, manifest.units, 3):
         assert [one.id for one in manifest.read(unit)] == [str(50 * unit + i) for i in range(50)]
-        readers.update(map(id, manifest._table._readers))
+        readers.update(map(id, manifest._rows._table._readers))
     assert len(readers) == 1

@@ -94,8 +94,8 @@ class Folder:
 
     units = 1
 
-    def __init__(self, paths: list[Path]):
-        self.paths = paths
+    def __init__(self, root: Path, paths: list[Path]):
+        self.root, self.paths = root, paths
 
     def read(self, unit: int):
         for path in self.paths:
@@ -121,7 +121,9 @@ def test_every_file_is_a_clip_or_a_reject(tmp_path):
     paths = make_cases(tmp_path)
     assert len(paths) == 24 * 49 + 8 == 1184
     begun = time.monotonic()
-    with VideoClips(Folder(paths), ((48, 64), (64, 48)), 9, filters=Filters(min_motion=0.0), timeout=20.0) as clips:
+    with VideoClips(
+        Folder(tmp_path, paths), ((48, 64), (64, 48)), 9, filters=Filters(min_motion=0.0), timeout=20.0
+    ) as clips:
         found = list(clips.read(0))
     assert time.monotonic() - begun < 120  # seconds; 10 on two idle cores
     assert [item.id.split("#")[0] for item in found] == [path.name for path in paths]

@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import failing_tasks
 import numpy as np
+import passing_tasks
 import pytest
 from video_files import numbered, numbers, write
 
@@ -30,6 +32,11 @@ class Listed:
 
     def __init__(self, *items: Entry | Reject, size: int = 100):
         self.items, self.size = items, size
+
+    @property
+    def root(self) -> Path:
+        folders = [item.path.parent for item in self.items if isinstance(item, Entry)]
+        return Path(os.path.commonpath(folders)) if folders else Path()
 
     @property
     def units(self) -> int:
@@ -102,7 +109,8 @@ def test_clips_and_rejects_in_order(folder, workers):
             assert isinstance(found[7], Reject) and found[7].picture is not None
             assert "short.mp4" not in found[6].reason and "lasts 0.312 s; a clip needs 1.062 s" in found[6].reason
             about = json.loads(json.dumps(first.about))
-            assert about.items() >= {"video": "long.mp4", "score": 0.5, "bucket": [48, 64], "fps": 16.0}.items()
+            assert about.items() >= {"video": "long.mp4", "bucket": [48, 64], "fps": 16.0}.items()
+            assert about["row"] == {"score": 0.5} and "row" not in tall.about
             assert about["source"] == {"height": 48, "width": 64, "fps": 16.0, "codec": "h264"}
             assert about["motion"] > 1 and set(about) >= {"brightness", "contrast", "black"}
 
@@ -161,6 +169,42 @@ def test_a_worker_that_dies_costs_one_video(tmp_path, monkeypatch):
     assert reasons["exit"] == "exit.mp4 the decoder died of status 3"
     assert reasons["hang"] == "hang.mp4 took more than 2.5 s"
     assert reasons["raise#0"] == "raise.mp4 the decoder failed: has expected"
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_what_may_have_passed_is_tried_once_more_alone(tmp_path, monkeypatch, workers):
+    names = ["a", "killed looking", "b", "killed reading", "c", "broken once", "d", "broken for good", "e", "f", "g"]
+    paths = [write(tmp_path / f"{name}.mp4", numbered(48)) for name in names]
+    monkeypatch.setattr(videos, "tasks", passing_tasks)
+    with VideoClips(Listed(*map(entry, paths)), BUCKETS, 9, clips_per_video=2, workers=workers) as clips:
+        found = list(clips.read(0))
+    assert [item.id for item in found] == [f"{name}#{number}" for name in names for number in (0, 1)]
+    assert [(item.id, item.kind, item.reason) for item in found if isinstance(item, Reject)] == [
+        (f"broken for good#{i}", "unreadable", "broken for good.mp4 cannot be read: input/output error") for i in (0, 1)
+    ]
+    tries = passing_tasks.tries(tmp_path)
+    assert {name: [len(each) for each in some] for name, some in tries.items()} == {
+        **{name: [1, 1, 1] for name in "abcdefg"},
+        "killed looking": [2, 1, 1],
+        **{name: [1, 2, 2] for name in ("killed reading", "broken once", "broken for good")},
+    }
+    assert not any(each[1] for some in tries.values() for each in some if len(each) > 1), "others were under way"
+
+
+def test_what_the_system_does_not_read_is_tried_again_by_this_process_too(folder, monkeypatch):
+    asked = []
+
+    def look(path):
+        asked.append(path)
+        if len(asked) == 1:
+            return tasks.look(Path("/proc/self/mem"))  # its first byte cannot be read: EIO
+        return tasks.look(path)
+
+    tasks = videos.tasks
+    monkeypatch.setattr(videos, "tasks", SimpleNamespace(look=look, read=tasks.read))
+    with VideoClips(Listed(entry(folder / "long.mp4")), BUCKETS, 9, workers=0) as clips:
+        (clip,) = clips.read(0)
+    assert isinstance(clip, Clip) and asked == [folder / "long.mp4"] * 2
 
 
 def workers_of(pool: Pool) -> list[int]:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
-from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from vpae_jax.data.cells import printable, text_of
-from vpae_jax.data.manifest import PARQUET
-from vpae_jax.data.parquet import ParquetTable
+from vpae_jax.data.cells import id_of, printable, rest_of, shown, text_of
+from vpae_jax.data.rows import TABLES, Rows, open_table
 from vpae_jax.data.source import Reject
-from vpae_jax.data.tables import DELIMITERS, JSON_LINES, Digest, Place, Refused, Row, Table, TextTable, lines_of
+from vpae_jax.data.tables import Digest, Place, Refused, Row, Table, lines_of, signature
 from vpae_jax.types import UserError
 
 LINES = (".txt",)
@@ -30,11 +25,13 @@ class Prompt:
       id: unique in its source.
       number: of its row, from 0.
       caption: what is to be shown.
+      about: the other columns of its row, as plain JSON.
     """
 
     id: str
     number: int
     caption: str
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Captions:
@@ -43,50 +40,49 @@ class Captions:
     Args:
       file: .txt with a caption a line, or a table as `Manifest` reads them.
       column: of a table, the one that holds captions.
+      id: of a table, the one that holds ids, of equal ones of which the first is kept; None for `row 1`, `row 2`, ...
       unit: rows of a unit.
 
     Raises:
       UserError: an empty unit, an unknown suffix, a file that is empty, damaged or not UTF-8, a missing column.
     """
 
-    def __init__(self, file: Path, column: str = "caption", unit: int = 64) -> None:
+    def __init__(self, file: Path, column: str = "caption", id: str | None = None, unit: int = 64) -> None:
         if unit < 1:
             raise UserError(f"units of {unit} captions; expected 1 or more")
-        self.column, self.unit = column, unit
-        self._table = _table(file, column)
-        digest, places, rows = hashlib.sha256(), array("Q"), 0
-        for place, _ in self._table.scan([column], digest):
-            if rows % unit == 0:
-                places.extend(place)
-            rows += 1
-        if not rows:
+        self.column, self.id, self.unit = column, id, unit
+        self._used = {"caption": column} if id is None else {"caption": column, "id": id}
+        name = None if id is None else lambda row: id_of(row, id)
+        self._rows = Rows(_table(file, self._used), [id or column], unit, name)
+        if not self._rows.count:
             raise UserError(f"{file} has no rows; give other captions with --captions=FILE")
-        self.rows, self.units, self.digest = rows, math.ceil(rows / unit), digest.hexdigest()[:16]
-        self._places = np.array(places, np.uint64).reshape(self.units, 2)
+        self.rows, self.units, self.digest = self._rows.count, self._rows.units, self._rows.digest
 
     def __repr__(self) -> str:
-        return f"Captions(digest={self.digest}, column={self.column!r}, unit={self.unit})"
+        return f"Captions(digest={self.digest}, column={self.column!r}, id={self.id!r}, unit={self.unit})"
 
     def read(self, unit: int) -> Iterator[Prompt | Reject]:
         """A unit's captions. Raises `UserError` when the file was changed since it was scanned."""
-        first = unit * self.unit
-        offset, line = self._places[unit].tolist()
-        count = min(self.unit, self.rows - first)
-        for number, row in enumerate(self._table.rows(Place(offset, line), count), first):
+        for number, row, repeated in self._rows.read(unit):
+            name = f"row {number + 1}"
             try:
                 if isinstance(row, Refused):
                     raise row
-                yield Prompt(f"row {number + 1}", number, text_of(row, self.column, "caption").strip())
+                if self.id is not None:
+                    name = id_of(row, self.id)
+                if repeated:
+                    raise Refused("duplicate", f"a row before it has the same {self.id!r}, {shown(name)}")
+                caption = text_of(row, self.column, "caption").strip()
+                yield Prompt(name, number, caption, rest_of(row, self._used.values()))
             except Refused as refused:
-                yield Reject(f"row {number + 1}", refused.kind, printable(refused.reason))
+                yield Reject(name, refused.kind, printable(refused.reason))
 
 
-class _Lines(TextTable):
-    """A caption a line; empty lines are left out."""
+class _OneALine:
+    """A table of one column, a caption a line; empty lines are left out. Raises `UserError` as `TextTable`."""
 
     def __init__(self, path: Path, column: str) -> None:
-        super().__init__(path, {})
-        self.column = column
+        self.path, self.column, self.signature = path, column, signature(path)
 
     def scan(self, keys: Sequence[str], digest: Digest) -> Iterator[tuple[Place, Row | Refused]]:
         return self._each(Place(0), digest)
@@ -102,13 +98,13 @@ class _Lines(TextTable):
                 yield where, {self.column: text}
 
 
-def _table(file: Path, column: str) -> Table:
+def _table(file: Path, used: Mapping[str, str]) -> Table:
     suffix = file.suffix.lower()
-    if suffix in LINES:
-        return _Lines(file, column)
-    if suffix in PARQUET:
-        return ParquetTable(file, {"caption": column})
-    if suffix in DELIMITERS or suffix in JSON_LINES:
-        return TextTable(file, {"caption": column})
-    known = " ".join((*LINES, *DELIMITERS, *JSON_LINES, *PARQUET))
-    raise UserError(f"{file}: a file of captions ends in one of {known}; give one with --captions=FILE")
+    if suffix in TABLES:
+        return open_table(file, used)
+    if suffix not in LINES:
+        known = " ".join((*LINES, *TABLES))
+        raise UserError(f"{file}: a file of captions ends in one of {known}; give one with --captions=FILE")
+    if "id" in used:
+        raise UserError(f"{file} has a caption a line and no column {used['id']!r}; leave out id= in --columns")
+    return _OneALine(file, used["caption"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from vpae_jax.data.tables import Refused, Row
@@ -32,6 +32,20 @@ def text_of(row: Row, column: str, kind: str) -> str:
     except UnicodeEncodeError as error:
         raise Refused(kind, f"{kind} cannot be written as UTF-8 (U+{ord(value[error.start]):04X})") from error
     return value
+
+
+def id_of(row: Row, column: str) -> str:
+    """A text as `text_of`, or a whole number."""
+    value = row.get(column)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return text_of(row, column, "id")
+
+
+def rest_of(row: Row, used: Collection[str]) -> dict[str, str | int | float | bool]:
+    """The other columns, as far as they hold what `plain` keeps."""
+    rest = {plain(key): plain(value) for key, value in row.items() if key not in used}
+    return {str(key): value for key, value in rest.items() if key is not None and value is not None}
 
 
 def time_of(row: Row, column: str | None) -> float | None:

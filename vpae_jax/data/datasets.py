@@ -1,4 +1,4 @@
-"""The columns of published data sets, and of `--columns`.
+"""The columns of published data sets, and of `--columns`. What is kept stands under `row` in a record.
 
 openvid: OpenVID-1M (Nan et al. 2025), the tables OpenVid-1M.csv and OpenVidHD.csv.
   Read: `video` (a file's name), `caption`; kept: `aesthetic score`, `motion score`, `temporal consistency score`,

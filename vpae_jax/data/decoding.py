@@ -9,6 +9,7 @@ This module, like all that runs in the workers of `pool.py`, imports neither JAX
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,11 +47,12 @@ class Unreadable(Exception):
     Attributes:
       kind: one or two words, by which rejects are counted.
       reason: one line.
+      passing: whether it is the system's trouble, and may be gone when the file is read again.
     """
 
-    def __init__(self, kind: str, reason: str):
-        super().__init__(kind, reason)
-        self.kind, self.reason = kind, reason
+    def __init__(self, kind: str, reason: str, passing: bool = False):
+        super().__init__(kind, reason, passing)
+        self.kind, self.reason, self.passing = kind, reason, passing
 
 
 @dataclass(frozen=True)
@@ -272,9 +274,9 @@ def _upright_size(frame: VideoFrame, turn: _Turn, aspect: Fraction) -> tuple[int
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """A file and its video stream, decoded by one thread: there are as many workers as there is work for."""
-    if not path.is_file():
-        raise Unreadable("unreadable", "is no file" if path.exists() else "does not exist")
     with _decoding():
+        if not path.is_file():
+            raise Unreadable("unreadable", "is no file" if path.exists() else "does not exist")
         container = av.open(
             f"file:{path}",
             **READABLE,
@@ -297,13 +299,16 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
 
 @contextmanager
 def _decoding() -> Iterator[None]:
-    """FFmpeg's errors become `Unreadable`."""
+    """FFmpeg's errors and the system's become `Unreadable`."""
     try:
         yield
-    except FFmpegError as error:
-        raise Unreadable("unreadable", f"cannot be decoded: {(error.strerror or str(error)).lower()}") from error
-    except OSError as error:
-        raise Unreadable("unreadable", f"cannot be read: {error.strerror or error}") from error
+    except (FFmpegError, OSError) as error:
+        why = (error.strerror or str(error)).lower()
+        # FFmpeg passes on the system's numbers, and uses two of them as its own: EPERM for anything, and EIO for a file
+        # that ends too early, which is taken for the system's.
+        if isinstance(error, OSError | MemoryError) and error.errno != errno.EPERM:
+            raise Unreadable("unreadable", f"cannot be read: {why}", passing=True) from error
+        raise Unreadable("unreadable", f"cannot be decoded: {why}") from error
 
 
 def _frames(container: Any, stream: Any) -> Iterator[tuple[float, VideoFrame]]:

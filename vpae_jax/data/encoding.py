@@ -31,9 +31,10 @@ from PIL import Image
 
 from vpae_jax.data.progress import Progress
 from vpae_jax.data.source import Clip, Reject, Source
+from vpae_jax.data.tokenizer import TooLong
 from vpae_jax.data.units import Units
 from vpae_jax.pages import jpeg
-from vpae_jax.types import Latents, UserError
+from vpae_jax.types import Latents
 
 T = TypeVar("T")
 
@@ -253,8 +254,8 @@ def fitting(items: Iterable[C | Reject], encoders: Encoders) -> Iterator[C | Rej
         if not isinstance(item, Reject):
             try:
                 encoders.tokenize([item.caption])
-            except UserError as error:
-                yield Reject(item.id, "caption", str(error))
+            except TooLong as error:
+                yield Reject(item.id, "caption", f"{error.tokens} tokens, the text encoder reads at most {error.limit}")
                 continue
         yield item
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from vpae_jax.data.cells import printable, text_of
 from vpae_jax.data.tables import Digest, Place, Refused, Row
 from vpae_jax.types import UserError
 
@@ -23,12 +25,12 @@ SIDECAR_BYTES = 1 << 17
 class FolderTable:
     """Videos below a folder in the order of their names, hidden ones left out.
 
-    A row has `path`, relative to the folder; `caption`, from NAME.json (under "caption", "text" or "prompt") or else
-    NAME.txt beside the video NAME.mp4; and what NAME.json says of `start`, `end` and `cuts`, and more. Links to folders
-    are not followed; each is a row that is refused. Names are kept as bytes, one after the other.
+    A row has `path`, relative to the folder; `caption`, from NAME.json (under "caption", "text" or "prompt") or, where
+    that has none, NAME.txt beside the video NAME.mp4; and what NAME.json says of `start`, `end` and `cuts`, and more.
+    Links to folders are not followed; each is a row that is refused. Names are kept as bytes, one after the other.
 
     Raises:
-      UserError: no videos in it.
+      UserError: no videos in it; or, when it is scanned, none with a caption.
     """
 
     def __init__(self, root: Path) -> None:
@@ -44,6 +46,7 @@ class FolderTable:
             )
 
     def scan(self, keys: Sequence[str], digest: Digest) -> Iterator[tuple[Place, Row | Refused]]:
+        captioned, why = False, ""
         for number in range(len(self.ends) - 1):
             name = self._name(number)
             digest.update(os.fsencode(name) + b"\0")
@@ -53,7 +56,17 @@ class FolderTable:
                     digest.update(suffix.encode() + b"%d\0" % len(data) + data)
             except Refused as refused:
                 digest.update(refused.kind.encode() + b"\0")
+            if not captioned:
+                captioned, reason = self._captioned(name)
+                why = why or f"{name!r}: {reason}"
             yield Place(number), {"path": name}
+        if not captioned:
+            raise UserError(
+                printable(
+                    f"{self.root}: none of its {len(self.ends) - 1} videos has a caption ({why}); put captions into "
+                    f"NAME.txt beside NAME.mp4, or into a table with --manifest=FILE"
+                )
+            )
 
     def rows(self, place: Place, count: int) -> Iterator[Row | Refused]:
         for number in range(place.offset, place.offset + count):
@@ -65,14 +78,25 @@ class FolderTable:
 
     def _described(self, name: str) -> dict[str, Any]:
         """What stands beside a video."""
+        found: dict[str, Any] = {"caption": Refused("caption", "no .txt or .json of the same name beside it")}
         try:
             for suffix, data in self._sidecars(name):
                 beside = os.path.splitext(os.path.basename(name))[0] + suffix
                 text = _decoded(beside, data)
-                return _parsed(beside, text) if suffix == ".json" else {"caption": text}
+                found = _parsed(beside, text) if suffix == ".json" else {**found, "caption": text}
+                if not isinstance(found["caption"], Refused):
+                    break
         except Refused as refused:
-            return {"caption": refused}
-        return {"caption": Refused("caption", "no .txt or .json of the same name beside it")}
+            found["caption"] = refused
+        return found
+
+    def _captioned(self, name: str) -> tuple[bool, str]:
+        """Whether a video has a caption, or why not."""
+        try:
+            text_of(self._described(name), "caption", "caption")
+        except Refused as refused:
+            return False, refused.reason
+        return True, ""
 
     def _sidecars(self, name: str) -> Iterator[tuple[str, bytes]]:
         for suffix in (".json", ".txt"):
@@ -89,7 +113,7 @@ class FolderTable:
                 with open(os.path.join(self.root, path), "rb") as file:
                     yield suffix, file.read(SIDECAR_BYTES)
             except OSError as error:
-                raise Refused("caption", f"{suffix} file beside it: {error.strerror}") from error
+                raise Refused("caption", f"{suffix} file beside it cannot be read: {error.strerror}") from error
 
 
 def regular_file(root: str, name: str) -> os.stat_result:
@@ -109,8 +133,10 @@ def regular_file(root: str, name: str) -> os.stat_result:
         found = os.stat(real)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise Refused("missing", "no such file in the folder of the videos") from error
-    except (OSError, ValueError) as error:  # too long, not allowed, links in a circle; a NUL or half a character
-        raise Refused("path", str(getattr(error, "strerror", None) or error)) from error
+    except (OSError, ValueError) as error:  # not allowed, a disk that is gone; a NUL or half a character
+        why = getattr(error, "strerror", None) or str(error)
+        names = isinstance(error, ValueError) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
+        raise Refused("path", why if names else f"cannot be read: {why}") from error
     if not stat.S_ISREG(found.st_mode):
         raise Refused("path", "is a folder" if stat.S_ISDIR(found.st_mode) else "is no regular file")
     return found
@@ -162,7 +188,7 @@ def _parsed(beside: str, text: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise Refused("caption", f"{beside!r} holds no JSON object")
     caption = next((found[key] for key in CAPTION_KEYS if key in found), None)
-    if caption is None:
-        caption = Refused("caption", f"{beside!r} has none of the keys {', '.join(CAPTION_KEYS)}")
+    if caption is None or (isinstance(caption, str) and not caption.strip()):
+        caption = Refused("caption", f"{beside!r} has no caption under {', '.join(CAPTION_KEYS)}")
     rest = {key: value for key, value in found.items() if key not in (*CAPTION_KEYS, "path")}
     return {**rest, "caption": caption}

@@ -1,32 +1,19 @@
-"""Which videos there are, and what they show: a folder with captions beside the videos, or a table that lists them.
-
-A manifest is read once when it is made. What is kept of it does not depend on what its rows hold: where each unit
-begins, and the numbers of the rows whose id came before. That takes about 30 bytes a row while it is read, and a
-quarter of a byte afterwards.
-"""
+"""Which videos there are, and what they show: a folder with captions beside the videos, or a table that lists them."""
 
 from __future__ import annotations
 
-import hashlib
-import math
 import os
 import re
-from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import numpy as np
-from jaxtyping import Int, UInt64
-
-from vpae_jax.data.cells import plain, printable, shown, text_of, time_of, times_of
+from vpae_jax.data.cells import id_of, printable, rest_of, shown, text_of, time_of, times_of
 from vpae_jax.data.listing import SUFFIXES, TIME_KEYS, FolderTable, is_video, regular_file
-from vpae_jax.data.parquet import ParquetTable
+from vpae_jax.data.rows import TABLES, Rows, open_table
 from vpae_jax.data.source import Entry, Reject
-from vpae_jax.data.tables import DELIMITERS, JSON_LINES, Place, Refused, Row, Table, TextTable
+from vpae_jax.data.tables import Refused, Row, Table
 from vpae_jax.types import UserError
-
-PARQUET = (".parquet", ".pq")
 
 
 @dataclass(frozen=True)
@@ -37,7 +24,7 @@ class Columns:
       path: the video's file, relative to the folder of the videos or absolute within it. A name without a video's
         suffix stands for the file of that name, or else for the first there is of NAME.mp4, NAME.mov, ...
       caption: what it shows.
-      id: unique in the table; None for the path.
+      id: unique in the table; None for the path, with the times where the table gives some: v.mp4@1.5-3.2.
       start, end: the part that is meant, in seconds, or as 1:02:03.5; empty for the video's beginning and end.
       cuts: times of shot cuts: a list, or text as "[1.5, 0:03.2]" or "1.5 3.2".
       span: start and end in one column, written like cuts.
@@ -69,13 +56,13 @@ _BESIDE = Columns(**{key: key for key in TIME_KEYS})
 class Manifest:
     """Captioned videos in a fixed order, cut into units. Its `repr` says all that decides them but where they lie.
 
-    Every row becomes one `Entry` or one `Reject`; its kinds are
+    A table is read once when the manifest is made (see `rows.Rows`), and a unit from where it begins after that. Every
+    row becomes one `Entry` or one `Reject`; its kinds are
       "row": it cannot be read, or has too few or too many fields;
       "path": no name, one that leads out of the folder (by .., as an absolute path, or over links), or no regular file;
       "missing": no such file;
       "id": none, or no text;
-      "duplicate": a row before it has this id (ids are compared by 8 bytes of their hash: that one of a million is
-        taken for another has a chance of 3e-8);
+      "duplicate": a row before it has this id;
       "caption": none, empty, or no text that can be written as UTF-8;
       "time": start, end or cuts that are no times.
 
@@ -99,23 +86,17 @@ class Manifest:
         if unit_videos < 1:
             raise UserError(f"units of {unit_videos} videos; expected 1 or more")
         self.root, self.unit_videos = Path(os.path.realpath(root)), unit_videos
-        self.columns = _BESIDE if file is None else columns or Columns()
-        self._table = _table(self.root, file, self.columns)
+        self.columns = columns = _BESIDE if file is None else columns or Columns()
         self._listed = file is not None
-        self._stem = None if self.columns.stem is None else re.compile(self.columns.stem)
-        digest = hashlib.sha256()
-        places, hashes = array("Q"), array("Q")
-        for place, row in self._table.scan([self.columns.id or self.columns.path], digest):
-            if len(hashes) % unit_videos == 0:
-                places.extend(place)
-            hashes.append(self._hash(row))
-        if not hashes:
+        self._stem = None if columns.stem is None else re.compile(columns.stem)
+        times = [column for column in (columns.start, columns.end, columns.span) if column is not None]
+        # A video of a folder is there once. Rows of a table may be parts of one.
+        self._parts = self._listed and columns.id is None and bool(times)
+        keys = dict.fromkeys([columns.id or columns.path, *(times if self._parts else ())])
+        self._rows = Rows(_table(self.root, file, columns), [*keys], unit_videos, self._id)
+        if not self._rows.count:
             raise UserError(f"{file} has no rows; give another manifest with --manifest=FILE")
-        self.rows = len(hashes)
-        self.units = math.ceil(self.rows / unit_videos)
-        self.digest = digest.hexdigest()[:16]
-        self._places = np.array(places, np.uint64).reshape(self.units, 2)
-        self._repeated = _repeated(np.frombuffer(hashes, np.uint64))
+        self.rows, self.units, self.digest = self._rows.count, self._rows.units, self._rows.digest
 
     def __repr__(self) -> str:
         what = f"columns={self.columns!r}" if self._listed else "folder"
@@ -128,51 +109,44 @@ class Manifest:
           IndexError: no such unit.
           UserError: the table was changed since it was scanned, or is gone.
         """
-        if not 0 <= unit < self.units:
-            raise IndexError(f"unit {unit} of {self.units}")
-        first = unit * self.unit_videos
-        count = min(self.unit_videos, self.rows - first)
-        low, high = np.searchsorted(self._repeated, [first, first + count])
-        repeated = set(self._repeated[low:high].tolist())
-        offset, line = self._places[unit].tolist()
-        for number, row in enumerate(self._table.rows(Place(offset, line), count), first):
-            yield self._judged(number, row, number in repeated)
+        for number, row, repeated in self._rows.read(unit):
+            yield self._judged(number, row, repeated)
 
     def _judged(self, number: int, row: Row | Refused, repeated: bool) -> Entry | Reject:
         name = f"row {number + 1}"
         try:
             if isinstance(row, Refused):
                 raise row
+            name = self._name(row)  # for a reject whose times are none
             name = self._id(row)
             if repeated:
-                raise Refused("duplicate", "a row before it has the same id")
+                raise Refused("duplicate", self._same(name))
             return self._entry(name, row)
         except Refused as refused:
             return Reject(name, refused.kind, printable(refused.reason))
 
+    def _name(self, row: Row) -> str:
+        """What a row says it is called. Raises `Refused` when it has no name."""
+        return text_of(row, self.columns.path, "path") if self.columns.id is None else id_of(row, self.columns.id)
+
     def _id(self, row: Row) -> str:
-        """What a row is called. Raises `Refused` when it has no name."""
-        if self.columns.id is None:
-            return text_of(row, self.columns.path, "path")
-        value = row.get(self.columns.id)
-        if isinstance(value, int) and not isinstance(value, bool):
-            return str(value)
-        return text_of(row, self.columns.id, "id")
+        """A row's name, and the part of a video that it is, where that tells it from others. Raises `Refused`."""
+        name = self._name(row)
+        start, end = self._part(row) if self._parts else (None, None)
+        if not start and end is None:
+            return name
+        return f"{name}@{start or 0.0:.15g}-" + ("" if end is None else f"{end:.15g}")
 
-    def _hash(self, row: Row | Refused) -> int:
-        """64 bits of a row's id; 0 for a row that has none."""
-        if isinstance(row, Refused):
-            return 0
-        try:
-            name = self._id(row)
-        except Refused:
-            return 0
-        return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") or 1
+    def _same(self, name: str) -> str:
+        """Why a row is a duplicate, and the remedy where its id may not be meant."""
+        if self.columns.id is not None:
+            return f"a row before it has the same {self.columns.id!r}, {shown(name)}"
+        what = "path and times" if self._parts else "path"
+        return f"a row before it has the same {what}, {shown(name)}; give rows ids with --columns=...,id=COLUMN"
 
-    def _entry(self, name: str, row: Row) -> Entry:
+    def _part(self, row: Row) -> tuple[float | None, float | None]:
+        """The part of the video that is meant, in seconds. Raises `Refused` for times that are none."""
         columns = self.columns
-        path = self._path(text_of(row, columns.path, "path"))
-        caption = text_of(row, columns.caption, "caption").strip()
         if columns.span is not None:
             times = times_of(row, columns.span)
             if len(times) not in (0, 2):
@@ -182,10 +156,15 @@ class Manifest:
             start, end = time_of(row, columns.start), time_of(row, columns.end)
         if end is not None and end <= (start or 0.0):
             raise Refused("time", f"ends at {end:g} s, begins at {start or 0.0:g} s")
+        return start, end
+
+    def _entry(self, name: str, row: Row) -> Entry:
+        columns = self.columns
+        path = self._path(text_of(row, columns.path, "path"))
+        caption = text_of(row, columns.caption, "caption").strip()
+        start, end = self._part(row)
         cuts = tuple(sorted(set(times_of(row, columns.cuts))))
-        used = columns.used().values()
-        rest = {plain(key): plain(value) for key, value in row.items() if key not in used}
-        about = {str(key): value for key, value in rest.items() if key is not None and value is not None}
+        about = rest_of(row, columns.used().values())
         return Entry(name, path, caption, start, end, cuts, about)
 
     def _path(self, name: str) -> Path:
@@ -199,7 +178,8 @@ class Manifest:
         for candidate in (name,) if is_video(name) else (name, *(name + suffix for suffix in SUFFIXES)):
             try:
                 regular_file(str(self.root), candidate)
-                return self.root / candidate
+                # An absolute one may get here by another way than the root does.
+                return Path(os.path.realpath(candidate)) if os.path.isabs(candidate) else self.root / candidate
             except Refused as refused:
                 first = first or refused
         assert first is not None
@@ -209,20 +189,9 @@ class Manifest:
 def _table(root: Path, file: Path | None, columns: Columns) -> Table:
     if file is None:
         return FolderTable(root)
-    suffix = file.suffix.lower()
-    if suffix in PARQUET:
-        return ParquetTable(file, columns.used())
-    if suffix in DELIMITERS or suffix in JSON_LINES:
-        return TextTable(file, columns.used())
-    known = " ".join((*DELIMITERS, *JSON_LINES, *PARQUET))
-    raise UserError(
-        f"{file}: a manifest's name ends in one of {known}; give one with --manifest=FILE, "
-        f"or a folder of videos with --videos=FOLDER"
-    )
-
-
-def _repeated(hashes: UInt64[np.ndarray, "rows"]) -> Int[np.ndarray, "repeated"]:
-    """Numbers of the rows whose hash came before, in order."""
-    order = np.argsort(hashes, kind="stable")
-    ordered = hashes[order]
-    return np.sort(order[1:][(ordered[1:] == ordered[:-1]) & (ordered[1:] != 0)])
+    if file.suffix.lower() not in TABLES:
+        raise UserError(
+            f"{file}: a manifest's name ends in one of {' '.join(TABLES)}; give one with --manifest=FILE, "
+            f"or a folder of videos with --videos=FOLDER"
+        )
+    return open_table(file, columns.used())

@@ -26,7 +26,7 @@ class Entry:
       caption: what it shows.
       start, end: the part of the video that is meant, in seconds; None for its beginning and its end.
       cuts: times of shot cuts in seconds, from the video's beginning; no clip crosses one.
-      about: what else the manifest says of it, as plain JSON.
+      about: the manifest's other columns, as plain JSON.
     """
 
     id: str

@@ -168,5 +168,6 @@ def _make(
     for row, prompt in enumerate(prompts):
         recipe_of_clip = {**asdict(recipe), "seed": seeds[row]}
         about = {"caption": prompt.caption, **recipe_of_clip, "negative_prompt": teacher.defaults.negative_prompt}
+        about |= {"row": dict(prompt.about)} if prompt.about else {}
         result.append(Encoded(prompt.id, {name: x[row] for name, x in arrays.items()}, about, videos[row]))
     return result

@@ -23,6 +23,7 @@ from vpae_jax.data.digits import captions
 from vpae_jax.types import UserError
 
 MAX_LENGTH = 16
+SHOWN = 80  # characters of a text that is too long
 SPECIAL = ("<pad>", "</s>", "<unk>")
 SPACE = "\u2581"
 
@@ -111,13 +112,27 @@ def _check_files(folder: Path) -> None:
         Tokenizer.from_buffer(raw)  # raises ValueError, where the same in a file is a bare Exception
 
 
+class TooLong(UserError):
+    """A text has more tokens than are read.
+
+    Attributes:
+      tokens: how many it has.
+      limit: how many are read.
+    """
+
+    def __init__(self, text: str, tokens: int, limit: int) -> None:
+        shown = text if len(text) <= SHOWN else text[:SHOWN] + "..."
+        super().__init__(f"prompt too long: {tokens} tokens, at most {limit}: {shown!r}; shorten it")
+        self.tokens, self.limit = tokens, limit
+
+
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
 ) -> tuple[Int[np.ndarray, "b s"], Bool[np.ndarray, "b s"]]:
     """Token ids and mask, padded to the tokenizer's `model_max_length`.
 
     Raises:
-      UserError: for a text with more tokens than that.
+      TooLong: for a text with more tokens than that.
     """
     limit = tokenizer.model_max_length
     encoded = tokenizer(list(texts), verbose=False)["input_ids"]
@@ -125,7 +140,7 @@ def tokenize(
     mask = np.zeros((len(encoded), limit), bool)
     for row, (text, tokens) in enumerate(zip(texts, encoded, strict=True)):
         if len(tokens) > limit:
-            raise UserError(f"prompt too long: {len(tokens)} tokens, at most {limit}: {text!r}; shorten it")
+            raise TooLong(text, len(tokens), limit)
         ids[row, : len(tokens)] = tokens
         mask[row, : len(tokens)] = True
     return ids, mask

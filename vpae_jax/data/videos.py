@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
 from vpae_jax.data import tasks
 from vpae_jax.data.buckets import Size, choose
+from vpae_jax.data.cells import printable
 from vpae_jax.data.cutting import clip_starts
 from vpae_jax.data.decoding import Probe, Unreadable
 from vpae_jax.data.filters import Filters
@@ -28,7 +30,11 @@ PICTURE = 160  # pixels of the longer side of a reject's picture, about
 
 @runtime_checkable
 class Entries(Protocol):
-    """A manifest: entries in a fixed order, in units. Its `repr` says all that decides them."""
+    """A manifest: entries in a fixed order, in units. Its `repr` says all that decides them. All paths begin with
+    `root`, the folder of the videos."""
+
+    @property
+    def root(self) -> Path: ...
 
     @property
     def units(self) -> int: ...
@@ -101,6 +107,7 @@ class VideoClips:
         self.filters, self.stride, self.clips_per_video = filters or Filters(), stride, clips_per_video
         self.workers, self.timeout = workers, timeout
         self._pool: Pool | None = None
+        self._running: list[Future[Any]] = []
 
     def __repr__(self) -> str:
         return (
@@ -113,10 +120,13 @@ class VideoClips:
         return self.manifest.units
 
     def read(self, unit: int) -> Iterator[Clip | Reject]:
-        """A unit's clips and rejects. The next ones are decoded meanwhile, a few clips ahead."""
-        looked = _ahead(self.manifest.read(unit), self._look, max(self.workers, 1))
+        """A unit's clips and rejects. The next ones are decoded meanwhile, a few clips ahead.
+
+        What costs a worker its life, or fails by the system's fault, is tried once more when nothing else is under way.
+        """
+        looked = self._ahead(self.manifest.read(unit), self._look, max(self.workers, 1))
         cuts = chain.from_iterable(self._cut(entry, found) for entry, found in looked)
-        for cut, found in _ahead(cuts, self._read, 2 * self.workers):
+        for cut, found in self._ahead(cuts, self._read, 2 * self.workers):
             yield self._judged(cut, found)
 
     def close(self) -> None:
@@ -161,7 +171,7 @@ class VideoClips:
             refusal = self.filters.caption(entry.caption)
             assert refusal is not None
         else:
-            refusal = found.kind, f"{entry.path.name} {found.reason}"
+            refusal = found.kind, _reason(entry, found)
         yield Reject(entry.id, *refusal)
 
     def _read(self, cut: _Cut | Reject) -> Future[Any] | None:
@@ -174,30 +184,32 @@ class VideoClips:
         if isinstance(cut, Reject):
             return cut
         if isinstance(found, Lost):
-            return Reject(cut.id, found.kind, f"{cut.entry.path.name} {found.reason}")
+            return Reject(cut.id, found.kind, _reason(cut.entry, found))
         video, measures = found
         if isinstance(measures, Unreadable):
-            return Reject(cut.id, measures.kind, f"{cut.entry.path.name} {measures.reason}")
+            return Reject(cut.id, measures.kind, _reason(cut.entry, measures))
         refusal = self.filters.clip(measures)
         if refusal:
             step = max(max(cut.bucket) // PICTURE, 1)
             return Reject(cut.id, *refusal, video[len(video) // 2, ::step, ::step].copy())
         probe = cut.probe
         about = {
-            **cut.entry.about,
-            "video": cut.entry.path.name,
+            "video": cut.entry.path.relative_to(self.manifest.root).as_posix(),
             "start": cut.start,
             "source": {"height": probe.height, "width": probe.width, "fps": round(probe.fps, 3), "codec": probe.codec},
             "bucket": list(cut.bucket),
             "fps": self.fps,
             **measures,
         }
+        if cut.entry.about:
+            about["row"] = dict(cut.entry.about)  # by itself, since a table may have any columns
         return Clip(cut.id, video, cut.entry.caption, about)
 
     def _submit(self, function: Callable[..., Any], *args: Any, shape: tuple[int, ...] | None = None) -> Future[Any]:
         if self.workers:
             self._pool = self._pool or Pool(self.workers, self.timeout)
-            return self._pool.submit(function, *args, shape=shape)
+            self._running.append(self._pool.submit(function, *args, shape=shape))
+            return self._running[-1]
         done: Future[Any] = Future()
         if shape is None:
             done.set_result(function(*args))
@@ -206,27 +218,48 @@ class VideoClips:
             done.set_result((array, function(array, *args)))
         return done
 
+    def _ahead(
+        self, items: Iterable[T], submit: Callable[[T], Future[Any] | None], number: int
+    ) -> Iterator[tuple[T, Any]]:
+        """Items with their results, or the `Lost` in their place, in order; `number` more are under way meanwhile."""
+        waiting: deque[tuple[T, Future[Any] | None]] = deque()
+        try:
+            for item in items:
+                waiting.append((item, submit(item)))
+                if len(waiting) > number:
+                    yield self._result(*waiting.popleft(), submit)
+            while waiting:
+                yield self._result(*waiting.popleft(), submit)
+        finally:
+            for _, future in waiting:
+                if future:
+                    future.cancel()
 
-def _ahead(items: Iterable[T], submit: Callable[[T], Future[Any] | None], number: int) -> Iterator[tuple[T, Any]]:
-    """Items with their results, or the `Lost` in their place, in order; `number` more are under way meanwhile."""
-    waiting: deque[tuple[T, Future[Any] | None]] = deque()
-    try:
-        for item in items:
-            waiting.append((item, submit(item)))
-            if len(waiting) > number:
-                yield _result(*waiting.popleft())
-        while waiting:
-            yield _result(*waiting.popleft())
-    finally:
-        for _, future in waiting:
-            if future:
-                future.cancel()
+    def _result(self, item: T, future: Future[Any] | None, submit: Callable[[T], Future[Any] | None]) -> tuple[T, Any]:
+        """An item and what comes of it, at the second try if the first failed for a reason that may have passed."""
+        found = _outcome(future)
+        self._running = [other for other in self._running if not other.done()]  # whose results hold clips
+        if _may_pass(found):
+            wait(self._running)  # a worker that was killed for want of memory gets what the others had
+            found = _outcome(submit(item))
+        return item, found
 
 
-def _result(item: T, future: Future[Any] | None) -> tuple[T, Any]:
+def _outcome(future: Future[Any] | None) -> Any:
+    """A task's result, or the `Lost` in its place."""
     if future is None:
-        return item, None
+        return None
     try:
-        return item, future.result()
+        return future.result()
     except Lost as lost:
-        return item, lost
+        return lost
+
+
+def _may_pass(found: Any) -> bool:
+    """Whether something may come to another end when it is tried again."""
+    last = found[1] if isinstance(found, tuple) else found  # with a clip's frames, or alone
+    return isinstance(last, Lost) or (isinstance(last, Unreadable) and last.passing)
+
+
+def _reason(entry: Entry, why: Unreadable | Lost) -> str:
+    return printable(f"{entry.path.name} {why.reason}")
