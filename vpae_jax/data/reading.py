@@ -21,12 +21,13 @@ from vpae_jax.data.order import Order
 from vpae_jax.data.records import BadRecord, LatentRecords, Value
 from vpae_jax.types import UserError
 
-# Batches that wait in memory: enough to hide the preparation, few enough for clips of any size.
-READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+# Batches that wait in memory: enough to hide the preparation, few enough for clips of any size. All are prepared at the
+# same time, because reads of records that are far away take long and cost little.
+READ = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
 # Damage is judged by its share once this many records were read; so many in a row are not replaced.
 ENOUGH = 200
 
-# From source and index to one clip's arrays; may raise `BadRecord`.
+# From source and index to one clip's arrays; may raise `BadRecord`, and `UserError` when nothing can be read.
 Load = Callable[[int, int], Mapping[str, Value]]
 
 
@@ -44,7 +45,8 @@ class _Batches(grain.MapDataset):
     """Of each batch from `start` on, the clips at some places.
 
     An item has their `arrays`, one above the other (none when a clip could not be replaced), how many records were
-    `read`, and what was `bad` about which of them. It is a plain tree, whose arrays workers pass on in shared memory.
+    `read`, what was `bad` about which of them, and what `failed`, if something did: Grain adds lines of its own to an
+    exception. It is a plain tree, whose arrays workers pass on in shared memory.
     """
 
     def __init__(self, order: Order, load: Load, rows: tuple[int, ...], start: int):
@@ -68,12 +70,14 @@ class _Batches(grain.MapDataset):
                 except BadRecord as error:
                     bad.append(str(error))
                     if read >= ENOUGH and len(bad) == read:
-                        return {"arrays": {}, "read": read, "bad": bad}
+                        return {"arrays": {}, "read": read, "bad": bad, "failed": ""}
+                except UserError as error:
+                    return {"arrays": {}, "read": read, "bad": bad, "failed": str(error)}
             for name, value in loaded.items():
                 if place == 0:
                     arrays[name] = np.empty((len(self.rows), *value.shape), value.dtype)
                 arrays[name][place] = value
-        return {"arrays": arrays, "read": read, "bad": bad}
+        return {"arrays": arrays, "read": read, "bad": bad, "failed": ""}
 
 
 class Batches(Iterator[Any]):
@@ -88,7 +92,8 @@ class Batches(Iterator[Any]):
       max_bad: share of bad records that is put up with.
 
     Raises:
-      UserError: (when it is advanced) more than `max_bad` of the records that were read, at least 200, are bad.
+      UserError: (when it is advanced) more than `max_bad` of the records that were read, at least 200, are bad; or what
+        `load` raised.
     """
 
     def __init__(
@@ -135,13 +140,15 @@ class Batches(Iterator[Any]):
         self._ahead = None
 
     def _judge(self, loaded: Mapping[str, Any]) -> None:
-        """Counts bad records, and says of each once what is wrong with it."""
+        """Counts bad records, and says of each once what is wrong with it. Raises `UserError` as `Batches` does."""
         self._read += loaded["read"]
         self._bad += len(loaded["bad"])
         for reason in loaded["bad"]:
             if reason not in self._named:
                 self._named.add(reason)
                 print(f"bad record: {reason}; another one takes its place", file=sys.stderr, flush=True)
+        if loaded["failed"]:
+            raise UserError(loaded["failed"])
         if not loaded["arrays"] or (self._read >= ENOUGH and self._bad > self._max_bad * self._read):
             raise UserError(
                 f"{self._bad} of {self._read} records were bad, more than config.data.max_bad = {self._max_bad:g} "

@@ -51,8 +51,9 @@ class BadRecord(Exception):
 
 
 class LatentRecords:
-    """Random-access source over a folder of encoded clips, a path or an address in an object store. Threads may share it,
-    and it may be sent to processes.
+    """Random-access source over a folder of encoded clips, which is a path or an address in an object store.
+
+    Threads may share it, and it may be sent to processes.
 
     Item i is a dict of numpy arrays, in bfloat16: `latents` [f, h, w, c], `text` [s, d] (zero beyond the prompt's end),
     `text_mask` [s] bool, and for image-to-video `image` [n, e] and `frames` [f, h, w, 4 + c]. Reading one raises

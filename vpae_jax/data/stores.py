@@ -1,8 +1,8 @@
 """Files in object stores, by address: gs://bucket/folder and s3://bucket/folder.
 
-fsspec reads them, through gcsfs and s3fs, which are installed apart (`pip install 'vpae_jax[buckets]'`) and find
-credentials, proxies and endpoints as those stores' own tools do. They try again by themselves what may pass. What they
-give up is a `UserError`: it says nothing of what is stored, so it must end a run, not change what is trained on.
+gcsfs and s3fs read them. They are installed apart (`pip install 'vpae_jax[buckets]'`), find credentials, proxies and
+endpoints as those stores' own tools do, and try again by themselves what may pass. What they give up is a `UserError`:
+it says nothing of what is stored, so it must end a run, not change what is trained on.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
-
-import fsspec
+from typing import Any, Literal
 
 from vpae_jax.types import UserError
 
@@ -26,12 +24,15 @@ class _Kind:
 
     Attributes:
       library: what reads it.
+      system: its file system; of gcsfs the plain one, since that of `gcsfs` asks for a bucket's layout at every read
+        when it may not see it.
       credentials: where these come from, for messages.
       failures: what the library raises besides `OSError`.
       options: what it is told, besides what its users set for all programs.
     """
 
     library: str
+    system: str
     credentials: str
     failures: tuple[str, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -40,6 +41,7 @@ class _Kind:
 KINDS = {
     "gs": _Kind(
         "gcsfs",
+        "gcsfs.core:GCSFileSystem",
         "`gcloud auth application-default login`, or GOOGLE_APPLICATION_CREDENTIALS",
         (
             "aiohttp:ClientError",
@@ -52,6 +54,7 @@ KINDS = {
     ),
     "s3": _Kind(
         "s3fs",
+        "s3fs.core:S3FileSystem",
         "`aws configure`, AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
         ("aiohttp:ClientError", "botocore.exceptions:BotoCoreError"),
         # Half a minute in all, as gcsfs tries; botocore alone would give up after two seconds.
@@ -64,7 +67,7 @@ KINDS = {
 class Address:
     """A file or folder in an object store, with what reading records needs of `pathlib.Path`.
 
-    Threads may share it, and it may be sent to processes: fsspec keeps the connections, one set a process. All methods
+    Threads may share it, and it may be sent to processes: the libraries keep connections, one set a process. Methods
     that read raise `UserError` when the store cannot be reached or does not allow it.
 
     Raises:
@@ -111,7 +114,7 @@ class Address:
         return found
 
     @contextmanager
-    def open(self, mode: Literal["rb"]) -> Iterator[IO[bytes]]:
+    def open(self, mode: Literal["rb"]) -> Iterator[Any]:
         """The file, to be read from its beginning to its end. Raises `FileNotFoundError`."""
         with self._opened() as system, system.open(self.url, mode) as file:
             yield file
@@ -125,15 +128,15 @@ class Address:
 
     @contextmanager
     def _opened(self) -> Iterator[Any]:
-        """fsspec's file system; what it gives up becomes a `UserError`, but for `FileNotFoundError`."""
+        """The store; what it gives up becomes a `UserError`, but for `FileNotFoundError`."""
         scheme = self.url.partition("://")[0]
         kind = KINDS[scheme]
         try:
-            # Each process has one of each kind. What is listed is listed once, so that nothing is kept of it.
-            system = fsspec.filesystem(scheme, use_listings_cache=False, **kind.options)
+            # There is one in each process. What is listed is listed once, so that nothing is kept of it.
+            system = pkgutil.resolve_name(kind.system)(use_listings_cache=False, **kind.options)
         except ImportError as error:
             raise UserError(
-                f"{self.url}: {kind.library} is not installed, which reads {scheme}:// addresses; "
+                f"{self.url}: {kind.library}, which reads {scheme}:// addresses, cannot be imported ({error}); "
                 "pip install 'vpae_jax[buckets]'"
             ) from error
         # It logs with a traceback what it raises.
