@@ -3,6 +3,7 @@
 import itertools
 import logging
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,7 +83,7 @@ class BadNetwork:
     """
 
     def __init__(self, target: int, limit: int):
-        self._target, self._limit, self._count, self.broken = target, limit, itertools.count(), 0
+        self._target, self._limit, self._long, self.broken = target, limit, itertools.count(), 0
         self._listener = socket.create_server((HOST, 0))
         self.port = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
@@ -98,15 +99,14 @@ class BadNetwork:
             except OSError:  # closed
                 return
             far = socket.create_connection((HOST, self._target))
-            limit = self._limit if next(self._count) % 3 == 0 else None
-            threading.Thread(target=self._pass, args=(near, far, None), daemon=True).start()
-            threading.Thread(target=self._pass, args=(far, near, limit), daemon=True).start()
+            threading.Thread(target=self._pass, args=(near, far, sys.maxsize), daemon=True).start()
+            threading.Thread(target=self._pass, args=(far, near, self._limit), daemon=True).start()
 
-    def _pass(self, source: socket.socket, sink: socket.socket, left: int | None) -> None:
+    def _pass(self, source: socket.socket, sink: socket.socket, left: int) -> None:
         with source, sink:
             try:
                 while data := source.recv(4096):
-                    if left is not None and (left := left - len(data)) < 0:
+                    if left >= 0 and (left := left - len(data)) < 0 and next(self._long) % 3 == 0:
                         self.broken += 1
                         break
                     sink.sendall(data)

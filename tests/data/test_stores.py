@@ -115,11 +115,11 @@ def test_a_folder_is_listed_once_and_a_record_is_one_request(s3, address, folder
 def test_a_network_that_fails_now_and_then_changes_nothing(s3, address, folder, monkeypatch):
     network = BadNetwork(s3.port, 30_000)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{HOST}:{network.port}")
-    expected, batches = take(batches_of(folder), 8), batches_of(address)
-    assert all(equal(a, b) for a, b in zip(expected, take(batches, 8), strict=True))
+    expected, batches = take(batches_of(folder), 16), batches_of(address)
+    assert all(equal(a, b) for a, b in zip(expected, take(batches, 16), strict=True))
     batches.close()
     network.close()
-    assert network.broken >= 3
+    assert network.broken >= 3, network.broken
 
 
 def test_what_is_missing_or_damaged_is_said_when_opening(s3, folder):
