@@ -3,9 +3,9 @@
     python benchmarks/data.py [--folder=DIR] [--clips=64] [--rounds=5] [--steps=10] [--markdown=FILE]
 
 The records are random clips of 81 frames of 480x832 with everything of image-to-video. They are written to the folder,
-on the disk that is to be measured, and read in random order in two threads, as the training does; the same files are
-read from their beginnings to their ends in large pieces. "Cold" is after the system was asked to forget them
-(`posix_fadvise`; a virtual disk's host may still remember them), "warm" right after they were read.
+on the disk that is to be measured, and read in random order in two threads; the same files are read from their
+beginnings to their ends in large pieces. "Cold" is after the system was asked to forget them (`posix_fadvise`; a
+virtual disk's host may still remember them), "warm" right after they were read.
 
 A step is one of the real loop, with a network that does the same to every token of a clip, on one clip a step. On a CPU
 the training and the reading share its cores, which is harder than beside an accelerator.

@@ -32,14 +32,15 @@ def train(*arguments: str) -> subprocess.CompletedProcess:
             ["config.method.noise.t.low", "kind=Uniform"],
         ),
         (["--config=configs/phase2.py", "--config.checkpoint_every=0"], ["checkpoint_every is 0", "at least 1"]),
+        (["--config=configs/phase1.py", "--workdir=gs://bucket/run"], ["gs://bucket/run: an address", "mounted path"]),
     ],
     ids=[
         *("misspelt key", "unknown preset", "no such config", "ill-typed value", "preset is no key"),
-        *("key of another kind", "value out of range"),
+        *("key of another kind", "value out of range", "no path"),
     ],
 )
 def test_a_bad_command_line_is_one_line(arguments, words, tmp_path):
-    result = train(*arguments, f"--workdir={tmp_path / 'run'}")
+    result = train(f"--workdir={tmp_path / 'run'}", *arguments)
     lines = result.stderr.strip().splitlines()
     assert result.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), result.stderr
     assert all(word in lines[0] for word in words), lines[0]

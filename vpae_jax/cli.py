@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
+from vpae_jax.files import local_path
 from vpae_jax.types import UserError
 
 EXIT_BAD_INPUT = 2
@@ -23,7 +25,8 @@ Main = Callable[[list[str]], None]
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a bad command line as any other bad input; takes no abbreviations and keeps the docstring's lines.
+    """Reports a bad command line as any other bad input; takes no abbreviations and keeps the docstring's lines. Its
+    arguments of type `Path` are no addresses.
 
     Args:
       prog: the command, for the help.
@@ -33,6 +36,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, description: str | None):
         kept: Any = argparse.RawDescriptionHelpFormatter
         super().__init__(prog, description=description, formatter_class=kept, allow_abbrev=False)
+        self.register("type", Path, local_path)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)

@@ -98,9 +98,10 @@ class DataConfig:
       folder: where encoded clips are kept between runs; relative to the workdir when it starts with "../", else to the
         current folder.
       workers: processes that prepare batches; 0 prepares them in the training process.
-      records: folders of latent records, "DIR,DIR" or "DIR=WEIGHT,DIR=WEIGHT"; each is relative as `folder` is. A
-        weight is the share of training clips that come from there, up to a common factor; without weights all clips
-        are seen equally often. Empty: clips are encoded from `videos`, or rendered.
+      records: folders of latent records, "DIR,DIR" or "DIR=WEIGHT,DIR=WEIGHT"; each is relative as `folder` is, or
+        an address in an object store, gs://BUCKET/FOLDER or s3://BUCKET/FOLDER. A weight is the share of training clips
+        that come from there, up to a common factor; without weights all clips are seen equally often. Empty: clips are
+        encoded from `videos`, or rendered.
       videos: a folder of videos that are encoded before the run. Empty: there is none.
       max_bad: share of damaged records that is put up with; the run stops beyond.
     """

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Paths of this machine, and files that are there whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,8 +13,24 @@ from pathlib import Path
 from vpae_jax.types import UserError
 
 REMEDY = "make room there, or choose another destination"
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # What the system says of a write without naming the file; reading never fails so.
 _OF_WRITES = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS)
+
+
+def is_address(text: str) -> bool:
+    """Whether a text is an address, as of an object store, and no path."""
+    return _ADDRESS.match(text) is not None
+
+
+def local_path(text: str) -> Path:
+    """A path. Raises `UserError` for an address, of which `Path` would make a folder here that is called "gs:"."""
+    if is_address(text):
+        raise UserError(
+            f"{text}: an address, as only config.data.records may be; give a local or mounted path, and copy from or "
+            "to the object store (`gcloud storage cp -r`, `aws s3 cp --recursive`)"
+        )
+    return Path(text)
 
 
 def atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -16,7 +16,9 @@ from vpae_jax.data.pipeline import captioned_batches, latent_batches, pixel_batc
 from vpae_jax.data.reading import Batches
 from vpae_jax.data.records import REJECTS, LatentRecords
 from vpae_jax.data.source import InUnits, Source
+from vpae_jax.data.stores import Address
 from vpae_jax.data.videos import VideoClips
+from vpae_jax.files import is_address
 from vpae_jax.methods.base import Method
 from vpae_jax.pipeline import Pipeline
 from vpae_jax.processes import first_alone
@@ -40,7 +42,8 @@ def open_records(experiment: Experiment, workdir: Path, pipeline: Pipeline) -> S
     videos or rendered.
 
     Raises:
-      UserError: a folder that is missing, not complete, or was encoded with other encoders than the model's.
+      UserError: a folder that is missing, not complete, or was encoded with other encoders than the model's; an object
+        store that cannot be read.
     """
     data = experiment.data
     if not data.sources:
@@ -56,7 +59,7 @@ def open_records(experiment: Experiment, workdir: Path, pipeline: Pipeline) -> S
         return ((records, float(len(records))),)
     found, expected = [], fingerprint(pipeline)
     for name, weight in data.sources:
-        records = LatentRecords(resolve(name, workdir))
+        records = LatentRecords(Address(name) if is_address(name) else resolve(name, workdir))
         if records.index["identity"]["encoders"] != expected:
             raise UserError(
                 f"config.data.records: {records.folder} was encoded with other encoders than those of "

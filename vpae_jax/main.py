@@ -12,13 +12,13 @@ with --detect_cluster, by a TPU pod. The workdir is on a file system that all of
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
 from vpae_jax import cli, config, distributed, preemption
 from vpae_jax.experiment import run
+from vpae_jax.files import local_path
 from vpae_jax.types import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with a preset after a colon.", lock_config=True)
@@ -38,11 +38,12 @@ def main(argv: list[str]) -> None:
         experiment = config.parse(CONFIG.value)
     except OSError as error:  # how ml_collections says that there is no such config file
         raise UserError(" ".join(str(error).split())) from error
+    workdir = local_path(str(WORKDIR.value))
     where: distributed.Where = distributed.AUTOMATIC
     if not DETECT_CLUSTER.value:
         where = distributed.find(os.environ, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     with distributed.joined(where, START_TIMEOUT.value), preemption.on_sigterm() as stop:
-        run(experiment, Path(str(WORKDIR.value)), stop=stop)
+        run(experiment, workdir, stop=stop)
 
 
 if __name__ == "__main__":

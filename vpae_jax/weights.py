@@ -19,6 +19,7 @@ from vpae_jax import sharding
 from vpae_jax.config import Experiment, build
 from vpae_jax.convert.locate import locate
 from vpae_jax.convert.reading import read_part
+from vpae_jax.files import local_path
 from vpae_jax.methods.base import Method, Role
 from vpae_jax.models import presets
 from vpae_jax.models.heads import DiscriminatorHeads, HeadsConfig
@@ -33,8 +34,9 @@ from vpae_jax.types import Params, PRNGKey, UserError
 
 
 def resolve(path: str, workdir: Path) -> Path:
-    """A path of a config: relative to the workdir when it starts with "../", else to the current folder."""
-    return (workdir / path).resolve() if path.startswith("../") else Path(path)
+    """A path of a config: relative to the workdir when it starts with "../", else to the current folder. Raises
+    `UserError` for an address."""
+    return (workdir / path).resolve() if path.startswith("../") else local_path(path)
 
 
 def resolve_model(path: str, workdir: Path) -> Path:

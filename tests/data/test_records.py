@@ -3,6 +3,7 @@
 import json
 import pickle
 import random
+import resource
 from collections import Counter
 
 import ml_dtypes
@@ -182,6 +183,20 @@ def test_a_shard_that_is_cut_short_or_removed_while_it_is_read_gives_bad_records
     path.unlink()
     with pytest.raises(BadRecord):
         LatentRecords.__getitem__(pickle.loads(pickle.dumps(unopened)), 0)
+
+
+def test_what_the_system_refuses_for_the_moment_is_no_damage(copy):
+    records = LatentRecords(copy)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        with pytest.raises(
+            UserError, match=r"array_record, record 0: cannot be read: Too many open files; when that has"
+        ):
+            records[0]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert number_of(records[0]["latents"]) == 0
 
 
 @pytest.mark.parametrize(

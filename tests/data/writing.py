@@ -28,9 +28,12 @@ def arrays_of(number: int, shape: tuple[int, ...] = SMALL) -> dict[str, np.ndarr
     return {"latents": latents, "text": text, "text_mask": np.arange(TOKENS) < tokens, "frames": frames, "image": image}
 
 
-def write_folder(folder: Path, units: Sequence[Sequence[tuple[int, tuple[int, ...]]]]) -> Path:
+def write_folder(
+    folder: Path, units: Sequence[Sequence[tuple[int, tuple[int, ...]]]], encoders: str | None = None
+) -> Path:
     """A finished folder; a unit is a list of clips, each a number and its shape of latents."""
-    made = Units(folder, {"clips": "numbers"}, len(units))
+    identity = {"clips": "numbers"} if encoders is None else {"encoders": encoders}
+    made = Units(folder, identity, len(units))
     for unit in made.pending():
         with made.write(unit) as writer:
             for number, shape in units[unit]:

@@ -22,12 +22,13 @@ from vpae_jax.data.order import Order
 from vpae_jax.data.records import BadRecord, LatentRecords, Value
 from vpae_jax.types import UserError
 
-# Batches that wait in memory: enough to hide the preparation, few enough for clips of any size.
-READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+# Batches that wait in memory: enough to hide the preparation, few enough for clips of any size. All are prepared at the
+# same time, because reads of records that are far away take long and cost little.
+READ = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
 # Damage is judged by its share once this many records were read; after so many bad ones in a row none is looked for.
 ENOUGH = 200
 
-# From source and index to one clip's arrays; may raise `BadRecord`.
+# From source and index to one clip's arrays; may raise `BadRecord`, and `UserError` when nothing can be read.
 Load = Callable[[int, int], Mapping[str, Value]]
 
 
@@ -45,7 +46,8 @@ class _Batches(grain.MapDataset):
     """Of each batch from `start` on, the clips at some places.
 
     An item has their `arrays`, one above the other (none when a clip could not be replaced), how many records were
-    `read`, and what was `bad` about which of them. It is a plain tree, whose arrays workers pass on in shared memory.
+    `read`, what was `bad` about which of them, and what `failed`, if something did: Grain adds lines of its own to an
+    exception. It is a plain tree, whose arrays workers pass on in shared memory.
     """
 
     def __init__(self, order: Order, load: Load, rows: tuple[int, ...], start: int):
@@ -69,13 +71,15 @@ class _Batches(grain.MapDataset):
                     break
                 except BadRecord as error:
                     bad.append(str(error))
+                except UserError as error:
+                    return {"arrays": {}, "read": read, "bad": bad, "failed": str(error)}
             if loaded is None:
-                return {"arrays": {}, "read": read, "bad": bad}
+                return {"arrays": {}, "read": read, "bad": bad, "failed": ""}
             for name, value in loaded.items():
                 if place == 0:
                     arrays[name] = np.empty((len(self.rows), *value.shape), value.dtype)
                 arrays[name][place] = value
-        return {"arrays": arrays, "read": read, "bad": bad}
+        return {"arrays": arrays, "read": read, "bad": bad, "failed": ""}
 
 
 class Batches(Iterator[Any]):
@@ -95,7 +99,7 @@ class Batches(Iterator[Any]):
 
     Raises:
       UserError: (when it is advanced) more than `max_bad` of the records that were read, at least 200, are bad, or
-        200 bad ones came in a row.
+        200 bad ones came in a row; or what `load` raised.
     """
 
     def __init__(
@@ -148,13 +152,15 @@ class Batches(Iterator[Any]):
         self._ahead = None
 
     def _judge(self, loaded: Mapping[str, Any]) -> None:
-        """Counts bad records, and says of each once what is wrong with it."""
+        """Counts bad records, and says of each once what is wrong with it. Raises `UserError` as `Batches` does."""
         self._read += loaded["read"]
         self.bad += len(loaded["bad"])
         for reason in loaded["bad"]:
             if reason not in self._named:
                 self._named.add(reason)
                 print(f"bad record: {reason}; another one takes its place", file=sys.stderr, flush=True)
+        if loaded["failed"]:
+            raise UserError(loaded["failed"])
         remedy = "remove the shards named above and run the same encode command again"
         if not loaded["arrays"]:
             raise UserError(f"{ENOUGH} records in a row were bad, the last of them: {loaded['bad'][-1]}; {remedy}")

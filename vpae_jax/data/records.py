@@ -15,6 +15,7 @@ the same; all else that is known of the clip is JSON in the header, under "about
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Mapping
@@ -29,11 +30,15 @@ from jaxtyping import Float, Shaped, UInt8
 
 from vpae_jax.convert.safetensors_file import DTYPES
 from vpae_jax.data.shards import Shards, starts
+from vpae_jax.data.stores import Address, Place
 from vpae_jax.types import MASK_CHANNELS, UserError
 
 SCHEMA = 2
 INDEX, NULL, REJECTS, IDENTITY = "index.json", "null.safetensors", "rejects.jsonl", "identity.json"
 TAG_BYTES = 8
+# What the system says of a file that is lost or damaged. All else is said of the network, of permissions, of too many
+# open files: it passes, and must not decide what is trained on.
+LOST = (errno.EIO, errno.ENOENT)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 Value = Shaped[np.ndarray, "..."]
@@ -46,11 +51,14 @@ class BadRecord(Exception):
 
 
 class LatentRecords:
-    """Random-access source over a folder of encoded clips. Threads may share it, and it may be sent to processes.
+    """Random-access source over a folder of encoded clips, which is a path or an address in an object store.
+
+    Threads may share it, and it may be sent to processes.
 
     Item i is a dict of numpy arrays, in bfloat16: `latents` [f, h, w, c], `text` [s, d] (zero beyond the prompt's end),
     `text_mask` [s] bool, and for image-to-video `image` [n, e] and `frames` [f, h, w, 4 + c]. Reading one raises
-    `BadRecord` when it is damaged: unreadable, of another checksum, of other shapes than the index says, or not finite.
+    `BadRecord` when it is damaged: lost, of another checksum, of other shapes than the index says, or not finite; and
+    `UserError` when the file system or the store fails, which says nothing of the record.
 
     Attributes:
       index: what `index.json` says, but for the records' sizes.
@@ -58,15 +66,17 @@ class LatentRecords:
       null_text, null_mask: the negative prompt's states [s, d] and mask [s].
 
     Raises:
-      UserError: no such folder, an encoding that has not ended, another schema, a shard that is missing or cut short.
+      UserError: no such folder, an encoding that has not ended, another schema, a shard that is missing or cut short,
+        a store that cannot be read.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Place) -> None:
         self.folder = folder
         self.index = read_index(folder)
         self._shards = self.index["shards"]
+        size_of = folder.sizes("shards").get if isinstance(folder, Address) else lambda name: file_size(folder / name)
         for shard in self._shards:
-            check_shard(folder, shard)
+            check_shard(folder, shard, size_of(shard["file"]))
         sizes = [shard.pop("sizes") for shard in self._shards]
         counts = [len(some) for some in sizes]
         self._ends = np.cumsum(counts)
@@ -79,7 +89,7 @@ class LatentRecords:
         try:
             null = decode((folder / NULL).read_bytes())[0]
         except (OSError, BadRecord) as error:
-            raise UserError(f"{folder / NULL}: {error}; run the same encode command again") from error
+            raise UserError(f"{folder / NULL}: {error}; {again(folder)}") from error
         self.null_text, self.null_mask = null["text"], null["text_mask"]
         self._files = Shards()
 
@@ -114,7 +124,7 @@ class LatentRecords:
         """Reads every shard and compares checksums. Raises `UserError` for one that was damaged."""
         for shard in self._shards:
             if sha256(path := self.folder / shard["file"]) != shard["sha256"]:
-                raise UserError(f"{path} is damaged; remove it and run the same encode command again")
+                raise UserError(f"{path} is damaged; remove it and {again(self.folder)}")
 
     def _read(self, index: int) -> tuple[Mapping[str, Any], dict[str, Value], dict[str, Any]]:
         """A record's shard and what it holds."""
@@ -124,9 +134,13 @@ class LatentRecords:
         start, size = int(self._starts[index]), int(self._sizes[index])
         try:
             arrays, about = unpack(self._files.read(self.folder / shard["file"], start, size))
-        except (OSError, EOFError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise BadRecord(f"{self._name(index)}: cannot be read: {reason}") from error
+        except OSError as error:
+            message = f"{self._name(index)}: cannot be read: {error.strerror}"
+            if error.errno in LOST:
+                raise BadRecord(message) from error
+            raise UserError(f"{message}; when that has passed, run the same command again") from error
+        except EOFError as error:
+            raise BadRecord(f"{self._name(index)}: cannot be read: {error}") from error
         except BadRecord as error:
             raise BadRecord(f"{self._name(index)}: {error}") from error
         return shard, arrays, about
@@ -239,32 +253,40 @@ def shapes_of(arrays: Arrays) -> dict[str, list[int]]:
     return {name: list(value.shape[1:] if name == "text" else value.shape) for name, value in sorted(arrays.items())}
 
 
-def read_index(folder: Path) -> dict[str, Any]:
+def read_index(folder: Place) -> dict[str, Any]:
     """A record folder's index. Raises `UserError` when there is none, or one of another schema."""
     path = folder / INDEX
     if not path.is_file():
         if (folder / IDENTITY).is_file():
-            raise UserError(f"{folder}: its encoding has not ended; run the same encode command again to continue it")
+            raise UserError(f"{folder}: its encoding has not ended; {again(folder)} to continue it")
         raise UserError(f"{folder} holds no encoded clips ({INDEX} is missing); encode some, or choose another folder")
     try:
-        index = json.loads(path.read_text())
+        index = json.loads(path.read_bytes())
         schema = index["schema"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not an index of records ({error}); run the same encode command again") from error
+        raise UserError(f"{path}: not an index of records ({error}); {again(folder)}") from error
     if schema != SCHEMA:
         raise UserError(f"{path}: schema {schema}, expected {SCHEMA}; encode the clips again into another folder")
     return index
 
 
-def check_shard(folder: Path, shard: Mapping[str, Any]) -> None:
-    """Raises `UserError` for a shard that is missing or has another size than its index says."""
-    path = folder / shard["file"]
-    size = path.stat().st_size if path.is_file() else None
+def check_shard(folder: Place, shard: Mapping[str, Any], size: int | None) -> None:
+    """Raises `UserError` for a shard that is missing (None) or has another size than its index says."""
     if size != shard["bytes"]:
-        found = "is missing" if size is None else f"has {size} bytes"
-        raise UserError(f"{path} {found}, expected {shard['bytes']} bytes; run the same encode command again")
+        path, found = folder / shard["file"], "is missing" if size is None else f"has {size} bytes"
+        raise UserError(f"{path} {found}, expected {shard['bytes']} bytes; {again(folder)}")
 
 
-def sha256(path: Path) -> str:
+def file_size(path: Path) -> int | None:
+    """Bytes of a file; None when there is none."""
+    return path.stat().st_size if path.is_file() else None
+
+
+def again(folder: Place) -> str:
+    """What to do about a folder that is not whole."""
+    return "run the same encode command again" + (", then copy the folder again" if isinstance(folder, Address) else "")
+
+
+def sha256(path: Place) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,7 +2,8 @@
 
 ArrayRecord's own reader passes a record through several buffers, which costs more than all that is done with it
 afterwards (`benchmarks/data.py`). The files that `data.units` writes are not compressed and have one record a chunk, so
-that where a record lies follows from the sizes of those before it, and one call reads it straight into its array.
+that where a record lies follows from the sizes of those before it, and one call reads it straight into its array, or
+one request from an object store.
 
 The layout is that of Riegeli (doc/riegeli_records_file_format.md in its repository): a stream of chunks, each a header
 and its data, the first one a signature without data; a block header lies before every 65512 bytes of that stream.
@@ -13,11 +14,13 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
+
+from vpae_jax.data.stores import Address, Place
 
 BLOCK, BLOCK_HEADER, CHUNK_HEADER = 65536, 24, 40
 BODY = BLOCK - BLOCK_HEADER
@@ -47,9 +50,14 @@ class Shards:
         self.limit = limit
         self._lock, self._open = threading.Lock(), OrderedDict[Path, _File]()
 
-    def read(self, path: Path, start: int, size: int) -> UInt8[np.ndarray, "size"]:
-        """The record that begins at `start` of the stream. Raises `OSError`, and `EOFError` where the file ends."""
-        file = self._file(path)
+    def read(self, path: Place, start: int, size: int) -> UInt8[np.ndarray, "size"]:
+        """The record that begins at `start` of the stream.
+
+        Raises:
+          OSError: what the system says of a file.
+          EOFError: a file ends before the record does.
+          UserError: an object store cannot be read.
+        """
         record = np.empty(size, np.uint8)
         block, offset = divmod(start, BODY)
         position = block * BLOCK + BLOCK_HEADER + offset
@@ -57,6 +65,10 @@ class Shards:
         pieces = [view[: BODY - offset]]
         for first in range(BODY - offset, size, BODY):
             pieces += [skipped, view[first : first + BODY]]
+        if isinstance(path, Address):
+            _scatter(path.read_range(position, position + sum(map(len, pieces))), pieces)
+            return record
+        file = self._file(path)
         while pieces:
             count = os.preadv(file.number, pieces[:_PIECES], position)
             if not count:
@@ -94,6 +106,13 @@ class _File:
     def __del__(self) -> None:
         if self.number >= 0:
             os.close(self.number)
+
+
+def _scatter(data: bytes, pieces: Iterable[memoryview]) -> None:
+    """Fills buffers one after the other."""
+    rest = memoryview(data)
+    for piece in pieces:
+        piece[:], rest = rest[: len(piece)], rest[len(piece) :]
 
 
 def _varint_bytes(number: int) -> int:

@@ -36,6 +36,7 @@ from vpae_jax.data.records import (
     check_shard,
     decode,
     encode,
+    file_size,
     pack,
     read_index,
     sha256,
@@ -235,7 +236,7 @@ class Units:
         try:
             facts = json.loads(self._file("units", unit).read_text())
             for shard in facts["shards"]:
-                check_shard(self.folder, shard)
+                check_shard(self.folder, shard, file_size(self.folder / shard["file"]))
             for reject in facts["rejects"]:
                 Reject(**reject)
             whole = facts["clips"] == sum(len(shard["sizes"]) for shard in facts["shards"])
