@@ -14,7 +14,7 @@ from vpae_jax.data.digits import MovingDigits
 from vpae_jax.data.encoding import describe, encode, encode_into, fingerprint
 from vpae_jax.data.pipeline import latent_batches, to_float
 from vpae_jax.data.records import LatentRecords
-from vpae_jax.data.source import Clip, InUnits, Reject
+from vpae_jax.data.source import Clip, InUnits, Reject, in_turn
 from vpae_jax.data.tokenizer import build_tokenizer
 from vpae_jax.data.units import Units
 from vpae_jax.types import UserError
@@ -51,10 +51,17 @@ class Mixed:
     def __init__(self, end: int | None = None):
         self.end = end
 
-    def __repr__(self):
-        return "Mixed()"
+    @property
+    def identity(self):
+        return {"kind": "mixed"}
 
-    def read(self, unit):
+    def expected(self, unit):
+        return 7
+
+    def read(self, units):
+        return in_turn(self._read, units)
+
+    def _read(self, unit):
         for number in range(7 * unit, 7 * (unit + 1)):
             if number == self.end:
                 raise OSError("disk gone")

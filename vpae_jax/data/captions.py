@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from vpae_jax.data.cells import printable, text_of
+from vpae_jax.data.filters import Filters
+from vpae_jax.data.identity import Identity
 from vpae_jax.data.manifest import PARQUET
 from vpae_jax.data.parquet import ParquetTable
 from vpae_jax.data.source import Reject
@@ -38,21 +40,22 @@ class Prompt:
 
 
 class Captions:
-    """The captions of a file in its order, cut into units. Its `repr` says all that decides them.
+    """The captions of a file in its order, cut into units. Its identity is all that decides them.
 
     Args:
       file: .txt with a caption a line, or a table as `Manifest` reads them.
       column: of a table, the one that holds captions.
       unit: rows of a unit.
+      filters: of which those of captions are used.
 
     Raises:
       UserError: an empty unit, an unknown suffix, a file that is empty, damaged or not UTF-8, a missing column.
     """
 
-    def __init__(self, file: Path, column: str = "caption", unit: int = 64) -> None:
+    def __init__(self, file: Path, column: str = "caption", unit: int = 4, filters: Filters | None = None) -> None:
         if unit < 1:
             raise UserError(f"units of {unit} captions; expected 1 or more")
-        self.column, self.unit = column, unit
+        self.column, self.unit, self.filters = column, unit, filters or Filters()
         self._table = _table(file, column)
         digest, places, rows = hashlib.sha256(), array("Q"), 0
         for place, _ in self._table.scan([column], digest):
@@ -64,19 +67,28 @@ class Captions:
         self.rows, self.units, self.digest = rows, math.ceil(rows / unit), digest.hexdigest()[:16]
         self._places = np.array(places, np.uint64).reshape(self.units, 2)
 
-    def __repr__(self) -> str:
-        return f"Captions(digest={self.digest}, column={self.column!r}, unit={self.unit})"
+    @property
+    def identity(self) -> Identity:
+        """All that decides them, by the names of the flags."""
+        bounds = {"min_caption": self.filters.min_caption, "max_caption": self.filters.max_caption}
+        return {"kind": "captions", "digest": self.digest, "column": self.column, "unit": self.unit, **bounds}
+
+    def rows_of(self, unit: int) -> int:
+        """How many captions a unit has."""
+        return min(self.unit, self.rows - unit * self.unit)
 
     def read(self, unit: int) -> Iterator[Prompt | Reject]:
         """A unit's captions. Raises `UserError` when the file was changed since it was scanned."""
-        first = unit * self.unit
         offset, line = self._places[unit].tolist()
-        count = min(self.unit, self.rows - first)
-        for number, row in enumerate(self._table.rows(Place(offset, line), count), first):
+        rows = self._table.rows(Place(offset, line), self.rows_of(unit))
+        for number, row in enumerate(rows, unit * self.unit):
             try:
                 if isinstance(row, Refused):
                     raise row
-                yield Prompt(f"row {number + 1}", number, text_of(row, self.column, "caption").strip())
+                caption = text_of(row, self.column, "caption").strip()
+                if refusal := self.filters.caption(caption):
+                    raise Refused(*refusal)
+                yield Prompt(f"row {number + 1}", number, caption)
             except Refused as refused:
                 yield Reject(f"row {number + 1}", refused.kind, printable(refused.reason))
 

@@ -13,13 +13,14 @@ import os
 import re
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int, UInt64
 
 from vpae_jax.data.cells import plain, printable, shown, text_of, time_of, times_of
+from vpae_jax.data.identity import Identity
 from vpae_jax.data.listing import SUFFIXES, TIME_KEYS, FolderTable, is_video, regular_file
 from vpae_jax.data.parquet import ParquetTable
 from vpae_jax.data.source import Entry, Reject
@@ -67,7 +68,7 @@ _BESIDE = Columns(**{key: key for key in TIME_KEYS})
 
 
 class Manifest:
-    """Captioned videos in a fixed order, cut into units. Its `repr` says all that decides them but where they lie.
+    """Captioned videos in a fixed order, cut into units. Its identity is all that decides them but where they lie.
 
     Every row becomes one `Entry` or one `Reject`; its kinds are
       "row": it cannot be read, or has too few or too many fields;
@@ -117,9 +118,14 @@ class Manifest:
         self._places = np.array(places, np.uint64).reshape(self.units, 2)
         self._repeated = _repeated(np.frombuffer(hashes, np.uint64))
 
-    def __repr__(self) -> str:
-        what = f"columns={self.columns!r}" if self._listed else "folder"
-        return f"Manifest(digest={self.digest}, {what}, unit_videos={self.unit_videos})"
+    @property
+    def identity(self) -> Identity:
+        columns = asdict(self.columns) if self._listed else None
+        return {"digest": self.digest, "columns": columns, "unit": self.unit_videos}
+
+    def rows_of(self, unit: int) -> int:
+        """How many rows a unit has."""
+        return min(self.unit_videos, self.rows - unit * self.unit_videos)
 
     def read(self, unit: int) -> Iterator[Entry | Reject]:
         """A unit's rows.
@@ -131,7 +137,7 @@ class Manifest:
         if not 0 <= unit < self.units:
             raise IndexError(f"unit {unit} of {self.units}")
         first = unit * self.unit_videos
-        count = min(self.unit_videos, self.rows - first)
+        count = self.rows_of(unit)
         low, high = np.searchsorted(self._repeated, [first, first + count])
         repeated = set(self._repeated[low:high].tolist())
         offset, line = self._places[unit].tolist()

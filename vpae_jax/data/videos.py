@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -17,8 +17,9 @@ from vpae_jax.data.buckets import Size, choose
 from vpae_jax.data.cutting import clip_starts
 from vpae_jax.data.decoding import Probe, Unreadable
 from vpae_jax.data.filters import Filters
+from vpae_jax.data.identity import Identity
 from vpae_jax.data.pool import Lost, Pool
-from vpae_jax.data.source import Clip, Entry, Reject
+from vpae_jax.data.source import Clip, Entry, Reject, in_turn
 from vpae_jax.types import UserError
 
 T = TypeVar("T")
@@ -28,10 +29,15 @@ PICTURE = 160  # pixels of the longer side of a reject's picture, about
 
 @runtime_checkable
 class Entries(Protocol):
-    """A manifest: entries in a fixed order, in units. Its `repr` says all that decides them."""
+    """A manifest: entries in a fixed order, in units. Its identity is all that decides them."""
+
+    @property
+    def identity(self) -> Identity: ...
 
     @property
     def units(self) -> int: ...
+
+    def rows_of(self, unit: int) -> int: ...
 
     def read(self, unit: int) -> Iterator[Entry | Reject]: ...
 
@@ -102,19 +108,31 @@ class VideoClips:
         self.workers, self.timeout = workers, timeout
         self._pool: Pool | None = None
 
-    def __repr__(self) -> str:
-        return (
-            f"VideoClips({self.manifest!r}, buckets={self.buckets}, frames={self.frames}, fps={self.fps:g}, "
-            f"filters={self.filters}, stride={self.stride}, clips_per_video={self.clips_per_video})"
-        )
+    @property
+    def identity(self) -> Identity:
+        """All that decides the clips, by the names of the flags."""
+        return {
+            "kind": "videos",
+            "manifest": self.manifest.identity,
+            "buckets": [f"{height}x{width}" for height, width in self.buckets],
+            "num_frames": self.frames,
+            "fps": self.fps,
+            **asdict(self.filters),
+            "stride": self.stride,
+            "clips_per_video": self.clips_per_video,
+        }
 
     @property
     def units(self) -> int:
         return self.manifest.units
 
-    def read(self, unit: int) -> Iterator[Clip | Reject]:
-        """A unit's clips and rejects. The next ones are decoded meanwhile, a few clips ahead."""
-        looked = _ahead(self.manifest.read(unit), self._look, max(self.workers, 1))
+    def expected(self, unit: int) -> int | None:
+        """How many clips and rejects a unit has; None when a video may have several clips."""
+        return self.manifest.rows_of(unit) if self.clips_per_video == 1 else None
+
+    def read(self, units: Iterable[int]) -> Iterator[Clip | Reject | None]:
+        """Clips and rejects of units, and None after each. The next ones are decoded meanwhile, a few clips ahead."""
+        looked = _ahead(in_turn(self.manifest.read, units), self._look, max(self.workers, 1))
         cuts = chain.from_iterable(self._cut(entry, found) for entry, found in looked)
         for cut, found in _ahead(cuts, self._read, 2 * self.workers):
             yield self._judged(cut, found)
@@ -131,13 +149,15 @@ class VideoClips:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _look(self, entry: Entry | Reject) -> Future[Any] | None:
-        if isinstance(entry, Reject) or self.filters.caption(entry.caption):
+    def _look(self, entry: Entry | Reject | None) -> Future[Any] | None:
+        if not isinstance(entry, Entry) or self.filters.caption(entry.caption):
             return None
         return self._submit(tasks.look, entry.path)
 
-    def _cut(self, entry: Entry | Reject, found: Probe | Unreadable | Lost | None) -> Iterator[_Cut | Reject]:
-        if isinstance(entry, Reject):
+    def _cut(
+        self, entry: Entry | Reject | None, found: Probe | Unreadable | Lost | None
+    ) -> Iterator[_Cut | Reject | None]:
+        if not isinstance(entry, Entry):
             yield entry
             return
         if isinstance(found, Probe):
@@ -164,14 +184,14 @@ class VideoClips:
             refusal = found.kind, f"{entry.path.name} {found.reason}"
         yield Reject(entry.id, *refusal)
 
-    def _read(self, cut: _Cut | Reject) -> Future[Any] | None:
-        if isinstance(cut, Reject):
+    def _read(self, cut: _Cut | Reject | None) -> Future[Any] | None:
+        if not isinstance(cut, _Cut):
             return None
         shape = (self.frames, *cut.bucket, 3)
         return self._submit(tasks.read, cut.entry.path, cut.start, self.fps, shape=shape)
 
-    def _judged(self, cut: _Cut | Reject, found: Any) -> Clip | Reject:
-        if isinstance(cut, Reject):
+    def _judged(self, cut: _Cut | Reject | None, found: Any) -> Clip | Reject | None:
+        if not isinstance(cut, _Cut):
             return cut
         if isinstance(found, Lost):
             return Reject(cut.id, found.kind, f"{cut.entry.path.name} {found.reason}")
