@@ -156,7 +156,7 @@ def from_captions(given: argparse.Namespace, listed: Captions, process: int, pro
         pipeline = load_pipeline(given.model, jnp.dtype(given.dtype), with_transformer=False)
     advised, own = teacher.scheduler, pipeline.defaults
     sizes = buckets.parse(given.buckets, max(pipeline.units)) if given.buckets else ((own.height, own.width),)
-    if len(sizes) > 1:
+    if len(sizes) != 1:
         raise UserError(f"--buckets={given.buckets} names {len(sizes)} sizes; with --captions give one, as 480x832")
     recipe = Recipe(
         steps=advised.steps if given.steps is None else given.steps,

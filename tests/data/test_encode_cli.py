@@ -317,6 +317,29 @@ def test_the_teachers_clips_can_be_made_again(run, tmp_path):
     assert code == 2 and len(err) == 1 and "holds other records: recipe.seed is 11 there, 12 here; choose" in err[0]
 
 
+def test_two_teachers_at_the_same_time(run, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    (captions := tmp_path / "captions.txt").write_text("".join(f"a three moves up {i}\n" for i in range(5)))
+    settings = dict(captions=captions, unit=1, steps=1, guidance=1)
+    running = [start(**settings, output=two, process_id=i, num_processes=2) for i in (0, 1)]
+    code, out, err = run(**settings, output=one)
+    assert code == 0 and out[0].startswith("encoded 5 clips; 5 of 5 units; "), err
+    said = [process.communicate() for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    assert any("summary: " in out for out, _ in said)
+    assert same(one, two) and not hidden(two)
+
+
+def test_captions_are_filtered_by_their_length(run, tmp_path):
+    (captions := tmp_path / "captions.txt").write_text("a three moves up\na\nan eight moves up and to the right\n")
+    settings = dict(captions=captions, output=tmp_path / "records", steps=1, guidance=1)
+    code, out, err = run(**settings, min_caption=2, max_caption=20)
+    assert code == 0, err
+    assert out[1] == f"records: {tmp_path / 'records'}: 1 clips; rejected: 2 caption"
+    code, _, err = run(**settings, min_caption=2)
+    assert code == 2 and "holds other records: source.max_caption is 20 there, 10000 here; choose" in err[0]
+
+
 def mutated(data: bytes, rng: random.Random) -> bytes:
     """Some bytes changed, cut out, put in, or doubled."""
     for _ in range(rng.randint(1, 4)):
