@@ -125,6 +125,21 @@ def test_units_are_read_by_themselves(folder):
         assert sorted(one_by_one) == sorted(item.id for item in clips.read(range(3)) if item)
 
 
+def test_the_next_unit_is_decoded_before_the_last_clips_of_one_are_taken(folder):
+    """Else workers would idle at each unit's end."""
+    begun = []
+
+    class Watched(Listed):
+        def read(self, unit: int):
+            begun.append(unit)
+            yield from super().read(unit)
+
+    with VideoClips(Watched(*entries(folder), size=2), BUCKETS, 9, workers=2) as clips:
+        reading = clips.read(range(clips.units))
+        assert next(reading) is not None and begun[:2] == [0, 1]
+        assert [item is None for item in reading].count(True) == clips.units == 5
+
+
 def test_identity_is_what_decides_the_clips_and_nothing_else(folder):
     one = VideoClips(Listed(), BUCKETS, 17, workers=1, timeout=5.0)
     other = VideoClips(Listed(), BUCKETS, 17, workers=4)
