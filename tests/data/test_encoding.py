@@ -194,7 +194,7 @@ def test_encoders_that_give_nothing_finite_stop_it_in_one_line(tmp_path):
     for size, done in ((6, 1), (1, 9)):  # units of one clip tell it after a few of them
         folder = tmp_path / f"records{size}"
         with pytest.raises(
-            UserError, match=r"the last . clips were all in vain; clip '.*': its latents are not finite"
+            UserError, match=r"none of the last . clips is finite; clip '.*': its latents are not finite"
         ):
             made_by(lambda ids: drawn(ids, range(6, 1000)), list(range(1000)), folder, size)
         assert len(list((folder / "units").iterdir())) == done
@@ -265,6 +265,13 @@ def test_what_waits_does_not_grow_with_the_rejects(tmp_path):
     units = Units(tmp_path / "records", {"clips": "some"}, 50)
     write_units(units, range(50), in_turn(items, range(50)), [run], 1, size=lambda _: 0, expected=lambda _: 1)
     assert units.finish(NULL, FACTS) and begun == list(range(50))
+
+
+def test_a_source_that_ends_within_a_unit_ends_no_unit(tmp_path):
+    units = Units(tmp_path / "records", {"clips": "some"}, 2)
+    with pytest.raises(ValueError, match="unit 1 has no end"):
+        write_units(units, [0, 1], [0, None, 1], [drawn], 1, size=lambda _: 0, expected=lambda _: 1)
+    assert units.pending() == [1]
 
 
 def test_a_failure_does_not_wait_for_what_is_queued(tmp_path):

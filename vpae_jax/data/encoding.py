@@ -205,15 +205,19 @@ def write_units(
         for unit in pending:
             with units.write(unit) as writer:
                 shown: list[Any] = []
-                for item in iter(partial(next, encoded), None):
+                for item in encoded:
+                    if item is None:
+                        break
                     refusal = _write(writer, item, shown)
                     if refusal is None:
                         spoilt.clear()
                     elif refusal.kind == NOT_FINITE:
                         spoilt.append(refusal)
                     progress.advance(refusal is None)
+                else:
+                    raise ValueError(f"unit {unit} has no end")
                 if len(spoilt) >= BROKEN and not writer.clips:
-                    raise UserError(f"the last {len(spoilt)} clips were all in vain; {spoilt[-1].reason}")
+                    raise UserError(f"none of the last {len(spoilt)} clips is finite; {spoilt[-1].reason}")
             progress.end_of_unit()
 
 
