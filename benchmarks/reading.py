@@ -14,7 +14,7 @@ import multiprocessing
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,6 +43,13 @@ class Listed:
     units: int = 1
     root: Path = Path("/")
 
+    @property
+    def identity(self) -> Mapping[str, object]:
+        return {"paths": list(map(str, self.paths))}
+
+    def rows_of(self, unit: int) -> int:
+        return len(self.paths)
+
     def read(self, unit: int) -> Iterator[Entry]:
         for number, path in enumerate(self.paths):
             yield Entry(f"{number}-{path.stem}", path.absolute(), "a caption")
@@ -67,7 +74,7 @@ def ours(paths: tuple[Path, ...], clips: int, bucket: Size, frames: int, workers
     spans = []
     manifest, filters = Listed(paths), Filters(min_motion=0.0, max_black=1.0)
     with VideoClips(manifest, (bucket,), frames, FPS, filters, clips_per_video=each, workers=workers) as source:
-        for item in source.read(0):
+        for item in filter(None, source.read([0])):
             if not isinstance(item, Clip):
                 raise UserError(f"{item.id}: {item.reason}; leave it out")
             path = paths[int(item.id.partition("-")[0])]

@@ -62,7 +62,7 @@ def test_a_folder_of_videos_is_encoded_once_and_trained_on(workdir, videos):
     (records,) = (workdir.parent / "data").iterdir()
     index = json.loads((records / "index.json").read_text())
     assert index["count"] == COUNT * 2  # clips of 9 frames at 8 a second, from 37 at 16
-    assert sum(index["rejects"].values()) == 1
+    assert sum(index["rejects"].values()) == 1 and (records / "summary.html").is_file()
     assert [r["step"] for r in read_metrics(workdir) if "generator/loss" in r] == [1, 2]
     assert (workdir / "model" / "transformer").is_dir()
     assert sorted(path.name for path in (workdir / "previews").glob("*.png")) == ["step_000000.png", "step_000002.png"]

@@ -28,8 +28,8 @@ from vpae_jax.data.datasets import parse_columns
 from vpae_jax.data.encoding import describe, encode
 from vpae_jax.data.filters import Filters
 from vpae_jax.data.manifest import Columns, Manifest
-from vpae_jax.data.records import INDEX, read_index
-from vpae_jax.data.summary import PAGE, write_summary
+from vpae_jax.data.records import read_index
+from vpae_jax.data.summary import PAGE, rejected, report
 from vpae_jax.data.synthetic import Recipe
 from vpae_jax.data.units import Units
 from vpae_jax.data.videos import VideoClips
@@ -45,6 +45,12 @@ FILTERS = {
     "min_caption": "characters of a caption, at least",
     "max_caption": "characters of a caption, at most",
 }
+# Flags of one way to make clips, which say nothing in the other. Their defaults are None: it shows which were given.
+OF_VIDEOS = ("manifest", "fps", "clips_per_video", "stride", "workers", "timeout")
+OF_VIDEOS += ("min_seconds", "min_side", "max_crop", "min_motion", "max_black")
+OF_CAPTIONS = ("teacher", "steps", "guidance", "solver", "shift", "seed")
+UNIT_OF_VIDEOS, UNIT_OF_CAPTIONS = 64, 4
+TIMEOUT = 120.0
 
 
 def parser() -> cli.Parser:
@@ -63,17 +69,17 @@ def parser() -> cli.Parser:
     add("--buckets", help="480p, 720p or HEIGHTxWIDTH,...; by default the model's own size")
     add("--num_frames", type=int, help="frames of a clip, 1 + a multiple of 4; the model's own by default")
     add("--fps", type=float, help="frames a second of a clip; the model's own by default")
-    add("--clips_per_video", type=int, default=1, help="clips of one video at most; 1 by default")
+    add("--clips_per_video", type=int, help="clips of one video at most; 1 by default")
     add("--stride", type=float, help="seconds between the beginnings of a shot's clips; by default they do not overlap")
     add("--batch", type=int, default=1, help="clips that a device encodes at once; 1 by default")
     add(
         "--unit",
         type=int,
-        default=64,
-        help="videos that are written together, and lost together by a kill; 64 by default",
+        help="videos or captions whose clips are written together, and lost together by a kill; "
+        f"{UNIT_OF_VIDEOS} videos or {UNIT_OF_CAPTIONS} captions by default",
     )
-    add("--workers", type=int, default=os.cpu_count(), help="processes that decode; the processors by default")
-    add("--timeout", type=float, default=120.0, help="seconds after which decoding a clip is given up; 120 by default")
+    add("--workers", type=int, help="processes that decode; the processors by default")
+    add("--timeout", type=float, help=f"seconds after which decoding a clip is given up; {TIMEOUT:g} by default")
     add("--dtype", choices=cli.DTYPES, default="bfloat16", help="of the text and image encoder; the VAE is float32")
     add(
         "--captions", type=Path, help="file of captions for the teacher: .txt with one a line, or a table as --manifest"
@@ -83,12 +89,12 @@ def parser() -> cli.Parser:
     add("--guidance", type=float, help="w of v_u + w (v_c - v_u); as its author samples it")
     add("--solver", choices=("euler", "unipc"), help="how the steps are taken; as its author samples it")
     add("--shift", type=float, help="of the time grid; as its author samples it")
-    add("--seed", type=int, default=0, help="of the first caption's noise, each has the next one; 0 by default")
+    add("--seed", type=int, help="of the first caption's noise, each has the next one; 0 by default")
     add("--process_id", type=int, help="which of several processes this is, from 0")
     add("--num_processes", type=int, help="how many share the work")
     defaults = {field.name: field.default for field in dataclasses.fields(Filters)}
     for name, text in FILTERS.items():
-        add(f"--{name}", type=type(defaults[name]), default=defaults[name], help=f"{text}; {defaults[name]} by default")
+        add(f"--{name}", type=type(defaults[name]), help=f"{text}; {defaults[name]} by default")
     return result
 
 
@@ -96,6 +102,10 @@ def main(argv: list[str]) -> None:
     given = parser().parse_args(argv)
     if (given.videos is None) == (given.captions is None):
         raise UserError("give either --videos, to encode these, or --captions, for a teacher to make clips for")
+    own, other = ("videos", "captions") if given.captions is None else ("captions", "videos")
+    for name in OF_CAPTIONS if own == "videos" else OF_VIDEOS:
+        if getattr(given, name) is not None:
+            raise UserError(f"--{name} belongs to --{other}; leave it out with --{own}")
     if given.batch < 1:
         raise UserError(f"--batch is {given.batch}; expected 1 or more")
     share = place(given)
@@ -107,23 +117,20 @@ def main(argv: list[str]) -> None:
     if not done:
         print(f"this process has done its share; {given.output} is complete when the others have")
         return
-    report(given.output)
+    say_what_there_is(given.output)
 
 
-def report(folder: Path) -> None:
-    """Says what there is in complete records, and writes their summary where it is not the newest file.
+def say_what_there_is(folder: Path) -> None:
+    """Says what there is in complete records, and that their summary shows it.
 
     Raises:
       UserError: no clip. Nothing can be trained on that, so what would come next must not begin.
     """
-    index, page = read_index(folder), folder / PAGE
-    if not page.is_file() or page.stat().st_mtime_ns < (folder / INDEX).stat().st_mtime_ns:
-        write_summary(folder)
-    kinds = ", ".join(f"{count} {kind}" for kind, count in index["rejects"].items())
+    lines, index = report(folder), read_index(folder)
     if not index["count"]:
-        raise UserError(f"{folder}: none of what was given makes a clip; rejected: {kinds}; {page} says why")
-    print(f"records: {folder}: {index['count']} clips" + (f"; rejected: {kinds}" if kinds else ""))
-    print(f"summary: {page}")
+        kinds = rejected(index)
+        raise UserError(f"{folder}: none of what was given makes a clip; rejected: {kinds}; {folder / PAGE} says why")
+    print("\n".join(lines))
 
 
 def from_videos(given: argparse.Namespace, listed: Manifest, process: int, processes: int) -> bool:
@@ -146,14 +153,14 @@ def from_captions(given: argparse.Namespace, listed: Captions, process: int, pro
         pipeline = load_pipeline(given.model, jnp.dtype(given.dtype), with_transformer=False)
     advised, own = teacher.scheduler, pipeline.defaults
     sizes = buckets.parse(given.buckets, max(pipeline.units)) if given.buckets else ((own.height, own.width),)
-    if len(sizes) > 1:
+    if len(sizes) != 1:
         raise UserError(f"--buckets={given.buckets} names {len(sizes)} sizes; with --captions give one, as 480x832")
     recipe = Recipe(
         steps=advised.steps if given.steps is None else given.steps,
         guidance=advised.guidance if given.guidance is None else given.guidance,
         solver=given.solver or advised.solver,
         shift=advised.shift if given.shift is None else given.shift,
-        seed=given.seed,
+        seed=given.seed or 0,
         num_frames=own.num_frames if given.num_frames is None else given.num_frames,
         height=sizes[0][0],
         width=sizes[0][1],
@@ -199,33 +206,35 @@ def manifest(given: argparse.Namespace) -> Manifest:
     if given.columns is not None and given.manifest is None:
         raise UserError("--columns says how to read a manifest; give --manifest=FILE, or leave it out")
     columns = None if given.columns is None else parse_columns(given.columns)
-    return Manifest(given.videos, given.manifest, columns, given.unit)
+    return Manifest(given.videos, given.manifest, columns, UNIT_OF_VIDEOS if given.unit is None else given.unit)
 
 
 def captions(given: argparse.Namespace) -> Captions:
     """The captions that the flags ask for. Raises `UserError` for flags that make no sense, or no such captions."""
-    if given.manifest is not None:
-        raise UserError(
-            "--manifest lists videos of --videos; leave it out with --captions, which may be a table itself"
-        )
     columns = Columns() if given.columns is None else parse_columns(given.columns)
-    return Captions(given.captions, columns.caption, columns.id, given.unit)
+    unit = UNIT_OF_CAPTIONS if given.unit is None else given.unit
+    return Captions(given.captions, columns.caption, columns.id, unit, filters(given))
+
+
+def filters(given: argparse.Namespace) -> Filters:
+    """What is not used. Raises `UserError` for bounds that make no sense."""
+    bounds = {name: getattr(given, name) for name in FILTERS}
+    return Filters(**{name: bound for name, bound in bounds.items() if bound is not None})
 
 
 def clips(given: argparse.Namespace, listed: Manifest, pipeline: Pipeline) -> VideoClips:
     """The clips of videos, in sizes that the model can make. Raises `UserError` for a flag that makes no sense."""
     own = pipeline.defaults
-    sizes = buckets.parse(given.buckets or f"{own.height}x{own.width}", max(pipeline.units))
     return VideoClips(
         listed,
-        sizes,
-        own.num_frames if given.num_frames is None else given.num_frames,
-        own.fps if given.fps is None else given.fps,
-        Filters(**{name: getattr(given, name) for name in FILTERS}),
-        given.stride,
-        given.clips_per_video,
-        given.workers,
-        given.timeout,
+        buckets=buckets.parse(given.buckets or f"{own.height}x{own.width}", max(pipeline.units)),
+        frames=own.num_frames if given.num_frames is None else given.num_frames,
+        fps=own.fps if given.fps is None else given.fps,
+        filters=filters(given),
+        stride=given.stride,
+        clips_per_video=1 if given.clips_per_video is None else given.clips_per_video,
+        workers=os.cpu_count() or 1 if given.workers is None else given.workers,
+        timeout=TIMEOUT if given.timeout is None else given.timeout,
     )
 
 

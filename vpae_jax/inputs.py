@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
+import jax
 from jax.sharding import Mesh
 
 from vpae_jax import sharding
@@ -15,13 +15,14 @@ from vpae_jax.data.manifest import Manifest
 from vpae_jax.data.pipeline import captioned_batches, latent_batches, pixel_batches
 from vpae_jax.data.reading import Batches
 from vpae_jax.data.records import REJECTS, LatentRecords
-from vpae_jax.data.source import InUnits, Source
+from vpae_jax.data.source import InUnits
 from vpae_jax.data.stores import Address
+from vpae_jax.data.summary import rejected, report
 from vpae_jax.data.videos import VideoClips
 from vpae_jax.files import is_address
 from vpae_jax.methods.base import Method
 from vpae_jax.pipeline import Pipeline
-from vpae_jax.processes import first_alone
+from vpae_jax.processes import is_first, say, wait_for_all
 from vpae_jax.types import UserError
 from vpae_jax.weights import resolve
 
@@ -47,15 +48,7 @@ def open_records(experiment: Experiment, workdir: Path, pipeline: Pipeline) -> S
     """
     data = experiment.data
     if not data.sources:
-        batch_size = 1 if data.videos else DIGITS_AT_ONCE  # clips of videos may be large
-        source = _raw(experiment, workdir, pipeline)
-        encode = partial(encode_into, resolve(data.folder, workdir), source, pipeline, batch_size)
-        records = LatentRecords(first_alone("encoded", encode))
-        if not len(records):
-            kinds = ", ".join(f"{count} {kind}" for kind, count in records.index["rejects"].items())
-            raise UserError(
-                f"config.data.videos: no clip of {data.videos} is used ({kinds}); see {records.folder}/{REJECTS}"
-            )
+        records = _encoded(experiment, workdir, pipeline)
         return ((records, float(len(records))),)
     found, expected = [], fingerprint(pipeline)
     for name, weight in data.sources:
@@ -69,14 +62,29 @@ def open_records(experiment: Experiment, workdir: Path, pipeline: Pipeline) -> S
     return tuple(found)
 
 
-def _raw(experiment: Experiment, workdir: Path, pipeline: Pipeline) -> Source:
-    """Clips that are to be encoded: all that a folder of videos has of the model's own size, or rendered digits."""
+def _encoded(experiment: Experiment, workdir: Path, pipeline: Pipeline) -> LatentRecords:
+    """Clips that are encoded before the run, of which each process does its share: those of a folder of videos, of the
+    model's own size, or rendered digits."""
     data, own = experiment.data, pipeline.defaults
-    if not data.videos:
-        return InUnits(MovingDigits("train", data.clips, data.seed))
-    manifest = Manifest(resolve(data.videos, workdir))
-    sizes = ((own.height, own.width),)
-    return VideoClips(manifest, sizes, own.num_frames, own.fps, clips_per_video=RAW_CLIPS)
+    here = jax.process_index(), jax.process_count()
+    root = resolve(data.folder, workdir)
+    if data.videos:
+        manifest = Manifest(resolve(data.videos, workdir))
+        sizes = ((own.height, own.width),)
+        with VideoClips(manifest, sizes, own.num_frames, own.fps, clips_per_video=RAW_CLIPS) as clips:
+            folder = encode_into(root, clips, pipeline, 1, *here)  # one at a time, since they may be large
+    else:
+        digits = InUnits(MovingDigits("train", data.clips, data.seed))
+        folder = encode_into(root, digits, pipeline, DIGITS_AT_ONCE, *here)
+    wait_for_all("encoded")
+    records = LatentRecords(folder)
+    if not len(records):
+        kinds = rejected(records.index)
+        raise UserError(f"config.data.videos: no clip of {data.videos} is used ({kinds}); see {folder}/{REJECTS}")
+    if data.videos and is_first():
+        for line in report(folder):
+            say(line)
+    return records
 
 
 def make_batches(

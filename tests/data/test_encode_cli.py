@@ -11,6 +11,7 @@ import pytest
 from encoding_runs import ROOT, add_bad_videos, call, contents, files, hidden, make_videos, start
 from manifests import write
 
+from vpae_jax import encode
 from vpae_jax.data.captions import Captions, Prompt
 from vpae_jax.data.source import Reject
 from vpae_jax.pipeline import load_pipeline
@@ -52,7 +53,7 @@ def test_a_folder_of_videos_becomes_records(videos, run, tmp_path):
     output = tmp_path / "records"
     code, out, err = run(videos=videos, output=output, unit=3, workers=2)
     assert code == 0 and not err, err
-    assert out[0].startswith(f"encoded {COUNT} clips, 3 rejected; unit 3 of 3; ")
+    assert out[0].startswith(f"encoded {COUNT} clips, 3 rejected; 3 of 3 units; ")
     assert out[1:] == [
         f"records: {output}: {COUNT} clips; rejected: 1 static, 1 too short, 1 unreadable",
         f"summary: {output / 'summary.html'}",
@@ -197,9 +198,20 @@ def test_another_setting_needs_another_folder(videos, run, tmp_path):
     output = tmp_path / "records"
     assert run(videos=videos, output=output, workers=0)[0] == 0
     before = files(output)
-    for change in ({"fps": 7}, {"min_motion": 1.5}, {"num_frames": 5}, {"unit": 5}, {"buckets": "32x48"}):
+    for change, what in (
+        ({"fps": 7}, "source.fps is 8.0 there, 7.0 here"),
+        ({"min_motion": 1.5}, "source.min_motion is 0.1 there, 1.5 here"),
+        ({"num_frames": 5}, "source.num_frames is 9 there, 5 here"),
+        ({"unit": 5}, "source.manifest.unit is 64 there, 5 here; units is 1 there, 2 here"),
+        ({"buckets": "32x48"}, "source.buckets is ['48x48'] there, ['32x48'] here"),
+        ({"dtype": "float32"}, "dtype is 'bfloat16' there, 'float32' here"),
+    ):
         code, _, err = run(videos=videos, output=output, workers=0, **change)
-        assert code == 2 and len(err) == 1 and f"error: {output} holds other records: " in err[0], err
+        assert (code, err) == (2, [f"error: {output} holds other records: {what}; choose another folder"])
+    (captions := tmp_path / "captions.txt").write_text("a three")
+    code, _, err = run(captions=captions, output=output)
+    assert code == 2 and len(err) == 1
+    assert f"{output} holds other records: source.kind is 'videos' there, 'captions' here; source." in err[0]
     assert files(output) == before
 
 
@@ -265,7 +277,25 @@ def test_no_clip_is_an_error(run, tmp_path):
         ({"vidoes": "videos"}, "unrecognized arguments: --vidoes=videos"),
         ({"videos": None, "captions": "none.txt"}, "none.txt: No such file"),
         ({"videos": None, "captions": "empty"}, "a file of captions ends in one of .txt"),
-        ({"videos": None, "captions": "captions.txt", "manifest": "table.csv"}, "--manifest lists videos of --videos"),
+        (
+            {"videos": None, "captions": "captions.txt", "manifest": "table.csv"},
+            "--manifest belongs to --videos; leave it out",
+        ),
+        ({"teacher": "tiny"}, "--teacher belongs to --captions; leave it out with --videos"),
+        ({"steps": 4}, "--steps belongs to --captions"),
+        ({"guidance": 5}, "--guidance belongs to --captions"),
+        ({"solver": "euler"}, "--solver belongs to --captions"),
+        ({"shift": 3}, "--shift belongs to --captions"),
+        ({"seed": 0}, "--seed belongs to --captions"),
+        (
+            {"videos": None, "captions": "captions.txt", "fps": 16},
+            "--fps belongs to --videos; leave it out with --captions",
+        ),
+        *(
+            ({"videos": None, "captions": "captions.txt", name: 1}, f"--{name} belongs to --videos")
+            for name in (*encode.OF_VIDEOS[2:], "min_motion")
+        ),
+        ({"videos": None, "captions": "captions.txt", "max_caption": 0}, "filter max_caption is 0; expected at least"),
         ({"videos": None, "captions": "captions.txt", "unit": 0}, "units of 0 captions; expected 1 or more"),
         ({"videos": None, "captions": "captions.txt", "batch": 0}, "--batch is 0; expected 1 or more"),
         ({"videos": None, "captions": "captions.txt", "steps": 0}, "steps is 0; expected 1 or more"),
@@ -298,7 +328,8 @@ def test_bad_input_is_one_line_and_status_2(videos, run, tmp_path, monkeypatch, 
     (tmp_path / "captions.txt").write_text("a three\na four\n")
     (tmp_path / "table.csv").write_text("file,caption\nv000.mp4,a three\n")
     before = sorted(tmp_path.rglob("*"))
-    arguments = {"videos": videos, "output": "new/records", "workers": 0, **changes}
+    own = {"workers": 0} if changes.get("videos", videos) else {}
+    arguments = {"videos": videos, "output": "new/records", **own, **changes}
     code, _, err = run(**{name: value for name, value in arguments.items() if value is not None})
     assert code == 2 and len(err) == 1 and err[0].startswith("error: ") and message in err[0], err
     assert sorted(tmp_path.rglob("*")) == before
@@ -333,7 +364,30 @@ def test_the_teachers_clips_can_be_made_again(run, tmp_path):
     code, out, _ = run(**settings, unit=2, batch=1, shift=2, teacher=ROOT / "vpae_jax" / "assets" / "tiny")
     assert code == 0 and out[0] == f"{output} was complete; nothing is left to do"
     code, _, err = run(**{**settings, "seed": 12}, unit=2, shift=2)
-    assert code == 2 and len(err) == 1 and "holds other records: recipe is " in err[0]
+    assert code == 2 and len(err) == 1 and "holds other records: recipe.seed is 11 there, 12 here; choose" in err[0]
+
+
+def test_two_teachers_at_the_same_time(run, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    (captions := tmp_path / "captions.txt").write_text("".join(f"a three moves up {i}\n" for i in range(5)))
+    settings = dict(captions=captions, unit=1, steps=1, guidance=1)
+    running = [start(**settings, output=two, process_id=i, num_processes=2) for i in (0, 1)]
+    code, out, err = run(**settings, output=one)
+    assert code == 0 and out[0].startswith("encoded 5 clips; 5 of 5 units; "), err
+    said = [process.communicate() for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    assert any("summary: " in out for out, _ in said)
+    assert same(one, two) and not hidden(two)
+
+
+def test_captions_are_filtered_by_their_length(run, tmp_path):
+    (captions := tmp_path / "captions.txt").write_text("a three moves up\na\nan eight moves up and to the right\n")
+    settings = dict(captions=captions, output=tmp_path / "records", steps=1, guidance=1)
+    code, out, err = run(**settings, min_caption=2, max_caption=20)
+    assert code == 0, err
+    assert out[1] == f"records: {tmp_path / 'records'}: 1 clips; rejected: 2 caption"
+    code, _, err = run(**settings, min_caption=2)
+    assert code == 2 and "holds other records: source.max_caption is 20 there, 10000 here; choose" in err[0]
 
 
 def test_a_teachers_clip_leads_back_to_its_row(run, tmp_path):

@@ -93,6 +93,23 @@ def test_thirty_kills_lose_and_double_nothing(tmp_path):
     assert {"unit-", "finish"} <= {how.rpartition("in ")[2].rstrip("0123456789") for how in deaths}
 
 
+def test_a_teacher_that_is_killed_makes_each_clip_once(tmp_path):
+    """Once while it makes a unit, and once when some are done."""
+    (captions := tmp_path / "captions.txt").write_text("".join(f"a three moves up {i}\n" for i in range(7)))
+    settings = {"arguments": {"captions": captions, "unit": 2, "steps": 1, "guidance": 1}, "units": 4}
+    whole, output = tmp_path / "whole", tmp_path / "killed"
+    deaths = [how for moment in ((0, 0.0), (1, 0.05)) if (how := kill_at(output, moment, settings))]
+    assert deaths, "none was killed"
+    for folder in (output, whole):
+        process = start(**settings["arguments"], output=folder)
+        out, err = process.communicate(timeout=WAIT)
+        assert process.returncode == 0, (out, err)
+    assert [record["about"]["seed"] for record in contents(output).values()] == list(range(7))
+    found, expected = files(output), files(whole)
+    assert found.pop("summary.html").decode().replace("killed", "whole") == expected.pop("summary.html").decode()
+    assert found == expected and not hidden(output)
+
+
 def test_ctrl_c_ends_it_in_one_line(tmp_path):
     folder, output = make_videos(tmp_path / "videos", 4), tmp_path / "records"
     process = start(videos=folder, unit=1, workers=2, output=output)

@@ -1,20 +1,25 @@
 """Encoding clips: records are what the encoders give, whatever the batches, devices and processes."""
 
 import dataclasses
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from encoding_runs import files
 from pipelines import make_pipeline
+from writing import FACTS, NULL, arrays_of
 
 from vpae_jax.convert.image_processor import ImageProcessor
 from vpae_jax.convert.settings import Defaults
 from vpae_jax.data.digits import MovingDigits
-from vpae_jax.data.encoding import describe, encode, encode_into, fingerprint
+from vpae_jax.data.encoding import Encoded, describe, encode, encode_into, fingerprint, write_units
+from vpae_jax.data.identity import differences
 from vpae_jax.data.pipeline import latent_batches, to_float
 from vpae_jax.data.records import LatentRecords
-from vpae_jax.data.source import Clip, InUnits, Reject
+from vpae_jax.data.source import Clip, InUnits, Reject, in_turn
 from vpae_jax.data.tokenizer import build_tokenizer
 from vpae_jax.data.units import Units
 from vpae_jax.types import UserError
@@ -51,10 +56,17 @@ class Mixed:
     def __init__(self, end: int | None = None):
         self.end = end
 
-    def __repr__(self):
-        return "Mixed()"
+    @property
+    def identity(self):
+        return {"kind": "mixed"}
 
-    def read(self, unit):
+    def expected(self, unit):
+        return 7
+
+    def read(self, units):
+        return in_turn(self._read, units)
+
+    def _read(self, unit):
         for number in range(7 * unit, 7 * (unit + 1)):
             if number == self.end:
                 raise OSError("disk gone")
@@ -146,6 +158,149 @@ def test_an_encoding_that_was_broken_off_goes_on_with_the_unit_it_broke_off_in(p
     assert len(contents(tmp_path / "records")) == 11
 
 
+def made_by(run, items, folder, size=4, batch=1, threads=1):
+    """Writes units of `size` items each with `run` in place of encoders."""
+    count = -(-len(items) // size)
+    units = Units(folder, {"clips": "some"}, count)
+    read = in_turn(lambda unit: items[unit * size : (unit + 1) * size], range(count))
+    write_units(units, range(count), read, [run] * threads, batch, size=lambda _: 0, expected=lambda _: size)
+    return units
+
+
+def drawn(ids, spoilt=()):
+    """Clips as if they were encoded; the latents of some are not finite."""
+    video = np.zeros((1, 16, 16, 3), np.uint8)
+    made = []
+    for id in ids:
+        arrays = arrays_of(id)
+        arrays["latents"][0, 0, 0, 0] = np.nan if id in spoilt else id
+        made.append(Encoded(str(id), arrays, {"caption": "a three"}, video))
+    return made
+
+
+def test_a_clip_that_is_not_finite_is_a_reject_and_the_others_go_on(tmp_path):
+    units = made_by(lambda ids: drawn(ids, {1, 4, 8}), list(range(9)), tmp_path / "records", batch=3)
+    assert units.finish(NULL, FACTS)
+    records = LatentRecords(units.folder)
+    assert [records.about(i)["id"] for i in range(len(records))] == ["0", "2", "3", "5", "6", "7"]
+    assert records.index["rejects"] == {"not finite": 3}
+    (reject,) = units.read(2).rejects
+    assert (reject.id, reject.kind) == ("8", "not finite")
+    assert reject.reason.startswith("clip '8': its latents are not finite in bfloat16")
+
+
+def test_encoders_that_give_nothing_finite_stop_it_in_one_line(tmp_path):
+    """Were all clips rejects, the folder would be done, and empty."""
+    for size, done in ((6, 1), (1, 9)):  # units of one clip tell it after a few of them
+        folder = tmp_path / f"records{size}"
+        with pytest.raises(
+            UserError, match=r"none of the last . clips is finite; clip '.*': its latents are not finite"
+        ):
+            made_by(lambda ids: drawn(ids, range(6, 1000)), list(range(1000)), folder, size)
+        assert len(list((folder / "units").iterdir())) == done
+        assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_the_next_unit_is_read_while_the_last_batches_of_one_are_encoded(tmp_path):
+    """Its contents do not depend on that, and it is written as soon as it is done."""
+    folder, read, begun = tmp_path / "records", threading.Event(), time.monotonic()
+    first = (folder / "units" / "00000.json").is_file
+
+    def items(unit):
+        if unit == 1:
+            assert not first(), "the encoder waits for this"
+            read.set()
+            yield 4
+            while not first() and time.monotonic() < begun + 60:
+                time.sleep(0.01)
+                yield Reject("row", "static", "still")
+            assert first(), "a unit is written before the next one is read to its end"
+            yield 5
+        else:
+            yield from (0, 1, 2, 3)
+
+    def run(ids):
+        if ids[-1] == 3:
+            assert read.wait(60), "no clip of the next unit is read"
+        return drawn(ids)
+
+    units = Units(folder, {"clips": "some"}, 2)
+    write_units(units, [0, 1], in_turn(items, [0, 1]), [run], 3, size=lambda _: 0, expected=lambda _: 4)
+    assert units.finish(NULL, FACTS)
+    records = LatentRecords(folder)
+    assert [records.about(i)["id"] for i in range(len(records))] == list("012345")
+
+
+def test_a_unit_is_the_same_whatever_comes_before_it(tmp_path):
+    """Batches hold clips of one unit, and the order of rejects does not depend on how fast encoders are."""
+    items = [Reject(str(i), "static", "still") if i % 5 == 2 else i for i in range(24)]
+
+    def slow(ids):
+        time.sleep(0.02 * (ids[0] % 3))
+        return drawn(ids, {1, 9, 17})
+
+    quick = made_by(lambda ids: drawn(ids, {1, 9, 17}), items, tmp_path / "quick", size=8, batch=3)
+    late = Units(tmp_path / "late", {"clips": "some"}, 3)
+    for pending in ([1], [0, 2]):  # as if other processes had done the others
+        read = in_turn(lambda unit: items[unit * 8 : (unit + 1) * 8], pending)
+        write_units(late, pending, read, [slow, slow], 3, size=lambda _: 0, expected=lambda _: None)
+    for units in (quick, late):
+        assert units.finish(NULL, FACTS)
+    assert files(quick.folder) == files(late.folder)
+
+
+def test_what_waits_does_not_grow_with_the_rejects(tmp_path):
+    """While a batch takes its time, no more than the next unit is read."""
+    begun = []
+
+    def items(unit):
+        begun.append(unit)
+        yield from [unit] if unit == 0 else [Reject(str(unit), "static", "still")]
+
+    def run(ids):
+        time.sleep(0.5)
+        assert max(begun) <= 2, "the unit after the next waits to be read"
+        return drawn(ids)
+
+    units = Units(tmp_path / "records", {"clips": "some"}, 50)
+    write_units(units, range(50), in_turn(items, range(50)), [run], 1, size=lambda _: 0, expected=lambda _: 1)
+    assert units.finish(NULL, FACTS) and begun == list(range(50))
+
+
+def test_a_source_that_ends_within_a_unit_ends_no_unit(tmp_path):
+    units = Units(tmp_path / "records", {"clips": "some"}, 2)
+    with pytest.raises(ValueError, match="unit 1 has no end"):
+        write_units(units, [0, 1], [0, None, 1], [drawn], 1, size=lambda _: 0, expected=lambda _: 1)
+    assert units.pending() == [1]
+
+
+def test_a_failure_does_not_wait_for_what_is_queued(tmp_path):
+    """Of a teacher each batch may take minutes."""
+    calls = []
+
+    def run(ids):
+        calls.append(ids)
+        if len(calls) == 1:
+            raise UserError("the teacher is gone")
+        time.sleep(5)
+        return drawn(ids)
+
+    begun = time.monotonic()
+    with pytest.raises(UserError, match="the teacher is gone"):
+        made_by(run, list(range(20)), tmp_path / "records", size=20)
+    assert len(calls) <= 2 and time.monotonic() - begun < 8  # seconds; what has begun is waited for
+    assert [path.name for path in (tmp_path / "records").iterdir()] == ["identity.json"]
+
+
+def test_another_precision_has_a_folder_of_its_own(pipeline, clips, tmp_path):
+    """A run that was killed must not go on in another one."""
+    rounded = make_pipeline(pipeline.tokenizer)
+    for leaf in jax.tree.leaves(rounded.text_encoder, is_leaf=lambda x: hasattr(x, "set_value")):
+        leaf.set_value(leaf[...].astype(jnp.bfloat16))
+    one, two = describe(InUnits(clips), pipeline), describe(InUnits(clips), rounded)
+    assert list(differences(one, two)) == ["dtype is 'float32' there, 'bfloat16' here"]
+
+
 def test_what_is_encoded_already_is_kept(folder, pipeline, clips):
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
     assert encode_into(folder.parent, InUnits(clips, 6), pipeline, BATCH) == folder
@@ -158,7 +313,7 @@ def test_other_clips_or_encoders_have_a_folder_of_their_own(pipeline, clips, tok
     folders = {encode_into(tmp_path, InUnits(source), encoders, BATCH) for source, encoders in sources}
     assert folders == set(tmp_path.iterdir()) and len(folders) == 3
     one, *_ = folders
-    with pytest.raises(UserError, match="holds other records: encoders is "):
+    with pytest.raises(UserError, match=r"holds other records: encoders is '.*' there, 'others' here; choose"):
         Units(one, {**LatentRecords(one).index["identity"], "encoders": "others"}, 1)
 
 

@@ -169,8 +169,10 @@ def test_a_folder_without_videos(tmp_path):
 
 def test_a_folder_is_known_by_names_sizes_and_captions(tmp_path):
     files = {"a.mp4": "12", "a.txt": "one", "b.mp4": "3", "b.json": '{"text": "two"}'}
-    known = repr(Manifest(folder(tmp_path / "0", files)))
-    assert repr(Manifest(folder(tmp_path / "1", files | {"notes.md": "x"}))) == known
+    known = Manifest(folder(tmp_path / "0", files)).identity
+    assert Manifest(folder(tmp_path / "1", files | {"notes.md": "x"})).identity == known
     changes = [{"a.mp4": "123"}, {"a.txt": "uno"}, {"b.json": '{"text": "due"}'}, {"c.mp4": ""}, {"a.json": "{}"}]
-    seen = {known} | {repr(Manifest(folder(tmp_path / f"c{i}", files | c))) for i, c in enumerate(changes)}
+    seen = {json.dumps(known)} | {
+        json.dumps(Manifest(folder(tmp_path / f"c{i}", files | c)).identity) for i, c in enumerate(changes)
+    }
     assert len(seen) == 1 + len(changes)

@@ -86,7 +86,7 @@ def test_batches_are_those_of_the_folder_from_any_position(address, folder, work
     expected = take(batches_of(folder), 9)
     for position in (0, 4) if workers == 0 else (2,):
         batches = batches_of(address, workers)
-        batches.set_state({"batches": position})
+        batches.set_state({**batches.get_state(), "batches": position})
         assert all(equal(a, b) for a, b in zip(expected[position:], take(batches, 9 - position), strict=True))
         batches.close()
 

@@ -3,7 +3,9 @@
 import json
 import os
 import random
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +15,8 @@ import numpy as np
 import pytest
 from writing import FACTS, NULL, SMALL, WIDE, arrays_of, number_of, write_folder
 
-from vpae_jax.data.records import LatentRecords
+from vpae_jax.data import units as units_module
+from vpae_jax.data.records import LatentRecords, NotFinite
 from vpae_jax.data.source import Reject
 from vpae_jax.data.units import Units
 from vpae_jax.pages import jpeg
@@ -21,6 +24,15 @@ from vpae_jax.types import UserError
 
 HERE = Path(__file__).parent
 IDENTITY = {"clips": "numbers", "encoders": {"vae": "one"}}
+
+UNSHARE = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"]
+
+
+def namespaces() -> bool:
+    """Whether this system lets us make a process namespace."""
+    return (
+        shutil.which("unshare") is not None and not subprocess.run([*UNSHARE, "true"], capture_output=True).returncode
+    )
 
 
 def add(writer, *numbers, shape=SMALL):
@@ -117,14 +129,85 @@ def test_a_folder_of_rejects_alone_has_no_clips(tmp_path):
 def test_another_identity_is_refused_by_its_key(tmp_path):
     folder = tmp_path / "folder"
     Units(folder, IDENTITY, 3)
-    with pytest.raises(
-        UserError, match=r"holds other records: encoders is \{'vae': 'one'\} there, \{'vae': 'two'\} he"
-    ):
+    with pytest.raises(UserError, match=r"holds other records: encoders\.vae is 'one' there, 'two' here; choose"):
         Units(folder, {**IDENTITY, "encoders": {"vae": "two"}}, 3)
     with pytest.raises(UserError, match="units is 3 there, 4 here"):
         Units(folder, IDENTITY, 4)
-    with pytest.raises(UserError, match="fps is None there, 16 here"):
+    with pytest.raises(UserError, match="fps is not set there, 16 here"):
         Units(folder, {**IDENTITY, "fps": 16}, 3)
+
+
+def test_long_values_are_shown_where_they_differ(tmp_path):
+    prompt = "too bright, too dark, " * 10
+    Units(tmp_path / "folder", {"prompt": prompt + "one", "kind": "some"}, 3)
+    with pytest.raises(UserError) as refusal:
+        Units(tmp_path / "folder", {"prompt": prompt + "another", "kind": "some"}, 3)
+    assert str(refusal.value) == (
+        f"{tmp_path / 'folder'} holds other records: prompt is ...o bright, too dark, one' there, "
+        "...o bright, too dark, another' here; choose another folder"
+    )
+    other = {name: 1 for name in "abcde"}
+    with pytest.raises(UserError, match=r"a is not set there, 1 here; b is .*; c is .* here; 4 more differ; choose"):
+        Units(tmp_path / "folder", other, 3)
+
+
+def test_a_process_of_another_namespace_keeps_its_unit(tmp_path, monkeypatch):
+    """Containers that share the host's name number their processes each for itself: another container's process 7 may
+    live while there is none here, and while this one is number 7 itself."""
+    folder = tmp_path / "folder"
+    Units(folder, IDENTITY, 2)
+    for number, same in enumerate((os.getpid(), 2**22 + 1)):  # the second is more than Linux gives
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "getpid", lambda same=same: same)
+            patched.setattr(units_module, "_host", lambda: f"{socket.gethostname()}-0badcafe")
+            theirs = Units(folder, IDENTITY, 2)
+            writing = theirs.write(number)
+            writer = writing.__enter__()
+        add(writer, 2 * number, 2 * number + 1)
+        assert len(hidden(folder)) == 1
+        Units(folder, IDENTITY, 2)
+        assert len(hidden(folder)) == 1, "a process of another namespace may live"
+        writing.__exit__(None, None, None)
+    assert theirs.finish(NULL, FACTS) and numbers(folder) == [0, 1, 2, 3]
+
+
+@pytest.mark.skipif(not namespaces(), reason="no process namespace can be made here")
+def test_real_namespaces_differ(tmp_path):
+    name = [sys.executable, "-c", "from vpae_jax.data.units import _host; print(_host())"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])}
+    within = [*UNSHARE, *name]
+    here, there = (
+        subprocess.run(c, env=env, capture_output=True, text=True, check=True).stdout for c in (name, within)
+    )
+    assert here.strip() == units_module._host() != there.strip()
+
+
+def test_a_workspace_that_others_removed_is_named(tmp_path):
+    """It is no lack of room, so making room is no remedy."""
+    folder = tmp_path / "folder"
+    units = Units(folder, IDENTITY, 1)
+    with pytest.raises(UserError) as refusal, units.write(0) as writer:
+        add(writer, 0, 1)
+        (workspace,) = hidden(folder)
+        shutil.rmtree(folder / workspace)
+    assert str(refusal.value) == (
+        f"{folder / workspace} was removed by others while it was in use; run the same command again"
+    )
+    assert units.pending() == [0]
+    fill(units)
+    assert units.finish(NULL, FACTS) and numbers(folder) == [0, 1]
+
+
+def test_a_clip_that_is_not_finite_leaves_no_trace(tmp_path):
+    """A shard that was begun for it would have no clips, and no shapes."""
+    folder = tmp_path / "folder"
+    units = Units(folder, IDENTITY, 1)
+    with units.write(0) as writer:
+        with pytest.raises(NotFinite, match="clip 'odd': its text are not finite in bfloat16"):
+            writer.add("odd", {**arrays_of(0, WIDE), "text": np.full((6, 8), np.inf, np.float32)}, {})
+        add(writer, 0, 1)
+    assert units.finish(NULL, FACTS)
+    assert numbers(folder) == [0, 1] and len(list((folder / "shards").iterdir())) == 1
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):

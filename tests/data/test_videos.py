@@ -42,11 +42,21 @@ class Listed:
     def units(self) -> int:
         return -(-len(self.items) // self.size)
 
+    def rows_of(self, unit: int) -> int:
+        return len(self.items[unit * self.size : (unit + 1) * self.size])
+
     def read(self, unit: int):
         yield from self.items[unit * self.size : (unit + 1) * self.size]
 
-    def __repr__(self) -> str:
-        return "Listed()"
+    @property
+    def identity(self) -> dict:
+        return {"listed": "some"}
+
+
+def of_unit(clips: VideoClips, unit: int) -> list[Clip | Reject]:
+    *found, end = clips.read([unit])
+    assert end is None
+    return [item for item in found if item]
 
 
 def entry(path: Path, **settings) -> Entry:
@@ -85,7 +95,7 @@ def test_clips_and_rejects_in_order(folder, workers):
     with VideoClips(manifest, BUCKETS, 17, clips_per_video=3, workers=workers) as clips:
         assert isinstance(clips, Source) and clips.units == 1
         for _ in range(2):
-            found = list(clips.read(0))
+            found = of_unit(clips, 0)
             assert [(item.id, item.kind if isinstance(item, Reject) else "") for item in found] == [
                 ("long#0", ""),
                 ("long#1", ""),
@@ -119,14 +129,29 @@ def test_units_are_read_by_themselves(folder):
     manifest = Listed(*entries(folder), size=4)
     with VideoClips(manifest, BUCKETS, 9) as clips:
         assert clips.units == 3
-        one_by_one = [item.id for unit in (2, 0, 1) for item in clips.read(unit)]
-        assert sorted(one_by_one) == sorted(item.id for unit in range(3) for item in clips.read(unit))
+        one_by_one = [item.id for unit in (2, 0, 1) for item in of_unit(clips, unit)]
+        assert sorted(one_by_one) == sorted(item.id for item in clips.read(range(3)) if item)
 
 
-def test_repr_says_what_decides_the_clips_and_nothing_else(folder):
+def test_the_next_unit_is_decoded_before_the_last_clips_of_one_are_taken(folder):
+    """Else workers would idle at each unit's end."""
+    begun = []
+
+    class Watched(Listed):
+        def read(self, unit: int):
+            begun.append(unit)
+            yield from super().read(unit)
+
+    with VideoClips(Watched(*entries(folder), size=2), BUCKETS, 9, workers=2) as clips:
+        reading = clips.read(range(clips.units))
+        assert next(reading) is not None and begun[:2] == [0, 1]
+        assert [item is None for item in reading].count(True) == clips.units == 5
+
+
+def test_identity_is_what_decides_the_clips_and_nothing_else(folder):
     one = VideoClips(Listed(), BUCKETS, 17, workers=1, timeout=5.0)
     other = VideoClips(Listed(), BUCKETS, 17, workers=4)
-    assert repr(one) == repr(other) and "Listed()" in repr(one)
+    assert one.identity == other.identity and one.identity["manifest"] == {"listed": "some"}
     different = [
         VideoClips(Listed(), BUCKETS[:1], 17),
         VideoClips(Listed(), BUCKETS, 21),
@@ -135,7 +160,7 @@ def test_repr_says_what_decides_the_clips_and_nothing_else(folder):
         VideoClips(Listed(), BUCKETS, 17, stride=1.0),
         VideoClips(Listed(), BUCKETS, 17, clips_per_video=2),
     ]
-    assert len({repr(one), *map(repr, different)}) == 7
+    assert len({json.dumps(each.identity) for each in (one, *different)}) == 7
 
 
 @pytest.mark.parametrize(
@@ -160,7 +185,7 @@ def test_a_worker_that_dies_costs_one_video(tmp_path, monkeypatch):
     paths = [write(tmp_path / f"{name}.mp4", numbered(24)) for name in names]
     monkeypatch.setattr(videos, "tasks", failing_tasks)
     with VideoClips(Listed(*map(entry, paths)), BUCKETS, 9, timeout=2.5) as clips:
-        found = list(clips.read(0))
+        found = of_unit(clips, 0)
     kinds = {"abort": "crashed", "exit": "crashed", "hang": "timeout", "raise": "crashed", "stop": "timeout"}
     assert [item.id.split("#")[0] for item in found] == names
     assert [getattr(item, "kind", None) for item in found] == [kinds.get(name) for name in names]
@@ -280,10 +305,10 @@ def test_a_forgotten_pool_ends_its_workers():
 
 def test_a_reader_that_stops_early_leaves_a_pool_that_works(folder):
     with VideoClips(Listed(*entries(folder)), BUCKETS, 9, clips_per_video=3) as clips:
-        reading = clips.read(0)
+        reading = clips.read([0])
         assert isinstance(next(reading), Clip)
         reading.close()
-        assert len(list(clips.read(0))) == len(list(clips.read(0))) > 9
+        assert len(of_unit(clips, 0)) == len(of_unit(clips, 0)) > 9
 
 
 PARENT = """

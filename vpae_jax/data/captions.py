@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from vpae_jax.data.cells import id_of, printable, rest_of, shown, text_of
+from vpae_jax.data.filters import Filters
+from vpae_jax.data.identity import Identity
 from vpae_jax.data.rows import TABLES, Rows, open_table
 from vpae_jax.data.source import Reject
 from vpae_jax.data.tables import Digest, Place, Refused, Row, Table, lines_of, signature
@@ -35,22 +37,30 @@ class Prompt:
 
 
 class Captions:
-    """The captions of a file in its order, cut into units. Its `repr` says all that decides them.
+    """The captions of a file in its order, cut into units. Its identity is all that decides them.
 
     Args:
       file: .txt with a caption a line, or a table as `Manifest` reads them.
       column: of a table, the one that holds captions.
       id: of a table, the one that holds ids, of equal ones of which the first is kept; None for `row 1`, `row 2`, ...
       unit: rows of a unit.
+      filters: of which those of captions are used.
 
     Raises:
       UserError: an empty unit, an unknown suffix, a file that is empty, damaged or not UTF-8, a missing column.
     """
 
-    def __init__(self, file: Path, column: str = "caption", id: str | None = None, unit: int = 64) -> None:
+    def __init__(
+        self,
+        file: Path,
+        column: str = "caption",
+        id: str | None = None,
+        unit: int = 4,
+        filters: Filters | None = None,
+    ) -> None:
         if unit < 1:
             raise UserError(f"units of {unit} captions; expected 1 or more")
-        self.column, self.id, self.unit = column, id, unit
+        self.column, self.id, self.unit, self.filters = column, id, unit, filters or Filters()
         self._used = {"caption": column} if id is None else {"caption": column, "id": id}
         name = None if id is None else lambda row: id_of(row, id)
         self._rows = Rows(_table(file, self._used), [id or column], unit, name)
@@ -58,8 +68,16 @@ class Captions:
             raise UserError(f"{file} has no rows; give other captions with --captions=FILE")
         self.rows, self.units, self.digest = self._rows.count, self._rows.units, self._rows.digest
 
-    def __repr__(self) -> str:
-        return f"Captions(digest={self.digest}, column={self.column!r}, id={self.id!r}, unit={self.unit})"
+    @property
+    def identity(self) -> Identity:
+        """All that decides them, by the names of the flags."""
+        bounds = {"min_caption": self.filters.min_caption, "max_caption": self.filters.max_caption}
+        columns = {"column": self.column, "id": self.id}
+        return {"kind": "captions", "digest": self.digest, **columns, "unit": self.unit, **bounds}
+
+    def rows_of(self, unit: int) -> int:
+        """How many captions a unit has."""
+        return self._rows.rows_of(unit)
 
     def read(self, unit: int) -> Iterator[Prompt | Reject]:
         """A unit's captions. Raises `UserError` when the file was changed since it was scanned."""
@@ -73,6 +91,8 @@ class Captions:
                 if repeated:
                     raise Refused("duplicate", f"a row before it has the same {self.id!r}, {shown(name)}")
                 caption = text_of(row, self.column, "caption").strip()
+                if refusal := self.filters.caption(caption):
+                    raise Refused(*refusal)
                 yield Prompt(name, number, caption, rest_of(row, self._used.values()))
             except Refused as refused:
                 yield Reject(name, refused.kind, printable(refused.reason))

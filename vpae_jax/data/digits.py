@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from scipy.ndimage import affine_transform
 
+from vpae_jax.data.identity import Identity
 from vpae_jax.types import UserError
 
 Split = Literal["train", "eval", "classifier"]
@@ -137,11 +138,17 @@ class MovingDigits:
     def __len__(self) -> int:
         return self.size
 
-    def __repr__(self) -> str:
-        return (
-            f"MovingDigits(split={self.split!r}, size={self.size}, seed={self.seed}, frames={self.frames}, "
-            f"resolution={self.resolution})"
-        )
+    @property
+    def identity(self) -> Identity:
+        """All that decides the clips."""
+        return {
+            "kind": "digits",
+            "split": self.split,
+            "size": self.size,
+            "seed": self.seed,
+            "num_frames": self.frames,
+            "resolution": self.resolution,
+        }
 
     def __getitem__(self, index: int) -> Clip:
         index = int(index)

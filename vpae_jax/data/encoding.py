@@ -11,6 +11,7 @@ whole.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,11 +31,12 @@ from jaxtyping import Shaped, UInt8
 from PIL import Image
 
 from vpae_jax.data.progress import Progress
+from vpae_jax.data.records import NotFinite
 from vpae_jax.data.source import Clip, Reject, Source
 from vpae_jax.data.tokenizer import TooLong
-from vpae_jax.data.units import Units
+from vpae_jax.data.units import Units, UnitWriter
 from vpae_jax.pages import jpeg
-from vpae_jax.types import Latents
+from vpae_jax.types import Latents, UserError
 
 T = TypeVar("T")
 
@@ -55,6 +57,9 @@ SHOWN = 12
 # Pixels of the longer side of a frame there.
 SHOWN_SIDE = 160
 LONGEST = 300  # characters of a caption
+NOT_FINITE = "not finite"  # kind of reject
+# A unit of no other clips is not written when so many came one after the other: the model is to blame, not the clips.
+BROKEN = 4
 # What it knows of every clip, where it was measured.
 MEASURED = ("motion", "brightness", "black", "start", "fps", "seed")
 
@@ -104,7 +109,7 @@ class Encoded:
 
 def describe(source: Source, encoders: Encoders) -> dict[str, Any]:
     """What decides the records: the identity of their folder."""
-    return {"source": repr(source), "encoders": fingerprint(encoders)}
+    return {"source": source.identity, "encoders": fingerprint(encoders), "dtype": dtype_of(encoders.text_encoder)}
 
 
 def encode(
@@ -136,25 +141,28 @@ def encode(
         write_units(
             units,
             pending,
-            lambda unit: fitting(source.read(unit), encoders),
+            fitting(source.read(pending), encoders),
             runs,
             batch_size,
-            lambda clip: clip.video.shape,
+            size=lambda clip: clip.video.shape,
+            expected=source.expected,
         )
     return finish(units, encoders)
 
 
-def encode_into(root: Path, source: Source, encoders: Encoders, batch_size: int) -> Path:
-    """Encodes all clips into a folder of `root` that is named by what decides them, or goes on there.
+def encode_into(
+    root: Path, source: Source, encoders: Encoders, batch_size: int, process: int = 0, processes: int = 1
+) -> Path:
+    """Encodes this process's share of all clips into a folder of `root` that is named by what decides them.
 
     Returns:
-      The folder, complete.
+      The folder, complete when all processes have come so far.
     """
     identity = describe(source, encoders)
-    folder = root / hashlib.sha256(repr(sorted(identity.items())).encode()).hexdigest()[:16]
+    folder = root / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     units = Units(folder, identity, source.units)
     if not units.complete():  # a shard that was lost since is made again
-        encode(source, encoders, units, batch_size)
+        encode(source, encoders, units, batch_size, process, processes)
     return folder
 
 
@@ -168,68 +176,133 @@ def finish(units: Units, encoders: Encoders) -> bool:
 def write_units(
     units: Units,
     pending: Sequence[int],
-    read: Callable[[int], Iterable[T | Reject]],
+    items: Iterable[T | Reject | None],
     runs: Sequence[Callable[[list[T]], list[Encoded]]],
     batch_size: int,
     size: Callable[[T], Hashable],
+    expected: Callable[[int], int | None],
 ) -> None:
-    """Reads units, encodes their items in batches of one size, and writes them.
+    """Encodes units in batches of items of one unit and one size, and writes them, each while the next is encoded.
 
     Args:
       units: where to.
       pending: which.
-      read: a unit's items in a fixed order.
+      items: of these in a fixed order, None after each unit.
       runs: encode a batch; each is called by a thread of its own, one batch after the other.
       batch_size: items of a batch; the last ones of a unit may be fewer.
       size: what the items of a batch have in common.
+      expected: how many items a unit has, if that is known.
+
+    Raises:
+      UserError: the units cannot be written, or hardly anything that is encoded is finite.
     """
     with ExitStack() as stack:
-        threads = [(stack.enter_context(ThreadPoolExecutor(1)), run) for run in runs]
-        progress = stack.enter_context(Progress(len(pending)))
+        threads = []
+        for run in runs:
+            thread = ThreadPoolExecutor(1)
+            stack.callback(thread.shutdown, cancel_futures=True)
+            threads.append((thread, run))
+        progress = stack.enter_context(Progress([expected(unit) for unit in pending]))
+        encoded = _in_batches(items, threads, batch_size, size)
+        spoilt: list[Reject] = []  # clips since the last one that was finite
         for unit in pending:
             with units.write(unit) as writer:
                 shown: list[Any] = []
-                for item in _in_batches(read(unit), threads, batch_size, size):
-                    if isinstance(item, Reject):
-                        writer.reject(item)
-                    else:
-                        writer.add(item.id, item.arrays, item.about)
-                        show = len(shown) < SHOWN and item.about.get("video") not in shown
-                        writer.note(note(item, show))
-                        shown += [item.about.get("video", len(shown))] if show else []
-                    progress.advance(isinstance(item, Encoded))
+                for item in encoded:
+                    if item is None:
+                        break
+                    refusal = _write(writer, item, shown)
+                    if refusal is None:
+                        spoilt.clear()
+                    elif refusal.kind == NOT_FINITE:
+                        spoilt.append(refusal)
+                    progress.advance(refusal is None)
+                else:
+                    raise ValueError(f"unit {unit} has no end")
+                if len(spoilt) >= BROKEN and not writer.clips:
+                    raise UserError(f"none of the last {len(spoilt)} clips is finite; {spoilt[-1].reason}")
             progress.end_of_unit()
 
 
+def _write(writer: UnitWriter, item: Encoded | Reject, shown: list[Any]) -> Reject | None:
+    """Adds a clip and what the summary shows of it, or lists why there is none, which is returned."""
+    if isinstance(item, Encoded):
+        try:
+            writer.add(item.id, item.arrays, item.about)
+        except NotFinite as error:
+            item = Reject(item.id, NOT_FINITE, str(error))
+        else:
+            show = len(shown) < SHOWN and item.about.get("video") not in shown
+            writer.note(note(item, show))
+            shown += [item.about.get("video", len(shown))] if show else []
+            return None
+    writer.reject(item)
+    return item
+
+
 def _in_batches(
-    items: Iterable[T | Reject],
+    items: Iterable[T | Reject | None],
     threads: Sequence[tuple[ThreadPoolExecutor, Callable[[list[T]], list[Encoded]]]],
     batch_size: int,
     size: Callable[[T], Hashable],
-) -> Iterator[Encoded | Reject]:
-    """Rejects at once; what is encoded in the order in which batches were filled. Each thread has work waiting."""
+) -> Iterator[Encoded | Reject | None]:
+    """What is encoded, in the order in which batches were filled, rejects between them, and None after each unit.
+
+    Each thread has work waiting, of the next unit when there is no more of this one; of that after it there is not,
+    so that what waits does not grow when little is encoded.
+    """
     filling: dict[Hashable, list[T]] = {}
-    flying: deque[Future[list[Encoded]]] = deque()
-    turns = cycle(threads)
+    queue: deque[Future[list[Encoded]] | Reject | None] = deque()
+    turns, flying, ends = cycle(threads), 0, 0  # batches and ends of units in the queue
 
     def start(batch: list[T]) -> None:
+        nonlocal flying
         thread, run = next(turns)
-        flying.append(thread.submit(run, batch))
+        queue.append(thread.submit(run, batch))
+        flying += 1
 
-    for item in items:
-        if isinstance(item, Reject):
-            yield item
-            continue
-        batch = filling.setdefault(size(item), [])
-        batch.append(item)
-        if len(batch) == batch_size:
-            start(filling.pop(size(item)))
-        while len(flying) > 2 * len(threads):
-            yield from flying.popleft().result()
-    for batch in filling.values():
-        start(batch)
-    while flying:
-        yield from flying.popleft().result()
+    def come(batches: int, units: int) -> Iterator[Encoded | Reject | None]:
+        """What has come in its turn; waits while there are more in the queue than these."""
+        nonlocal flying, ends
+        while queue:
+            head = queue[0]
+            if isinstance(head, Future) and not head.done() and flying <= batches and ends <= units:
+                return
+            queue.popleft()
+            if isinstance(head, Future):
+                flying -= 1
+                yield from head.result()
+            else:
+                ends -= head is None
+                yield head
+
+    for item in _failing_in_turn(items):
+        if item is None:
+            for batch in filling.values():
+                start(batch)
+            filling.clear()
+            queue.append(None)
+            ends += 1
+        elif isinstance(item, Reject | Future):
+            queue.append(item)
+            flying += isinstance(item, Future)
+        else:
+            batch = filling.setdefault(size(item), [])
+            batch.append(item)
+            if len(batch) == batch_size:
+                start(filling.pop(size(item)))
+        yield from come(2 * len(threads), 1)
+    yield from come(0, 0)
+
+
+def _failing_in_turn(items: Iterable[T]) -> Iterator[T | Future[Any]]:
+    """The items, and a future of why there are no more: what comes before a failure to read is not lost to it."""
+    try:
+        yield from items
+    except (OSError, UserError) as error:
+        failed: Future[Any] = Future()
+        failed.set_exception(error)
+        yield failed
 
 
 def _encode(clips: list[Clip], encoders: Encoders, batch_size: int) -> list[Encoded]:
@@ -248,10 +321,10 @@ def _encode(clips: list[Clip], encoders: Encoders, batch_size: int) -> list[Enco
     return result
 
 
-def fitting(items: Iterable[C | Reject], encoders: Encoders) -> Iterator[C | Reject]:
+def fitting(items: Iterable[C | Reject | None], encoders: Encoders) -> Iterator[C | Reject | None]:
     """The items; those with more tokens than the text encoder reads as rejects."""
     for item in items:
-        if not isinstance(item, Reject):
+        if item is not None and not isinstance(item, Reject):
             try:
                 encoders.tokenize([item.caption])
             except TooLong as error:
@@ -318,6 +391,11 @@ def add_weights(digest: Any, model: Any) -> None:
         host = np.asarray(value).astype(ml_dtypes.bfloat16)
         digest.update(f"{jax.tree_util.keystr(path)} {host.shape}".encode())
         digest.update(host.tobytes())
+
+
+def dtype_of(model: Any) -> str:
+    """The name of the dtype that a model's weights are in, and that it computes in as `load_pipeline` makes it."""
+    return str(jax.tree.leaves(nnx.state(model, nnx.Param))[0].dtype)
 
 
 def encode_video(vae: nnx.Module, video: UInt8[np.ndarray, "b t height width 3"]) -> Latents:

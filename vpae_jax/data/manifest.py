@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from vpae_jax.data.cells import id_of, printable, rest_of, shown, text_of, time_of, times_of
+from vpae_jax.data.identity import Identity
 from vpae_jax.data.listing import SUFFIXES, TIME_KEYS, FolderTable, is_video, regular_file
 from vpae_jax.data.rows import TABLES, Rows, open_table
 from vpae_jax.data.source import Entry, Reject
@@ -54,7 +55,7 @@ _BESIDE = Columns(**{key: key for key in TIME_KEYS})
 
 
 class Manifest:
-    """Captioned videos in a fixed order, cut into units. Its `repr` says all that decides them but where they lie.
+    """Captioned videos in a fixed order, cut into units. Its identity is all that decides them but where they lie.
 
     A table is read once when the manifest is made (see `rows.Rows`), and a unit from where it begins after that. Every
     row becomes one `Entry` or one `Reject`; its kinds are
@@ -98,9 +99,14 @@ class Manifest:
             raise UserError(f"{file} has no rows; give another manifest with --manifest=FILE")
         self.rows, self.units, self.digest = self._rows.count, self._rows.units, self._rows.digest
 
-    def __repr__(self) -> str:
-        what = f"columns={self.columns!r}" if self._listed else "folder"
-        return f"Manifest(digest={self.digest}, {what}, unit_videos={self.unit_videos})"
+    @property
+    def identity(self) -> Identity:
+        columns = asdict(self.columns) if self._listed else None
+        return {"digest": self.digest, "columns": columns, "unit": self.unit_videos}
+
+    def rows_of(self, unit: int) -> int:
+        """How many rows a unit has."""
+        return self._rows.rows_of(unit)
 
     def read(self, unit: int) -> Iterator[Entry | Reject]:
         """A unit's rows.

@@ -11,6 +11,7 @@ workers.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,9 @@ def pixel_batches(source: MovingDigits, batch_size: int, seed: int, workers: int
     def finish(batch: Any) -> PixelBatch:
         return PixelBatch(video=to_float(batch["video"]))
 
-    return _iterate(_whole(source), _Pixels(source), finish, repr(source), batch_size, seed, workers, rows)
+    return _iterate(
+        _whole(source), _Pixels(source), finish, json.dumps(source.identity), batch_size, seed, workers, rows
+    )
 
 
 def captioned_batches(
@@ -82,7 +85,9 @@ def captioned_batches(
             mask=batch["mask"],
         )
 
-    return _iterate(_whole(source), _Frames(source, tokenizer), finish, repr(source), batch_size, seed, workers, rows)
+    return _iterate(
+        _whole(source), _Frames(source, tokenizer), finish, json.dumps(source.identity), batch_size, seed, workers, rows
+    )
 
 
 def latent_batches(

@@ -50,6 +50,10 @@ class BadRecord(Exception):
     """A record that is damaged, with the reason in one line."""
 
 
+class NotFinite(UserError):
+    """Arrays that no record takes, with the name of one in one line."""
+
+
 class LatentRecords:
     """Random-access source over a folder of encoded clips, which is a path or an address in an object store.
 
@@ -183,7 +187,7 @@ def pack(id: str, kept: Arrays, about: Mapping[str, Any]) -> bytes:
       about: plain JSON.
 
     Raises:
-      UserError: values that are not finite in bfloat16.
+      NotFinite: values that are not finite in bfloat16.
     """
     payload = encode(f"clip {id!r}", kept, {**about, "id": id})
     return payload + checksum(payload)
@@ -204,7 +208,7 @@ def unpack(record: UInt8[np.ndarray, "n"]) -> tuple[dict[str, Value], dict[str, 
 
 
 def encode(name: str, arrays: Arrays, about: Mapping[str, Any]) -> bytes:
-    """Arrays in safetensors format, floats in bfloat16. Raises `UserError` naming `name` if they are not finite."""
+    """Arrays in safetensors format, floats in bfloat16. Raises `NotFinite` naming `name` if they are not finite."""
     stored = {}
     for key, value in arrays.items():
         value = np.asarray(value)
@@ -212,7 +216,7 @@ def encode(name: str, arrays: Arrays, about: Mapping[str, Any]) -> bytes:
             with np.errstate(over="ignore"):  # it becomes infinite, which is said below
                 value = value.astype(BFLOAT16)
             if not is_finite(value):
-                raise UserError(f"{name}: its {key} are not finite in bfloat16; check the encoders' weights")
+                raise NotFinite(f"{name}: its {key} are not finite in bfloat16; check the encoders' weights")
         stored[key] = np.ascontiguousarray(value)
     return safetensors.numpy.save(stored, {"about": json.dumps(about)})
 

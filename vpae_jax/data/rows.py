@@ -56,6 +56,10 @@ class Rows:
         self._places = np.array(places, np.uint64).reshape(self.units, 2)
         self._repeated = repeated(np.frombuffer(hashes, np.uint64))
 
+    def rows_of(self, unit: int) -> int:
+        """How many rows a unit has."""
+        return min(self.size, self.count - unit * self.size)
+
     def read(self, unit: int) -> Iterator[tuple[int, Row | Refused, bool]]:
         """A unit's rows: number from 0, values, and whether a row before it has the same id.
 
@@ -68,7 +72,7 @@ class Rows:
         if not 0 <= unit < self.units:
             raise IndexError(f"unit {unit} of {self.units}")
         first = unit * self.size
-        count = min(self.size, self.count - first)
+        count = self.rows_of(unit)
         low, high = np.searchsorted(self._repeated, [first, first + count])
         again = set(self._repeated[low:high].tolist())
         offset, line = self._places[unit].tolist()

@@ -7,13 +7,17 @@ same records.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
+
+from vpae_jax.data.identity import Identity
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,10 @@ class Reject:
 
 @runtime_checkable
 class RandomAccess(Protocol):
-    """Clips by number, as mappings with `id`, `video` and `caption`. Its `repr` says all that decides them."""
+    """Clips by number, as mappings with `id`, `video` and `caption`. Its identity is all that decides them."""
+
+    @property
+    def identity(self) -> Identity: ...
 
     def __len__(self) -> int: ...
 
@@ -83,12 +90,21 @@ class RandomAccess(Protocol):
 
 @runtime_checkable
 class Source(Protocol):
-    """Clips in a fixed order, in units. Its `repr` says all that decides them."""
+    """Clips in a fixed order, in units. Its identity is all that decides them."""
+
+    @property
+    def identity(self) -> Identity: ...
 
     @property
     def units(self) -> int: ...
 
-    def read(self, unit: int) -> Iterator[Clip | Reject]: ...
+    def expected(self, unit: int) -> int | None:
+        """How many clips and rejects a unit has; None where that shows when it is read."""
+        ...
+
+    def read(self, units: Iterable[int]) -> Iterator[Clip | Reject | None]:
+        """What units have, in order, and None after each. Those that come next may be prepared meanwhile."""
+        ...
 
 
 class InUnits:
@@ -102,16 +118,33 @@ class InUnits:
     def __init__(self, clips: RandomAccess, size: int = 256) -> None:
         self.clips, self.size = clips, size
 
-    def __repr__(self) -> str:
-        return f"InUnits({self.clips!r}, size={self.size})"
+    @property
+    def identity(self) -> Identity:
+        return {**self.clips.identity, "unit": self.size}
 
     @property
     def units(self) -> int:
         return -(-len(self.clips) // self.size)
 
-    def read(self, unit: int) -> Iterator[Clip | Reject]:
-        for number in range(unit * self.size, min((unit + 1) * self.size, len(self.clips))):
+    def expected(self, unit: int) -> int | None:
+        return len(self._numbers(unit))
+
+    def read(self, units: Iterable[int]) -> Iterator[Clip | Reject | None]:
+        return in_turn(self._read, units)
+
+    def _numbers(self, unit: int) -> range:
+        return range(unit * self.size, min((unit + 1) * self.size, len(self.clips)))
+
+    def _read(self, unit: int) -> Iterator[Clip | Reject]:
+        for number in self._numbers(unit):
             rest = dict(self.clips[number])
             id, video, caption = (rest.pop(name) for name in ("id", "video", "caption"))
             about = {name: value for name, value in rest.items() if not isinstance(value, np.ndarray)}
             yield Clip(id, video, caption, about)
+
+
+def in_turn(read: Callable[[int], Iterable[T]], units: Iterable[int]) -> Iterator[T | None]:
+    """What units have, one after the other, and None after each."""
+    for unit in units:
+        yield from read(unit)
+        yield None

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from vpae_jax.data.records import read_index
+from vpae_jax.data.records import INDEX, read_index
 from vpae_jax.data.units import Units
 from vpae_jax.pages import page_template
 
@@ -61,6 +61,24 @@ class Histogram:
     low: str
     high: str
     bars: Sequence[Bar]
+
+
+def report(folder: Path) -> list[str]:
+    """What there is in a complete folder of records, in lines; writes its page where that is not newer than the index.
+
+    Raises:
+      UserError: the folder is not complete, or cannot be written.
+    """
+    index, page = read_index(folder), folder / PAGE
+    if not page.is_file() or page.stat().st_mtime_ns < (folder / INDEX).stat().st_mtime_ns:
+        write_summary(folder)
+    refused = f"; rejected: {rejected(index)}" if index["rejects"] else ""
+    return [f"records: {folder}: {index['count']} clips{refused}", f"summary: {page}"]
+
+
+def rejected(index: Mapping[str, Any]) -> str:
+    """How many rejects of which kind: "3 static, 1 unreadable"."""
+    return ", ".join(f"{count} {kind}" for kind, count in index["rejects"].items())
 
 
 def write_summary(folder: Path) -> Path:

@@ -20,7 +20,18 @@ from jax.sharding import Mesh
 
 from vpae_jax import sharding
 from vpae_jax.data.captions import Captions, Prompt
-from vpae_jax.data.encoding import Encoded, Encoders, add_weights, arrays_of, fingerprint, finish, fitting, write_units
+from vpae_jax.data.encoding import (
+    Encoded,
+    Encoders,
+    add_weights,
+    arrays_of,
+    dtype_of,
+    fingerprint,
+    finish,
+    fitting,
+    write_units,
+)
+from vpae_jax.data.source import in_turn
 from vpae_jax.data.units import Units
 from vpae_jax.flow.draws import noise_of_seed
 from vpae_jax.types import UserError
@@ -102,9 +113,10 @@ def describe(captions: Captions, encoders: Encoders, teacher: Teacher, recipe: R
             "--teacher and --model have different VAEs, so different latents; choose a teacher with the same"
         )
     return {
-        "source": f"Synthetic({captions!r})",
+        "source": captions.identity,
         "encoders": fingerprint(encoders),
-        "teacher": prints[2],
+        "dtype": dtype_of(encoders.text_encoder),
+        "teacher": {"weights": prints[2], "dtype": dtype_of(teacher.transformer)},
         "recipe": asdict(recipe),
         "negative_prompt": teacher.defaults.negative_prompt,
     }
@@ -139,7 +151,13 @@ def synthesise(
     run = partial(_make, encoders=encoders, teacher=teacher, recipe=recipe, batch_size=batch_size, mesh=mesh)
     pending = units.pending(process, processes)
     write_units(
-        units, pending, lambda unit: fitting(captions.read(unit), encoders), [run], batch_size, lambda _: recipe.size
+        units,
+        pending,
+        fitting(in_turn(captions.read, pending), encoders),
+        [run],
+        batch_size,
+        size=lambda _: recipe.size,
+        expected=captions.rows_of,
     )
     return finish(units, encoders)
 

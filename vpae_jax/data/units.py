@@ -17,13 +17,14 @@ import shutil
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from vpae_jax.data.identity import Identity, differences
 from vpae_jax.data.records import (
     IDENTITY,
     INDEX,
@@ -52,6 +53,7 @@ from vpae_jax.types import UserError
 
 # What reading JSON that has been damaged, and using it, ends in.
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError)
+TOLD = 3  # settings that differ are named, at most
 _HIDDEN = re.compile(r"\.(?P<label>unit-\d+|finish)\.(?P<host>.+)\.(?P<pid>\d+)\.(?P<token>[0-9a-f]+)\.tmp")
 
 
@@ -81,13 +83,13 @@ class Units:
       count: number of units.
 
     Raises:
-      UserError: the folder holds records of another identity (naming the first key that differs) or something else, or
+      UserError: the folder holds records of another identity (naming the settings that differ) or something else, or
         cannot be written.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], count: int) -> None:
+    def __init__(self, folder: Path, identity: Identity, count: int) -> None:
         self.folder, self.count = folder, count
-        self.identity = json.loads(json.dumps({"schema": SCHEMA, "units": count, **identity}))
+        self.identity = json.loads(json.dumps({"schema": SCHEMA, **identity, "units": count}))
         self._token = secrets.token_hex(4)
         path = folder / IDENTITY
         if not path.is_file():
@@ -103,12 +105,9 @@ class Units:
             found = json.loads(path.read_text())
         except ValueError as error:
             raise UserError(f"{path}: {error}; choose another folder") from error
-        for key in sorted({*found, *self.identity}):
-            if found.get(key) != self.identity.get(key):
-                raise UserError(
-                    f"{folder} holds other records: {key} is {_short(found.get(key))} there, "
-                    f"{_short(self.identity.get(key))} here; choose another folder"
-                )
+        if others := list(differences(found, self.identity, "" if isinstance(found, dict) else IDENTITY)):
+            more = f"; {len(others) - TOLD} more differ" if len(others) > TOLD else ""
+            raise UserError(f"{folder} holds other records: {'; '.join(others[:TOLD])}{more}; choose another folder")
         self._sweep(everything=False)
 
     @property
@@ -250,20 +249,27 @@ class Units:
     @contextmanager
     def _workspace(self, label: str) -> Iterator[Path]:
         """A hidden folder of this process, which is removed in the end. The system's refusals become `UserError`s."""
-        hidden = self.folder / f".{label}.{socket.gethostname()}.{os.getpid()}.{self._token}.tmp"
+        hidden = self.folder / f".{label}.{_host()}.{os.getpid()}.{self._token}.tmp"
         with refused_writes(self.folder):
+            hidden.mkdir(parents=True)
             try:
-                hidden.mkdir(parents=True)
                 yield hidden
+            except (OSError, UserError) as error:
+                if hidden.is_dir():
+                    raise
+                raise UserError(
+                    f"{hidden} was removed by others while it was in use; run the same command again"
+                ) from error
             finally:
                 shutil.rmtree(hidden, ignore_errors=True)
 
     def _sweep(self, everything: bool) -> None:
-        """Removes what killed processes left: those of this host, and when all is done the other hosts' units too."""
+        """Removes what killed processes left: those of this host, and when all is done the other hosts' units too.
+        Whether a process lives can be told of those that this one can see, see `_host`."""
         for entry in self.folder.iterdir():
             if (name := _HIDDEN.fullmatch(entry.name)) is None:
                 continue
-            if name["host"] != socket.gethostname():
+            if name["host"] != _host():
                 dead = everything and name["label"] != "finish"
             elif int(name["pid"]) == os.getpid():  # one of the same number before this one, in a restarted container
                 dead = name["token"] != self._token
@@ -283,6 +289,11 @@ class UnitWriter:
         self._pictures: dict[int, str] = {}
         self._notes: list[Any] = []
 
+    @property
+    def clips(self) -> int:
+        """How many were added."""
+        return sum(len(shard.sizes) for shard in self._shards.values())
+
     def add(self, id: str, arrays: Arrays, about: Mapping[str, Any]) -> None:
         """Adds a clip.
 
@@ -293,13 +304,15 @@ class UnitWriter:
           about: what else is known of it, as plain JSON.
 
         Raises:
-          UserError: values that are not finite in bfloat16, or a disk that is full.
+          NotFinite: values that are not finite in bfloat16; the clip is left out.
+          UserError: a disk that is full.
         """
-        shape = arrays["latents"].shape
+        shape, kept = arrays["latents"].shape, stored(id, arrays)
+        record = pack(id, kept, about)  # before there is a shard for it, which must not stay empty
         if shape not in self._shards:
             size = "x".join(map(str, shape))
-            self._shards[shape] = _Shard(self._hidden / f"{self._unit:05d}-{size}.array_record")
-        self._shards[shape].add(id, arrays, about)
+            self._shards[shape] = _Shard(self._hidden / f"{self._unit:05d}-{size}.array_record", shapes_of(kept))
+        self._shards[shape].add(id, record, shapes_of(kept))
 
     def reject(self, reject: Reject) -> None:
         """Lists what is not used, with the reason."""
@@ -321,21 +334,16 @@ class UnitWriter:
 
 
 class _Shard:
-    """A shard that is being written."""
+    """A shard that is being written, of records with arrays of the same shapes."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, shapes: dict[str, list[int]]) -> None:
+        self.path, self.shapes = path, shapes
         self.sizes: list[int] = []
-        self.shapes: dict[str, list[int]] = {}
         self._writer = ArrayRecordWriter(str(path), WRITING)
 
-    def add(self, id: str, arrays: Arrays, about: Mapping[str, Any]) -> None:
-        kept = stored(id, arrays)
-        shapes = shapes_of(kept)
-        if self.sizes and shapes != self.shapes:
+    def add(self, id: str, record: bytes, shapes: dict[str, list[int]]) -> None:
+        if shapes != self.shapes:
             raise ValueError(f"clip {id!r} has arrays of {shapes}, those before it of {self.shapes}")
-        record = pack(id, kept, about)
-        self.shapes = shapes
         with self._failures():
             self._writer.write(record)
             if not self._writer.ok():
@@ -376,6 +384,17 @@ class _Shard:
             raise UserError(f"{self.path.parent.parent}: cannot be written: {reason}; {REMEDY}") from error
 
 
+def _host() -> str:
+    """Where process numbers mean what they mean here: the machine's name, and of which of its starts and process
+    namespaces this is. Containers may share the first, and machines may have the same; systems without /proc tell no
+    more."""
+    here = socket.gethostname()
+    with suppress(OSError):
+        boot, namespace = Path("/proc/sys/kernel/random/boot_id").read_text(), os.stat("/proc/self/ns/pid").st_ino
+        here += "-" + hashlib.sha256(f"{boot} {namespace}".encode()).hexdigest()[:8]
+    return here
+
+
 def _lives(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -384,8 +403,3 @@ def _lives(pid: int) -> bool:
     except PermissionError:  # another user's
         return True
     return True
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."

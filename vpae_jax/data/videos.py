@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -19,8 +19,9 @@ from vpae_jax.data.cells import printable
 from vpae_jax.data.cutting import clip_starts
 from vpae_jax.data.decoding import Probe, Unreadable
 from vpae_jax.data.filters import Filters
+from vpae_jax.data.identity import Identity
 from vpae_jax.data.pool import Lost, Pool
-from vpae_jax.data.source import Clip, Entry, Reject
+from vpae_jax.data.source import Clip, Entry, Reject, in_turn
 from vpae_jax.types import UserError
 
 T = TypeVar("T")
@@ -30,14 +31,18 @@ PICTURE = 160  # pixels of the longer side of a reject's picture, about
 
 @runtime_checkable
 class Entries(Protocol):
-    """A manifest: entries in a fixed order, in units. Its `repr` says all that decides them. All paths begin with
+    """A manifest: entries in a fixed order, in units. Its identity is all that decides them. All paths begin with
     `root`, the folder of the videos."""
 
     @property
     def root(self) -> Path: ...
+    @property
+    def identity(self) -> Identity: ...
 
     @property
     def units(self) -> int: ...
+
+    def rows_of(self, unit: int) -> int: ...
 
     def read(self, unit: int) -> Iterator[Entry | Reject]: ...
 
@@ -109,22 +114,34 @@ class VideoClips:
         self._pool: Pool | None = None
         self._running: list[Future[Any]] = []
 
-    def __repr__(self) -> str:
-        return (
-            f"VideoClips({self.manifest!r}, buckets={self.buckets}, frames={self.frames}, fps={self.fps:g}, "
-            f"filters={self.filters}, stride={self.stride}, clips_per_video={self.clips_per_video})"
-        )
+    @property
+    def identity(self) -> Identity:
+        """All that decides the clips, by the names of the flags."""
+        return {
+            "kind": "videos",
+            "manifest": self.manifest.identity,
+            "buckets": [f"{height}x{width}" for height, width in self.buckets],
+            "num_frames": self.frames,
+            "fps": self.fps,
+            **asdict(self.filters),
+            "stride": self.stride,
+            "clips_per_video": self.clips_per_video,
+        }
 
     @property
     def units(self) -> int:
         return self.manifest.units
 
-    def read(self, unit: int) -> Iterator[Clip | Reject]:
-        """A unit's clips and rejects. The next ones are decoded meanwhile, a few clips ahead.
+    def expected(self, unit: int) -> int | None:
+        """How many clips and rejects a unit has; None when a video may have several clips."""
+        return self.manifest.rows_of(unit) if self.clips_per_video == 1 else None
+
+    def read(self, units: Iterable[int]) -> Iterator[Clip | Reject | None]:
+        """Clips and rejects of units, and None after each. The next ones are decoded meanwhile, a few clips ahead.
 
         What costs a worker its life, or fails by the system's fault, is tried once more when nothing else is under way.
         """
-        looked = self._ahead(self.manifest.read(unit), self._look, max(self.workers, 1))
+        looked = self._ahead(in_turn(self.manifest.read, units), self._look, max(self.workers, 1))
         cuts = chain.from_iterable(self._cut(entry, found) for entry, found in looked)
         for cut, found in self._ahead(cuts, self._read, 2 * self.workers):
             yield self._judged(cut, found)
@@ -141,13 +158,15 @@ class VideoClips:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _look(self, entry: Entry | Reject) -> Future[Any] | None:
-        if isinstance(entry, Reject) or self.filters.caption(entry.caption):
+    def _look(self, entry: Entry | Reject | None) -> Future[Any] | None:
+        if not isinstance(entry, Entry) or self.filters.caption(entry.caption):
             return None
         return self._submit(tasks.look, entry.path)
 
-    def _cut(self, entry: Entry | Reject, found: Probe | Unreadable | Lost | None) -> Iterator[_Cut | Reject]:
-        if isinstance(entry, Reject):
+    def _cut(
+        self, entry: Entry | Reject | None, found: Probe | Unreadable | Lost | None
+    ) -> Iterator[_Cut | Reject | None]:
+        if not isinstance(entry, Entry):
             yield entry
             return
         if isinstance(found, Probe):
@@ -174,14 +193,14 @@ class VideoClips:
             refusal = found.kind, _reason(entry, found)
         yield Reject(entry.id, *refusal)
 
-    def _read(self, cut: _Cut | Reject) -> Future[Any] | None:
-        if isinstance(cut, Reject):
+    def _read(self, cut: _Cut | Reject | None) -> Future[Any] | None:
+        if not isinstance(cut, _Cut):
             return None
         shape = (self.frames, *cut.bucket, 3)
         return self._submit(tasks.read, cut.entry.path, cut.start, self.fps, shape=shape)
 
-    def _judged(self, cut: _Cut | Reject, found: Any) -> Clip | Reject:
-        if isinstance(cut, Reject):
+    def _judged(self, cut: _Cut | Reject | None, found: Any) -> Clip | Reject | None:
+        if not isinstance(cut, _Cut):
             return cut
         if isinstance(found, Lost):
             return Reject(cut.id, found.kind, _reason(cut.entry, found))
