@@ -62,9 +62,7 @@ def pixel_batches(source: MovingDigits, batch_size: int, seed: int, workers: int
     def finish(batch: Any) -> PixelBatch:
         return PixelBatch(video=to_float(batch["video"]))
 
-    return _iterate(
-        _whole(source), _Pixels(source), finish, json.dumps(source.identity), batch_size, seed, workers, rows
-    )
+    return _iterate(_whole(source), _Pixels(source), finish, _named(source), batch_size, seed, workers, rows)
 
 
 def captioned_batches(
@@ -85,9 +83,7 @@ def captioned_batches(
             mask=batch["mask"],
         )
 
-    return _iterate(
-        _whole(source), _Frames(source, tokenizer), finish, json.dumps(source.identity), batch_size, seed, workers, rows
-    )
+    return _iterate(_whole(source), _Frames(source, tokenizer), finish, _named(source), batch_size, seed, workers, rows)
 
 
 def latent_batches(
@@ -161,6 +157,11 @@ def _check_source(records: LatentRecords, weight: float, first: LatentRecords) -
 def to_float(pixels: UInt8[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
     """0..255 to [-1, 1], float32."""
     return pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
+
+
+def _named(source: MovingDigits) -> str:
+    """The clips of a source, for a position in them."""
+    return json.dumps(source.identity)
 
 
 def _whole(source: Any) -> list[list[Part]]:
