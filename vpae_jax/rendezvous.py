@@ -76,8 +76,6 @@ def _gather(place: Place, seconds: int, deadline: float) -> None:
                 server.settimeout(max(0.01, deadline - time.monotonic()))
                 try:
                     peer, _ = server.accept()
-                    peer.settimeout(PEER_SECONDS)
-                    index, count = _parse(_line(peer))
                 except TimeoutError:
                     if time.monotonic() < deadline:
                         continue
@@ -86,8 +84,14 @@ def _gather(place: Place, seconds: int, deadline: float) -> None:
                         f"{place.name}: waited {seconds} s at {place.address}, but process {names} did not come; "
                         "start all processes with the same coordinator and number of processes"
                     ) from None
+                except OSError:
+                    continue  # it has gone again
+                try:
+                    peer.settimeout(PEER_SECONDS)
+                    index, count = _parse(_line(peer))
                 except (OSError, ValueError):
-                    continue  # not one of ours
+                    peer.close()  # not one of ours
+                    continue
                 wrong = _wrong(place, index, count, here)
                 if wrong:
                     for other in (*here.values(), peer):
