@@ -41,7 +41,8 @@ def videos(tmp_path_factory):
 
 def config(**data):
     result = phase1.get_config()
-    result.steps, result.batch_size, result.log_every, result.checkpoint_every, result.sample_every = 2, 2, 1, 2, 0
+    # Of test_experiment.py's batch size, so that its compiled programs serve here too.
+    result.steps, result.batch_size, result.log_every, result.checkpoint_every, result.sample_every = 2, 8, 1, 2, 0
     result.method.fake_updates = 1
     for name, value in data.items():
         result.data[name] = str(value)
