@@ -112,7 +112,9 @@ def test_a_teacher_that_is_killed_makes_each_clip_once(tmp_path):
 
 def test_ctrl_c_ends_it_in_one_line(tmp_path):
     folder, output = make_videos(tmp_path / "videos", 4), tmp_path / "records"
-    process = start(videos=folder, unit=1, workers=2, output=output)
+    # A shell that runs these tests in the background has its programs ignore the signal, unless they say otherwise.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    process = start(heed, videos=folder, unit=1, workers=2, output=output)
     assert wait_until(lambda: output.is_dir() and hidden(output)), "it never begins"
     os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it, to the workers too
     out, err = process.communicate(timeout=WAIT)

@@ -74,7 +74,7 @@ def test_batches_are_those_of_the_data():
     experiment = config.parse(phase2.get_config("i2v-14b-720p"))
     mesh = sharding.make_mesh(experiment.mesh)
     batch = abstract_batch(experiment, size_of("i2v-14b-720p"), mesh)
-    assert batch.latents.shape == (32, 21, 90, 160, 16) and batch.latents.dtype == jnp.float32
+    assert batch.latents.shape == (32, 21, 90, 160, 16) and batch.latents.dtype == jnp.bfloat16
     assert batch.condition.text.shape == (32, 512, 4096) and batch.condition.text_mask.dtype == jnp.bool_
     assert batch.condition.image is not None and batch.condition.image.shape == (32, 257, 1280)
     assert batch.condition.frames is not None and batch.condition.frames.shape == (32, 21, 90, 160, 20)
