@@ -3,7 +3,7 @@
     python benchmarks/data.py [--folder=DIR] [--clips=64] [--rounds=5] [--steps=10] [--markdown=FILE]
 
 The records are random clips of 81 frames of 480x832 with everything of image-to-video. They are written to the folder,
-on the disk that is to be measured, and read in random order in two threads; the same files are read from their
+on the disk that is to be measured, and read in random order in as many threads as the training takes; the same files are read from their
 beginnings to their ends in large pieces. "Cold" is after the system was asked to forget them (`posix_fadvise`; a
 virtual disk's host may still remember them), "warm" right after they were read.
 
@@ -36,6 +36,7 @@ from rounds import Times
 from vpae_jax import cli
 from vpae_jax.config import Experiment, OptimizerConfig
 from vpae_jax.data.pipeline import latent_batches
+from vpae_jax.data.reading import READ
 from vpae_jax.data.records import LatentRecords, unpack
 from vpae_jax.data.units import Units
 from vpae_jax.methods.base import Role, Update
@@ -48,7 +49,8 @@ from vpae_jax.types import Batch
 
 BEGIN = "<!-- made by benchmarks/data.py -->"
 LATENTS, TEXT, PROMPT, IMAGE = (21, 60, 104, 16), (512, 4096), 100, (257, 1280)
-UNIT, THREADS, PIECE = 8, 2, 8 << 20
+UNIT, PIECE = 8, 8 << 20
+THREADS = READ.num_threads
 HIDDEN = 1024
 WARM_UP = 3  # steps that compile and fill the queue
 
