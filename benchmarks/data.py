@@ -249,7 +249,8 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         records = write(options.folder or Path(scratch) / "records", options.clips)
         size = sum(shard["bytes"] for shard in records.index["shards"]) / 1e6
-        head = f"{len(records)} clips, {size:,.0f} MB; {machine('jax', 'array_record')}; {options.rounds} rounds, of reading thrice."
+        rounds = f"{options.rounds} rounds, of reading {3 * options.rounds}"
+        head = f"{len(records)} clips, {size:,.0f} MB; {machine('jax', 'array_record')}; {rounds}."
         lines = [head, "", *reading(records, 3 * options.rounds), "", *stepping(records, options.rounds, options.steps)]
     progress("")
     print("\n".join(lines))
