@@ -89,7 +89,7 @@ def test_three_kills_lose_and_double_nothing(tmp_path):
 
 @pytest.mark.long
 def test_thirty_kills_lose_and_double_nothing(tmp_path):
-    deaths = survive(tmp_path, kills=30, videos=69, unit=2)
+    deaths = survive(tmp_path, kills=30, videos=45, unit=2)
     assert {"unit-", "finish"} <= {how.rpartition("in ")[2].rstrip("0123456789") for how in deaths}
 
 
