@@ -126,7 +126,8 @@ def say_what_there_is(folder: Path) -> None:
     Raises:
       UserError: no clip. Nothing can be trained on that, so what would come next must not begin.
     """
-    lines, index = report(folder), read_index(folder)
+    index = read_index(folder)
+    lines = report(folder, index)
     if not index["count"]:
         kinds = rejected(index)
         raise UserError(f"{folder}: none of what was given makes a clip; rejected: {kinds}; {folder / PAGE} says why")

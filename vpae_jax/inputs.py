@@ -82,7 +82,7 @@ def _encoded(experiment: Experiment, workdir: Path, pipeline: Pipeline) -> Laten
         kinds = rejected(records.index)
         raise UserError(f"config.data.videos: no clip of {data.videos} is used ({kinds}); see {folder}/{REJECTS}")
     if data.videos and is_first():
-        for line in report(folder):
+        for line in report(folder, records.index):
             say(line)
     return records
 

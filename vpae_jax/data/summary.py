@@ -63,13 +63,13 @@ class Histogram:
     bars: Sequence[Bar]
 
 
-def report(folder: Path) -> list[str]:
-    """What there is in a complete folder of records, in lines; writes its page where that is not newer than the index.
+def report(folder: Path, index: Mapping[str, Any]) -> list[str]:
+    """What there is in a complete folder of records with this index, in lines; writes its page where that is not newer.
 
     Raises:
-      UserError: the folder is not complete, or cannot be written.
+      UserError: the folder cannot be written.
     """
-    index, page = read_index(folder), folder / PAGE
+    page = folder / PAGE
     if not page.is_file() or page.stat().st_mtime_ns < (folder / INDEX).stat().st_mtime_ns:
         write_summary(folder)
     refused = f"; rejected: {rejected(index)}" if index["rejects"] else ""

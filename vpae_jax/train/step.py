@@ -3,9 +3,9 @@
     run(state, frozen, batch, repeat) -> (state, metrics)
 
 It differentiates the update's loss with respect to the trained role's weights alone, applies that role's optimizer and
-average, and leaves everything else in the state as it is. Batches come as they are stored, in bfloat16, and are
-computed with in float32. The state's buffers are donated; frozen weights are an
-argument, never a constant of the program.
+average, and leaves everything else in the state as it is. Records come as they are stored, in bfloat16, and are
+computed with in float32. The state's buffers are donated; frozen weights are an argument, never a constant of
+the program.
 """
 
 from __future__ import annotations
