@@ -36,7 +36,7 @@ test-all: $(VENV)/installed-dev
 check: $(VENV)/installed-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/pyright
+	$(VENV)/bin/pyright --pythonpath $(RUN)
 
 format: $(VENV)/installed-dev
 	$(VENV)/bin/ruff format .
@@ -48,7 +48,7 @@ tiny: $(VENV)/installed
 	$(RUN) -m vpae_jax.main --config=configs/teacher.py --workdir=runs/tiny/teacher
 
 plans: $(VENV)/installed-dev
-	$(RUN) -m vpae_jax.planning.table --output=runs/plans
+	$(RUN) -m vpae_jax.planning.survey --output=runs/plans
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 
 from vpae_jax.methods.base import Method
 from vpae_jax.models.wan_dit import WanTransformerConfig
+from vpae_jax.run.first_weights import Blueprint
 from vpae_jax.types import Batch, Condition, Features, Latents, PerExample, Times, Tokens
-from vpae_jax.weights import Blueprint
 
 
 @dataclass

@@ -36,10 +36,10 @@ from rounds import Times
 
 from vpae_jax import cli
 from vpae_jax.config import Experiment, OptimizerConfig
-from vpae_jax.data.pipeline import latent_batches
-from vpae_jax.data.reading import READ
+from vpae_jax.data.batches import latent_batches
+from vpae_jax.data.loader import READ
 from vpae_jax.data.records import LatentRecords, unpack
-from vpae_jax.data.units import Units
+from vpae_jax.encoding.units import Units
 from vpae_jax.methods.base import Role, Update
 from vpae_jax.train.loop import Hook, train
 from vpae_jax.train.metrics import read_metrics

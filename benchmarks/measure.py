@@ -144,7 +144,7 @@ def ours(
     import jax
     from jax.experimental import multihost_utils
 
-    from vpae_jax.convert.reading import read_part
+    from vpae_jax.weights.loading import read_part
 
     jax.config.update("jax_num_cpu_devices", devices)
     if address:
@@ -173,8 +173,8 @@ def ours(
 
 def convert(folder: str, target: str, form: str) -> Action:
     """We write a checkpoint again, in either layout."""
-    from vpae_jax.convert.find import find_model
-    from vpae_jax.convert.writing import open_values, write_part
+    from vpae_jax.weights.find import find_model
+    from vpae_jax.weights.writing import open_values, write_part
 
     def run() -> None:
         with open_values(find_model(Path(folder)), PART) as values:
@@ -185,8 +185,8 @@ def convert(folder: str, target: str, form: str) -> Action:
 
 def verify(folder: str, target: str) -> Action:
     """We compare two checkpoints bit for bit."""
-    from vpae_jax.convert.find import find_model
-    from vpae_jax.convert.writing import open_values, verify_part
+    from vpae_jax.weights.find import find_model
+    from vpae_jax.weights.writing import open_values, verify_part
 
     def run() -> int:
         with open_values(find_model(Path(folder)), PART) as values:
@@ -218,8 +218,8 @@ def _place() -> Any:
 
 def _watched(folder: str) -> tuple[Any, list[int]]:
     """A model, and a list that receives how many bytes of tensors were read whenever its transformer is closed."""
-    from vpae_jax.convert.find import find_model
-    from vpae_jax.convert.source import PartSource
+    from vpae_jax.weights.directory import PartSource
+    from vpae_jax.weights.find import find_model
 
     read: list[int] = []
 
@@ -238,7 +238,7 @@ def _watched(folder: str) -> tuple[Any, list[int]]:
 
 def _digests(params: Any, shards: bool) -> dict[str, int]:
     """Checksums of every array, or of those of its shards that are here, each once."""
-    from vpae_jax.convert.parts import flat
+    from vpae_jax.weights.parts import flat
 
     result = {}
     for path, value in flat(params).items():

@@ -24,10 +24,10 @@ import av
 from report import machine, paste, progress, ratios, table
 
 from vpae_jax import cli
-from vpae_jax.data.buckets import Size, parse
-from vpae_jax.data.filters import Filters
-from vpae_jax.data.source import Clip, Entry
-from vpae_jax.data.videos import VideoClips
+from vpae_jax.encoding.buckets import Size, parse
+from vpae_jax.encoding.clip_source import Clip, Entry
+from vpae_jax.encoding.filters import Filters
+from vpae_jax.encoding.videos import VideoClips
 from vpae_jax.types import UserError
 
 BEGIN = "<!-- made by benchmarks/reading.py -->"

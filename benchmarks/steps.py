@@ -32,11 +32,11 @@ from vpae_jax.config import Experiment, MeshConfig, parse
 from vpae_jax.methods import make_method
 from vpae_jax.methods.base import Method
 from vpae_jax.models.heads import HeadsConfig, default_taps
+from vpae_jax.run.first_weights import draw_up
 from vpae_jax.train.optim import make_optimizer
 from vpae_jax.train.state import TrainState, create, places_of
 from vpae_jax.train.step import make_update
 from vpae_jax.types import Batch, Condition
-from vpae_jax.weights import draw_up
 
 BEGIN = "<!-- made by benchmarks/steps.py -->"
 PHASES: Mapping[str, Mapping[str, Any]] = {

@@ -19,12 +19,12 @@ import numpy as np
 from jaxtyping import BFloat16
 
 from vpae_jax import cli
-from vpae_jax.convert.parts import abstract, flat
-from vpae_jax.convert.table import Layout, Shape
-from vpae_jax.convert.writing import Extra, from_tree, write_part
 from vpae_jax.models.presets import PRESETS, find
 from vpae_jax.models.wan_dit import WanTransformerConfig
 from vpae_jax.types import UserError
+from vpae_jax.weights.names import Layout, Shape
+from vpae_jax.weights.parts import abstract, flat
+from vpae_jax.weights.writing import Extra, from_tree, write_part
 
 PART = "transformer"
 SCALE = 0.02

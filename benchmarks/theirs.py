@@ -16,8 +16,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from vpae_jax.convert.reading import read_part
 from vpae_jax.types import Params
+from vpae_jax.weights.loading import read_part
 
 Host = Float[np.ndarray, "..."]
 

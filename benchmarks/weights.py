@@ -31,8 +31,8 @@ from report import table as markdown
 from synthetic import random_values
 
 from vpae_jax import cli
-from vpae_jax.convert.writing import write_part
 from vpae_jax.models.presets import PRESETS
+from vpae_jax.weights.writing import write_part
 
 LIMIT = 2 * GIB  # of host memory above the arrays that a load results in
 BEGIN = "<!-- made by benchmarks/weights.py -->"

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
-from vpae_jax.data.tokenizer import build_tokenizer
+from vpae_jax.tasks.digits.words import build_tokenizer
 
 STEM = "diffusion_pytorch_model"
 TEXT_FILE = "models_t5_umt5-xxl-enc-bf16.pth"

@@ -7,7 +7,7 @@ import torch
 import transformers
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from vpae_jax.data.tokenizer import build_tokenizer
+from vpae_jax.tasks.digits.words import build_tokenizer
 
 SIDE = 32
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from vpae_jax import cli, evaluate
-from vpae_jax.eval.base import Request
-from vpae_jax.eval.digits import METRICS
 from vpae_jax.evaluate import Entry, Generator, parse_entry
-from vpae_jax.pipeline import load_pipeline
+from vpae_jax.inference.pipeline import load_pipeline
+from vpae_jax.metrics.base import Request
+from vpae_jax.tasks.digits.scores import METRICS
 from vpae_jax.types import UserError
 
 

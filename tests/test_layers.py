@@ -8,23 +8,15 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "vpae_jax"
 # From the ground up; a module may import its own room and those before it.
 ROOMS = (
-    ("types", "files", "pages", "config", "processes", "preemption", "sharding", "flow"),
+    ("types", "config", "sharding", "files", "media", "pages", "cli", "flow", "runtime"),
     ("models", "methods"),
     ("train",),
-    ("data", "eval", "convert"),
-    ("sampling", "pipeline", "weights", "previews", "products", "guard", "inputs", "experiment", "planning"),
-    (
-        "cli",
-        "rendezvous",
-        "distributed",
-        "main",
-        "encode",
-        "sample",
-        "evaluate",
-        "plan",
-        "planning.table",
-        "convert.__main__",
-    ),
+    ("weights", "data", "metrics"),
+    ("inference",),
+    ("encoding",),
+    ("tasks",),
+    ("run", "planning"),
+    ("main", "encode", "sample", "convert", "evaluate", "plan"),
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")

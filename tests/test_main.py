@@ -8,7 +8,7 @@ import pytest
 
 from configs import phase1, phase2
 from vpae_jax.config import parse
-from vpae_jax.experiment import run
+from vpae_jax.run.experiment import run
 from vpae_jax.types import UserError
 
 ROOT = Path(__file__).parent.parent

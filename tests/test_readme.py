@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vpae_jax.convert.find import find_model
-from vpae_jax.convert.layout import write_model
-from vpae_jax.convert.locate import embedded_model
-from vpae_jax.convert.settings import Scheduler
-from vpae_jax.pipeline import load_pipeline
+from vpae_jax.inference.pipeline import load_pipeline
+from vpae_jax.weights.find import find_model
+from vpae_jax.weights.layout import write_model
+from vpae_jax.weights.locate import embedded_model
+from vpae_jax.weights.settings import Scheduler
 
 ROOT = Path(__file__).parent.parent
 STUDENT = "runs/demo/phase2/model"

@@ -10,8 +10,8 @@ import random_model
 from PIL import Image
 
 from vpae_jax import cli, sample
-from vpae_jax.convert.settings import Defaults, Scheduler
-from vpae_jax.data.video import read_image
+from vpae_jax.media import read_image
+from vpae_jax.weights.settings import Defaults, Scheduler
 
 
 @pytest.fixture(scope="module")

@@ -20,20 +20,21 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from vpae_jax import cli, distributed, sharding
+from vpae_jax import cli, sharding
 from vpae_jax.config import MeshConfig
-from vpae_jax.data import buckets, synthetic
-from vpae_jax.data.captions import Captions
-from vpae_jax.data.datasets import parse_columns
-from vpae_jax.data.encoding import describe, encode
-from vpae_jax.data.filters import Filters
-from vpae_jax.data.manifest import Columns, Manifest
 from vpae_jax.data.records import read_index
-from vpae_jax.data.summary import PAGE, rejected, report
-from vpae_jax.data.synthetic import Recipe
-from vpae_jax.data.units import Units
-from vpae_jax.data.videos import VideoClips
-from vpae_jax.pipeline import Pipeline, load_pipeline
+from vpae_jax.encoding import buckets, synthetic
+from vpae_jax.encoding.captions import Captions
+from vpae_jax.encoding.datasets import parse_columns
+from vpae_jax.encoding.encoder import describe, encode
+from vpae_jax.encoding.filters import Filters
+from vpae_jax.encoding.manifest import Columns, Manifest
+from vpae_jax.encoding.summary import PAGE, rejected, report
+from vpae_jax.encoding.synthetic import Recipe
+from vpae_jax.encoding.units import Units
+from vpae_jax.encoding.videos import VideoClips
+from vpae_jax.inference.pipeline import Pipeline, load_pipeline
+from vpae_jax.runtime import distributed
 from vpae_jax.types import UserError
 
 FILTERS = {

@@ -29,14 +29,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vpae_jax import cli, guard
-from vpae_jax.data.digits import check_size
-from vpae_jax.eval.base import Clips, Request
-from vpae_jax.eval.digits import METRICS, DigitEvaluation
-from vpae_jax.eval.report import Report, Row, Run, write_report
-from vpae_jax.eval.results import NAIVE, headline, table, write_metrics, write_samples
-from vpae_jax.pipeline import Pipeline, load_pipeline
-from vpae_jax.sampling import Plan, Solver
+from vpae_jax import cli
+from vpae_jax.inference.pipeline import Pipeline, load_pipeline
+from vpae_jax.inference.samplers import Plan, Solver
+from vpae_jax.metrics.base import Clips, Request
+from vpae_jax.metrics.report import Report, Row, Run, write_report
+from vpae_jax.metrics.results import NAIVE, headline, table, write_metrics, write_samples
+from vpae_jax.run import guard
+from vpae_jax.tasks.digits.clips import check_size
+from vpae_jax.tasks.digits.scores import METRICS, DigitEvaluation
 from vpae_jax.train.checkpoint import CONFIG_FILE
 from vpae_jax.train.metrics import read_metrics
 from vpae_jax.types import Condition, UserError
@@ -269,7 +270,7 @@ def main(argv: list[str]) -> None:
     fps = pipelines[given.model].defaults.fps
     write_samples(output / "samples", [real, *rows], fps)
     facts = {"command": shlex.join(["python", "-m", "vpae_jax.evaluate", *argv]), **versions()}
-    write_metrics(output / "metrics.json", real, rows, given.count, facts)
+    write_metrics(output / "metrics.json", METRICS, real, rows, given.count, facts)
     captions = {half: list(evaluation.request(half, count=SHOWN).captions) for half in evaluation.halves}
     report = Report(
         title="One evaluation instead of many",
@@ -286,7 +287,7 @@ def main(argv: list[str]) -> None:
         facts={**facts, **{row.name: ", ".join(f"{k} {v}" for k, v in row.settings.items()) for row in rows}},
     )
     write_report(output / "report.html", report)
-    print(f"\n{table([real, *rows])}\n\n{output / 'metrics.json'}\n{output / 'report.html'}")
+    print(f"\n{table(METRICS, [real, *rows])}\n\n{output / 'metrics.json'}\n{output / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ import os
 from absl import flags
 from ml_collections import config_flags
 
-from vpae_jax import cli, config, distributed, preemption
-from vpae_jax.experiment import run
+from vpae_jax import cli, config
 from vpae_jax.files import local_path
+from vpae_jax.run.experiment import run
+from vpae_jax.runtime import distributed, preemption
 from vpae_jax.types import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with a preset after a colon.", lock_config=True)

@@ -16,9 +16,9 @@ from typing import cast, get_args
 import jax.numpy as jnp
 
 from vpae_jax import cli
-from vpae_jax.data.video import read_image, write_contact_sheet, write_video
-from vpae_jax.pipeline import load_pipeline
-from vpae_jax.sampling import Solver
+from vpae_jax.inference.pipeline import load_pipeline
+from vpae_jax.inference.samplers import Solver
+from vpae_jax.media import read_image, write_contact_sheet, write_video
 from vpae_jax.types import UserError
 
 

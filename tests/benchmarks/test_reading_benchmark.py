@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vpae_jax.data.video import write_video
+from vpae_jax.media import write_video
 from vpae_jax.types import UserError
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from absl import flags
 
-from vpae_jax.data.digits import MovingDigits
-from vpae_jax.data.pipeline import captioned_batches, pixel_batches, to_float
-from vpae_jax.data.tokenizer import build_tokenizer, tokenize
+from vpae_jax.data.batches import to_float
+from vpae_jax.inference.tokenizer import tokenize
+from vpae_jax.tasks.digits.batches import captioned_batches, pixel_batches
+from vpae_jax.tasks.digits.clips import MovingDigits
+from vpae_jax.tasks.digits.words import build_tokenizer
 from vpae_jax.types import CaptionedFrames, PixelBatch, UserError
 
 

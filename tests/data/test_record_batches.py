@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
-from writing import SMALL, WIDE, arrays_of, number_of, write_folder
+from record_files import SMALL, WIDE, arrays_of, number_of, write_folder
 
 from vpae_jax.config import DataConfig
-from vpae_jax.data.pipeline import latent_batches
+from vpae_jax.data.batches import latent_batches
 from vpae_jax.data.records import LatentRecords
 from vpae_jax.types import Batch, UserError
 

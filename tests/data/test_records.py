@@ -9,7 +9,7 @@ from collections import Counter
 import ml_dtypes
 import numpy as np
 import pytest
-from writing import SMALL, TOKENS, WIDE, arrays_of, number_of, write_folder
+from record_files import SMALL, TOKENS, WIDE, arrays_of, number_of, write_folder
 
 from vpae_jax.data import records as module
 from vpae_jax.data.records import (
@@ -213,7 +213,7 @@ def test_a_record_that_is_whole_but_not_what_the_index_says_is_bad(change, reaso
         arrays = dict(unpacked(packed("a", arrays_of(0), {}))[0])
         patch.setattr(module, "is_finite", lambda value: True)  # writing refuses what is tested here
         payload = encode("a", change(arrays), {"id": "a"})
-        patch.setattr("vpae_jax.data.units.pack", lambda *_: payload + checksum(payload))
+        patch.setattr("vpae_jax.encoding.units.pack", lambda *_: payload + checksum(payload))
         write_folder(tmp_path / "folder", [[(0, SMALL)]])
     with pytest.raises(BadRecord, match=reason):
         LatentRecords(tmp_path / "folder")[0]

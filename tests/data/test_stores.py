@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 from absl import flags
 from object_stores import HOST, S3, BadNetwork, google
+from record_files import SMALL, WIDE, write_folder
 from s3fs.core import S3FileSystem
-from writing import SMALL, WIDE, write_folder
 
 from configs import phase1
 from vpae_jax import encode
 from vpae_jax.config import parse
 from vpae_jax.data import stores
-from vpae_jax.data.encoding import fingerprint
-from vpae_jax.data.pipeline import latent_batches
+from vpae_jax.data.batches import latent_batches
 from vpae_jax.data.records import LatentRecords
 from vpae_jax.data.stores import Address
-from vpae_jax.inputs import open_records
-from vpae_jax.pipeline import load_pipeline
+from vpae_jax.encoding.encoder import fingerprint
+from vpae_jax.inference.pipeline import load_pipeline
+from vpae_jax.run.inputs import open_records
 from vpae_jax.types import UserError
 
 SIZE = 4

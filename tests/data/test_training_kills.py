@@ -10,8 +10,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from record_files import SMALL, WIDE, write_folder
 from train_on_records import main
-from writing import SMALL, WIDE, write_folder
 
 from vpae_jax.train.checkpoint import read_state
 from vpae_jax.train.metrics import read_metrics

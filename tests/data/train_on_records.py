@@ -15,7 +15,7 @@ from flax import nnx
 
 from vpae_jax import cli
 from vpae_jax.config import Experiment, OptimizerConfig
-from vpae_jax.data.pipeline import latent_batches
+from vpae_jax.data.batches import latent_batches
 from vpae_jax.data.records import LatentRecords
 from vpae_jax.methods.base import Role, Update
 from vpae_jax.train.loop import Hook, train

@@ -8,9 +8,9 @@ import torch
 import transformers
 from flax import nnx
 
-from vpae_jax.convert.reading import load_part
 from vpae_jax.models.clip import CLIPVision, CLIPVisionConfig
 from vpae_jax.types import UserError
+from vpae_jax.weights.loading import load_part
 
 SIZES = [
     dict(

@@ -8,9 +8,9 @@ import torch
 import transformers
 from flax import nnx
 
-from vpae_jax.convert.reading import load_part
 from vpae_jax.models.umt5 import UMT5Config, UMT5Encoder, relative_buckets
 from vpae_jax.types import UserError
+from vpae_jax.weights.loading import load_part
 
 SIZES = [
     dict(vocab_size=300, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4),

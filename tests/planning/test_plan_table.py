@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from vpae_jax.planning import table
+from vpae_jax.planning import survey
 from vpae_jax.planning.clips import SIZES
 from vpae_jax.planning.topology import parse
 from vpae_jax.types import UserError
@@ -30,7 +30,7 @@ def plan(fits=True, seconds=4.0, **more):
 
 
 def test_rows_are_presets_on_machines_that_exist():
-    rows = list(table.rows())
+    rows = list(survey.rows())
     assert rows[0] == ("i2v-14b-720p", "phase2", "h100:8") and rows[1][1] == "phase1"
     assert len(rows) == len(set(rows)) == 5 * 7 * 2
     assert {preset for preset, _, _ in rows} == set(SIZES) - {"tiny"}
@@ -38,14 +38,14 @@ def test_rows_are_presets_on_machines_that_exist():
 
 
 def test_a_row_shows_what_the_search_found():
-    line = table.line(plan(), "i2v-14b-720p")
+    line = survey.line(plan(), "i2v-14b-720p")
     assert line == (
         "| i2v-14b-720p | phase2 | 16 x v5p (v5p:2x2x4) | fsdp 8 x context 2, 1 part(s), remat full "
         "| 40.0 of 95.0 GiB, fits | 4.0 to 4.0 s | 30% to 40% |\n"
     )
-    found = table.line(plan(fits=False, search={"plan": plan(seconds=9.0)}), "i2v-14b-720p")
+    found = survey.line(plan(fits=False, search={"plan": plan(seconds=9.0)}), "i2v-14b-720p")
     assert "fits | 9.0 to 9.0 s" in found
-    refused = table.line(plan(fits=False, seconds=None, search={"plan": None}), "i2v-14b-720p")
+    refused = survey.line(plan(fits=False, seconds=None, search={"plan": None}), "i2v-14b-720p")
     assert "does not fit | - | - |" in refused
 
 
@@ -60,13 +60,13 @@ def test_a_stopped_table_continues(tmp_path, monkeypatch, capsys):
             raise UserError(f"{preset} {phase} {name}: planning for {name} needs JAX's CUDA plugin")
         return plan(phase=phase, topology=name)
 
-    monkeypatch.setattr(table, "run", run)
+    monkeypatch.setattr(survey, "run", run)
     with pytest.raises(KeyboardInterrupt):
-        table.main(["--output", str(tmp_path)])
+        survey.main(["--output", str(tmp_path)])
     kept = {path.name for path in tmp_path.glob("*.json")}
     first = list(asked)
     assert kept and json.loads((tmp_path / "i2v-14b-720p_phase2_v5p_2x2x4.json").read_text())["topology"] == "v5p:2x2x4"
-    table.main(["--output", str(tmp_path)])
+    survey.main(["--output", str(tmp_path)])
     again = asked[len(first) :]
     assert not [row for row in again if row in first[:19] and not row[2].startswith("h")]
     assert len((tmp_path / "plans.md").read_text().splitlines()) == 2 + 5 * 3 * 2

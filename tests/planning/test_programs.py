@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 
 from configs import common, phase1, phase2, vae
-from vpae_jax import config, sharding, weights
+from vpae_jax import config, sharding
 from vpae_jax.methods import make_method
 from vpae_jax.planning import memory
 from vpae_jax.planning.clips import SIZES, size_of
 from vpae_jax.planning.programs import abstract_batch, draw_up, setting_of, transformer_of, with_setting
+from vpae_jax.run import first_weights
+from vpae_jax.run.first_weights import resolve_model
 from vpae_jax.train.optim import make_optimizer
 from vpae_jax.train.state import create
 from vpae_jax.types import UserError
-from vpae_jax.weights import resolve_model
 
 
 def described(tree):
@@ -39,8 +40,8 @@ def test_the_state_is_that_of_a_run(tiny, tmp_path):
     method = make_method(experiment.method)
     mesh = sharding.make_mesh(experiment.mesh)
     source = resolve_model("tiny", tmp_path)
-    blueprint = weights.draw_up(experiment, method, mesh, transformer_of(experiment))
-    made, _ = weights.make_weights(blueprint, experiment, tmp_path, source, method.roles)
+    blueprint = first_weights.draw_up(experiment, method, mesh, transformer_of(experiment))
+    made, _ = first_weights.make_weights(blueprint, experiment, tmp_path, source, method.roles)
     frozen = {name: made.pop(name) for name in blueprint.frozen}
     optimizers = {role: make_optimizer(experiment.optimizers[role]) for role in made}
     state = create(experiment.seed, made, method.roles, optimizers)

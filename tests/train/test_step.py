@@ -14,8 +14,8 @@ import pytest
 from flax import nnx
 
 from vpae_jax.config import Experiment, OptimizerConfig
+from vpae_jax.data.loader import Batches
 from vpae_jax.data.order import Order, Part
-from vpae_jax.data.reading import Batches
 from vpae_jax.flow import draws
 from vpae_jax.methods.base import Role, Update
 from vpae_jax.train import ema

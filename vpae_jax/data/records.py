@@ -1,12 +1,12 @@
 """Encoded clips on disk: what a distillation trains on, computed once.
 
-A folder of records (`data.units` writes it) holds
+A folder of records (`encoding.units` writes it) holds
 
     index.json                                    schema, fingerprint, shards with their shapes, sizes and checksums
     null.safetensors                              text states and mask of the negative prompt
     shards/00012-21x60x104x16-1f3a.array_record   clips of one unit and one shape of latents
     rejects.jsonl                                 what was not encoded, with the reason
-    identity.json, units/, notes/                 what the encoding goes by (`data.units`)
+    identity.json, units/, notes/                 what the encoding goes by (`encoding.units`)
 
 A record is one clip in safetensors format, followed by the XXH3 checksum of those bytes (8 bytes). Its floats
 are bfloat16; its text states end with the prompt; the mask channels of its condition frames are left out, being always
@@ -28,10 +28,10 @@ import safetensors.numpy
 import xxhash
 from jaxtyping import Float, Shaped, UInt8
 
-from vpae_jax.convert.safetensors_file import DTYPES
 from vpae_jax.data.shards import Shards, starts
 from vpae_jax.data.stores import Address, Place
 from vpae_jax.types import MASK_CHANNELS, UserError
+from vpae_jax.weights.safetensors_file import DTYPES
 
 SCHEMA = 2
 INDEX, NULL, REJECTS, IDENTITY = "index.json", "null.safetensors", "rejects.jsonl", "identity.json"

@@ -1,9 +1,9 @@
 """Records of an ArrayRecord file, read in place.
 
 ArrayRecord's own reader passes a record through several buffers, which costs more than all that is done with it
-afterwards (`benchmarks/data.py`). The files that `data.units` writes are not compressed and have one record a chunk, so
-that where a record lies follows from the sizes of those before it, and one call reads it straight into its array, or
-one request from an object store.
+afterwards (`benchmarks/data.py`). The files that `encoding.units` writes are not compressed and have one record a
+chunk, so that where a record lies follows from the sizes of those before it, and one call reads it straight into its
+array, or one request from an object store.
 
 The layout is that of Riegeli (doc/riegeli_records_file_format.md in its repository): a stream of chunks, each a header
 and its data, the first one a signature without data; a block header lies before every 65512 bytes of that stream.

@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vpae_jax import sharding, weights
+from vpae_jax import sharding
 from vpae_jax.config import Experiment
 from vpae_jax.methods import make_method
 from vpae_jax.models import presets
 from vpae_jax.models.wan_dit import WanTransformerConfig
 from vpae_jax.planning.clips import ClipSize
+from vpae_jax.run import first_weights
 from vpae_jax.train.optim import make_optimizer
 from vpae_jax.train.roles import check_roles
 from vpae_jax.train.state import TrainState, abstract, places_of
@@ -128,7 +129,7 @@ def draw_up(experiment: Experiment, clip: ClipSize, devices: Any) -> Programs:
         raise UserError(f"{experiment.name} does not train on encoded clips; plan phase1, phase2 or teacher")
     check_roles(method, experiment.optimizers)
     mesh = sharding.make_mesh(experiment.mesh, devices)
-    blueprint = weights.draw_up(experiment, method, mesh, transformer_of(experiment))
+    blueprint = first_weights.draw_up(experiment, method, mesh, transformer_of(experiment))
     optimizers = {role: make_optimizer(experiment.optimizers[role]) for role in blueprint.trained}
     state = abstract(blueprint.trained, method.roles, optimizers)
     batch = abstract_batch(experiment, clip, mesh)

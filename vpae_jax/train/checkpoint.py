@@ -23,8 +23,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from vpae_jax import processes
 from vpae_jax.files import write_text
+from vpae_jax.runtime import processes
 from vpae_jax.sharding import param_path
 from vpae_jax.train.state import TrainState
 from vpae_jax.types import Params, UserError

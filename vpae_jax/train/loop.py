@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vpae_jax import processes
 from vpae_jax.config import Experiment
 from vpae_jax.methods.base import Method
-from vpae_jax.preemption import Stop, never
-from vpae_jax.processes import say
+from vpae_jax.runtime import processes
+from vpae_jax.runtime.preemption import Stop, never
+from vpae_jax.runtime.processes import say
 from vpae_jax.train import step as steps
 from vpae_jax.train.checkpoint import Checkpoints
 from vpae_jax.train.metrics import Metrics
@@ -34,7 +34,7 @@ from vpae_jax.types import Params, UserError
 
 @runtime_checkable
 class Data(Protocol):
-    """Batches as `data.pipeline` makes them.
+    """Batches as `data.batches` makes them.
 
     Attributes:
       bad: how many damaged records this process has met.

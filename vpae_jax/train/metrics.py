@@ -16,7 +16,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from vpae_jax.files import write_text
-from vpae_jax.processes import is_first
+from vpae_jax.runtime.processes import is_first
 
 JSONL = "metrics.jsonl"
 

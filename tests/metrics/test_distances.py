@@ -1,0 +1,90 @@
+"""The kernel distance: zero between equals, and larger the worse the clips."""
+
+import numpy as np
+import pytest
+from scipy.ndimage import gaussian_filter
+
+from vpae_jax.metrics.distances import SCALE, FeatureScale, features, kernel_distance
+from vpae_jax.tasks.digits.clips import MovingDigits
+
+COUNT = 200
+
+
+def clips(seed, count=COUNT):
+    source = MovingDigits("eval", count, seed)
+    return np.stack([source[i]["video"] for i in range(count)])
+
+
+def blur(videos, sigma):
+    return np.clip(np.rint(gaussian_filter(videos.astype(np.float32), (0, 0, sigma, sigma, 0))), 0, 255).astype(
+        np.uint8
+    )
+
+
+@pytest.fixture(scope="module")
+def real():
+    return clips(1)
+
+
+@pytest.fixture(scope="module")
+def distance():
+    raw = features(clips(2, 400))
+    scale = FeatureScale.of(raw)
+    reference = scale(raw)
+    return lambda videos: kernel_distance(scale(features(videos)), reference)
+
+
+def test_worse_clips_are_farther(real, distance):
+    rng = np.random.default_rng(0)
+    frozen = np.repeat(real[:, :1], real.shape[1], 1)
+    shuffled = np.stack([video[rng.permutation(len(video))] for video in real])
+    scores = {
+        "real": distance(real),
+        "slightly blurred": distance(blur(real, 0.6)),
+        "blurred": distance(blur(real, 1.2)),
+        "very blurred": distance(blur(real, 2.4)),
+        "shuffled": distance(shuffled),
+        "frozen": distance(frozen),
+        "few": distance(np.tile(real[:20], (COUNT // 20, 1, 1, 1, 1))),
+        "mixed": distance(((real.astype(int) + np.roll(real, 1, 0)) // 2).astype(np.uint8)),
+        "noisy": distance(np.clip(real + rng.normal(0, 16, real.shape), 0, 255).astype(np.uint8)),
+    }
+    assert scores["real"] < 12
+    assert scores["slightly blurred"] > 5 * max(scores["real"], 5)
+    assert scores["blurred"] > 2 * scores["slightly blurred"]
+    assert scores["very blurred"] > scores["blurred"]
+    for name in ("shuffled", "few", "mixed", "noisy"):
+        assert scores[name] > 4 * max(scores["real"], 5), (name, scores)
+    assert scores["frozen"] > 10 * max(scores["shuffled"], 5)
+
+
+def test_unbiased_between_sets_of_one_distribution():
+    rng = np.random.default_rng(0)
+    draws = [kernel_distance(rng.normal(size=(30, 20)), rng.normal(size=(50, 20))) for _ in range(400)]
+    assert abs(np.mean(draws)) < 4 * np.std(draws) / np.sqrt(len(draws))
+    assert min(draws) < 0
+
+
+def test_against_its_definition():
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(4, 3)), rng.normal(1, 1, size=(5, 3))
+
+    def kernel(a, b):
+        return (a @ b / 3 + 1) ** 3
+
+    within_x = np.mean([kernel(x[i], x[j]) for i in range(4) for j in range(4) if i != j])
+    within_y = np.mean([kernel(y[i], y[j]) for i in range(5) for j in range(5) if i != j])
+    across = np.mean([kernel(a, b) for a in x for b in y])
+    np.testing.assert_allclose(kernel_distance(x, y), SCALE * (within_x + within_y - 2 * across), rtol=1e-10)
+
+
+def test_features_do_not_depend_on_the_batch(real):
+    np.testing.assert_allclose(features(real[:5]), features(real[:7], batch=3)[:5], rtol=1e-4, atol=1e-5)
+
+
+def test_a_constant_feature_does_not_blow_up():
+    values = np.random.default_rng(0).normal(size=(50, 4))
+    values[:, 2] = 1.0
+    scale = FeatureScale.of(values)
+    assert np.isfinite(scale(values)).all()
+    assert np.abs(scale(values + 100)).max() <= 3.0

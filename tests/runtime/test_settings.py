@@ -1,0 +1,174 @@
+"""Which process this is, from flags or the environment; whom a process meets; which clips it prepares."""
+
+import socket
+import threading
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from running import free_port
+
+from vpae_jax.config import MeshConfig
+from vpae_jax.runtime.distributed import find
+from vpae_jax.runtime.rendezvous import Place, meet
+from vpae_jax.sharding import make_mesh, own_rows, put_batch, put_rows
+from vpae_jax.tasks.digits.batches import pixel_batches
+from vpae_jax.tasks.digits.clips import MovingDigits
+from vpae_jax.types import PixelBatch, UserError
+
+JAX = {"JAX_COORDINATOR_ADDRESS": "node0:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
+SLURM = {
+    "SLURM_JOB_ID": "5",
+    "SLURM_STEP_NODELIST": "node[07,09-11],other",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+}
+
+
+def test_one_process_needs_no_settings():
+    assert find({}) is None
+    assert find({**JAX, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}) is None
+
+
+def test_flags_come_before_the_environment_and_that_before_slurm():
+    assert find({**JAX, **SLURM}, "a:1", 2, 0) == Place("a:1", 2, 0)
+    assert find({**JAX, **SLURM}) == Place("node0:1234", 4, 3)
+    assert find(SLURM) == Place("node07:61445", 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("a", "a"),
+        ("a1,b2", "a1"),
+        ("gpu-[3-7]", "gpu-3"),
+        ("n[01,05]", "n01"),
+        ("x[1-2],y", "x1"),
+        ("h.d-1,z", "h.d-1"),
+    ],
+)
+def test_the_coordinator_is_slurms_first_node(nodes, first):
+    place = find({**SLURM, "SLURM_STEP_NODELIST": nodes})
+    assert place is not None and place.endpoint == (first, 61445)
+
+
+def test_several_tasks_on_a_node_have_a_device_each():
+    shared = find({**SLURM, "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "6", "SLURM_LOCALID": "2"})
+    assert shared is not None and shared.devices == (2,)
+
+
+def test_a_job_that_is_no_step_is_one_process():
+    assert find({"SLURM_JOB_ID": "5", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}) is None
+    assert find({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}) is None
+
+
+@pytest.mark.parametrize(
+    ("environment", "flags", "message"),
+    [
+        ({}, ("a:1", None, 0), "--num_processes: missing; give --coordinator, --num_processes, --process_id together"),
+        ({"JAX_PROCESS_ID": "1"}, (), "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES: missing"),
+        ({**JAX, "JAX_PROCESS_ID": "4"}, (), "process_id is 4 of num_processes 4; expected 0 to 3"),
+        ({**JAX, "JAX_NUM_PROCESSES": "four"}, (), "JAX_NUM_PROCESSES is 'four', expected a whole number"),
+        ({**JAX, "JAX_COORDINATOR_ADDRESS": "node0"}, (), "coordinator 'node0': expected HOST:PORT"),
+        ({**SLURM, "SLURM_PROCID": ""}, (), "SLURM_PROCID is '', expected a whole number"),
+    ],
+)
+def test_bad_settings_are_named(environment, flags, message):
+    with pytest.raises(UserError) as error:
+        find(environment, *flags)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def together(*places: Place, seconds: int = 10) -> list[str]:
+    """What `meet` says to each of several at once; nothing is good."""
+    said = [""] * len(places)
+
+    def one(i: int, place: Place) -> None:
+        try:
+            meet(place, seconds)
+        except UserError as error:
+            said[i] = str(error)
+
+    threads = [threading.Thread(target=one, args=pair) for pair in enumerate(places)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return said
+
+
+def test_all_meet_in_any_order_twice():
+    address = f"localhost:{free_port()}"
+    places = [Place(address, 4, index) for index in (2, 0, 3, 1)]
+    for _ in range(2):  # the port is free again at once
+        assert together(*places) == [""] * 4
+
+
+def test_two_that_are_the_same_or_count_differently_are_told():
+    address = f"localhost:{free_port()}"
+    same = together(Place(address, 3, 0), Place(address, 3, 1), Place(address, 3, 1), seconds=2)
+    assert "two processes have process_id 1; give each its own, from 0 to 2" in same[0]
+    assert all(same)
+    other = together(Place(address, 2, 0), Place(address, 3, 1), seconds=2)
+    assert other[0] == other[1] == "process 1 was told of 3 processes, but process 0 of 2; give all the same number"
+
+
+def test_who_is_missing_is_named():
+    address = f"localhost:{free_port()}"
+    said = together(Place(address, 4, 0), Place(address, 4, 2), seconds=1)
+    assert "process 0 of 4: waited 1 s at localhost" in said[0] and "process 1, 3 did not come" in said[0]
+    assert said[1].startswith("process 2 of 4: waited 1 s for the coordinator localhost")
+
+
+def test_a_port_that_is_taken_is_named():
+    with socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as taken:
+        port = taken.getsockname()[1]
+        (said,) = together(Place(f"localhost:{port}", 2, 0), seconds=1)
+    assert f"cannot listen on port {port}" in said and "choose another coordinator port" in said
+
+
+def test_strangers_at_the_port_are_ignored():
+    port = free_port()
+    stop = threading.Event()
+
+    def knock() -> None:
+        while not stop.is_set():
+            try:
+                with socket.create_connection(("localhost", port), timeout=1) as stranger:
+                    stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            except OSError:
+                pass
+            stop.wait(0.05)
+
+    stranger = threading.Thread(target=knock)
+    stranger.start()
+    try:
+        assert together(Place(f"localhost:{port}", 2, 0), Place(f"localhost:{port}", 2, 1)) == ["", ""]
+    finally:
+        stop.set()
+        stranger.join()
+
+
+@pytest.mark.parametrize("rows", [[0, 1], [2, 3], [1, 4, 5], [0, 5]])
+def test_some_rows_are_those_of_the_whole_batches(rows):
+    clips = MovingDigits("train", size=10, frames=5, resolution=16)
+    whole, part = pixel_batches(clips, 6, seed=3), pixel_batches(clips, 6, seed=3, rows=rows)
+    for _ in range(5):  # three epochs; batches cross their ends
+        np.testing.assert_array_equal(next(part).video, next(whole).video[np.array(rows)])
+    assert part.get_state() == whole.get_state(), "a position holds for any share"
+    other = pixel_batches(clips, 6, seed=3, rows=[2])
+    other.set_state(whole.get_state())
+    np.testing.assert_array_equal(next(other).video, next(whole).video[2:3])
+
+
+@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 4}, {"data": 2, "context": 2, "tensor": 2}, {"tensor": 8}])
+def test_rows_lie_where_a_whole_batch_would(axes):
+    mesh: Mesh = make_mesh(MeshConfig(**{"fsdp": 1, **axes}))
+    batch = PixelBatch(jax.random.normal(jax.random.key(0), (8, 1, 2, 2, 3)))
+    assert own_rows(mesh, 8) == list(range(8)), "one process has all devices"
+    placed, expected = put_rows(batch, mesh, 8), put_batch(batch, mesh)
+    assert placed.video.sharding.is_equivalent_to(expected.video.sharding, 5)
+    np.testing.assert_array_equal(placed.video, expected.video)

@@ -1,0 +1,157 @@
+"""A step of both phases gives the same numbers on one device and on every kind of mesh, in one piece and in parts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from vpae_jax import sharding
+from vpae_jax.config import Experiment, MeshConfig
+from vpae_jax.methods.adversarial import DiscriminatorNoise
+from vpae_jax.methods.vpae import PhaseOne, PhaseTwo
+from vpae_jax.models.wan_dit import WanTransformerConfig
+from vpae_jax.run.first_weights import draw_up
+from vpae_jax.train.state import create, places_of
+from vpae_jax.train.step import make_update
+from vpae_jax.types import Batch, Condition
+
+# Four heads: on a context of 8, Ulysses takes 4 devices and rings of 2 the rest. 3 x 3 x 5 = 45 tokens fill no 8.
+SIZES = WanTransformerConfig(
+    num_attention_heads=4,
+    attention_head_dim=8,
+    in_channels=36,
+    text_dim=16,
+    freq_dim=16,
+    ffn_dim=64,
+    num_layers=2,
+    image_dim=16,
+    added_kv_proj_dim=32,
+)
+GRID, CLIPS, TOKENS = (3, 6, 10), 8, 6
+HEADS = {"width": 32, "taps": (1, 2), "num_heads": 4}
+# Every part of the losses acts: guidance, dropped images, penalty, score distillation.
+PHASES = {
+    "one": PhaseOne(fake_rank=4, fake_updates=1, image_dropout=0.5),
+    "two": PhaseTwo(init="pretrained", noise=DiscriminatorNoise("full"), image_dropout=0.5),
+}
+MESHES = {
+    "fsdp 8": MeshConfig(fsdp=8),
+    "ring 2 x ulysses 4": MeshConfig(fsdp=1, context=8),
+    "fsdp 2 x context 2 x tensor 2": MeshConfig(fsdp=2, context=2, tensor=2),
+}
+ONE = MeshConfig(fsdp=1)
+# How far numbers may lie apart, relative to the largest of their kind.
+TOLERANCE = 1e-5
+# Means over the batch that are no means over clips: in parts, they are of the parts.
+OF_THE_BATCH = ("x0_mean_drift", "x0_std_ratio", "adv_csds_ratio")
+
+
+def make_batch(seed=0):
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    f, h, w = GRID
+    lengths = np.array([1, 6, 3, 4, 5, 2, 6, 6])
+    mask = jnp.asarray(np.arange(TOKENS) < lengths[:, None])
+    condition = Condition(
+        text=normal(CLIPS, TOKENS, 16) * mask[..., None],
+        text_mask=mask,
+        image=normal(CLIPS, 5, 16),
+        frames=normal(CLIPS, f, h, w, 20),
+    )
+    return Batch(normal(CLIPS, f, h, w, 16), condition, normal(TOKENS, 16), jnp.arange(TOKENS) < 2)
+
+
+def start_weights(method):
+    """The same weights for every mesh, far from the initial ones: output projections start at zero."""
+    mesh = sharding.make_mesh(ONE, jax.devices()[:1])
+    blueprint = draw_up(experiment_of(ONE, 1), method, mesh, SIZES)
+    shapes = {**blueprint.trained, **blueprint.frozen}
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda leaf: (0.2 * rng.normal(size=leaf.shape)).astype(leaf.dtype), shapes)
+
+
+def experiment_of(mesh, accumulation):
+    return Experiment(
+        name="mesh",
+        method={},
+        optimizers={},
+        steps=1,
+        batch_size=CLIPS,
+        accumulation=accumulation,
+        heads=HEADS,
+        mesh=mesh,
+    )
+
+
+def step(phase, mesh_config, accumulation=1):
+    """Every update of one step with plain gradient descent: metrics, and how the weights have changed."""
+    method = PHASES[phase]
+    count = 1 if mesh_config is ONE else 8
+    mesh = sharding.make_mesh(mesh_config, jax.devices()[:count])
+    blueprint = draw_up(experiment_of(mesh_config, accumulation), method, mesh, SIZES)
+    begin = start_weights(method)
+    weights, frozen = (
+        {role: jax.tree.map(jax.device_put, begin[role], places_of(tree)) for role, tree in trees.items()}
+        for trees in (blueprint.trained, blueprint.frozen)
+    )
+    optimizers = {role: optax.sgd(1e-2) for role in weights}
+    state = create(0, weights, method.roles, optimizers)
+    places, metrics = places_of(state), {}
+    batch = sharding.put_batch(make_batch(), mesh)
+    for index, update in enumerate(method.updates):
+        run = make_update(update, index, blueprint.models, optimizers[update.trains], accumulation, places)
+        state, scalars = run(state, frozen, batch, jnp.int32(0))
+        metrics |= {name: float(value) for name, value in scalars.items()}
+        assert run._cache_size() == 1
+    assert places_of(state) == places
+    moved = {
+        role: jax.tree.map(lambda a, b: np.asarray(a) - b, tree, begin[role]) for role, tree in state.params.items()
+    }
+    return metrics, moved
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return {phase: step(phase, ONE) for phase in PHASES}
+
+
+def assert_same(found, expected, without=()):
+    metrics, moved = found
+    wanted, wanted_moved = expected
+    assert metrics.keys() == wanted.keys()
+    for name in metrics:
+        if name.split("/")[1] not in without:
+            assert metrics[name] == pytest.approx(wanted[name], rel=TOLERANCE, abs=TOLERANCE), name
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(moved), jax.tree.leaves(wanted_moved), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE * max(1e-2, np.abs(b).max()), err_msg=str(path))
+
+
+# Compiling takes half a minute each. Each phase and each mesh is among the short ones, which `long` completes.
+SHORT = ("one-fsdp 8", "two-ring 2 x ulysses 4")
+
+
+@pytest.mark.parametrize(
+    ("phase", "mesh"),
+    [
+        pytest.param(phase, mesh, id=f"{phase}-{mesh}", marks=[pytest.mark.long] * (f"{phase}-{mesh}" not in SHORT))
+        for phase in PHASES
+        for mesh in MESHES
+    ],
+)
+def test_a_step_is_the_same_on_every_mesh(alone, phase, mesh):
+    assert_same(step(phase, MESHES[mesh]), alone[phase])
+
+
+@pytest.mark.parametrize("phase", [pytest.param("one", marks=pytest.mark.long), "two"])
+def test_a_step_in_parts_is_the_same(alone, phase):
+    assert_same(step(phase, MeshConfig(fsdp=2, context=2, tensor=2), accumulation=4), alone[phase], OF_THE_BATCH)
+
+
+def test_everything_moves(alone):
+    """Else the comparison would say nothing. Under the hinge loss the logit's bias is pulled both ways alike."""
+    for _, moved in alone.values():
+        for role, tree in moved.items():
+            leaves = {sharding.param_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+            still = {name for name, leaf in leaves.items() if not np.abs(leaf).max() > 0}
+            assert still <= {"heads/proj_out/bias"}, (role, still)

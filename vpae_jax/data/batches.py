@@ -1,0 +1,132 @@
+"""Batches of encoded clips, and what other kinds of batches are made with.
+
+An iterator is endless, shuffled anew in every epoch, the same for the same seed, and has `get_state` and `set_state`,
+so that a checkpoint continues after exactly the batches that were seen. Items are prepared in threads or in processes
+(`data.loader`). Batches are numpy arrays; `sharding.put_rows` moves them to the devices, each byte once.
+
+A batch is a row of one endless order of clips (`data.order`), whoever reads it: of several processes, each prepares
+some of its clips (`rows`), and a position is a number of batches, so that it holds for any number of processes and
+workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from vpae_jax.data.loader import Batches, RecordsOf
+from vpae_jax.data.order import Order, Part
+from vpae_jax.data.records import LatentRecords, Shape
+from vpae_jax.types import Batch, Condition, UserError
+
+# Which clips of each batch are prepared here, in order; None for all.
+Rows = Sequence[int] | None
+# Negative prompts of one text encoder differ by the rounding of other devices and batches, if at all.
+SAME_PROMPT = 0.1
+
+
+def latent_batches(
+    sources: Sequence[tuple[LatentRecords, float]],
+    batch_size: int,
+    seed: int,
+    workers: int = 0,
+    rows: Rows = None,
+    max_bad: float = 0.01,
+) -> Batches:
+    """Endless iterator of `Batch`, in bfloat16, as records are. The clips of a batch have latents of one shape.
+
+    Args:
+      sources: folders of records, each with its weight: the share of clips that come from it, up to a common factor
+        (the folder's size, to see all clips equally often). A shape has the share of a source that it has of its clips.
+      batch_size: clips a batch, over all processes.
+      seed: decides the order.
+      workers: processes that read; 0 reads in threads.
+      rows: which clips of each batch are read here, in order; None for all.
+      max_bad: share of bad records that is put up with; a bad one is replaced by another one of its source and shape.
+
+    Raises:
+      UserError: fewer clips than a batch has, or sources that do not fit together.
+    """
+    first = sources[0][0]
+    for records, weight in sources:
+        _check_source(records, weight, first)
+    buckets: dict[Shape, list[Part]] = {}
+    for number, (records, weight) in enumerate(sources):
+        for shape, clips in records.shapes.items():
+            buckets.setdefault(shape, []).append(Part(number, clips, weight * len(clips) / len(records)))
+    load = RecordsOf(tuple(records for records, _ in sources))
+
+    def finish(batch: Any) -> Batch:
+        condition = Condition(
+            text=batch["text"], text_mask=batch["text_mask"], image=batch.get("image"), frames=batch.get("frames")
+        )
+        return Batch(batch["latents"], condition, null_text=first.null_text, null_mask=first.null_mask)
+
+    parts = [parts for _, parts in sorted(buckets.items())]
+    data = " and ".join(
+        f"{len(one)} clips of {one.index['fingerprint']} at weight {weight:g}" for one, weight in sources
+    )
+    return iterate(parts, load, finish, data, batch_size, seed, workers, rows, max_bad)
+
+
+def _check_source(records: LatentRecords, weight: float, first: LatentRecords) -> None:
+    """Raises `UserError` for a source without clips or weight, or one that was encoded otherwise than the first."""
+    if not len(records):
+        raise UserError(f"{records.folder} holds no clips, only rejects (rejects.jsonl says why); leave it out")
+    if not weight > 0:
+        raise UserError(f"{records.folder} has weight {weight}, expected more than 0; leave it out instead")
+    kinds = []
+    for one in (first, records):
+        shapes = {name: tuple(shape) for name, shape in one.index["shards"][0]["shapes"].items()}
+        kinds.append({name: shape[-1:] if len(shape) == 4 else shape for name, shape in shapes.items()})
+        kinds[-1]["text_tokens"] = (one.index["text_tokens"],)
+    for name in sorted({*kinds[0], *kinds[1]}):
+        if kinds[0].get(name) != kinds[1].get(name):
+            raise UserError(
+                f"{records.folder} and {first.folder} do not fit together: {name} is {kinds[1].get(name)} and "
+                f"{kinds[0].get(name)}; encode both with the same model"
+            )
+    given, expected = np.float32(records.null_text), np.float32(first.null_text)
+    if np.linalg.norm(given - expected) > SAME_PROMPT * np.linalg.norm(expected):
+        raise UserError(
+            f"{records.folder} and {first.folder} have other text encoders; encode both with the same model"
+        )
+
+
+def to_float(pixels: UInt8[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
+    """0..255 to [-1, 1], float32."""
+    return pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
+
+
+def iterate(
+    buckets: Sequence[Sequence[Part]],
+    load: Callable[[int, int], Any],
+    finish: Callable[[Any], Any],
+    data: str,
+    batch_size: int,
+    seed: int,
+    workers: int,
+    rows: Rows,
+    max_bad: float = 0.0,
+) -> Batches:
+    """Endless iterator of batches.
+
+    Args:
+      buckets: the clips, by shape; a batch takes all of its clips from one bucket.
+      load: reads one clip, by the numbers of its source and in it.
+      finish: makes a batch of clips' arrays.
+      data: what the clips are, for a checkpoint's position in them.
+      batch_size, seed, workers, rows, max_bad: see `latent_batches`.
+
+    Raises:
+      UserError: fewer clips than a batch has.
+    """
+    clips = sum(len(part.clips) for parts in buckets for part in parts)
+    if not 1 <= batch_size <= clips:
+        raise UserError(f"batch size {batch_size} does not fit {clips} clips; lower it or take more clips")
+    own = range(batch_size) if rows is None else rows
+    data = f"batches of {batch_size} from {data}, seed {seed}"
+    return Batches(Order(buckets, batch_size, seed), load, finish, own, workers, max_bad, data)

@@ -1,0 +1,1 @@
+"""From videos and captions to latent records."""

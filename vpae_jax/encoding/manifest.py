@@ -1,0 +1,203 @@
+"""Which videos there are, and what they show: a folder with captions beside the videos, or a table that lists them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from vpae_jax.encoding.cells import id_of, printable, rest_of, shown, text_of, time_of, times_of
+from vpae_jax.encoding.clip_source import Entry, Reject
+from vpae_jax.encoding.identity import Identity
+from vpae_jax.encoding.listing import SUFFIXES, TIME_KEYS, FolderTable, is_video, regular_file
+from vpae_jax.encoding.rows import TABLES, Rows, open_table
+from vpae_jax.encoding.tables import Refused, Row, Table
+from vpae_jax.types import UserError
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column of a table says what.
+
+    Attributes:
+      path: the video's file, relative to the folder of the videos or absolute within it. A name without a video's
+        suffix stands for the file of that name, or else for the first there is of NAME.mp4, NAME.mov, ...
+      caption: what it shows.
+      id: unique in the table; None for the path, with the times where the table gives some: v.mp4@1.5-3.2.
+      start, end: the part that is meant, in seconds, or as 1:02:03.5; empty for the video's beginning and end.
+      cuts: times of shot cuts: a list, or text as "[1.5, 0:03.2]" or "1.5 3.2".
+      span: start and end in one column, written like cuts.
+      stem: a regular expression that matches the whole of what `path` holds; its first group is the file's name.
+    """
+
+    path: str = "path"
+    caption: str = "caption"
+    id: str | None = None
+    start: str | None = None
+    end: str | None = None
+    cuts: str | None = None
+    span: str | None = None
+    stem: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.span is not None and (self.start is not None or self.end is not None):
+            raise UserError(f"column {self.span!r} holds start and end; leave out start= and end= in --columns")
+
+    def used(self) -> dict[str, str]:
+        """The columns, by what they are used for."""
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "stem"}
+        return {use: column for use, column in found.items() if column is not None}
+
+
+_BESIDE = Columns(**{key: key for key in TIME_KEYS})
+
+
+class Manifest:
+    """Captioned videos in a fixed order, cut into units. Its identity is all that decides them but where they lie.
+
+    A table is read once when the manifest is made (see `rows.Rows`), and a unit from where it begins after that. Every
+    row becomes one `Entry` or one `Reject`; its kinds are
+      "row": it cannot be read, or has too few or too many fields;
+      "path": no name, one that leads out of the folder (by .., as an absolute path, or over links), or no regular file;
+      "missing": no such file;
+      "id": none, or no text;
+      "duplicate": a row before it has this id;
+      "caption": none, empty, or no text that can be written as UTF-8;
+      "time": start, end or cuts that are no times.
+
+    Args:
+      root: the folder of the videos.
+      file: a table that lists them: .csv or .tsv with a header, .jsonl or .ndjson, .parquet or .pq; None for all videos
+        in the folder, at any depth, with captions beside them (see `listing.FolderTable`).
+      columns: of the table.
+      unit_videos: rows of a unit.
+
+    Raises:
+      UserError: no such folder or file, an unknown suffix, a file that is empty, damaged or not UTF-8, a missing
+        column.
+    """
+
+    def __init__(
+        self, root: Path, file: Path | None = None, columns: Columns | None = None, unit_videos: int = 64
+    ) -> None:
+        if not root.is_dir():
+            raise UserError(f"{root}: no such folder; give the folder of the videos with --videos=FOLDER")
+        if unit_videos < 1:
+            raise UserError(f"units of {unit_videos} videos; expected 1 or more")
+        self.root, self.unit_videos = Path(os.path.realpath(root)), unit_videos
+        self.columns = columns = _BESIDE if file is None else columns or Columns()
+        self._listed = file is not None
+        self._stem = None if columns.stem is None else re.compile(columns.stem)
+        times = [column for column in (columns.start, columns.end, columns.span) if column is not None]
+        # A video of a folder is there once. Rows of a table may be parts of one.
+        self._parts = self._listed and columns.id is None and bool(times)
+        keys = dict.fromkeys([columns.id or columns.path, *(times if self._parts else ())])
+        self._rows = Rows(_table(self.root, file, columns), [*keys], unit_videos, self._id)
+        if not self._rows.count:
+            raise UserError(f"{file} has no rows; give another manifest with --manifest=FILE")
+        self.rows, self.units, self.digest = self._rows.count, self._rows.units, self._rows.digest
+
+    @property
+    def identity(self) -> Identity:
+        columns = asdict(self.columns) if self._listed else None
+        return {"digest": self.digest, "columns": columns, "unit": self.unit_videos}
+
+    def rows_of(self, unit: int) -> int:
+        """How many rows a unit has."""
+        return self._rows.rows_of(unit)
+
+    def read(self, unit: int) -> Iterator[Entry | Reject]:
+        """A unit's rows.
+
+        Raises:
+          IndexError: no such unit.
+          UserError: the table was changed since it was scanned, or is gone.
+        """
+        for number, row, repeated in self._rows.read(unit):
+            yield self._judged(number, row, repeated)
+
+    def _judged(self, number: int, row: Row | Refused, repeated: bool) -> Entry | Reject:
+        name = f"row {number + 1}"
+        try:
+            if isinstance(row, Refused):
+                raise row
+            name = self._name(row)  # for a reject whose times are none
+            name = self._id(row)
+            if repeated:
+                raise Refused("duplicate", self._same(name))
+            return self._entry(name, row)
+        except Refused as refused:
+            return Reject(name, refused.kind, printable(refused.reason))
+
+    def _name(self, row: Row) -> str:
+        """What a row says it is called. Raises `Refused` when it has no name."""
+        return text_of(row, self.columns.path, "path") if self.columns.id is None else id_of(row, self.columns.id)
+
+    def _id(self, row: Row) -> str:
+        """A row's name, and the part of a video that it is, where that tells it from others. Raises `Refused`."""
+        name = self._name(row)
+        start, end = self._part(row) if self._parts else (None, None)
+        if not start and end is None:
+            return name
+        return f"{name}@{start or 0.0:.15g}-" + ("" if end is None else f"{end:.15g}")
+
+    def _same(self, name: str) -> str:
+        """Why a row is a duplicate, and the remedy where its id may not be meant."""
+        if self.columns.id is not None:
+            return f"a row before it has the same {self.columns.id!r}, {shown(name)}"
+        what = "path and times" if self._parts else "path"
+        return f"a row before it has the same {what}, {shown(name)}; give rows ids with --columns=...,id=COLUMN"
+
+    def _part(self, row: Row) -> tuple[float | None, float | None]:
+        """The part of the video that is meant, in seconds. Raises `Refused` for times that are none."""
+        columns = self.columns
+        if columns.span is not None:
+            times = times_of(row, columns.span)
+            if len(times) not in (0, 2):
+                raise Refused("time", f"{columns.span} {shown(row[columns.span])} is no start and end")
+            start, end = times or (None, None)
+        else:
+            start, end = time_of(row, columns.start), time_of(row, columns.end)
+        if end is not None and end <= (start or 0.0):
+            raise Refused("time", f"ends at {end:g} s, begins at {start or 0.0:g} s")
+        return start, end
+
+    def _entry(self, name: str, row: Row) -> Entry:
+        columns = self.columns
+        path = self._path(text_of(row, columns.path, "path"))
+        caption = text_of(row, columns.caption, "caption").strip()
+        start, end = self._part(row)
+        cuts = tuple(sorted(set(times_of(row, columns.cuts))))
+        about = rest_of(row, columns.used().values())
+        return Entry(name, path, caption, start, end, cuts, about)
+
+    def _path(self, name: str) -> Path:
+        """The file that a table's name stands for. Raises `Refused` for none."""
+        if self._stem is not None:
+            match = self._stem.fullmatch(name)
+            if match is None:
+                raise Refused("path", f"{shown(name)} is not of the form {self.columns.stem}")
+            name = match[1]
+        first: Refused | None = None
+        for candidate in (name,) if is_video(name) else (name, *(name + suffix for suffix in SUFFIXES)):
+            try:
+                regular_file(str(self.root), candidate)
+                # An absolute one may get here by another way than the root does.
+                return Path(os.path.realpath(candidate)) if os.path.isabs(candidate) else self.root / candidate
+            except Refused as refused:
+                first = first or refused
+        assert first is not None
+        raise Refused(first.kind, f"{shown(name)} {first.reason}") from first
+
+
+def _table(root: Path, file: Path | None, columns: Columns) -> Table:
+    if file is None:
+        return FolderTable(root)
+    if file.suffix.lower() not in TABLES:
+        raise UserError(
+            f"{file}: a manifest's name ends in one of {' '.join(TABLES)}; give one with --manifest=FILE, "
+            f"or a folder of videos with --videos=FOLDER"
+        )
+    return open_table(file, columns.used())

@@ -1,0 +1,405 @@
+"""A folder of records in the making, unit by unit.
+
+A unit is there whole or not at all: its shards and notes are written under hidden names and moved to their places, and
+`units/00012.json`, which is moved last, makes it done. Shards are named by what is in them, so that two processes that
+write the same unit do not touch each other's files. A process that is killed at any moment leaves finished units and
+hidden files, which are removed by those who come later; the same command continues with the units that are missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from vpae_jax.data.records import (
+    IDENTITY,
+    INDEX,
+    NULL,
+    REJECTS,
+    SCHEMA,
+    Arrays,
+    BadRecord,
+    Shape,
+    check_shard,
+    decode,
+    encode,
+    file_size,
+    pack,
+    read_index,
+    sha256,
+    shapes_of,
+    stored,
+    unpack,
+)
+from vpae_jax.data.shards import WRITING, Shards, starts
+from vpae_jax.encoding.clip_source import Reject
+from vpae_jax.encoding.identity import Identity, differences
+from vpae_jax.files import REMEDY, refused_writes
+from vpae_jax.pages import jpeg
+from vpae_jax.types import UserError
+
+# What reading JSON that has been damaged, and using it, ends in.
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError)
+TOLD = 3  # settings that differ are named, at most
+_HIDDEN = re.compile(r"\.(?P<label>unit-\d+|finish)\.(?P<host>.+)\.(?P<pid>\d+)\.(?P<token>[0-9a-f]+)\.tmp")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a finished unit says of itself.
+
+    Attributes:
+      clips: how many it holds.
+      rejects: what was refused, in order, without pictures.
+      pictures: of some rejects, by their places, as `pages.jpeg` makes them.
+      notes: what `UnitWriter.note` was given, in order.
+    """
+
+    clips: int
+    rejects: tuple[Reject, ...]
+    pictures: Mapping[int, str]
+    notes: tuple[Any, ...]
+
+
+class Units:
+    """A folder of records that is being written, by one process or several.
+
+    Args:
+      folder: made when it is not there.
+      identity: what decides the records, as plain JSON: source, encoders, sizes.
+      count: number of units.
+
+    Raises:
+      UserError: the folder holds records of another identity (naming the settings that differ) or something else, or
+        cannot be written.
+    """
+
+    def __init__(self, folder: Path, identity: Identity, count: int) -> None:
+        self.folder, self.count = folder, count
+        self.identity = json.loads(json.dumps({"schema": SCHEMA, **identity, "units": count}))
+        self._token = secrets.token_hex(4)
+        path = folder / IDENTITY
+        if not path.is_file():
+            if (folder / INDEX).is_file():
+                raise UserError(f"{folder} holds records of another version; choose another folder")
+            others = folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir())
+            if others and not path.is_file():  # else another process has just begun
+                raise UserError(f"{folder} is not empty and holds no records; choose another folder")
+            with self._workspace("finish") as hidden:
+                (hidden / IDENTITY).write_text(json.dumps(self.identity, indent=1) + "\n")
+                (hidden / IDENTITY).replace(path)
+        try:
+            found = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path}: {error}; choose another folder") from error
+        if others := list(differences(found, self.identity, "" if isinstance(found, dict) else IDENTITY)):
+            more = f"; {len(others) - TOLD} more differ" if len(others) > TOLD else ""
+            raise UserError(f"{folder} holds other records: {'; '.join(others[:TOLD])}{more}; choose another folder")
+        self._sweep(everything=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of the identity."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
+
+    def pending(self, process: int = 0, processes: int = 1) -> list[int]:
+        """Units that are not done, or whose files are missing or cut short: those that this process is to write."""
+        return [unit for unit in range(process, self.count, processes) if self._facts(unit) is None]
+
+    @contextmanager
+    def write(self, unit: int) -> Iterator[UnitWriter]:
+        """Where a unit's clips are added. It is done when the block ends, and untouched when it raises.
+
+        Raises:
+          UserError: the files cannot be written.
+        """
+        with self._workspace(f"unit-{unit:05d}") as hidden:
+            writer = UnitWriter(hidden, unit)
+            yield writer
+            facts = writer.close()
+            if self._facts(unit) is not None:  # another process was faster
+                return
+            for file, place in ((hidden / Path(s["file"]).name, self.folder / s["file"]) for s in facts["shards"]):
+                place.parent.mkdir(exist_ok=True)
+                file.replace(place)
+            for kind in ("notes", "units"):  # this order makes the unit done
+                (self.folder / kind).mkdir(exist_ok=True)
+                (hidden / f"{kind}.json").replace(self._file(kind, unit))
+
+    def read(self, unit: int) -> Contents:
+        """What a finished unit says of itself. Raises `UserError` when its files are damaged."""
+        facts = self._facts(unit)
+        if facts is None:
+            raise UserError(f"{self._file('units', unit)} is damaged; run the same encode command again")
+        path = self._file("notes", unit)
+        try:
+            notes = json.loads(path.read_text())
+            pictures = {int(place): text for place, text in notes["pictures"].items()}
+            rejects = tuple(Reject(**reject) for reject in facts["rejects"])
+            return Contents(facts["clips"], rejects, pictures, tuple(notes["notes"]))
+        except (OSError, *MALFORMED) as error:
+            raise UserError(f"{path} is damaged; remove it and run the same encode command again") from error
+
+    def complete(self) -> bool:
+        """Whether all units are done and the folder can be read: `finish` has nothing to add."""
+        try:
+            index = read_index(self.folder)
+            decode((self.folder / NULL).read_bytes())
+        except (UserError, FileNotFoundError, BadRecord):
+            return False
+        if not (self.folder / REJECTS).is_file():
+            return False
+        shards: list[Any] = []
+        found = self._collect(shards.append, lambda _: None)
+        return found is not None and all(index.get(key) == value for key, value in {**found, "shards": shards}.items())
+
+    def put(self, name: str, text: str) -> None:
+        """Writes a text file into the folder, whole or not at all. Raises `UserError` when it cannot be written."""
+        with self._workspace("finish") as hidden:
+            (hidden / name).write_text(text, encoding="utf-8")
+            (hidden / name).replace(self.folder / name)
+
+    def finish(self, null: Arrays, facts: Mapping[str, Any]) -> bool:
+        """Makes the folder readable, when all units are done: the negative prompt, the list of rejects, the index last.
+
+        Several processes may call it, at the same time too, and again later.
+
+        Args:
+          null: `text` [s, d] and `text_mask` [s] of the negative prompt.
+          facts: what else the index says: `text_tokens`, `takes_image`.
+
+        Returns:
+          Whether all units are done.
+        """
+        used: set[str] = set()
+        with self._workspace("finish") as hidden:
+            # Written as it is read: there may be many thousands of units.
+            with (hidden / REJECTS).open("w") as rejects, (hidden / INDEX).open("w") as index:
+
+                def add_shard(shard: Mapping[str, Any]) -> None:
+                    index.write((",\n" if used else "\n") + json.dumps(shard))
+                    used.add(shard["file"])
+
+                index.write('{"shards": [')
+                found = self._collect(add_shard, lambda reject: rejects.write(json.dumps(reject) + "\n"))
+                if found is None:
+                    return False
+                index.write("\n],\n" + json.dumps({**facts, **found}, indent=1).removeprefix("{\n") + "\n")
+            (hidden / NULL).write_bytes(encode("the negative prompt", null, {}))
+            for name in (NULL, REJECTS, INDEX):
+                (hidden / name).replace(self.folder / name)
+        for path in (self.folder / "shards").glob("*.array_record"):
+            if f"shards/{path.name}" not in used:
+                path.unlink(missing_ok=True)
+        self._sweep(everything=True)
+        return True
+
+    def _collect(
+        self, shard: Callable[[Mapping[str, Any]], object], reject: Callable[[Mapping[str, Any]], object]
+    ) -> dict[str, Any] | None:
+        """What the index says of all units but their shards; None if some are not done. Shards and rejects are handed
+        over one by one."""
+        kinds, clips = Counter[str](), 0
+        for unit in range(self.count):
+            if (found := self._facts(unit)) is None:
+                return None
+            for one in found["shards"]:
+                shard(one)
+            for one in found["rejects"]:
+                kinds[one["kind"]] += 1
+                reject(one)
+            clips += found["clips"]
+        return {
+            "schema": SCHEMA,
+            "fingerprint": self.fingerprint,
+            "count": clips,
+            "rejects": dict(sorted(kinds.items())),
+            "identity": self.identity,
+        }
+
+    def _facts(self, unit: int) -> dict[str, Any] | None:
+        """What a unit's file says, when the unit is done and its shards are whole."""
+        try:
+            facts = json.loads(self._file("units", unit).read_text())
+            for shard in facts["shards"]:
+                check_shard(self.folder, shard, file_size(self.folder / shard["file"]))
+            for reject in facts["rejects"]:
+                Reject(**reject)
+            whole = facts["clips"] == sum(len(shard["sizes"]) for shard in facts["shards"])
+        except (FileNotFoundError, UserError, *MALFORMED):
+            return None
+        return facts if whole and self._file("notes", unit).is_file() else None
+
+    def _file(self, kind: str, unit: int) -> Path:
+        return self.folder / kind / f"{unit:05d}.json"
+
+    @contextmanager
+    def _workspace(self, label: str) -> Iterator[Path]:
+        """A hidden folder of this process, which is removed in the end. The system's refusals become `UserError`s."""
+        hidden = self.folder / f".{label}.{_host()}.{os.getpid()}.{self._token}.tmp"
+        with refused_writes(self.folder):
+            hidden.mkdir(parents=True)
+            try:
+                yield hidden
+            except (OSError, UserError) as error:
+                if hidden.is_dir():
+                    raise
+                raise UserError(
+                    f"{hidden} was removed by others while it was in use; run the same command again"
+                ) from error
+            finally:
+                shutil.rmtree(hidden, ignore_errors=True)
+
+    def _sweep(self, everything: bool) -> None:
+        """Removes what killed processes left: those of this host, and when all is done the other hosts' units too.
+        Whether a process lives can be told of those that this one can see, see `_host`."""
+        for entry in self.folder.iterdir():
+            if (name := _HIDDEN.fullmatch(entry.name)) is None:
+                continue
+            if name["host"] != _host():
+                dead = everything and name["label"] != "finish"
+            elif int(name["pid"]) == os.getpid():  # one of the same number before this one, in a restarted container
+                dead = name["token"] != self._token
+            else:
+                dead = not _lives(int(name["pid"]))
+            if dead:
+                shutil.rmtree(entry, ignore_errors=True)
+
+
+class UnitWriter:
+    """Takes a unit's clips and rejects; made by `Units.write`."""
+
+    def __init__(self, hidden: Path, unit: int) -> None:
+        self._hidden, self._unit = hidden, unit
+        self._shards: dict[Shape, _Shard] = {}
+        self._rejects: list[dict[str, str]] = []
+        self._pictures: dict[int, str] = {}
+        self._notes: list[Any] = []
+
+    @property
+    def clips(self) -> int:
+        """How many were added."""
+        return sum(len(shard.sizes) for shard in self._shards.values())
+
+    def add(self, id: str, arrays: Arrays, about: Mapping[str, Any]) -> None:
+        """Adds a clip.
+
+        Args:
+          id: unique in the source.
+          arrays: as `LatentRecords` gives them back: `latents` [f, h, w, c], `text` [s, d], `text_mask` [s] (or trimmed
+            text and no mask), and for image-to-video `image` [n, e] and `frames` [f, h, w, 4 + c]; of any float type.
+          about: what else is known of it, as plain JSON.
+
+        Raises:
+          NotFinite: values that are not finite in bfloat16; the clip is left out.
+          UserError: a disk that is full.
+        """
+        shape, kept = arrays["latents"].shape, stored(id, arrays)
+        record = pack(id, kept, about)  # before there is a shard for it, which must not stay empty
+        if shape not in self._shards:
+            size = "x".join(map(str, shape))
+            self._shards[shape] = _Shard(self._hidden / f"{self._unit:05d}-{size}.array_record", shapes_of(kept))
+        self._shards[shape].add(id, record, shapes_of(kept))
+
+    def reject(self, reject: Reject) -> None:
+        """Lists what is not used, with the reason."""
+        if reject.picture is not None:
+            self._pictures[len(self._rejects)] = jpeg(reject.picture)
+        self._rejects.append({"id": reject.id, "kind": reject.kind, "reason": reject.reason})
+
+    def note(self, value: Any) -> None:
+        """Keeps something for the summary, as plain JSON; `Units.read` gives it back."""
+        self._notes.append(value)
+
+    def close(self) -> dict[str, Any]:
+        """Ends all files. Returns what the unit's file says."""
+        shards = [shard.close() for _, shard in sorted(self._shards.items())]
+        facts = {"clips": sum(len(shard["sizes"]) for shard in shards), "shards": shards, "rejects": self._rejects}
+        (self._hidden / "notes.json").write_text(json.dumps({"notes": self._notes, "pictures": self._pictures}))
+        (self._hidden / "units.json").write_text(json.dumps(facts))
+        return facts
+
+
+class _Shard:
+    """A shard that is being written, of records with arrays of the same shapes."""
+
+    def __init__(self, path: Path, shapes: dict[str, list[int]]) -> None:
+        self.path, self.shapes = path, shapes
+        self.sizes: list[int] = []
+        self._writer = ArrayRecordWriter(str(path), WRITING)
+
+    def add(self, id: str, record: bytes, shapes: dict[str, list[int]]) -> None:
+        if shapes != self.shapes:
+            raise ValueError(f"clip {id!r} has arrays of {shapes}, those before it of {self.shapes}")
+        with self._failures():
+            self._writer.write(record)
+            if not self._writer.ok():
+                self._writer.close()  # which says why
+        self.sizes.append(len(record))
+
+    def close(self) -> dict[str, Any]:
+        """Ends the file, reads all of it back, and names it by its contents."""
+        with self._failures():
+            self._writer.close()
+            reader = ArrayRecordReader(str(self.path))
+            found = reader.num_records()
+            reader.close()
+            if found != len(self.sizes):
+                raise RuntimeError(f"{found} of {len(self.sizes)} records are there")
+            files = Shards()
+            for start, size in zip(starts(self.sizes), self.sizes, strict=True):
+                unpack(files.read(self.path, start, size))
+        digest = sha256(self.path)
+        named = self.path.with_name(f"{self.path.stem}-{digest[:8]}{self.path.suffix}")
+        self.path.rename(named)
+        return {
+            "file": f"shards/{named.name}",
+            "bytes": named.stat().st_size,
+            "sha256": digest,
+            "shapes": self.shapes,
+            "sizes": self.sizes,
+        }
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        """ArrayRecord says by a RuntimeError, and often late, that the system did not let it write; or not at all, but
+        then what is read back is not what was written."""
+        try:
+            yield
+        except (RuntimeError, EOFError, BadRecord) as error:
+            reason = " ".join(str(error).split(";")[0].removeprefix("write() failed: ").split())
+            raise UserError(f"{self.path.parent.parent}: cannot be written: {reason}; {REMEDY}") from error
+
+
+def _host() -> str:
+    """Where process numbers mean what they mean here: the machine's name, and of which of its starts and process
+    namespaces this is. Containers may share the first, and machines may have the same; systems without /proc tell no
+    more."""
+    here = socket.gethostname()
+    with suppress(OSError):
+        boot, namespace = Path("/proc/sys/kernel/random/boot_id").read_text(), os.stat("/proc/self/ns/pid").st_ino
+        here += "-" + hashlib.sha256(f"{boot} {namespace}".encode()).hexdigest()[:8]
+    return here
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True

@@ -1,0 +1,284 @@
+"""Clips from the videos of a manifest: looked at, cut, read and filtered."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, wait
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+
+from vpae_jax.encoding import work
+from vpae_jax.encoding.buckets import Size, choose
+from vpae_jax.encoding.cells import printable
+from vpae_jax.encoding.clip_source import Clip, Entry, Reject, in_turn
+from vpae_jax.encoding.cutting import clip_starts
+from vpae_jax.encoding.decoding import Probe, Unreadable
+from vpae_jax.encoding.filters import Filters
+from vpae_jax.encoding.identity import Identity
+from vpae_jax.encoding.pool import Lost, Pool
+from vpae_jax.types import UserError
+
+T = TypeVar("T")
+MOST_FPS, LONGEST_TIMEOUT = 1000, 86400  # a day
+PICTURE = 160  # pixels of the longer side of a reject's picture, about
+
+
+@runtime_checkable
+class Entries(Protocol):
+    """A manifest: entries in a fixed order, in units. Its identity is all that decides them. All paths begin with
+    `root`, the folder of the videos."""
+
+    @property
+    def root(self) -> Path: ...
+    @property
+    def identity(self) -> Identity: ...
+
+    @property
+    def units(self) -> int: ...
+
+    def rows_of(self, unit: int) -> int: ...
+
+    def read(self, unit: int) -> Iterator[Entry | Reject]: ...
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A clip that is to be read."""
+
+    id: str
+    entry: Entry
+    probe: Probe
+    bucket: Size
+    start: float
+
+
+class VideoClips:
+    """A `Source` of clips from video files."""
+
+    def __init__(
+        self,
+        manifest: Entries,
+        buckets: tuple[Size, ...],
+        frames: int,
+        fps: float = 16.0,
+        filters: Filters | None = None,
+        stride: float | None = None,
+        clips_per_video: int = 1,
+        workers: int = 2,
+        timeout: float = 120.0,
+    ):
+        """
+        Args:
+          manifest: videos with their captions.
+          buckets: heights and widths; each video gets the one of the nearest aspect ratio.
+          frames: of a clip; 1 + a multiple of 4.
+          fps: frames a second of a clip.
+          filters: what is not used.
+          stride: seconds between the beginnings of a shot's clips; by default clips follow one another.
+          clips_per_video: at most.
+          workers: processes that decode; 0 for none but this one, which a crash of a decoder ends and a hang stops.
+          timeout: seconds after which a worker is taken to hang.
+
+        Raises:
+          UserError: a number that makes no sense.
+        """
+        if frames < 1 or frames % 4 != 1:
+            raise UserError(f"clips of {frames} frames: expected 1 + a multiple of 4, as 81")
+        for name, value in {
+            "fps": fps,
+            "stride": stride,
+            "clips_per_video": clips_per_video,
+            "timeout": timeout,
+        }.items():
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"{name} is {value}; expected a positive number")
+        if fps > MOST_FPS:
+            raise UserError(f"fps is {fps:g}; expected {MOST_FPS} at most")
+        if stride is not None and stride * fps < 1:
+            raise UserError(f"stride is {stride:g} s, less than a frame; expected {1 / fps:g} s at least")
+        if timeout > LONGEST_TIMEOUT:
+            raise UserError(f"timeout is {timeout:g} s; expected {LONGEST_TIMEOUT} at most")
+        if workers < 0:
+            raise UserError(f"workers is {workers}; expected 0 or more")
+        if not buckets:
+            raise UserError("no buckets are given; expected at least one size, as 480x832")
+        self.manifest, self.buckets, self.frames, self.fps = manifest, buckets, frames, fps
+        self.filters, self.stride, self.clips_per_video = filters or Filters(), stride, clips_per_video
+        self.workers, self.timeout = workers, timeout
+        self._pool: Pool | None = None
+        self._running: list[Future[Any]] = []
+
+    @property
+    def identity(self) -> Identity:
+        """All that decides the clips, by the names of the flags."""
+        return {
+            "kind": "videos",
+            "manifest": self.manifest.identity,
+            "buckets": [f"{height}x{width}" for height, width in self.buckets],
+            "num_frames": self.frames,
+            "fps": self.fps,
+            **asdict(self.filters),
+            "stride": self.stride,
+            "clips_per_video": self.clips_per_video,
+        }
+
+    @property
+    def units(self) -> int:
+        return self.manifest.units
+
+    def expected(self, unit: int) -> int | None:
+        """How many clips and rejects a unit has; None when a video may have several clips."""
+        return self.manifest.rows_of(unit) if self.clips_per_video == 1 else None
+
+    def read(self, units: Iterable[int]) -> Iterator[Clip | Reject | None]:
+        """Clips and rejects of units, and None after each. The next ones are decoded meanwhile, a few clips ahead.
+
+        What costs a worker its life, or fails by the system's fault, is tried once more when nothing else is under way.
+        """
+        looked = self._ahead(in_turn(self.manifest.read, units), self._look, max(self.workers, 1))
+        cuts = chain.from_iterable(self._cut(entry, found) for entry, found in looked)
+        for cut, found in self._ahead(cuts, self._read, 2 * self.workers):
+            yield self._judged(cut, found)
+
+    def close(self) -> None:
+        """Ends the workers."""
+        if self._pool:
+            self._pool.close()
+            self._pool = None
+
+    def __enter__(self) -> VideoClips:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _look(self, entry: Entry | Reject | None) -> Future[Any] | None:
+        if not isinstance(entry, Entry) or self.filters.caption(entry.caption):
+            return None
+        return self._submit(work.look, entry.path)
+
+    def _cut(
+        self, entry: Entry | Reject | None, found: Probe | Unreadable | Lost | None
+    ) -> Iterator[_Cut | Reject | None]:
+        if not isinstance(entry, Entry):
+            yield entry
+            return
+        if isinstance(found, Probe):
+            bucket = choose(self.buckets, found.height, found.width)
+            first, last = max(entry.start or 0.0, 0.0), found.seconds if entry.end is None else entry.end
+            seconds = max(min(last, found.seconds) - first, 0.0)
+            refusal = self.filters.video(seconds, found.height, found.width, bucket)
+            if refusal is None:
+                length = self.frames / self.fps
+                starts = clip_starts(
+                    found.seconds, length, entry.start, entry.end, entry.cuts, self.stride, self.clips_per_video
+                )
+                for number, start in enumerate(starts):
+                    yield _Cut(f"{entry.id}#{number}", entry, found, bucket, start)
+                if starts:
+                    return
+                shot = " in one shot" if entry.cuts else ""
+                part = "" if entry.start is None and entry.end is None else "the part that is meant "
+                refusal = "too short", f"{part}lasts {seconds:.3f} s; a clip needs {length:.3f} s{shot}"
+        elif found is None:
+            refusal = self.filters.caption(entry.caption)
+            assert refusal is not None
+        else:
+            refusal = found.kind, _reason(entry, found)
+        yield Reject(entry.id, *refusal)
+
+    def _read(self, cut: _Cut | Reject | None) -> Future[Any] | None:
+        if not isinstance(cut, _Cut):
+            return None
+        shape = (self.frames, *cut.bucket, 3)
+        return self._submit(work.read, cut.entry.path, cut.start, self.fps, shape=shape)
+
+    def _judged(self, cut: _Cut | Reject | None, found: Any) -> Clip | Reject | None:
+        if not isinstance(cut, _Cut):
+            return cut
+        if isinstance(found, Lost):
+            return Reject(cut.id, found.kind, _reason(cut.entry, found))
+        video, measures = found
+        if isinstance(measures, Unreadable):
+            return Reject(cut.id, measures.kind, _reason(cut.entry, measures))
+        refusal = self.filters.clip(measures)
+        if refusal:
+            step = max(max(cut.bucket) // PICTURE, 1)
+            return Reject(cut.id, *refusal, video[len(video) // 2, ::step, ::step].copy())
+        probe = cut.probe
+        about = {
+            "video": cut.entry.path.relative_to(self.manifest.root).as_posix(),
+            "start": cut.start,
+            "source": {"height": probe.height, "width": probe.width, "fps": round(probe.fps, 3), "codec": probe.codec},
+            "bucket": list(cut.bucket),
+            "fps": self.fps,
+            **measures,
+        }
+        if cut.entry.about:
+            about["row"] = dict(cut.entry.about)  # by itself, since a table may have any columns
+        return Clip(cut.id, video, cut.entry.caption, about)
+
+    def _submit(self, function: Callable[..., Any], *args: Any, shape: tuple[int, ...] | None = None) -> Future[Any]:
+        if self.workers:
+            self._pool = self._pool or Pool(self.workers, self.timeout)
+            self._running.append(self._pool.submit(function, *args, shape=shape))
+            return self._running[-1]
+        done: Future[Any] = Future()
+        if shape is None:
+            done.set_result(function(*args))
+        else:
+            array = np.empty(shape, np.uint8)
+            done.set_result((array, function(array, *args)))
+        return done
+
+    def _ahead(
+        self, items: Iterable[T], submit: Callable[[T], Future[Any] | None], number: int
+    ) -> Iterator[tuple[T, Any]]:
+        """Items with their results, or the `Lost` in their place, in order; `number` more are under way meanwhile."""
+        waiting: deque[tuple[T, Future[Any] | None]] = deque()
+        try:
+            for item in items:
+                waiting.append((item, submit(item)))
+                if len(waiting) > number:
+                    yield self._result(*waiting.popleft(), submit)
+            while waiting:
+                yield self._result(*waiting.popleft(), submit)
+        finally:
+            for _, future in waiting:
+                if future:
+                    future.cancel()
+
+    def _result(self, item: T, future: Future[Any] | None, submit: Callable[[T], Future[Any] | None]) -> tuple[T, Any]:
+        """An item and what comes of it, at the second try if the first failed for a reason that may have passed."""
+        found = _outcome(future)
+        self._running = [other for other in self._running if not other.done()]  # whose results hold clips
+        if _may_pass(found):
+            wait(self._running)  # a worker that was killed for want of memory gets what the others had
+            found = _outcome(submit(item))
+        return item, found
+
+
+def _outcome(future: Future[Any] | None) -> Any:
+    """A task's result, or the `Lost` in its place."""
+    if future is None:
+        return None
+    try:
+        return future.result()
+    except Lost as lost:
+        return lost
+
+
+def _may_pass(found: Any) -> bool:
+    """Whether something may come to another end when it is tried again."""
+    last = found[1] if isinstance(found, tuple) else found  # with a clip's frames, or alone
+    return isinstance(last, Lost) or (isinstance(last, Unreadable) and last.passing)
+
+
+def _reason(entry: Entry, why: Unreadable | Lost) -> str:
+    return printable(f"{entry.path.name} {why.reason}")

@@ -1,0 +1,31 @@
+"""What the workers of `videos.py` do. Nothing here, or below it, imports JAX."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+
+from vpae_jax.encoding.decoding import Probe, Unreadable, probe, read_frames
+from vpae_jax.encoding.frame_statistics import Measures, measure
+
+
+def look(path: Path) -> Probe | Unreadable:
+    """What a file says of its video, or why it cannot be read."""
+    try:
+        return probe(path)
+    except Unreadable as error:
+        return error
+
+
+def read(out: UInt8[np.ndarray, "t height width 3"], path: Path, start: float, fps: float) -> Measures | Unreadable:
+    """Fills `out` with a clip's frames and measures them, or says why they cannot be read."""
+    count, height, width, _ = out.shape
+    try:
+        return measure(read_frames(path, start, count, fps, height, width, out))
+    except Unreadable as error:
+        return error
+    finally:
+        gc.collect()  # a decoder and its container refer to each other, and hold tens of frames

@@ -1,0 +1,435 @@
+"""From a model directory to videos: prompt and picture in, frames out.
+
+    pipe = vpae_jax.load_pipeline("path/to/model")        # or "tiny", the model inside this package
+    frames = pipe("a three moves up", seed=1)             # uint8 [frames, height, width, 3]
+
+The directory may be in any layout (`weights/find.py`); `vpae_jax.json` in it says which clip is made by default
+(`weights/settings.py`). Everything from prompt and picture to frames is done as Diffusers' WanPipeline and
+WanImageToVideoPipeline do; the tests compare the frames.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import ftfy
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, Sharding
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, UInt8
+from PIL import Image
+from transformers import PreTrainedTokenizerBase
+
+from vpae_jax import sharding
+from vpae_jax.flow.draws import noise_of_seed
+from vpae_jax.inference import samplers
+from vpae_jax.inference.samplers import MASK_CHANNELS, Plan, Solver
+from vpae_jax.inference.tokenizer import load_tokenizer, tokenize
+from vpae_jax.models.clip import CLIPVision
+from vpae_jax.models.parallel import Layout
+from vpae_jax.models.umt5 import UMT5Encoder
+from vpae_jax.models.wan_dit import WanTransformer
+from vpae_jax.models.wan_vae import WanVAE
+from vpae_jax.train.roles import split
+from vpae_jax.types import Condition, Latents, Mask, Params, PRNGKey, UserError, Video
+from vpae_jax.weights.find import find_model
+from vpae_jax.weights.image_processor import ImageProcessor, read_image_processor
+from vpae_jax.weights.loading import load_part
+from vpae_jax.weights.locate import locate
+from vpae_jax.weights.parts import abstract, check_fit
+from vpae_jax.weights.settings import Defaults, Scheduler, read_defaults, read_scheduler
+from vpae_jax.weights.stream import Place
+
+Pictures = UInt8[np.ndarray, "b height width 3"]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A model directory's parts and what is done with them.
+
+    Attributes:
+      transformer, vae, text_encoder: models.
+      image_encoder, image_processor: None for a text-to-video model.
+      tokenizer: its `model_max_length` is the text length, at most 512.
+      scheduler: how the directory's author samples it; its solver and shift are a call's defaults.
+      defaults: the clip that a call without sizes makes, and its negative prompt.
+    """
+
+    transformer: WanTransformer
+    vae: WanVAE
+    text_encoder: UMT5Encoder
+    image_encoder: CLIPVision | None
+    tokenizer: PreTrainedTokenizerBase
+    image_processor: ImageProcessor | None
+    scheduler: Scheduler
+    defaults: Defaults
+
+    @property
+    def takes_image(self) -> bool:
+        """Whether a first frame can be given."""
+        return self.transformer.config.in_channels > self.transformer.config.out_channels
+
+    @cached_property
+    def _network(self) -> tuple[nnx.GraphDef, Params]:
+        """The transformer, split once: doing it for every clip would cost a tenth of a tiny model's evaluation."""
+        return split(self.transformer)
+
+    def with_transformer(self, params: Params, mesh: Mesh | None = None) -> Pipeline:
+        """The same pipeline with other transformer weights of the same architecture, on their mesh if one is given."""
+        transformer = nnx.merge(nnx.graphdef(self.transformer), params)
+        if mesh is not None:
+            transformer.layout = Layout(mesh, transformer.config.num_attention_heads)
+        return dataclasses.replace(self, transformer=transformer)
+
+    def without_encoders(self) -> Pipeline:
+        """The same pipeline, whose text and image encoder have no weights left: for when all prompts are encoded."""
+        image = None if self.image_encoder is None else _shapes_of(self.image_encoder)
+        return dataclasses.replace(self, text_encoder=_shapes_of(self.text_encoder), image_encoder=image)
+
+    def on(self, device: Any) -> Pipeline:
+        """The same pipeline with all but its transformer on one device."""
+
+        def moved(model: Any) -> Any:
+            graph, weights = nnx.split(model)
+            return nnx.merge(graph, jax.device_put(weights, device))
+
+        image = None if self.image_encoder is None else moved(self.image_encoder)
+        return dataclasses.replace(
+            self, vae=moved(self.vae), text_encoder=moved(self.text_encoder), image_encoder=image
+        )
+
+    def encode_prompt(self, prompts: Sequence[str]) -> tuple[Float[Array, "b s d"], Mask]:
+        """Text states, zero beyond each prompt's end, and the mask that is true at the prompts' tokens.
+
+        Raises:
+          UserError: a prompt with more tokens than the tokenizer's `model_max_length`.
+        """
+        ids, mask = self.tokenize(prompts)
+        states = samplers.apply(self.text_encoder, jnp.asarray(ids), jnp.asarray(mask))
+        return jnp.where(mask[..., None], states, 0), jnp.asarray(mask)
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Int[np.ndarray, "b s"], Bool[np.ndarray, "b s"]]:
+        """What of prompts the text encoder reads: their cleaned text's tokens, and the mask that is true at them.
+
+        Raises:
+          UserError: a prompt with more tokens than the tokenizer's `model_max_length`.
+        """
+        return tokenize(self.tokenizer, [clean_prompt(prompt) for prompt in prompts])
+
+    def encode_image(self, pictures: Pictures) -> Float[Array, "b n e"]:
+        """Image-encoder states of uint8 pictures of any size.
+
+        Raises:
+          UserError: this is a text-to-video model.
+        """
+        if self.image_encoder is None or self.image_processor is None:
+            raise UserError("this model directory has no image_encoder/; it makes videos from text alone")
+        return samplers.apply(self.image_encoder, jnp.asarray(self.image_processor(pictures)))
+
+    def condition_frames(
+        self,
+        first: Video | None,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        batch: int = 1,
+    ) -> Latents:
+        """What the transformer reads beside the noisy latents: 4 mask channels, then 16 latent channels.
+
+        The mask is 1 on the first latent frame; the latents are those of the first frame followed by grey (zero)
+        frames. Without a first frame all is zero.
+
+        Args:
+          first: clips in [-1, 1] whose first frame is given; further frames are not looked at. Their height and width
+            are the video's.
+          num_frames: length of the video, 1 + a multiple of 4; by default the model's.
+          height, width, batch: used without a first frame.
+        """
+        if first is not None:
+            batch, _, height, width, _ = first.shape
+        shape = self.latent_shape(batch, num_frames, height, width)
+        if first is None:
+            return jnp.zeros((*shape[:-1], MASK_CHANNELS + shape[-1]))
+        num_frames = self.defaults.num_frames if num_frames is None else num_frames
+        return samplers.encode_first_frame(self.vae, first[:, :1], num_frames)
+
+    def condition(
+        self,
+        prompts: Sequence[str],
+        pictures: Pictures | None = None,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> Condition:
+        """Everything that the transformer is conditioned on, one prompt and at most one picture a clip.
+
+        Args:
+          prompts: one a clip.
+          pictures: first frames of any size, stretched to the video's; None for text-to-video.
+          num_frames, height, width: the video's; by default the model's.
+        """
+        if pictures is not None and not self.takes_image:
+            raise UserError("an image was given, but this is a text-to-video model; leave the image out")
+        num_frames, height, width = self._size(num_frames, height, width)
+        text, mask = self.encode_prompt(prompts)
+        image, frames = None, None
+        if self.image_encoder is not None:
+            config = self.image_encoder.config
+            shape = (len(prompts), config.num_tokens, config.hidden_size)
+            image = jnp.zeros(shape) if pictures is None else self.encode_image(pictures)
+        if self.takes_image:
+            first = None if pictures is None else jnp.asarray(_stretch(pictures, height, width))[:, None]
+            frames = self.condition_frames(first, num_frames, height, width, len(prompts))
+        return Condition(text=text, text_mask=mask, image=image, frames=frames)
+
+    def sample(
+        self,
+        noise: Latents,
+        condition: Condition,
+        unconditional: Condition | None = None,
+        *,
+        steps: int = 1,
+        guidance: float = 1.0,
+        solver: Solver = "euler",
+        shift: float | None = None,
+        key: PRNGKey | None = None,
+    ) -> Latents:
+        """Clean latents from noise.
+
+        Args:
+          noise: standard normal, of `latent_shape`.
+          condition: one a clip.
+          unconditional: what guidance moves away from; needed above guidance 1, ignored at 1.
+          steps: network evaluations (twice as many with guidance).
+          guidance: w of `v_u + w (v_c - v_u)`, at least 1.
+          solver: see `samplers.Plan`.
+          shift: of the time grid; by default the scheduler's.
+          key: for the "consistency" solver's fresh noise.
+
+        Raises:
+          UserError: an argument outside its range.
+        """
+        plan = Plan(solver, steps, self.scheduler.shift if shift is None else shift)
+        if not guidance >= 1:
+            raise UserError(f"guidance is {guidance}, expected at least 1 (1 is no guidance)")
+        if guidance > 1 and unconditional is None:
+            raise UserError(f"guidance is {guidance}, but no unconditional condition was given")
+        if solver == "consistency" and key is None:
+            raise UserError("solver 'consistency' draws fresh noise: give it a key")
+        other = unconditional if guidance > 1 else None
+        key = jax.random.key(0) if key is None else key  # read by no other solver
+        return samplers.sample(*self._network, plan, noise, condition, other, guidance, key)
+
+    def decode(self, latents: Latents) -> UInt8[Array, "b t height width 3"]:
+        """Latents to pixels."""
+        return samplers.decode(self.vae, latents)
+
+    def latent_shape(
+        self, batch: int, num_frames: int | None = None, height: int | None = None, width: int | None = None
+    ) -> tuple[int, int, int, int, int]:
+        """Shape of the latents of `batch` clips; sizes default to the model's. Raises `UserError` for a size that the
+        model cannot make."""
+        num_frames, height, width = self._size(num_frames, height, width)
+        vae = self.vae.config
+        space = vae.scale_factor_spatial
+        return batch, 1 + (num_frames - 1) // vae.scale_factor_temporal, height // space, width // space, vae.z_dim
+
+    def __call__(
+        self,
+        prompt: str,
+        image: UInt8[np.ndarray, "image_height image_width 3"] | None = None,
+        steps: int = 1,
+        guidance: float = 1.0,
+        seed: int = 0,
+        negative_prompt: str | None = None,
+        solver: Solver | None = None,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        shift: float | None = None,
+        noise: Latents | None = None,
+    ) -> UInt8[np.ndarray, "t height width 3"]:
+        """Makes one video.
+
+        Args:
+          prompt: what it shows.
+          image: its first frame, of any size; stretched to the video's. None makes a video from text alone.
+          steps, guidance, shift: see `sample`; what the model's author recommends is in `scheduler`.
+          seed: decides the noise.
+          negative_prompt: what guidance above 1 moves away from, by default the model's; the image stays, as in Wan.
+          solver: see `samplers.Plan`; by default the scheduler's.
+          num_frames: 1 + a multiple of 4; by default the model's.
+          height, width: multiples of 8 times the transformer's patch; by default the model's. With an image and neither
+            given, the image's aspect ratio at the model's area (see `fit`).
+          noise: standard normal, of `latent_shape(1, ...)`, in place of the seed's.
+
+        Raises:
+          UserError: an argument that this model cannot use; the line says why.
+        """
+        if self.transformer.config.pos_embed_seq_len is not None:
+            raise UserError(
+                "this model makes videos between a first and a last frame (pos_embed_seq_len is set); it can be "
+                "converted, but not sampled; load a text-to-video or an image-to-video model"
+            )
+        if image is not None and self.takes_image and height is None and width is None:
+            height, width = self.fit(*image.shape[:2])
+        shape = self.latent_shape(1, num_frames, height, width)
+        if noise is not None and noise.shape != shape:
+            raise UserError(f"noise has shape {noise.shape}, expected {shape}: one clip's latents, channels last")
+        pictures = None if image is None else image[None]
+        condition = self.condition([prompt], pictures, num_frames, height, width)
+        unconditional = None
+        if guidance > 1:
+            text, mask = self._encode_negative_prompt(negative_prompt)
+            unconditional = dataclasses.replace(condition, text=text, text_mask=mask)
+        drawn, key = noise_of_seed(seed, shape)
+        noise = drawn if noise is None else noise
+        latents = self.sample(
+            noise,
+            condition,
+            unconditional,
+            steps=steps,
+            guidance=guidance,
+            solver=solver or self.scheduler.solver,
+            shift=shift,
+            key=key,
+        )
+        return np.asarray(self.decode(latents)[0])
+
+    def fit(self, height: int, width: int) -> tuple[int, int]:
+        """The video's height and width for a picture's: its aspect ratio at the model's own area, rounded down.
+
+        This is Wan's formula for image-to-video in whole numbers: in Wan's floating point a picture of 480x832 falls
+        just short of its own size, and gets 464x832.
+
+        Raises:
+          UserError: a picture so long that nothing would be left of its shorter side.
+        """
+        area = self.defaults.height * self.defaults.width
+        unit_h, unit_w = self.units
+        rows = math.isqrt(area * height // (width * unit_h**2))
+        columns = math.isqrt(area * width // (height * unit_w**2))
+        if not rows or not columns:
+            raise UserError(
+                f"the image is {height}x{width}, too long a shape for a video of as many pixels as "
+                f"{self.defaults.height}x{self.defaults.width}; crop it, or give height and width"
+            )
+        return rows * unit_h, columns * unit_w
+
+    @property
+    def units(self) -> tuple[int, int]:
+        """What a video's height and width are multiples of, in pixels."""
+        space, (_, patch_h, patch_w) = self.vae.config.scale_factor_spatial, self.transformer.config.patch_size
+        return space * patch_h, space * patch_w
+
+    def _encode_negative_prompt(self, given: str | None) -> tuple[Float[Array, "b s d"], Mask]:
+        try:
+            return self.encode_prompt([self.defaults.negative_prompt if given is None else given])
+        except UserError as error:
+            whose = " (the model's own, as none was given)" if given is None else ""
+            raise UserError(f"negative_prompt{whose}: {error}") from error
+
+    def _size(self, num_frames: int | None, height: int | None, width: int | None) -> tuple[int, int, int]:
+        """The video's size, the model's own where it is not given; checked."""
+        num_frames = self.defaults.num_frames if num_frames is None else num_frames
+        height = self.defaults.height if height is None else height
+        width = self.defaults.width if width is None else width
+        time, unit_h, unit_w = self.vae.config.scale_factor_temporal, *self.units
+        latent_frames = 1 + (num_frames - 1) // time
+        if num_frames < 1 or (num_frames - 1) % time or latent_frames % self.transformer.config.patch_size[0]:
+            near = max(0, round((num_frames - 1) / time)) * time + 1
+            raise UserError(f"num_frames is {num_frames}, expected 1 + a multiple of {time}, such as {near}")
+        for name, size, unit in (("height", height, unit_h), ("width", width, unit_w)):
+            if size < unit or size % unit:
+                near = max(1, round(size / unit)) * unit
+                raise UserError(f"{name} is {size}, expected a multiple of {unit}, such as {near}")
+        return num_frames, height, width
+
+
+def load_pipeline(
+    path: str | Path | None = None,
+    dtype: DTypeLike = jnp.float32,
+    mesh: Mesh | None = None,
+    with_transformer: bool = True,
+) -> Pipeline:
+    """Loads a model.
+
+    Args:
+      path: a folder in any layout (`weights/find.py`), or `OWNER/NAME` of the Hugging Face hub; "tiny" or None for
+        the model inside this package.
+      dtype: weights and compute dtype of the transformer and the encoders. The VAE is float32 always, as in Wan.
+      mesh: devices over which the transformer's weights and tokens are sharded (`sharding.TRANSFORMER_RULES`,
+        `parallel.Layout`) and the other parts replicated; None uses the default device.
+      with_transformer: False leaves the transformer's weights in their files, for a caller that brings others
+        (`Pipeline.with_transformer`); it then has shapes only.
+
+    Raises:
+      UserError: there is no Wan 2.1 model, a part of it is missing or broken, or its parts do not fit together.
+    """
+    model = find_model(locate(path))
+    model.require_whole()
+    assert model.tokenizer is not None
+    check_fit({name: source.config for name, source in model.parts.items()}, str(model.path))
+    image_encoder, image_processor = None, None
+    if "image_encoder" in model.parts:
+        image_encoder = load_part(model, "image_encoder", dtype, _place(mesh, sharding.REPLICATED))
+        image_processor = read_image_processor(model.image_processor, image_encoder.config.image_size)
+    if with_transformer:
+        transformer = load_part(model, "transformer", dtype, _place(mesh, sharding.TRANSFORMER_RULES))
+    else:
+        transformer = nnx.merge(*abstract("transformer", model.part("transformer").config, dtype))
+    transformer.layout = Layout(mesh, transformer.config.num_attention_heads)
+    tokenizer = load_tokenizer(model.tokenizer)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, transformer.config.text_len)
+    return Pipeline(
+        transformer=transformer,
+        vae=load_part(model, "vae", jnp.float32, _place(mesh, sharding.REPLICATED)),
+        text_encoder=load_part(model, "text_encoder", dtype, _place(mesh, sharding.REPLICATED)),
+        image_encoder=image_encoder,
+        tokenizer=tokenizer,
+        image_processor=image_processor,
+        scheduler=read_scheduler(model.folder, image_encoder is not None),
+        defaults=read_defaults(model.folder, image_encoder is not None),
+    )
+
+
+def clean_prompt(prompt: str) -> str:
+    """Repairs broken encodings, unescapes HTML twice and collapses white space, as Wan and Diffusers do.
+
+    ftfy matters to Chinese prompts: it replaces full-width punctuation, which changes the tokens.
+    """
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()
+
+
+def _shapes_of(model: nnx.Module) -> Any:
+    return nnx.eval_shape(lambda: model)
+
+
+def _place(mesh: Mesh | None, rules: sharding.Rules) -> Place | None:
+    if mesh is None:
+        return None
+
+    def place(path: str, shape: tuple[int, ...]) -> Sharding:
+        leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+        return sharding.param_shardings({path: leaf}, rules, mesh)[path]
+
+    return place
+
+
+def _stretch(pictures: Pictures, height: int, width: int) -> Float[np.ndarray, "b h w 3"]:
+    """Pictures at the video's size (Lanczos, as Diffusers' video processor), in [-1, 1]."""
+    if pictures.shape[1:3] != (height, width):
+        resized = (Image.fromarray(p).resize((width, height), Image.Resampling.LANCZOS) for p in pictures)
+        pictures = np.stack([np.asarray(p) for p in resized])
+    return pictures.astype(np.float32) / np.float32(127.5) - np.float32(1)

@@ -1,0 +1,97 @@
+"""What an evaluation leaves behind besides its page: numbers as JSON and as text, and sample clips."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from vpae_jax.files import write_text
+from vpae_jax.media import write_contact_sheet, write_video
+from vpae_jax.metrics.base import Metric
+from vpae_jax.metrics.report import Row
+
+# Ends the name of a many-step model's row that is sampled in one step all the same.
+NAIVE = ", one step"
+ARROW, TIMES = "\N{RIGHTWARDS ARROW}", "\N{MULTIPLICATION SIGN}"
+
+
+def write_metrics(
+    path: Path, metrics: Sequence[Metric], real: Row, rows: Sequence[Row], count: int, facts: Mapping[str, str]
+) -> None:
+    """All numbers as JSON; an existing file is replaced when the new one is complete."""
+    found = {
+        "clips_a_half": count,
+        "facts": dict(facts),
+        "meaning": {metric.name: metric.meaning for metric in metrics},
+        "real": nested(real.scores),
+        "rows": [
+            {
+                "name": row.name,
+                **row.settings,
+                "evaluations": row.evaluations,
+                "seconds_a_clip": row.seconds,
+                "diffusion_seconds_a_clip": row.diffusion_seconds,
+                **nested(row.scores),
+            }
+            for row in rows
+        ],
+    }
+    write_text(path, json.dumps(found, indent=1) + "\n")
+
+
+def write_samples(folder: Path, rows: Sequence[Row], fps: float) -> None:
+    """Every row's first clips, side by side, moving and as a sheet."""
+    for row in rows:
+        stem = row.name.replace(",", "").replace(" ", "_").replace("/", "_")
+        for half, clips in row.clips.items():
+            strip = np.concatenate(list(clips), axis=2)
+            write_video(folder / f"{stem}_{half}.mp4", strip, fps)
+            frames = clips.reshape(-1, *clips.shape[2:])
+            write_contact_sheet(folder / f"{stem}_{half}.png", frames, columns=clips.shape[1])
+
+
+def table(metrics: Sequence[Metric], rows: Sequence[Row]) -> str:
+    """The scores as text, one row after the other; the last one decides the columns."""
+    lines = []
+    width = max(len(row.name) for row in rows)
+    for half in ("t2v", "i2v"):
+        names = [m.name for m in metrics if f"{half}/{m.name}" in rows[-1].scores]
+        lines += ["", f"{half:{width}}  evaluations  " + "  ".join(f"{name:>13}" for name in names)]
+        for row in rows:
+            values = [row.scores.get(f"{half}/{name}") for name in names]
+            cells = "  ".join(f"{'-' if value is None else f'{value:.3f}':>13}" for value in values)
+            lines.append(f"{row.name:{width}}  {'-' if row.evaluations is None else row.evaluations:>11}  {cells}")
+    return "\n".join(lines[1:])
+
+
+def headline(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """The numbers at the page's top: the newest phase in one evaluation, or the last such row, against many steps."""
+    first, single = rows[0], [row for row in rows[1:] if row.evaluations == 1]
+    students = [row for row in single if not row.name.endswith(NAIVE)]
+    if not students:
+        return []
+    named = {row.name: row for row in students}
+    student = named.get("phase 2") or named.get("phase 1") or students[-1]
+    steps, names = f"{first.evaluations} {ARROW} 1", f"{first.name} {ARROW} {student.name}"
+    found = [(steps, f"network evaluations a clip, {names}")]
+    if first.diffusion_seconds and student.diffusion_seconds:
+        speed = first.diffusion_seconds / student.diffusion_seconds
+        found.append((f"{speed:.0f} {TIMES}", "less network time a clip, measured in this run"))
+    naive = [row for row in single if row.name.endswith(NAIVE)]
+    for half, name in (("t2v", "text to video"), ("i2v", "image to video")):
+        if naive:
+            before, after = (row.scores[f"{half}/kvd"] for row in (naive[0], student))
+            found.append((f"{before:.0f} {ARROW} {after:.0f}", f"KVD, {name}: {naive[0].name} {ARROW} {student.name}"))
+    return found
+
+
+def nested(scores: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """`half/metric` keys as two levels."""
+    found: dict[str, dict[str, float]] = {}
+    for key, value in scores.items():
+        half, name = key.split("/")
+        found.setdefault(half, {})[name] = value
+    return found

@@ -1,0 +1,91 @@
+"""The recorded table: every large preset on every kind of machine, one plan a row.
+
+    python -m vpae_jax.planning.survey --output=runs/plans [--table=docs/plans.md] [--topologies=h100:8,v5p:2x2x4]
+
+A row is one run of `vpae_jax.plan --json` in a process of its own, and one with `--search` where the preset's own
+setting does not fit; it is kept as a file of JSON as soon as it is there. The command continues where it was stopped; a
+row whose file is there is not run again. The most important rows come first. Rows whose compiler is not installed are
+left out, and said.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from vpae_jax import cli
+from vpae_jax.files import write_text
+from vpae_jax.planning.chips import GIB
+from vpae_jax.types import UserError
+
+PRESETS = ("i2v-14b-720p", "i2v-14b-480p", "t2v-14b-720p", "t2v-14b-480p", "t2v-1.3b-480p")
+PHASES = ("phase2", "phase1")
+TOPOLOGIES = ("h100:8", "h200:8", "h20:32", "h100:32", "v5p:2x2x4", "v6e:8x8", "tpu7x:2x2x4")
+HEAD = "| preset | phase | devices | setting | memory of a device | step | MFU |\n|---|---|---|---|---|---|---|\n"
+
+
+def rows(topologies: Sequence[str] = TOPOLOGIES) -> Iterator[tuple[str, str, str]]:
+    """(preset, phase, topology) of every row, the most important first."""
+    for preset in PRESETS:
+        for name in topologies:
+            for phase in PHASES:
+                yield preset, phase, name
+
+
+def run(preset: str, phase: str, name: str) -> dict[str, Any]:
+    """One row's plan. Raises `UserError` with the planner's own line when it refuses."""
+    command = [sys.executable, "-m", "vpae_jax.plan", f"--config=configs/{phase}.py:{preset}", f"--topology={name}"]
+    plan: dict[str, Any] = {}
+    for more in ([], ["--search"]):
+        ended = subprocess.run([*command, "--json", *more], capture_output=True, text=True, check=False)
+        if ended.returncode:
+            lines = ended.stderr.strip().splitlines() or ["no word"]
+            raise UserError(f"{preset} {phase} {name}: {lines[-1].removeprefix('error: ')}")
+        plan = json.loads(ended.stdout)
+        if plan["fits"]:
+            break
+    return plan
+
+
+def line(plan: dict[str, Any], preset: str) -> str:
+    """A plan as a row of the table: the setting that fits if the search found one, else the one asked for."""
+    best = (plan.get("search") or {}).get("plan") or plan
+    s, step = best["setting"], best["step"]
+    layout = f"fsdp {s['fsdp']} x context {s['context']}, {s['accumulation']} part(s), remat {s['remat']}"
+    size = "unknown" if best["total"] is None else f"{best['total'] / GIB:.1f}"
+    memory = f"{size} of {best['chip']['capacity'] / GIB:.1f} GiB, {'fits' if best['fits'] else 'does not fit'}"
+    seconds = mfu = "-"
+    if step["seconds_overlapped"] is not None:
+        seconds = f"{step['seconds_overlapped']:.1f} to {step['seconds_serial']:.1f} s"
+        mfu = f"{step['mfu_serial']:.0%} to {step['mfu_overlapped']:.0%}"
+    where = f"{plan['devices']} x {plan['chip']['name']} ({plan['topology']})"
+    return f"| {preset} | {plan['phase']} | {where} | {layout} | {memory} | {seconds} | {mfu} |\n"
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = cli.Parser("python -m vpae_jax.planning.survey", __doc__)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the rows' JSON")
+    parser.add_argument("--table", type=Path, help="file of the table; by default plans.md in the folder")
+    parser.add_argument("--topologies", default=",".join(TOPOLOGIES), help="machines, separated by commas")
+    args = parser.parse_args(list(argv))
+    args.output.mkdir(parents=True, exist_ok=True)
+    table = HEAD
+    for preset, phase, name in rows(args.topologies.split(",")):
+        kept = args.output / f"{preset}_{phase}_{name.replace(':', '_')}.json"
+        if not kept.exists():
+            print(f"{preset} {phase} {name}", file=sys.stderr, flush=True)
+            try:
+                write_text(kept, json.dumps(run(preset, phase, name), indent=2) + "\n")
+            except UserError as error:
+                print(f"left out: {error}", file=sys.stderr, flush=True)
+                continue
+        table += line(json.loads(kept.read_text()), preset)
+        write_text(args.table or args.output / "plans.md", table)
+
+
+if __name__ == "__main__":
+    cli.run(main)

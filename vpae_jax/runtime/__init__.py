@@ -1,0 +1,1 @@
+"""Processes: how they find each other, who writes, when to stop."""

@@ -1,0 +1,69 @@
+"""SIGTERM: finish the step, save, and end well.
+
+Schedulers send it before they take a machine away. The first one asks for a stop after the current step. One that comes
+while the run is stopping ends it at once; not in the first seconds, though, since a scheduler may send the same to a
+process and to its parent, which hands it on. All processes stop at the same step: JAX's preemption service, which
+listens for SIGTERM itself once processes have joined, lets them agree on the largest step that one of them has begun.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from jax.experimental import multihost_utils
+
+from vpae_jax.runtime import processes
+
+SAME_SECONDS = 2.0
+# Given the number of completed steps, whether to stop there. To be asked after every step.
+Stop = Callable[[int], bool]
+
+
+def never(step: int) -> bool:
+    """A run that does not stop early."""
+    del step
+    return False
+
+
+@contextmanager
+def on_sigterm() -> Iterator[Stop]:
+    """While the body runs, SIGTERM asks for a stop; in the main thread only."""
+    if processes.client() is not None:
+        yield _agreed
+        return
+    asked = []
+
+    def ask(number: int, frame: Any) -> None:
+        del frame
+        asked.append(number)
+        _end_on_another()
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield lambda step: bool(asked)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _agreed(step: int) -> bool:
+    stop = multihost_utils.reached_preemption_sync_point(step)
+    if stop:
+        _end_on_another()
+    return stop
+
+
+def _end_on_another() -> None:
+    """From now on SIGTERM ends this process."""
+    since = time.monotonic()
+
+    def end(number: int, frame: Any) -> None:
+        del frame
+        if time.monotonic() - since > SAME_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    signal.signal(signal.SIGTERM, end)

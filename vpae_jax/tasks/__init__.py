@@ -1,0 +1,1 @@
+"""What a run's clips are, and how they are judged."""

@@ -1,0 +1,1 @@
+"""Moving handwritten digits, the embedded task."""

@@ -1,0 +1,112 @@
+"""The model card of a written model directory: what it is, where it comes from, how to sample it, how well it does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import vpae_jax
+from vpae_jax.weights.settings import Defaults, Scheduler
+
+FILE = "README.md"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where weights come from.
+
+    Attributes:
+      source: the model or run that was converted.
+      facts: more of it, by name: the phase, its step, the weights chosen.
+      scores: numbers that were measured, by name.
+    """
+
+    source: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card tells.
+
+    Attributes:
+      form: the layout.
+      image: whether the model makes videos from a first frame.
+      whole: whether nothing of a pipeline is missing.
+      parts: what was written.
+      scheduler, defaults: how it is sampled, and which clip it makes.
+      provenance: where it comes from.
+    """
+
+    form: str
+    image: bool
+    whole: bool
+    parts: tuple[str, ...]
+    scheduler: Scheduler
+    defaults: Defaults
+    provenance: Provenance
+
+
+def write_card(folder: Path, card: Card) -> None:
+    """Writes README.md, with the hub's header."""
+    scheduler, clip = card.scheduler, card.defaults
+    task = "image-to-video" if card.image else "text-to-video"
+    library = {"library_name": "diffusers"} if card.form == "diffusers" else {}
+    head = {"pipeline_tag": task, **library, "tags": ["wan", "video", "vpae_jax"]}
+    steps = f"{scheduler.steps} step{'s' if scheduler.steps > 1 else ''}"
+    facts = {
+        "written by": f"vpae_jax {vpae_jax.__version__}",
+        "source": card.provenance.source,
+        **card.provenance.facts,
+        "layout": card.form,
+        "clip": f"{clip.num_frames} frames of {clip.height}x{clip.width} at {clip.fps:g} a second",
+        "sampling": f"{scheduler.solver}, {steps}, guidance {scheduler.guidance:g}, shift {scheduler.shift:g}",
+        "parts": ", ".join(card.parts),
+    }
+    title = f"# A Wan 2.1 {task} model" if card.whole else f"# Parts of a Wan 2.1 {task} model"
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", "", title, ""]
+    lines += ["| | |", "|---|---|", *(f"| {_cell(key)} | {_cell(value)} |" for key, value in facts.items())]
+    if card.whole:
+        lines += ["", "## Use", "", *_use(card)]
+    if card.provenance.scores:
+        lines += ["", "## Scores", "", "| | |", "|---|---|"]
+        lines += [f"| {_cell(name)} | {value:.4g} |" for name, value in card.provenance.scores.items()]
+    (folder / FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _use(card: Card) -> list[str]:
+    """How to make a clip: with this package, and where Diffusers reads the folder with it."""
+    steps, guidance = card.scheduler.steps, card.scheduler.guidance
+    picture = " --image=FIRST_FRAME.png" if card.image else ""
+    command = (
+        f"python -m vpae_jax.sample --model=. --prompt=...{picture} --steps={steps} --guidance={guidance:g} "
+        "--output=out.mp4"
+    )
+    lines = ["```", command, "```"]
+    if card.form != "diffusers":
+        return lines
+    size = {"num_frames": card.defaults.num_frames, "height": card.defaults.height, "width": card.defaults.width}
+    given = ['image=load_image("FIRST_FRAME.png")'] if card.image else []
+    given += ['prompt="..."', *(f"{key}={value}" for key, value in size.items())]
+    given += [f"num_inference_steps={steps}", f"guidance_scale={guidance}"]
+    return [
+        *lines,
+        "",
+        "```python",
+        "from diffusers import DiffusionPipeline",
+        *(["from diffusers.utils import load_image"] if card.image else []),
+        "",
+        'pipe = DiffusionPipeline.from_pretrained(".")',
+        f"frames = pipe({', '.join(given)}).frames[0]",
+        "```",
+    ]
+
+
+def _cell(value: Any) -> str:
+    """A table cell: no line ends and no bars."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return " ".join(text.split()).replace("|", "\\|")

@@ -1,0 +1,235 @@
+"""A part of a model in files: which of their tensors are its own, and what they are called in the table."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax.numpy as jnp
+import numpy as np
+
+from vpae_jax.types import UserError
+from vpae_jax.weights import entries
+from vpae_jax.weights.entries import Entry, Found
+from vpae_jax.weights.names import Array, Index, Layout, vae_rows
+from vpae_jax.weights.parts import PARTS, abstract, flat
+from vpae_jax.weights.tensors import Stored, Tensors, open_shards, open_tensors
+
+NEEDED = ("transformer", "vae", "text_encoder")
+EXTRAS = "wan_extras.safetensors"  # what of a wan file no Wan model reads, kept beside a part in the diffusers layout
+BLOCK = 64 * 2**20  # bytes of a tensor that are compared with another at a time
+_SCALED = re.compile(r"(scaled_fp8|scale_weight|weight_scale(_\d)?|scale_input)$")
+
+
+@dataclass(frozen=True)
+class PartTensors:
+    """A part's tensors, by their names in the table.
+
+    Attributes:
+      entries: our parameters and the tensors that they are made of.
+      names: what each tensor is called in the files.
+      extras: names of tensors that no Wan model reads.
+    """
+
+    entries: tuple[Entry, ...]
+    names: Mapping[str, str]
+    extras: tuple[str, ...]
+    _tensors: Tensors
+
+    def stored(self, name: str) -> Stored:
+        """What the file says of a tensor."""
+        return self._tensors[self.names.get(name, name)]
+
+    def read(self, name: str, index: Index = ()) -> Array:
+        """A tensor, or the slices of it that `index` names."""
+        return self._tensors.read(self.names.get(name, name), index)
+
+    @property
+    def bytes_read(self) -> int:
+        """How much has been read."""
+        return self._tensors.bytes_read
+
+
+@dataclass(frozen=True)
+class PartSource:
+    """One part of a model, where it is and what it is.
+
+    Attributes:
+      part: a key of `parts.PARTS`.
+      layout: whose names its tensors have; "orbax": ours.
+      files: a file or an index, or shards without one; the checkpoint's folder in the orbax layout.
+      prefix: what its tensors' names begin with.
+      config: of the part's config class.
+    """
+
+    part: str
+    layout: Layout | Literal["orbax"]
+    files: tuple[Path, ...]
+    prefix: str
+    config: Any
+
+    @property
+    def folder(self) -> Path:
+        return self.files[0].parent
+
+    @contextmanager
+    def open(self) -> Iterator[PartTensors]:
+        """Opens the files and compares every tensor with the table.
+
+        Raises:
+          UserError: a file that cannot be read; a tensor that is missing, unknown, misshapen, there twice, or of a
+            kind that holds no weights.
+        """
+        if self.layout == "orbax":
+            raise ValueError(f"{self.files[0]} holds our own arrays: restore them")
+        spec, layout = PARTS[self.part], self.layout
+        with open_files(self.files) as tensors:
+            names, extras = canonical(tensors, self.part, layout, self.prefix)
+            _drop_repeated(tensors, names, self.part)
+            found = {name: found_in(tensors, theirs) for name, theirs in names.items()}
+            shapes = {path: leaf.shape for path, leaf in flat(abstract(self.part, self.config)[1]).items()}
+            plan = entries.plan(spec.rows(self.config), shapes, layout)
+            entries.check(plan, found, str(self.files[0]))
+            for theirs in names.values():
+                _check_dtype(theirs, tensors[theirs])
+            yield PartTensors(plan, names, extras, tensors)
+
+    @contextmanager
+    def open_extras(self) -> Iterator[Tensors | None]:
+        """What of a wan file lies beside a part in another layout; None if nothing does."""
+        path = self.folder / EXTRAS
+        if self.layout == "wan" or not path.is_file():
+            yield None
+        else:
+            with open_tensors(path) as tensors:
+                yield tensors
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model's parts and the files beside them.
+
+    Attributes:
+      path: what was given.
+      folder: where its settings are looked for.
+      parts: those that were found.
+      tokenizer, image_processor: their folders, where there are such.
+      more_tokenizers: other folders with a tokenizer (Wan keeps one beside its image encoder).
+      passed_over: files that might have been weights but could not be read, each with the reason.
+    """
+
+    path: Path
+    folder: Path
+    parts: Mapping[str, PartSource]
+    tokenizer: Path | None = None
+    image_processor: Path | None = None
+    more_tokenizers: tuple[Path, ...] = field(default=())
+    passed_over: tuple[tuple[Path, str], ...] = field(default=())
+
+    def part(self, name: str) -> PartSource:
+        """One part. Raises `UserError` when the model has none."""
+        if name not in self.parts:
+            raise self._no(name)
+        return self.parts[name]
+
+    def lacks(self, given: Container[str] = ()) -> list[str]:
+        """What a Wan pipeline needs and this model has not, beside the parts that are given."""
+        parts = [name for name in NEEDED if name not in given and name not in self.parts]
+        return parts + ["tokenizer"] * (self.tokenizer is None)
+
+    def require_whole(self, given: Container[str] = ()) -> None:
+        """Raises `UserError` when a Wan pipeline lacks something; see `lacks`."""
+        if lacking := self.lacks(given):
+            raise self._no(lacking[0])
+
+    def _no(self, name: str) -> UserError:
+        has = ", ".join(self.parts) or "no part of a Wan model"
+        line = f"{self.path}: no {name} (found: {has}); expected a whole model (convert takes the rest from --base)"
+        if self.passed_over:
+            file, reason = self.passed_over[0]
+            line += f"; could not read {file}: {reason}"
+        return UserError(line)
+
+
+@contextmanager
+def open_files(files: Sequence[Path]) -> Iterator[Tensors]:
+    with open_tensors(files[0]) if len(files) == 1 else open_shards(files) as tensors:
+        yield tensors
+
+
+def marks(tensors: Mapping[str, Stored]) -> list[tuple[str, Layout, str]]:
+    """Part, layout and prefix of every part whose mark is among the tensors."""
+    marks = {}
+    for part, spec in PARTS.items():
+        rows = vae_rows(1, 1) if part == "vae" else spec.rows(None)
+        for layout in get_args(Layout):
+            marks[part, layout] = entries.template(rows, spec.mark, layout)[0].replace("{i}", "0")
+    found = []
+    for name in tensors:
+        for (part, layout), mark in marks.items():
+            if name == mark or name.endswith("." + mark):
+                found.append((part, layout, name[: len(name) - len(mark)]))
+    return found
+
+
+def canonical(
+    tensors: Mapping[str, Stored], part: str, layout: Layout, prefix: str
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Table names of a part's tensors with the names that they have in the files, and the tensors nobody reads."""
+    spec = PARTS[part]
+    others = [(p, o) for p, _, o in marks(tensors) if (p, o) != (part, prefix)]
+    names, extras = {}, []
+    for theirs in tensors:
+        if any(theirs.startswith(other) and len(other) > len(prefix) for _, other in others):
+            continue
+        if spec.is_extra(layout, theirs):
+            extras.append(theirs)
+        elif _SCALED.search(theirs):
+            file = tensors[theirs].file
+            raise UserError(f"{file}: tensor {theirs!r} scales float8 weights; fetch the bfloat16 or float16 file")
+        elif theirs.startswith(prefix):
+            names[theirs.removeprefix(prefix)] = theirs
+        elif not any(theirs.startswith(other) or PARTS[p].is_extra(layout, theirs) for p, other in others):
+            names[theirs] = theirs
+    for alias, name in spec.aliases.items() if layout == "diffusers" else ():
+        if alias in names and name not in names:
+            names[name] = names.pop(alias)
+    return names, tuple(extras)
+
+
+def found_in(tensors: Mapping[str, Stored], name: str) -> Found:
+    return Found(name, str(tensors[name].file), tensors[name].shape)
+
+
+def _check_dtype(name: str, stored: Stored) -> None:
+    if not jnp.issubdtype(stored.dtype, jnp.floating):
+        raise UserError(
+            f"{stored.file}: tensor {name!r} is of {stored.dtype}, expected floating point; "
+            "quantised weights do not load"
+        )
+
+
+def _drop_repeated(tensors: Tensors, names: dict[str, str], part: str) -> None:
+    """Forgets a tensor that repeats another. Raises `UserError` when it does not repeat it."""
+    for alias, name in PARTS[part].aliases.items():
+        if alias in names and name in names:
+            theirs = names.pop(alias)
+            if not _equal(tensors, theirs, names[name]):
+                raise UserError(
+                    f"{tensors[theirs].file}: tensor {theirs!r} differs from {names[name]!r}, which it should repeat"
+                )
+
+
+def _equal(tensors: Tensors, one: str, other: str) -> bool:
+    """Whether two tensors are equal; never holds more of either than `BLOCK` bytes, or one row."""
+    stored, expected = tensors[one], tensors[other]
+    if (stored.shape, stored.dtype) != (expected.shape, expected.dtype):
+        return False
+    count = stored.shape[0] if stored.shape else 1
+    rows = max(1, count * BLOCK // max(1, stored.nbytes))
+    blocks = [(slice(i, i + rows),) for i in range(0, count, rows)] if stored.shape else [()]
+    return all(np.array_equal(tensors.read(one, block), tensors.read(other, block)) for block in blocks)

@@ -1,0 +1,136 @@
+"""A conversion table put to use: our parameters matched with the tensors of one layout, and both compared with a file.
+
+Every parameter must be met by exactly one row, and every tensor by a parameter: `plan` and `check` raise otherwise.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from vpae_jax.types import UserError
+from vpae_jax.weights.names import Layout, Op, Row, Shape
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One of our parameters and the tensors that it is made of.
+
+    Attributes:
+      path: our parameter's path.
+      names: their tensors: one, or one a layer.
+      shape: our parameter's shape, without the layer axis.
+      op: see `table.Op`.
+      stacked: whether our parameter has a leading layer axis.
+    """
+
+    path: str
+    names: tuple[str, ...]
+    shape: Shape
+    op: Op
+    stacked: bool
+
+    @property
+    def full_shape(self) -> Shape:
+        """Our parameter's shape."""
+        return (len(self.names), *self.shape) if self.stacked else self.shape
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a file holds under one of their names.
+
+    Attributes:
+      name: what it is called in the file.
+      file: for messages.
+      shape: of the whole tensor.
+    """
+
+    name: str
+    file: str
+    shape: Shape
+
+
+def match(rows: Sequence[Row], path: str) -> tuple[Row, re.Match[str]]:
+    """The one row that describes a parameter. Raises `ValueError` for none or several: a mistake in the table."""
+    found = [(row, m) for row in rows if (m := re.fullmatch(row.ours, path))]
+    if len(found) != 1:
+        raise ValueError(f"conversion table: {len(found)} rows describe parameter {path!r}, expected 1")
+    return found[0]
+
+
+def template(rows: Sequence[Row], path: str, layout: Layout) -> tuple[str, Op]:
+    """Their name of a parameter, with `{i}` for the layer if it is stacked, and how the arrays differ."""
+    row, found = match(rows, path)
+    return found.expand(row.name(layout)).replace("/", "."), row.operation(layout)
+
+
+def plan(rows: Sequence[Row], shapes: Mapping[str, Shape], layout: Layout) -> tuple[Entry, ...]:
+    """Matches our parameters with their tensors.
+
+    Args:
+      rows: one part's table.
+      shapes: our parameters' paths and shapes.
+      layout: whose names.
+
+    Raises:
+      ValueError: a parameter that no row, or more than one, describes, or two that claim the same piece of a tensor: a
+        mistake in the table, not in any file.
+    """
+    entries, claimed = [], set()
+    for path, shape in shapes.items():
+        name, op = template(rows, path, layout)
+        stacked = "{i}" in name
+        names = tuple(name.replace("{i}", str(i)) for i in range(shape[0])) if stacked else (name,)
+        for one in names:
+            if (one, op.part) in claimed:
+                raise ValueError(f"conversion table: two parameters claim tensor {one!r}")
+            claimed.add((one, op.part))
+        entries.append(Entry(path, names, tuple(shape[1:] if stacked else shape), op, stacked))
+    return tuple(entries)
+
+
+def tensors(entries: Sequence[Entry]) -> dict[str, list[tuple[Entry, int]]]:
+    """Their tensors in order, each with the parameters that it holds, part by part, and the layer."""
+    result: dict[str, list[tuple[Entry, int]]] = defaultdict(list)
+    for entry in entries:
+        for layer, name in enumerate(entry.names):
+            result[name].append((entry, layer))
+    for holders in result.values():
+        holders.sort(key=lambda holder: holder[0].op.part)
+    return dict(result)
+
+
+def check(entries: Sequence[Entry], found: Mapping[str, Found], folder: str) -> None:
+    """Compares a plan with what files hold.
+
+    Args:
+      entries: a plan.
+      found: by their names in the table.
+      folder: named where a tensor is missing altogether.
+
+    Raises:
+      UserError: a missing, unknown or misshapen tensor; the line names the first and counts the rest.
+    """
+    expected = {name: entry.op.their_shape(entry.shape) for entry in entries for name in entry.names}
+    if missing := [name for name in expected if name not in found]:
+        shape = list(expected[missing[0]])
+        raise UserError(f"{folder}: tensor {missing[0]!r} of shape {shape} is missing{_others(missing)}")
+    doubt = "; does config.json belong to these weights?"
+    if unknown := [name for name in found if name not in expected]:
+        one = found[unknown[0]]
+        raise UserError(
+            f"{one.file}: tensor {one.name!r} of shape {list(one.shape)} is unknown to this architecture"
+            f"{_others(unknown)}{doubt}"
+        )
+    if misshapen := [name for name in expected if tuple(found[name].shape) != tuple(expected[name])]:
+        one, wanted = found[misshapen[0]], list(expected[misshapen[0]])
+        raise UserError(
+            f"{one.file}: tensor {one.name!r} has shape {list(one.shape)}, expected {wanted}{_others(misshapen)}{doubt}"
+        )
+
+
+def _others(names: Sequence[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

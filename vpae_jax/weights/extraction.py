@@ -1,0 +1,214 @@
+"""A low-rank extraction: what a student changed in its teacher, as adapters, and how much of the change they hold."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+from jaxtyping import Array, Float, Float32, Key, Shaped
+from tqdm import tqdm
+
+from vpae_jax.types import UserError
+from vpae_jax.weights import entries
+from vpae_jax.weights.lora import Adapter, Lora
+from vpae_jax.weights.names import TRANSFORMER_ROWS
+from vpae_jax.weights.writing import Values
+
+# Up to this many rows or columns a matrix is decomposed exactly: 0.7 s for 1536 x 8960 on two cores. 5120 x 13824 would
+# take half a minute, and by subspace iteration takes some seconds for 0.3 % less energy, even where singular values
+# fall slowly.
+EXACT_SIDE = 2048
+SPARE, ITERATIONS = 32, 6
+KERNEL = "/kernel"
+
+
+@dataclass(frozen=True)
+class Energy:
+    """How much of one layer's change the adapter holds.
+
+    Attributes:
+      path: the layer ("blocks/attn1/to_q").
+      layer: of the stack.
+      rank: of its adapter; 0 where nothing changed, and there is none.
+      change: Frobenius norm of student minus teacher.
+      retained: share of the squared norm that the adapter holds; 1 where nothing changed.
+    """
+
+    path: str
+    layer: int
+    rank: int
+    change: float
+    retained: float
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """A student's change of its teacher.
+
+    Attributes:
+      lora: adapters of the linear layers that changed, and differences of other parameters if they were asked for.
+      energies: of all linear layers.
+      outside: share of the squared change of all parameters that is not in linear layers, but in biases, norms,
+        modulation and the patch embedding.
+    """
+
+    lora: Lora
+    energies: tuple[Energy, ...]
+    outside: float
+
+    @property
+    def retained(self) -> float:
+        """Share of the linear layers' squared change that the adapters hold."""
+        total = sum(energy.change**2 for energy in self.energies)
+        held = sum(energy.retained * energy.change**2 for energy in self.energies)
+        return held / total if total else 1.0
+
+
+def extract(student: Values, teacher: Values, rank: int, differences: bool = False) -> Extraction:
+    """The best adapters of a rank for what a student changed, one layer in memory at a time.
+
+    Args:
+      student: a transformer's weights.
+      teacher: the same of the one that it was trained from.
+      rank: of every adapter; a layer with a shorter side gets that.
+      differences: whether to keep the whole change of all other parameters.
+
+    Raises:
+      UserError: a rank below 1; another architecture; NaN in either.
+    """
+    if rank < 1:
+        raise UserError(f"rank is {rank}, expected at least 1; a usual one is 64")
+    _check_alike(student, teacher)
+    adapters: dict[tuple[str, int], Adapter] = {}
+    others: dict[tuple[str, int], Shaped[np.ndarray, "..."]] = {}
+    energies: list[Energy] = []
+    outside = 0.0
+    plan = entries.plan(TRANSFORMER_ROWS, student.shapes(), "diffusers")
+    pieces = [(entry, layer) for entry in plan for layer in range(len(entry.names))]
+    for entry, layer in tqdm(pieces, desc="extracting", unit="layer", leave=False, disable=None):
+        change = _difference(student, teacher, entry.path, layer)
+        squared = _squared(change)
+        if not np.isfinite(squared):
+            raise UserError(f"{entry.path} of layer {layer}: student or teacher holds NaN; its weights are damaged")
+        if entry.op.kernel and change.ndim == 2:
+            path = entry.path.removesuffix(KERNEL)
+            held, size = squared, 0
+            if squared:
+                adapters[path, layer], held = low_rank(change, rank)
+                size = adapters[path, layer].rank
+            energies.append(Energy(path, layer, size, squared**0.5, min(held / squared, 1.0) if squared else 1.0))
+        else:
+            outside += squared
+            if differences and squared:
+                others[entry.path, layer] = change
+    total = outside + sum(energy.change**2 for energy in energies)
+    return Extraction(Lora(adapters, others), tuple(energies), outside / total if total else 0.0)
+
+
+def low_rank(change: Float32[np.ndarray, "d_in d_out"], rank: int, seed: int = 0) -> tuple[Adapter, float]:
+    """The adapter nearest to a matrix, and the squared norm of their product.
+
+    Singular values are shared evenly between A and B, so that both fit a narrow dtype. The product is the matrix
+    projected on an orthonormal basis; at full rank it is therefore the matrix itself, to rounding.
+
+    Args:
+      change: not all zero.
+      rank: at least 1; more than the shorter side counts as that.
+      seed: of the start of subspace iteration, for matrices with no side of at most `EXACT_SIDE`.
+    """
+    if change.shape[0] > change.shape[1]:
+        turned, held = low_rank(np.ascontiguousarray(change.T), rank, seed)
+        return Adapter(np.ascontiguousarray(turned.b.T), np.ascontiguousarray(turned.a.T)), held
+    side = change.shape[0]
+    rank = min(rank, side)
+    if side <= EXACT_SIDE or rank + SPARE >= side // 4:
+        values = change.astype(np.float64)
+        basis = _leading(values, rank)
+    else:
+        values = change
+        wide = np.asarray(_subspace(jnp.asarray(change), jax.random.key(seed), rank + SPARE))
+        basis = wide @ _leading((wide.T @ change).astype(np.float64), rank)
+    rows = basis.T @ values
+    sizes = np.linalg.norm(rows, axis=1)
+    roots = np.sqrt(sizes)
+    b = rows / np.where(roots > 0, roots, 1)[:, None]
+    adapter = Adapter((basis * roots).astype(np.float32), b.astype(np.float32))
+    return adapter, float(np.sum(sizes.astype(np.float64) ** 2))
+
+
+def format_energies(extraction: Extraction) -> str:
+    """The retained energies as text: a line a layer, then one a kind of layer, then all together."""
+    energies = extraction.energies
+    kinds: dict[str, list[Energy]] = defaultdict(list)
+    for energy in energies:
+        kinds[energy.path].append(energy)
+    width = max(len("linear layer"), *(len(path) for path in kinds))
+    lines = [f"{'linear layer':{width}}  layer  rank  ‖change‖  retained"]
+    lines += [
+        f"{energy.path:{width}}  {energy.layer:5}  {energy.rank:4}  {energy.change:8.3g}  {energy.retained:8.4f}"
+        for energy in energies
+    ]
+    lines += ["", f"{'linear layer':{width}}  layers  min retained  mean retained"]
+    lines += [_summary(path, group, width) for path, group in kinds.items()]
+    lines += [_summary("all", energies, width), *_totals(extraction)]
+    return "\n".join(lines)
+
+
+def _summary(name: str, energies: Sequence[Energy], width: int) -> str:
+    retained = [energy.retained for energy in energies]
+    return f"{name:{width}}  {len(retained):6}  {min(retained):12.4f}  {sum(retained) / len(retained):13.4f}"
+
+
+def _totals(extraction: Extraction) -> Iterator[str]:
+    yield ""
+    count, changed = len(extraction.energies), len(extraction.lora.adapters)
+    held = f"the adapters hold {extraction.retained:.2%} of their squared change"
+    yield f"{changed} of {count} linear layers changed; {held}"
+    kept = "written in full" if extraction.lora.differences else "not in the adapters"
+    where = "in biases, norms, modulation and the patch embedding"
+    yield f"{extraction.outside:.2%} of the squared change of all parameters is {where}: {kept}"
+
+
+def _check_alike(student: Values, teacher: Values) -> None:
+    """Raises `UserError` when the two are of different architectures."""
+    for field in dataclasses.fields(student.config):
+        ours, theirs = getattr(student.config, field.name), getattr(teacher.config, field.name)
+        if ours != theirs:
+            raise UserError(
+                f"the student's {field.name} is {ours!r}, the teacher's {theirs!r}; give the teacher of this student"
+            )
+
+
+def _difference(student: Values, teacher: Values, path: str, layer: int) -> Float32[np.ndarray, "..."]:
+    """Student minus teacher."""
+    return student.read(path, layer).astype(np.float32) - teacher.read(path, layer).astype(np.float32)
+
+
+def _squared(change: Float32[np.ndarray, "..."]) -> float:
+    """The squared norm; summed in pieces, as a float64 copy of a large matrix would be twice its size."""
+    return sum(float(np.sum(np.square(part.astype(np.float64)))) for part in np.atleast_1d(change))
+
+
+def _leading(values: Float[np.ndarray, "side long"], rank: int) -> Float[np.ndarray, "side rank"]:
+    """The left singular vectors of the largest singular values, from the eigenvectors of a Gram matrix."""
+    side = values.shape[0]
+    _, vectors = scipy.linalg.eigh(values @ values.T, subset_by_index=[side - rank, side - 1], check_finite=False)
+    return vectors[:, ::-1]
+
+
+@partial(jax.jit, static_argnums=2)
+def _subspace(values: Float[Array, "side long"], key: Key[Array, ""], size: int) -> Float[Array, "side size"]:
+    """An orthonormal basis that nearly holds the leading left singular vectors (subspace iteration)."""
+    # Accelerators would otherwise multiply in fewer bits than float32 has.
+    with jax.default_matmul_precision("highest"):
+        basis = jnp.linalg.qr(jax.random.normal(key, (values.shape[0], size), values.dtype))[0]
+        for _ in range(ITERATIONS):
+            basis = jnp.linalg.qr(values @ jnp.linalg.qr(values.T @ basis)[0])[0]
+        return basis

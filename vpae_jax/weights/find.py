@@ -1,0 +1,278 @@
+"""Where a model's weights are: a folder or file in any layout, recognised by the tensors in it, not by names of files.
+
+    diffusers   model_index.json  transformer/  vae/  text_encoder/  tokenizer/  scheduler/  [image_encoder/ ...]
+    wan         config.json  diffusion_pytorch_model*.safetensors  Wan2.1_VAE.pth  models_t5_*.pth  [models_clip_*.pth]
+    one file    one or several parts, with or without prefixes such as `model.diffusion_model.`
+    orbax       the diffusers layout with arrays of ours in place of safetensors
+
+`find_model` looks; nothing but headers is read before `PartSource.open`. A file that is no weights (an optimizer's
+state, say) is passed over, unless it lies where a layout has a part.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from vpae_jax.types import UserError
+from vpae_jax.weights import infer
+from vpae_jax.weights.directory import EXTRAS, Model, PartSource, canonical, found_in, marks, open_files
+from vpae_jax.weights.filenames import CONFIG, INDEX, SETTINGS, read_json
+from vpae_jax.weights.names import Layout
+from vpae_jax.weights.orbax import is_checkpoint
+from vpae_jax.weights.parts import PARTS, is_wan_config, make_config, read_config
+from vpae_jax.weights.tensors import Tensors
+
+PARAMS = "params"  # the folder of a part's arrays in the orbax layout
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+DEPTH = 2
+_SHARD = re.compile(r"(.*)-\d+-of-\d+(\.safetensors|\.bin)")
+
+
+class _Candidate(NamedTuple):
+    """What may be chosen as a part's source; its fields are those of `PartSource`."""
+
+    part: str
+    layout: Layout | Literal["orbax"]
+    files: tuple[Path, ...]
+    prefix: str
+
+
+def find_model(path: Path, like: Model | None = None) -> Model:
+    """Looks for the parts of a model in a folder, its folders and theirs, or in one file.
+
+    Args:
+      path: the folder or file.
+      like: a model whose configs hold for parts of the same sizes that come without one.
+
+    Raises:
+      UserError: nothing there; a file that cannot be read, given alone or at a layout's place for a part; a part found
+        twice; a pipeline other than Wan 2.1's.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such folder or file; expected a model directory")
+    folder = path if path.is_dir() else path.parent
+    settings = folder / SETTINGS
+    configs = (_json(settings) or {}).get("parts", {})
+    if not isinstance(configs, Mapping) or not all(isinstance(c, Mapping) for c in configs.values()):
+        raise UserError(f"{settings}: parts is {configs!r}, expected an object of objects")
+    if not path.is_dir():
+        found = _by_part(_candidates((path,)))
+        return Model(path, folder, {name: _source(_only(some, path), configs, like) for name, some in found.items()})
+    if (index := _json(path / INDEX)) is not None:
+        _check_index(index, path / INDEX)
+    paths = list(_walk(path))
+    candidates, passed_over = _look(path, paths)
+    orbax, reason = _orbax(path, paths)
+    found = _by_part(candidates + orbax)
+    tokenizers = _tokenizers(path, paths)
+    processor = path / "image_processor"
+    return Model(
+        path,
+        folder,
+        {name: _source(_only(found[name], path), configs, like) for name in PARTS if name in found},
+        tokenizers[0] if tokenizers else None,
+        processor if processor.is_dir() else None,
+        tuple(tokenizers[1:]),
+        tuple(passed_over + reason),
+    )
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None where nothing is. Raises `UserError` for anything else there."""
+    if not path.exists():
+        return None
+    if not path.is_file():
+        raise UserError(f"{path}: is not a regular file, expected a JSON file; remove it or fetch it again")
+    return read_json(path)
+
+
+def _check_index(index: Mapping[str, Any], path: Path) -> None:
+    """Raises `UserError` for a pipeline that is not Wan 2.1's."""
+    found = index.get("_class_name")
+    if found not in ("WanPipeline", "WanImageToVideoPipeline"):
+        raise UserError(f"{path}: _class_name is {found!r}, expected 'WanPipeline' or 'WanImageToVideoPipeline'")
+    second = index.get("transformer_2") or [None]
+    if not isinstance(second, list) or second[0] is not None or index.get("expand_timesteps"):
+        raise UserError(f"{path}: this is a Wan 2.2 pipeline (transformer_2 or expand_timesteps); only Wan 2.1 works")
+
+
+def _walk(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
+    """What is in a folder, its folders and theirs; nothing hidden, and nothing inside another model."""
+    for path in sorted(folder.glob("*")):
+        if path.name.startswith("."):
+            continue
+        yield path
+        if depth and path.is_dir() and not any((path / name).exists() for name in (INDEX, SETTINGS)):
+            yield from _walk(path, depth - 1)
+
+
+def _look(folder: Path, paths: Sequence[Path]) -> tuple[list[_Candidate], list[tuple[Path, str]]]:
+    """What the files of a folder hold, and those that cannot be read, with reasons.
+
+    Raises:
+      UserError: a file that cannot be read is at a layout's place for a part.
+    """
+    places = {place for part in PARTS for place in _places(part, folder)}
+    places |= {folder / f"{spec.stem}.safetensors{end}" for spec in PARTS.values() for end in ("", ".index.json")}
+    candidates, passed_over = [], []
+    for files in _groups(paths):
+        try:
+            candidates += _candidates(files)
+        except UserError as error:
+            if _SHARD.sub(r"\1\2", str(files[0])) in {str(place) for place in places}:
+                raise
+            passed_over.append((files[0], str(error).removeprefix(f"{files[0]}: ")))
+    return candidates, passed_over
+
+
+def _places(part: str, folder: Path) -> list[Path]:
+    """Where the layouts have a part of the model in a folder."""
+    spec = PARTS[part]
+    files = [folder / part / f"{spec.stem}.safetensors", folder / spec.wan_file]
+    return [*files, *(file.with_name(f"{file.name}.index.json") for file in files), folder / part / PARAMS]
+
+
+def _groups(paths: Sequence[Path]) -> list[tuple[Path, ...]]:
+    """The files that make up one set of weights each: an index, shards without one, single files."""
+    files = [p for p in paths if p.suffix in SUFFIXES and p.name != EXTRAS and p.is_file()]
+    indexes = [p for p in paths if p.name.endswith(".safetensors.index.json")]
+    groups: list[tuple[Path, ...]] = [(index,) for index in indexes]
+    listed = {index.parent / name for index in indexes for name in _listed(index)}
+    shards: dict[str, list[Path]] = defaultdict(list)
+    for path in files:
+        if path in listed:
+            continue
+        if match := _SHARD.fullmatch(str(path)):
+            shards[match[1] + match[2]].append(path)
+        else:
+            groups.append((path,))
+    return groups + [tuple(paths) for paths in shards.values()]
+
+
+def _listed(index: Path) -> set[str]:
+    """Names of the shards in an index; whether it and they are right is seen when it is opened."""
+    try:
+        listed = (_json(index) or {}).get("weight_map")
+    except UserError:
+        return set()
+    return {name for name in listed.values() if isinstance(name, str)} if isinstance(listed, dict) else set()
+
+
+def _candidates(files: tuple[Path, ...]) -> list[_Candidate]:
+    """The parts in one set of weights."""
+    with open_files(files) as tensors:
+        return [_Candidate(part, layout, files, prefix) for part, layout, prefix in marks(tensors)]
+
+
+def _by_part(candidates: Sequence[_Candidate]) -> dict[str, list[_Candidate]]:
+    found: dict[str, list[_Candidate]] = defaultdict(list)
+    for candidate in candidates:
+        found[candidate.part].append(candidate)
+    return found
+
+
+def _source(chosen: _Candidate, settings: Mapping[str, Any], like: Model | None) -> PartSource:
+    """A part's source with its config."""
+    part, layout, files, prefix = chosen
+    if layout == "orbax":
+        path = files[0].parent / CONFIG
+        fields = read_config(part, "diffusers", _json(path) or read_json(path), str(path))
+        return PartSource(*chosen, make_config(part, fields, {}, str(path)))
+    with open_files(files) as tensors:
+        return PartSource(*chosen, _config(tensors, files, part, layout, prefix, settings, like))
+
+
+def _config(
+    tensors: Tensors,
+    files: tuple[Path, ...],
+    part: str,
+    layout: Layout,
+    prefix: str,
+    settings: Mapping[str, Any],
+    like: Model | None,
+) -> Any:
+    """A part's config: of the file beside it, else of a model like it, else from its shapes and Wan 2.1."""
+    names, _ = canonical(tensors, part, layout, prefix)
+    found = {name: found_in(tensors, theirs) for name, theirs in names.items()}
+    where = str(files[0])
+    rows = infer.vae_table(layout, found, where) if part == "vae" else PARTS[part].rows(None)
+    sizes = PARTS[part].infer(infer.Shapes(rows, layout, found, where))
+    path = files[0].parent / CONFIG
+    values = _json(path) if layout == "diffusers" or part == "transformer" else None
+    if values is not None and (part == "transformer" or values.get("_class_name") != "WanModel"):
+        style: Layout = "wan" if layout == "wan" and is_wan_config(values) else "diffusers"
+        fields = read_config(part, style, values, str(path))
+        known = fields if style == "diffusers" else {**sizes, **fields, **settings.get(part, {})}
+        return make_config(part, known, sizes, str(path))
+    if like is not None and part in like.parts:
+        config = like.parts[part].config
+        if all(getattr(config, key) == size for key, size in sizes.items()):
+            return config
+    known = {**sizes, **settings.get(part, {})}
+    return make_config(part, {**infer.assumed(part, known, where), **known}, sizes, where)
+
+
+def _orbax(folder: Path, paths: Sequence[Path]) -> tuple[list[_Candidate], list[tuple[Path, str]]]:
+    """Parts in the orbax layout: a model's, or the only one where the folder is a part's own.
+
+    In the second case the config says which it is; when it does not, the arrays are passed over, with the reason.
+    """
+    found = [
+        _Candidate(name, "orbax", (folder / name / PARAMS,), "")
+        for name in PARTS
+        if folder / name / PARAMS in paths and is_checkpoint(folder / name / PARAMS)
+    ]
+    arrays, path = folder / PARAMS, folder / CONFIG
+    if not is_checkpoint(arrays):
+        return found, []
+    values = _json(path) or {}
+    for name, spec in PARTS.items():
+        keys = [key for key in ("_class_name", "model_type", "architectures") if key in values and key in spec.identity]
+        if keys and values[keys[0]] == spec.identity[keys[0]]:
+            return [*found, _Candidate(name, "orbax", (arrays,), "")], []
+    return found, [(arrays, f"{path} does not say of which part of a Wan model it is")]
+
+
+def _only(candidates: Sequence[_Candidate], path: Path) -> _Candidate:
+    """The one candidate for a part, or the one at the place where its layout has it.
+
+    Pickles do not count where the same folder has the part in safetensors.
+
+    Raises:
+      UserError: there are several.
+    """
+    part = candidates[0].part
+    usual = _places(part, path)
+    chosen = [one for one in candidates if one.files[0] in usual] if len(candidates) > 1 else []
+    if not chosen:
+        safe = {one.files[0].parent for one in candidates if _is_safetensors(one)}
+        chosen = [one for one in candidates if _is_safetensors(one) or one.files[0].parent not in safe]
+    if len(chosen) != 1:
+        files = " and ".join(str(one.files[0].relative_to(path)) for one in chosen[:2])
+        raise UserError(f"{path}: {files} both hold the {part}; name one of them, or remove one")
+    return chosen[0]
+
+
+def _is_safetensors(candidate: _Candidate) -> bool:
+    return candidate.files[0].name.endswith((".safetensors", ".safetensors.index.json"))
+
+
+def _tokenizers(folder: Path, paths: Sequence[Path]) -> list[Path]:
+    """Folders with a tokenizer, the text encoder's first."""
+    usual = [folder / "tokenizer", folder / "google" / "umt5-xxl"]
+    found = [path.parent for path in paths if path.name == "tokenizer_config.json" and path.parent != folder]
+
+    def order(path: Path) -> tuple[int, bool, str]:
+        if path in usual:
+            return usual.index(path), False, ""
+        try:
+            kind = (_json(path / "tokenizer_config.json") or {}).get("tokenizer_class")
+        except UserError:  # it is read again, and refused, if it is used
+            kind = None
+        return len(usual), isinstance(kind, str) and kind.startswith("XLMRoberta"), str(path)
+
+    return sorted(found, key=order)

@@ -1,0 +1,127 @@
+"""What the image encoder is shown: CLIP's preprocessing, equal to transformers' `CLIPImageProcessor`.
+
+Shorter edge to `size` by bicubic interpolation, centre crop, [0, 1], mean and standard deviation. Wan in Diffusers
+sends the picture through it as it was given, before any resizing to the video's size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from vpae_jax.config import build
+from vpae_jax.types import UserError
+from vpae_jax.weights.filenames import read_json
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+FILE = "preprocessor_config.json"
+
+# Keys that only one value is supported of, and keys that change nothing here.
+_FIXED: dict[str, Any] = {
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "do_convert_rgb": True,
+    "do_pad": None,
+    "rescale_factor": 1 / 255,
+    "resample": int(Image.Resampling.BICUBIC),
+}
+_IGNORED = {"image_processor_type", "feature_extractor_type", "data_format", "input_data_format", "use_fast", "device"}
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """Uint8 pictures of any size to an image encoder's pixels.
+
+    Attributes:
+      size: pixels of the shorter edge after resizing, or (height, width) regardless of the aspect.
+      crop_size: (height, width) of the centre crop; None for no crop.
+      image_mean: mean of each channel, for values in [0, 1].
+      image_std: standard deviation of each channel.
+    """
+
+    size: int | tuple[int, int] = 224
+    crop_size: tuple[int, int] | None = (224, 224)
+    image_mean: tuple[float, float, float] = CLIP_MEAN
+    image_std: tuple[float, float, float] = CLIP_STD
+
+    def __call__(self, pictures: UInt8[np.ndarray, "b height width 3"]) -> Float[np.ndarray, "b h w 3"]:
+        pixels = np.stack([self._crop(self._resize(picture)) for picture in pictures]).astype(np.float32) / 255
+        return (pixels - np.asarray(self.image_mean, np.float32)) / np.asarray(self.image_std, np.float32)
+
+    def to_json(self) -> dict[str, Any]:
+        """The preprocessor_config.json that transformers reads."""
+        size = {"shortest_edge": self.size} if isinstance(self.size, int) else _edges(self.size)
+        return {
+            **{key: value for key, value in _FIXED.items() if value is not None},
+            "image_processor_type": "CLIPImageProcessor",
+            "size": size,
+            "do_center_crop": self.crop_size is not None,
+            "crop_size": _edges(self.crop_size or (224, 224)),
+            "image_mean": self.image_mean,
+            "image_std": self.image_std,
+        }
+
+    def _resize(self, picture: UInt8[np.ndarray, "height width 3"]) -> UInt8[np.ndarray, "h w 3"]:
+        height, width, _ = picture.shape
+        if isinstance(self.size, int):
+            short, long = min(height, width), max(height, width)
+            long = int(self.size * long / short)
+            height, width = (long, self.size) if height > width else (self.size, long)
+        else:
+            height, width = self.size
+        return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
+
+    def _crop(self, picture: UInt8[np.ndarray, "height width 3"]) -> UInt8[np.ndarray, "h w 3"]:
+        if self.crop_size is None:
+            return picture
+        (height, width), (h, w) = picture.shape[:2], self.crop_size
+        if height < h or width < w:
+            raise UserError(f"image processor: crop {h}x{w} is larger than the resized image {height}x{width}")
+        top, left = (height - h) // 2, (width - w) // 2
+        return picture[top : top + h, left : left + w]
+
+
+def read_image_processor(folder: Path | None, side: int) -> ImageProcessor:
+    """Reads `preprocessor_config.json`.
+
+    Args:
+      folder: where it is; None for a model that has none, whose pictures are then cropped to squares.
+      side: pixels of the image encoder's square.
+
+    Raises:
+      UserError: no such file, or a setting that this package does not know.
+    """
+    if folder is None:
+        return ImageProcessor(side, (side, side))
+    path = folder / FILE
+    values = {key: value for key, value in read_json(path).items() if not key.startswith("_") and key not in _IGNORED}
+    for key, expected in _FIXED.items():
+        found = values.pop(key, expected)
+        if found != expected:
+            raise UserError(f"{path}: {key} is {found!r}, only {expected!r} is supported")
+    if not values.pop("do_center_crop", True):
+        values["crop_size"] = None
+    given = {key: _numbers(value) if key in ("size", "crop_size") else value for key, value in values.items()}
+    if isinstance(given.get("crop_size"), int):
+        given["crop_size"] = (given["crop_size"],) * 2
+    return build(ImageProcessor, given, str(path))
+
+
+def _numbers(value: Any) -> Any:
+    """transformers' size dictionaries as a number or (height, width); anything else unchanged."""
+    if isinstance(value, dict) and set(value) == {"shortest_edge"}:
+        return value["shortest_edge"]
+    if isinstance(value, dict) and set(value) == {"height", "width"}:
+        return (value["height"], value["width"])
+    return value
+
+
+def _edges(size: tuple[int, int]) -> dict[str, int]:
+    return {"height": size[0], "width": size[1]}

@@ -1,0 +1,108 @@
+"""A model's parts, read: as trees of weights, or as models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Sharding, SingleDeviceSharding
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
+
+from vpae_jax.types import UserError
+from vpae_jax.weights import hosted, orbax, stream
+from vpae_jax.weights.directory import Model, PartSource
+from vpae_jax.weights.find import find_model
+from vpae_jax.weights.parts import abstract, flat
+from vpae_jax.weights.stream import Place
+
+# A tree of weights, on devices or still on the host.
+Weights = PyTree[jax.Array | np.ndarray]
+
+
+def read_part(
+    model: Model | Path, part: str, dtype: DTypeLike | None = jnp.float32, place: Place | None = None
+) -> tuple[Any, Weights]:
+    """One part's config and weights.
+
+    Args:
+      model: the model, or where it is.
+      part: a key of `parts.PARTS`.
+      dtype: dtype of the weights returned, whatever the file's; None keeps the file's.
+      place: where each parameter lies; None for the default device.
+
+    Returns:
+      the config dataclass, and nested dicts of arrays as `nnx.to_pure_dict` gives them.
+
+    Raises:
+      UserError: a missing or unreadable file, an unsupported config, a tensor that is missing, unknown, misshapen, not
+        finite or there twice.
+    """
+    source = _source(model, part)
+    _, state = _read(source, dtype, place)
+    return source.config, nnx.to_pure_dict(state)
+
+
+def load_part(model: Model | Path, part: str, dtype: DTypeLike = jnp.float32, place: Place | None = None) -> Any:
+    """One part as a model whose weights and compute dtype are `dtype`. Arguments and errors as `read_part`."""
+    return nnx.merge(*_read(_source(model, part), dtype, place))
+
+
+def build(part: str, config: Any, params: Weights, dtype: DTypeLike = jnp.float32) -> Any:
+    """A part's model from weights, without ever allocating random ones.
+
+    Args:
+      part: a key of `parts.PARTS`.
+      config: the part's config dataclass.
+      params: nested dicts of arrays, as `nnx.to_pure_dict` gives them.
+      dtype: compute dtype; the weights keep theirs.
+    """
+    graph, state = abstract(part, config, dtype)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)
+
+
+def _source(model: Model | Path, part: str) -> PartSource:
+    return (model if isinstance(model, Model) else find_model(model)).part(part)
+
+
+def _read(source: PartSource, dtype: DTypeLike | None, place: Place | None) -> tuple[nnx.GraphDef, nnx.State]:
+    """Graph and weights of a part."""
+    graph, state = abstract(source.part, source.config, jnp.float32 if dtype is None else dtype)
+    if source.layout == "orbax":
+        loaded = flat(_restore(source, state, dtype, place))
+    else:
+        with source.open() as tensors:
+            load = hosted.load if hosted.holds(tensors, place) else stream.load
+            loaded = load(tensors, dtype, place, source.part)
+    for path, variable in flat(state).items():
+        variable.set_value(loaded[path])
+    return graph, state
+
+
+def _restore(source: PartSource, state: nnx.State, dtype: DTypeLike | None, place: Place | None) -> Weights:
+    """An orbax part's arrays."""
+    kept = orbax.stored(source.files[0])
+    shapes = {path: (leaf.shape, np.dtype(dtype or leaf.dtype)) for path, leaf in flat(kept).items()}
+    wanted = {path: variable.shape for path, variable in flat(state).items()}
+    if wrong := sorted({path for path in {*shapes, *wanted} if shapes.get(path, (None,))[0] != wanted.get(path)}):
+        raise UserError(
+            f"{source.files[0]}: parameter {wrong[0]} has shape {shapes.get(wrong[0], (None,))[0]}, expected "
+            f"{wanted.get(wrong[0])}; does config.json belong to these weights?"
+        )
+    default = SingleDeviceSharding(jax.local_devices()[0])
+
+    def one(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
+        name = "/".join(str(key.key) for key in path)
+        shape, kind = shapes[name]
+        sharding: Sharding = default if place is None else place(name, shape)
+        return jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
+
+    restored = orbax.restore(source.files[0], jax.tree_util.tree_map_with_path(one, kept))
+    if place is None:  # Orbax binds arrays to a device; those read from files are not bound
+        return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), restored)
+    return restored

@@ -1,0 +1,225 @@
+"""Changes of a transformer's weights as low-rank adapters (LoRA): from training, added to weights, and written.
+
+    diffusers   transformer.<module>.lora_A.weight [rank, in]  .lora_B.weight [out, rank]
+    wan         diffusion_model.<module>.lora_down.weight      .lora_up.weight      .alpha  .diff  .diff_b
+
+What a module is called comes from the conversion table. The wan form, ComfyUI's, may also hold whole changes: `.diff`
+of a weight, `.diff_b` of a bias. `lora_reading.py` reads both forms and others.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Float32
+
+from vpae_jax.types import UserError
+from vpae_jax.weights import entries
+from vpae_jax.weights.loading import Weights
+from vpae_jax.weights.names import TRANSFORMER_ROWS, Array, Layout, Op, Shape
+from vpae_jax.weights.parts import flat
+from vpae_jax.weights.safetensors_file import Info
+from vpae_jax.weights.tensors import write_safetensors
+from vpae_jax.weights.writing import Extra, Values
+
+KERNEL = "/kernel"
+# A path and a layer; the layer is 0 for a parameter that is not stacked.
+Key = tuple[str, int]
+Change = Float32[np.ndarray, "..."]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The change of one linear layer as a product: `x W` becomes `x (W + a b)`.
+
+    Attributes:
+      a: what LoRA files call A, or down; transposed.
+      b: what they call B, or up; transposed, with the scale multiplied in.
+    """
+
+    a: Float32[np.ndarray, "d_in rank"]
+    b: Float32[np.ndarray, "rank d_out"]
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[1]
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Changes of a transformer's parameters.
+
+    Attributes:
+      adapters: by the path of the linear layer ("blocks/attn1/to_q") and the layer.
+      differences: whole changes, by the path of the parameter ("blocks/norm2/bias") and the layer.
+    """
+
+    adapters: Mapping[Key, Adapter]
+    differences: Mapping[Key, Change] = field(default_factory=dict)
+
+    def change(self, path: str, layer: int) -> Change | None:
+        """What is added to a parameter at full strength; None for nothing."""
+        adapter = self.adapters.get((path.removesuffix(KERNEL), layer)) if path.endswith(KERNEL) else None
+        difference = self.differences.get((path, layer))
+        if adapter is None:
+            return difference
+        product = adapter.a @ adapter.b
+        return product if difference is None else product + difference
+
+    def shapes(self) -> Iterator[tuple[str, int, Shape]]:
+        """Path, layer and shape of every parameter that changes."""
+        for (path, layer), adapter in self.adapters.items():
+            yield path + KERNEL, layer, (adapter.a.shape[0], adapter.b.shape[1])
+        for (path, layer), value in self.differences.items():
+            yield path, layer, value.shape
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Weights with changes added, to be written as any other weights (`writing.Values`).
+
+    Attributes:
+      values: the weights; what is read keeps their dtypes.
+      lora: the changes.
+      scale: their strength.
+
+    Raises:
+      UserError: a change of something that these weights do not have, or have in another shape.
+    """
+
+    values: Values
+    lora: Lora
+    scale: float = 1.0
+
+    def __post_init__(self):
+        plan = entries.plan(TRANSFORMER_ROWS, self.values.shapes(), "diffusers")
+        shapes = {(entry.path, layer): entry.shape for entry in plan for layer in range(len(entry.names))}
+        for path, layer, shape in self.lora.shapes():
+            if (expected := shapes.get((path, layer))) != shape:
+                has = "has no such parameter" if expected is None else f"has shape {list(expected)} there"
+                raise UserError(
+                    f"LoRA: changes {path} of layer {layer}, of shape {list(shape)}, but this model {has}; "
+                    "give the model that the LoRA is for"
+                )
+
+    @property
+    def config(self) -> Any:
+        return self.values.config
+
+    def shapes(self) -> Mapping[str, Shape]:
+        return self.values.shapes()
+
+    def dtype(self, path: str, layer: int) -> np.dtype:
+        return self.values.dtype(path, layer)
+
+    def read(self, path: str, layer: int) -> Array:
+        value = self.values.read(path, layer)
+        with np.errstate(over="ignore", invalid="ignore"):  # `writing` sees what is not finite
+            if (change := self.lora.change(path, layer)) is None:
+                return value
+            return (value.astype(np.float32) + np.float32(self.scale) * change).astype(value.dtype)
+
+    def extras(self, layout: Layout) -> Iterator[Extra]:
+        return self.values.extras(layout)
+
+
+def from_adapters(params: Weights, alpha: float, rank: int) -> Lora:
+    """The adapters that training attached (`models.lora`).
+
+    Args:
+      params: nested dicts with `lora_a` and `lora_b` leaves, as a training checkpoint holds them; all else is ignored.
+      alpha, rank: of the `LoRASpec` that they were trained with.
+
+    Raises:
+      UserError: no adapters; one without its other half; another rank.
+    """
+    leaves = {path: np.asarray(value, np.float32) for path, value in flat(params).items() if "/lora_" in path}
+    layers = sorted({path.rpartition("/")[0] for path in leaves})
+    if not layers:
+        raise UserError("no lora_a or lora_b among the weights; expected a role that trains adapters")
+    adapters = {}
+    for path in layers:
+        a, b = leaves.get(f"{path}/lora_a"), leaves.get(f"{path}/lora_b")
+        if a is None or b is None:
+            raise UserError(f"{path}: has lora_{'b' if a is None else 'a'} only; the checkpoint is damaged")
+        if a.shape[-1] != rank or b.shape[-2] != rank:
+            raise UserError(f"{path}: adapters of rank {a.shape[-1]}, expected {rank}; give the rank of the training")
+        if a.ndim == 2:
+            a, b = a[None], b[None]
+        adapters |= {(path, layer): Adapter(a[layer], b[layer] * np.float32(alpha / rank)) for layer in range(len(a))}
+    return Lora(adapters)
+
+
+def write_lora(path: Path, lora: Lora, form: Layout, dtype: DTypeLike | None = None) -> None:
+    """Writes one safetensors file, whole or not at all.
+
+    ComfyUI takes all of the wan form. diffusers' `load_lora_weights` loads either form, but of the differences it takes
+    only those of linear layers' biases, and fails unless all adapters have one or none; of the wan form it also refuses
+    one without any block, or with only one of a block's `add_k_proj` and `add_v_proj`.
+
+    Args:
+      path: the file; its suffix is .safetensors.
+      lora: what to write.
+      form: whose keys.
+      dtype: of the tensors; None for float32.
+
+    Raises:
+      UserError: another suffix; nothing to write; differences, which the diffusers form cannot hold; a value that is
+        not finite.
+    """
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path}: a LoRA is one safetensors file; give it a name that ends with .safetensors")
+    if not lora.adapters and not lora.differences:
+        raise UserError(f"{path}: nothing to write, as no layer differs from the base model; is this the student?")
+    if form == "diffusers" and lora.differences:
+        one, count = next(iter(lora.differences))[0], len(lora.differences)
+        raise UserError(
+            f"{path}: the diffusers form holds no whole differences, and this LoRA has {count} (as of {one}); "
+            "write the wan form"
+        )
+    kind = np.dtype(np.float32 if dtype is None else dtype)
+    tensors = list(_tensors(lora, form, kind))
+    infos = [(name, one, shape) for name, one, shape, _ in tensors]
+    values = (_cast(value, one, name, path) for name, one, _, value in tensors)
+    write_safetensors(path.parent, path.stem, infos, values, shard_bytes=sys.maxsize)
+
+
+def _tensors(lora: Lora, form: Layout, dtype: np.dtype) -> Iterator[tuple[*Info, Array]]:
+    """Name, dtype, shape and value of every tensor of a file."""
+    for (path, layer), adapter in lora.adapters.items():
+        name, _ = _their_name(path + KERNEL, layer, form)
+        a, b = adapter.a.T, adapter.b.T
+        if form == "diffusers":
+            yield f"transformer.{name}.lora_A.weight", dtype, a.shape, a
+            yield f"transformer.{name}.lora_B.weight", dtype, b.shape, b
+        else:
+            yield f"diffusion_model.{name}.lora_down.weight", dtype, a.shape, a
+            yield f"diffusion_model.{name}.lora_up.weight", dtype, b.shape, b
+            # diffusers refuses a file that has an alpha elsewhere. Alpha is the rank; without one all take it as that.
+            if name.startswith("blocks."):
+                yield f"diffusion_model.{name}.alpha", np.dtype(np.float32), (), np.asarray(adapter.rank)
+    for (path, layer), value in lora.differences.items():
+        name, op = _their_name(path, layer, form)
+        suffix = "diff_b" if path.endswith("/bias") else "diff"
+        value = op.to_theirs(value)
+        yield f"diffusion_model.{name}.{suffix}", dtype, value.shape, value
+
+
+def _their_name(path: str, layer: int, layout: Layout) -> tuple[str, Op]:
+    """What the table calls a parameter, without ".weight" or ".bias", and how the arrays differ."""
+    name, op = entries.template(TRANSFORMER_ROWS, path, layout)
+    return name.replace("{i}", str(layer)).removesuffix(".weight").removesuffix(".bias"), op
+
+
+def _cast(value: Array, dtype: np.dtype, name: str, path: Path) -> Array:
+    with np.errstate(over="ignore"):  # the infinity is seen below
+        cast = value.astype(dtype)
+    if not np.isfinite(cast.astype(np.float32)).all():
+        raise UserError(f"{path}: tensor {name!r} would hold NaN or infinity; write float32, or look at the training")
+    return cast

@@ -1,0 +1,273 @@
+"""LoRA files of every dialect, read; which one is seen by the names of the tensors.
+
+    PEFT      [transformer.]<module>.lora_A[.default].weight [rank, in]   .lora_B[.default].weight [out, rank]
+    ComfyUI   diffusion_model.<module>.lora_down.weight                   .lora_up.weight   .alpha  .diff  .diff_b
+    kohya     lora_unet_<module with _ for .>.lora_down.weight            .lora_up.weight   .alpha
+
+Modules may have the names of either layout. B times A is multiplied by alpha / rank, by 1 without an alpha. A `.diff`
+is the whole change of a weight, a `.diff_b` that of a bias; LightX2V adds `.diff_m`, that of a modulation.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import jax.numpy as jnp
+import numpy as np
+
+from vpae_jax.models.wan_dit import WanTransformerConfig
+from vpae_jax.types import UserError
+from vpae_jax.weights import entries
+from vpae_jax.weights.entries import Entry
+from vpae_jax.weights.filenames import read_json
+from vpae_jax.weights.lora import KERNEL, Adapter, Change, Key, Lora
+from vpae_jax.weights.names import TRANSFORMER_ROWS, Layout
+from vpae_jax.weights.parts import abstract, flat
+from vpae_jax.weights.safetensors_file import Array, one_line, parse_json, quote
+from vpae_jax.weights.tensors import Tensors, open_tensors
+
+# What a tensor is by the end of its name: half an adapter (PEFT puts the adapter's own name in between), its scale, ...
+_KINDS = {
+    "down": r"\.lora_(?:A|down)(?:\.\w+)?\.weight",
+    "up": r"\.lora_(?:B|up)(?:\.\w+)?\.weight",
+    "up_bias": r"\.lora_B(?:\.\w+)?\.bias",
+    "alpha": r"\.alpha",
+    "diff": r"\.diff",
+    "diff_b": r"\.diff_b",
+    "diff_m": r"\.diff_m",
+}
+_KIND = re.compile("(?P<module>.+?)(?:" + "|".join(f"(?P<{kind}>{end})" for kind, end in _KINDS.items()) + ")")
+# ... and what it begins with.
+_PREFIX = re.compile(
+    r"(base_model\.model\.)?((model\.)?diffusion_model\.|transformer\.|unet\.|lora_(unet|transformer)_)?"
+)
+_SUFFIX = {"up_bias": "_bias", "diff_b": "_bias", "diff_m": "_modulation"}
+_BLOCK = re.compile(r"blocks_(\d+)_")
+_DOUBT = "; is the LoRA for another model?"
+_EXPECTED = "lora_A, lora_B, lora_down, lora_up, alpha, diff, diff_b, diff_m"
+# A layer's name as PEFT's patterns have it.
+_PATTERN = re.compile(r"(?P<start>\^?)(?P<name>(?:\w|\\?\.)+)\$?")
+METADATA, PEFT_CONFIG = "lora_adapter_metadata", "adapter_config.json"
+
+
+def read_lora(path: Path, config: WanTransformerConfig) -> Lora:
+    """Reads a file of any dialect; which one is seen by its content.
+
+    Args:
+      path: a safetensors file, or a PyTorch checkpoint.
+      config: of the transformer that it is for.
+
+    Raises:
+      UserError: a file that cannot be read, or is no LoRA; a tensor of an unknown kind, or of a layer that the model
+        does not have; half an adapter; a shape that does not fit; a value that is not finite.
+    """
+    adapters: dict[Key, Adapter] = {}
+    differences: dict[Key, Change] = {}
+    scales: dict[Key, float] = {}
+    with open_tensors(path) as tensors:
+        peft = _peft(path, tensors)
+        pieces = _pieces(path, tensors, config)
+        for (parameter, layer), piece in pieces.items():
+            if "down" not in piece.names:
+                continue
+            down, up = _pair(tensors, piece)
+            scales[parameter, layer] = _scale(path, tensors, piece, peft)
+            up = _scaled(tensors, piece.names["up"], up, scales[parameter, layer])
+            if down.ndim == 2:
+                adapters[parameter.removesuffix(KERNEL), layer] = Adapter(down.T, up.T)
+            else:  # of a convolution
+                product = up.reshape(len(up), -1) @ down.reshape(len(down), -1)
+                product = product.reshape(len(up), *down.shape[1:])
+                differences[parameter, layer] = piece.entry.op.to_ours(product)
+        for (parameter, layer), piece in pieces.items():
+            if "down" not in piece.names:
+                beside = scales.get((parameter.removesuffix("/bias") + KERNEL, layer))
+                differences[parameter, layer] = _whole(tensors, piece, beside)
+    return Lora(adapters, differences)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What a file says of one parameter of one layer.
+
+    Attributes:
+      entry: the parameter.
+      module: its name in the file, without prefix.
+      names: the tensors that change it, by their kinds.
+    """
+
+    entry: Entry
+    module: str
+    names: dict[str, str] = field(default_factory=dict)
+
+
+def _pieces(path: Path, tensors: Tensors, config: WanTransformerConfig) -> dict[Key, _Piece]:
+    """Every tensor of a file with the parameter that it changes."""
+    targets, pieces = _targets(config), {}
+    if not any(_KIND.fullmatch(name) for name in tensors):
+        raise UserError(f"{path}: none of its {len(tensors)} tensors is part of a LoRA; is it a whole model?")
+    for name in tensors:
+        if (match := _KIND.fullmatch(name)) is None or (kind := match.lastgroup) is None:
+            raise _bad(tensors, name, f"is of an unknown kind, expected one of {_EXPECTED}; other adapters do not load")
+        module = _PREFIX.sub("", match["module"], count=1)
+        plain = module.replace(".", "_")
+        target = targets.get(plain + _SUFFIX.get(kind, "_weight")) or (targets.get(plain) if kind == "diff" else None)
+        if target is None:
+            block, last = _BLOCK.match(plain), config.num_layers - 1
+            beyond = (
+                f"block {block[1]}, but the last of this model is {last}" if block and int(block[1]) > last else None
+            )
+            raise _bad(tensors, name, f"is of {beyond or 'a layer that this model does not have'}{_DOUBT}")
+        entry, layer = target
+        piece = pieces.setdefault((entry.path, layer), _Piece(entry, module))
+        if kind in piece.names:
+            raise _bad(tensors, name, f"and {quote(piece.names[kind])} are for the same layer; remove one")
+        piece.names[kind] = name
+    for piece in pieces.values():
+        _check_kinds(tensors, piece)
+    return pieces
+
+
+def _targets(config: WanTransformerConfig) -> dict[str, tuple[Entry, int]]:
+    """Parameter and layer of every tensor of either layout, by its name with dots made underscores, as kohya does."""
+    shapes = {path: tuple(leaf.shape) for path, leaf in flat(abstract("transformer", config)[1]).items()}
+    return {
+        name.replace(".", "_"): (entry, layer)
+        for layout in get_args(Layout)
+        for entry in entries.plan(TRANSFORMER_ROWS, shapes, layout)
+        for layer, name in enumerate(entry.names)
+    }
+
+
+def _check_kinds(tensors: Tensors, piece: _Piece) -> None:
+    """Raises `UserError` for half an adapter, and for changes that exclude each other."""
+    names = piece.names
+    adapter = {kind: name for kind, name in names.items() if kind in ("down", "up", "alpha")}
+    first = next(iter(names.values()))
+    if adapter and not {"down", "up"} <= adapter.keys():
+        missing = "down (or A)" if "down" not in names else "up (or B)"
+        raise _bad(tensors, first, f"has no lora_{missing} beside it; the file is incomplete, fetch it again")
+    if len(names) > max(len(adapter), 1):
+        others = " and ".join(quote(name) for name in names.values())
+        raise UserError(
+            f"{tensors[first].file}: {others} change one parameter, expected one kind of change; remove one"
+        )
+    if adapter and not piece.entry.op.kernel:
+        raise _bad(tensors, first, f"is half an adapter, but {piece.entry.path} is no linear layer; expected a diff")
+
+
+def _pair(tensors: Tensors, piece: _Piece) -> tuple[Change, Change]:
+    """Both halves of an adapter, A first, in their layout."""
+    out, *inner = piece.entry.op.their_shape(piece.entry.shape)
+    down, up = _read(tensors, piece.names["down"]), _read(tensors, piece.names["up"])
+    rank, ones = max((*down.shape, 1)[0], 1), [1] * (len(inner) - 1)
+    for half, value, expected in (("down", down, [rank, *inner]), ("up", up, [out, rank, *ones])):
+        found, name = list(value.shape), piece.names[half]
+        if found == expected:
+            continue
+        if half == "up" and len(found) == len(expected) and [found[0], *found[2:]] == [out, *ones]:
+            other = quote(piece.names["down"])
+            raise _bad(tensors, name, f"has rank {found[1]}, but {other} has {rank}; fetch the file again")
+        raise _bad(tensors, name, f"has shape {found}, expected {expected}{_DOUBT}")
+    return down, up
+
+
+def _whole(tensors: Tensors, piece: _Piece, beside: float | None) -> Change:
+    """The whole change of a parameter, in our layout; `beside` is the scale of the adapter of the same layer."""
+    [(kind, name)] = piece.names.items()
+    value, op = _read(tensors, name), piece.entry.op
+    if value.shape != (expected := op.their_shape(piece.entry.shape)):
+        raise _bad(tensors, name, f"has shape {list(value.shape)}, expected {list(expected)}{_DOUBT}")
+    if kind == "up_bias":
+        if beside is None:
+            raise _bad(tensors, name, "has no adapter beside it; the file is incomplete, fetch it again")
+        value = _scaled(tensors, name, value, beside)
+    return op.to_ours(value)
+
+
+def _scale(path: Path, tensors: Tensors, piece: _Piece, peft: Mapping[str, Any]) -> float:
+    """What an adapter's product is multiplied by."""
+    rank = tensors[piece.names["down"]].shape[0]
+    if (name := piece.names.get("alpha")) is not None:
+        value = _float32(tensors.read(name))
+        if value.size != 1 or not np.isfinite(value).all():
+            raise _bad(tensors, name, f"of shape {list(value.shape)} is not one finite number; expected the scale's")
+        return value.item() / rank
+    if "lora_alpha" not in peft:
+        return 1.0
+    try:
+        patterns = dict(peft.get("alpha_pattern") or {}).items()
+        matching = [alpha for pattern, alpha in patterns if _matches(pattern, piece.module)]
+        alpha = float([*matching, peft["lora_alpha"]][0])
+        if not abs(alpha) <= float(np.finfo(np.float32).max):
+            raise ValueError(f"{alpha} is not a finite float32")
+        return alpha / (math.sqrt(rank) if peft.get("use_rslora") else rank)
+    except (OverflowError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: PEFT's alphas cannot be read ({one_line(str(error))}); remove or correct them"
+        ) from error
+
+
+def _matches(pattern: str, module: str) -> bool:
+    """Whether a pattern of PEFT's is the name of a module, or the end of it; `^` anchors it at the start.
+
+    PEFT runs patterns as regular expressions, which in a file from elsewhere may take forever.
+
+    Raises:
+      ValueError: a pattern that is more than such a name.
+    """
+    if (match := _PATTERN.fullmatch(pattern)) is None:
+        raise ValueError(f"alpha_pattern has {quote(pattern)}, expected the name of a layer")
+    name = match["name"].replace("\\", "")
+    return module == name or (not match["start"] and module.endswith("." + name))
+
+
+def _peft(path: Path, tensors: Tensors) -> Mapping[str, Any]:
+    """PEFT's configuration: in the file's metadata, where diffusers writes it, or beside it, where PEFT does."""
+    beside = path.parent / PEFT_CONFIG
+    if METADATA in tensors.metadata:
+        try:
+            found = parse_json(tensors.metadata[METADATA].encode())
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: its PEFT configuration is not valid JSON; correct or remove it") from error
+    else:
+        found = read_json(beside) if path.stem.startswith("adapter_model") and beside.is_file() else {}
+    found = {key.removeprefix("transformer."): value for key, value in found.items()}
+    if found.get("use_dora"):
+        raise UserError(f"{path}: is a DoRA, which is more than a product of two matrices; expected a LoRA")
+    return found
+
+
+def _read(tensors: Tensors, name: str) -> Change:
+    """A tensor in float32."""
+    stored = tensors[name]
+    if not jnp.issubdtype(stored.dtype, jnp.floating):
+        raise _bad(tensors, name, f"is of {stored.dtype}, expected floating point; quantised LoRAs do not load")
+    value = _float32(tensors.read(name))
+    if not np.isfinite(value).all():
+        raise _bad(tensors, name, "holds NaN or infinity; the file is damaged, fetch it again")
+    return value
+
+
+def _float32(value: Array) -> Change:
+    """A value in float32: infinity where it is too large."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return value.astype(np.float32)
+
+
+def _scaled(tensors: Tensors, name: str, value: Change, scale: float) -> Change:
+    """A tensor of a file times an adapter's scale."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        value = value * np.float32(scale)
+    if not np.isfinite(value).all():
+        raise _bad(tensors, name, f"times its scale {scale:.3g} overflows float32; the file is damaged")
+    return value
+
+
+def _bad(tensors: Tensors, name: str, what: str) -> UserError:
+    return UserError(f"{tensors[name].file}: tensor {quote(name)} {what}")

@@ -1,0 +1,101 @@
+"""A part's arrays as an Orbax checkpoint: our own layout, which restores straight into shards without any turning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+from jaxtyping import PyTree, Shaped
+
+from vpae_jax.files import REMEDY, shown
+from vpae_jax.types import UserError
+from vpae_jax.weights.safetensors_file import one_line, parse_json
+
+# What damaged checkpoints raise: found by damaging every file of one, with the bases of what was found.
+_ERRORS = (
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,  # also RecursionError
+    TypeError,
+    ValueError,  # tensorstore's; also those of JSON and of text
+)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether Orbax has finished a checkpoint there."""
+    return (folder / "_CHECKPOINT_METADATA").is_file()
+
+
+def save(folder: Path, params: PyTree[Any]) -> None:
+    """Writes nested dicts of arrays into a new folder. Raises `UserError` when the system refuses to write them."""
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(folder.absolute(), params)
+    except ValueError as error:  # tensorstore's for everything; what the system said comes last
+        if "writing" not in str(error):
+            raise
+        reason = one_line(str(error).splitlines()[0].rsplit(": ", 1)[-1].split(" [")[0])
+        raise UserError(f"{shown(folder)}: cannot be written: {reason}; {REMEDY}") from error
+
+
+def restore(folder: Path, abstract: PyTree[Any]) -> PyTree[jax.Array]:
+    """Reads arrays of the shapes, dtypes and shardings of `abstract`, a tree of `jax.ShapeDtypeStruct`.
+
+    By tensorstore, as Orbax does it, but not through Orbax, whose errors have no type of their own. Every process reads
+    its own shards, one at a time.
+
+    Raises:
+      UserError: a checkpoint that is damaged, or of other parameters.
+    """
+    try:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: _restore_one(folder, [key.key for key in path], leaf), abstract
+        )
+    except _ERRORS as error:
+        raise _damaged(folder, error) from error
+
+
+def stored(folder: Path) -> PyTree[Any]:
+    """What a checkpoint holds: shapes and dtypes in place of arrays. Raises `UserError` for a damaged one."""
+    tree: dict[str, Any] = {}
+    try:
+        for entry in parse_json((folder / "_METADATA").read_bytes())["tree_metadata"].values():
+            *parents, last = keys = [key["key"] for key in entry["key_metadata"]]
+            array, inner = _open(folder, keys), tree
+            for name in parents:
+                inner = inner.setdefault(name, {})
+            inner[last] = jax.ShapeDtypeStruct(array.shape, array.dtype.numpy_dtype)
+    except _ERRORS as error:
+        raise _damaged(folder, error) from error
+    return tree
+
+
+def _open(folder: Path, keys: Sequence[str]) -> tensorstore.TensorStore:
+    """One array of a checkpoint as `save` writes it: zarr in an OCDBT store, under the keys joined by dots."""
+    base = {"driver": "file", "path": f"{folder.absolute()}/"}
+    store = {"driver": "ocdbt", "base": base, "path": f"{'.'.join(keys)}/"}
+    # A chunk that is not there would otherwise be read as zeros.
+    spec = {"driver": "zarr", "kvstore": store, "fill_missing_data_reads": False}
+    return tensorstore.open(tensorstore.Spec(spec), open=True, read=True).result()
+
+
+def _restore_one(folder: Path, keys: Sequence[str], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    array = _open(folder, keys)
+    if array.shape != leaf.shape:
+        raise ValueError(f"{'/'.join(keys)} has shape {list(array.shape)}, expected {list(leaf.shape)}")
+
+    def read(index: tuple[slice, ...] | None) -> Shaped[np.ndarray, "..."]:
+        return np.asarray(array[index or ...].read().result()).astype(leaf.dtype, copy=False)
+
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, read, dtype=leaf.dtype)
+
+
+def _damaged(folder: Path, error: Exception) -> UserError:
+    reason = one_line(str(error)) or type(error).__name__
+    return UserError(f"{folder}: does not restore ({reason}); convert the model again")

@@ -1,0 +1,192 @@
+"""PyTorch checkpoints (`.pth`, `.pt`, `.bin`): dense tensors by name, read and written without running their code.
+
+Files in PyTorch's zip format are memory-mapped, so that only what is copied is read; legacy ones are read whole. Only
+here is PyTorch needed, and it is imported only when such a file is met.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import struct
+import warnings
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from vpae_jax.files import atomically
+from vpae_jax.types import UserError
+from vpae_jax.weights.safetensors_file import CODES, Array, Ranges, Stored, checked, one_line, quote
+
+BY_NAME = {dtype.name: dtype for dtype in CODES}  # PyTorch calls dtypes as NumPy does
+# What `torch.load` and `zipfile` raise for damaged files: found by damaging 60,000 (tests/weights/test_fuzz.py), with
+# the bases of what was found.
+TORCH_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,  # of keys, places in lists, and codecs
+    MemoryError,
+    OSError,
+    RuntimeError,  # most of PyTorch's own; also NotImplementedError and RecursionError
+    TypeError,
+    ValueError,  # also UnicodeError
+    struct.error,
+    zipfile.BadZipFile,
+)
+# Remarks about files that PyTorch then reads, or refuses with an error that says more.
+REMARKS = ("Detected pickle protocol", "(?s).*TorchScript archive", "(?s).*deprecated", "(?s).* in (beta|prototype) ")
+# Keys under which training programs keep the weights beside other things.
+WRAPPERS = ("state_dict", "model")
+
+
+class Checkpoint:
+    """An open checkpoint.
+
+    Args:
+      path: for messages.
+      file: the file; left open.
+
+    Attributes:
+      stored: its tensors, by name.
+      metadata: none; safetensors files have such.
+
+    Raises:
+      UserError: PyTorch is not installed; a damaged file; one that holds anything but a mapping of names to dense
+        tensors, perhaps inside `{"state_dict": ...}` or `{"model": ...}`; one that asks to run code.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO):
+        self.path, self._file = path, file
+        self._size = os.fstat(file.fileno()).st_size
+        self._tensors = _load(path, file)
+        self.metadata: Mapping[str, str] = {}
+        self.stored: dict[str, Stored] = {}
+        for name, tensor in self._tensors.items():
+            called = str(tensor.dtype).removeprefix("torch.")
+            self.stored[name] = checked(path, name, BY_NAME.get(called), called, tuple(tensor.shape))
+
+    def fill(self, name: str, ranges: Ranges, out: Array) -> int:
+        """Copies a part of a tensor; arguments, result and errors as `SafetensorsFile.fill`."""
+        if os.fstat(self._file.fileno()).st_size < self._size:  # mapped memory beyond the end cannot be touched
+            raise UserError(f"{self.path}: became shorter while it was open; fetch it again")
+        import torch
+
+        integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[out.itemsize]
+        part = self._tensors[name][tuple(slice(wanted.start, wanted.stop) for wanted in ranges)]
+        out[...] = part.view(integer).numpy().view(out.dtype)
+        return out.nbytes
+
+    def close(self) -> None:
+        """Gives the memory back."""
+        self._tensors = {}
+
+
+def write_pickle(path: Path, values: Iterable[tuple[str, Array]]) -> None:
+    """Writes a dict of tensors as `torch.save` does, whole or not at all; all tensors are in memory at once.
+
+    Raises:
+      UserError: PyTorch is not installed.
+    """
+    torch = _torch(path)
+    tensors = {}
+    for name, value in values:
+        # PyTorch warns of memory that it may not write to.
+        bits = np.require(value, requirements=["C", "W"]).view(f"i{value.itemsize}")
+        tensors[name] = torch.from_numpy(bits).view(getattr(torch, value.dtype.name))
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # given a path, PyTorch would write the temporary name into the file
+            torch.save(tensors, file)
+
+    atomically(path, write)
+
+
+def _torch(path: Path) -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(f"{path}: a PyTorch checkpoint needs PyTorch: pip install torch") from error
+    return torch
+
+
+def _load(path: Path, file: BinaryIO) -> dict[str, Any]:
+    """The tensors as plain dense `torch.Tensor`s on the CPU; errors as `Checkpoint`."""
+    torch = _torch(path)
+    try:
+        records = _records(path, file)
+        with warnings.catch_warnings():
+            for remark in REMARKS:
+                warnings.filterwarnings("ignore", remark, UserWarning)
+            # By descriptor: PyTorch takes a name that ends in .safetensors for a promise about the content.
+            name = f"/dev/fd/{file.fileno()}"
+            found = torch.load(name, map_location="cpu", weights_only=True, mmap=records is not None)
+            return _plain(path, torch, found, os.fstat(file.fileno()).st_size, records)
+    except pickle.UnpicklingError as error:
+        reason = "refused: the file asks to run code or holds more than tensors"
+        raise UserError(f"{path}: {reason} ({_why(error)})") from error
+    except TORCH_ERRORS as error:
+        raise UserError(f"{path}: truncated or not a PyTorch checkpoint ({_why(error)}); fetch it again") from error
+
+
+def _records(path: Path, file: BinaryIO) -> set[int] | None:
+    """The sizes of a zip's records; None for a legacy file, which is no zip."""
+    if os.pread(file.fileno(), 4, 0) != b"PK\3\4":
+        return None
+    with zipfile.ZipFile(file) as archive:
+        for info in archive.infolist():
+            if info.compress_type != zipfile.ZIP_STORED:  # PyTorch would map it as it is, and read garbage
+                raise UserError(
+                    f"{path}: record {quote(info.filename)} is compressed; write the file again with torch.save"
+                )
+        return {info.file_size for info in archive.infolist()}
+
+
+def _plain(path: Path, torch: Any, found: Any, size: int, records: set[int] | None) -> dict[str, Any]:
+    """Checks what `torch.load` returned.
+
+    Args:
+      path: for messages.
+      torch: the module.
+      found: what it returned.
+      size: of the file, in bytes.
+      records: sizes of the zip's records; None for a legacy file.
+    """
+    for key in WRAPPERS:
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+            break
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: holds a {type(found).__name__}, expected a mapping of names to tensors")
+    tensors = {}
+    for name, tensor in found.items():
+        quoted = quote(name)
+        if type(name) is not str:
+            raise UserError(f"{path}: a tensor is named {quoted}, expected text")
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            raise UserError(f"{path}: {quoted} is a {type(tensor).__name__}, expected a tensor; keep only the weights")
+        tensor = torch.Tensor.detach(tensor)  # by the class: a file may set attributes of the same name
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested or tensor.is_neg():
+            raise UserError(
+                f"{path}: tensor {quoted} is not stored densely ({tensor.layout}, {tensor.dtype}); densify it first"
+            )
+        if tensor.device.type != "cpu":
+            raise UserError(f"{path}: tensor {quoted} holds no values (device {tensor.device}); fetch the file again")
+        # A view may claim far more than the file holds, and a mapped storage the bytes of other records.
+        claimed, held = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
+        if claimed > size or (records is not None and held not in records):
+            what = f"{claimed} bytes in a storage of {held}"
+            raise UserError(f"{path}: tensor {quoted} claims {what}, which the file does not hold; fetch it again")
+        tensors[name] = tensor
+    return tensors
+
+
+def _why(error: BaseException) -> str:
+    """The informative line among PyTorch's advice, some of which nobody should follow."""
+    lines = str(error).split("WeightsUnpickler error:")[-1].splitlines()
+    told = [line for line in map(str.strip, lines) if line and not line.startswith("Weights only load failed")]
+    return one_line(told[0].split(" Please use")[0]) if told else type(error).__name__

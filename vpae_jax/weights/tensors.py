@@ -1,0 +1,273 @@
+"""Tensors in weight files: read lazily and by byte range, written one after the other.
+
+A file is recognised by its content: safetensors (`safetensors_file.py`), an index of shards, or a PyTorch checkpoint
+(`pickles.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from math import prod
+from pathlib import Path, PurePosixPath
+from threading import Lock
+from types import MappingProxyType
+from typing import BinaryIO, Literal
+
+import numpy as np
+
+from vpae_jax.files import atomically, write_text
+from vpae_jax.types import UserError
+from vpae_jax.weights.pickles import Checkpoint
+from vpae_jax.weights.safetensors_file import (
+    CODES,
+    MAX_HEADER,
+    Array,
+    Info,
+    SafetensorsFile,
+    Stored,
+    one_line,
+    parse_json,
+    quote,
+    write_file,
+)
+
+SHARD_BYTES = 5_000_000_000
+BLOCK = 2**16
+_EXPONENTS = {"bfloat16": np.uint16(0x7F80), "float16": np.uint16(0x7C00), "float32": np.uint32(0x7F800000)}
+Source = SafetensorsFile | Checkpoint
+
+
+class Tensors(Mapping[str, Stored]):
+    """The tensors of one file or of several, made by `open_tensors` and `open_shards` and usable until these close.
+
+    Args:
+      sources: the open files.
+
+    Attributes:
+      metadata: texts that the files keep beside their tensors.
+
+    Raises:
+      UserError: two files hold one tensor.
+    """
+
+    def __init__(self, sources: Sequence[Source]):
+        self._sources: dict[str, Source] = {}
+        self._bytes_read, self._lock = 0, Lock()
+        self.metadata: Mapping[str, str] = {key: text for source in sources for key, text in source.metadata.items()}
+        for source in sources:
+            for name in source.stored:
+                if name in self._sources:
+                    other = self._sources[name].path
+                    raise UserError(f"{source.path}: tensor {quote(name)} is also in {other}; remove one")
+                self._sources[name] = source
+
+    def __getitem__(self, name: str) -> Stored:
+        return self._sources[name].stored[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensors asked from the files so far: those returned, and more where short rows were cut."""
+        return self._bytes_read
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> Array:
+        """Reads a tensor or a part of it, from any thread.
+
+        Args:
+          name: the tensor.
+          index: a slice with step 1 for each leading axis; axes without one are read whole.
+
+        Returns:
+          An array in memory of its own, C-contiguous.
+
+        Raises:
+          KeyError: no such tensor.
+          UserError: the file shrank or cannot be read.
+          ValueError: an index that is not as described; the file was closed.
+        """
+        stored = self[name]
+        if len(index) > len(stored.shape) or any(one.step not in (None, 1) for one in index):
+            raise ValueError(f"tensor {name!r} of shape {list(stored.shape)}: cannot be read at {index}")
+        whole = (slice(None),) * (len(stored.shape) - len(index))
+        ranges = tuple(range(*one.indices(n)) for one, n in zip((*index, *whole), stored.shape, strict=True))
+        out = np.empty([len(wanted) for wanted in ranges], stored.dtype)
+        if out.size:
+            asked = self._sources[name].fill(name, ranges, out)
+            with self._lock:
+                self._bytes_read += asked
+        return out
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Tensors]:
+    """Opens a safetensors file, an index of shards, or a PyTorch checkpoint, whichever the content is.
+
+    Raises:
+      UserError: a file that is missing, unreadable, damaged, or none of these; an index that does not say exactly what
+        its shards hold.
+    """
+    with ExitStack() as stack:
+        file = _open_file(path, stack)
+        if _kind(path, file) == "index":
+            yield _open_index(path, file, stack)
+        else:
+            yield Tensors([_open_source(path, file, stack)])
+
+
+@contextmanager
+def open_shards(paths: Sequence[Path]) -> Iterator[Tensors]:
+    """Opens files whose tensors belong together, without an index.
+
+    Raises:
+      UserError: as `open_tensors`; two files hold one tensor.
+    """
+    with ExitStack() as stack:
+        yield Tensors([_open_source(path, _open_file(path, stack), stack) for path in paths])
+
+
+def write_safetensors(
+    folder: Path,
+    stem: str,
+    infos: Sequence[Info],
+    values: Iterable[Array],
+    shard_bytes: int = SHARD_BYTES,
+    metadata: Mapping[str, str] = MappingProxyType({"format": "pt"}),
+) -> None:
+    """Writes tensors as they come, one in memory at a time; more than one shard gets an index.
+
+    Args:
+      folder: where to write; each file appears there whole or not at all.
+      stem: file name without suffix.
+      infos: name, dtype and shape of each tensor.
+      values: the tensors, in the order of `infos`.
+      shard_bytes: a shard is closed before it would grow beyond this.
+      metadata: of every file.
+
+    Raises:
+      ValueError: a name that is there twice, a dtype that cannot be written, values that are not what `infos` says.
+    """
+    shards: list[list[Info]] = [[]]
+    names, used, total = {"__metadata__"}, 0, 0
+    for name, dtype, shape in infos:
+        if name in names or dtype not in CODES:
+            raise ValueError(f"tensor {name!r} of {dtype}: a dtype that cannot be written, or a name that is taken")
+        names.add(name)
+        size = dtype.itemsize * prod(shape)
+        if used and used + size > shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append((name, dtype, shape))
+        used, total = used + size, total + size
+    count, iterator = len(shards), iter(values)
+    file_name = f"{stem}.safetensors" if count == 1 else stem + "-{:05d}-of-{:05d}.safetensors"
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = file_name.format(number, count)
+        atomically(folder / file, partial(write_file, infos=shard, values=iterator, metadata=metadata))
+        weight_map |= {name: file for name, _, _ in shard}
+    if next(iterator, None) is not None:
+        raise ValueError(f"{folder / stem}: more values than the {len(infos)} tensors announced")
+    if count > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_text(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def blocks(value: Array) -> Iterator[Array]:
+    """An array's numbers as they lie in memory, as many at once as stay in a processor's cache."""
+    flat = value.ravel(order="K")
+    return (flat[start : start + BLOCK] for start in range(0, flat.size, BLOCK))
+
+
+def finite(value: Array) -> bool:
+    """Whether no number is NaN or infinity: their exponents' bits are all set."""
+    if value.dtype.kind in "biu":
+        return True
+    mask = _EXPONENTS.get(value.dtype.name)
+    if mask is None:
+        return all(np.isfinite(block).all() for block in blocks(value))
+    return all((block.view(mask.dtype) & mask).max() != mask for block in blocks(value))
+
+
+def _open_file(path: Path, stack: ExitStack) -> BinaryIO:
+    try:
+        # Without O_NONBLOCK, opening a pipe would wait for somebody who writes to it.
+        file = open(path, "rb", 0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; the weights are incomplete") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be opened ({error.strerror}); expected a file of weights") from error
+    stack.enter_context(file)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        raise UserError(f"{path}: is not a regular file; expected a file of weights")
+    return file
+
+
+def _kind(path: Path, file: BinaryIO) -> Literal["safetensors", "index", "pickle"]:
+    """What a file is by its first bytes; "safetensors" when that is none of what we know."""
+    try:
+        head = os.pread(file.fileno(), 64, 0)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    if head[4:9] == b"\0\0\0\0{":  # the length of a header that is shorter than 4 GB, then the header
+        return "safetensors"
+    if head.startswith(b"PK\3\4") or (head[:1] == b"\x80" and head[1:2] <= b"\5"):
+        return "pickle"  # a zip, or the first opcode of a pickle and its protocol
+    return "index" if head.lstrip().startswith(b"{") and b"\0" not in head else "safetensors"
+
+
+def _open_source(path: Path, file: BinaryIO, stack: ExitStack) -> Source:
+    kind = _kind(path, file)
+    if kind == "index":
+        raise UserError(f"{path}: truncated or not a safetensors file (it is JSON); expected tensors")
+    if kind == "safetensors":
+        return SafetensorsFile(path, file)
+    checkpoint = Checkpoint(path, file)
+    stack.callback(checkpoint.close)
+    return checkpoint
+
+
+def _open_index(path: Path, file: BinaryIO, stack: ExitStack) -> Tensors:
+    """The shards that an index lists; what it lists must be all that they hold."""
+    listed = _weight_map(path, file)
+    shards = {shard: path.parent / shard for shard in sorted(set(listed.values()))}
+    tensors = Tensors([_open_source(shard, _open_file(shard, stack), stack) for shard in shards.values()])
+    for name, shard in listed.items():
+        if name not in tensors or tensors[name].file != shards[shard]:
+            raise UserError(f"{path}: tensor {quote(name)} is listed in {shard}, but is not there; fetch both again")
+    for name, stored in tensors.items():
+        if name not in listed:
+            raise UserError(
+                f"{stored.file}: tensor {quote(name)} is there, but {path} does not list it; fetch both again"
+            )
+    return tensors
+
+
+def _weight_map(path: Path, file: BinaryIO) -> Mapping[str, str]:
+    if (size := os.fstat(file.fileno()).st_size) > MAX_HEADER:
+        raise UserError(f"{path}: {size} bytes of JSON; expected an index of safetensors shards")
+    try:
+        listed = parse_json(file.read()).get("weight_map")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON: {one_line(str(error))}; fetch it again") from error
+    if not isinstance(listed, dict):
+        raise UserError(f"{path}: no 'weight_map'; expected an index of safetensors shards")
+    for name, shard in listed.items():
+        # Only the name is looked at: in the Hugging Face cache, shards are links out of the folder.
+        plain = isinstance(shard, str) and shard.isprintable() and PurePosixPath(shard).parts
+        if not plain or shard.startswith("/") or ".." in plain:
+            raise UserError(
+                f"{path}: tensor {quote(name)} is listed in {quote(shard)}, expected a file beside the index"
+            )
+    return listed

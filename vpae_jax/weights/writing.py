@@ -1,0 +1,383 @@
+"""A model's parts, written: in the layout of diffusers, of Wan, or our own; whole or not at all.
+
+Weights come from files or from memory, one layer of one parameter at a time, and go into safetensors files one tensor
+at a time. PyTorch's files, which `torch.save` writes at once, and Orbax's checkpoints take a whole part into memory.
+What is written is finite: a value that is not, or not any more in the dtype that is stored, is refused.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Shaped
+from tqdm import tqdm
+
+from vpae_jax.files import refused_writes, temporary_beside
+from vpae_jax.types import UserError
+from vpae_jax.weights import entries, orbax
+from vpae_jax.weights.directory import EXTRAS, Model, PartSource, PartTensors
+from vpae_jax.weights.filenames import CONFIG, write_json
+from vpae_jax.weights.find import PARAMS
+from vpae_jax.weights.loading import Weights, read_part
+from vpae_jax.weights.names import Layout, Shape
+from vpae_jax.weights.parts import PARTS, config_json, flat, wan_config_json
+from vpae_jax.weights.pickles import write_pickle
+from vpae_jax.weights.safetensors_file import Info
+from vpae_jax.weights.stream import widest
+from vpae_jax.weights.tensors import SHARD_BYTES, Tensors, blocks, finite, write_safetensors
+
+HostArray = Shaped[np.ndarray, "..."]
+Format = Literal["diffusers", "wan", "orbax"]
+# Whose extras a layout keeps: a part of diffusers has those of a wan file beside it.
+_EXTRAS_OF: Mapping[Format, tuple[Layout, ...]] = {"diffusers": ("diffusers", "wan"), "wan": ("wan",), "orbax": ()}
+Stored = dict[tuple[str, int], np.dtype]  # by path and layer
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A tensor that no Wan model reads, kept as it is.
+
+    Attributes:
+      name: what it is called in files.
+      file: where it is.
+      dtype, shape: as the file says.
+      read: reads it.
+    """
+
+    name: str
+    file: Path
+    dtype: np.dtype
+    shape: Shape
+    read: Callable[[], HostArray]
+
+
+@runtime_checkable
+class Values(Protocol):
+    """A part's weights, one layer at a time."""
+
+    @property
+    def config(self) -> Any: ...
+    def shapes(self) -> Mapping[str, Shape]: ...
+    def dtype(self, path: str, layer: int) -> np.dtype: ...
+    def read(self, path: str, layer: int) -> HostArray: ...
+    def extras(self, layout: Layout) -> Iterator[Extra]: ...
+
+
+@dataclass(frozen=True)
+class FromTree:
+    """Weights in memory: nested dicts of arrays, on devices or on the host.
+
+    Attributes:
+      config: of the part's config class.
+      params: the arrays, by path.
+      stacked: the paths of those with a leading layer axis.
+      source: the checkpoint that they were read from, for messages; None for none.
+    """
+
+    config: Any
+    params: Mapping[str, Any]
+    stacked: frozenset[str]
+    source: Path | None = None
+
+    def shapes(self) -> Mapping[str, Shape]:
+        return {path: tuple(value.shape) for path, value in self.params.items()}
+
+    def dtype(self, path: str, layer: int) -> np.dtype:
+        return np.dtype(self.params[path].dtype)
+
+    def read(self, path: str, layer: int) -> HostArray:
+        value = self.params[path]
+        return np.asarray(value[layer] if path in self.stacked else value)
+
+    def extras(self, layout: Layout) -> Iterator[Extra]:
+        return iter(())
+
+
+@dataclass(frozen=True)
+class FromFiles:
+    """Weights in open files.
+
+    Attributes:
+      source: the part.
+      tensors: its tensors.
+      kept: what else of a wan file is kept beside them.
+    """
+
+    source: PartSource
+    tensors: PartTensors
+    kept: Tensors | None
+
+    @property
+    def config(self) -> Any:
+        return self.source.config
+
+    def shapes(self) -> Mapping[str, Shape]:
+        return {entry.path: entry.full_shape for entry in self.tensors.entries}
+
+    def dtype(self, path: str, layer: int) -> np.dtype:
+        return self.tensors.stored(self._entry(path).names[layer]).dtype
+
+    def read(self, path: str, layer: int) -> HostArray:
+        entry = self._entry(path)
+        value = self.tensors.read(entry.names[layer], entry.op.their_index(entry.shape))
+        if not finite(value):
+            stored = self.tensors.stored(entry.names[layer])
+            name = self.tensors.names[entry.names[layer]]
+            raise UserError(f"{stored.file}: tensor {name!r} holds NaN or infinity; the weights are damaged")
+        return entry.op.to_ours(value)
+
+    def extras(self, layout: Layout) -> Iterator[Extra]:
+        if self.source.layout == layout:
+            for name in self.tensors.extras:
+                stored = self.tensors.stored(name)
+                yield Extra(name, stored.file, stored.dtype, stored.shape, partial(self.tensors.read, name))
+        elif layout == "wan" and self.kept is not None:
+            for name, stored in self.kept.items():
+                yield Extra(name, stored.file, stored.dtype, stored.shape, partial(self.kept.read, name))
+
+    def _entry(self, path: str) -> entries.Entry:
+        return next(entry for entry in self.tensors.entries if entry.path == path)
+
+
+def from_tree(part: str, config: Any, params: Weights, source: Path | None = None) -> FromTree:
+    """Weights in memory as values to write; `source` is where they come from, for messages."""
+    rows = PARTS[part].rows(config)
+    values = flat(params)
+    layers = frozenset(path for path in values if "{i}" in entries.template(rows, path, "diffusers")[0])
+    return FromTree(config, values, layers, source)
+
+
+@contextmanager
+def open_values(model: Model, part: str) -> Iterator[Values]:
+    """A part's weights where they lie. Raises `UserError` as `source.PartSource.open`."""
+    source = model.part(part)
+    with ExitStack() as stack:
+        if source.layout == "orbax":
+            yield from_tree(part, *read_part(model, part, None), source.files[0])
+        else:
+            tensors = stack.enter_context(source.open())
+            yield FromFiles(source, tensors, stack.enter_context(source.open_extras()))
+
+
+def write_part(
+    folder: Path,
+    part: str,
+    values: Values,
+    form: Format = "diffusers",
+    dtype: DTypeLike | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes one part's config and weights.
+
+    Args:
+      folder: the model directory; made if it is not there. The part's own folder in it appears whole or not at all.
+      part: a key of `parts.PARTS`.
+      values: config and weights.
+      form: the layout.
+      dtype: dtype to store; None keeps the weights' own, the widest of those that share a tensor.
+      shard_bytes: largest size of one safetensors file.
+
+    Raises:
+      UserError: a value that is not finite, or not in `dtype`; the system does not let us write.
+    """
+    spec, config = PARTS[part], values.config
+    stored = _stored(part, values, form, dtype)
+    if form == "orbax":
+        with replacing(folder / part) as temporary:
+            temporary.mkdir(parents=True)
+            write_json(temporary / CONFIG, config_json(config, part))
+            orbax.save(temporary / PARAMS, _tree(part, values, stored))
+        return
+    plan = entries.plan(spec.rows(config), values.shapes(), form)
+    prefix = spec.prefix[form]
+    tensors = _tensors(part, plan, values, prefix, stored)
+    extras = tuple(values.extras(form))
+    if form == "wan" and part != "transformer":
+        write_pickle(folder / spec.wan_file, chain(tensors, _read(extras)))
+        return
+    infos = _infos(plan, prefix, stored) + _announced(extras)
+    arrays = (value for _, value in chain(tensors, _read(extras)))
+    if form == "wan":
+        with refused_writes(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / CONFIG, wan_config_json(config))
+        write_safetensors(folder, spec.stem, infos, arrays, shard_bytes)
+        return
+    with replacing(folder / part) as temporary:
+        temporary.mkdir(parents=True)
+        write_json(temporary / CONFIG, config_json(config, part))
+        write_safetensors(temporary, spec.stem, infos, arrays, shard_bytes)
+        if kept := tuple(values.extras("wan")):
+            arrays = (value for _, value in _read(kept))
+            write_safetensors(temporary, EXTRAS.removesuffix(".safetensors"), _announced(kept), arrays, sys.maxsize)
+
+
+def verify_part(written: Model, part: str, values: Values, dtype: DTypeLike | None) -> int:
+    """Reads a written part back and compares it, with what no Wan model reads of it, bit for bit.
+
+    Returns:
+      how many parameters and layers were compared.
+
+    Raises:
+      UserError: a value that is not what was written.
+    """
+    count, stored = 0, _stored(part, values, written.part(part).layout, dtype)
+    with open_values(written, part) as found:
+        if found.config != values.config:
+            raise UserError(f"{written.path}: {part} has another config than was written: {found.config}")
+        for path, layer in _layers(part, values):
+            expected = _cast(values.read(path, layer), stored[path, layer])
+            if not _same(expected, found.read(path, layer)):
+                raise UserError(f"{written.path}: {part}'s {path} does not read back as it was written")
+            count += 1
+        for form in _EXTRAS_OF[written.part(part).layout]:
+            _verify_extras(written, part, form, values, found)
+    return count
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, renamed to it on success; removed on any failure, with `path` as before.
+
+    Raises:
+      UserError: the system does not let us write there.
+    """
+    temporary, old = temporary_beside(path), temporary_beside(path, "old")
+    with refused_writes(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            if path.is_dir():
+                path.rename(old)
+            temporary.rename(path)
+        finally:
+            if old.is_dir() and not path.exists():
+                old.rename(path)
+            for leftover in (temporary, old):
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+                else:
+                    leftover.unlink(missing_ok=True)
+
+
+def _stored(part: str, values: Values, form: Format, dtype: DTypeLike | None) -> Stored:
+    """The dtype of every parameter and layer in a file: its own, or the widest of those that share a tensor there."""
+    form_of_names: Layout = "diffusers" if form == "orbax" else form
+    plan = entries.plan(PARTS[part].rows(values.config), values.shapes(), form_of_names)
+    if form == "orbax":
+        tensors = {entry.path: [(entry, layer) for layer in range(len(entry.names))] for entry in plan}
+    else:
+        tensors = entries.tensors(plan)
+    result: Stored = {}
+    for holders in tensors.values():
+        places = [(entry.path, layer) for entry, layer in holders]
+        kind = widest(values.dtype(*place) for place in places) if dtype is None else np.dtype(dtype)
+        result |= dict.fromkeys(places, kind)
+    return result
+
+
+def _infos(plan: Iterable[entries.Entry], prefix: str, stored: Stored) -> list[tuple[str, np.dtype, Shape]]:
+    """Names, dtypes and shapes of the tensors, in the order in which `_tensors` brings them."""
+    infos = []
+    for name, holders in entries.tensors(tuple(plan)).items():
+        entry, layer = holders[0]
+        infos.append((prefix + name, stored[entry.path, layer], entry.op.their_shape(entry.shape)))
+    return infos
+
+
+def _tensors(
+    part: str, plan: Iterable[entries.Entry], values: Values, prefix: str, stored: Stored
+) -> Iterator[tuple[str, HostArray]]:
+    """Their tensors, one after the other."""
+    holders_of = entries.tensors(tuple(plan))
+    for name, holders in tqdm(holders_of.items(), desc=f"writing {part}", unit="tensor", leave=False, disable=None):
+        pieces = []
+        for entry, layer in holders:
+            value = _final(part, prefix + name, values, (entry.path, layer), stored)
+            pieces.append(entry.op.to_theirs(value))
+        yield prefix + name, np.ascontiguousarray(pieces[0] if len(pieces) == 1 else np.concatenate(pieces))
+
+
+def _final(part: str, name: str, values: Values, place: tuple[str, int], stored: Stored) -> HostArray:
+    """A parameter's layer as it is stored, for the tensor `name`. Raises `UserError` when it is not finite."""
+    value = values.read(*place)
+    cast = _cast(value, stored[place])
+    if finite(cast):
+        return cast
+    if cast.dtype != value.dtype and finite(value):
+        raise UserError(
+            f"{part}: tensor {name!r} holds NaN or infinity in {cast.dtype}, which its numbers overflow; "
+            f"keep its own dtype, {value.dtype}, or choose one with a wider range"
+        )
+    where = f" in {values.source}" if isinstance(values, FromTree) and values.source is not None else ""
+    raise UserError(
+        f"{part}: tensor {name!r} holds NaN or infinity{where}; "
+        f"are the weights damaged, or is a LoRA that was added too large for {value.dtype}?"
+    )
+
+
+def _cast(value: HostArray, dtype: np.dtype) -> HostArray:
+    with np.errstate(over="ignore", invalid="ignore"):  # `_final` sees it
+        return value.astype(dtype, copy=False)
+
+
+def _announced(extras: Iterable[Extra]) -> list[Info]:
+    return [(extra.name, extra.dtype, extra.shape) for extra in extras]
+
+
+def _read(extras: Iterable[Extra]) -> Iterator[tuple[str, HostArray]]:
+    """Extras by name, one in memory at a time."""
+    for extra in extras:
+        value = extra.read()
+        if not finite(value):
+            raise UserError(f"{extra.file}: tensor {extra.name!r} holds NaN or infinity; the weights are damaged")
+        yield extra.name, value
+
+
+def _verify_extras(written: Model, part: str, form: Layout, values: Values, found: Values) -> None:
+    """Raises `UserError` unless a written part has exactly the extras that it was written with."""
+    expected, given = ({extra.name: extra for extra in side.extras(form)} for side in (values, found))
+    for name in {**expected, **given}:
+        if name not in expected or name not in given or not _same(expected[name].read(), given[name].read()):
+            raise UserError(f"{written.path}: {part}'s extra tensor {name!r} does not read back as it was written")
+
+
+def _layers(part: str, values: Values) -> Iterator[tuple[str, int]]:
+    """Every parameter and layer."""
+    for entry in entries.plan(PARTS[part].rows(values.config), values.shapes(), "diffusers"):
+        for layer in range(len(entry.names)):
+            yield entry.path, layer
+
+
+def _tree(part: str, values: Values, stored: Stored) -> dict[str, Any]:
+    """Nested dicts of whole parameters on the host."""
+    tree: dict[str, Any] = {}
+    for entry in entries.plan(PARTS[part].rows(values.config), values.shapes(), "diffusers"):
+        layers = [_final(part, entry.path, values, (entry.path, layer), stored) for layer in range(len(entry.names))]
+        *parents, last = entry.path.split("/")
+        inner = tree
+        for name in parents:
+            inner = inner.setdefault(name, {})
+        inner[last] = np.stack(layers) if entry.stacked else layers[0]
+    return tree
+
+
+def _same(expected: HostArray, found: HostArray) -> bool:
+    """Whether two arrays are equal to the bit."""
+    if expected.dtype != found.dtype or expected.shape != found.shape:
+        return False
+    if expected.strides != found.strides:  # else both lie in memory in one order, and need not be turned
+        expected, found = np.ascontiguousarray(expected), np.ascontiguousarray(found)
+    kind = f"u{expected.dtype.itemsize}"
+    pairs = zip(blocks(expected), blocks(found), strict=True)
+    return all(np.array_equal(one.view(kind), other.view(kind)) for one, other in pairs)
