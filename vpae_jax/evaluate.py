@@ -30,8 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpae_jax import cli
+from vpae_jax.flow.sampler import Sampler, Solver
 from vpae_jax.inference.pipeline import Pipeline, load_pipeline
-from vpae_jax.inference.samplers import Plan, Solver
 from vpae_jax.metrics.base import Clips, Request
 from vpae_jax.metrics.report import Report, Row, Run, write_report
 from vpae_jax.metrics.results import NAIVE, headline, table, write_metrics, write_samples
@@ -77,9 +77,7 @@ class Entry:
     solver: Solver = "euler"
 
     def __post_init__(self) -> None:
-        Plan(self.solver, self.steps, shift=1.0)
-        if not self.guidance >= 1:
-            raise UserError(f"guidance is {self.guidance}, expected at least 1 (1 is no guidance)")
+        Sampler.even(self.steps, 1.0, self.guidance, self.solver)
 
     @property
     def evaluations(self) -> int:
@@ -133,10 +131,8 @@ class Generator:
             noise,
             condition,
             unconditional,
-            steps=entry.steps,
-            guidance=entry.guidance,
-            solver=entry.solver,
-            key=key,
+            pipeline.sampler(entry.steps, entry.guidance, entry.solver),
+            key,
         )
         latents.block_until_ready()
         end = time.perf_counter()

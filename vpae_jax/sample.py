@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import cast, get_args
+from typing import cast
 
 import jax.numpy as jnp
 
 from vpae_jax import cli
+from vpae_jax.flow.sampler import SOLVERS, Solver
 from vpae_jax.inference.pipeline import load_pipeline
-from vpae_jax.inference.samplers import Solver
 from vpae_jax.media import read_image, write_contact_sheet, write_video
 from vpae_jax.types import UserError
 
@@ -37,7 +37,7 @@ def parser() -> cli.Parser:
     add("--steps", type=int, default=1, help="network evaluations, twice as many with guidance; 1 by default")
     add("--guidance", type=float, default=1.0, help="w of v_u + w (v_c - v_u); 1, the default, is none")
     add("--seed", type=int, default=0, help="decides the noise; 0 by default")
-    add("--solver", choices=get_args(Solver), help="how the steps are taken; the model's own by default")
+    add("--solver", choices=SOLVERS, help="how the steps are taken; the model's own by default")
     add("--shift", type=float, help="of the time grid, for more than one step; the model's own by default")
     add("--dtype", choices=cli.DTYPES, default="float32", help="precision of the networks")
     add("--num_frames", type=int, help="frames of the video; the model's own by default")

@@ -8,7 +8,7 @@ import torch
 from diffusers import UniPCMultistepScheduler
 
 from vpae_jax.flow.schedule import expand, shift, shifted_times
-from vpae_jax.flow.solvers import consistency, euler, unipc, unipc_coefficients, unipc_grid
+from vpae_jax.flow.solvers import consistency, euler, unipc, unipc_coefficients, unipc_levels, unipc_times
 from vpae_jax.types import UserError
 
 M, SD = 1.3, 0.7
@@ -81,8 +81,9 @@ def test_unipc_equals_diffusers(steps, flow_shift):
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift, num_train_timesteps=1000
     )
     scheduler.set_timesteps(steps)
-    sigmas, times = unipc_grid(steps, flow_shift)
-    np.testing.assert_array_equal(sigmas, scheduler.sigmas.numpy())
+    sigmas = unipc_levels(steps, flow_shift)
+    times = unipc_times(sigmas)
+    np.testing.assert_array_equal(np.float32(sigmas), scheduler.sigmas.numpy())
     np.testing.assert_array_equal(np.round(times * 1000), scheduler.timesteps.numpy())
 
     start = jax.random.normal(jax.random.key(0), (2, 3, 4))
@@ -101,26 +102,27 @@ def test_unipc_equals_diffusers(steps, flow_shift):
 
 def test_wan_grid():
     """Wan's own scheduler starts from .999 on the raw axis."""
-    sigmas, times = unipc_grid(50, 5.0, grid="wan")
+    sigmas = unipc_levels(50, 5.0, grid="wan")
+    times = unipc_times(sigmas)
     np.testing.assert_allclose(sigmas[0], shift(0.999, 5.0), rtol=1e-6)
     np.testing.assert_allclose(sigmas[1], shift(0.999 * 49 / 50, 5.0), rtol=1e-6)
     assert len(sigmas) == 51 and sigmas[-1] == 0 and times[0] == np.float32(0.999)
     with pytest.raises(UserError, match="steps"):
-        unipc_grid(0, 5.0)
+        unipc_levels(0, 5.0)
 
 
 def test_unipc_converges_faster_than_euler():
     """Fact 11 again: 20 steps of order 2 beat 200 Euler steps."""
     x = jnp.full((1, 1), 1.5)
     exact = M + SD * 1.5
-    second = unipc(gaussian, x, unipc_grid(20, 1.0)[0])
+    second = unipc(gaussian, x, unipc_levels(20, 1.0))
     first = euler(gaussian, x, shifted_times(200, 1.0))
     assert abs(float(second[0, 0]) - exact) < abs(float(first[0, 0]) - exact) < 0.02
 
 
 def test_unipc_is_exact_on_delta_data_and_consistent():
     """Rows sum so that a state on the straight path to a constant prediction stays on it."""
-    sigmas, _ = unipc_grid(7, 3.0)
+    sigmas = unipc_levels(7, 3.0)
     x = jax.random.normal(jax.random.key(0), (3, 4))
     np.testing.assert_allclose(unipc(delta, x, sigmas), 0.4, atol=1e-5)
     rows = unipc_coefficients(sigmas).astype(np.float64)

@@ -17,6 +17,7 @@ from PIL import Image
 
 import vpae_jax
 from vpae_jax.config import MeshConfig
+from vpae_jax.flow.sampler import Sampler
 from vpae_jax.flow.schedule import shifted_times
 from vpae_jax.inference import samplers
 from vpae_jax.inference.pipeline import clean_prompt, load_pipeline
@@ -176,7 +177,7 @@ def test_text_to_video_latents_equal_diffusers(t2v, steps, guidance):
     _, theirs, ours = t2v
     noise = jax.random.normal(jax.random.key(1), ours.latent_shape(2))
     condition, null = ours.condition(PROMPTS), ours.condition(["", ""])
-    found = ours.sample(noise, condition, null, steps=steps, guidance=guidance)
+    found = ours.sample(noise, condition, null, ours.sampler(steps, guidance, "euler"))
     text, null_text = torch_prompts(theirs, PROMPTS), torch_prompts(theirs, ["", ""])
     expected = torch_sample(theirs, noise, text, null_text, shifted_times(steps, 3.0), guidance)
     assert relative(found, expected) <= 1e-4
@@ -188,7 +189,7 @@ def test_image_to_video_latents_equal_diffusers(i2v, pictures, steps, guidance):
     _, theirs, ours = i2v
     noise = jax.random.normal(jax.random.key(1), ours.latent_shape(2))
     condition, null = ours.condition(PROMPTS, pictures), ours.condition(["", ""], pictures)
-    found = ours.sample(noise, condition, null, steps=steps, guidance=guidance)
+    found = ours.sample(noise, condition, null, ours.sampler(steps, guidance, "euler"))
     text, null_text = torch_prompts(theirs, PROMPTS), torch_prompts(theirs, ["", ""])
     frames = torch.cat([torch_frames(theirs, p) for p in pictures])
     image = theirs.encode_image([Image.fromarray(p) for p in pictures], "cpu")
@@ -233,7 +234,7 @@ def test_a_call_decodes_what_it_samples(i2v, pictures):
     frames = ours(PROMPTS[0], seed=3, **options)
     assert frames.dtype == np.uint8 and frames.shape == (FRAMES, HEIGHT, WIDTH, 3)
     noise = jax.random.normal(jax.random.split(jax.random.key(3))[0], ours.latent_shape(1))
-    latents = ours.sample(noise, ours.condition(PROMPTS[:1], pictures[:1]), solver="unipc")
+    latents = ours.sample(noise, ours.condition(PROMPTS[:1], pictures[:1]), sampler=ours.sampler(solver="unipc"))
     mean, std = (
         torch.tensor(x).view(1, -1, 1, 1, 1) for x in (ours.vae.config.latents_mean, ours.vae.config.latents_std)
     )
@@ -255,14 +256,14 @@ def test_one_program_serves_all_weights(t2v):
     assert relative(other.sample(noise, condition), first) > 1e-3
     np.testing.assert_array_equal(ours.sample(noise, condition), first)
     np.testing.assert_array_equal(ours.with_transformer(params).sample(noise, condition), first)
-    ours.sample(noise, condition, condition, guidance=1.0)  # no guidance: the same program
+    ours.sample(noise, condition, condition, Sampler())  # no guidance: the same program
     assert samplers._sample._cache_size() == before
 
 
 def test_unipc_latents_equal_diffusers(t2v):
     _, theirs, ours = t2v
     noise = jax.random.normal(jax.random.key(1), ours.latent_shape(2))
-    found = ours.sample(noise, ours.condition(PROMPTS), steps=4, solver="unipc")
+    found = ours.sample(noise, ours.condition(PROMPTS), sampler=ours.sampler(4, solver="unipc"))
     x, text = to_torch(noise), torch_prompts(theirs, PROMPTS)
     theirs.scheduler.set_timesteps(4)
     for t in theirs.scheduler.timesteps:
@@ -275,18 +276,19 @@ def test_unipc_latents_equal_diffusers(t2v):
 def test_the_consistency_sampler_takes_one_step_as_euler(t2v):
     _, _, ours = t2v
     noise, condition = jax.random.normal(jax.random.key(0), ours.latent_shape(1)), ours.condition(PROMPTS[:1])
-    found = ours.sample(noise, condition, solver="consistency", key=jax.random.key(1))
+    found = ours.sample(noise, condition, sampler=ours.sampler(solver="consistency"), key=jax.random.key(1))
     assert relative(found, ours.sample(noise, condition)) <= 1e-6
     with pytest.raises(UserError, match="give it a key"):
-        ours.sample(noise, condition, solver="consistency")
+        ours.sample(noise, condition, sampler=ours.sampler(solver="consistency"))
 
 
 def test_the_scheduler_gives_the_shift(t2v):
     _, _, ours = t2v
     noise, condition = jax.random.normal(jax.random.key(0), ours.latent_shape(1)), ours.condition(PROMPTS[:1])
-    moved = dataclasses.replace(ours, scheduler=Scheduler("euler", 7.0)).sample(noise, condition, steps=2)
-    np.testing.assert_array_equal(moved, ours.sample(noise, condition, steps=2, shift=7.0))
-    assert relative(moved, ours.sample(noise, condition, steps=2)) > 1e-6
+    moved = dataclasses.replace(ours, scheduler=Scheduler("euler", 7.0)).sampler(2)
+    assert moved == Sampler.even(2, 7.0) == ours.sampler(2, solver="euler", shift=7.0)
+    found = ours.sample(noise, condition, sampler=moved)
+    assert relative(found, ours.sample(noise, condition, sampler=ours.sampler(2, solver="euler"))) > 1e-6
 
 
 def test_a_call_uses_the_schedulers_solver(t2v):

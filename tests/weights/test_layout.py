@@ -232,7 +232,8 @@ def our_sample(solver, x, steps=6):
         return jnp.sin(3 * x) + t[0]
 
     if solver == "unipc":
-        return np.asarray(solvers.unipc(at, jnp.asarray(x), *solvers.unipc_grid(steps, 3.0)))
+        levels = solvers.unipc_levels(steps, 3.0)
+        return np.asarray(solvers.unipc(at, jnp.asarray(x), levels, solvers.unipc_times(levels)))
     return np.asarray(solvers.euler(at, jnp.asarray(x), shifted_times(steps, 3.0)))
 
 

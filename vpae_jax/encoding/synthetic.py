@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -34,6 +33,7 @@ from vpae_jax.encoding.encoder import (
 )
 from vpae_jax.encoding.units import Units
 from vpae_jax.flow.draws import noise_of_seed
+from vpae_jax.flow.sampler import Sampler, Solver
 from vpae_jax.types import UserError
 
 SEEDS = 2**31  # JAX takes seeds of 32 bits with a sign
@@ -58,7 +58,7 @@ class Recipe:
     Attributes:
       steps: network evaluations, twice as many with guidance.
       guidance: w of `v_u + w (v_c - v_u)`, at least 1.
-      solver: see `sampling.Plan`.
+      solver: see `flow.sampler.Sampler`.
       shift: of the time grid.
       seed: of the first caption; each has the next one.
       num_frames, height, width: of a clip.
@@ -69,7 +69,7 @@ class Recipe:
 
     steps: int
     guidance: float
-    solver: str
+    solver: Solver
     shift: float
     seed: int
     num_frames: int
@@ -77,14 +77,13 @@ class Recipe:
     width: int
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise UserError(f"steps is {self.steps}; expected 1 or more")
-        if not 1 <= self.guidance < math.inf:
-            raise UserError(f"guidance is {self.guidance}; expected a number from 1 on (1 is no guidance)")
-        if not 0 < self.shift < math.inf:
-            raise UserError(f"shift is {self.shift}; expected a positive number")
+        _ = self.sampler  # refuses what no sampler is
         if not 0 <= self.seed < SEEDS:
             raise UserError(f"seed is {self.seed}; expected a number from 0 to 2^31 - 1")
+
+    @property
+    def sampler(self) -> Sampler:
+        return Sampler.even(self.steps, self.shift, self.guidance, self.solver)
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -175,9 +174,7 @@ def _make(
         unconditional = dataclasses.replace(condition, text=text, text_mask=mask)
     noise = jnp.concatenate([noise_of_seed(seed, teacher.latent_shape(1, *recipe.size))[0] for seed in seeds])
     inputs = sharding.beside((noise, condition, unconditional), mesh)
-    latents = teacher.sample(
-        *inputs, steps=recipe.steps, guidance=recipe.guidance, solver=recipe.solver, shift=recipe.shift
-    )
+    latents = teacher.sample(*inputs, recipe.sampler)
     latents = jnp.asarray(np.asarray(latents))  # the decoder is on one device
     videos = np.asarray(teacher.decode(latents))
     pictures = videos[:, 0] if encoders.takes_image else None

@@ -84,15 +84,15 @@ def consistency(velocity: VelocityFn, x: Signal, times: TimeList, key: PRNGKey) 
     return jax.lax.scan(step, x, (times[:-1], times[1:], keys))[0]
 
 
-def unipc_grid(
+def unipc_levels(
     steps: int, flow_shift: float, grid: Literal["diffusers", "wan"] = "diffusers"
-) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "m"]]:
-    """UniPC's noise levels, `steps + 1` numbers that end in 0, and the `steps` times that the network is told.
+) -> Float[np.ndarray, "n"]:
+    """UniPC's noise levels, `steps + 1` numbers that end in 0, float64.
 
     Neither library spaces 1 to 0 evenly. Diffusers (`use_flow_sigmas=True`) spaces the raw axis from 1 to 1/1000, drops
     the last, shifts, and lowers the first by 1e-6 where it is 1, since log(1 - t) must be finite. Wan 2.1's
-    `FlowUniPCMultistepScheduler` spaces it from .999 to 0 and drops the last. Both append 0 and cut the network's times
-    to whole thousandths. Raises `UserError` for less than one step.
+    `FlowUniPCMultistepScheduler` spaces it from .999 to 0 and drops the last. Both append 0. Raises `UserError` for
+    less than one step.
     """
     if steps < 1:
         raise UserError(f"steps is {steps}, expected at least 1")
@@ -100,14 +100,18 @@ def unipc_grid(
     sigmas = np.asarray(shift(np.linspace(first, last, steps + 1)[:-1], flow_shift))
     if abs(sigmas[0] - 1) < 1e-6:
         sigmas[0] -= 1e-6
-    times = (sigmas * 1000).astype(np.int64) / 1000
-    return np.append(sigmas, 0.0).astype(np.float32), times.astype(np.float32)
+    return np.append(sigmas, 0.0)
+
+
+def unipc_times(levels: Float[np.ndarray, "n"]) -> Float[np.ndarray, "m"]:
+    """What the network is told at each level but the last: whole thousandths, cut off, as both libraries do."""
+    return ((levels[:-1] * 1000).astype(np.int64) / 1000).astype(np.float32)
 
 
 def unipc_coefficients(sigmas: Float[np.ndarray, "n"]) -> Float[np.ndarray, "m 8"]:
-    """One row a step: weights of (x, x_last, m_i, m_{i-1}, m_{i-2}) in the corrected state, then of
+    """One row a step, for levels in float32 as Diffusers keeps them: weights of (x, x_last, m_i, m_{i-1}, m_{i-2}) in the corrected state, then of
     (corrected, m_i, m_{i-1}) in the next one."""
-    sigmas = sigmas.astype(np.float64)
+    sigmas = sigmas.astype(np.float32).astype(np.float64)
     alphas = 1 - sigmas
     with np.errstate(divide="ignore"):
         lambdas = np.log(alphas) - np.log(sigmas)
@@ -158,7 +162,7 @@ def unipc(
     """UniPC of order 2 along fixed noise levels; one evaluation a level.
 
     Equals diffusers' `UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=...)`
-    with `sigmas, times = unipc_grid(steps, flow_shift)`.
+    with `sigmas = unipc_levels(steps, flow_shift)` and `times = unipc_times(sigmas)`.
 
     Args:
       velocity: see the module's docstring.

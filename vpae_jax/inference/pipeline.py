@@ -33,8 +33,9 @@ from transformers import PreTrainedTokenizerBase
 
 from vpae_jax import sharding
 from vpae_jax.flow.draws import noise_of_seed
+from vpae_jax.flow.sampler import ONE_STEP, Sampler, Solver
 from vpae_jax.inference import samplers
-from vpae_jax.inference.samplers import MASK_CHANNELS, Plan, Solver
+from vpae_jax.inference.samplers import MASK_CHANNELS, Denoiser
 from vpae_jax.inference.tokenizer import load_tokenizer, tokenize
 from vpae_jax.models.clip import CLIPVision
 from vpae_jax.models.parallel import Layout
@@ -193,17 +194,21 @@ class Pipeline:
             frames = self.condition_frames(first, num_frames, height, width, len(prompts))
         return Condition(text=text, text_mask=mask, image=image, frames=frames)
 
+    def sampler(
+        self, steps: int = 1, guidance: float = 1.0, solver: Solver | None = None, shift: float | None = None
+    ) -> Sampler:
+        """Even times (`Sampler.even`); solver and shift are by default those of the model's scheduler."""
+        own = self.scheduler
+        return Sampler.even(steps, own.shift if shift is None else shift, guidance, solver or own.solver)
+
     def sample(
         self,
         noise: Latents,
         condition: Condition,
         unconditional: Condition | None = None,
-        *,
-        steps: int = 1,
-        guidance: float = 1.0,
-        solver: Solver = "euler",
-        shift: float | None = None,
+        sampler: Sampler = ONE_STEP,
         key: PRNGKey | None = None,
+        denoiser: Denoiser | None = None,
     ) -> Latents:
         """Clean latents from noise.
 
@@ -211,25 +216,21 @@ class Pipeline:
           noise: standard normal, of `latent_shape`.
           condition: one a clip.
           unconditional: what guidance moves away from; needed above guidance 1, ignored at 1.
-          steps: network evaluations (twice as many with guidance).
-          guidance: w of `v_u + w (v_c - v_u)`, at least 1.
-          solver: see `samplers.Plan`.
-          shift: of the time grid; by default the scheduler's.
+          sampler: by default one Euler step without guidance.
           key: for the "consistency" solver's fresh noise.
+          denoiser: networks of the same architecture to sample in place of the model's own.
 
         Raises:
-          UserError: an argument outside its range.
+          UserError: guidance without an unconditional condition, or a solver that draws noise without a key.
         """
-        plan = Plan(solver, steps, self.scheduler.shift if shift is None else shift)
-        if not guidance >= 1:
-            raise UserError(f"guidance is {guidance}, expected at least 1 (1 is no guidance)")
-        if guidance > 1 and unconditional is None:
-            raise UserError(f"guidance is {guidance}, but no unconditional condition was given")
-        if solver == "consistency" and key is None:
+        if sampler.guidance > 1 and unconditional is None:
+            raise UserError(f"guidance is {sampler.guidance}, but no unconditional condition was given")
+        if sampler.solver == "consistency" and key is None:
             raise UserError("solver 'consistency' draws fresh noise: give it a key")
-        other = unconditional if guidance > 1 else None
+        other = unconditional if sampler.guidance > 1 else None
         key = jax.random.key(0) if key is None else key  # read by no other solver
-        return samplers.sample(*self._network, plan, noise, condition, other, guidance, key)
+        denoiser = Denoiser(*self._network) if denoiser is None else denoiser
+        return samplers.sample(denoiser, sampler, noise, condition, other, key)
 
     def decode(self, latents: Latents) -> UInt8[Array, "b t height width 3"]:
         """Latents to pixels."""
@@ -265,10 +266,10 @@ class Pipeline:
         Args:
           prompt: what it shows.
           image: its first frame, of any size; stretched to the video's. None makes a video from text alone.
-          steps, guidance, shift: see `sample`; what the model's author recommends is in `scheduler`.
+          steps, guidance, shift: see `sampler`; what the model's author recommends is in `scheduler`.
           seed: decides the noise.
           negative_prompt: what guidance above 1 moves away from, by default the model's; the image stays, as in Wan.
-          solver: see `samplers.Plan`; by default the scheduler's.
+          solver: see `flow.sampler.Sampler`; by default the scheduler's.
           num_frames: 1 + a multiple of 4; by default the model's.
           height, width: multiples of 8 times the transformer's patch; by default the model's. With an image and neither
             given, the image's aspect ratio at the model's area (see `fit`).
@@ -299,11 +300,8 @@ class Pipeline:
             noise,
             condition,
             unconditional,
-            steps=steps,
-            guidance=guidance,
-            solver=solver or self.scheduler.solver,
-            shift=shift,
-            key=key,
+            self.sampler(steps, guidance, solver, shift),
+            key,
         )
         return np.asarray(self.decode(latents)[0])
 

@@ -8,45 +8,34 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from vpae_jax.flow import solvers
 from vpae_jax.flow.guidance import guided
-from vpae_jax.flow.schedule import shifted_times
-from vpae_jax.types import MASK_CHANNELS, Condition, Latents, Params, PRNGKey, UserError, Video
-
-Solver = Literal["euler", "consistency", "unipc"]
+from vpae_jax.flow.sampler import Sampler, Solver
+from vpae_jax.types import MASK_CHANNELS, Condition, Latents, Params, PRNGKey, Video
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How latents are sampled; a sampler is compiled for each.
+class Denoiser:
+    """What is sampled: a network, or two experts, each for its own range of times (as Wan 2.2 has them).
 
     Attributes:
-      solver: "euler", "consistency" (predict x0, noise it afresh) or "unipc" (Wan's own for the teacher).
-      steps: network evaluations; twice as many with guidance.
-      shift: of the time grid, `flow.schedule` Eq. 8. One step has nothing to shift.
-
-    Raises:
-      UserError: an unknown solver, or no step.
+      graph, weights: a `methods.base.Velocity`, split; of two experts the one for times from `boundary` on.
+      low: the other expert, split; None when there is one network for all times.
+      boundary: time at and above which the first one is evaluated.
     """
 
-    solver: Solver
-    steps: int
-    shift: float
-
-    def __post_init__(self) -> None:
-        if self.solver not in ("euler", "consistency", "unipc"):
-            raise UserError(f"solver is {self.solver!r}, expected 'euler', 'consistency' or 'unipc'")
-        if self.steps < 1:
-            raise UserError(f"steps is {self.steps}, expected at least 1")
-        if not self.shift > 0:
-            raise UserError(f"shift is {self.shift}, expected a positive number")
+    graph: nnx.GraphDef
+    weights: Params
+    low: tuple[nnx.GraphDef, Params] | None = None
+    boundary: float = 0.0
 
 
 def apply(model: nnx.Module, *inputs: Any) -> Any:
@@ -65,27 +54,27 @@ def decode(vae: nnx.Module, latents: Latents) -> UInt8[Array, "b t height width 
 
 
 def sample(
-    graph: nnx.GraphDef,
-    weights: Params,
-    plan: Plan,
+    denoiser: Denoiser,
+    sampler: Sampler,
     noise: Latents,
     condition: Condition,
     unconditional: Condition | None,
-    guidance: float,
     key: PRNGKey,
 ) -> Latents:
     """Clean latents from noise; the whole loop is one program.
 
     Args:
-      graph, weights: a `methods.base.Velocity`, split.
-      plan: solver, steps, shift.
+      denoiser: the networks.
+      sampler: solver, times, guidance.
       noise: standard normal.
       condition: one a clip.
       unconditional: what guidance moves away from; None for no guidance.
-      guidance: w of `v_u + w (v_c - v_u)`.
       key: for solvers that draw fresh noise.
     """
-    return _sample(graph, plan, weights, noise, condition, unconditional, jnp.float32(guidance), key)
+    plan = (sampler.solver, sampler.times, denoiser.boundary)
+    low_graph, low_weights = (None, None) if denoiser.low is None else denoiser.low
+    weights, guidance = (denoiser.weights, low_weights), jnp.float32(sampler.guidance)
+    return _sample((denoiser.graph, low_graph), plan, weights, noise, condition, unconditional, guidance, key)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -109,26 +98,33 @@ def _decode(graph: nnx.GraphDef, weights: nnx.State, latents: Latents) -> UInt8[
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _sample(
-    graph: nnx.GraphDef,
-    plan: Plan,
-    weights: Params,
+    graphs: tuple[nnx.GraphDef, nnx.GraphDef | None],
+    plan: tuple[Solver, tuple[float, ...], float],
+    weights: tuple[Params, Params | None],
     noise: Latents,
     condition: Condition,
     unconditional: Condition | None,
     guidance: Float[Array, ""],
     key: PRNGKey,
 ) -> Latents:
-    model = nnx.merge(graph, weights)
+    solver, times, boundary = plan
+    high = nnx.merge(graphs[0], weights[0])
+    low = high if graphs[1] is None else nnx.merge(graphs[1], weights[1])
+
+    def evaluate(x: Latents, t: Float[Array, "b"], given: Condition) -> Latents:
+        if low is high:
+            return high(x, t, given)
+        return jax.lax.cond(t[0] >= boundary, lambda: high(x, t, given), lambda: low(x, t, given))
 
     def velocity(x: Latents, t: Float[Array, "b"]) -> Latents:
-        v = model(x, t, condition)
+        v = evaluate(x, t, condition)
         if unconditional is None:
             return v
-        return guided(model(x, t, unconditional), v, guidance)
+        return guided(evaluate(x, t, unconditional), v, guidance)
 
-    if plan.solver == "unipc":
-        return solvers.unipc(velocity, noise, *solvers.unipc_grid(plan.steps, plan.shift))
-    times = shifted_times(plan.steps, plan.shift)
-    if plan.solver == "consistency":
-        return solvers.consistency(velocity, noise, times, key)
-    return solvers.euler(velocity, noise, times)
+    if solver == "unipc":
+        levels = np.asarray(times)
+        return solvers.unipc(velocity, noise, levels, solvers.unipc_times(levels))
+    if solver == "consistency":
+        return solvers.consistency(velocity, noise, np.asarray(times, np.float32), key)
+    return solvers.euler(velocity, noise, np.asarray(times, np.float32))

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from vpae_jax import sharding
 from vpae_jax.config import Experiment
+from vpae_jax.flow.sampler import Sampler
 from vpae_jax.inference.pipeline import Pipeline, load_pipeline
 from vpae_jax.methods import make_method
 from vpae_jax.methods.base import Method
@@ -34,7 +35,7 @@ from vpae_jax.run.first_weights import (
 )
 from vpae_jax.run.guard import Guard
 from vpae_jax.run.inputs import Sources, make_batches, open_records, renders
-from vpae_jax.run.previews import Clips, Generation, Sampler, preview_of_digits, preview_of_records, write_previews
+from vpae_jax.run.previews import Clips, Generation, preview_of_digits, preview_of_records, write_previews
 from vpae_jax.runtime.preemption import Stop, never
 from vpae_jax.runtime.processes import as_first_says, first_alone, is_first, say, to_host
 from vpae_jax.tasks.digits.clips import MovingDigits, check_size
@@ -194,12 +195,11 @@ def make_preview(
 ) -> Callable[[int, TrainState], Mapping[str, float]]:
     """Writes clips of the data, the teacher, the generator and its average, side by side."""
     shift = experiment.sample_shift
-    sampler = Sampler(experiment.generator_nfe, 1.0, shift)
-    if experiment.generator_nfe > 1:
-        sampler = Sampler(experiment.generator_nfe, experiment.sample_guidance, shift)
+    guidance = experiment.sample_guidance if experiment.generator_nfe > 1 else 1.0
+    sampler = Sampler.even(experiment.generator_nfe, shift, guidance)
     rows: dict[str, Any] = {"data": real}
     if teacher is not None:
-        rows["teacher, 100 evaluations"] = generation(teacher, Sampler(50, experiment.sample_guidance, shift))
+        rows["teacher, 100 evaluations"] = generation(teacher, Sampler.even(50, shift, experiment.sample_guidance))
 
     def preview(step: int, state: TrainState) -> Mapping[str, float]:
         made = dict(rows)

@@ -16,9 +16,10 @@ import numpy as np
 
 from vpae_jax.config import GuardConfig
 from vpae_jax.files import write_text
+from vpae_jax.flow.sampler import ONE_STEP
 from vpae_jax.inference.pipeline import Pipeline
 from vpae_jax.metrics.distances import FeatureScale, features, kernel_distance
-from vpae_jax.run.previews import Generation, Sampler
+from vpae_jax.run.previews import Generation
 from vpae_jax.runtime.processes import as_first_says, is_first, say
 from vpae_jax.tasks.digits.clips import MovingDigits
 from vpae_jax.types import Params
@@ -27,7 +28,6 @@ FILE = "guard.json"
 # Digits that no generator was trained on, and not those of the final evaluation either.
 SPLIT = "classifier"
 SEED = 99
-ONE_STEP = Sampler(steps=1)
 
 
 class Guard:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 
 from vpae_jax import sharding
 from vpae_jax.data.batches import latent_batches
+from vpae_jax.flow.sampler import Sampler
 from vpae_jax.inference.pipeline import Pipeline
 from vpae_jax.media import write_contact_sheet, write_video
 from vpae_jax.run.inputs import Sources
@@ -31,15 +32,6 @@ CLIPS = 8
 SEED = 7
 # Clips of more latent points than these are large, and fewer are shown.
 POINTS, LARGE_CLIPS = 4096, 2
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """How a network is sampled: evaluations, guidance and shift of its Euler solver."""
-
-    steps: int
-    guidance: float = 1.0
-    shift: float = 1.0
 
 
 class Generation:
@@ -106,12 +98,7 @@ class Generation:
             part = slice(start, start + self.batch)
             condition = jax.tree.map(lambda x, part=part: x[part], self.condition)
             inputs = sharding.beside((self.noise[part], condition, self._unconditional(condition)), mesh)
-            latents = pipeline.sample(
-                *inputs,
-                steps=sampler.steps,
-                guidance=sampler.guidance,
-                shift=sampler.shift,
-            )
+            latents = pipeline.sample(*inputs, sampler=sampler)
             clips.append(self.decode(latents))
         return np.concatenate(clips)
 

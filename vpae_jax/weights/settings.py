@@ -70,7 +70,7 @@ _RECOMMENDED: Mapping[str, tuple[int, float]] = {"unipc": (50, 5.0), "euler": (1
 class Scheduler:
     """How the directory's author samples it, and recommends to.
 
-    UniPC's times are Diffusers' own (`flow.solvers.unipc_grid`). Euler's are `flow.schedule.shifted_times`, which
+    UniPC's times are Diffusers' own (`flow.solvers.unipc_levels`). Euler's are `flow.schedule.shifted_times`, which
     Diffusers' scheduler has by itself for one step only: for more it spaces them from 1 to the shifted 1/1000, and then
     shifts them (4 steps, shift 1: 1, .667, .334, .001, 0, where ours are 1, .75, .5, .25, 0). It takes ours when given
     them unshifted and without the last 0:

@@ -1,0 +1,68 @@
+"""How a network is turned into clips: a solver, the times of its evaluations, guidance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from vpae_jax.flow.schedule import shifted_times
+from vpae_jax.flow.solvers import unipc_levels
+from vpae_jax.types import UserError
+
+Solver = Literal["euler", "consistency", "unipc"]
+SOLVERS: tuple[Solver, ...] = ("euler", "consistency", "unipc")
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A way to sample a network; a program is compiled for each.
+
+    Attributes:
+      solver: "euler", "consistency" (predict x0, noise it afresh to the next time) or "unipc" (Wan's own for the
+        teacher).
+      times: falling times, one for each evaluation, from 1 (UniPC: just below it), and the last one 0.
+      guidance: w of `v_u + w (v_c - v_u)`, at least 1. 1 is no guidance; any other needs two evaluations a time.
+
+    Raises:
+      UserError: an unknown solver, times that do not fall from 1 to 0, or a guidance below 1.
+    """
+
+    solver: Solver = "euler"
+    times: tuple[float, ...] = (1.0, 0.0)
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.solver not in SOLVERS:
+            raise UserError(f"solver is {self.solver!r}, expected one of {', '.join(map(repr, SOLVERS))}")
+        times = self.times
+        falling = all(later < earlier for earlier, later in pairwise(times))
+        if len(times) < 2 or not falling or times[-1] != 0 or not 0.99 < times[0] <= 1:
+            raise UserError(f"times are {times}, expected numbers that fall from 1 to 0")
+        if not 1 <= self.guidance < float("inf"):
+            raise UserError(f"guidance is {self.guidance}, expected at least 1 (1 is no guidance)")
+
+    @classmethod
+    def even(cls, steps: int = 1, shift: float = 1.0, guidance: float = 1.0, solver: Solver = "euler") -> Sampler:
+        """Times that are even on the raw axis, 1, ..., 0, and then shifted (`flow.schedule` Eq. 8); UniPC's own levels.
+
+        Raises:
+          UserError: less than one step, a shift that is not positive, and as the class.
+        """
+        if not 0 < shift < float("inf"):
+            raise UserError(f"shift is {shift}, expected a positive number")
+        times = unipc_levels(steps, shift) if solver == "unipc" else shifted_times(steps, shift)
+        return cls(solver, tuple(map(float, times)), float(guidance))
+
+    @property
+    def steps(self) -> int:
+        """Times at which the network is evaluated."""
+        return len(self.times) - 1
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations a clip; guidance doubles them."""
+        return self.steps * (2 if self.guidance > 1 else 1)
+
+
+ONE_STEP = Sampler()
