@@ -9,7 +9,7 @@ import math
 
 from ml_collections import ConfigDict
 
-from vpae_jax.config import Experiment, OptimizerConfig, complete, nearest
+from vpae_jax.config import Experiment, OptimizerConfig, build, complete, nearest
 from vpae_jax.flow.schedule import Uniform
 from vpae_jax.methods import METHODS
 from vpae_jax.models import presets
@@ -55,9 +55,10 @@ def experiment(preset: str, **values) -> ConfigDict:
     method = dict(values["method"])
     name = method.pop("name")
     values["method"] = {"name": name, **complete(METHODS[name], method)}
-    if "heads" in values["optimizers"]:
-        sizes = dataclasses.asdict(presets.find(values.get("model", {}).get("preset", preset)).heads)
-        values["heads"] = complete(HeadsConfig, {**sizes, **values.get("heads", {})})
+    sizes = dataclasses.asdict(presets.find(values.get("model", {}).get("preset", preset)).heads)
+    heads = [role for role, used in build(METHODS[name], method, "method").roles.items() if used.part == "heads"]
+    given = values.get("networks", {})
+    values["networks"] = {role: complete(HeadsConfig, {**sizes, **given.get(role, {})}) for role in heads}
     values["optimizers"] = {role: complete(OptimizerConfig, given) for role, given in values["optimizers"].items()}
     return ConfigDict(complete(Experiment, values))
 

@@ -26,6 +26,8 @@ def get_config(preset: str = "tiny") -> ConfigDict:
             "text_dropout": 0.1,
             "image_dropout": 0.5,
             "ema": 0.999,
+            "guidance": 4.0,
+            "shift": 1.0,
         },
         optimizers={"generator": adam(1e-3, b1=0.9, b2=0.99, warmup_steps=200, decay_steps=20000, clip_norm=1.0)},
         steps=20000,
@@ -34,8 +36,6 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         log_every=50,
         sample_every=5000,
         checkpoint_every=1000,
-        generator_nfe=50,
-        sample_guidance=4.0,
         model={
             "preset": preset,
             "path": "../encoders/model",

@@ -197,15 +197,14 @@ class Experiment:
       name: the phase's name, for messages.
       method: `name` of a method and its hyper-parameters.
       optimizers: one for each trained role.
-      heads: discriminator heads (`models.heads.HeadsConfig`); empty when the method has none.
+      networks: discriminator heads (`models.heads.HeadsConfig`), by role; empty when the method has none.
       steps, batch_size, seed: length, clips a step over all devices, root of all randomness.
       accumulation: parts that a batch is processed in, one after the other, to save memory; the result is the same. -1
         makes parts of one clip a device (along `data` and `fsdp`).
       log_every, sample_every, checkpoint_every: intervals in steps; `sample_every` = 0 makes no previews.
       keep: how many checkpoints are kept.
       sample_guidance: guidance of the teacher's sampled clips.
-      sample_shift: shift of the teacher's time grid.
-      generator_nfe: network evaluations of the sampled generator (50 for a teacher being trained).
+      sample_shift: shift of the teacher's time grid, and of a one-step student's where it is sampled in more.
     """
 
     name: str
@@ -221,8 +220,7 @@ class Experiment:
     keep: int = 2
     sample_guidance: float = 1.0
     sample_shift: float = 1.0
-    generator_nfe: int = 1
-    heads: Mapping[str, Any] = field(default_factory=dict)
+    networks: Mapping[str, Any] = field(default_factory=dict)
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
@@ -230,7 +228,7 @@ class Experiment:
     guard: GuardConfig = GuardConfig()
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "steps", "batch_size", "log_every", "checkpoint_every", "keep", "generator_nfe")
+        _at_least(self, 1, "steps", "batch_size", "log_every", "checkpoint_every", "keep")
         _at_least(self, 0, "seed", "sample_every")
         if self.accumulation < 1 and self.accumulation != -1:
             raise UserError(f"accumulation is {self.accumulation}, expected at least 1, or -1 for one clip at a time")

@@ -27,6 +27,7 @@ import numpy as np
 
 from vpae_jax import cli
 from vpae_jax.methods import make_method
+from vpae_jax.methods.base import EMA
 from vpae_jax.run.first_weights import resolve_model
 from vpae_jax.train.checkpoint import CONFIG_FILE, FOLDER, read_state
 from vpae_jax.types import UserError
@@ -97,9 +98,11 @@ def read_run(workdir: Path, weights: str | None, base: str | None) -> Input:
     run = read_json(workdir / CONFIG_FILE)
     model = find_model(resolve_model(run["model"]["path"], workdir) if base is None else locate(base))
     state = read_state(workdir)
-    average = weights == "ema" or (weights is None and "generator" in state["ema"])
-    trained = state["ema" if average else "params"]
-    if "generator" not in trained:
+    method = make_method(run["method"])
+    name = f"generator_{EMA}"
+    average = weights == "ema" or (weights is None and name in state["averages"])
+    trained = state["averages"].get(name) if average else state["params"].get("generator")
+    if trained is None or method.student is None:
         raise UserError(
             f"{workdir}: the checkpoint has no {'average of the ' if average else ''}generator; it was not trained"
         )
@@ -112,8 +115,8 @@ def read_run(workdir: Path, weights: str | None, base: str | None) -> Input:
     return Input(
         model,
         Provenance(str(workdir), facts, _scores(workdir)),
-        {"transformer": from_tree("transformer", model.part("transformer").config, trained["generator"])},
-        Scheduler.of_student(run["sample_shift"], run["generator_nfe"], run["sample_guidance"]),
+        {"transformer": from_tree("transformer", model.part("transformer").config, trained)},
+        Scheduler.of_student(run["sample_shift"], method.student.sampler.steps, method.student.sampler.guidance),
     )
 
 
@@ -124,11 +127,13 @@ def read_adapters(workdir: Path, name: str) -> Lora:
       UserError: the run has no such role, or it trains no adapters.
     """
     roles = make_method(read_json(workdir / CONFIG_FILE)["method"]).roles
-    trained = [role for role, spec in roles.items() if spec.trains == "lora"]
+    trained = [role for role, spec in roles.items() if spec.trains and spec.adapters is not None]
     if name not in trained:
         raise UserError(f"--weights={name}: {workdir} trains adapters of {', '.join(trained) or 'no role'} only")
     params = read_state(workdir, items=("params",))["params"][name]
-    return from_adapters(params, roles[name].lora_alpha, roles[name].lora_rank)
+    adapters = roles[name].adapters
+    assert adapters is not None
+    return from_adapters(params, adapters.alpha, adapters.rank)
 
 
 def convert(given: Input, target: Path, form: Format, dtype: Any, lora_file: Path | None, verify: bool) -> None:

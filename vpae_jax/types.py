@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
 import jax
 import jax.numpy as jnp
 import numpy as np
+from clu.metrics import Metric
 from jax import Array
 from jaxtyping import Bool, Float, Int, Key, PyTree, UInt8
 
@@ -41,7 +42,8 @@ Mask = Bool[Array, "b s"]
 PRNGKey = Key[Array, "..."]
 # Weights by path, or what stands for them in a tree that is only drawn up: shapes, places.
 Params = PyTree[Any]
-Metrics = Mapping[str, Array]
+# Numbers of a part of a batch: their mean is that of the batch, or a clu metric says how parts are merged.
+Metrics = Mapping[str, Array | Metric]
 
 
 # Channels of the mask of given frames: one for each video frame that a latent frame stands for.

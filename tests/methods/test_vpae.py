@@ -1,100 +1,28 @@
 """Both phases of V-PAE on small networks: who is trained, in which order, and by which gradients."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import BATCH, KEY, SHAPE, B, context, evaluate, nets_of, touched, weights_of
 
 from vpae_jax.flow import draws
+from vpae_jax.flow.sampler import Sampler
 from vpae_jax.flow.schedule import LogitNormal, Uniform, add_noise, expand
 from vpae_jax.methods.adversarial import LOSSES, DifferencePenalty, DiscriminatorNoise
+from vpae_jax.methods.base import Adapters, Average, Role, Student, View
 from vpae_jax.methods.common import named_keys, predict_x0
 from vpae_jax.methods.scores import DistributionMatching, ScoreDistillation
 from vpae_jax.methods.vpae import PhaseOne, PhaseTwo
-from vpae_jax.types import Batch, Condition, Features, UserError
-
-B, C = 3, 4
-SHAPE = (B, 2, 2, 2, C)
-# This generator compiles three times faster than the default one; the draws only need to be independent.
-KEY = jax.random.key(11, impl="unsafe_rbg")
-RNG = np.random.default_rng(0)
+from vpae_jax.types import UserError
 
 
 @pytest.fixture(autouse=True)
 def strict_promotion():
     with jax.numpy_dtype_promotion("strict"):
         yield
-
-
-def normal(*shape):
-    return jnp.asarray(RNG.normal(size=shape).astype(np.float32))
-
-
-BATCH = Batch(
-    latents=normal(*SHAPE),
-    condition=Condition(
-        text=normal(B, 2, C), text_mask=jnp.ones((B, 2), bool), image=normal(B, 2, C), frames=normal(B, 2, 2, 2, C)
-    ),
-    null_text=normal(2, C),
-    null_mask=jnp.ones(2, bool),
-)
-
-
-@dataclass(frozen=True)
-class Net:
-    """A nonlinear velocity network with hidden states; uses every part of the condition."""
-
-    w: jax.Array
-
-    def hidden(self, x, t, condition):
-        mixed = jnp.tanh(x @ self.w[:C] + expand(t, x) * self.w[C])
-        return (
-            mixed + condition.text.mean(1)[:, None, None, None] + 0.1 * condition.frames + 0.1 * condition.image.mean()
-        )
-
-    def __call__(self, x, t, condition):
-        return self.hidden(x, t, condition) @ self.w[:C]
-
-    def features(self, x, t, condition):
-        tokens = self.hidden(x, t, condition).reshape(len(x), -1, C)
-        return Features(taps=(tokens,), text=condition.text, text_mask=condition.text_mask)
-
-
-@dataclass(frozen=True)
-class Heads:
-    """One nonlinear logit a clip."""
-
-    w: jax.Array
-
-    def __call__(self, features):
-        return jnp.tanh(features.taps[0] @ self.w[:C]).mean((1, 2)) * 3
-
-
-ROLES = ("generator", "generator_ema", "teacher", "fake_score", "heads", "backbone")
-WEIGHTS = {name: 0.6 * normal(C + 1, C) for name in ROLES}
-
-
-def networks(weights, leave_out=()):
-    made = {name: (Heads if name == "heads" else Net)(w) for name, w in weights.items() if name not in leave_out}
-    return made | {"step": jnp.int32(0)}
-
-
-def evaluate(loss, trained, weights=WEIGHTS, batch=BATCH, key=KEY, step=0):
-    """(per-example loss, metrics, gradient of its mean with respect to every role's weights)."""
-
-    def run(weights, step):
-        nets = networks(weights) | {"step": step}
-        values, metrics = loss(nets[trained], nets, batch, key)
-        return values.mean(), (values, metrics)
-
-    grads, (values, metrics) = jax.jit(jax.grad(run, has_aux=True))(weights, jnp.int32(step))
-    return np.asarray(values), {k: float(v) for k, v in metrics.items()}, jax.device_get(grads)
-
-
-def touched(grads):
-    return {name for name, grad in grads.items() if np.abs(grad).max() > 0}
 
 
 # Phase one.
@@ -108,25 +36,35 @@ def test_paper_defaults_of_phase_one():
     assert method.matching == DistributionMatching("x0_norm", guidance=5.0, floor=0.0)
     assert method.matching.t == Uniform(0.02, 0.98, axis="raw", shift=5.0, clip=(0.02, 0.98))
     roles = method.roles
-    assert (roles["generator"].init, roles["generator"].trains, roles["generator"].ema) == ("pretrained", "all", 0.995)
-    assert roles["teacher"].trains == "none"
-    fake = roles["fake_score"]
-    assert (fake.trains, fake.lora_rank, fake.lora_alpha, fake.base) == ("lora", 128, 64, "teacher")
-    assert [(u.trains, u.every, u.repeats) for u in method.updates] == [("fake_score", 1, 5), ("generator", 1, 1)]
+    assert roles["generator"] == Role("pretrained", trains=True, averages={"ema": Average(0.995)})
+    assert roles["teacher"] == Role("pretrained")
+    assert roles["fake_score"] == Role("fresh", trains=True, adapters=Adapters("teacher", 128, 64.0))
+    assert [(u.name, u.every, u.repeats) for u in method.updates] == [("fake_score", 1, 5), ("generator", 1, 1)]
+    assert method.student == Student("generator", Sampler("euler", (1.0, 0.0), 1.0), average="ema")
 
 
 def test_ratio_order_and_full_fake_are_data():
-    assert [(u.trains, u.repeats) for u in NOISED.updates] == [("fake_score", 2), ("generator", 1)]
+    assert [(u.name, u.repeats) for u in NOISED.updates] == [("fake_score", 2), ("generator", 1)]
     every = PhaseOne(fake_updates=4, count="all").updates
-    assert [(u.trains, u.every, u.starts) for u in every] == [("fake_score", 1, 0), ("generator", 4, 3)]
+    assert [(u.name, u.every, u.starts) for u in every] == [("fake_score", 1, 0), ("generator", 4, 3)]
     assert all(u.repeats == 1 for u in every)
-    assert PhaseOne(fake="all").roles["fake_score"].trains == "all"
-    assert PhaseOne(fake="all").roles["fake_score"].base is None
-    assert PhaseOne(fake_rank=16, fake_scale=2.0).roles["fake_score"].lora_alpha == 32
+    assert PhaseOne(fake="full").roles["fake_score"] == Role("pretrained", trains=True)
+    assert PhaseOne(fake_rank=16, fake_scale=2.0).roles["fake_score"].adapters == Adapters("teacher", 16, 32.0)
+
+
+def test_a_low_rank_generator_shares_the_teacher():
+    method = PhaseOne(generator="lora", generator_rank=8, generator_scale=1.0)
+    assert method.roles["generator"] == Role(
+        "fresh", trains=True, adapters=Adapters("teacher", 8, 8.0), averages={"ema": Average(0.995)}
+    )
+    assert set(method.roles) == {"generator", "teacher", "fake_score"}
+    assert touched(evaluate(method, method.generator_loss)[2]) >= {"generator"}
+    later = PhaseTwo(generator="lora", generator_rank=8, generator_scale=1.0).roles["generator"]
+    assert later.start == "previous" and later.adapters == Adapters("teacher", 8, 8.0)
 
 
 def test_the_generator_step_trains_the_generator_alone():
-    values, metrics, grads = evaluate(NOISED.generator_loss, "generator")
+    values, metrics, grads = evaluate(NOISED, NOISED.generator_loss)
     assert values.shape == (B,) and touched(grads) == {"generator"}
     assert set(metrics) == {"dmd_grad", "dmd_normaliser", "dmd_gap", "x0_mean_drift", "x0_std_ratio"}
     assert all(np.isfinite(v) for v in metrics.values())
@@ -134,16 +72,18 @@ def test_the_generator_step_trains_the_generator_alone():
 
 @pytest.mark.parametrize("space", ["velocity", "x0"])
 def test_the_fake_step_trains_the_fake_score_alone(space):
-    values, _, grads = evaluate(PhaseOne(fake_loss=space).fake_score_loss, "fake_score")
+    method = PhaseOne(fake_loss=space, fake="full")
+    values, _, grads = evaluate(method, method.fake_score_loss)
     assert values.shape == (B,) and touched(grads) == {"fake_score"}
 
 
 def test_a_fresh_fake_score_teaches_only_through_guidance():
     """LoRA B = 0: the fake score is the teacher, g = 0 iff w = 1."""
-    weights = WEIGHTS | {"fake_score": WEIGHTS["teacher"]}
+    weights = weights_of(NOISED)
+    weights["fake_score"] = jnp.zeros_like(weights["fake_score"])
     plain = replace(NOISED, matching=DistributionMatching(guidance=1.0))
-    assert touched(evaluate(plain.generator_loss, "generator", weights)[2]) == set()
-    assert touched(evaluate(NOISED.generator_loss, "generator", weights)[2]) == {"generator"}
+    assert touched(evaluate(plain, plain.generator_loss, weights)[2]) == set()
+    assert touched(evaluate(NOISED, NOISED.generator_loss, weights)[2]) == {"generator"}
 
 
 def gaussian(mean):
@@ -162,8 +102,8 @@ def test_training_moves_the_generator_to_the_real_mean(weighting):
 
     def loss(offset, key):
         student = lambda x, t, condition: x - (offset + 0.7 * x)  # noqa: E731
-        others = {"teacher": gaussian(1.0), "fake_score": gaussian(offset)}
-        return method.generator_loss(student, others, BATCH, key)[0].mean()
+        nets = {"generator": student, "teacher": gaussian(1.0), "fake_score": gaussian(offset)}
+        return method.generator_loss(nets, BATCH, context(key=key))[0].mean()
 
     grad = jax.jit(jax.grad(loss))
     assert float(grad(jnp.float32(3.0), KEY)) > 0
@@ -182,7 +122,7 @@ def generated(method, step=0, latents=BATCH.latents):
         seen.append((x, t))
         return x
 
-    method.generate(record, replace(BATCH, latents=latents), {"step": jnp.int32(step)}, KEY)
+    method.generate(record, replace(BATCH, latents=latents), jnp.int32(step), KEY)
     return np.asarray(seen[0][0]), np.asarray(seen[0][1])
 
 
@@ -215,7 +155,7 @@ def test_images_are_withheld_everywhere_at_once():
         return x
 
     method = PhaseOne(image_dropout=1.0)
-    method.generator_loss(record, {"teacher": record, "fake_score": record}, BATCH, KEY)
+    method.generator_loss({"generator": record, "teacher": record, "fake_score": record}, BATCH, context())
     assert len(seen) == 4 and all((frames == 0).all() for frames in seen)
 
 
@@ -252,37 +192,30 @@ def test_paper_defaults_of_phase_two():
     assert (method.csds.reduction, method.csds.time_weight) == ("mean", "one")
     roles = method.roles
     assert set(roles) == {"generator", "teacher", "heads"}
-    assert (roles["generator"].init, roles["generator"].ema) == ("previous", 0.995)
-    assert (roles["heads"].init, roles["heads"].model, roles["teacher"].trains) == ("fresh", "heads", "none")
-    assert [(u.trains, u.repeats, u.starts) for u in method.updates] == [("heads", 1, 0), ("generator", 1, 0)]
+    assert roles["generator"] == Role("previous", trains=True, averages={"ema": Average(0.995)})
+    assert roles["heads"] == Role("fresh", trains=True, part="heads") and not roles["teacher"].trains
+    assert method.views == {"backbone": View("generator", "ema")}
+    assert method.student == Student("generator", Sampler("euler", (1.0, 0.0), 1.0), average="ema")
+    assert [(u.name, u.repeats, u.starts) for u in method.updates] == [("heads", 1, 0), ("generator", 1, 0)]
 
 
 def test_ratio_warmup_and_trained_backbone_are_data():
     updates = PhaseTwo(disc_updates=3, disc_warmup=50).updates
-    assert [(u.trains, u.repeats, u.starts) for u in updates] == [("heads", 3, 0), ("generator", 1, 50)]
+    assert [(u.name, u.repeats, u.starts) for u in updates] == [("heads", 3, 0), ("generator", 1, 50)]
     method = PhaseTwo(backbone="full_copy", disc_updates=2)
-    assert [(u.trains, u.repeats) for u in method.updates] == [("heads", 2), ("backbone", 2), ("generator", 1)]
-    assert (method.roles["backbone"].trains, method.roles["backbone"].init) == ("all", "pretrained")
-    assert PhaseTwo(init="pretrained").roles["generator"].init == "pretrained"
+    assert [(u.trains, u.repeats) for u in method.updates] == [(("heads", "backbone"), 2), (("generator",), 1)]
+    assert method.roles["backbone"] == Role("pretrained", trains=True) and not method.views
+    assert PhaseTwo(init="pretrained").roles["generator"].start == "pretrained"
 
 
 @pytest.mark.parametrize("kind", ["ema", "online_sg", "full_copy", "frozen_teacher"])
 def test_each_step_trains_its_role_alone(kind):
     """Zero gradient to every frozen role, to the average, and, from the discriminator's step, to the generator."""
     method = PhaseTwo(backbone=kind, noise=FULL)
-    assert touched(evaluate(method.heads_loss, "heads")[2]) == {"heads"}
-    # The generator's network here is also `others["generator"]`, so "online_sg" would show as a second path.
-    assert touched(evaluate(method.generator_loss, "generator")[2]) == {"generator"}
-
-
-def test_the_trained_backbone_has_its_own_step():
-    method = PhaseTwo(backbone="full_copy", noise=FULL)
-    grads = evaluate(method.backbone_loss, "backbone")[2]
-    assert "backbone" in touched(grads) and touched(grads) <= {"backbone", "heads"}
-    values = [
-        evaluate(loss, role)[0] for loss, role in ((method.heads_loss, "heads"), (method.backbone_loss, "backbone"))
-    ]
-    np.testing.assert_allclose(values[0], values[1], rtol=1e-5)
+    trained = {"heads", "backbone"} if kind == "full_copy" else {"heads"}
+    assert touched(evaluate(method, method.discriminator_loss)[2]) == trained
+    # Heads and a trained backbone pass the gradient on; the update, which trains the generator, ignores theirs.
+    assert touched(evaluate(method, method.generator_loss)[2]) == {"generator"}
 
 
 @pytest.mark.parametrize(
@@ -291,28 +224,27 @@ def test_the_trained_backbone_has_its_own_step():
 )
 def test_which_backbone_is_read(kind, reads):
     method = PhaseTwo(backbone=kind, noise=FULL, csds=ScoreDistillation(weight=0.0))
-    base = evaluate(method.generator_loss, "generator")[1]["fake_logit"]
-    for name in ("generator_ema", "backbone", "teacher"):
-        weights = WEIGHTS | {name: WEIGHTS[name] + 0.5}
-        moved = evaluate(method.generator_loss, "generator", weights)[1]["fake_logit"] != base
+    weights = weights_of(method)
+    base = evaluate(method, method.generator_loss)[1]["fake_logit"]
+    for name in {"generator_ema", "backbone", "teacher"} & set(weights):
+        changed = weights | {name: weights[name] + 0.5}
+        moved = evaluate(method, method.generator_loss, changed)[1]["fake_logit"] != base
         assert moved == (name == reads)
 
 
 def direct_loss(method, weights, stop_backbone=True):
     """Eq. 6 written out as one differentiable function of the generator, with the method's own draws."""
-    nets = networks(weights)
-    stopped = networks(jax.lax.stop_gradient(weights))
+    nets = nets_of(method, weights)
+    stopped = nets_of(method, jax.lax.stop_gradient(weights))
     keys = named_keys(KEY, "images", "generate", "noise", "csds")
     ones = jnp.ones(B)
     noise = draws.normal(keys.generate, SHAPE, jnp.float32)
     x0 = noise - nets["generator"](noise, ones, BATCH.condition)
     shown = method.noise(x0, BATCH.latents, keys.noise)
-    name = {"ema": "generator_ema", "frozen_teacher": "teacher", "full_copy": "backbone"}.get(
-        method.backbone, "generator"
-    )
-    backbone = (stopped if stop_backbone else nets)[name]
-    logit = lambda x, t: stopped["heads"](backbone.features(x, t, BATCH.condition))  # noqa: E731
-    loss = LOSSES[method.adversarial].generator(logit(shown.real, shown.real_t), logit(shown.fake, shown.fake_t))
+    backbone = (stopped if stop_backbone else nets)["backbone"]
+    logit = lambda x, t: stopped["heads"](backbone.features(x, t, BATCH.condition, (1,)))  # noqa: E731
+    real, fake = logit(shown.real, shown.real_t), logit(shown.fake, shown.fake_t)
+    loss = LOSSES[method.adversarial].generator(real, fake)[:, 0]
     csds = named_keys(keys.csds, "t", "noise")
     t = method.csds.t(csds.t, B)
     x = add_noise(x0, draws.normal(csds.noise, SHAPE), t)
@@ -325,9 +257,10 @@ def direct_loss(method, weights, stop_backbone=True):
 )
 def test_injected_gradients_equal_direct_ones(kind, adversarial):
     method = PhaseTwo(backbone=kind, noise=FULL, adversarial=adversarial, adversarial_weight=0.7)
-    values, _, grads = evaluate(method.generator_loss, "generator")
-    direct = direct_loss(method, WEIGHTS)
-    expected = jax.jit(jax.grad(lambda w: direct_loss(method, WEIGHTS | {"generator": w}).mean()))(WEIGHTS["generator"])
+    weights = weights_of(method)
+    values, _, grads = evaluate(method, method.generator_loss)
+    direct = direct_loss(method, weights)
+    expected = jax.jit(jax.grad(lambda w: direct_loss(method, weights | {"generator": w}).mean()))(weights["generator"])
     np.testing.assert_allclose(values, direct, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(grads["generator"], expected, rtol=1e-3, atol=1e-6)
 
@@ -335,34 +268,37 @@ def test_injected_gradients_equal_direct_ones(kind, adversarial):
 def test_trainable_backbone_adds_the_gradient_through_its_weights():
     with pytest.warns(UserWarning, match="blinding"):
         method = PhaseTwo(backbone="online_trainable", noise=FULL)
-    _, metrics, grads = evaluate(method.generator_loss, "generator")
-    whole = jax.jit(jax.grad(lambda w: direct_loss(method, WEIGHTS | {"generator": w}, stop_backbone=False).mean()))
-    np.testing.assert_allclose(grads["generator"], whole(WEIGHTS["generator"]), rtol=1e-3, atol=1e-6)
-    stopped = evaluate(PhaseTwo(backbone="online_sg", noise=FULL).generator_loss, "generator")[2]
+    weights = weights_of(method)
+    _, metrics, grads = evaluate(method, method.generator_loss)
+    whole = jax.jit(jax.grad(lambda w: direct_loss(method, weights | {"generator": w}, stop_backbone=False).mean()))
+    np.testing.assert_allclose(grads["generator"], whole(weights["generator"]), rtol=1e-3, atol=1e-6)
+    online = PhaseTwo(backbone="online_sg", noise=FULL)
+    stopped = evaluate(online, online.generator_loss)[2]
     assert np.abs(grads["generator"] - stopped["generator"]).max() > 1e-4
     assert "csds_grad" in metrics and "adv_grad" not in metrics
     with pytest.warns(UserWarning, match="blinding"):
         alone = PhaseTwo(backbone="online_trainable", noise=FULL, csds=ScoreDistillation(weight=0.0))
-    assert touched(evaluate(alone.generator_loss, "generator")[2]) == {"generator", "heads"}
+    assert touched(evaluate(alone, alone.generator_loss)[2]) == {"generator", "heads"}
 
 
 def test_pure_noise_gives_the_generator_no_adversarial_gradient():
     """At discriminator noise t = 1 the input does not depend on the generator."""
     method = PhaseTwo(noise=DiscriminatorNoise(kind="v1"), csds=ScoreDistillation(weight=0.0))
-    _, metrics, grads = evaluate(method.generator_loss, "generator")
+    _, metrics, grads = evaluate(method, method.generator_loss)
     assert touched(grads) == set() and metrics["adv_grad"] == 0
 
 
 def test_reported_gradients():
     """Norms with respect to x0 of a clip: they scale with the weights, and the ratio is theirs."""
     method = PhaseTwo(noise=FULL)
-    metrics = evaluate(method.generator_loss, "generator")[1]
+    metrics = evaluate(method, method.generator_loss)[1]
     assert metrics["adv_csds_ratio"] == pytest.approx(metrics["adv_grad"] / metrics["csds_grad"], rel=1e-4)
     scaled = replace(method, adversarial_weight=3.0, csds=ScoreDistillation(weight=5.0))
-    more = evaluate(scaled.generator_loss, "generator")[1]
+    more = evaluate(scaled, scaled.generator_loss)[1]
     assert more["adv_grad"] == pytest.approx(3 * metrics["adv_grad"], rel=1e-4)
     assert more["csds_grad"] == pytest.approx(0.5 * metrics["csds_grad"], rel=1e-4)
-    alone = evaluate(replace(method, csds=ScoreDistillation(weight=0.0)).generator_loss, "generator")[1]
+    without = replace(method, csds=ScoreDistillation(weight=0.0))
+    alone = evaluate(without, without.generator_loss)[1]
     assert "csds_grad" not in alone and "adv_csds_ratio" not in alone
     for name in ("x0_mean_drift", "x0_std_ratio", "fake_logit", "adversarial"):
         assert np.isfinite(alone[name])
@@ -370,7 +306,11 @@ def test_reported_gradients():
 
 def test_high_noise_drowns_the_adversarial_term():
     """The factor 1 - t: the paper's range leaves a small fraction of the full range's gradient."""
-    ratio = lambda noise: evaluate(PhaseTwo(noise=noise).generator_loss, "generator")[1]["adv_grad"]  # noqa: E731
+
+    def ratio(noise):
+        method = PhaseTwo(noise=noise)
+        return evaluate(method, method.generator_loss)[1]["adv_grad"]
+
     assert ratio(DiscriminatorNoise()) < 0.3 * ratio(DiscriminatorNoise(t=Uniform(0.1, 0.5)))
 
 
@@ -388,18 +328,19 @@ def test_the_generator_starts_from_pure_noise():
 
 
 def test_discriminator_metrics():
-    metrics = evaluate(PhaseTwo(noise=FULL).heads_loss, "heads")[1]
+    method = PhaseTwo(noise=FULL)
+    metrics = evaluate(method, method.discriminator_loss)[1]
     assert set(metrics) == {"real_logit", "fake_logit", "logit_gap", "accuracy", "adversarial", "penalty"}
     assert metrics["logit_gap"] == pytest.approx(metrics["real_logit"] - metrics["fake_logit"], abs=1e-5)
     without = PhaseTwo(noise=FULL, penalty=DifferencePenalty(weight=0.0))
-    assert "penalty" not in evaluate(without.heads_loss, "heads")[1]
+    assert "penalty" not in evaluate(without, without.discriminator_loss)[1]
 
 
 @pytest.mark.parametrize("adversarial", sorted(LOSSES))
 def test_every_adversarial_loss_runs_in_both_steps(adversarial):
     method = PhaseTwo(adversarial=adversarial, noise=FULL)
-    assert touched(evaluate(method.heads_loss, "heads")[2]) == {"heads"}
-    assert touched(evaluate(method.generator_loss, "generator")[2]) == {"generator"}
+    assert touched(evaluate(method, method.discriminator_loss)[2]) == {"heads"}
+    assert touched(evaluate(method, method.generator_loss)[2]) == {"generator"}
 
 
 @pytest.mark.parametrize(
@@ -418,8 +359,7 @@ def test_every_adversarial_loss_runs_in_both_steps(adversarial):
     ],
 )
 def test_alternatives_change_the_discriminator_s_loss(changed):
-    base = evaluate(PhaseTwo().heads_loss, "heads")[0]
-    other = evaluate(PhaseTwo(**changed).heads_loss, "heads")[0]
+    base, other = (evaluate(m, m.discriminator_loss)[0] for m in (PhaseTwo(), PhaseTwo(**changed)))
     assert np.isfinite(other).all() and np.abs(other - base).max() > 1e-6
 
 
@@ -435,12 +375,11 @@ def test_alternatives_change_the_discriminator_s_loss(changed):
     ],
 )
 def test_alternatives_change_the_generator_s_loss(csds):
-    base = evaluate(PhaseTwo().generator_loss, "generator")[1]["csds"]
-    other = evaluate(PhaseTwo(csds=csds).generator_loss, "generator")[1]["csds"]
+    base, other = (evaluate(m, m.generator_loss)[1]["csds"] for m in (PhaseTwo(), PhaseTwo(csds=csds)))
     assert np.isfinite(other) and abs(other - base) > 1e-6
 
 
 def test_figure_literal_is_warned_about():
     with pytest.warns(UserWarning, match="noise level alone"):
         method = PhaseTwo(noise=DiscriminatorNoise(kind="fig_literal"))
-    assert touched(evaluate(method.heads_loss, "heads")[2]) == {"heads"}
+    assert touched(evaluate(method, method.discriminator_loss)[2]) == {"heads"}

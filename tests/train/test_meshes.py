@@ -11,7 +11,7 @@ from vpae_jax.config import Experiment, MeshConfig
 from vpae_jax.methods.adversarial import DiscriminatorNoise
 from vpae_jax.methods.vpae import PhaseOne, PhaseTwo
 from vpae_jax.models.wan_dit import WanTransformerConfig
-from vpae_jax.run.first_weights import draw_up
+from vpae_jax.train.blueprint import draw_up
 from vpae_jax.train.state import create, places_of
 from vpae_jax.train.step import make_update
 from vpae_jax.types import Batch, Condition
@@ -66,7 +66,7 @@ def start_weights(method):
     """The same weights for every mesh, far from the initial ones: output projections start at zero."""
     mesh = sharding.make_mesh(ONE, jax.devices()[:1])
     blueprint = draw_up(experiment_of(ONE, 1), method, mesh, SIZES)
-    shapes = {**blueprint.trained, **blueprint.frozen}
+    shapes = blueprint.held
     rng = np.random.default_rng(1)
     return jax.tree.map(lambda leaf: (0.2 * rng.normal(size=leaf.shape)).astype(leaf.dtype), shapes)
 
@@ -79,7 +79,7 @@ def experiment_of(mesh, accumulation):
         steps=1,
         batch_size=CLIPS,
         accumulation=accumulation,
-        heads=HEADS,
+        networks={"heads": HEADS},
         mesh=mesh,
     )
 
@@ -100,7 +100,7 @@ def step(phase, mesh_config, accumulation=1):
     places, metrics = places_of(state), {}
     batch = sharding.put_batch(make_batch(), mesh)
     for index, update in enumerate(method.updates):
-        run = make_update(update, index, blueprint.models, optimizers[update.trains], accumulation, places)
+        run = make_update(update, index, blueprint.models, optimizers, accumulation, places)
         state, scalars = run(state, frozen, batch, jnp.int32(0))
         metrics |= {name: float(value) for name, value in scalars.items()}
         assert run._cache_size() == 1

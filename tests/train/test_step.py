@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import time
+import sys
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -17,7 +17,8 @@ from vpae_jax.config import Experiment, OptimizerConfig
 from vpae_jax.data.loader import Batches
 from vpae_jax.data.order import Order, Part
 from vpae_jax.flow import draws
-from vpae_jax.methods.base import Role, Update
+from vpae_jax.methods.base import Average, Method, Role, Update, all_views
+from vpae_jax.methods.common import Ratio, drift
 from vpae_jax.train import ema
 from vpae_jax.train.checkpoint import Checkpoints, guard_config, read_state
 from vpae_jax.train.loop import Clock, Hook, train
@@ -40,7 +41,7 @@ class Line(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Follow:
+class Follow(Method):
     """The follower's slope is drawn to the leader's, which is drawn to the frozen target's; noise makes keys matter."""
 
     batch: ClassVar[type] = np.ndarray
@@ -52,23 +53,27 @@ class Follow:
         object.__setattr__(
             self,
             "updates",
-            (Update("follower", self.follow, repeats=2), Update("leader", self.lead, every=2, starts=1)),
+            (Update(("follower",), self.follow, repeats=2), Update(("leader",), self.lead, every=2, starts=1)),
         )
 
     @property
     def roles(self) -> Mapping[str, Role]:
         return {
-            "leader": Role("fresh", "all", model="vae", ema=0.9),
-            "follower": Role("fresh", "all", model="vae"),
-            "target": Role("fresh", model="vae"),
+            "leader": Role("fresh", True, part="vae", averages={"ema": Average(0.9), "late": Average(0.5, start=3)}),
+            "follower": Role("fresh", True, part="vae"),
+            "target": Role("fresh", part="vae"),
         }
 
-    def follow(self, trainable, others, batch, key):
-        noise = self.noise * draws.normal(key, batch.shape)
-        return (trainable(batch) - others["leader"](batch) + noise) ** 2, {"seen": batch}
+    def follow(self, nets, batch, context):
+        noise = self.noise * draws.normal(context.clips, batch.shape)
+        return (nets["follower"](batch) - nets["leader"](batch) + noise) ** 2, {"seen": batch}
 
-    def lead(self, trainable, others, batch, key):
-        return (trainable(batch) - others["target"](batch)) ** 2, {"step": others["step"]}
+    def lead(self, nets, batch, context):
+        return (nets["leader"](batch) - nets["target"](batch)) ** 2, {"step": context.step}
+
+    def meet(self, nets, batch, context):
+        """Each of two roles is drawn to the other."""
+        return (nets["leader"](batch) - nets["follower"](batch)) ** 2, {}
 
 
 RATE = 0.1
@@ -91,7 +96,7 @@ def parts(noise: float = 0.0, slopes=(1.0, 2.0, 3.0)):
     frozen = {"target": params.pop("target")}
     optimizers = {role: make_optimizer(options) for role, options in EXPERIMENT.optimizers.items()}
     state = create(0, params, method.roles, optimizers)
-    return method, RoleModels(method.roles, graphs), optimizers, state, frozen
+    return method, RoleModels(method.roles, all_views(method), graphs), optimizers, state, frozen
 
 
 def batches(scale: float = 1.0):
@@ -114,14 +119,14 @@ def slopes(state):
 
 def test_one_update_moves_one_role_along_its_own_gradient():
     method, models, _, state, frozen = parts()
-    update = make_update(method.updates[0], 0, models, optax.sgd(RATE))
+    update = make_update(method.updates[0], 0, models, {"follower": optax.sgd(RATE)})
     state = dataclasses.replace(state, opt={**state.opt, "follower": optax.sgd(RATE).init(state.params["follower"])})
     key = np.array(jax.random.key_data(state.key))
     x = jnp.array([1.0, 2.0])
     state, metrics = update(state, frozen, x, jnp.int32(0))
     # d/da mean((a x - l x)^2) = 2 (a - l) mean(x^2) = 2 * 1 * 2.5
     assert slopes(state) == {"leader": 1.0, "follower": pytest.approx(2.0 - RATE * 5.0)}
-    assert float(state.ema["leader"]["slope"]) == 1.0
+    assert float(state.averages["leader_ema"]["slope"]) == 1.0
     np.testing.assert_array_equal(jax.random.key_data(state.key), key)
     assert float(metrics["follower/loss"]) == pytest.approx(2.5)
     assert float(metrics["follower/grad_norm"]) == pytest.approx(5.0)
@@ -131,17 +136,87 @@ def test_one_update_moves_one_role_along_its_own_gradient():
 
 def test_averages_follow_their_own_role_only():
     method, models, optimizers, state, frozen = parts()
-    state, _ = make_update(method.updates[1], 1, models, optimizers["leader"])(state, frozen, jnp.ones(2), jnp.int32(0))
+    state, _ = make_update(method.updates[1], 1, models, optimizers)(state, frozen, jnp.ones(2), jnp.int32(0))
     moved = slopes(state)["leader"]
     assert moved == pytest.approx(1.0 + RATE, abs=1e-6)  # Adam's first step has the size of its rate
-    assert float(state.ema["leader"]["slope"]) == pytest.approx(0.9 * 1.0 + 0.1 * moved, abs=1e-7)
-    assert set(state.ema) == {"leader"}
+    assert float(state.averages["leader_ema"]["slope"]) == pytest.approx(0.9 * 1.0 + 0.1 * moved, abs=1e-7)
+    assert set(state.averages) == {"leader_ema", "leader_late"}
+
+
+def test_an_average_may_start_later():
+    """Before its first step it equals the weights."""
+    method, models, optimizers, state, frozen = parts()
+    update, expected = make_update(method.updates[1], 1, models, optimizers), None
+    for step in range(6):
+        state, _ = update(dataclasses.replace(state, step=jnp.int32(step)), frozen, jnp.ones(2), jnp.int32(0))
+        weight = slopes(state)["leader"]
+        expected = weight if step < 3 else 0.5 * expected + 0.5 * weight
+        assert float(state.averages["leader_late"]["slope"]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_one_update_trains_several_roles_by_one_loss():
+    """Each by its own gradient and optimizer; d/da (a - b)^2 = 2 (a - b), and the opposite for b."""
+    method, models, _, state, frozen = parts()
+    update = Update(("leader", "follower"), method.meet)
+    optimizers = {"leader": optax.sgd(0.1), "follower": optax.sgd(0.2)}
+    opt = {role: optimizers[role].init(state.params[role]) for role in optimizers}
+    state, metrics = make_update(update, 0, models, optimizers)(
+        dataclasses.replace(state, opt=opt), frozen, jnp.ones(2), jnp.int32(0)
+    )
+    assert slopes(state) == {"leader": pytest.approx(1.0 + 0.1 * 2.0), "follower": pytest.approx(2.0 - 0.2 * 2.0)}
+    assert float(metrics["leader+follower/loss"]) == pytest.approx(1.0)
+    assert float(metrics["leader/update_norm"]) == pytest.approx(0.2)
+    assert float(metrics["follower/update_norm"]) == pytest.approx(0.4)
+    assert float(state.averages["leader_ema"]["slope"]) == pytest.approx(0.9 + 0.1 * 1.2)
+
+
+def test_the_batch_has_a_key_of_its_own():
+    """One key for what clips share: the same in every part of a batch, another one each step, and no clip's own."""
+    _, models, optimizers, _, frozen = parts()
+    seen = {}
+
+    def loss(nets, batch, context):
+        key = jax.random.key_data(context.batch).astype(jnp.float32)
+        clips = jax.random.key_data(context.clips).astype(jnp.float32)
+        same = (clips == key).all(-1).any().astype(jnp.float32)
+        return nets["follower"](batch) * 0, {"low": key[0], "high": key[1], "taken": same}
+
+    for name, step, parts_ in (("whole", 0, 1), ("in parts", 0, 4), ("next", 1, 1)):
+        update = make_update(Update(("follower",), loss), 0, models, optimizers, parts_)
+        state = dataclasses.replace(parts()[3], step=jnp.int32(step))
+        metrics = update(state, frozen, jnp.arange(1.0, 9.0), jnp.int32(0))[1]
+        seen[name] = float(metrics["follower/low"]), float(metrics["follower/high"])
+        assert metrics["follower/taken"] == 0
+    assert seen["whole"] == seen["in parts"] != seen["next"]
+
+
+def test_statistics_of_a_batch_do_not_depend_on_its_parts():
+    """Drift and the ratio of gradients are numbers of the whole batch, not means over its parts."""
+    _, models, optimizers, _, frozen = parts()
+    rng = np.random.default_rng(0)
+    batch = jnp.asarray(rng.normal(size=(8, 2, 2, 2, 3)) + rng.normal(size=(8, 1, 1, 1, 1)), jnp.float32)
+
+    def loss(nets, batch, context):
+        x0 = 1.5 * batch[..., ::-1] + 0.3
+        numbers = jnp.abs(batch).sum((1, 2, 3, 4))
+        reported = {**drift(x0, batch), "ratio": Ratio(numbers.sum(), (numbers**2).sum())}
+        return nets["follower"](numbers) * 0, reported
+
+    found = {}
+    for count in (1, 2, 8):
+        update = make_update(Update(("follower",), loss), 0, models, optimizers, count)
+        metrics = update(parts()[3], frozen, batch, jnp.int32(0))[1]
+        found[count] = [float(metrics[f"follower/{name}"]) for name in ("x0_mean_drift", "x0_std_ratio", "ratio")]
+        np.testing.assert_allclose(found[count], found[1], rtol=1e-5)
+    x0, numbers = 1.5 * np.asarray(batch)[..., ::-1] + 0.3, np.abs(batch).sum((1, 2, 3, 4))
+    means = np.abs(x0.mean((0, 1, 2, 3)) - np.asarray(batch).mean((0, 1, 2, 3))).mean()
+    np.testing.assert_allclose(found[1], [means, 1.5, numbers.sum() / (numbers**2).sum()], rtol=1e-5)
 
 
 def test_no_draw_is_made_twice():
     method, models, optimizers, _, frozen = parts(noise=1.0)
-    update = make_update(method.updates[0], 0, models, optimizers["follower"])
-    other = make_update(method.updates[0], 1, models, optimizers["follower"])
+    update = make_update(method.updates[0], 0, models, optimizers)
+    other = make_update(method.updates[0], 1, models, optimizers)
     seen = set()
     for step, repeat, fn in [(0, 0, update), (0, 1, update), (1, 0, update), (0, 0, other)]:
         state = dataclasses.replace(parts(noise=1.0)[3], step=jnp.int32(step))
@@ -159,7 +234,7 @@ def test_parts_of_a_batch_add_up_to_the_whole(accumulation):
         state = dataclasses.replace(
             state, opt={**state.opt, "follower": optax.sgd(RATE).init(state.params["follower"])}
         )
-        update = make_update(method.updates[0], 0, models, optax.sgd(RATE), count)
+        update = make_update(method.updates[0], 0, models, {"follower": optax.sgd(RATE)}, count)
         state, metrics = update(state, frozen, jnp.arange(1.0, 9.0), jnp.int32(0))
         results.append((slopes(state)["follower"], {name: float(value) for name, value in metrics.items()}))
     assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
@@ -169,10 +244,10 @@ def test_parts_of_a_batch_add_up_to_the_whole(accumulation):
 def test_due_follows_every_and_starts():
     updates = Follow().updates
     assert [[u.trains for _, u in due(updates, step)] for step in range(4)] == [
-        ["follower"],
-        ["follower", "leader"],
-        ["follower"],
-        ["follower", "leader"],
+        [("follower",)],
+        [("follower",), ("leader",)],
+        [("follower",)],
+        [("follower",), ("leader",)],
     ]
 
 
@@ -244,7 +319,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, stop):
     resumed = run(tmp_path / "cut")
     for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(resumed.params), strict=True):
         assert a.tobytes() == b.tobytes()
-    for a, b in zip(jax.tree.leaves(whole.ema), jax.tree.leaves(resumed.ema), strict=True):
+    for a, b in zip(jax.tree.leaves(whole.averages), jax.tree.leaves(resumed.averages), strict=True):
         assert a.tobytes() == b.tobytes()
 
     def losses(folder):
@@ -254,20 +329,16 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, stop):
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
 
 
-class Slow:
-    """Batches that take a while."""
+class Damaged:
+    """Batches of which three records were bad."""
 
     bad = 3
 
-    def __init__(self, seconds):
-        self.batches, self.seconds = batches(), seconds
+    def __init__(self):
+        self.batches = batches()
 
     def __next__(self):
-        time.sleep(self.seconds)
         return next(self.batches)
-
-    def __iter__(self):
-        return self
 
     def get_state(self):
         return self.batches.get_state()
@@ -276,32 +347,36 @@ class Slow:
         self.batches.set_state(state)
 
 
-def test_the_share_of_time_spent_waiting_for_data_is_recorded(tmp_path):
-    shares = {}
-    for name, waits, between in (("starved", 0.02, 0.0), ("fed", 0.0, 0.04)):
-        pause = Hook(1, lambda step, state: time.sleep(between) or {})  # noqa: B023
-        run(tmp_path / name, hooks=(pause,), given=Slow(waits), checkpoint_every=100)
-        shares[name] = [record["data_wait"] for record in read_metrics(tmp_path / name)]
-        assert len(shares[name]) == 8
-        assert {record["bad_records"] for record in read_metrics(tmp_path / name)} == {3}
-    # The first steps compile; the last one is read together with the one before.
-    assert np.median(shares["starved"][3:-1]) > 0.5 and max(shares["starved"]) <= 1
-    assert np.median(shares["fed"][3:-1]) < 0.2
+def test_what_slows_a_run_is_recorded(tmp_path):
+    run(tmp_path, given=Damaged(), checkpoint_every=100)
+    records = read_metrics(tmp_path)
+    assert len(records) == 8 and {record["bad_records"] for record in records} == {3}
+    assert all(0 <= record["data_wait"] <= 1 for record in records)
 
 
-def test_a_wait_beside_work_of_the_devices_is_not_counted():
-    work = jax.jit(lambda x: jax.lax.fori_loop(0, 200, lambda _, x: x @ x / 500.0, x))
-    matrix = jnp.ones((500, 500))
-    jax.block_until_ready(work(matrix))
-    clock = Clock()
-    running = {"loss": work(matrix)}
-    with clock.waiting(running):
-        time.sleep(0.01)
-    assert not running["loss"].is_ready() and clock.waited == 0
-    jax.block_until_ready(running)
-    with clock.waiting(running):
-        time.sleep(0.01)
-    assert clock.waited >= 0.01
+@dataclasses.dataclass
+class Value:
+    """What a device computes: there, or not yet."""
+
+    ready: bool
+
+    def is_ready(self):
+        return self.ready
+
+
+def test_waits_are_counted_while_the_devices_are_idle():
+    """A clock that is wound by hand: 3 s for idle devices count, 5 s beside their work do not."""
+    now = [100.0]
+    clock = Clock(lambda: now[0])
+    assert clock.read(0) == {"seconds_per_step": 0.0, "data_wait": 0.0}
+    with clock.waiting({"loss": Value(True), "norm": Value(True)}):
+        now[0] += 3.0
+    with clock.waiting({"loss": Value(True), "norm": Value(False)}):
+        now[0] += 5.0
+    now[0] += 2.0
+    assert clock.read(4) == {"seconds_per_step": 2.5, "data_wait": pytest.approx(0.3)}
+    now[0] += 1.0
+    assert clock.read(5) == {"seconds_per_step": 1.0, "data_wait": 0.0}
 
 
 def test_a_finished_run_does_nothing_more(tmp_path):
@@ -313,9 +388,9 @@ def test_a_finished_run_does_nothing_more(tmp_path):
 
 def test_frozen_weights_are_in_no_checkpoint(tmp_path):
     run(tmp_path)
-    state = read_state(tmp_path, items=("params", "opt", "ema"))
+    state = read_state(tmp_path, items=("params", "opt", "averages"))
     assert set(state["params"]) == set(state["opt"]) == {"leader", "follower"}
-    assert set(state["ema"]) == {"leader"}
+    assert set(state["averages"]) == {"leader_ema", "leader_late"}
 
 
 def test_not_finite_stops_with_the_culprit_and_keeps_the_last_checkpoint(tmp_path):
@@ -323,6 +398,12 @@ def test_not_finite_stops_with_the_culprit_and_keeps_the_last_checkpoint(tmp_pat
     with pytest.raises(UserError, match=r"is not finite; the last good checkpoint is kept"):
         run(tmp_path, steps=6, scale=1e30)
     assert Checkpoints(tmp_path).latest() == 3
+
+
+def test_every_step_is_checked_not_only_the_logged_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "EXPERIMENT", dataclasses.replace(EXPERIMENT, log_every=100))
+    with pytest.raises(UserError, match=r"^step [12]: .* is not finite"):
+        run(tmp_path, steps=6, scale=1e30)
 
 
 def test_missing_checkpoint_is_one_line(tmp_path):

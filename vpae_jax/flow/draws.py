@@ -25,6 +25,11 @@ def clip_keys(key: PRNGKey, clips: int) -> Key[Array, "b"]:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(clips))
 
 
+def batch_key(key: PRNGKey) -> PRNGKey:
+    """A key for what all clips of a batch share, independent of every clip's own key."""
+    return jax.random.fold_in(key, jnp.uint32(2**32 - 1))  # no clip has this number
+
+
 def normal(key: PRNGKey, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Float[Array, "b *shape"]:
     """Standard normal numbers; `shape[0]` is the number of clips."""
     keys = clip_keys(key, shape[0])

@@ -109,8 +109,8 @@ def unipc_times(levels: Float[np.ndarray, "n"]) -> Float[np.ndarray, "m"]:
 
 
 def unipc_coefficients(sigmas: Float[np.ndarray, "n"]) -> Float[np.ndarray, "m 8"]:
-    """One row a step, for levels in float32 as Diffusers keeps them: weights of (x, x_last, m_i, m_{i-1}, m_{i-2}) in the corrected state, then of
-    (corrected, m_i, m_{i-1}) in the next one."""
+    """One row a step: weights of (x, x_last, m_i, m_{i-1}, m_{i-2}) in the corrected state, then of
+    (corrected, m_i, m_{i-1}) in the next one. Levels are rounded to float32, as Diffusers keeps them."""
     sigmas = sigmas.astype(np.float32).astype(np.float64)
     alphas = 1 - sigmas
     with np.errstate(divide="ignore"):

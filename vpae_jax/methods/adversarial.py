@@ -1,6 +1,7 @@
 """Adversarial losses, what a noise-level discriminator sees, and its finite-difference gradient penalty.
 
-A discriminator here is a backbone's hidden states and small heads on them, one logit a clip, high for real.
+A discriminator here is a backbone's hidden states and small heads on them: logits [b, k], high for real. Each logit is
+judged alone, and losses are averaged over k.
 
     kind          discriminator                        generator
     hinge         relu(1 - r) + relu(1 + f)            -f                    Miyato et al. (V-PAE's text)
@@ -28,11 +29,12 @@ from jaxtyping import Float
 
 from vpae_jax.flow import draws
 from vpae_jax.flow.schedule import LogitNormal, Uniform, add_noise
-from vpae_jax.methods.base import Backbone, Head
+from vpae_jax.methods.base import Backbone, Heads
 from vpae_jax.methods.common import check_at_least, check_choice, example_mean, example_sum, f32, named_keys
 from vpae_jax.types import Condition, Features, Latents, Metrics, PerExample, PRNGKey, Times, UserError
 
-Judge = Callable[[Latents, Times], PerExample]
+Logits = Float[Array, "b k"]
+Judge = Callable[[Latents, Times], Logits]
 AdversarialKind = Literal["hinge", "pcm_hinge", "ns_logistic", "rpgan", "literal"]
 
 
@@ -46,16 +48,16 @@ class AdversarialLoss:
       relative: whether the generator's needs the real logit and only differences of logits matter.
     """
 
-    discriminator: Callable[[PerExample, PerExample], PerExample]
-    generator: Callable[[PerExample, PerExample], PerExample]
+    discriminator: Callable[[Logits, Logits], Logits]
+    generator: Callable[[Logits, Logits], Logits]
     relative: bool = False
 
 
-def _hinge(real: PerExample, fake: PerExample) -> PerExample:
+def _hinge(real: Logits, fake: Logits) -> Logits:
     return relu(1 - real) + relu(1 + fake)
 
 
-def _logistic(real: PerExample, fake: PerExample) -> PerExample:
+def _logistic(real: Logits, fake: Logits) -> Logits:
     return softplus(-real) + softplus(fake)
 
 
@@ -80,13 +82,13 @@ class ConstantFeatures:
 
     backbone: Backbone
 
-    def features(self, x: Latents, t: Times, condition: Condition) -> Features:
-        return stop_gradient(self.backbone.features(x, t, condition))
+    def features(self, x: Latents, t: Times, condition: Condition, taps: tuple[int, ...]) -> Features:
+        return stop_gradient(self.backbone.features(x, t, condition, taps))
 
 
-def judge(backbone: Backbone | ConstantFeatures, heads: Head, condition: Condition) -> Judge:
-    """The discriminator as a function of (clip, time): a float32 logit a clip."""
-    return lambda x, t: f32(heads(backbone.features(x, t, condition)))
+def judge(backbone: Backbone | ConstantFeatures, heads: Heads, condition: Condition) -> Judge:
+    """The discriminator as a function of (clip, time), in float32."""
+    return lambda x, t: f32(heads(backbone.features(x, t, condition, heads.taps)))
 
 
 class Judged(NamedTuple):
@@ -205,18 +207,17 @@ class DifferencePenalty:
         noise = self.sigma_s * draws.normal(keys.spatial, spatial, like.dtype)
         return jnp.broadcast_to(noise + self.sigma_t * draws.normal(keys.temporal, temporal, like.dtype), like.shape)
 
-    def ratio(self, change: PerExample, delta: Float[Array, "b *shape"]) -> PerExample:
-        """change^2 over the chosen norm of delta."""
+    def ratio(self, change: Logits, delta: Float[Array, "b *shape"]) -> PerExample:
+        """change^2, the mean over a clip's logits, over the chosen norm of delta."""
+        squared = example_mean(change**2)
         if self.norm == "fixed":
-            return change**2
-        return change**2 / (example_mean if self.norm == "mean" else example_sum)(delta**2)
+            return squared
+        return squared / (example_mean if self.norm == "mean" else example_sum)(delta**2)
 
-    def __call__(
-        self, judge: Judge, shown: Judged, real_logit: PerExample, fake_logit: PerExample, key: PRNGKey
-    ) -> PerExample:
+    def __call__(self, judge: Judge, shown: Judged, real_logit: Logits, fake_logit: Logits, key: PRNGKey) -> PerExample:
         """The unweighted penalty of each clip; the logits of `shown` are given, so a side costs one evaluation."""
         keys = named_keys(key, "fake", "real")
-        total = jnp.zeros_like(fake_logit)
+        total = jnp.zeros(len(fake_logit))
         if self.on in ("fake", "both"):
             delta = self.perturbation(shown.fake, keys.fake)
             total += self.ratio(judge(shown.fake + delta, shown.fake_t) - fake_logit, delta)
@@ -243,7 +244,7 @@ def discriminator_loss(
     """
     adversarial = LOSSES[kind]
     real, fake = judge(shown.real, shown.real_t), judge(shown.fake, shown.fake_t)
-    loss = adversarial.discriminator(real, fake)
+    loss = example_mean(adversarial.discriminator(real, fake))
     metrics = {
         "real_logit": real.mean(),
         "fake_logit": fake.mean(),
@@ -258,7 +259,7 @@ def discriminator_loss(
     return loss, metrics
 
 
-def accuracy(real: PerExample, fake: PerExample, relative: bool) -> Float[Array, ""]:
+def accuracy(real: Logits, fake: Logits, relative: bool) -> Float[Array, ""]:
     """Fraction of logits of the right sign or, for a relative loss, of pairs in the right order. Ties count half."""
     if relative:
         return 0.5 + 0.5 * jnp.sign(real - fake).mean()

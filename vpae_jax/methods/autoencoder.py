@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 
 from vpae_jax.flow import draws
-from vpae_jax.methods.base import Role, Update
+from vpae_jax.methods.base import Context, Method, Nets, Role, Update, averages
 from vpae_jax.methods.common import example_mean, f32
-from vpae_jax.types import Latents, Metrics, PerExample, PixelBatch, PRNGKey, UserError, Video
+from vpae_jax.types import Latents, Metrics, PerExample, PixelBatch, UserError, Video
 
 # The bounds of diffusers' DiagonalGaussianDistribution: exp() stays finite early in training.
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -37,13 +37,13 @@ class VideoCoder(Protocol):
 
 
 @dataclass(frozen=True)
-class Autoencoder:
+class Autoencoder(Method):
     """Trains encoder and decoder.
 
     Attributes:
       l1, l2: weights of the absolute and the squared error.
       kl_weight: weight of the KL divergence (mean over latent values).
-      ema: decay of the averaged weights; None keeps no average.
+      ema: decay of the averaged weights; 0 keeps no average.
     """
 
     batch: ClassVar[type] = PixelBatch
@@ -51,7 +51,7 @@ class Autoencoder:
     l1: float = 1.0
     l2: float = 1.0
     kl_weight: float = 1e-4
-    ema: float | None = None
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("l1", "l2", "kl_weight"):
@@ -60,22 +60,20 @@ class Autoencoder:
 
     @property
     def roles(self) -> Mapping[str, Role]:
-        return {"vae": Role(init="fresh", trains="all", model="vae", ema=self.ema)}
+        return {"vae": Role("fresh", trains=True, part="vae", averages=averages(self.ema))}
 
     @property
     def updates(self) -> tuple[Update, ...]:
-        return (Update(trains="vae", loss=self.loss),)
+        return (Update(("vae",), self.loss),)
 
-    def loss(
-        self, trainable: VideoCoder, others: Mapping[str, Any], batch: PixelBatch, key: PRNGKey
-    ) -> tuple[PerExample, Metrics]:
+    def loss(self, nets: Nets, batch: PixelBatch, context: Context) -> tuple[PerExample, Metrics]:
         """Reconstruction plus KL of each clip."""
-        del others
+        coder: VideoCoder = nets["vae"]
         video = f32(batch.video)
-        mean, logvar = (f32(moment) for moment in trainable.moments(video))
+        mean, logvar = (f32(moment) for moment in coder.moments(video))
         logvar = jnp.clip(logvar, *LOGVAR_RANGE)
-        z = mean + jnp.exp(0.5 * logvar) * draws.normal(key, mean.shape, mean.dtype)
-        error = f32(trainable.decode_raw(z)) - video
+        z = mean + jnp.exp(0.5 * logvar) * draws.normal(context.clips, mean.shape, mean.dtype)
+        error = f32(coder.decode_raw(z)) - video
         l1, l2 = example_mean(jnp.abs(error)), example_mean(error**2)
         kl = example_mean(0.5 * (mean**2 + jnp.exp(logvar) - 1 - logvar))
         metrics = {

@@ -1,27 +1,54 @@
-"""What a training method is: roles, updates, and pure losses over callables.
+"""What a training method is: roles, views, updates, a student, and pure losses over networks.
 
-A method is a frozen dataclass whose fields are the paper's hyper-parameters. It names the networks that take part
-(`roles`) and, in order, what is trained each step (`updates`). Its losses receive networks as callables already bound
-to their weights, so a loss can be tested against a Gaussian whose velocity is known in closed form, and no method
-knows of models, optimizers or files.
+A method is a frozen dataclass whose fields are the paper's hyper-parameters. It knows of no model, optimizer or file:
 
-    loss(trainable, others, batch, key) -> (per-example loss [b], metrics)
+    roles     sets of weights: where each starts, whether it is trained, which averages are kept of it
+    views     networks that the losses call: a role's weights, an average of them, adapters at some scale
+    updates   in order, what is trained each step: one or more roles, by one loss
+    student   which network, or pair of experts, is the result, and how it is sampled
 
-`trainable` is the network of the role being trained and is the only one that the step differentiates. `others` maps
-every role's name to its network as a constant, `"<role>_ema"` to the same network with its averaged weights for each
-role that keeps an average, and `"step"` to the number of completed steps. `key` is one key for each clip, from which
-all that is drawn for the clip comes (`flow.draws`), or one key for all, which is folded with their numbers.
+A loss receives all networks as callables that are already bound to their weights, so it can be tested against a
+Gaussian whose velocity is known in closed form:
+
+    loss(nets, batch, context) -> (loss of each clip [b], metrics)
+
+`nets` maps the name of every view to its network. Each role is a view of its own name, and each average of a role is
+one, `<role>_<average>`; a method's `views` come on top. A gradient is taken with respect to the roles that the update
+trains and nothing else.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
-from vpae_jax.types import Condition, Features, Latents, Metrics, PerExample, Times
+from jaxtyping import Array, Float, Int
 
-LossFn = Callable[[Any, Mapping[str, Any], Any, Any], tuple[PerExample, Metrics]]
+from vpae_jax.flow.sampler import ONE_STEP, Sampler
+from vpae_jax.types import Condition, Features, Latents, Metrics, PerExample, PRNGKey, Times, UserError, pytree
+
+EMA = "ema"  # the usual name of the only average of a role
+Nets = Mapping[str, Any]
+
+
+@pytree
+class Context:
+    """What a loss knows besides networks and batch.
+
+    Attributes:
+      step: completed steps.
+      clips: one key for each clip, from which all that is drawn for the clip comes (`flow.draws`).
+      batch: one key for the whole batch, for what its clips share: an exit step, a phase.
+    """
+
+    step: Int[Array, ""]
+    clips: PRNGKey
+    batch: PRNGKey
+
+
+LossFn = Callable[[Nets, Any, Context], tuple[PerExample, Metrics]]
 
 
 @runtime_checkable
@@ -33,75 +60,192 @@ class Velocity(Protocol):
 
 @runtime_checkable
 class Backbone(Velocity, Protocol):
-    """A flow network whose hidden states can be read; the forward pass stops at the last tapped block."""
+    """A flow network whose hidden states can be read, after the blocks `taps`, counted from 1."""
 
-    def features(self, x: Latents, t: Times, condition: Condition) -> Features: ...
+    def features(self, x: Latents, t: Times, condition: Condition, taps: tuple[int, ...]) -> Features:
+        """Hidden states alone; the forward pass stops at the last tapped block."""
+        ...
+
+    def velocity_and_features(
+        self, x: Latents, t: Times, condition: Condition, taps: tuple[int, ...]
+    ) -> tuple[Latents, Features]:
+        """Both by one forward pass."""
+        ...
 
 
 @runtime_checkable
-class Head(Protocol):
-    """Discriminator heads: hidden states to one logit a clip, high for real."""
+class Heads(Protocol):
+    """Discriminator heads: hidden states to k logits a clip, high for real.
 
-    def __call__(self, features: Features) -> PerExample: ...
+    Attributes:
+      taps: blocks of the backbone whose hidden states they read, counted from 1.
+    """
+
+    @property
+    def taps(self) -> tuple[int, ...]: ...
+
+    def __call__(self, features: Features) -> Float[Array, "b k"]: ...
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Low-rank weights beside those of another role (LoRA, 2106.09685).
+
+    Attributes:
+      on: the role whose linear layers they sit on, frozen or trained.
+      rank: of each pair of matrices.
+      alpha: numerator of their scale, alpha / rank.
+    """
+
+    on: str
+    rank: int
+    alpha: float
+
+
+@dataclass(frozen=True)
+class Average:
+    """An exponential moving average of a role's weights, in float32.
+
+    Attributes:
+      decay: weight of the old average in each update, in [0, 1].
+      start: the step from which it averages; before, it equals the weights.
+    """
+
+    decay: float
+    start: int = 0
+
+
+def averages(decay: float) -> dict[str, Average]:
+    """A role's averages where it keeps the usual one, or, at a decay of 0, none."""
+    return {EMA: Average(decay)} if decay else {}
 
 
 @dataclass(frozen=True)
 class Role:
-    """One network of a method.
+    """One set of weights in memory.
 
     Attributes:
-      init: where its weights come from: "pretrained" (the model directory), "fresh" (random), or "previous" (the
-        checkpoint of the phase before, which must hold a role of the same name).
-      trains: which of its weights are trained: all, only its low-rank adapters, or none.
-      model: which part of the pipeline it is.
-      lora_rank: rank of the adapters when `trains` is "lora".
-      lora_alpha: numerator of the adapters' scale alpha / rank.
-      ema: decay of the float32 average of its weights; None keeps no average.
-      base: for adapters, the frozen role whose weights they sit on.
+      start: where they come from: "pretrained" (the model directory), "fresh" (random; adapters then change nothing),
+        "previous" (the role of the same name in the checkpoint of the phase before) or "previous:<role>".
+      trains: whether they are trained. What is frozen is in no optimizer and no checkpoint.
+      part: which part of a model directory they are, or "heads".
+      adapters: given when the role holds low-rank weights alone, on another role's.
+      averages: by name.
     """
 
-    init: Literal["pretrained", "fresh", "previous"]
-    trains: Literal["all", "lora", "none"] = "none"
-    model: Literal["transformer", "heads", "vae", "encoders"] = "transformer"
-    lora_rank: int = 0
-    lora_alpha: float = 0.0
-    ema: float | None = None
-    base: str | None = None
+    start: str
+    trains: bool = False
+    part: Literal["transformer", "heads", "vae", "encoders"] = "transformer"
+    adapters: Adapters | None = None
+    averages: Mapping[str, Average] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        kind, _, name = self.start.partition(":")
+        if kind not in ("pretrained", "fresh", "previous") or (name and kind != "previous"):
+            raise UserError(f"Role.start is {self.start!r}, expected pretrained, fresh, previous or previous:<role>")
+
+    def previous(self, name: str) -> str | None:
+        """The role of the phase before that this one, called `name`, starts from; None for another start."""
+        kind, _, other = self.start.partition(":")
+        return (other or name) if kind == "previous" else None
+
+
+@dataclass(frozen=True)
+class View:
+    """A network that losses call.
+
+    Attributes:
+      role: whose weights; for a role of adapters, these on the role that they sit on.
+      average: the average in place of the weights.
+      scale: of adapters, a factor on alpha / rank; 0 is the network without them.
+      constant: never differentiated, not even in an update that trains the role.
+    """
+
+    role: str
+    average: str | None = None
+    scale: float = 1.0
+    constant: bool = False
 
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer update of one role.
+    """One optimizer update: one loss, by which one or more roles are trained, each with its own optimizer.
 
     Attributes:
-      trains: the role whose weights change.
+      trains: the roles whose weights change.
       loss: the pure loss; see the module's docstring.
       every: it runs every so many steps, counted from `starts`.
-      repeats: how many times in a row it runs, each on fresh noise.
+      repeats: how many times in a row it runs, each on a batch of its own.
       starts: the first step on which it runs (a discriminator's head start delays the generator).
     """
 
-    trains: str
+    trains: tuple[str, ...]
     loss: LossFn
     every: int = 1
     repeats: int = 1
     starts: int = 0
 
+    @property
+    def name(self) -> str:
+        """The roles, for metrics and messages: "fake_score+heads"."""
+        return "+".join(self.trains)
 
-@runtime_checkable
-class Method(Protocol):
+
+@dataclass(frozen=True)
+class Student:
+    """What a method makes: a network, or two experts for two ranges of times, and how it is sampled.
+
+    Attributes:
+      view: the network; of two experts the one for times from `boundary` on.
+      sampler: solver, times and guidance.
+      average: the average that is judged and exported in place of the weights; None for the weights themselves.
+      low: the view of the expert for times below `boundary`; None for one network.
+      boundary: see `low`.
+    """
+
+    view: str = "generator"
+    sampler: Sampler = ONE_STEP
+    average: str | None = EMA
+    low: str | None = None
+    boundary: float = 0.0
+
+
+class Method(ABC):
     """A training method. Implementations are frozen dataclasses.
 
-    A role called "generator" is what is sampled, scored and exported; one called "teacher" is shown beside it.
+    A role called "teacher" is shown beside the student in previews.
 
     Attributes:
       batch: what it trains on: `Batch`, `PixelBatch` or `CaptionedFrames`.
+      whole_batch: whether its loss compares the clips of a batch with each other, so that a batch cannot be processed
+        in parts.
     """
 
     batch: ClassVar[type]
+    whole_batch: ClassVar[bool] = False
 
     @property
+    @abstractmethod
     def roles(self) -> Mapping[str, Role]: ...
 
     @property
+    @abstractmethod
     def updates(self) -> tuple[Update, ...]: ...
+
+    @property
+    def views(self) -> Mapping[str, View]:
+        """Networks besides each role and each of its averages."""
+        return {}
+
+    @property
+    def student(self) -> Student | None:
+        """None for a method that makes no generator."""
+        return None
+
+
+def all_views(method: Method) -> dict[str, View]:
+    """Every network of a method by name: roles, their averages, and its own views."""
+    views = {name: View(name) for name in method.roles}
+    for name, role in method.roles.items():
+        views |= {f"{name}_{average}": View(name, average) for average in role.averages}
+    return views | dict(method.views)

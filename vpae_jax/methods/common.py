@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from clu.metrics import Metric
+from flax import struct
 from jax import Array
 from jax.lax import stop_gradient
 from jaxtyping import Float
@@ -22,7 +24,7 @@ from jaxtyping import Float
 from vpae_jax.flow import draws
 from vpae_jax.flow.guidance import guided
 from vpae_jax.flow.schedule import velocity_to_x0
-from vpae_jax.methods.base import Velocity
+from vpae_jax.methods.base import Adapters, Role, Velocity, averages
 from vpae_jax.types import Batch, Condition, Latents, Metrics, PerExample, PRNGKey, Times, UserError
 
 
@@ -74,9 +76,9 @@ class Term(NamedTuple):
         return Term(weight * self.value, weight * self.grad)
 
     @property
-    def grad_norm(self) -> Float[Array, ""]:
-        """L2 norm of a clip's gradient, mean over the batch."""
-        return jnp.sqrt(example_sum(self.grad**2)).mean()
+    def grad_norm(self) -> PerExample:
+        """L2 norm of each clip's gradient."""
+        return jnp.sqrt(example_sum(self.grad**2))
 
 
 def inject(x0: Latents, *terms: Term) -> PerExample:
@@ -102,12 +104,97 @@ def predict_x0(
     guidance: float = 1.0,
 ) -> Latents:
     """The network's x0 at (x, t) in float32, guided when `guidance` is not 1 (one more evaluation)."""
+    return velocity_to_x0(guided_velocity(network, x, t, condition, unconditional, guidance), x, t)
+
+
+def guided_velocity(
+    network: Velocity,
+    x: Latents,
+    t: Times,
+    condition: Condition,
+    unconditional: Condition | None,
+    guidance: float,
+) -> Latents:
+    """The network's velocity at (x, t) in float32, guided when `guidance` is not 1 (one more evaluation)."""
     v = f32(network(x, t, condition))
-    if guidance != 1:
-        if unconditional is None:
-            raise ValueError(f"guidance {guidance} needs the unconditional inputs")
-        v = guided(f32(network(x, t, unconditional)), v, guidance)
-    return velocity_to_x0(v, x, t)
+    if guidance == 1:
+        return v
+    if unconditional is None:
+        raise ValueError(f"guidance {guidance} needs the unconditional inputs")
+    return guided(f32(network(x, t, unconditional)), v, guidance)
+
+
+class Sums(Metric):
+    """A metric of a whole batch whose fields are sums over clips, so that a batch in parts has the same value."""
+
+    def merge(self, other: Sums) -> Sums:
+        return jax.tree.map(jnp.add, self, other)
+
+
+@struct.dataclass
+class MeanDrift(Sums):
+    """Mean over channels of the distance between two sets' means in the channel."""
+
+    x0: Float[Array, "*parts c"]
+    data: Float[Array, "*parts c"]
+    count: Float[Array, "*parts"]
+
+    def compute(self) -> Float[Array, ""]:
+        return jnp.abs(self.x0 - self.data).mean() / self.count
+
+
+@struct.dataclass
+class StdRatio(Sums):
+    """The standard deviation of one set over that of another."""
+
+    x0: Float[Array, "*parts"]
+    x0_squares: Float[Array, "*parts"]
+    data: Float[Array, "*parts"]
+    data_squares: Float[Array, "*parts"]
+    count: Float[Array, "*parts"]
+
+    def compute(self) -> Float[Array, ""]:
+        def std(total: Float[Array, ""], squares: Float[Array, ""]) -> Float[Array, ""]:
+            return jnp.sqrt(jnp.maximum(squares / self.count - (total / self.count) ** 2, 0.0))
+
+        return std(self.x0, self.x0_squares) / jnp.maximum(std(self.data, self.data_squares), 1e-6)
+
+
+@struct.dataclass
+class Ratio(Sums):
+    """The mean of one number of clips over that of another."""
+
+    above: Float[Array, "*parts"]
+    below: Float[Array, "*parts"]
+
+    def compute(self) -> Float[Array, ""]:
+        return self.above / jnp.maximum(self.below, 1e-12)
+
+
+@runtime_checkable
+class Trained(Protocol):
+    """The fields by which a method says how its generator is trained."""
+
+    @property
+    def generator(self) -> str: ...
+    @property
+    def generator_rank(self) -> int: ...
+    @property
+    def generator_scale(self) -> float: ...
+    @property
+    def init(self) -> str: ...
+    @property
+    def ema(self) -> float: ...
+
+
+def generator_role(method: Trained) -> Role:
+    """The role "generator": all weights, or adapters on the role "teacher", which change nothing at first."""
+    kept = averages(method.ema)
+    if method.generator == "full":
+        return Role(method.init, trains=True, averages=kept)
+    rank = method.generator_rank
+    start = "fresh" if method.init == "pretrained" else method.init
+    return Role(start, True, adapters=Adapters("teacher", rank, rank * method.generator_scale), averages=kept)
 
 
 def drift(x0: Latents, data: Latents) -> Metrics:
@@ -118,9 +205,14 @@ def drift(x0: Latents, data: Latents) -> Metrics:
       x0_std_ratio: standard deviation over that of the data.
     """
     axes = tuple(range(x0.ndim - 1))
+    clips, values = jnp.float32(len(x0)), x0[0].size
+
+    def per_clip(x: Latents) -> Float[Array, ""]:
+        return x.sum() / values  # summed over clips, so that sums stay small
+
     return {
-        "x0_mean_drift": jnp.abs(x0.mean(axes) - data.mean(axes)).mean(),
-        "x0_std_ratio": x0.std() / jnp.maximum(data.std(), 1e-6),
+        "x0_mean_drift": MeanDrift(clips * x0.mean(axes), clips * data.mean(axes), clips),
+        "x0_std_ratio": StdRatio(per_clip(x0), per_clip(x0**2), per_clip(data), per_clip(data**2), clips),
     }
 
 
@@ -144,6 +236,13 @@ def check_fraction(owner: str, **fields: float | int) -> None:
     for name, value in fields.items():
         if not 0 <= value <= 1:
             raise UserError(f"{owner}.{name} is {value}, expected a number between 0 and 1")
+
+
+def check_decay(owner: str, **fields: float) -> None:
+    """Raises UserError, naming the field, unless each value is an average's decay: from 0 (no average) to below 1."""
+    for name, value in fields.items():
+        if not 0 <= value < 1:
+            raise UserError(f"{owner}.{name} is {value}, expected a decay below 1, or 0 for no average")
 
 
 def drop_conditions(batch: Batch, key: PRNGKey, text: float, image: float) -> Condition:
@@ -173,3 +272,10 @@ def drop_conditions(batch: Batch, key: PRNGKey, text: float, image: float) -> Co
         image=without_image(condition.image),
         frames=without_image(condition.frames),
     )
+
+
+def drop_images(batch: Batch, probability: float, key: PRNGKey) -> Batch:
+    """The batch with images and first frames withheld at random, for a student of both tasks."""
+    if probability == 0:
+        return batch
+    return replace(batch, condition=drop_conditions(batch, key, 0.0, probability))

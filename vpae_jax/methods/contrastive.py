@@ -10,16 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax import Array
 from jax.nn import logsumexp
 from jaxtyping import Bool, Float
 
-from vpae_jax.methods.base import Role, Update
+from vpae_jax.methods.base import Context, Method, Nets, Role, Update, averages
 from vpae_jax.methods.common import f32
-from vpae_jax.types import CaptionedFrames, Metrics, PerExample, PRNGKey, TokenIds, UserError
+from vpae_jax.types import CaptionedFrames, Metrics, PerExample, TokenIds, UserError
 
 
 @runtime_checkable
@@ -41,18 +41,19 @@ def _normalised(x: Float[Array, "b k"]) -> Float[Array, "b k"]:
 
 
 @dataclass(frozen=True)
-class Contrastive:
+class Contrastive(Method):
     """Trains the encoders to match clips with their captions.
 
     Attributes:
       max_scale: upper bound of the inverse temperature (CLIP: 100).
-      ema: decay of the averaged weights; None keeps no average.
+      ema: decay of the averaged weights; 0 keeps no average.
     """
 
     batch: ClassVar[type] = CaptionedFrames
+    whole_batch: ClassVar[bool] = True
 
     max_scale: float = 100.0
-    ema: float | None = None
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
         if self.max_scale <= 0:
@@ -60,18 +61,16 @@ class Contrastive:
 
     @property
     def roles(self) -> Mapping[str, Role]:
-        return {"encoders": Role(init="fresh", trains="all", model="encoders", ema=self.ema)}
+        return {"encoders": Role("fresh", trains=True, part="encoders", averages=averages(self.ema))}
 
     @property
     def updates(self) -> tuple[Update, ...]:
-        return (Update(trains="encoders", loss=self.loss),)
+        return (Update(("encoders",), self.loss),)
 
-    def loss(
-        self, trainable: PairEncoder, others: Mapping[str, Any], batch: CaptionedFrames, key: PRNGKey
-    ) -> tuple[PerExample, Metrics]:
+    def loss(self, nets: Nets, batch: CaptionedFrames, context: Context) -> tuple[PerExample, Metrics]:
         """Symmetric InfoNCE of each pair."""
-        del others, key
-        clips, captions, logit_scale = trainable(batch)
+        del context
+        clips, captions, logit_scale = nets["encoders"](batch)
         scale = jnp.minimum(jnp.exp(f32(logit_scale)), self.max_scale)
         logits = scale * _normalised(f32(clips)) @ _normalised(f32(captions)).T
         right = jnp.eye(len(logits), dtype=bool)

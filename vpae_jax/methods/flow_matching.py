@@ -11,27 +11,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from vpae_jax.flow import draws
+from vpae_jax.flow.sampler import Sampler
 from vpae_jax.flow.schedule import LogitNormal, Uniform, add_noise
-from vpae_jax.methods.base import Role, Update, Velocity
-from vpae_jax.methods.common import check_fraction, drop_conditions, example_mean, f32, named_keys
-from vpae_jax.types import Batch, Metrics, PerExample, PRNGKey, UserError
+from vpae_jax.methods.base import EMA, Context, Method, Nets, Role, Student, Update, averages
+from vpae_jax.methods.common import check_decay, check_fraction, drop_conditions, example_mean, f32, named_keys
+from vpae_jax.types import Batch, Metrics, PerExample
 
 # Uniform on Wan's raw axis, shifted as Wan 2.1 does for 480p.
 TEACHER_TIMES = Uniform(0.0, 1.0, axis="raw", shift=3.0)
 
 
 @dataclass(frozen=True)
-class FlowMatching:
+class FlowMatching(Method):
     """Trains a velocity network on clips.
 
     Attributes:
       t: distribution of t.
       text_dropout: probability that a prompt is replaced by the negative prompt.
       image_dropout: probability that image and first frame are withheld (1 trains text-to-video only).
-      ema: decay of the averaged weights.
+      ema: decay of the averaged weights; 0 keeps no average.
+      steps, shift, guidance: how the network is sampled, by Euler's steps.
       init: where the network starts.
     """
 
@@ -40,33 +42,38 @@ class FlowMatching:
     t: Uniform | LogitNormal = TEACHER_TIMES
     text_dropout: float = 0.1
     image_dropout: float = 0.5
-    ema: float | None = 0.999
+    ema: float = 0.999
     init: Literal["pretrained", "fresh", "previous"] = "fresh"
+    steps: int = 50
+    shift: float = 3.0
+    guidance: float = 5.0
 
     def __post_init__(self) -> None:
         check_fraction("FlowMatching", text_dropout=self.text_dropout, image_dropout=self.image_dropout)
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise UserError(f"FlowMatching.ema is {self.ema}, expected a decay between 0 and 1, or None")
+        check_decay("FlowMatching", ema=self.ema)
+        _ = self.student  # refuses what no sampler is
 
     @property
     def roles(self) -> Mapping[str, Role]:
-        return {"generator": Role(init=self.init, trains="all", ema=self.ema)}
+        return {"generator": Role(self.init, trains=True, averages=averages(self.ema))}
 
     @property
     def updates(self) -> tuple[Update, ...]:
-        return (Update(trains="generator", loss=self.loss),)
+        return (Update(("generator",), self.loss),)
 
-    def loss(
-        self, trainable: Velocity, others: Mapping[str, Any], batch: Batch, key: PRNGKey
-    ) -> tuple[PerExample, Metrics]:
+    @property
+    def student(self) -> Student:
+        sampler = Sampler.even(self.steps, self.shift, self.guidance)
+        return Student("generator", sampler, average=EMA if self.ema else None)
+
+    def loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
         """Mean squared velocity error of each clip."""
-        del others
-        keys = named_keys(key, "t", "noise", "dropout")
+        keys = named_keys(context.clips, "t", "noise", "dropout")
         x0 = f32(batch.latents)
         t = self.t(keys.t, x0.shape[0])
         eps = draws.normal(keys.noise, x0.shape, x0.dtype)
         condition = drop_conditions(batch, keys.dropout, self.text_dropout, self.image_dropout)
-        v = f32(trainable(add_noise(x0, eps, t), t, condition))
+        v = f32(nets["generator"](add_noise(x0, eps, t), t, condition))
         loss = example_mean((v - (eps - x0)) ** 2)
         # (x0 error) = t^2 (velocity error): what the network knows of the clip, comparable between noise levels.
         return loss, {"x0_error": (t**2 * loss).mean()}

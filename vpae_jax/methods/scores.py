@@ -49,13 +49,14 @@ class DistributionMatching:
         (1 - t')^2 / t'^2, the exact KL gradient, which is the raw score difference times (1 - t').
       t: distribution of t'.
       guidance: of the real score; the fake score is never guided.
-      floor: lower bound of "x0_norm"'s denominator.
+      floor: lower bound of "x0_norm"'s denominator, in units of the latents, whose standard deviation is about 1.
+        Without one (DMD2), a single clip that equals the teacher's prediction decides the whole batch's direction.
     """
 
     weighting: Literal["x0_norm", "none", "t2"] = "x0_norm"
     t: Uniform | LogitNormal = SCORE_TIMES
     guidance: float = 5.0
-    floor: float = 0.0
+    floor: float = 0.01
 
     def __post_init__(self) -> None:
         check_choice("DistributionMatching", {"weighting": ("x0_norm", "none", "t2")}, self)

@@ -16,7 +16,7 @@ averaged weights, which are never differentiated:
     Eq. 7   L_D       = L_UAE-D + L_STR1
 
 Order of a step. One: the fake score `fake_updates` times, each on fresh clips, then the generator. Two: the heads
-`disc_updates` times, (the trained backbone as often, for "full_copy",) then the generator, then its average.
+`disc_updates` times (together with the backbone, for "full_copy"), then the generator, then its average.
 
 Where the text is open, the default and the alternatives:
 
@@ -27,7 +27,8 @@ Where the text is open, the default and the alternatives:
     t' in (0, T]                   matching.t, fake_t: U(.02, .98) raw, shift 5, clipped | unshifted | (.001, .999)
     guidance of s_real             matching.guidance = 5 | 1 | 3.5 to 7
     Eq. 2's nu                     fake_loss = velocity | x0
-    how the fake score trains      fake = lora (rank, scale) | all
+    how the fake score trains      fake = lora (rank, scale) | full
+    how the generator trains       generator = full | lora (rank, scale)
     updates a generator step       fake_updates = 5;  count = generator | all (are 500 steps the generator's, or all?)
     Eq. 3's form                   adversarial = hinge | ns_logistic | rpgan | pcm_hinge | literal
     Eq. 3's backbone               backbone = ema | online_sg | online_trainable | full_copy | frozen_teacher
@@ -47,14 +48,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.lax import stop_gradient
+from jaxtyping import Int
 
 from vpae_jax.flow import draws
+from vpae_jax.flow.sampler import ONE_STEP
 from vpae_jax.flow.schedule import LogitNormal, Uniform, add_noise
 from vpae_jax.methods.adversarial import (
     LOSSES,
@@ -64,24 +68,29 @@ from vpae_jax.methods.adversarial import (
     DiscriminatorNoise,
     Judge,
     Judged,
+    Logits,
     discriminator_loss,
     judge,
 )
-from vpae_jax.methods.base import Backbone, Head, Role, Update, Velocity
+from vpae_jax.methods.base import EMA, Adapters, Context, Method, Nets, Role, Student, Update, Velocity, View
 from vpae_jax.methods.common import (
+    Ratio,
     Term,
     check_at_least,
     check_choice,
+    check_decay,
     check_fraction,
     drift,
-    drop_conditions,
+    drop_images,
+    example_mean,
     f32,
+    generator_role,
     inject,
     named_keys,
     predict_x0,
 )
 from vpae_jax.methods.scores import SCORE_TIMES, DistributionMatching, ScoreDistillation, fake_score_loss
-from vpae_jax.types import Batch, Latents, Metrics, PerExample, PRNGKey, UserError
+from vpae_jax.types import Batch, Latents, Metrics, PerExample, PRNGKey, Times, UserError
 
 PRIMING_TIMES = Uniform(0.9, 1.0)
 MATCHING = DistributionMatching()
@@ -90,15 +99,8 @@ STR1 = DifferencePenalty()
 CSDS = ScoreDistillation()
 
 
-def _without_images(batch: Batch, probability: float, key: PRNGKey) -> Batch:
-    """The batch with images and first frames withheld at random, for a student of both tasks."""
-    if probability == 0:
-        return batch
-    return replace(batch, condition=drop_conditions(batch, key, 0.0, probability))
-
-
 @dataclass(frozen=True)
-class PhaseOne:
+class PhaseOne(Method):
     """Stability priming.
 
     Attributes:
@@ -109,8 +111,7 @@ class PhaseOne:
       anneal_steps: steps until the lower end is that of `t`.
       matching: the distribution-matching gradient.
       fake: what of the fake score is trained: low-rank adapters on the teacher, or a full copy.
-      fake_rank: rank of the adapters.
-      fake_scale: alpha / rank.
+      fake_rank, fake_scale: rank of the adapters, and alpha / rank.
       fake_loss: space of the fake score's error.
       fake_t: distribution of t' in the fake score's loss.
       fake_updates: updates of the fake score for one of the generator.
@@ -119,6 +120,9 @@ class PhaseOne:
       image_dropout: probability that image and first frame are withheld.
       ema: decay of the generator's average.
       init: where the generator starts.
+      generator: what of the generator is trained: all of it, or low-rank adapters on the teacher, whose weights then
+        serve both.
+      generator_rank, generator_scale: rank of the adapters, and alpha / rank.
     """
 
     batch: ClassVar[type] = Batch
@@ -128,7 +132,7 @@ class PhaseOne:
     anneal_from: float = 0.5
     anneal_steps: int = 500
     matching: DistributionMatching = MATCHING
-    fake: Literal["lora", "all"] = "lora"
+    fake: Literal["lora", "full"] = "lora"
     fake_rank: int = 128
     fake_scale: float = 0.5
     fake_loss: Literal["velocity", "x0"] = "velocity"
@@ -138,103 +142,109 @@ class PhaseOne:
     image_dropout: float = 0.0
     ema: float = 0.995
     init: Literal["pretrained", "previous"] = "pretrained"
+    generator: Literal["full", "lora"] = "full"
+    generator_rank: int = 128
+    generator_scale: float = 0.5
 
     def __post_init__(self) -> None:
         choices = {
             "input": ("noised_real", "pure_noise", "anneal"),
-            "fake": ("lora", "all"),
+            "fake": ("lora", "full"),
+            "generator": ("full", "lora"),
             "fake_loss": ("velocity", "x0"),
             "count": ("generator", "all"),
         }
         check_choice("PhaseOne", choices, self)
-        check_fraction("PhaseOne", image_dropout=self.image_dropout, ema=self.ema, anneal_from=self.anneal_from)
-        counts = {"fake_rank": self.fake_rank, "fake_updates": self.fake_updates, "anneal_steps": self.anneal_steps}
+        check_fraction("PhaseOne", image_dropout=self.image_dropout, anneal_from=self.anneal_from)
+        check_decay("PhaseOne", ema=self.ema)
+        counts = {
+            "fake_rank": self.fake_rank,
+            "generator_rank": self.generator_rank,
+            "fake_updates": self.fake_updates,
+            "anneal_steps": self.anneal_steps,
+        }
         check_at_least("PhaseOne", 1, **counts)
         if self.input == "anneal" and not isinstance(self.t, Uniform):
             raise UserError("PhaseOne.t has no lower end to anneal; use a Uniform, or input='noised_real'")
 
     @property
     def roles(self) -> Mapping[str, Role]:
-        adapters = {"init": "fresh", "lora_rank": self.fake_rank, "lora_alpha": self.fake_rank * self.fake_scale}
-        fake = Role(trains="lora", base="teacher", **adapters) if self.fake == "lora" else Role("pretrained", "all")
+        adapters = Adapters("teacher", self.fake_rank, self.fake_rank * self.fake_scale)
         return {
-            "generator": Role(init=self.init, trains="all", ema=self.ema),
-            "teacher": Role(init="pretrained"),
-            "fake_score": fake,
+            "generator": generator_role(self),
+            "teacher": Role("pretrained"),
+            "fake_score": Role("fresh", True, adapters=adapters) if self.fake == "lora" else Role("pretrained", True),
         }
 
     @property
     def updates(self) -> tuple[Update, ...]:
         if self.count == "all":
-            return (
-                Update(trains="fake_score", loss=self.fake_score_loss),
-                Update("generator", self.generator_loss, every=self.fake_updates, starts=self.fake_updates - 1),
-            )
+            last = self.fake_updates - 1
+            generator = Update(("generator",), self.generator_loss, every=self.fake_updates, starts=last)
+            return Update(("fake_score",), self.fake_score_loss), generator
         return (
-            Update(trains="fake_score", loss=self.fake_score_loss, repeats=self.fake_updates),
-            Update(trains="generator", loss=self.generator_loss),
+            Update(("fake_score",), self.fake_score_loss, repeats=self.fake_updates),
+            Update(("generator",), self.generator_loss),
         )
 
-    def generate(self, generator: Velocity, batch: Batch, others: Mapping[str, Any], key: PRNGKey) -> Latents:
-        """The generator's clips in one evaluation, float32. "anneal" reads the step from `others["step"]`."""
+    @property
+    def student(self) -> Student:
+        return Student("generator", ONE_STEP)
+
+    def generate(self, generator: Velocity, batch: Batch, step: Int[Array, ""], key: PRNGKey) -> Latents:
+        """The generator's clips in one evaluation, float32, at a step of the training."""
         keys = named_keys(key, "t", "noise")
         data = f32(batch.latents)
         noise = draws.normal(keys.noise, data.shape, data.dtype)
         if self.input == "pure_noise":
             return predict_x0(generator, noise, jnp.ones(len(data)), batch.condition)
         if self.input == "anneal" and isinstance(self.t, Uniform):
-            progress = jnp.clip(others["step"] / self.anneal_steps, 0.0, 1.0).astype(jnp.float32)
+            progress = jnp.clip(step / self.anneal_steps, 0.0, 1.0).astype(jnp.float32)
             t = self.t(keys.t, len(data), self.anneal_from + progress * (self.t.low - self.anneal_from))
         else:
             t = self.t(keys.t, len(data))
         return predict_x0(generator, add_noise(data, noise, t), t, batch.condition)
 
-    def generator_loss(
-        self, trainable: Velocity, others: Mapping[str, Any], batch: Batch, key: PRNGKey
-    ) -> tuple[PerExample, Metrics]:
-        """Eq. 1. Needs "teacher" and "fake_score"."""
-        keys = named_keys(key, "images", "generate", "matching")
-        batch = _without_images(batch, self.image_dropout, keys.images)
-        x0 = self.generate(trainable, batch, others, keys.generate)
+    def generator_loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
+        """Eq. 1."""
+        keys = named_keys(context.clips, "images", "generate", "matching")
+        batch = drop_images(batch, self.image_dropout, keys.images)
+        x0 = self.generate(nets["generator"], batch, context.step, keys.generate)
         term, metrics = self.matching(
-            x0, others["teacher"], others["fake_score"], batch.condition, batch.unconditional, keys.matching
+            x0, nets["teacher"], nets["fake_score"], batch.condition, batch.unconditional, keys.matching
         )
         return inject(x0, term), {**metrics, **drift(stop_gradient(x0), f32(batch.latents))}
 
-    def fake_score_loss(
-        self, trainable: Velocity, others: Mapping[str, Any], batch: Batch, key: PRNGKey
-    ) -> tuple[PerExample, Metrics]:
-        """Eq. 2. Needs "generator"."""
-        keys = named_keys(key, "images", "generate", "loss")
-        batch = _without_images(batch, self.image_dropout, keys.images)
-        x0 = self.generate(others["generator"], batch, others, keys.generate)
-        return fake_score_loss(trainable, x0, batch.condition, self.fake_t, keys.loss, self.fake_loss), {}
+    def fake_score_loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
+        """Eq. 2."""
+        keys = named_keys(context.clips, "images", "generate", "loss")
+        batch = drop_images(batch, self.image_dropout, keys.images)
+        x0 = self.generate(nets["generator"], batch, context.step, keys.generate)
+        return fake_score_loss(nets["fake_score"], x0, batch.condition, self.fake_t, keys.loss, self.fake_loss), {}
 
 
 BackboneKind = Literal["ema", "online_sg", "online_trainable", "full_copy", "frozen_teacher"]
-# Which network's hidden states are judged.
-BACKBONES: Mapping[str, str] = {
-    "ema": "generator_ema",
-    "online_sg": "generator",
-    "online_trainable": "generator",
-    "full_copy": "backbone",
-    "frozen_teacher": "teacher",
+# Which network's hidden states are judged; a full copy is a role of its own.
+BACKBONES: Mapping[str, View | None] = {
+    "ema": View("generator", EMA),
+    "online_sg": View("generator", constant=True),
+    "online_trainable": View("generator"),
+    "full_copy": None,
+    "frozen_teacher": View("teacher"),
 }
 
 
 @dataclass(frozen=True)
-class PhaseTwo:
+class PhaseTwo(Method):
     """Unified adversarial equilibrium.
 
     Attributes:
       adversarial: Eq. 3's form.
       adversarial_weight: of the generator's adversarial term.
       backbone: whose hidden states the heads read. "ema": the generator's average. "online_sg": the generator's current
-        weights, as constants (needs `others["generator"]` in the generator's update too). "online_trainable": the same,
-        but the generator is also trained as the backbone, and can lower its loss by blinding its judge. "full_copy": a
-        second copy of the teacher, trained with the heads by an update of its own (Table 3 "Trained"; one more
-        evaluation of the discriminator's loss and one more set of weights and moments). "frozen_teacher": Table 3's
-        "Frozen".
+        weights, as constants. "online_trainable": the same, but the generator is also trained as the backbone, and can
+        lower its loss by blinding its judge. "full_copy": a second copy of the teacher, trained with the heads by their
+        loss (Table 3 "Trained"; one more set of weights and moments). "frozen_teacher": Table 3's "Frozen".
       noise: how clips are noised for the discriminator.
       penalty: Eq. 4; its weight is Eq. 7's 1.
       csds: Eq. 5; its weight is lambda.
@@ -243,6 +253,9 @@ class PhaseTwo:
       image_dropout: probability that image and first frame are withheld.
       ema: decay of the generator's average.
       init: where the generator starts; "pretrained" is the ablation without phase one.
+      generator: what of the generator is trained: all of it, or low-rank adapters on the teacher, whose weights then
+        serve both.
+      generator_rank, generator_scale: rank of the adapters, and alpha / rank.
     """
 
     batch: ClassVar[type] = Batch
@@ -258,13 +271,22 @@ class PhaseTwo:
     image_dropout: float = 0.0
     ema: float = 0.995
     init: Literal["previous", "pretrained"] = "previous"
+    generator: Literal["full", "lora"] = "full"
+    generator_rank: int = 128
+    generator_scale: float = 0.5
 
     def __post_init__(self) -> None:
-        choices = {"adversarial": tuple(LOSSES), "backbone": tuple(BACKBONES), "init": ("previous", "pretrained")}
+        choices = {
+            "adversarial": tuple(LOSSES),
+            "backbone": tuple(BACKBONES),
+            "init": ("previous", "pretrained"),
+            "generator": ("full", "lora"),
+        }
         check_choice("PhaseTwo", choices, self)
-        check_fraction("PhaseTwo", image_dropout=self.image_dropout, ema=self.ema)
+        check_fraction("PhaseTwo", image_dropout=self.image_dropout)
+        check_decay("PhaseTwo", ema=self.ema)
         check_at_least("PhaseTwo", 0, adversarial_weight=self.adversarial_weight, disc_warmup=self.disc_warmup)
-        check_at_least("PhaseTwo", 1, disc_updates=self.disc_updates)
+        check_at_least("PhaseTwo", 1, disc_updates=self.disc_updates, generator_rank=self.generator_rank)
         if self.backbone == "online_trainable":
             warnings.warn(
                 "PhaseTwo.backbone is 'online_trainable': the generator can lower its loss by blinding its own judge",
@@ -279,21 +301,28 @@ class PhaseTwo:
     @property
     def roles(self) -> Mapping[str, Role]:
         roles = {
-            "generator": Role(init=self.init, trains="all", ema=self.ema),
-            "teacher": Role(init="pretrained"),
-            "heads": Role(init="fresh", trains="all", model="heads"),
+            "generator": generator_role(self),
+            "teacher": Role("pretrained"),
+            "heads": Role("fresh", True, part="heads"),
         }
-        if self.backbone == "full_copy":
-            roles["backbone"] = Role(init="pretrained", trains="all")
-        return roles
+        return roles | ({"backbone": Role("pretrained", True)} if self.backbone == "full_copy" else {})
+
+    @property
+    def views(self) -> Mapping[str, View]:
+        judged = BACKBONES[self.backbone]
+        return {} if judged is None else {"backbone": judged}
 
     @property
     def updates(self) -> tuple[Update, ...]:
-        updates = [Update(trains="heads", loss=self.heads_loss, repeats=self.disc_updates)]
-        if self.backbone == "full_copy":
-            updates.append(Update(trains="backbone", loss=self.backbone_loss, repeats=self.disc_updates))
-        updates.append(Update(trains="generator", loss=self.generator_loss, starts=self.disc_warmup))
-        return tuple(updates)
+        trained = ("heads", "backbone") if self.backbone == "full_copy" else ("heads",)
+        return (
+            Update(trained, self.discriminator_loss, repeats=self.disc_updates),
+            Update(("generator",), self.generator_loss, starts=self.disc_warmup),
+        )
+
+    @property
+    def student(self) -> Student:
+        return Student("generator", ONE_STEP)
 
     def generate(self, generator: Velocity, batch: Batch, key: PRNGKey) -> Latents:
         """x0 = eps - mu(eps, 1) in float32."""
@@ -301,78 +330,56 @@ class PhaseTwo:
         noise = draws.normal(key, shape, jnp.float32)
         return predict_x0(generator, noise, jnp.ones(shape[0]), batch.condition)
 
-    def heads_loss(
-        self, trainable: Head, others: Mapping[str, Any], batch: Batch, key: PRNGKey
-    ) -> tuple[PerExample, Metrics]:
-        """Eq. 7 for the heads. Needs "generator" and the backbone."""
-        constant = ConstantFeatures(others[BACKBONES[self.backbone]])
-        return self._discriminator_loss(constant, trainable, others, batch, key)
-
-    def backbone_loss(
-        self, trainable: Backbone, others: Mapping[str, Any], batch: Batch, key: PRNGKey
-    ) -> tuple[PerExample, Metrics]:
-        """Eq. 7 for a trained backbone. Needs "generator" and "heads"."""
-        return self._discriminator_loss(trainable, others["heads"], others, batch, key)
-
-    def _discriminator_loss(
-        self,
-        backbone: Backbone | ConstantFeatures,
-        heads: Head,
-        others: Mapping[str, Any],
-        batch: Batch,
-        key: PRNGKey,
-    ) -> tuple[PerExample, Metrics]:
-        keys = named_keys(key, "images", "generate", "noise", "penalty")
-        batch = _without_images(batch, self.image_dropout, keys.images)
-        x0 = stop_gradient(self.generate(others["generator"], batch, keys.generate))
+    def discriminator_loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
+        """Eq. 7, for the heads and, where it is trained, the backbone."""
+        keys = named_keys(context.clips, "images", "generate", "noise", "penalty")
+        batch = drop_images(batch, self.image_dropout, keys.images)
+        x0 = stop_gradient(self.generate(nets["generator"], batch, keys.generate))
         shown = self.noise(x0, f32(batch.latents), keys.noise)
-        judged = judge(backbone, heads, batch.condition)
+        backbone = nets["backbone"] if self.backbone == "full_copy" else ConstantFeatures(nets["backbone"])
+        judged = judge(backbone, nets["heads"], batch.condition)
         return discriminator_loss(judged, shown, self.adversarial, self.penalty, keys.penalty)
 
-    def generator_loss(
-        self, trainable: Backbone, others: Mapping[str, Any], batch: Batch, key: PRNGKey
-    ) -> tuple[PerExample, Metrics]:
-        """Eq. 6. Needs "heads", "teacher" and the backbone.
+    def generator_loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
+        """Eq. 6.
 
         Metrics besides `common.drift`: both terms' values and, for a clip, the L2 norms of their weighted gradients
         with respect to x0 and the ratio of these. "online_trainable" has no separate adversarial gradient to report.
         """
-        keys = named_keys(key, "images", "generate", "noise", "csds")
-        batch = _without_images(batch, self.image_dropout, keys.images)
-        x0 = self.generate(trainable, batch, keys.generate)
+        keys = named_keys(context.clips, "images", "generate", "noise", "csds")
+        batch = drop_images(batch, self.image_dropout, keys.images)
+        x0 = self.generate(nets["generator"], batch, keys.generate)
         constant, data = stop_gradient(x0), f32(batch.latents)
-        backbone = trainable if self.backbone == "online_trainable" else others[BACKBONES[self.backbone]]
-        judged = judge(backbone, others["heads"], batch.condition)
-        terms, metrics = [], dict(drift(constant, data))
+        judged = judge(nets["backbone"], nets["heads"], batch.condition)
+        terms: dict[str, Term] = {}
+        metrics = dict(drift(constant, data))
 
-        def adversarial(x: Latents) -> tuple[PerExample, PerExample]:
+        def adversarial(x: Latents) -> tuple[PerExample, tuple[Logits, Times]]:
             return self._adversarial(judged, self.noise(x, data, keys.noise))
 
         direct = jnp.zeros(len(x0))
         if self.backbone == "online_trainable":
-            value, logit = adversarial(x0)
+            value, (logit, disc_t) = adversarial(x0)
             direct = self.adversarial_weight * value
         else:
-            value, backward, logit = jax.vjp(adversarial, constant, has_aux=True)
+            value, backward, (logit, disc_t) = jax.vjp(adversarial, constant, has_aux=True)
             term = Term(value, backward(jnp.ones_like(value))[0]).scaled(self.adversarial_weight)
-            metrics["adv_grad"] = term.grad_norm
-            terms.append(term)
-        metrics |= {"adversarial": value.mean(), "fake_logit": logit.mean()}
+            metrics["adv_grad"], terms["adversarial"] = term.grad_norm, term
+        metrics |= {"adversarial": value, "fake_logit": logit}
 
         if self.csds.weight:
-            disc_t = self.noise(constant, data, keys.noise).fake_t
-            term = self.csds(constant, others["teacher"], batch.condition, batch.unconditional, keys.csds, disc_t)
-            metrics["csds"] = term.value.mean()
+            term = self.csds(constant, nets["teacher"], batch.condition, batch.unconditional, keys.csds, disc_t)
+            metrics["csds"] = term.value
             term = term.scaled(self.csds.weight)
-            metrics["csds_grad"] = term.grad_norm
-            terms.append(term)
-        if "adv_grad" in metrics and "csds_grad" in metrics:
-            metrics["adv_csds_ratio"] = metrics["adv_grad"] / jnp.maximum(metrics["csds_grad"], 1e-12)
-        return (direct + inject(x0, *terms)) if terms else direct, metrics
+            metrics["csds_grad"], terms["csds"] = term.grad_norm, term
+        if len(terms) == 2:
+            above, below = (terms[name].grad_norm.sum() for name in ("adversarial", "csds"))
+            metrics["adv_csds_ratio"] = Ratio(above, below)
+        return (direct + inject(x0, *terms.values())) if terms else direct, metrics
 
-    def _adversarial(self, judged: Judge, shown: Judged) -> tuple[PerExample, PerExample]:
-        """The generator's adversarial term of each clip, and the logit of the generated clip."""
+    def _adversarial(self, judged: Judge, shown: Judged) -> tuple[PerExample, tuple[Logits, Times]]:
+        """The generator's adversarial term of each clip, the logits of the generated clip, and its time."""
         loss = LOSSES[self.adversarial]
         fake = judged(shown.fake, shown.fake_t)
         real = judged(shown.real, shown.real_t) if loss.relative else jnp.zeros_like(fake)
-        return loss.generator(real, fake), fake
+        return example_mean(loss.generator(real, fake)), (fake, shown.fake_t)

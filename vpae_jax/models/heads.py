@@ -1,4 +1,4 @@
-"""Discriminator heads: hidden states of a transformer's tapped blocks to one logit a clip, high for real.
+"""Discriminator heads: hidden states of a transformer's tapped blocks to logits of a clip, high for real.
 
 V-PAE's multi-modal cross-attention head (arXiv 2508.21019v2, section 3.3), with APT's head (arXiv 2501.08316) and
 per-tap 1x1 convolutions (PCM, LADD) for comparison. What the paper leaves open follows methods.md 3.3, rows 23 to 27:
@@ -22,6 +22,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -32,7 +33,7 @@ from vpae_jax.models.lora import Linear
 from vpae_jax.models.norms import LayerNorm, RMSNorm
 from vpae_jax.models.parallel import gather
 from vpae_jax.sharding import HEADS_RULES
-from vpae_jax.types import Features, PerExample, Tokens, UserError
+from vpae_jax.types import Features, Tokens, UserError
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class HeadsConfig:
 
     Attributes:
       width: width of the backbone's hidden states.
-      kind: "ca_mm" attends to image and text before the hidden states, "ca" does not, "conv" averages the logits of
-        1x1 convolutions over tokens and taps.
+      kind: "ca_mm" attends to image and text before the hidden states, "ca" does not; both give one logit. "conv" gives
+        a logit for each token of each tap by 1x1 convolutions.
       taps: the backbone's blocks whose hidden states are read, counted from 1, rising.
       hidden: width inside the heads; None takes the backbone's.
       num_heads: attention heads; must divide the width inside.
@@ -52,6 +53,7 @@ class HeadsConfig:
         positions counted within each of them.
       condition: "tokens" attends to every image and text token, "pooled" to the mean of each.
       mlp_ratio: hidden width of the MLP after each cross-attention, in units of the width inside.
+      average: what of several logits is averaged: "losses", each logit being judged alone (PCM, LADD), or "logits".
       eps: of every norm.
     """
 
@@ -65,6 +67,7 @@ class HeadsConfig:
     modality: Literal["type_embedding", "sinusoid"] = "type_embedding"
     condition: Literal["tokens", "pooled"] = "tokens"
     mlp_ratio: int = 4
+    average: Literal["losses", "logits"] = "losses"
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
@@ -73,6 +76,7 @@ class HeadsConfig:
             "queries": ("per_tap", "shared"),
             "modality": ("type_embedding", "sinusoid"),
             "condition": ("tokens", "pooled"),
+            "average": ("losses", "logits"),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -209,7 +213,7 @@ class QueryHeads(nnx.Module):
         # Small but not zero: zero weights would send no gradient to what is judged.
         self.proj_out = Linear(d, 1, kernel_init=nnx.initializers.normal(0.02), **given)
 
-    def __call__(self, features: Features) -> PerExample:
+    def __call__(self, features: Features) -> Float[Array, "b 1"]:
         b = features.text.shape[0]
         query = self.query[...].astype(jnp.float32)
         queries = jnp.broadcast_to(query, (b, *query.shape))
@@ -220,11 +224,11 @@ class QueryHeads(nnx.Module):
             own = queries if self.shared else queries[:, index : index + 1]
             read.append(head(own, hidden).reshape(b, -1))
         joined = self.norm(jnp.concatenate(read, axis=-1))
-        return self.proj_out(jax.nn.gelu(self.proj_in(joined)))[:, 0]
+        return self.proj_out(jax.nn.gelu(self.proj_in(joined)))
 
 
 class ConvHeads(nnx.Module):
-    """`conv`: for each tap a logit for each token by two 1x1 convolutions, averaged over tokens and taps."""
+    """`conv`: for each tap a logit for each token, by two 1x1 convolutions."""
 
     def __init__(self, config: HeadsConfig, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
         d, init, taps = config.inner, nnx.initializers.normal(0.02), config.taps
@@ -233,14 +237,14 @@ class ConvHeads(nnx.Module):
         self.projs_in = nnx.List([Linear(config.width, d, dtype=dtype, **given) for _ in taps])
         self.projs_out = nnx.List([Linear(d, 1, kernel_init=init, **given) for _ in taps])
 
-    def __call__(self, features: Features) -> PerExample:
+    def __call__(self, features: Features) -> Float[Array, "b k"]:
         heads = zip(self.norms, self.projs_in, self.projs_out, features.taps, strict=True)
         logits = [proj_out(jax.nn.gelu(proj_in(norm(hidden)))) for norm, proj_in, proj_out, hidden in heads]
-        return jnp.mean(jnp.stack([jnp.mean(logit, axis=(1, 2)) for logit in logits]), axis=0)
+        return rearrange(jnp.stack(logits), "taps b n 1 -> b (taps n)")
 
 
 class DiscriminatorHeads(nnx.Module):
-    """One float32 logit a clip from a transformer's features.
+    """Float32 logits of a clip from a transformer's features.
 
     Args:
       config: kind and sizes.
@@ -264,8 +268,8 @@ class DiscriminatorHeads(nnx.Module):
         self.config = config
         self.mesh = mesh
 
-    def __call__(self, features: Features) -> PerExample:
-        """Logits, high for real.
+    def __call__(self, features: Features) -> Float[Array, "b k"]:
+        """Logits, high for real: one a clip, or many whose losses are to be averaged (`HeadsConfig.average`).
 
         Raises:
           UserError: the number of tapped hidden states is not the number these heads were made for.
@@ -275,7 +279,8 @@ class DiscriminatorHeads(nnx.Module):
                 f"heads: {len(features.taps)} taps were given, {len(self.config.taps)} are expected; set heads.taps"
             )
         graph, weights = nnx.split(self.heads)
-        return nnx.merge(graph, gather(weights, HEADS_RULES, self.mesh, "heads/"))(features)
+        logits = nnx.merge(graph, gather(weights, HEADS_RULES, self.mesh, "heads/"))(features)
+        return logits if self.config.average == "losses" else logits.mean(axis=1, keepdims=True)
 
 
 def sinusoid(length: int, width: int) -> Float[np.ndarray, "n d"]:

@@ -84,7 +84,10 @@ T2V_1_3B = Preset(
     image_encoder=None,
 )
 T2V_14B = replace(
-    T2V_1_3B, transformer=WanTransformerConfig(), heads=HeadsConfig(width=5120, taps=default_taps(40), num_heads=40)
+    T2V_1_3B,
+    transformer=WanTransformerConfig(),
+    # 113 million parameters, as many as for 1.3B; as wide as the transformer they would be 1.2 billion.
+    heads=HeadsConfig(width=5120, hidden=1280, taps=default_taps(40), num_heads=10),
 )
 I2V_14B = replace(
     T2V_14B,

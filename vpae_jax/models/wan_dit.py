@@ -103,7 +103,10 @@ class WanTransformer(nnx.Module):
           UserError: sizes that the patches do not divide, or a condition that lacks what this model reads.
         """
         hidden, embedding, context = self._enter(x, t, condition)
-        hidden = self._run(hidden, context, 0, self.config.num_layers)
+        return self._leave(self._run(hidden, context, 0, self.config.num_layers), embedding, x)
+
+    def _leave(self, hidden: Tokens, embedding: Float[Array, "b d"], x: Latents) -> Latents:
+        """The last block's states to the velocity, in the shape and dtype of `x`."""
         table = self.scale_shift_table[...].astype(jnp.float32) + embedding[:, None, :]
         shift, scale = table[:, :1], table[:, 1:]
         hidden = layer_norm(hidden, 1 + scale, shift, self.config.eps).astype(self.dtype)
@@ -127,17 +130,33 @@ class WanTransformer(nnx.Module):
         Raises:
           UserError: as `__call__`, and for taps that are not rising block numbers.
         """
+        hidden, _, context = self._enter(x, t, condition)
+        states, _ = self._tapped(hidden, context, taps, trained)
+        return _features(states, context, condition)
+
+    def velocity_and_features(
+        self, x: Latents, t: Times, condition: Condition, taps: tuple[int, ...], trained: bool = False
+    ) -> tuple[Latents, Features]:
+        """`__call__` and `features` by one forward pass; see there for arguments and errors."""
+        hidden, embedding, context = self._enter(x, t, condition)
+        states, hidden = self._tapped(hidden, context, taps, trained)
+        if taps[-1] < self.config.num_layers:
+            hidden = self._run(hidden, context, taps[-1], self.config.num_layers, copied=trained)
+        return self._leave(hidden, embedding, x), _features(states, context, condition)
+
+    def _tapped(
+        self, hidden: Tokens, context: Context, taps: tuple[int, ...], trained: bool
+    ) -> tuple[tuple[Tokens, ...], Tokens]:
+        """Hidden states after the tapped blocks, without the filling, and those after the last one with it."""
         layers = self.config.num_layers
         if not taps or list(taps) != sorted(set(taps)) or taps[0] < 1 or taps[-1] > layers:
             raise UserError(f"taps are {taps}, expected rising block numbers from 1 to {layers}; correct them")
-        hidden, _, context = self._enter(x, t, condition)
         states, start = [], 0
         for tap in taps:
             hidden = self._run(hidden, context, start, tap, copied=trained)
             states.append(hidden[:, : context.tokens])
             start = tap
-        text = context.text[:, : condition.text.shape[1]]
-        return Features(taps=tuple(states), text=text, text_mask=condition.text_mask, image=context.image)
+        return tuple(states), hidden
 
     def _grid(self, x: Latents) -> tuple[int, int, int]:
         (f, h, w), (pf, ph, pw) = x.shape[1:4], self.config.patch_size
@@ -209,6 +228,11 @@ class WanTransformer(nnx.Module):
         if self.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         return jax.lax.scan(body, hidden, weights if copied else jnp.arange(start, stop))[0]
+
+
+def _features(states: tuple[Tokens, ...], context: Context, condition: Condition) -> Features:
+    text = context.text[:, : condition.text.shape[1]]
+    return Features(taps=states, text=text, text_mask=condition.text_mask, image=context.image)
 
 
 def _cast(layer: Params, dtype: DTypeLike) -> Params:

@@ -14,6 +14,7 @@ from vpae_jax.planning.clips import ClipSize
 from vpae_jax.planning.programs import Program, Programs, draw_up, setting_of
 from vpae_jax.planning.result import Plan, ProgramPlan
 from vpae_jax.planning.topology import Topology
+from vpae_jax.train.state import TrainState
 from vpae_jax.types import UserError
 
 Say = Callable[[str], None]
@@ -72,6 +73,13 @@ def sizes(kept: dict[str, int], programs: Sequence[ProgramPlan]) -> dict[str, in
     return {**kept, "temporaries": temporaries, "code": sum(p.footprint.code for p in programs if p.footprint)}
 
 
+def trained_by(program: Program, state: TrainState) -> list[Any]:
+    """What of the state a program changes."""
+    roles = program.trains
+    averages = {name: tree for name, tree in state.averages.items() if name.rpartition("_")[0] in roles}
+    return [averages, *({role: tree[role] for role in roles} for tree in (state.params, state.opt))]
+
+
 def _compile(program: Program, programs: Programs, topology: Topology) -> ProgramPlan:
     mesh = programs.mesh
     hosts = [device.process_index for device in mesh.devices.flat]
@@ -79,7 +87,7 @@ def _compile(program: Program, programs: Programs, topology: Topology) -> Progra
     with jax.set_mesh(mesh):
         traced = program.jitted.trace(*program.arguments)
         work = flops.count(traced.jaxpr)
-        trained = [tree.get(program.name) for tree in (programs.state.params, programs.state.opt, programs.state.ema)]
+        trained = trained_by(program, programs.state)
         moved = roofline.traffic(work, mesh.size, memory.tree_bytes(trained))
         footprint = needed = sent = seconds = None
         try:

@@ -12,7 +12,7 @@ import jax
 from vpae_jax.planning.programs import Programs
 
 # In the order in which they are shown.
-KINDS = ("parameters", "optimizer", "EMA", "frozen", "batch", "temporaries", "code")
+KINDS = ("parameters", "optimizer", "averages", "frozen", "batch", "temporaries", "code")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # libtpu's refusals: "Used 21.5G of 15.75G hbm", "required for HLO temporaries (1.2T) exceeds available HBM (15.75G)".
 _NEEDED = re.compile(r"(?:Used |memory required for [^()]*\()([0-9.]+)([KMGT]?)")
@@ -50,7 +50,7 @@ def persistent(programs: Programs) -> dict[str, int]:
     return {
         "parameters": tree_bytes(programs.state.params),
         "optimizer": tree_bytes(programs.state.opt),
-        "EMA": tree_bytes(programs.state.ema),
+        "averages": tree_bytes(programs.state.averages),
         "frozen": tree_bytes(programs.frozen),
         "batch": tree_bytes(programs.batch),
     }

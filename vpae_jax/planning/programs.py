@@ -20,7 +20,7 @@ from vpae_jax.methods import make_method
 from vpae_jax.models import presets
 from vpae_jax.models.wan_dit import WanTransformerConfig
 from vpae_jax.planning.clips import ClipSize
-from vpae_jax.run import first_weights
+from vpae_jax.train import blueprint as blueprints
 from vpae_jax.train.optim import make_optimizer
 from vpae_jax.train.roles import check_roles
 from vpae_jax.train.state import TrainState, abstract, places_of
@@ -61,7 +61,8 @@ class Program:
     """One jitted update.
 
     Attributes:
-      name: the role that it trains.
+      name: the roles that it trains, as one word.
+      trains: these roles.
       repeats: how often it runs in a row.
       every: on each how-manieth step it runs.
       jitted: the update, as `train.step.make_update` makes it.
@@ -69,6 +70,7 @@ class Program:
     """
 
     name: str
+    trains: tuple[str, ...]
     repeats: int
     every: int
     jitted: Any
@@ -129,7 +131,7 @@ def draw_up(experiment: Experiment, clip: ClipSize, devices: Any) -> Programs:
         raise UserError(f"{experiment.name} does not train on encoded clips; plan phase1, phase2 or teacher")
     check_roles(method, experiment.optimizers)
     mesh = sharding.make_mesh(experiment.mesh, devices)
-    blueprint = first_weights.draw_up(experiment, method, mesh, transformer_of(experiment))
+    blueprint = blueprints.draw_up(experiment, method, mesh, transformer_of(experiment))
     optimizers = {role: make_optimizer(experiment.optimizers[role]) for role in blueprint.trained}
     state = abstract(blueprint.trained, method.roles, optimizers)
     batch = abstract_batch(experiment, clip, mesh)
@@ -137,10 +139,11 @@ def draw_up(experiment: Experiment, clip: ClipSize, devices: Any) -> Programs:
     places, parts = places_of(state), sharding.parts_of_batch(experiment, mesh)
     updates = tuple(
         Program(
+            update.name,
             update.trains,
             update.repeats,
             update.every,
-            make_update(update, index, blueprint.models, optimizers[update.trains], parts, places),
+            make_update(update, index, blueprint.models, optimizers, parts, places),
             (state, blueprint.frozen, batch, repeat),
         )
         for index, update in enumerate(method.updates)

@@ -21,12 +21,10 @@ from vpae_jax.config import Experiment
 from vpae_jax.flow.sampler import Sampler
 from vpae_jax.inference.pipeline import Pipeline, load_pipeline
 from vpae_jax.methods import make_method
-from vpae_jax.methods.base import Method
+from vpae_jax.methods.base import EMA, Method, Student
 from vpae_jax.models import presets
 from vpae_jax.run import export
 from vpae_jax.run.first_weights import (
-    Blueprint,
-    draw_up,
     make_weights,
     read_pretrained,
     read_previous,
@@ -39,6 +37,7 @@ from vpae_jax.run.previews import Clips, Generation, preview_of_digits, preview_
 from vpae_jax.runtime.preemption import Stop, never
 from vpae_jax.runtime.processes import as_first_says, first_alone, is_first, say, to_host
 from vpae_jax.tasks.digits.clips import MovingDigits, check_size
+from vpae_jax.train.blueprint import Blueprint, draw_up
 from vpae_jax.train.checkpoint import CONFIG_FILE, guard_config, latest_step
 from vpae_jax.train.loop import Hook, train
 from vpae_jax.train.optim import make_optimizer
@@ -110,7 +109,7 @@ def run(experiment: Experiment, workdir: Path, devices: Sequence[Any] | None = N
     if (step := int(state.step)) < experiment.steps:
         say(f"stopped at step {step} of {experiment.steps}, and saved; the same command continues")
         return
-    params = dict(state.params) | dict(state.ema)
+    params = product_weights(method, state)
     if guard is not None:
         start = partial(starting_generator, blueprint, experiment, workdir, source, guard.read()["previous_step"])
         if not guard.decide(int(state.step), _average(state), start):
@@ -133,7 +132,7 @@ def claim(experiment: Experiment, workdir: Path) -> None:
 def check_settings(experiment: Experiment, method: Method) -> None:
     """Raises `UserError` for a batch of more clips than there are, an update that the run is too short for, or a guard
     of a method that trains no generator."""
-    if experiment.guard.enabled and "generator" not in method.roles:
+    if experiment.guard.enabled and method.student is None:
         raise UserError("config.guard.enabled is True, but the method trains no generator to score; switch it off")
     if renders(experiment) and experiment.batch_size > experiment.data.clips:
         raise UserError(
@@ -143,7 +142,7 @@ def check_settings(experiment: Experiment, method: Method) -> None:
     for update in method.updates:
         if update.starts >= experiment.steps:
             raise UserError(
-                f"config.steps is {experiment.steps}, but the {update.trains} is trained from step {update.starts} on; "
+                f"config.steps is {experiment.steps}, but the {update.name} is trained from step {update.starts} on; "
                 "raise config.steps or shorten the warm-up"
             )
 
@@ -153,8 +152,9 @@ def starting_generator(
 ) -> Params:
     """The weights that the generator started from."""
     like = blueprint.trained["generator"]
-    if blueprint.models.roles["generator"].init == "previous":
-        return read_previous(experiment, workdir, previous_step, {"generator": like})[0]["generator"]
+    if blueprint.models.roles["generator"].previous("generator"):
+        earlier = blueprint.models.roles["generator"].previous("generator") or "generator"
+        return read_previous(experiment, workdir, earlier, like, previous_step)[0]
     if source is None:
         raise UserError("role generator starts from a model directory; set config.model.path")
     return read_pretrained(source, like)
@@ -183,20 +183,26 @@ def make_hooks(
     hooks = []
     if guard is not None:
         hooks.append(Hook(experiment.guard.every, lambda step, state: guard.score(step, _average(state))))
-    if pipeline is not None and "generator" in method.roles and experiment.sample_every:
+    if pipeline is not None and method.student is not None and experiment.sample_every:
         real, generation = preview_of_digits(pipeline) if renders(experiment) else preview_of_records(pipeline, records)
-        preview = make_preview(experiment, workdir, pipeline.defaults.fps, real, generation, frozen.get("teacher"))
+        preview = make_preview(
+            experiment, workdir, pipeline.defaults.fps, real, generation, frozen.get("teacher"), method.student
+        )
         hooks.append(Hook(experiment.sample_every, preview))
     return tuple(hooks)
 
 
 def make_preview(
-    experiment: Experiment, workdir: Path, fps: float, real: Clips, generation: Generation, teacher: Params | None
+    experiment: Experiment,
+    workdir: Path,
+    fps: float,
+    real: Clips,
+    generation: Generation,
+    teacher: Params | None,
+    student: Student,
 ) -> Callable[[int, TrainState], Mapping[str, float]]:
     """Writes clips of the data, the teacher, the generator and its average, side by side."""
-    shift = experiment.sample_shift
-    guidance = experiment.sample_guidance if experiment.generator_nfe > 1 else 1.0
-    sampler = Sampler.even(experiment.generator_nfe, shift, guidance)
+    shift, sampler = experiment.sample_shift, student.sampler
     rows: dict[str, Any] = {"data": real}
     if teacher is not None:
         rows["teacher, 100 evaluations"] = generation(teacher, Sampler.even(50, shift, experiment.sample_guidance))
@@ -204,8 +210,8 @@ def make_preview(
     def preview(step: int, state: TrainState) -> Mapping[str, float]:
         made = dict(rows)
         made["generator"] = generation(state.params["generator"], sampler)
-        if "generator" in state.ema:
-            made["generator, average"] = generation(state.ema["generator"], sampler)
+        if student.average is not None:
+            made["generator, average"] = generation(state.averages[f"{student.view}_{student.average}"], sampler)
         if is_first():
             write_previews(workdir / "previews", step, made, fps)
         return {}
@@ -218,7 +224,9 @@ def write_product(
 ) -> Path:
     """The model directory of a finished run, from its roles' final weights."""
     preset = experiment.model.preset
-    scheduler = Scheduler.of_student(experiment.sample_shift, experiment.generator_nfe, experiment.sample_guidance)
+    student = method.student
+    steps, guidance = (1, 1.0) if student is None else (student.sampler.steps, student.sampler.guidance)
+    scheduler = Scheduler.of_student(experiment.sample_shift, steps, guidance)
     if source is None:
         clips = MovingDigits("train", experiment.data.clips, experiment.data.seed)
         return export.write_autoencoder(workdir, preset, params["vae"], clips, scheduler)
@@ -227,6 +235,11 @@ def write_product(
     return export.write_student(workdir, params["generator"], source, scheduler)
 
 
+def product_weights(method: Method, state: TrainState) -> dict[str, Params]:
+    """The weights of every trained role that a run's model directory is made from: their average where one is kept."""
+    return {name: state.averages.get(f"{name}_{EMA}", params) for name, params in state.params.items()}
+
+
 def _average(state: TrainState) -> Params:
     """The weights that a run is judged and exported by."""
-    return state.ema.get("generator", state.params["generator"])
+    return state.averages.get(f"generator_{EMA}", state.params["generator"])

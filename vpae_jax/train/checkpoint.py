@@ -89,17 +89,17 @@ def latest_step(workdir: Path) -> int | None:
 def read_state(
     workdir: Path,
     step: int | None = None,
-    items: tuple[str, ...] = ("step", "params", "ema"),
-    like: Mapping[str, Params] | None = None,
+    items: tuple[str, ...] = ("step", "params", "averages"),
+    like: Mapping[str, Mapping[str, Params]] | None = None,
 ) -> dict[str, Any]:
     """What a run's checkpoint holds, as nested dicts of numpy arrays, whatever devices it was written on.
 
     Args:
       workdir: the run's folder.
       step: which checkpoint; the newest by default.
-      items: of "step", "key", "params", "opt", "ema".
-      like: shapes with places of the roles that are wanted, of which "params" and "ema" then hold these alone, on
-        their devices.
+      items: of "step", "key", "params", "opt", "averages".
+      like: of "params" and "averages", shapes with places of what is wanted, by name. They then hold these alone, as
+        far as they are there, on their devices.
 
     Raises:
       UserError: when the workdir has no such checkpoint, or one of other shapes.
@@ -115,10 +115,8 @@ def read_state(
         tree = manager.item_metadata(step)["state"].tree
         wanted = {item: tree[item] for item in items}
         how: Any = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-        for item in {"params", "ema"} & set(items):
-            if like is None:
-                continue
-            held = {role: places for role, places in like.items() if role in tree[item]}
+        for item in like or ():
+            held = {role: places for role, places in (like or {})[item].items() if role in tree[item]}
             wanted[item] = {role: tree[item][role] for role in held}
             how[item] = {role: _into(wanted[item][role], places, folder, role) for role, places in held.items()}
         restore = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True)
@@ -171,7 +169,7 @@ def _plain(state: TrainState, key_data: Callable[[Any], Any] = jax.random.key_da
         "key": key_data(state.key),
         "params": state.params,
         "opt": state.opt,
-        "ema": state.ema,
+        "averages": state.averages,
     }
 
 

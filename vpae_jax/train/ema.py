@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from vpae_jax.types import Params
 
@@ -16,6 +17,6 @@ def start(params: Params) -> Params:
     return jax.tree.map(lambda p: jnp.array(p, dtype=jnp.float32, copy=True), params)
 
 
-def update(average: Params, params: Params, decay: float) -> Params:
+def update(average: Params, params: Params, decay: float | Array) -> Params:
     """`decay * average + (1 - decay) * params`, in float32."""
     return jax.tree.map(lambda a, p: decay * a + (1.0 - decay) * p.astype(jnp.float32), average, params)

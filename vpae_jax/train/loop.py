@@ -98,7 +98,7 @@ def train(
         start = int(state.step)
         places = places_of(state)
         programs = [
-            steps.make_update(update, i, models, optimizers[update.trains], experiment.accumulation, places)
+            steps.make_update(update, i, models, optimizers, experiment.accumulation, places)
             for i, update in enumerate(method.updates)
         ]
         metrics = Metrics(workdir, start, experiment.steps)
@@ -134,21 +134,21 @@ def train(
 class Clock:
     """Time a step since the last reading, and how much of it the devices were idle for want of data."""
 
-    def __init__(self) -> None:
-        self.time, self.step, self.waited = time.monotonic(), None, 0.0
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self.now, self.time, self.step, self.waited = now, now(), None, 0.0
 
     @contextmanager
     def waiting(self, running: Any) -> Iterator[None]:
         """Around what waits for data. It is counted only when what was `running` on the devices, arrays that are yet to
         be computed, has ended by then: else the devices had work all the time."""
-        since = time.monotonic()
+        since = self.now()
         yield
         if all(value.is_ready() for value in jax.tree.leaves(running)):
-            self.waited += time.monotonic() - since
+            self.waited += self.now() - since
 
     def read(self, step: int) -> dict[str, float]:
         """`seconds_per_step`, and `data_wait`, the share of them spent waiting for data; 0 at the first reading."""
-        now, before = time.monotonic(), self.step
+        now, before = self.now(), self.step
         passed = now - self.time
         known = before is not None and passed > 0
         result = {

@@ -1,21 +1,22 @@
-"""From a method's roles to networks: which weights each role trains, which are frozen, and how both become callable.
+"""From a method's roles and views to networks: where methods and models meet.
 
 Every role's model is split into a graph definition and plain nested dicts of arrays. Trained weights live in the train
-state; frozen ones are a separate argument of every step, in no optimizer and no checkpoint. A role with low-rank
-adapters holds only these: it runs on its base role's frozen weights.
+state; frozen ones are a separate argument of every step, in no optimizer and no checkpoint. A role of adapters holds
+only these: its views run on the weights that they sit on, which are in memory once, whoever shares them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 from flax import nnx
+from jaxtyping import Array, Float
 
-from vpae_jax.methods.base import Method, Role
-from vpae_jax.types import Condition, Features, Latents, Params, PerExample, Times, UserError
+from vpae_jax.methods.base import Method, Role, View
+from vpae_jax.types import Condition, Features, Latents, Params, Times, UserError
 
 
 @dataclass(frozen=True)
@@ -24,32 +25,38 @@ class TransformerNetwork:
 
     Attributes:
       graph, params: the transformer, split.
-      taps: 1-indexed blocks whose hidden states are read.
       trained: whether the weights are differentiated.
     """
 
     graph: nnx.GraphDef
     params: Params
-    taps: tuple[int, ...] = ()
     trained: bool = False
 
     def __call__(self, x: Latents, t: Times, condition: Condition) -> Latents:
         return nnx.merge(self.graph, self.params)(x, t, condition)
 
-    def features(self, x: Latents, t: Times, condition: Condition) -> Features:
-        return nnx.merge(self.graph, self.params).features(x, t, condition, self.taps, self.trained)
+    def features(self, x: Latents, t: Times, condition: Condition, taps: tuple[int, ...]) -> Features:
+        return nnx.merge(self.graph, self.params).features(x, t, condition, taps, self.trained)
+
+    def velocity_and_features(
+        self, x: Latents, t: Times, condition: Condition, taps: tuple[int, ...]
+    ) -> tuple[Latents, Features]:
+        return nnx.merge(self.graph, self.params).velocity_and_features(x, t, condition, taps, self.trained)
 
 
 @dataclass(frozen=True)
-class HeadNetwork:
-    """Discriminator heads bound to weights (`methods.base.Head`)."""
+class HeadsNetwork:
+    """Discriminator heads bound to weights (`methods.base.Heads`)."""
 
     graph: nnx.GraphDef
     params: Params
-    taps: tuple[int, ...] = ()
     trained: bool = False
 
-    def __call__(self, features: Features) -> PerExample:
+    @property
+    def taps(self) -> tuple[int, ...]:
+        return nnx.merge(self.graph, self.params).config.taps
+
+    def __call__(self, features: Features) -> Float[Array, "b k"]:
         return nnx.merge(self.graph, self.params)(features)
 
 
@@ -59,7 +66,6 @@ class ModelNetwork:
 
     graph: nnx.GraphDef
     params: Params
-    taps: tuple[int, ...] = ()
     trained: bool = False
 
     def __call__(self, *args: Any) -> Any:
@@ -71,7 +77,7 @@ class ModelNetwork:
 
 NETWORKS: Mapping[str, Callable[..., Any]] = {
     "transformer": TransformerNetwork,
-    "heads": HeadNetwork,
+    "heads": HeadsNetwork,
     "vae": ModelNetwork,
     "encoders": ModelNetwork,
 }
@@ -79,32 +85,71 @@ NETWORKS: Mapping[str, Callable[..., Any]] = {
 
 @dataclass(frozen=True)
 class RoleModels:
-    """How each role's weights become networks.
+    """How weights become networks.
 
     Attributes:
       roles: the method's roles.
-      graphs: each role's graph definition; adapters' graphs hold their base's parameters too.
-      taps: 1-indexed blocks whose hidden states the heads read.
+      views: the networks by name (`methods.base.all_views`).
+      graphs: each role's graph definition; one of adapters holds the parameters that they sit on too.
     """
 
     roles: Mapping[str, Role]
+    views: Mapping[str, View]
     graphs: Mapping[str, nnx.GraphDef]
-    taps: tuple[int, ...] = ()
 
-    def network(self, role: str, params: Params, frozen: Mapping[str, Params], trained: bool = False) -> Any:
-        """The role's network for these weights (its adapters, when it trains adapters); `trained` in its own update."""
-        spec = self.roles[role]
-        if spec.trains == "lora":
-            params = merge_trees(frozen[str(spec.base)], params)
-        return NETWORKS[spec.model](self.graphs[role], params, self.taps, trained)
+    def weights(
+        self, name: str, held: Mapping[str, Params], averages: Mapping[str, Params]
+    ) -> tuple[nnx.GraphDef, Params]:
+        """A view's network, split.
+
+        Args:
+          name: of the view.
+          held: weights by role, trained and frozen.
+          averages: by `<role>_<average>`.
+        """
+        view = self.views[name]
+        role = self.roles[view.role]
+        params = held[view.role] if view.average is None else averages[f"{view.role}_{view.average}"]
+        if role.adapters is not None:
+            params = merge_trees(held[role.adapters.on], _scaled(params, view.scale))
+        return self.graphs[view.role], params
 
     def networks(
-        self, trained: Mapping[str, Params], averages: Mapping[str, Params], frozen: Mapping[str, Params]
+        self,
+        held: Mapping[str, Params],
+        averages: Mapping[str, Params],
+        constants: Mapping[str, Params] | None = None,
+        trains: Collection[str] = (),
     ) -> dict[str, Any]:
-        """Every role's network, and `<role>_ema` for each role that keeps an average."""
-        result = {role: self.network(role, params, frozen) for role, params in {**frozen, **trained}.items()}
-        result |= {f"{role}_ema": self.network(role, params, frozen) for role, params in averages.items()}
+        """Every view's network.
+
+        Args:
+          held: weights by role, trained and frozen; those in `trains` are being differentiated.
+          averages: by `<role>_<average>`.
+          constants: the same weights as `held`, of which none is differentiated, for views that are constant.
+          trains: the roles that are being trained.
+        """
+        result = {}
+        for name, view in self.views.items():
+            chosen = constants if view.constant and constants is not None else held
+            graph, params = self.weights(name, chosen, averages)
+            role = self.roles[view.role]
+            base = () if role.adapters is None else (role.adapters.on,)
+            own = () if view.average is not None else (view.role,)
+            trained = not view.constant and any(part in trains for part in (*own, *base))
+            result[name] = NETWORKS[role.part](graph, params, trained)
         return result
+
+
+def _scaled(adapters: Params, scale: float) -> Params:
+    """Adapters whose effect is multiplied: the second matrix of each pair."""
+    if scale == 1:
+        return adapters
+
+    def one(path: tuple[Any, ...], leaf: Array) -> Array:
+        return leaf * scale if jax.tree_util.keystr(path[-1:], simple=True) == "lora_b" else leaf
+
+    return jax.tree_util.tree_map_with_path(one, adapters)
 
 
 def split_lora(model: nnx.Module) -> tuple[nnx.GraphDef, Params, Params]:
@@ -133,16 +178,25 @@ def merge_trees(base: Mapping[Any, Any], extra: Mapping[Any, Any]) -> dict[Any, 
 
 
 def check_roles(method: Method, optimizers: Mapping[str, Any]) -> None:
-    """Every trained role needs an optimizer, and updates are for trained roles. Raises `UserError` naming the role.
+    """Every trained role needs an update and an optimizer, and updates are for trained roles; adapters sit on a whole
+    transformer. Raises `UserError` naming the role.
 
     An optimizer may lie unused: a config holds one for every role that some setting of its method trains.
     """
-    trained = {name for name, role in method.roles.items() if role.trains != "none"}
-    updated = {update.trains for update in method.updates}
+    trained = {name for name, role in method.roles.items() if role.trains}
+    updated = {name for update in method.updates for name in update.trains}
     if trained != updated:
         raise UserError(
             f"the method trains {sorted(trained)}, but has updates for {sorted(updated)}; correct the method"
         )
+    for name, role in method.roles.items():
+        if role.adapters is None:
+            continue
+        base = method.roles.get(role.adapters.on)
+        if base is None or base.adapters is not None or base.part != role.part:
+            raise UserError(
+                f"role {name} holds adapters on {role.adapters.on!r}, which is no whole {role.part}; correct the method"
+            )
     for name in sorted(trained):
         if name not in optimizers:
             raise UserError(f"config.optimizers.{name}: missing; the method trains this role")

@@ -24,14 +24,14 @@ class TrainState:
       key: root of all randomness, one key; never changes. Each draw folds in the step, the update and its repeat.
       params: float32 master weights of each trained role (only the adapters, for a role with adapters).
       opt: each trained role's optimizer state.
-      ema: float32 average of the weights of each role that keeps one.
+      averages: float32 averages of roles' weights, by `<role>_<average>`.
     """
 
     step: Any
     key: Any
     params: dict[str, Params]
     opt: dict[str, optax.OptState]
-    ema: dict[str, Params]
+    averages: dict[str, Params]
 
 
 def create(
@@ -62,7 +62,7 @@ def abstract(
         key=whole,
         params=weights,
         opt={name: _moments(optimizers[name], shapes.opt[name], weights[name], whole) for name in shapes.opt},
-        ema={name: weights[name] for name in shapes.ema},
+        averages={name: weights[role] for name, role in _averages(params, roles)},
     )
     return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, places)
 
@@ -82,7 +82,7 @@ def _builder(
             key=jax.random.key(seed),
             params=params,
             opt={name: optimizers[name].init(tree) for name, tree in params.items()},
-            ema={name: ema.start(params[name]) for name in params if roles[name].ema is not None},
+            averages={name: ema.start(params[role]) for name, role in _averages(params, roles)},
         )
 
     return build
@@ -93,6 +93,11 @@ def _moments(optimizer: optax.GradientTransformation, state: Any, weights: Any, 
     return optax.tree.map_params(
         optimizer, lambda _, place: place, state, weights, transform_non_params=lambda _: whole
     )
+
+
+def _averages(params: Mapping[str, Any], roles: Mapping[str, Role]) -> list[tuple[str, str]]:
+    """Every average's name and the role that it is of."""
+    return [(f"{role}_{name}", role) for role in params for name in roles[role].averages]
 
 
 def _everywhere(place: Any) -> Any:

@@ -1,0 +1,230 @@
+"""Small nonlinear networks, a batch, and records of every call, for the tests of all methods."""
+
+from dataclasses import dataclass, field, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from clu.metrics import Metric
+
+from vpae_jax.flow.schedule import expand
+from vpae_jax.methods.base import Context, all_views
+from vpae_jax.types import Batch, Condition, Features
+
+B, C = 3, 4
+SHAPE = (B, 2, 2, 2, C)
+# This generator compiles three times faster than the default one; the draws only need to be independent.
+KEY = jax.random.key(11, impl="unsafe_rbg")
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return jnp.asarray(RNG.normal(size=shape).astype(np.float32))
+
+
+def make_batch(shape=SHAPE):
+    b, *grid, c = shape
+    condition = Condition(
+        text=normal(b, 2, c), text_mask=jnp.ones((b, 2), bool), image=normal(b, 2, c), frames=normal(b, *grid, c)
+    )
+    return Batch(normal(*shape), condition, null_text=normal(2, c), null_mask=jnp.ones(2, bool))
+
+
+BATCH = make_batch()
+
+
+@dataclass(frozen=True)
+class Net:
+    """A nonlinear velocity network with hidden states; uses every part of the condition."""
+
+    w: jax.Array
+
+    def hidden(self, x, t, condition):
+        c = x.shape[-1]
+        mixed = jnp.tanh(x @ self.w[:c] + expand(t, x) * self.w[c])
+        return (
+            mixed + condition.text.mean(1)[:, None, None, None] + 0.1 * condition.frames + 0.1 * condition.image.mean()
+        )
+
+    def __call__(self, x, t, condition):
+        return self.hidden(x, t, condition) @ self.w[: x.shape[-1]]
+
+    def features(self, x, t, condition, taps):
+        tokens = self.hidden(x, t, condition).reshape(len(x), -1, x.shape[-1])
+        return Features(taps=(tokens,) * len(taps), text=condition.text, text_mask=condition.text_mask)
+
+    def velocity_and_features(self, x, t, condition, taps):
+        return self(x, t, condition), self.features(x, t, condition, taps)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Nonlinear logits of a clip."""
+
+    w: jax.Array
+    logits: int = 1
+    taps: tuple = (1,)
+
+    def __call__(self, features):
+        tokens = jnp.tanh(features.taps[0] @ self.w[: self.w.shape[1]])
+        return tokens.mean(1)[:, : self.logits] * 3 + tokens.mean((1, 2))[:, None]
+
+
+def weights_of(method, seed=0, c=C):
+    """Random weights of every role, and of every average under `<role>_<average>`."""
+    rng = np.random.default_rng(seed)
+    names = [*method.roles, *(f"{name}_{kept}" for name, role in method.roles.items() for kept in role.averages)]
+    return {name: jnp.asarray(0.6 * rng.normal(size=(c + 1, c)), jnp.float32) for name in names}
+
+
+def nets_of(method, weights, logits=1):
+    """Every view's network, as `train.roles` binds them: adapters add to what they sit on, constants are stopped."""
+    result = {}
+    for name, view in all_views(method).items():
+        role = method.roles[view.role]
+        w = weights[view.role if view.average is None else f"{view.role}_{view.average}"]
+        if role.adapters is not None:
+            w = weights[role.adapters.on] + view.scale * w
+        w = jax.lax.stop_gradient(w) if view.constant else w
+        result[name] = Heads(w, logits) if role.part == "heads" else Net(w)
+    return result
+
+
+def context(step=0, key=KEY):
+    return Context(jnp.int32(step), key, jax.random.fold_in(key, 99))
+
+
+def number(value):
+    return float(value.compute() if isinstance(value, Metric) else jnp.mean(value))
+
+
+def evaluate(method, loss, weights=None, batch=BATCH, key=KEY, step=0):
+    """(loss of each clip, metrics, gradient of its mean with respect to all weights)."""
+    weights = weights_of(method) if weights is None else weights
+
+    def run(weights, step):
+        values, metrics = loss(nets_of(method, weights), batch, context(step, key))
+        return values.mean(), (values, metrics)
+
+    grads, (values, metrics) = jax.jit(jax.grad(run, has_aux=True))(weights, jnp.int32(step))
+    return np.asarray(values), {k: number(v) for k, v in metrics.items()}, jax.device_get(grads)
+
+
+def touched(grads):
+    return {name for name, grad in grads.items() if np.abs(grad).max() > 0}
+
+
+def concrete(x):
+    """The value of an array, also of one that is being differentiated."""
+    return np.asarray(jax.lax.stop_gradient(x))
+
+
+@dataclass
+class Call:
+    """One evaluation of a network.
+
+    Attributes:
+      net: the view's name.
+      kind: "velocity", "features" or "both".
+      x, t: what it was shown and told.
+      prompt: "own" or "negative".
+      picture: whether image and first frame were given, for each clip.
+      v: the velocity that it gave, if it did.
+    """
+
+    net: str
+    kind: str
+    x: np.ndarray
+    t: np.ndarray
+    prompt: str
+    picture: tuple
+    v: np.ndarray | None
+
+    def noise_from(self, x0):
+        """The noise that makes this call's x of clean clips; t must be above 0."""
+        t = expand(jnp.asarray(self.t), jnp.asarray(self.x))
+        return np.asarray((self.x - (1 - t) * x0) / t)
+
+    @property
+    def x0(self):
+        return np.asarray(self.x - expand(jnp.asarray(self.t), jnp.asarray(self.x)) * self.v)
+
+
+@dataclass
+class Recorder:
+    """A network that writes down how it is called."""
+
+    name: str
+    net: Net
+    batch: Batch
+    calls: list
+
+    def _note(self, kind, x, t, condition, v=None):
+        texts = {"own": self.batch.condition.text, "negative": self.batch.unconditional.text}
+        found = [name for name, text in texts.items() if np.array_equal(condition.text, text)]
+        picture = tuple(
+            bool(np.abs(np.asarray(f)).max() > 0 and np.abs(np.asarray(i)).max() > 0)
+            for f, i in zip(condition.frames, condition.image, strict=True)
+        )
+        values = None if v is None else concrete(v)
+        self.calls.append(Call(self.name, kind, concrete(x), concrete(t), *found, picture, values))
+
+    def __call__(self, x, t, condition):
+        v = self.net(x, t, condition)
+        self._note("velocity", x, t, condition, v)
+        return v
+
+    def features(self, x, t, condition, taps):
+        self._note("features", x, t, condition)
+        return self.net.features(x, t, condition, taps)
+
+    def velocity_and_features(self, x, t, condition, taps):
+        self._note("both", x, t, condition, self.net(x, t, condition))
+        return self.net.velocity_and_features(x, t, condition, taps)
+
+
+@dataclass
+class Record:
+    """Every call of one evaluation of a loss.
+
+    Attributes:
+      calls: in their order.
+      values: the loss of each clip.
+    """
+
+    calls: list = field(default_factory=list)
+    values: np.ndarray | None = None
+
+    @property
+    def order(self):
+        return [(call.net, call.kind, call.prompt) for call in self.calls]
+
+
+def record(method, loss, batch=None, key=KEY, step=0, weights=None):
+    """Evaluates a loss with concrete numbers and writes down every call. Inside `jax.vjp` a network is called with
+    tracers, of which only the values are kept."""
+    batch = make_batch((B, 3, 4, 4, C)) if batch is None else batch
+    found, weights = Record(), weights_of(method) if weights is None else weights
+    nets = {
+        name: net if isinstance(net, Heads) else Recorder(name, net, batch, found.calls)
+        for name, net in nets_of(method, weights).items()
+    }
+    found.values = np.asarray(loss(nets, batch, context(step, key))[0])
+    return found
+
+
+def assert_independent(*noises):
+    """Each is standard normal, differs between clips, and is unlike every other one."""
+    flat = []
+    for noise in noises:
+        for clip in np.asarray(noise, np.float64):
+            flat.append(clip.ravel())
+    limit = 6 / np.sqrt(flat[0].size)
+    for one in flat:
+        assert abs(one.mean()) < limit and abs(one.std() - 1) < limit
+    matrix = np.corrcoef(np.stack(flat))
+    assert np.abs(matrix - np.eye(len(flat))).max() < limit
+
+
+def batch_with(batch=BATCH, **changes):
+    return replace(batch, **changes)

@@ -1,0 +1,140 @@
+"""What a run's roles are on a mesh: networks, and shapes, dtypes and places of all weights; nothing is allocated."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from vpae_jax import sharding
+from vpae_jax.config import Experiment, build
+from vpae_jax.methods.base import Method, Role, all_views
+from vpae_jax.models import presets
+from vpae_jax.models.heads import DiscriminatorHeads, HeadsConfig
+from vpae_jax.models.lora import LoRASpec
+from vpae_jax.models.pair_encoder import PairEncoder
+from vpae_jax.models.wan_dit import WanTransformer, WanTransformerConfig
+from vpae_jax.models.wan_vae import WanVAE
+from vpae_jax.train.roles import RoleModels, split, split_lora
+from vpae_jax.types import Params, PRNGKey, UserError
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """All roles' networks, and shapes, dtypes and places of their weights.
+
+    Attributes:
+      models: how weights become networks.
+      trained: of the trained roles, float32.
+      frozen: of all others.
+      makers: each role's weights from a random key, for those that start from random ones.
+    """
+
+    models: RoleModels
+    trained: dict[str, Params]
+    frozen: dict[str, Params]
+    makers: Mapping[str, Callable[[PRNGKey], Params]]
+
+    @property
+    def held(self) -> dict[str, Params]:
+        """Of all roles."""
+        return {**self.trained, **self.frozen}
+
+
+def draw_up(experiment: Experiment, method: Method, mesh: Mesh, transformer: WanTransformerConfig) -> Blueprint:
+    """Draws up the roles of a run on a mesh, whose devices need not be there.
+
+    Args:
+      transformer: sizes of the roles that are transformers.
+
+    Raises:
+      UserError: settings that do not fit each other, or weights that the mesh does not divide.
+    """
+    roles = method.roles
+    graphs, trained, frozen, makers = {}, {}, {}, {}
+    for name, role in roles.items():
+        make = partial(_network, experiment, name, role, transformer, mesh)
+        graphs[name], shapes = _split(nnx.eval_shape(lambda make=make: make(jax.random.key(0))), role)
+        dtype = jnp.dtype(jnp.float32 if role.trains else experiment.model.frozen_dtype)
+        places = sharding.param_shardings(shapes, sharding.RULES[role.part], mesh)
+        (trained if role.trains else frozen)[name] = sharding.abstract(shapes, places, dtype)
+        makers[name] = partial(_fresh, make, role, dtype, experiment.model.init_scale)
+    return Blueprint(RoleModels(roles, all_views(method), graphs), trained, frozen, makers)
+
+
+def _network(
+    experiment: Experiment, name: str, role: Role, transformer: WanTransformerConfig, mesh: Mesh, key: PRNGKey
+) -> nnx.Module:
+    """A role's model with random weights."""
+    rngs, model = nnx.Rngs(key), experiment.model
+    dtype = jnp.dtype(model.dtype)
+    if role.part == "transformer":
+        lora = None if role.adapters is None else LoRASpec(rank=role.adapters.rank, alpha=role.adapters.alpha)
+        return WanTransformer(transformer, rngs=rngs, dtype=dtype, remat=model.remat, lora=lora, mesh=mesh)
+    if role.part == "heads":
+        return DiscriminatorHeads(_heads(experiment, name, transformer), rngs=rngs, dtype=dtype, mesh=mesh)
+    preset = presets.find(model.preset)
+    if role.part == "vae":
+        return WanVAE(preset.vae, rngs=rngs, dtype=dtype)
+    if preset.image_encoder is None:
+        raise UserError(f"preset {model.preset!r} has no image encoder to train; choose another")
+    return PairEncoder(preset.text_encoder, preset.image_encoder, rngs=rngs)
+
+
+def _split(model: nnx.Module, role: Role) -> tuple[nnx.GraphDef, Params]:
+    """A model's graph and what of its weights belongs to the role."""
+    if role.adapters is None:
+        return split(model)
+    graph, adapters, _ = split_lora(model)
+    return graph, adapters
+
+
+def _fresh(
+    make: Callable[[PRNGKey], nnx.Module], role: Role, dtype: np.dtype, scales: Mapping[str, float], key: PRNGKey
+) -> Params:
+    _, params = _split(make(key), role)
+    if role.part == "transformer" and role.adapters is None:
+        params = _scaled(params, scales)
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def _heads(experiment: Experiment, name: str, config: WanTransformerConfig) -> HeadsConfig:
+    """Sizes of the discriminator heads of a role. Raises `UserError` for heads that do not fit the transformer."""
+    where = f"config.networks.{name}"
+    if name not in experiment.networks:
+        raise UserError(f"{where}: missing; the method trains discriminator heads of this name")
+    heads = build(HeadsConfig, experiment.networks[name], where)
+    if heads.width != config.width:
+        raise UserError(f"{where}.width is {heads.width}, but the transformer's is {config.width}")
+    if heads.taps[-1] > config.num_layers:
+        raise UserError(f"{where}.taps are {heads.taps}, but the transformer has {config.num_layers} blocks")
+    return heads
+
+
+def _scaled(params: Params, factors: Mapping[str, float]) -> Params:
+    """Parameters times the factors of the expressions that match them.
+
+    Raises:
+      UserError: for an expression that matches nothing.
+    """
+    unused = set(factors)
+
+    def scale(path: tuple[Any, ...], value: jax.Array) -> jax.Array:
+        for expression, factor in factors.items():
+            if re.search(expression, sharding.param_path(path)):
+                unused.discard(expression)
+                value = value * factor
+        return value
+
+    scaled = jax.tree_util.tree_map_with_path(scale, params)
+    if unused:
+        raise UserError(f"config.model.init_scale: {sorted(unused)[0]!r} matches no parameter")
+    return scaled
