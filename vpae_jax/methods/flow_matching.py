@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from vpae_jax.flow import draws
-from vpae_jax.flow.schedule import LogitNormal, Uniform, add_noise
+from vpae_jax.flow.schedule import add_noise
+from vpae_jax.flow.times import TimeDistribution
 from vpae_jax.methods.base import Role, Update, Velocity
 from vpae_jax.methods.common import check_fraction, drop_conditions, example_mean, f32, named_keys
 from vpae_jax.types import Batch, Metrics, PerExample, PRNGKey, UserError
 
 # Uniform on Wan's raw axis, shifted as Wan 2.1 does for 480p.
-TEACHER_TIMES = Uniform(0.0, 1.0, axis="raw", shift=3.0)
+TEACHER_TIMES = TimeDistribution(shift=3.0)
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class FlowMatching:
 
     batch: ClassVar[type] = Batch
 
-    t: Uniform | LogitNormal = TEACHER_TIMES
+    t: TimeDistribution = TEACHER_TIMES
     text_dropout: float = 0.1
     image_dropout: float = 0.5
     ema: float | None = 0.999
@@ -63,7 +64,7 @@ class FlowMatching:
         del others
         keys = named_keys(key, "t", "noise", "dropout")
         x0 = f32(batch.latents)
-        t = self.t(keys.t, x0.shape[0])
+        t = self.t(keys.t, x0.shape)
         eps = draws.normal(keys.noise, x0.shape, x0.dtype)
         condition = drop_conditions(batch, keys.dropout, self.text_dropout, self.image_dropout)
         v = f32(trainable(add_noise(x0, eps, t), t, condition))
