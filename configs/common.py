@@ -5,43 +5,22 @@ preset changes has its reason beside it.
 """
 
 import dataclasses
-import math
 
 from ml_collections import ConfigDict
 
-from vpae_jax.config import Experiment, OptimizerConfig, build, complete, nearest
-from vpae_jax.flow.schedule import Uniform
+from vpae_jax.config import Experiment, build, complete, nearest
 from vpae_jax.methods import METHODS
 from vpae_jax.models import presets
 from vpae_jax.models.heads import HeadsConfig
 from vpae_jax.types import UserError
 
-# Latent shapes [f, h, w, c] of one clip, for the translation of noise levels between resolutions.
-LATENTS = {
-    "tiny": (3, 6, 6, 16),
-    "t2v-1.3b-480p": (21, 60, 104, 16),
-    "t2v-14b-480p": (21, 60, 104, 16),
-    "t2v-14b-720p": (21, 90, 160, 16),
-    "i2v-14b-480p": (21, 60, 104, 16),
-    "i2v-14b-720p": (21, 90, 160, 16),
-}
-PRESETS = tuple(LATENTS)
+PRESETS = ("tiny", "t2v-1.3b-480p", "t2v-14b-480p", "t2v-14b-720p", "i2v-14b-480p", "i2v-14b-720p")
 
 
 def check(preset: str, known: tuple[str, ...] = PRESETS) -> None:
     """Raises `UserError` for a preset that the config does not have."""
     if preset not in known:
         raise UserError(f"preset {preset!r} does not exist{nearest(preset, known)} (known: {', '.join(known)})")
-
-
-def translate_to(preset: str) -> int | None:
-    """Values of one of the preset's clips; None for 720p, for which times are stated (`flow.schedule` Eq. 9)."""
-    return None if preset.endswith("720p") else math.prod(LATENTS[preset])
-
-
-def at_size(times: Uniform, preset: str) -> Uniform:
-    """Times stated for 720p, carried over to the preset's clips."""
-    return dataclasses.replace(times, translate_to=translate_to(preset))
 
 
 def experiment(preset: str, **values) -> ConfigDict:
@@ -59,7 +38,6 @@ def experiment(preset: str, **values) -> ConfigDict:
     heads = [role for role, used in build(METHODS[name], method, "method").roles.items() if used.part == "heads"]
     given = values.get("networks", {})
     values["networks"] = {role: complete(HeadsConfig, {**sizes, **given.get(role, {})}) for role in heads}
-    values["optimizers"] = {role: complete(OptimizerConfig, given) for role, given in values["optimizers"].items()}
     return ConfigDict(complete(Experiment, values))
 
 

@@ -7,16 +7,18 @@
 Paper: batch 32, Adam (.9, .999), learning rate 1e-6, 500 steps on Wan2.1-I2V-14B at 720p; on clips that Wan2.1-T2V-14B
 makes for captions of OpenVID-1M, "for the distributional alignment", and on Koala-36M and Intern4K, to raise the upper
 bound. It says not in what shares: the ones above are equal, and a run's metrics decide. The presets of 1.3B and 14B
-hold these values, with the ranges of t carried over to their resolution; the fake score's step size is 2e-5, since
-adapters at 1e-6 hardly move in 500 steps (the paper gives one rate for both). The tiny preset has its own values, with
-reasons beside them.
+hold these values; the ranges of t are translated to the size of the clips (`docs/methods.md`). The fake score's step
+size is 2e-5, since adapters at 1e-6 hardly move in 500 steps (the paper gives one rate for both). The tiny preset has
+its own values, with reasons beside them.
 """
 
 from ml_collections import ConfigDict
 
-from configs.common import adam, at_size, check, experiment, wan
-from vpae_jax.methods.scores import SCORE_TIMES
-from vpae_jax.methods.vpae import PRIMING_TIMES
+from configs.common import adam, check, experiment, wan
+from vpae_jax.flow.times import TimeDistribution
+
+# In so small a clip the same noise hides more than at 720p, so the tiny preset's times are lower than Wan's.
+TINY_TIMES = TimeDistribution(low=0.02, high=0.98)
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
@@ -29,12 +31,7 @@ def paper(preset: str) -> ConfigDict:
         **wan(preset),
         name="phase1",
         # Every default of the method is the paper's, or `docs/methods.md` says why it is not.
-        method={
-            "name": "vpae_phase1",
-            "t": at_size(PRIMING_TIMES, preset),
-            "matching": {"t": at_size(SCORE_TIMES, preset)},
-            "fake_t": at_size(SCORE_TIMES, preset),
-        },
+        method={"name": "vpae_phase1"},
         optimizers={
             "generator": adam(1e-6, b1=0.9),
             "fake_score": adam(2e-5, b1=0.9),
@@ -55,9 +52,9 @@ def tiny() -> ConfigDict:
             "matching": {
                 # From 3 to 5 this teacher meets its goals; at 3 it is nearest to real clips (docs/tiny.md).
                 "guidance": 3.0,
-                "t": {"kind": "Uniform", "low": 0.02, "high": 0.98, "axis": "raw", "shift": 1.0},
+                "t": TINY_TIMES,
             },
-            "fake_t": {"kind": "Uniform", "low": 0.02, "high": 0.98, "axis": "raw", "shift": 1.0},
+            "fake_t": TINY_TIMES,
             "fake_rank": 16,  # of a width of 192
             "fake_updates": 2,  # with the fake score's high rate, two follow as well as five (measured)
             "image_dropout": 0.5,  # the tiny model makes videos from text alone too

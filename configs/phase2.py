@@ -6,15 +6,14 @@
 
 Starts from phase one's checkpoint, by default in the folder `phase1` beside this run's workdir. Paper: batch 32, Adam
 (.5, .999), learning rate 2e-6, 1000 steps, EMA .995, lambda 10, sigma_s .01, sigma_t .1. The presets of 1.3B and 14B
-hold these values, with the ranges of t carried over to their resolution; the tiny preset has its own, with reasons
-beside them.
+hold these values; the ranges of t are translated to the size of the clips (`docs/methods.md`). The tiny preset has its
+own, with reasons beside them.
 """
 
 from ml_collections import ConfigDict
 
-from configs.common import adam, at_size, check, experiment, translate_to, wan
-from vpae_jax.flow.schedule import Uniform
-from vpae_jax.methods.scores import SCORE_TIMES
+from configs.common import adam, check, experiment, wan
+from vpae_jax.flow.times import TimeDistribution
 
 PREVIOUS = "python -m vpae_jax.main --config=configs/phase1.py:{preset}"
 
@@ -28,11 +27,7 @@ def paper(preset: str) -> ConfigDict:
     return experiment(
         **wan(preset),
         name="phase2",
-        method={
-            "name": "vpae_phase2",
-            "noise": {"translate_to": translate_to(preset)},
-            "csds": {"t": at_size(SCORE_TIMES, preset)},
-        },
+        method={"name": "vpae_phase2"},
         optimizers={
             "generator": adam(2e-6, b1=0.5),
             "heads": adam(2e-6, b1=0.5),
@@ -51,11 +46,11 @@ def tiny() -> ConfigDict:
         method={
             "name": "vpae_phase2",
             # The paper's [.9, .999] hides everything in a clip of 1,728 values.
-            "noise": {"kind": "full"},
+            "noise": {"t": TimeDistribution()},
             "penalty": {"weight": 0.05},  # at the paper's 1 the heads stay at chance over so few steps
             # Guided, it holds the digits' classes, which the judge alone lets go; a weight of 10 slows the judge's work
             # (docs/tiny.md). In so small a clip the same noise hides more than at 720p, so its times are lower.
-            "csds": {"weight": 5.0, "guidance": 4.0, "t": Uniform(0.3, 0.9)},
+            "csds": {"weight": 5.0, "guidance": 4.0, "t": TimeDistribution(low=0.3, high=0.9)},
             "disc_updates": 2,
             "disc_warmup": 50,  # the heads start from random weights
             "image_dropout": 0.5,

@@ -22,7 +22,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
             "name": "flow_matching",
             # A clip here has 2,800 times fewer values than one at 720p; the same noise hides far more of it, so the
             # times that matter are lower than Wan's shifted ones.
-            "t": {"kind": "LogitNormal", "mean": 0.0, "std": 1.0},
+            "t": {"kind": "logit_normal", "mean": 0.0, "std": 1.0},
             "text_dropout": 0.1,
             "image_dropout": 0.5,
             "ema": 0.999,

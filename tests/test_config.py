@@ -5,19 +5,17 @@ import json
 from types import SimpleNamespace
 from typing import Literal
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from configs import encoders, phase1, phase2, teacher, vae
 from configs.common import PRESETS
-from vpae_jax.config import build, complete, parse, plain
-from vpae_jax.flow.schedule import VALUES_720P, LogitNormal, Uniform, translate
+from vpae_jax.config import build, complete, parse
+from vpae_jax.flow.times import VALUES_720P, TimeDistribution
 from vpae_jax.methods import make_method
-from vpae_jax.methods.adversarial import DISC_TIMES, DiscriminatorNoise
+from vpae_jax.methods.adversarial import DISC_TIMES
+from vpae_jax.methods.scores import SCORE_TIMES
 from vpae_jax.train.roles import check_roles
 from vpae_jax.types import UserError
 
@@ -29,22 +27,17 @@ class Inner:
 
 
 @dataclasses.dataclass(frozen=True)
-class Other:
-    size: int = 3
-
-
-@dataclasses.dataclass(frozen=True)
 class Outer:
     inner: Inner
     many: tuple[int, ...] = ()
-    either: Inner | Other | None = None
+    other: Inner = Inner(5.0)
     flag: bool = False
     maybe: int | None = None
 
 
 def test_builds_nested_dataclasses():
-    outer = build(Outer, {"inner": {"rate": 1}, "many": [1, 2], "either": {"kind": "Other", "size": 4}}, "config")
-    assert outer == Outer(Inner(1.0), (1, 2), Other(4))
+    outer = build(Outer, {"inner": {"rate": 1}, "many": [1, 2], "other": Inner(4.0)}, "config")
+    assert outer == Outer(Inner(1.0), (1, 2), Inner(4.0))
     assert isinstance(outer.inner.rate, float)
 
 
@@ -58,7 +51,8 @@ def test_builds_nested_dataclasses():
         ({"inner": {"rate": float("nan")}}, r"config\.inner\.rate: expected float, found nan"),
         ({"inner": {"rate": 1, "kind_of": "c"}}, r"config\.inner\.kind_of: 'c' is not one of 'a', 'b'"),
         ({"inner": {"rate": 1}, "flag": 1}, r"config\.flag: expected bool, found 1"),
-        ({"inner": {"rate": 1}, "either": {"kind": "Third"}}, r"config\.either\.kind: 'Third' is not one of"),
+        ({"inner": {"rate": 1}, "maybe": "many"}, r"config\.maybe: expected int, found 'many'"),
+        ({"inner": {"rate": 1}, "many": 3}, r"config\.many: expected tuple.*, found 3"),
     ],
 )
 def test_bad_values_are_named(values, message):
@@ -66,19 +60,18 @@ def test_bad_values_are_named(values, message):
         build(Outer, values, "config")
 
 
-def test_complete_makes_every_key_known_and_changes_nothing():
-    given = {"inner": {"rate": 2}, "either": Other(5)}
+@pytest.mark.parametrize("other", [Inner(6.0, "b"), {"rate": 6, "kind_of": "b"}])
+def test_complete_makes_every_key_known_and_changes_nothing(other):
+    given = {"inner": {"rate": 2}, "other": other}
     full = ConfigDict(complete(Outer, given))
     assert full.to_dict() == {
         "inner": {"rate": 2.0, "kind_of": "a"},
         "many": (),
-        "either": {"kind": "Other", "size": 5, "rate": None, "kind_of": "a"},
+        "other": {"rate": 6.0, "kind_of": "b"},
         "flag": False,
         "maybe": None,
     }
-    values = plain(full)
-    assert values == {**full.to_dict(), "either": {"kind": "Other", "size": 5}}
-    assert build(Outer, values, "config") == build(Outer, given, "config")
+    assert build(Outer, full.to_dict(), "config") == build(Outer, given, "config")
 
 
 def overridden(config, *arguments):
@@ -90,81 +83,51 @@ def overridden(config, *arguments):
     return holder.value
 
 
-def outer(*arguments):
-    return build(Outer, plain(overridden(ConfigDict(complete(Outer, {"inner": {"rate": 1}})), *arguments)), "config")
+def outer(*arguments, **values):
+    config = ConfigDict(complete(Outer, {"inner": {"rate": 1}, **values}))
+    return build(Outer, overridden(config, *arguments).to_dict(), "config")
 
 
 def test_what_is_none_can_be_set_and_unset():
     assert outer().maybe is None and outer("maybe=3").maybe == 3
-    assert build(Outer, plain(overridden(ConfigDict(complete(Outer, PLAIN)), "maybe=None")), "config").maybe is None
-    with pytest.raises(UserError, match=r"config\.maybe: expected .*, found 'many'"):
+    assert outer(maybe=4).maybe == 4 and outer("maybe=None", maybe=4).maybe is None
+    with pytest.raises(UserError, match=r"config\.maybe: expected int, found 'many'"):
         outer("maybe=many")
 
 
-PLAIN = {"inner": {"rate": 1}, "maybe": 4, "either": {"kind": "Other", "size": 5}}
-
-
-def test_a_setting_of_several_kinds_can_be_switched():
-    assert outer().either is None
-    assert outer("either.kind=Other", "either.size=4").either == Other(4)
-    assert outer("either.kind=Inner", "either.rate=4").either == Inner(4.0)
-    assert outer("inner.rate=.5").inner == Inner(0.5)
-    switched = lambda *a: build(Outer, plain(overridden(ConfigDict(complete(Outer, PLAIN)), *a)), "config").either  # noqa: E731
-    assert switched() == Other(5) and switched("either.kind=None") is None
-    assert switched("either.kind=Inner", "either.rate=2.5") == Inner(2.5)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["either.size=4"], r"config\.either\.size: not a key of kind None; set config\.either\.kind=Other"),
-        (["either.kind=Inner", "either.rate=1", "either.size=4"], r"config\.either\.size: not a key of kind Inner"),
-        (["either.kind=Inner"], r"config\.either\.rate: expected float, found None"),
-        (["either.kind=Third"], r"config\.either\.kind: 'Third' is not one of Inner, Other"),
-    ],
-)
-def test_a_key_of_another_kind_is_refused(arguments, message):
-    with pytest.raises(UserError, match=message):
-        outer(*arguments)
+def test_keys_that_are_left_at_their_defaults_can_be_overridden():
+    changed = outer("other.rate=.5", "other.kind_of=b", "many=(1,2)", "flag=true")
+    assert changed == Outer(Inner(1.0), (1, 2), Inner(0.5, "b"), True)
 
 
 def method_of(module, preset, *arguments):
     return make_method(parse(overridden(module.get_config(preset), *arguments)).method)
 
 
-@pytest.mark.filterwarnings("ignore:PhaseTwo.noise.kind is 'fig_literal'")
-@pytest.mark.parametrize("kind", DISC_TIMES)
-@pytest.mark.parametrize(("preset", "values"), [("i2v-14b-720p", None), ("t2v-1.3b-480p", 21 * 60 * 104 * 16)])
-def test_each_kind_of_noise_draws_its_own_times_in_every_preset(preset, values, kind):
-    noise = method_of(phase2, preset, f"method.noise.kind={kind}").noise
-    clips, key = jnp.zeros((64, 1, 1, 1, 1)), jax.random.key(0)
-    expected = DiscriminatorNoise(kind, translate_to=values)(clips, clips, key)
-    np.testing.assert_array_equal(noise(clips, clips, key).fake_t, expected.fake_t)
-    low, high = (translate(end, VALUES_720P, values or VALUES_720P) for end in ENDS[kind])
-    assert low - 1e-6 <= expected.fake_t.min() and expected.fake_t.max() <= high + 1e-6
-    assert expected.fake_t.max() >= low + 0.8 * (high - low)
+def test_distributions_of_times_are_reached_from_the_command_line():
+    t = lambda *arguments: method_of(phase1, "i2v-14b-480p", *(f"method.{a}" for a in arguments))  # noqa: E731
+    assert t("t.low=.5", "t.stated_for=None").t == TimeDistribution(low=0.5)
+    normal = t("t.kind=logit_normal", "t.mean=1", "t.low=0").t
+    assert normal == TimeDistribution("logit_normal", mean=1.0, stated_for=VALUES_720P)
+    grid = t("fake_t.kind=grid", "fake_t.points=9", "fake_t.clip=(0.,1.)").fake_t
+    assert grid == TimeDistribution("grid", 0.02, 0.98, points=9, shift=5.0, stated_for=VALUES_720P)
+    listed = method_of(teacher, "tiny", "method.t.kind=list", "method.t.values=(1.,.5)", "method.t.weights=(3.,1.)").t
+    assert listed == TimeDistribution("list", values=(1.0, 0.5), weights=(3.0, 1.0))
+    noise = method_of(phase2, "tiny", "method.noise.t.low=1", "method.csds.times=discriminator")
+    assert noise.noise.t == TimeDistribution(low=1.0) and noise.csds.times == "discriminator"
 
 
-ENDS = {"shared": (0.9, 0.999), "fig_literal": (0.9, 1.0), "v1": (1.0, 1.0), "full": (0.0, 1.0), "clean": (0.0, 1.0)}
-
-
-def test_settings_that_are_none_or_of_several_kinds_are_reached_from_the_command_line():
-    preset, values = "i2v-14b-480p", 21 * 60 * 104 * 16
-    method = method_of(phase1, preset, "method.t.kind=LogitNormal", "method.t.mean=1", "method.fake_t.clip=None")
-    assert method.t == LogitNormal(1.0, translate_to=values)
-    assert method.fake_t == Uniform(0.02, 0.98, axis="raw", shift=5.0, translate_to=values)
-    assert method_of(phase1, "tiny", "method.t.clip=(.1,.9)", "method.t.translate_to=9").t.clip == (0.1, 0.9)
-    assert method_of(phase2, preset, "method.csds.t.kind=None").csds.t is None
-    noise = method_of(phase2, preset, "method.noise.t.kind=Uniform", "method.noise.t.low=.5").noise
-    assert noise == DiscriminatorNoise(t=Uniform(0.5, 1.0), translate_to=values)
-    assert method_of(phase2, preset, "method.noise.translate_to=None").noise == DiscriminatorNoise()
-    assert method_of(vae, "tiny", "method.ema=.9").ema == 0.9
-    assert method_of(teacher, "tiny", "method.ema=None", "method.t.kind=Uniform").t == Uniform()
-    assert parse(overridden(phase2.get_config(), "heads.hidden=96")).heads["hidden"] == 96
-    with pytest.raises(UserError, match=r"config\.method\.noise\.t\.low: not a key of kind None; set .*kind=Uniform"):
-        method_of(phase2, "tiny", "method.noise.t.low=.5")
-    with pytest.raises(UserError, match=r"config\.method\.t\.mean: not a key of kind Uniform"):
+def test_a_key_of_times_without_effect_is_refused():
+    with pytest.raises(UserError, match=r"config\.method\.t: mean=0\.5 has no effect on kind 'uniform'; set mean=0\.0"):
         method_of(phase1, "tiny", "method.t.mean=.5")
+    with pytest.raises(UserError, match=r"config\.method\.t: low=0\.9 has no effect on kind 'list'; set low=0\.0"):
+        method_of(phase1, "tiny", "method.t.kind=list")
+
+
+def test_other_defaults_are_reached_from_the_command_line():
+    assert method_of(vae, "tiny", "method.ema=.9").ema == 0.9
+    assert method_of(teacher, "tiny", "method.ema=None").ema is None
+    assert parse(overridden(phase2.get_config(), "heads.hidden=96")).heads["hidden"] == 96
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -201,7 +164,7 @@ def test_values_out_of_range_are_named(argument, message):
 
 
 def test_a_method_names_the_key_of_a_bad_value():
-    with pytest.raises(UserError, match=r"config\.method\.csds\.t: Uniform\.low and high are 0\.95 and 0\.9"):
+    with pytest.raises(UserError, match=r"config\.method\.csds\.t: low and high are 0\.95 and 0\.9"):
         method_of(phase2, "tiny", "method.csds.t.low=.95")
 
 
@@ -209,7 +172,7 @@ def test_a_method_names_the_key_of_a_bad_value():
 def test_the_preset_is_no_key(module):
     assert "preset" not in module.get_config()
     with pytest.raises(UserError, match=r"config\.preset: unknown key"):
-        parse({**plain(module.get_config()), "preset": "tiny"})
+        parse({**module.get_config().to_dict(), "preset": "tiny"})
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -235,12 +198,18 @@ def test_the_presets_of_14b_hold_the_papers_values():
     assert (method.ema, method.csds.weight, method.penalty.sigma_s, method.penalty.sigma_t) == (0.995, 10, 0.01, 0.1)
 
 
-def test_ranges_of_t_are_carried_over_from_720p():
-    large, small = (make_method(parse(phase2.get_config(f"i2v-14b-{size}p")).method) for size in (720, 480))
-    assert large.noise.translate_to is None and large.csds.t.translate_to is None
-    assert small.noise.translate_to == small.csds.t.translate_to == 21 * 60 * 104 * 16
-    lowest = Uniform(0.9, 0.9, translate_to=small.noise.translate_to)(jax.random.key(0), 1)
-    np.testing.assert_allclose(lowest, 0.855586, atol=1e-5)  # .9 / (a - .9 (a - 1)), a = sqrt(720 x 1280 / 480 x 832)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_ranges_of_t_are_stated_for_720p_but_in_the_tiny_preset(preset):
+    """So they follow the size of the batch's clips; the tiny preset states its own."""
+    one, two = (make_method(parse(phase.get_config(preset)).method) for phase in (phase1, phase2))
+    drawn = (one.matching.t, one.fake_t, two.noise.t, two.csds.t)
+    if preset == "tiny":
+        low = TimeDistribution(low=0.02, high=0.98)
+        assert one.input == "pure_noise"  # draws no time
+        assert drawn == (low, low, TimeDistribution(), TimeDistribution(low=0.3, high=0.9))
+    else:
+        assert one.t == TimeDistribution(low=0.9, stated_for=VALUES_720P)
+        assert drawn == (SCORE_TIMES, SCORE_TIMES, DISC_TIMES, SCORE_TIMES)
 
 
 def test_heads_are_those_of_the_preset_and_every_key_can_be_changed():

@@ -28,8 +28,8 @@ def train(*arguments: str) -> subprocess.CompletedProcess:
         (["--config=configs/phase1.py", "--config.steps=many"], ["steps", "many"]),
         (["--config=configs/phase1.py", "--config.preset=tiny"], ["preset"]),
         (
-            ["--config=configs/phase2.py", "--config.method.noise.t.low=.5"],
-            ["config.method.noise.t.low", "kind=Uniform"],
+            ["--config=configs/phase2.py", "--config.method.noise.t.mean=.5"],
+            ["config.method.noise.t", "mean=0.5", "kind 'uniform'"],
         ),
         (["--config=configs/phase2.py", "--config.checkpoint_every=0"], ["checkpoint_every is 0", "at least 1"]),
         (["--config=configs/phase1.py", "--workdir=gs://bucket/run"], ["gs://bucket/run: an address", "mounted path"]),

@@ -2,10 +2,6 @@
 
 `parse` is the only place where a ConfigDict meets the code: every key must be known, present where it has no default,
 and of the right type. A misspelt key is one line that names it and the nearest known one.
-
-A setting of several kinds (`Uniform | LogitNormal | None`) is a ConfigDict with a key `kind` ("None" for none) and the
-keys of all kinds, so that a command line can switch the kind and set the other's keys. `plain` drops those of the kinds
-that were not chosen, and refuses one that was overridden.
 """
 
 from __future__ import annotations
@@ -238,56 +234,19 @@ class Experiment:
 
 def parse(config: Mapping[str, Any] | ConfigDict) -> Experiment:
     """A config file's ConfigDict as an `Experiment`. Raises `UserError` for an unknown, missing or ill-typed key."""
-    values = plain(config) if isinstance(config, ConfigDict) else config
-    return build(Experiment, values or {}, "config")
-
-
-class Choice(FieldReference):
-    """A key of a setting of several kinds.
-
-    Attributes:
-      kinds: the kinds that have this key.
-      given: its value in the config file; any other is an override.
-    """
-
-    def __init__(self, value: Any, field_type: type, kinds: tuple[str, ...]):
-        super().__init__(value, field_type=field_type)
-        self.kinds = kinds
-        self.given = value
-
-
-def plain(config: ConfigDict, path: str = "config") -> dict[str, Any] | None:
-    """A ConfigDict's values as dicts, of settings of several kinds those of the chosen kind.
-
-    Raises:
-      UserError: for an overridden key that the chosen kind does not have.
-    """
-    entries: dict[str, Any] = dict(config.items(preserve_field_references=True))
-    kind = str(config.kind) if isinstance(entries.get("kind"), Choice) else None
-    if kind is not None and kind not in entries["kind"].kinds:
-        return {"kind": kind}  # for `build` to refuse
-    result = {}
-    for key, entry in entries.items():
-        value = config[key]
-        if key != "kind" and isinstance(entry, Choice) and kind not in entry.kinds:
-            if value != entry.given:
-                choices = " or ".join(entry.kinds)
-                raise UserError(f"{path}.{key}: not a key of kind {kind}; set {path}.kind={choices}, or leave it out")
-            continue
-        result[key] = plain(value, f"{path}.{key}") if isinstance(value, ConfigDict) else value
-    return None if kind == "None" else result
+    return build(Experiment, config.to_dict() if isinstance(config, ConfigDict) else config, "config")
 
 
 def complete(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` with the defaults of `cls` filled in, recursively: a ConfigDict of them can be overridden in every key.
 
-    Dataclasses become dicts. Fields that may be None, and all fields of a setting of several kinds, become references
-    that accept more than the type of their present value; `plain` takes them back.
+    Dataclasses become dicts. Fields that may be None become references without a type, so that None and a value can
+    replace each other.
     """
     hints = typing.get_type_hints(cls)
     result = dict(values)
-    for f in dataclasses.fields(cls):
-        if f.init and f.name not in values:
+    for f in _fields(cls):
+        if f.name not in values:
             if f.default is not dataclasses.MISSING:
                 result[f.name] = f.default
             elif f.default_factory is not dataclasses.MISSING:
@@ -299,52 +258,18 @@ def complete(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _complete_value(hint: Any, value: Any) -> Any:
     args = typing.get_args(hint)
-    optional = types.NoneType in args
-    choices = {a.__name__: a for a in (args if _is_union(hint) else (hint,)) if _is_dataclass(a)}
-    if choices and (value is None or isinstance(value, Mapping) or type(value) in choices.values()):
-        return _complete_choice(choices, optional, value)
-    if optional and not isinstance(value, FieldReference):
-        return FieldReference(value, field_type=object)  # a placeholder of one type could not be set back to None
+    if types.NoneType in args:
+        return FieldReference(value, field_type=object)
+    if _is_dataclass(hint):
+        given = value if isinstance(value, Mapping) else {f.name: getattr(value, f.name) for f in _fields(value)}
+        return complete(hint, given)
     if isinstance(value, Mapping) and args:
         return {k: _complete_value(args[1], v) for k, v in value.items()}
     return float(value) if hint is float and type(value) is int else value
 
 
-def _complete_choice(choices: Mapping[str, type], optional: bool, value: Any) -> dict[str, Any]:
-    """The keys of every choice: the values of the chosen one, the defaults of the others."""
-    if value is None:
-        kind, values = "None", {}
-    elif isinstance(value, Mapping):
-        values = dict(value)
-        several = len(choices) > 1 or optional
-        kind = values.pop("kind", next(iter(choices))) if several else next(iter(choices))
-    else:
-        kind, values = type(value).__name__, {f.name: getattr(value, f.name) for f in _fields(type(value))}
-    if kind in choices and len(choices) == 1 and not optional:
-        return complete(choices[kind], values)
-    kinds = (*choices, "None") if optional else tuple(choices)
-    if kind not in kinds:
-        return {"kind": kind, **values}
-    result = complete(choices[kind], values) if kind in choices else {}
-    for cls in choices.values():
-        # A field without a default is None until it is set.
-        result = {f.name: FieldReference(None, field_type=object) for f in _fields(cls)} | complete(cls, {}) | result
-    owners = {key: tuple(n for n, c in choices.items() if key in {f.name for f in _fields(c)}) for key in result}
-    return {"kind": Choice(kind, str, kinds)} | {k: _choice(v, owners[k]) for k, v in result.items()}
-
-
-def _choice(value: Any, kinds: tuple[str, ...]) -> Any:
-    if isinstance(value, FieldReference):
-        return Choice(value.get(), value.get_type(), kinds)
-    return value if isinstance(value, Mapping) else Choice(value, type(value), kinds)
-
-
-def _fields(cls: type) -> list[dataclasses.Field]:
+def _fields(cls: Any) -> list[dataclasses.Field]:
     return [f for f in dataclasses.fields(cls) if f.init]
-
-
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
 def build(cls: type, values: Mapping[str, Any], path: str) -> Any:
@@ -355,7 +280,7 @@ def build(cls: type, values: Mapping[str, Any], path: str) -> Any:
         value that `cls` refuses.
     """
     hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    fields = {f.name: f for f in _fields(cls)}
     for key in values:
         if key not in fields:
             raise UserError(f"{path}.{key}: unknown key{nearest(key, fields)}")
@@ -381,8 +306,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
-    if _is_union(hint):
-        return _convert_union(args, value, path, hint)
+    if types.NoneType in args:
+        (inner,) = (arg for arg in args if arg is not types.NoneType)
+        return None if value is None else _convert(inner, value, path)
     if origin is Literal:
         if value not in args:
             raise UserError(f"{path}: {value!r} is not one of {', '.join(map(repr, args))}")
@@ -407,24 +333,6 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             return float(value)
     elif isinstance(hint, type) and isinstance(value, hint):
         return value
-    raise UserError(f"{path}: expected {_describe(hint)}, found {value!r}")
-
-
-def _convert_union(args: tuple, value: Any, path: str, hint: Any) -> Any:
-    if value is None and type(None) in args:
-        return None
-    choices = {a.__name__: a for a in args if _is_dataclass(a)}
-    if choices and isinstance(value, Mapping):
-        rest = {k: v for k, v in value.items() if k != "kind"}
-        kind = value.get("kind", next(iter(choices)) if len(choices) == 1 else None)
-        if kind not in choices:
-            raise UserError(f"{path}.kind: {kind!r} is not one of {', '.join(choices)}")
-        return build(choices[kind], rest, path)
-    for arg in args:
-        try:
-            return _convert(arg, value, path)
-        except UserError:
-            continue
     raise UserError(f"{path}: expected {_describe(hint)}, found {value!r}")
 
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vpae_jax.flow.schedule import Uniform, expand
+from vpae_jax.flow.schedule import expand
+from vpae_jax.flow.times import TimeDistribution
 from vpae_jax.methods.autoencoder import Autoencoder
 from vpae_jax.methods.common import drop_conditions, named_keys
 from vpae_jax.methods.contrastive import Contrastive
@@ -51,7 +52,7 @@ def test_named_keys_are_distinct():
 
 def test_flow_matching_is_zero_for_the_right_velocity(batch):
     """For data that is always its batch's clip the exact velocity is (x - x0) / t."""
-    method = FlowMatching(t=Uniform(0.5, 1.0))
+    method = FlowMatching(t=TimeDistribution(low=0.5))
     perfect = lambda x, t, condition: (x - batch.latents) / expand(t, x)  # noqa: E731
     loss, metrics = method.loss(perfect, {}, batch, jax.random.key(1))
     assert loss.shape == (B,)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from vpae_jax.flow import draws
-from vpae_jax.flow.schedule import LogitNormal, Uniform, add_noise, expand
+from vpae_jax.flow.schedule import add_noise, expand
+from vpae_jax.flow.times import TimeDistribution
 from vpae_jax.methods.common import example_mean, inject, named_keys
 from vpae_jax.methods.scores import DistributionMatching, ScoreDistillation, fake_score_loss
 from vpae_jax.types import Condition, UserError
@@ -46,13 +47,18 @@ COND, UNCOND = prompt(0.0), prompt(-1.0)
 REAL, FAKE = gaussian(1.0), gaussian(3.0)
 
 
+def at(t):
+    """A fixed time."""
+    return TimeDistribution(low=t, high=t)
+
+
 @pytest.fixture
 def x0():
     return jnp.asarray(np.random.default_rng(0).normal(3.0, SD, SHAPE).astype(np.float32))
 
 
 def matching(x0, real=REAL, fake=FAKE, **fields):
-    fields = {"t": Uniform(0.6, 0.6), "guidance": 1.0, **fields}
+    fields = {"t": at(0.6), "guidance": 1.0, **fields}
     method = DistributionMatching(**fields)
     return jax.jit(lambda x0: method(x0, real, fake, COND, UNCOND, KEY))(x0)
 
@@ -131,7 +137,7 @@ def test_guidance_is_of_the_real_score_only(x0):
 def test_a_perfect_clip_gives_zero_not_nan(x0):
     """Where x0 equals the real prediction the normaliser is 0."""
     exact = lambda x, t, condition: (x - x0) / expand(t, x)  # noqa: E731
-    term, metrics = DistributionMatching(t=Uniform(1.0, 1.0), guidance=1.0)(x0, exact, exact, COND, UNCOND, KEY)
+    term, metrics = DistributionMatching(t=at(1.0), guidance=1.0)(x0, exact, exact, COND, UNCOND, KEY)
     assert np.isfinite(term.grad).all() and np.isfinite(term.value).all()
     assert all(np.isfinite(v) for v in metrics.values())
 
@@ -141,18 +147,20 @@ def test_the_fake_score_learns_velocity_of_the_generator(x0):
     exact = lambda x, t, condition: (x - x0) / expand(t, x)  # noqa: E731
     wrong = lambda x, t, condition: exact(x, t, condition) + 0.5  # noqa: E731
     for space in ("velocity", "x0"):
-        np.testing.assert_allclose(fake_score_loss(exact, x0, COND, Uniform(0.2, 1.0), KEY, space), 0, atol=1e-9)
-    np.testing.assert_allclose(fake_score_loss(wrong, x0, COND, Uniform(0.6, 0.6), KEY), 0.25, rtol=1e-4)
-    np.testing.assert_allclose(fake_score_loss(wrong, x0, COND, Uniform(0.6, 0.6), KEY, "x0"), 0.36 * 0.25, rtol=1e-4)
+        np.testing.assert_allclose(
+            fake_score_loss(exact, x0, COND, TimeDistribution(low=0.2, high=1.0), KEY, space), 0, atol=1e-9
+        )
+    np.testing.assert_allclose(fake_score_loss(wrong, x0, COND, at(0.6), KEY), 0.25, rtol=1e-4)
+    np.testing.assert_allclose(fake_score_loss(wrong, x0, COND, at(0.6), KEY, "x0"), 0.36 * 0.25, rtol=1e-4)
 
 
 def test_the_fake_loss_does_not_reach_the_generator(x0):
-    grad = jax.grad(lambda x: fake_score_loss(FAKE, x, COND, Uniform(0.2, 0.9), KEY).sum())(x0)
+    grad = jax.grad(lambda x: fake_score_loss(FAKE, x, COND, TimeDistribution(low=0.2, high=0.9), KEY).sum())(x0)
     assert (grad == 0).all()
 
 
 def distil(x0, disc_t=None, **fields):
-    fields = {"t": Uniform(0.6, 0.6), **fields}
+    fields = {"t": at(0.6), **fields}
     disc_t = jnp.full(len(x0), 0.3) if disc_t is None else disc_t
     method = ScoreDistillation(**fields)
     return jax.jit(lambda x0: method(x0, REAL, COND, UNCOND, KEY, disc_t))(x0)
@@ -178,7 +186,7 @@ def direct_distillation(x0, w=1.0, t=0.6, frames=3, reduce="mean"):
     [
         ({}, {}),
         ({"guidance": 5.0}, {"w": 5.0}),
-        ({"t": None}, {"t": 0.3}),
+        ({"times": "discriminator"}, {"t": 0.3}),
         ({"reduction": "sum"}, {"reduce": "sum"}),
         ({"frames": 1}, {"frames": 1}),
         ({"frames": 2, "reduction": "sum"}, {"frames": 2, "reduce": "sum"}),
@@ -207,7 +215,7 @@ def test_distillation_contracts_to_the_mean():
     size = 2000
     x0 = jnp.full((size, 1, 2, 2, 5), 2.5)
     cond = Condition(text=jnp.zeros((size, 1, 1)), text_mask=jnp.ones((size, 1), bool))
-    term = ScoreDistillation(t=Uniform(0.6, 0.6))(x0, REAL, cond, cond, KEY, jnp.full(size, 0.6))
+    term = ScoreDistillation(t=at(0.6))(x0, REAL, cond, cond, KEY, jnp.full(size, 0.6))
     k = 0.16 * SD**2 / (0.16 * SD**2 + 0.36)
     assert k == pytest.approx(0.178832, abs=1e-6)
     assert float((term.grad * 20).mean()) == pytest.approx(2 * (1 - k) * 1.5, abs=0.01)
@@ -221,13 +229,20 @@ def test_each_draw_has_its_own_key(x0):
         seen.append((np.asarray(x), np.asarray(t)))
         return x
 
-    for t in (Uniform(0.5, 0.5), Uniform(1.0, 1.0)):
+    for t in (at(0.5), at(1.0)):
         DistributionMatching(t=t, guidance=1.0)(x0, record, REAL, COND, UNCOND, KEY)
     noise = seen[1][0]
     np.testing.assert_allclose(seen[0][0], 0.5 * np.asarray(x0) + 0.5 * noise, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("t", [Uniform(0.02, 0.98), Uniform(0.001, 0.999), LogitNormal(1.0, 1.0, shift=5.0)])
+@pytest.mark.parametrize(
+    "t",
+    [
+        TimeDistribution(low=0.02, high=0.98),
+        TimeDistribution(low=0.001, high=0.999),
+        TimeDistribution("logit_normal", mean=1.0, shift=5.0),
+    ],
+)
 def test_other_times(x0, t):
     term, _ = matching(x0, t=t)
     assert np.isfinite(term.grad).all() and (term.grad > 0).all()

@@ -10,11 +10,12 @@ from networks import BATCH, KEY, SHAPE, B, context, evaluate, nets_of, touched, 
 
 from vpae_jax.flow import draws
 from vpae_jax.flow.sampler import Sampler
-from vpae_jax.flow.schedule import LogitNormal, Uniform, add_noise, expand
+from vpae_jax.flow.schedule import add_noise, expand
+from vpae_jax.flow.times import VALUES_720P, TimeDistribution
 from vpae_jax.methods.adversarial import LOSSES, DifferencePenalty, DiscriminatorNoise
 from vpae_jax.methods.base import Adapters, Average, Role, Student, View
 from vpae_jax.methods.common import named_keys, predict_x0
-from vpae_jax.methods.scores import DistributionMatching, ScoreDistillation
+from vpae_jax.methods.scores import SCORE_TIMES, DistributionMatching, ScoreDistillation
 from vpae_jax.methods.vpae import PhaseOne, PhaseTwo
 from vpae_jax.types import UserError
 
@@ -28,13 +29,16 @@ def strict_promotion():
 # Phase one.
 
 NOISED = PhaseOne(fake_updates=2)
+# The paper's range, in these clips of few values too.
+HIGH = TimeDistribution(low=0.9)
 
 
 def test_paper_defaults_of_phase_one():
     method = PhaseOne()
-    assert method.input == "noised_real" and method.t == Uniform(0.9, 1.0)
-    assert method.matching == DistributionMatching("x0_norm", guidance=5.0, floor=0.0)
-    assert method.matching.t == Uniform(0.02, 0.98, axis="raw", shift=5.0, clip=(0.02, 0.98))
+    assert method.input == "noised_real" and method.t == TimeDistribution(low=0.9, stated_for=VALUES_720P)
+    assert method.matching == DistributionMatching("x0_norm", guidance=5.0, floor=0.01)
+    recipe = TimeDistribution(low=0.02, high=0.98, shift=5.0, clip=(0.02, 0.98), stated_for=VALUES_720P)
+    assert method.matching.t == method.fake_t == recipe
     roles = method.roles
     assert roles["generator"] == Role("pretrained", trains=True, averages={"ema": Average(0.995)})
     assert roles["teacher"] == Role("pretrained")
@@ -98,7 +102,8 @@ def gaussian(mean):
 @pytest.mark.parametrize("weighting", ["x0_norm", "none", "t2"])
 def test_training_moves_the_generator_to_the_real_mean(weighting):
     """Fact 9's sign, end to end: a generator x0 = offset + .7 eps of a wrong mean is pulled to the teacher's."""
-    method = PhaseOne(input="pure_noise", matching=DistributionMatching(weighting, guidance=1.0))
+    high = replace(SCORE_TIMES, stated_for=None)
+    method = PhaseOne(input="pure_noise", matching=DistributionMatching(weighting, high, guidance=1.0))
 
     def loss(offset, key):
         student = lambda x, t, condition: x - (offset + 0.7 * x)  # noqa: E731
@@ -127,21 +132,21 @@ def generated(method, step=0, latents=BATCH.latents):
 
 
 def test_inputs_of_phase_one():
-    x, t = generated(PhaseOne())
+    paper = PhaseOne(t=HIGH)
+    x, t = generated(paper)
     assert ((t > 0.9) & (t <= 1)).all() and len(np.unique(t)) == B
-    moved, _ = generated(PhaseOne(), latents=BATCH.latents + 1)
+    moved, _ = generated(paper, latents=BATCH.latents + 1)
     np.testing.assert_allclose(moved - x, np.broadcast_to((1 - t).reshape(-1, 1, 1, 1, 1), SHAPE), atol=1e-5)
     x, t = generated(PhaseOne(input="pure_noise"))
     np.testing.assert_array_equal(t, 1)
     np.testing.assert_array_equal(generated(PhaseOne(input="pure_noise"), latents=BATCH.latents + 1)[0], x)
-    raw, _ = generated(PhaseOne(t=Uniform(0.9, 1.0, axis="raw", shift=5.0))), None
-    assert (raw[1] > 0.978).all()
+    assert (generated(PhaseOne(t=replace(HIGH, shift=5.0)))[1] > 0.978).all()
 
 
 def test_annealing_widens_then_narrows_the_range():
     """From [.2, 1] at the start to [.9, 1] after 100 steps, with the same draw."""
-    method = PhaseOne(input="anneal", anneal_from=0.2, anneal_steps=100)
-    u = (1 - generated(PhaseOne())[1]) / 0.1
+    method = PhaseOne(input="anneal", t=HIGH, anneal_from=0.2, anneal_steps=100)
+    u = (1 - generated(PhaseOne(t=HIGH))[1]) / 0.1
     for step, low in [(0, 0.2), (50, 0.55), (100, 0.9), (500, 0.9)]:
         np.testing.assert_allclose(generated(method, step)[1], 1 - (1 - low) * u, rtol=1e-4)
 
@@ -166,7 +171,7 @@ def test_images_are_withheld_everywhere_at_once():
         (lambda: PhaseOne(fake_rank=0), "fake_rank"),
         (lambda: PhaseOne(image_dropout=2.0), "image_dropout"),
         (lambda: PhaseOne(ema=-1.0), "ema"),
-        (lambda: PhaseOne(input="anneal", t=LogitNormal()), r"PhaseOne\.t"),
+        (lambda: PhaseOne(input="anneal", t=TimeDistribution("logit_normal")), r"PhaseOne\.t"),
         (lambda: PhaseTwo(disc_updates=0), "disc_updates"),
         (lambda: PhaseTwo(disc_warmup=-1), "disc_warmup"),
         (lambda: PhaseTwo(adversarial_weight=-1.0), "adversarial_weight"),
@@ -180,13 +185,15 @@ def test_bad_fields_are_named(make, field):
 
 # Phase two.
 
-FULL = DiscriminatorNoise(kind="full")
+FULL = DiscriminatorNoise(t=TimeDistribution())
 
 
 def test_paper_defaults_of_phase_two():
     method = PhaseTwo()
     assert (method.adversarial, method.backbone, method.disc_updates, method.disc_warmup) == ("hinge", "ema", 1, 0)
-    assert method.noise == DiscriminatorNoise("shared", None, "noised")
+    assert method.noise == DiscriminatorNoise("shared", method.noise.t, "noised")
+    assert method.noise.t == TimeDistribution(low=0.9, high=0.999, stated_for=VALUES_720P)
+    assert (method.csds.times, method.csds.t) == ("own", SCORE_TIMES)
     assert method.penalty == DifferencePenalty(1.0, "fake", 0.01, 0.1, "iid", "channel", "mean")
     assert (method.csds.weight, method.csds.guidance, method.csds.frames) == (10, 1, 0)
     assert (method.csds.reduction, method.csds.time_weight) == ("mean", "one")
@@ -246,17 +253,24 @@ def direct_loss(method, weights, stop_backbone=True):
     real, fake = logit(shown.real, shown.real_t), logit(shown.fake, shown.fake_t)
     loss = LOSSES[method.adversarial].generator(real, fake)[:, 0]
     csds = named_keys(keys.csds, "t", "noise")
-    t = method.csds.t(csds.t, B)
+    t = method.csds.t(csds.t, SHAPE) if method.csds.times == "own" else shown.fake_t
     x = add_noise(x0, draws.normal(csds.noise, SHAPE), t)
     target = jax.lax.stop_gradient(predict_x0(stopped["teacher"], x, t, BATCH.condition))
     return method.adversarial_weight * loss + method.csds.weight * ((x0 - target) ** 2).mean((1, 2, 3, 4))
 
 
 @pytest.mark.parametrize(
-    ("kind", "adversarial"), [("ema", "hinge"), ("ema", "rpgan"), ("online_sg", "pcm_hinge"), ("full_copy", "literal")]
+    ("kind", "adversarial", "times"),
+    [
+        ("ema", "hinge", "own"),
+        ("ema", "rpgan", "discriminator"),
+        ("online_sg", "pcm_hinge", "own"),
+        ("full_copy", "literal", "own"),
+    ],
 )
-def test_injected_gradients_equal_direct_ones(kind, adversarial):
-    method = PhaseTwo(backbone=kind, noise=FULL, adversarial=adversarial, adversarial_weight=0.7)
+def test_injected_gradients_equal_direct_ones(kind, adversarial, times):
+    csds = ScoreDistillation(times=times)
+    method = PhaseTwo(backbone=kind, noise=FULL, adversarial=adversarial, adversarial_weight=0.7, csds=csds)
     weights = weights_of(method)
     values, _, grads = evaluate(method, method.generator_loss)
     direct = direct_loss(method, weights)
@@ -283,7 +297,7 @@ def test_trainable_backbone_adds_the_gradient_through_its_weights():
 
 def test_pure_noise_gives_the_generator_no_adversarial_gradient():
     """At discriminator noise t = 1 the input does not depend on the generator."""
-    method = PhaseTwo(noise=DiscriminatorNoise(kind="v1"), csds=ScoreDistillation(weight=0.0))
+    method = PhaseTwo(noise=DiscriminatorNoise(t=TimeDistribution(low=1.0)), csds=ScoreDistillation(weight=0.0))
     _, metrics, grads = evaluate(method, method.generator_loss)
     assert touched(grads) == set() and metrics["adv_grad"] == 0
 
@@ -311,7 +325,8 @@ def test_high_noise_drowns_the_adversarial_term():
         method = PhaseTwo(noise=noise)
         return evaluate(method, method.generator_loss)[1]["adv_grad"]
 
-    assert ratio(DiscriminatorNoise()) < 0.3 * ratio(DiscriminatorNoise(t=Uniform(0.1, 0.5)))
+    low, high = TimeDistribution(low=0.1, high=0.5), TimeDistribution(low=0.9, high=0.999)
+    assert ratio(DiscriminatorNoise(t=high)) < 0.3 * ratio(DiscriminatorNoise(t=low))
 
 
 def test_the_generator_starts_from_pure_noise():
@@ -355,7 +370,7 @@ def test_every_adversarial_loss_runs_in_both_steps(adversarial):
         {"penalty": DifferencePenalty(temporal="iid")},
         {"noise": DiscriminatorNoise(kind="clean")},
         {"noise": DiscriminatorNoise(real="clean")},
-        {"noise": DiscriminatorNoise(t=Uniform(0.2, 0.6))},
+        {"noise": DiscriminatorNoise(t=TimeDistribution(low=0.2, high=0.6))},
     ],
 )
 def test_alternatives_change_the_discriminator_s_loss(changed):
@@ -366,8 +381,8 @@ def test_alternatives_change_the_discriminator_s_loss(changed):
 @pytest.mark.parametrize(
     "csds",
     [
-        ScoreDistillation(t=None),
-        ScoreDistillation(t=Uniform(0.02, 0.98)),
+        ScoreDistillation(times="discriminator"),
+        ScoreDistillation(t=TimeDistribution(low=0.02, high=0.98)),
         ScoreDistillation(guidance=5.0),
         ScoreDistillation(reduction="sum"),
         ScoreDistillation(time_weight="one_minus_t"),

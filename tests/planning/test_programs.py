@@ -1,6 +1,7 @@
 """The abstract programs are those of a real run, in everything but the arrays."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from configs import common, phase1, phase2, vae
 from vpae_jax import config, sharding
+from vpae_jax.flow.times import VALUES_720P
 from vpae_jax.methods import make_method
 from vpae_jax.planning import memory
 from vpae_jax.planning.clips import SIZES, size_of
@@ -85,7 +87,8 @@ def test_batches_are_those_of_the_data():
 
 
 def test_clips_are_those_of_the_configs():
-    assert {preset: size.latents for preset, size in SIZES.items()} == common.LATENTS
+    assert tuple(SIZES) == common.PRESETS
+    assert math.prod(size_of("i2v-14b-720p").latents) == VALUES_720P
     assert size_of("i2v-14b-720p").tokens == 75_600
     assert [size_of("i2v-14b-720p", n).latents[0] for n in (33, 81, 161, 241)] == [9, 21, 41, 61]
     with pytest.raises(UserError, match="--frames is 82, expected one more than a multiple of 4"):

@@ -8,6 +8,7 @@ import pytest
 
 from vpae_jax import sharding
 from vpae_jax.config import Experiment, MeshConfig
+from vpae_jax.flow.times import TimeDistribution
 from vpae_jax.methods.adversarial import DiscriminatorNoise
 from vpae_jax.methods.vpae import PhaseOne, PhaseTwo
 from vpae_jax.models.wan_dit import WanTransformerConfig
@@ -33,7 +34,7 @@ HEADS = {"width": 32, "taps": (1, 2), "num_heads": 4}
 # Every part of the losses acts: guidance, dropped images, penalty, score distillation.
 PHASES = {
     "one": PhaseOne(fake_rank=4, fake_updates=1, image_dropout=0.5),
-    "two": PhaseTwo(init="pretrained", noise=DiscriminatorNoise("full"), image_dropout=0.5),
+    "two": PhaseTwo(init="pretrained", noise=DiscriminatorNoise(t=TimeDistribution()), image_dropout=0.5),
 }
 MESHES = {
     "fsdp 8": MeshConfig(fsdp=8),

@@ -1,4 +1,4 @@
-"""Rectified-flow algebra: noise, predictions and their conversions, time axes, and distributions of t.
+"""Rectified-flow algebra: noise, predictions and their conversions, and time axes.
 
 Everything follows from one path and one prediction (Wan 2.1; t in [0, 1], 1 = noise):
 
@@ -27,23 +27,16 @@ Arrays are `[b, ...]` with one time an example. The time is cast to the array's 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar, runtime_checkable
+from typing import TypeVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from vpae_jax.flow import draws
-from vpae_jax.types import PRNGKey, Times, UserError
+from vpae_jax.types import Times, UserError
 
 Signal = Float[Array, "b *shape"]
 TimeLike = TypeVar("TimeLike", Float[Array, "*n"], Float[np.ndarray, "*n"], float)
-
-# Values of one 81 x 720 x 1280 latent, 21 x 90 x 160 x 16: the size for which noise ranges are stated.
-VALUES_720P = 4_838_400
 
 
 def expand(t: Times, like: Signal) -> Float[Array, "b *ones"]:
@@ -94,93 +87,3 @@ def shifted_times(steps: int, s: float) -> Float[np.ndarray, "n"]:
     if steps < 1:
         raise UserError(f"steps is {steps}, expected at least 1")
     return np.asarray(shift(np.linspace(1.0, 0.0, steps + 1), s), np.float32)
-
-
-@runtime_checkable
-class TimeSampler(Protocol):
-    """A distribution of t: `sampler(key, b)` gives b independent times on the sigma axis."""
-
-    def __call__(self, key: PRNGKey, size: int) -> Times: ...
-
-
-def _check_translation(owner: str, values: int | None) -> None:
-    if values is not None and values < 1:
-        raise UserError(f"{owner}.translate_to is {values}, expected the number of values of a latent clip, or None")
-
-
-def _translated(t: Times, values: int | None) -> Times:
-    return t if values is None else translate(t, VALUES_720P, values)
-
-
-@dataclass(frozen=True)
-class Uniform:
-    """Uniform on (low, high], either of the sigma axis or of the raw axis and then shifted.
-
-    Attributes:
-      low: lower end, in [0, 1].
-      high: upper end, in [low, 1]; equal to `low` for a fixed time.
-      axis: the axis on which `low` and `high` are stated and on which the draw is uniform.
-      shift: Eq. 8's s, for the raw axis; 1 on the sigma axis, where nothing is shifted.
-      clip: (low, high) on the sigma axis, applied after the shift; None for no clipping.
-      translate_to: values of one latent clip of this run. The distribution is then understood as stated for 720p and
-        each draw is translated (Eq. 9); None uses it as it stands.
-    """
-
-    low: float = 0.0
-    high: float = 1.0
-    axis: Literal["sigma", "raw"] = "sigma"
-    shift: float = 1.0
-    clip: tuple[float, float] | None = None
-    translate_to: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.low <= self.high <= 1:
-            raise UserError(f"Uniform.low and high are {self.low} and {self.high}, expected 0 <= low <= high <= 1")
-        if self.axis not in ("sigma", "raw"):
-            raise UserError(f"Uniform.axis is {self.axis!r}, expected 'sigma' or 'raw'")
-        if self.shift <= 0:
-            raise UserError(f"Uniform.shift is {self.shift}, expected a positive number")
-        if self.axis == "sigma" and self.shift != 1:
-            raise UserError(
-                f"Uniform.shift is {self.shift} on the sigma axis, where nothing is shifted; set shift=1 or axis='raw'"
-            )
-        if self.clip is not None and not 0 <= self.clip[0] <= self.clip[1] <= 1:
-            raise UserError(f"Uniform.clip is {self.clip}, expected 0 <= low <= high <= 1, or None")
-        _check_translation("Uniform", self.translate_to)
-
-    def __call__(self, key: PRNGKey, size: int, low: Float[Array, ""] | None = None) -> Times:
-        """Independent times; `low` replaces the lower end, for a range that moves during training."""
-        width = self.high - (self.low if low is None else low)
-        # Half-open at the low end: t = 0 has no noise, and several conversions divide by t.
-        t = self.high - width * draws.uniform(key, size)
-        t = shift(t, self.shift)
-        if self.clip is not None:
-            t = jnp.clip(t, *self.clip)
-        return _translated(t, self.translate_to)
-
-
-@dataclass(frozen=True)
-class LogitNormal:
-    """sigmoid(mean + std n), n standard normal, on the raw axis and then shifted (Stable Diffusion 3, LADD).
-
-    Attributes:
-      mean, std: of the logit; a larger mean is noisier.
-      shift: Eq. 8's s.
-      translate_to: as for `Uniform`.
-    """
-
-    mean: float = 0.0
-    std: float = 1.0
-    shift: float = 1.0
-    translate_to: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.std < 0:
-            raise UserError(f"LogitNormal.std is {self.std}, expected 0 or more")
-        if self.shift <= 0:
-            raise UserError(f"LogitNormal.shift is {self.shift}, expected a positive number")
-        _check_translation("LogitNormal", self.translate_to)
-
-    def __call__(self, key: PRNGKey, size: int) -> Times:
-        t = jax.nn.sigmoid(self.mean + self.std * draws.normal(key, (size,)))
-        return _translated(shift(t, self.shift), self.translate_to)

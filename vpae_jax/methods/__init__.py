@@ -8,6 +8,7 @@ from vpae_jax.methods.autoencoder import Autoencoder
 from vpae_jax.methods.base import Method
 from vpae_jax.methods.contrastive import Contrastive
 from vpae_jax.methods.flow_matching import FlowMatching
+from vpae_jax.methods.lcm import LCM
 from vpae_jax.methods.vpae import PhaseOne, PhaseTwo
 from vpae_jax.types import UserError
 
@@ -15,6 +16,7 @@ METHODS: Mapping[str, type] = {
     "autoencoder": Autoencoder,
     "contrastive": Contrastive,
     "flow_matching": FlowMatching,
+    "lcm": LCM,
     "vpae_phase1": PhaseOne,
     "vpae_phase2": PhaseTwo,
 }

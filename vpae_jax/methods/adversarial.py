@@ -18,7 +18,7 @@ saturating game.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -28,7 +28,8 @@ from jax.nn import relu, softplus
 from jaxtyping import Float
 
 from vpae_jax.flow import draws
-from vpae_jax.flow.schedule import LogitNormal, Uniform, add_noise
+from vpae_jax.flow.schedule import add_noise
+from vpae_jax.flow.times import VALUES_720P, TimeDistribution
 from vpae_jax.methods.base import Backbone, Heads
 from vpae_jax.methods.common import check_at_least, check_choice, example_mean, example_sum, f32, named_keys
 from vpae_jax.types import Condition, Features, Latents, Metrics, PerExample, PRNGKey, Times, UserError
@@ -100,59 +101,42 @@ class Judged(NamedTuple):
     real_t: Times
 
 
-DISC_TIMES: Mapping[str, Uniform] = {
-    "shared": Uniform(0.9, 0.999),
-    "fig_literal": Uniform(0.9, 1.0),
-    "v1": Uniform(1.0, 1.0),
-    "full": Uniform(0.0, 1.0),
-    "clean": Uniform(0.0, 1.0, axis="raw", shift=12.0),
-}
+DISC_TIMES = TimeDistribution(low=0.9, high=0.999, stated_for=VALUES_720P)
 
 
 @dataclass(frozen=True)
 class DiscriminatorNoise:
     """How clips are noised before they are judged.
 
-    The gradient of a logit reaches the clip through d x_t / d x0 = 1 - t, so high times leave little of it.
+    The gradient of a logit reaches the clip through d x_t / d x0 = 1 - t, so high times leave little of it, and t = 1
+    none at all (V-PAE v1).
 
     Attributes:
-      kind: "shared": one t for a real and a generated clip, independent noise. "full": the same with all times (AAD-1).
-        "v1": t = 1, pure noise, no gradient at all. "fig_literal": figure 2's ranges, t in [.9, 1] for generated and
-        (0, 1] for real clips, which can be told apart by their noise level alone; only to reproduce. "clean": no noise,
-        the backbone is told a random time (APT).
-      t: distribution of t, for generated clips in "fig_literal"; None takes the kind's own, stated for 720p.
+      kind: "shared": one t for a real and a generated clip, independent noise. "fig_literal": figure 2's, `t` for
+        generated clips and any time, (0, 1], for real ones, which can be told apart by their noise level alone; only to
+        reproduce. "clean": no noise, the backbone is told a random time (APT).
+      t: distribution of t.
       real: "clean" leaves real clips without noise (Eq. 3 read literally).
-      translate_to: as for `Uniform`, of all times that are drawn here: the kind's own, or those of a `t` without one.
     """
 
-    kind: Literal["shared", "fig_literal", "v1", "full", "clean"] = "shared"
-    t: Uniform | LogitNormal | None = None
+    kind: Literal["shared", "fig_literal", "clean"] = "shared"
+    t: TimeDistribution = DISC_TIMES
     real: Literal["noised", "clean"] = "noised"
-    translate_to: int | None = None
 
     def __post_init__(self) -> None:
-        check_choice("DiscriminatorNoise", {"kind": tuple(DISC_TIMES), "real": ("noised", "clean")}, self)
-        if self.kind == "v1" and self.t is not None:
-            raise UserError("DiscriminatorNoise.t is given, but kind 'v1' means t = 1; remove it or choose 'shared'")
+        choices = {"kind": ("shared", "fig_literal", "clean"), "real": ("noised", "clean")}
+        check_choice("DiscriminatorNoise", choices, self)
         if self.kind == "clean" and self.real == "clean":
             raise UserError("DiscriminatorNoise.real is 'clean', but kind 'clean' noises no clip; leave real='noised'")
-        if self.translate_to is not None and self.t is not None and self.t.translate_to is not None:
-            raise UserError(
-                f"DiscriminatorNoise.translate_to is {self.translate_to} and t.translate_to {self.t.translate_to}; set "
-                "one of them to None"
-            )
-        self._times(self.t or DISC_TIMES[self.kind])  # refuses what it cannot translate, now and not in a step
-
-    def _times(self, t: Uniform | LogitNormal) -> Uniform | LogitNormal:
-        return t if self.translate_to is None else replace(t, translate_to=self.translate_to)
 
     def __call__(self, fake: Latents, real: Latents, key: PRNGKey) -> Judged:
         """Noises generated clips (differentiably) and real ones."""
         keys = named_keys(key, "t", "real_t", "fake_noise", "real_noise")
-        t = self._times(self.t or DISC_TIMES[self.kind])(keys.t, len(fake))
+        t = real_t = self.t(keys.t, fake.shape)
         if self.kind == "clean":
             return Judged(fake, t, real, t)
-        real_t = self._times(Uniform(0.0, 1.0))(keys.real_t, len(real)) if self.kind == "fig_literal" else t
+        if self.kind == "fig_literal":
+            real_t = TimeDistribution(stated_for=self.t.stated_for)(keys.real_t, real.shape)
         if self.real == "noised":
             real = add_noise(real, draws.normal(keys.real_noise, real.shape, real.dtype), real_t)
         return Judged(add_noise(fake, draws.normal(keys.fake_noise, fake.shape, fake.dtype), t), t, real, real_t)

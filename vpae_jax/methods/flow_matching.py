@@ -15,13 +15,14 @@ from typing import ClassVar, Literal
 
 from vpae_jax.flow import draws
 from vpae_jax.flow.sampler import Sampler
-from vpae_jax.flow.schedule import LogitNormal, Uniform, add_noise
+from vpae_jax.flow.schedule import add_noise
+from vpae_jax.flow.times import TimeDistribution
 from vpae_jax.methods.base import EMA, Context, Method, Nets, Role, Student, Update, averages
 from vpae_jax.methods.common import check_decay, check_fraction, drop_conditions, example_mean, f32, named_keys
 from vpae_jax.types import Batch, Metrics, PerExample
 
 # Uniform on Wan's raw axis, shifted as Wan 2.1 does for 480p.
-TEACHER_TIMES = Uniform(0.0, 1.0, axis="raw", shift=3.0)
+TEACHER_TIMES = TimeDistribution(shift=3.0)
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class FlowMatching(Method):
 
     batch: ClassVar[type] = Batch
 
-    t: Uniform | LogitNormal = TEACHER_TIMES
+    t: TimeDistribution = TEACHER_TIMES
     text_dropout: float = 0.1
     image_dropout: float = 0.5
     ema: float = 0.999
@@ -70,7 +71,7 @@ class FlowMatching(Method):
         """Mean squared velocity error of each clip."""
         keys = named_keys(context.clips, "t", "noise", "dropout")
         x0 = f32(batch.latents)
-        t = self.t(keys.t, x0.shape[0])
+        t = self.t(keys.t, x0.shape)
         eps = draws.normal(keys.noise, x0.shape, x0.dtype)
         condition = drop_conditions(batch, keys.dropout, self.text_dropout, self.image_dropout)
         v = f32(nets["generator"](add_noise(x0, eps, t), t, condition))

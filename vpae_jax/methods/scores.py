@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 
 from vpae_jax.flow import draws
-from vpae_jax.flow.schedule import LogitNormal, Uniform, add_noise, expand
+from vpae_jax.flow.schedule import add_noise, expand
+from vpae_jax.flow.times import VALUES_720P, TimeDistribution
 from vpae_jax.methods.base import Velocity
 from vpae_jax.methods.common import (
     Term,
@@ -37,7 +38,7 @@ from vpae_jax.methods.common import (
 from vpae_jax.types import Condition, Latents, Metrics, PerExample, PRNGKey
 
 # Self-Forcing's I2V-14B draw of t': uniform on Wan's raw axis, shifted for 720p, clipped.
-SCORE_TIMES = Uniform(0.02, 0.98, axis="raw", shift=5.0, clip=(0.02, 0.98))
+SCORE_TIMES = TimeDistribution(low=0.02, high=0.98, shift=5.0, clip=(0.02, 0.98), stated_for=VALUES_720P)
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class DistributionMatching:
     """
 
     weighting: Literal["x0_norm", "none", "t2"] = "x0_norm"
-    t: Uniform | LogitNormal = SCORE_TIMES
+    t: TimeDistribution = SCORE_TIMES
     guidance: float = 5.0
     floor: float = 0.01
 
@@ -81,7 +82,7 @@ class DistributionMatching:
         """
         keys = named_keys(key, "t", "noise")
         x0 = stop_gradient(x0)
-        t = self.t(keys.t, len(x0))
+        t = self.t(keys.t, x0.shape)
         x = add_noise(x0, draws.normal(keys.noise, x0.shape, x0.dtype), t)
         x0_real = predict_x0(real, x, t, condition, unconditional, self.guidance)
         gap = predict_x0(fake, x, t, condition) - x0_real
@@ -107,7 +108,7 @@ def fake_score_loss(
     fake: Velocity,
     x0: Latents,
     condition: Condition,
-    t: Uniform | LogitNormal,
+    t: TimeDistribution,
     key: PRNGKey,
     space: Literal["velocity", "x0"] = "velocity",
 ) -> PerExample:
@@ -126,7 +127,7 @@ def fake_score_loss(
     """
     keys = named_keys(key, "t", "noise")
     x0 = stop_gradient(x0)
-    times = t(keys.t, len(x0))
+    times = t(keys.t, x0.shape)
     noise = draws.normal(keys.noise, x0.shape, x0.dtype)
     v = f32(fake(add_noise(x0, noise, times), times, condition))
     loss = example_mean((v - (noise - x0)) ** 2)
@@ -141,8 +142,9 @@ class ScoreDistillation:
 
     Attributes:
       weight: lambda; 0 switches the term off and saves the teacher's evaluation.
-      t: distribution of t'; None takes the discriminator's time (Eq. 5 read literally). The default is figure 2(c)'s
-        t' in (0, T], drawn as in phase one.
+      times: "own": t' is drawn (figure 2(c)'s t' in (0, T]); "discriminator": it is the time at which the discriminator
+        is shown the clip (Eq. 5 read literally).
+      t: distribution of t' for "own"; by default that of phase one.
       guidance: of the teacher; 1 saves an evaluation.
       reduction: of the squared error over a clip's values. "sum" multiplies the weight by their number.
       time_weight: "one", or "one_minus_t" (ADD's c(t)).
@@ -150,14 +152,20 @@ class ScoreDistillation:
     """
 
     weight: float = 10.0
-    t: Uniform | LogitNormal | None = SCORE_TIMES
+    times: Literal["own", "discriminator"] = "own"
+    t: TimeDistribution = SCORE_TIMES
     guidance: float = 1.0
     reduction: Literal["mean", "sum"] = "mean"
     time_weight: Literal["one", "one_minus_t"] = "one"
     frames: int = 0
 
     def __post_init__(self) -> None:
-        check_choice("ScoreDistillation", {"reduction": ("mean", "sum"), "time_weight": ("one", "one_minus_t")}, self)
+        choices = {
+            "times": ("own", "discriminator"),
+            "reduction": ("mean", "sum"),
+            "time_weight": ("one", "one_minus_t"),
+        }
+        check_choice("ScoreDistillation", choices, self)
         check_at_least("ScoreDistillation", 0, weight=self.weight, frames=self.frames)
 
     def __call__(
@@ -176,11 +184,11 @@ class ScoreDistillation:
           teacher: the frozen multi-step network.
           condition, unconditional: with the prompt and with the negative prompt.
           key: random key.
-          disc_t: the discriminator's times, for `t=None`.
+          disc_t: the discriminator's times.
         """
         keys = named_keys(key, "t", "noise")
         x0 = stop_gradient(x0)
-        t = disc_t if self.t is None else self.t(keys.t, len(x0))
+        t = self.t(keys.t, x0.shape) if self.times == "own" else disc_t
         x = add_noise(x0, draws.normal(keys.noise, x0.shape, x0.dtype), t)
         error = x0 - predict_x0(teacher, x, t, condition, unconditional, self.guidance)
         if self.frames:

@@ -23,7 +23,7 @@ Where the text is open, the default and the alternatives:
     Eq. 1's "d mu / d theta"       on x0 (with a velocity network the literal text has the wrong sign)
     Eq. 1's weight                 matching.weighting = x0_norm | none | t2;  matching.floor
     x_t of phase one               input = noised_real (figure 2) | pure_noise | anneal (version 1's abstract)
-    t in [.9T, T]                  t = Uniform(.9, 1) on the sigma axis | axis="raw", shift=5
+    t in [.9T, T]                  t: U(.9, 1) on the sigma axis | on the raw axis, t.shift=5
     t' in (0, T]                   matching.t, fake_t: U(.02, .98) raw, shift 5, clipped | unshifted | (.001, .999)
     guidance of s_real             matching.guidance = 5 | 1 | 3.5 to 7
     Eq. 2's nu                     fake_loss = velocity | x0
@@ -32,16 +32,16 @@ Where the text is open, the default and the alternatives:
     updates a generator step       fake_updates = 5;  count = generator | all (are 500 steps the generator's, or all?)
     Eq. 3's form                   adversarial = hinge | ns_logistic | rpgan | pcm_hinge | literal
     Eq. 3's backbone               backbone = ema | online_sg | online_trainable | full_copy | frozen_teacher
-    the discriminator's noise      noise.kind = shared | fig_literal | v1 | full | clean;  noise.t, .translate_to, .real
+    the discriminator's noise      noise.kind = shared | fig_literal | clean;  noise.t, noise.real
     Eq. 4's sample                 penalty.on = fake | real | both
     Eq. 4's noise and norm         penalty.spatial, penalty.temporal, penalty.norm = mean | sum | fixed
-    Eq. 5's t', guidance, norm     csds.t (None: the discriminator's t), csds.guidance, csds.reduction, csds.time_weight
+    Eq. 5's t', guidance, norm     csds.times = own | discriminator, csds.t, .guidance, .reduction, .time_weight
     Eq. 5's region                 csds.frames
     updates and head start         disc_updates, disc_warmup
 
-Ranges of t are stated for 720p; `Uniform.translate_to` carries one over to a smaller clip, where the same noise hides
-more. At [.9, .999] the adversarial gradient reaches x0 through a factor 1 - t of at most .1 and drowns beside
-lambda = 10: watch `adv_csds_ratio`.
+Ranges of t are stated for 720p and translated to the size of the batch's clips, in which the same noise hides more
+(`TimeDistribution.stated_for`). At [.9, .999] the adversarial gradient reaches x0 through a factor 1 - t of at most .1
+and drowns beside lambda = 10: watch `adv_csds_ratio`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ from jaxtyping import Int
 
 from vpae_jax.flow import draws
 from vpae_jax.flow.sampler import ONE_STEP
-from vpae_jax.flow.schedule import LogitNormal, Uniform, add_noise
+from vpae_jax.flow.schedule import add_noise
+from vpae_jax.flow.times import VALUES_720P, TimeDistribution
 from vpae_jax.methods.adversarial import (
     LOSSES,
     AdversarialKind,
@@ -92,7 +93,7 @@ from vpae_jax.methods.common import (
 from vpae_jax.methods.scores import SCORE_TIMES, DistributionMatching, ScoreDistillation, fake_score_loss
 from vpae_jax.types import Batch, Latents, Metrics, PerExample, PRNGKey, Times, UserError
 
-PRIMING_TIMES = Uniform(0.9, 1.0)
+PRIMING_TIMES = TimeDistribution(low=0.9, stated_for=VALUES_720P)
 MATCHING = DistributionMatching()
 SHARED_NOISE = DiscriminatorNoise()
 STR1 = DifferencePenalty()
@@ -106,7 +107,7 @@ class PhaseOne(Method):
     Attributes:
       input: what the generator denoises: a noised real clip, pure noise at t = 1, or a noised real clip whose range of
         t starts at `anneal_from` and reaches `t` after `anneal_steps` steps (high to low signal-to-noise ratio).
-      t: distribution of the generator's time; for "anneal" a `Uniform`.
+      t: distribution of the generator's time; for "anneal" of kind "uniform".
       anneal_from: lower end of t at step 0, on the axis on which `t` is stated.
       anneal_steps: steps until the lower end is that of `t`.
       matching: the distribution-matching gradient.
@@ -128,7 +129,7 @@ class PhaseOne(Method):
     batch: ClassVar[type] = Batch
 
     input: Literal["noised_real", "pure_noise", "anneal"] = "noised_real"
-    t: Uniform | LogitNormal = PRIMING_TIMES
+    t: TimeDistribution = PRIMING_TIMES
     anneal_from: float = 0.5
     anneal_steps: int = 500
     matching: DistributionMatching = MATCHING
@@ -136,7 +137,7 @@ class PhaseOne(Method):
     fake_rank: int = 128
     fake_scale: float = 0.5
     fake_loss: Literal["velocity", "x0"] = "velocity"
-    fake_t: Uniform | LogitNormal = SCORE_TIMES
+    fake_t: TimeDistribution = SCORE_TIMES
     fake_updates: int = 5
     count: Literal["generator", "all"] = "generator"
     image_dropout: float = 0.0
@@ -164,8 +165,8 @@ class PhaseOne(Method):
             "anneal_steps": self.anneal_steps,
         }
         check_at_least("PhaseOne", 1, **counts)
-        if self.input == "anneal" and not isinstance(self.t, Uniform):
-            raise UserError("PhaseOne.t has no lower end to anneal; use a Uniform, or input='noised_real'")
+        if self.input == "anneal" and self.t.kind != "uniform":
+            raise UserError(f"PhaseOne.t is {self.t.kind!r}, without a lower end to anneal; set t.kind='uniform'")
 
     @property
     def roles(self) -> Mapping[str, Role]:
@@ -198,11 +199,11 @@ class PhaseOne(Method):
         noise = draws.normal(keys.noise, data.shape, data.dtype)
         if self.input == "pure_noise":
             return predict_x0(generator, noise, jnp.ones(len(data)), batch.condition)
-        if self.input == "anneal" and isinstance(self.t, Uniform):
+        if self.input == "anneal":
             progress = jnp.clip(step / self.anneal_steps, 0.0, 1.0).astype(jnp.float32)
-            t = self.t(keys.t, len(data), self.anneal_from + progress * (self.t.low - self.anneal_from))
+            t = self.t(keys.t, data.shape, self.anneal_from + progress * (self.t.low - self.anneal_from))
         else:
-            t = self.t(keys.t, len(data))
+            t = self.t(keys.t, data.shape)
         return predict_x0(generator, add_noise(data, noise, t), t, batch.condition)
 
     def generator_loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:

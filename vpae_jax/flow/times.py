@@ -1,0 +1,164 @@
+"""Distributions of the time t at which a clip is noised, for every method that draws one.
+
+A draw is made on the raw axis and shifted to the sigma axis (`flow.schedule` Eq. 8), clipped, and translated from the
+clip size for which it is stated to that of the clips at hand (Eq. 9).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float
+
+from vpae_jax.flow import draws
+from vpae_jax.flow.schedule import shift, translate
+from vpae_jax.types import PRNGKey, Times, UserError
+
+# Values of one 81 x 720 x 1280 latent, 21 x 90 x 160 x 16: the size for which the papers' noise ranges are stated.
+VALUES_720P = 4_838_400
+
+# What each kind has of its own; it shares the other fields with all.
+OWN: Mapping[str, tuple[str, ...]] = {
+    "uniform": ("low", "high"),
+    "logit_normal": ("mean", "std"),
+    "grid": ("points", "low", "high"),
+    "list": ("values", "weights"),
+}
+
+
+class _Points(NamedTuple):
+    """Discrete times on the raw axis, the next lower ones, and their probabilities."""
+
+    times: Float[np.ndarray, "n"]
+    before: Float[np.ndarray, "n"]
+    probabilities: Float[np.ndarray, "n"]
+
+
+@dataclass(frozen=True)
+class TimeDistribution:
+    """A distribution of t on the sigma axis; `distribution(key, latents.shape)` draws one time for each clip.
+
+        uniform        uniform on (low, high]
+        logit_normal   sigmoid(mean + std n) with n standard normal (Stable Diffusion 3, LADD)
+        grid           n / points with n a whole number, equally likely, in (low, high] (consistency distillation)
+        list           one of `values` (ADD, LADD)
+
+    Attributes:
+      kind: one of the above. A field of another kind that is not at its default is refused, since it has no effect.
+      low: lower end, in [0, 1], never drawn itself (t = 0 has no noise) unless `high` equals it.
+      high: upper end, in [low, 1]; for "uniform", equal to `low` for a fixed time.
+      mean, std: of the logit; a larger mean is noisier.
+      points: of the whole grid from 1 / points to 1, of which (low, high] may be a part.
+      values: falling times in (0, 1].
+      weights: how often each of `values` is drawn, up to a common factor; empty draws all equally often.
+      shift: s of Eq. 8. All of the above is stated on the raw axis of this shift; at 1 that is the sigma axis.
+      clip: (low, high) on the sigma axis, applied after the shift.
+      stated_for: values of one latent clip for which all of the above is stated: 4,838,400 for 720p. Draws for clips
+        of another size are translated (Eq. 9). None takes them as they stand.
+    """
+
+    kind: Literal["uniform", "logit_normal", "grid", "list"] = "uniform"
+    low: float = 0.0
+    high: float = 1.0
+    mean: float = 0.0
+    std: float = 1.0
+    points: int = 50
+    values: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
+    weights: tuple[float, ...] = ()
+    shift: float = 1.0
+    clip: tuple[float, float] = (0.0, 1.0)
+    stated_for: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in OWN:
+            raise UserError(f"kind is {self.kind!r}, expected one of {', '.join(map(repr, OWN))}")
+        self._refuse_what_has_no_effect()
+        if not 0 <= self.low <= self.high <= 1:
+            raise UserError(f"low and high are {self.low} and {self.high}, expected 0 <= low <= high <= 1")
+        if self.std < 0:
+            raise UserError(f"std is {self.std}, expected 0 or more")
+        if self.points < 1:
+            raise UserError(f"points is {self.points}, expected at least 1")
+        falling = all(later < earlier for earlier, later in pairwise(self.values))
+        if not self.values or not falling or self.values[0] > 1 or self.values[-1] <= 0:
+            raise UserError(f"values are {self.values}, expected times that fall, from at most 1 and above 0")
+        if self.weights and (
+            len(self.weights) != len(self.values) or min(self.weights) < 0 or not 0 < sum(self.weights) < math.inf
+        ):
+            raise UserError(f"weights are {self.weights}, expected one for each of values, none negative, not all 0")
+        if not 0 < self.shift < math.inf:
+            raise UserError(f"shift is {self.shift}, expected a positive number")
+        if len(self.clip) != 2 or not 0 <= self.clip[0] <= self.clip[1] <= 1:
+            raise UserError(f"clip is {self.clip}, expected 0 <= low <= high <= 1")
+        if self.stated_for is not None and self.stated_for < 1:
+            raise UserError(f"stated_for is {self.stated_for}, expected the values of a latent clip, or None")
+        if self.kind == "grid" and not self._points.times.size:
+            raise UserError(f"no multiple of 1 / {self.points} is in (low, high] = ({self.low}, {self.high}]")
+
+    def _refuse_what_has_no_effect(self) -> None:
+        others = {name for own in OWN.values() for name in own} - set(OWN[self.kind])
+        fields = [f for f in dataclasses.fields(self) if f.name in others and getattr(self, f.name) != f.default]
+        if fields:
+            found = ", ".join(f"{f.name}={getattr(self, f.name)}" for f in fields)
+            reset = ", ".join(f"{f.name}={f.default}" for f in fields)
+            raise UserError(f"{found} has no effect on kind {self.kind!r}; set {reset}, or another kind")
+
+    def __call__(self, key: PRNGKey, shape: Sequence[int], low: Float[Array, ""] | None = None) -> Times:
+        """Independent times for latents of this shape, `[b, ...]`.
+
+        Args:
+          key: one key, or one for each clip.
+          shape: of the latents that are to be noised.
+          low: in place of the lower end of "uniform", for a range that moves during training.
+        """
+        if self.kind == "uniform":
+            width = self.high - (self.low if low is None else low)
+            raw = self.high - width * draws.uniform(key, shape[0])  # half-open at the low end
+        elif self.kind == "logit_normal":
+            raw = jax.nn.sigmoid(self.mean + self.std * draws.normal(key, (shape[0],)))
+        else:
+            return self.pair(key, shape)[0]
+        return self._placed(raw, shape)
+
+    def pair(self, key: PRNGKey, shape: Sequence[int]) -> tuple[Times, Times]:
+        """The times of a call and, of each, the next lower one of the whole grid or list; 0 below the lowest.
+
+        Raises:
+          UserError: for a kind without discrete times.
+        """
+        points = self._points
+        cumulative = jnp.asarray(np.cumsum(points.probabilities), jnp.float32)
+        index = jnp.searchsorted(cumulative, draws.uniform(key, shape[0]), side="right")
+        drawn, before = (jnp.asarray(table, jnp.float32)[index] for table in (points.times, points.before))
+        return self._placed(drawn, shape), self._placed(before, shape)
+
+    @property
+    def _points(self) -> _Points:
+        if self.kind == "grid":
+            numbers = np.arange(1, self.points + 1)
+            # A little room for ends such as .74 that are points but for rounding.
+            low, high = (end * self.points + 1e-6 for end in (self.low, self.high))
+            numbers = numbers[(numbers > low) & (numbers <= high)]
+            times, before, weights = numbers / self.points, (numbers - 1) / self.points, np.ones(len(numbers))
+        elif self.kind == "list":
+            times, before = np.array(self.values), np.array([*self.values[1:], 0.0])
+            weights = np.array(self.weights or (1.0,) * len(times))
+        else:
+            raise UserError(f"kind is {self.kind!r}, expected 'grid' or 'list': times that have a next lower one")
+        return _Points(times, before, weights / weights.sum())
+
+    def _placed(self, raw: Times, shape: Sequence[int]) -> Times:
+        """From the raw axis to the sigma axis of these latents."""
+        t = shift(raw, self.shift)
+        if self.clip != (0, 1):
+            t = jnp.clip(t, *self.clip)
+        return t if self.stated_for is None else translate(t, self.stated_for, math.prod(shape[1:]))

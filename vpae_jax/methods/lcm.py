@@ -1,0 +1,154 @@
+"""LCM: latent consistency distillation (2310.04378), on a rectified flow.
+
+A point x_t on the path of a clip and the point before it, one Euler step of the guided teacher away, should be told the
+same clip. With the grid t_1 < ... < t_N = 1 (t_0 = 0), x_n = (1 - t_n) x0 + t_n eps and f(x, t) = x - t v(x, t):
+
+    (1)  x^_{n-1} = x_n + (t_{n-1} - t_n) (v_u + w (v_c - v_u))(x_n, t_n)             the frozen teacher
+    (2)  L        = mean d(f_theta(x_n, t_n) - sg f_theta'(x^_{n-1}, t_{n-1}))        n uniform in 1 ... N
+    (3)  d(z)     = sqrt(z^2 + c^2) - c     or  z^2                                    pseudo-Huber, or squared
+
+On a rectified flow f(x, 0) = x holds by itself, so there are no c_skip and c_out. theta' is theta, or an average of it.
+The student is sampled in a few steps, each of which predicts a clip and noises it afresh to the next time.
+
+Where sources differ, the default and the alternatives:
+
+    grid          N = 50, shift 5 for 720p (DCM's and FastVideo's: 50, shift 17; rCM: 48, shift 5; AAPT: 32, shift 24)
+    guidance      w = 5 fixed (DCM: 6; APT's initialisation: 7.5; AAPT: 1). Embedded in the original, fixed for video
+    distance      "huber" with c = .001 (DCM, PCM) | "squared" (rCM, APT, AAPT)
+    theta'        "student" (rCM, AAPT, DCM's default) | "average" with decay .95 (LCM)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+
+from vpae_jax.flow import draws
+from vpae_jax.flow.sampler import Sampler
+from vpae_jax.flow.schedule import add_noise, expand, velocity_to_x0
+from vpae_jax.flow.times import VALUES_720P, TimeDistribution
+from vpae_jax.methods.base import EMA, Average, Context, Method, Nets, Role, Student, Update, View
+from vpae_jax.methods.common import (
+    check_at_least,
+    check_choice,
+    check_decay,
+    check_fraction,
+    drift,
+    drop_images,
+    example_mean,
+    f32,
+    generator_role,
+    guided_velocity,
+    named_keys,
+    predict_x0,
+)
+from vpae_jax.types import Batch, Latents, Metrics, PerExample, UserError
+
+GRID = TimeDistribution(kind="grid", points=50, shift=5.0, stated_for=VALUES_720P)
+
+
+@dataclass(frozen=True)
+class LCM(Method):
+    """Consistency distillation.
+
+    Attributes:
+      t: the grid; each of its times is drawn equally often.
+      guidance: of the teacher's Euler step, w of `v_u + w (v_c - v_u)`.
+      distance: Eq. 3.
+      huber: c of Eq. 3.
+      target: whose prediction is the target: the student's own, as a constant, or that of an average of it.
+      target_decay: of that average.
+      image_dropout: probability that image and first frame are withheld.
+      steps, shift: evaluations of the sampled student, at times that are even on the raw axis of this shift.
+      ema: decay of the average that is judged and exported; 0 exports the weights themselves.
+      init: where the generator starts.
+      generator: what of the generator is trained: all of it, or low-rank adapters on the teacher, whose weights then
+        serve both.
+      generator_rank, generator_scale: rank of the adapters, and alpha / rank.
+    """
+
+    batch: ClassVar[type] = Batch
+
+    t: TimeDistribution = GRID
+    guidance: float = 5.0
+    distance: Literal["huber", "squared"] = "huber"
+    huber: float = 0.001
+    target: Literal["student", "average"] = "student"
+    target_decay: float = 0.95
+    image_dropout: float = 0.0
+    steps: int = 4
+    shift: float = 5.0
+    ema: float = 0.95
+    init: Literal["pretrained", "previous"] = "pretrained"
+    generator: Literal["full", "lora"] = "full"
+    generator_rank: int = 128
+    generator_scale: float = 0.5
+
+    def __post_init__(self) -> None:
+        choices = {
+            "distance": ("huber", "squared"),
+            "target": ("student", "average"),
+            "init": ("pretrained", "previous"),
+            "generator": ("full", "lora"),
+        }
+        check_choice("LCM", choices, self)
+        check_fraction("LCM", image_dropout=self.image_dropout, target_decay=self.target_decay)
+        check_decay("LCM", ema=self.ema)
+        check_at_least("LCM", 0, guidance=self.guidance)
+        if not self.huber > 0:
+            raise UserError(f"LCM.huber is {self.huber}, expected a positive number")
+        check_at_least("LCM", 1, generator_rank=self.generator_rank)
+        if self.t.kind not in ("grid", "list"):
+            raise UserError(f"LCM.t is of kind {self.t.kind!r}, expected 'grid' or 'list': a point before each time")
+        _ = self.student  # refuses what no sampler is
+
+    @property
+    def roles(self) -> Mapping[str, Role]:
+        generator = generator_role(self)
+        if self.target == "average":
+            target = {"target": Average(self.target_decay)}
+            generator = replace(generator, averages={**generator.averages, **target})
+        return {"generator": generator, "teacher": Role("pretrained")}
+
+    @property
+    def views(self) -> Mapping[str, View]:
+        if self.target == "average":
+            return {"target": View("generator", "target")}
+        return {"target": View("generator", constant=True)}
+
+    @property
+    def updates(self) -> tuple[Update, ...]:
+        return (Update(("generator",), self.loss),)
+
+    @property
+    def student(self) -> Student:
+        sampler = Sampler.even(self.steps, self.shift, solver="consistency" if self.steps > 1 else "euler")
+        return Student("generator", sampler, average=EMA if self.ema else None)
+
+    def loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
+        """Eq. 2."""
+        keys = named_keys(context.clips, "images", "t", "noise")
+        batch = drop_images(batch, self.image_dropout, keys.images)
+        data = f32(batch.latents)
+        t, before = self.t.pair(keys.t, data.shape)
+        x = add_noise(data, draws.normal(keys.noise, data.shape, data.dtype), t)
+        v = guided_velocity(nets["teacher"], x, t, batch.condition, batch.unconditional, self.guidance)
+        x_before = stop_gradient(x + expand(before - t, x) * v)
+        target = stop_gradient(predict_x0(nets["target"], x_before, before, batch.condition))
+        x0 = predict_x0(nets["generator"], x, t, batch.condition)
+        step = velocity_to_x0(v, x, t)
+        metrics = {
+            **drift(stop_gradient(x0), data),
+            # How far the student is from the teacher's own prediction, and from its target.
+            "teacher_gap": example_mean(jnp.abs(stop_gradient(x0) - step)),
+            "consistency_gap": example_mean(jnp.abs(stop_gradient(x0) - target)),
+        }
+        return example_mean(self._distance(x0 - target)), metrics
+
+    def _distance(self, z: Latents) -> Latents:
+        """Eq. 3."""
+        return z**2 if self.distance == "squared" else jnp.sqrt(z**2 + self.huber**2) - self.huber
