@@ -8,17 +8,19 @@ differentiates is counted as it is, without knowing the loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import flops
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
 
-from vpae_jax.methods.base import Method
+from vpae_jax.methods.base import Context, Method
 from vpae_jax.models.wan_dit import WanTransformerConfig
-from vpae_jax.run.first_weights import Blueprint
+from vpae_jax.train.blueprint import Blueprint
 from vpae_jax.types import Batch, Condition, Features, Latents, PerExample, Times, Tokens
 
 
@@ -38,7 +40,7 @@ class Counter:
       weight: stands for all its weights; differentiated in the role that is trained.
       trains_all: whether the gradient of the weights costs as much as an evaluation; that of adapters is left out.
       config: the transformer's.
-      taps: blocks whose hidden states the heads read.
+      taps: blocks whose hidden states they read, of heads.
       heads: FLOPs of the heads for one clip; they are heads if this is given.
     """
 
@@ -49,22 +51,22 @@ class Counter:
     taps: tuple[int, ...]
     heads: Callable[[Features], float] | None = field(default=None)
 
-    def __call__(self, first: Any, *rest: Any) -> Latents | PerExample:
+    def __call__(self, first: Any, *rest: Any) -> Latents | Float[Array, "b 1"]:
         if self.heads is not None:
-            return self._counted(self.heads(first), first)
+            return self._counted(self.heads(first), first)[:, None]
         x, _, condition = first, *rest
         found = self._counted(flops.transformer(self.config, x.shape, condition), x)
         return jnp.zeros_like(x) + found[:, None, None, None, None]
 
-    def features(self, x: Latents, t: Times, condition: Condition) -> Features:
-        found = self._counted(flops.transformer(self.config, x.shape, condition, self.taps[-1]), x)
+    def features(self, x: Latents, t: Times, condition: Condition, taps: tuple[int, ...]) -> Features:
+        found = self._counted(flops.transformer(self.config, x.shape, condition, taps[-1]), x)
         (_, f, h, w, _), (pf, ph, pw) = x.shape, self.config.patch_size
 
         def states(tokens: int) -> Tokens:
             return jnp.broadcast_to(found[:, None, None], (len(x), tokens, self.config.width))
 
         return Features(
-            taps=(states((f // pf) * (h // ph) * (w // pw)),) * len(self.taps),
+            taps=(states((f // pf) * (h // ph) * (w // pw)),) * len(taps),
             text=states(condition.text.shape[1]),
             text_mask=condition.text_mask,
             image=None if condition.image is None else states(condition.image.shape[1]),
@@ -104,26 +106,31 @@ def step_flops(method: Method, blueprint: Blueprint, config: WanTransformerConfi
       config: the transformer's.
       batch: what is trained on; only its shapes matter.
     """
-    params, models = {**blueprint.frozen, **blueprint.trained}, blueprint.models
+    params, models = blueprint.held, blueprint.models
 
-    def network(role: str, count: Count, weight: Any) -> Counter:
-        spec, heads = method.roles[role], None
-        if spec.model == "heads":
+    def network(name: str, count: Count, weights: Mapping[str, Any]) -> Counter:
+        view = models.views[name]
+        spec, heads, taps = method.roles[view.role], None, ()
+        if spec.part == "heads":
+            taps = nnx.merge(models.graphs[view.role], params[view.role]).config.taps
 
             def heads(features: Features) -> float:
-                return flops.products(lambda own, seen: models.network(role, own, {})(seen), params[role], features)
+                graph = models.graphs[view.role]
+                return flops.products(lambda own, seen: nnx.merge(graph, own)(seen), params[view.role], features)
 
-        return Counter(count, weight, spec.trains == "all", config, models.taps, heads)
+        trained = view.average is None and not view.constant
+        weight = weights.get(view.role, 1.0) if trained else 1.0
+        return Counter(count, weight, spec.adapters is None, config, taps, heads)
 
     result = []
     for update in method.updates:
         count = Count()
 
-        def loss(weight: Any, batch: Batch, update: Any = update, count: Count = count) -> Any:
-            others: dict[str, Any] = {role: network(role, count, 1.0) for role in method.roles}
-            others |= {f"{role}_ema": one for role, one in others.items()} | {"step": 0}
-            return jnp.mean(update.loss(network(update.trains, count, weight), others, batch, jax.random.key(0))[0])
+        def loss(weights: Any, batch: Batch, update: Any = update, count: Count = count) -> Any:
+            nets = {name: network(name, count, weights) for name in models.views}
+            context = Context(jnp.int32(0), jax.random.key(0), jax.random.key(1))
+            return jnp.mean(update.loss(nets, batch, context)[0])
 
-        jax.eval_shape(jax.grad(loss), jnp.ones(()), batch)
+        jax.eval_shape(jax.grad(loss), {role: jnp.ones(()) for role in update.trains}, batch)
         result.append(count.total)
     return result

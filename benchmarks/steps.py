@@ -32,7 +32,7 @@ from vpae_jax.config import Experiment, MeshConfig, parse
 from vpae_jax.methods import make_method
 from vpae_jax.methods.base import Method
 from vpae_jax.models.heads import HeadsConfig, default_taps
-from vpae_jax.run.first_weights import draw_up
+from vpae_jax.train.blueprint import draw_up
 from vpae_jax.train.optim import make_optimizer
 from vpae_jax.train.state import TrainState, create, places_of
 from vpae_jax.train.step import make_update
@@ -81,7 +81,7 @@ def experiment(size: Size, options: Mapping[str, Any], clips: int) -> Experiment
             "name": str(options["name"]),
             "method": options,
             "optimizers": {role: adam for role in ("generator", "fake_score", "heads")},
-            "heads": asdict(heads),
+            "networks": {"heads": asdict(heads)},
             "steps": 1,
             "batch_size": clips,
             "model": {"dtype": size.dtype, "frozen_dtype": size.dtype, "remat": size.remat},
@@ -128,7 +128,7 @@ def prepare(size: Size, options: Mapping[str, Any], mesh: Any) -> Phase:
     state = create(0, trained, method.roles, optimizers)
     batch = sharding.put_batch(random_batch(size, clips), mesh)
     programs = [
-        make_update(update, index, blueprint.models, optimizers[update.trains], places=places_of(state))
+        make_update(update, index, blueprint.models, optimizers, places=places_of(state))
         for index, update in enumerate(method.updates)
     ]
     return Phase(
@@ -155,14 +155,14 @@ def measured(size: Size, options: Mapping[str, Any], rounds: int) -> dict[str, A
         phase = prepare(size, options, mesh)
         timed = {PRODUCT: product(size.product, size.dtype)}
         for index, update in enumerate(phase.method.updates):
-            timed[update.trains] = Timed(partial(phase.run, index), phase.flops[index])
+            timed[update.name] = Timed(partial(phase.run, index), phase.flops[index])
         times = measure(timed, rounds)
     updates = [
         {
-            "trains": update.trains,
+            "trains": update.name,
             "repeats": update.repeats,
-            "flops": timed[update.trains].flops,
-            **asdict(times[update.trains]),
+            "flops": timed[update.name].flops,
+            **asdict(times[update.name]),
         }
         for update in phase.method.updates
     ]

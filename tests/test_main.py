@@ -71,14 +71,14 @@ def test_a_batch_that_does_not_divide_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("taps", (3, 9), r"config.heads.taps are \(3, 9\), but the transformer has 6 blocks"),
-        ("width", 96, "config.heads.width is 96, but the transformer's is 192"),
-        ("kind", "mlp", "heads: kind is 'mlp'|config.heads.kind: 'mlp' is not one of"),
+        ("taps", (3, 9), r"config.networks.heads.taps are \(3, 9\), but the transformer has 6 blocks"),
+        ("width", 96, "config.networks.heads.width is 96, but the transformer's is 192"),
+        ("kind", "mlp", "heads: kind is 'mlp'|config.networks.heads.kind: 'mlp' is not one of"),
     ],
 )
 def test_heads_that_do_not_fit_are_named(tmp_path, key, value, message):
     config = phase2.get_config()
-    config.heads[key] = value
+    config.networks.heads[key] = value
     with pytest.raises(UserError, match=message):
         run(parse(config), tmp_path / "phase2")
     assert not (tmp_path / "phase2").exists()

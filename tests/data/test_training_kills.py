@@ -68,5 +68,7 @@ def test_the_batches_of_a_killed_training_are_those_of_an_uninterrupted_one(kill
     main([str(folder), str(tmp_path / "whole"), str(steps), "0"])
     assert len(seen(workdir)) == steps and seen(workdir) == seen(tmp_path / "whole")
     assert len({record["generator/square"] for record in seen(workdir)}) > steps / 2, "batches differ"
-    states = [jax.tree.leaves(read_state(w, items=("params", "opt", "ema"))) for w in (workdir, tmp_path / "whole")]
+    states = [
+        jax.tree.leaves(read_state(w, items=("params", "opt", "averages"))) for w in (workdir, tmp_path / "whole")
+    ]
     assert all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(*states, strict=True))

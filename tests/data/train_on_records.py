@@ -17,7 +17,7 @@ from vpae_jax import cli
 from vpae_jax.config import Experiment, OptimizerConfig
 from vpae_jax.data.batches import latent_batches
 from vpae_jax.data.records import LatentRecords
-from vpae_jax.methods.base import Role, Update
+from vpae_jax.methods.base import Method, Role, Update, all_views, averages
 from vpae_jax.train.loop import Hook, train
 from vpae_jax.train.optim import make_optimizer
 from vpae_jax.train.roles import RoleModels, split
@@ -38,24 +38,24 @@ class Matrix(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Denoise:
+class Denoise(Method):
     """A matrix that takes noise off a latent."""
 
     batch: ClassVar[type] = Batch
 
     @property
     def roles(self):
-        return {"generator": Role("fresh", "all", model="vae", ema=0.9)}
+        return {"generator": Role("fresh", True, part="vae", averages=averages(0.9))}
 
     @property
     def updates(self):
-        return (Update("generator", self.loss),)
+        return (Update(("generator",), self.loss),)
 
-    def loss(self, trainable, others, batch, key):
+    def loss(self, nets, batch, context):
         x = batch.latents[:, 1, 1, 1]
-        noise = jax.vmap(lambda k: jax.random.normal(k, (16,)))(key)
+        noise = jax.vmap(lambda k: jax.random.normal(k, (16,)))(context.clips)
         number, text = batch.latents[:, 0, 0, 0, 0], batch.condition.text.sum((1, 2))
-        return ((trainable(x + noise) - x) ** 2).mean(-1), {"number": number, "square": number**2, "text": text}
+        return ((nets["generator"](x + noise) - x) ** 2).mean(-1), {"number": number, "square": number**2, "text": text}
 
 
 def main(argv: list[str]) -> None:
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
     batches = latent_batches([(LatentRecords(folder), 1.0)], SIZE, seed=0, max_bad=0.2)
     workdir.mkdir(parents=True, exist_ok=True)
     wait = Hook(1, lambda step, state: time.sleep(pause) or {})
-    models = RoleModels(method.roles, {"generator": graph})
+    models = RoleModels(method.roles, all_views(method), {"generator": graph})
     train(experiment, method, models, optimizers, state, {}, batches, lambda batch: batch, workdir, (wait,))
 
 

@@ -37,8 +37,8 @@ def normal(*shape, seed=0):
 
 
 def values(kind, real, fake):
-    real, fake = jnp.array([real]), jnp.array([fake])
-    return tuple(float(loss(real, fake)[0]) for loss in (LOSSES[kind].discriminator, LOSSES[kind].generator))
+    real, fake = jnp.array([[real]]), jnp.array([[fake]])
+    return tuple(float(loss(real, fake)[0, 0]) for loss in (LOSSES[kind].discriminator, LOSSES[kind].generator))
 
 
 @pytest.mark.parametrize(
@@ -81,15 +81,15 @@ def test_only_the_relative_loss_ignores_a_common_shift():
 
 def test_every_generator_wants_a_higher_logit():
     for loss in LOSSES.values():
-        grad = jax.grad(lambda f, loss=loss: loss.generator(jnp.zeros(1), f)[0])(jnp.zeros(1))
-        assert grad[0] < 0
+        grad = jax.grad(lambda f, loss=loss: loss.generator(jnp.zeros((1, 1)), f)[0, 0])(jnp.zeros((1, 1)))
+        assert grad[0, 0] < 0
 
 
 def test_accuracy():
-    real, fake = jnp.array([1.0, 2.0, -1.0]), jnp.array([-1.0, 1.0, -2.0])
+    real, fake = jnp.array([[1.0], [2.0], [-1.0]]), jnp.array([[-1.0], [1.0], [-2.0]])
     assert float(accuracy(real, fake, relative=False)) == pytest.approx(4 / 6)
     assert float(accuracy(real, fake, relative=True)) == 1
-    assert float(accuracy(jnp.zeros(2), jnp.zeros(2), relative=False)) == 0.5
+    assert float(accuracy(jnp.zeros((2, 1)), jnp.zeros((2, 1)), relative=False)) == 0.5
 
 
 @pytest.fixture
@@ -103,6 +103,7 @@ def noise_of(x_t, x0, t):
     return (np.asarray(x_t) - (1 - t) * np.asarray(x0)) / t
 
 
+FREE = DifferencePenalty(weight=0.0)
 ALL, PURE = TimeDistribution(), TimeDistribution(low=1.0)
 
 
@@ -163,7 +164,7 @@ class Linear:
     b: float = 0.3
 
     def __call__(self, x, t):
-        return (x * self.w).sum((1, 2, 3, 4)) + self.b
+        return ((x * self.w).sum((1, 2, 3, 4)) + self.b)[:, None]
 
 
 def linear():
@@ -191,11 +192,11 @@ def test_ratio_on_chosen_directions():
     square = (w * w).sum()
     for delta, expected in [(0.1 * w, square), (across, 0.0)]:
         delta = jnp.asarray(delta)[None]
-        change = (delta * w).sum((1, 2, 3, 4))
+        change = (delta * w).sum((1, 2, 3, 4))[:, None]
         assert float(DifferencePenalty(norm="sum").ratio(change, delta)[0]) == pytest.approx(expected, abs=1e-3)
         assert float(DifferencePenalty(norm="mean").ratio(change, delta)[0]) == pytest.approx(D * expected, abs=0.1)
         assert float(DifferencePenalty(norm="fixed").ratio(change, delta)[0]) == pytest.approx(
-            float(change[0]) ** 2, abs=1e-4
+            float(change[0, 0]) ** 2, abs=1e-4
         )
     values = penalise(linear(), shown_of(50), norm="sum")
     assert (values >= 0).all() and (values <= square * (1 + 1e-4)).all()
@@ -229,8 +230,8 @@ def test_effective_weight_is_99():
     """Weight 1 under "mean" is 1 / (.01^2 + .1^2) on the plain squared difference, up to the spread of ||delta||^2."""
     delta = DifferencePenalty().perturbation(jnp.zeros((4000, *SHAPE[1:])), KEY)
     assert float((delta**2).mean()) == pytest.approx(0.0101, rel=0.03)
-    plain = DifferencePenalty(norm="fixed").ratio(jnp.ones(1), jnp.full((1, *SHAPE[1:]), 0.0101**0.5))
-    mean = DifferencePenalty(norm="mean").ratio(jnp.ones(1), jnp.full((1, *SHAPE[1:]), 0.0101**0.5))
+    plain = DifferencePenalty(norm="fixed").ratio(jnp.ones((1, 1)), jnp.full((1, *SHAPE[1:]), 0.0101**0.5))
+    mean = DifferencePenalty(norm="mean").ratio(jnp.ones((1, 1)), jnp.full((1, *SHAPE[1:]), 0.0101**0.5))
     assert float(mean[0] / plain[0]) == pytest.approx(99.0099, rel=1e-4)
 
 
@@ -252,7 +253,7 @@ def test_shapes_of_the_perturbation():
 
 def test_constant_discriminator_is_not_penalised():
     for on in ("fake", "real", "both"):
-        assert (penalise(lambda x, t: jnp.full(len(x), 0.7), shown_of(), on=on) == 0).all()
+        assert (penalise(lambda x, t: jnp.full((len(x), 1), 0.7), shown_of(), on=on) == 0).all()
 
 
 def test_which_clips_are_perturbed():
@@ -260,7 +261,7 @@ def test_which_clips_are_perturbed():
 
     def judge(x, t):
         """Steep on real clips only: these are told apart by their time."""
-        return jnp.where(t > 0.6, 1.0, 0.0) * x.sum((1, 2, 3, 4))
+        return (jnp.where(t > 0.6, 1.0, 0.0) * x.sum((1, 2, 3, 4)))[:, None]
 
     shown = shown._replace(real_t=jnp.full(2, 0.9))
     assert (penalise(judge, shown, on="fake") == 0).all()
@@ -273,11 +274,30 @@ def test_the_whole_loss():
     judge, shown = linear(), shown_of()
     plain, metrics = discriminator_loss(judge, shown, "hinge", DifferencePenalty(weight=0.0), KEY)
     real, fake = judge(shown.real, shown.real_t), judge(shown.fake, shown.fake_t)
-    np.testing.assert_allclose(plain, jnp.maximum(1 - real, 0) + jnp.maximum(1 + fake, 0), rtol=1e-5)
+    np.testing.assert_allclose(plain, (jnp.maximum(1 - real, 0) + jnp.maximum(1 + fake, 0))[:, 0], rtol=1e-5)
     assert "penalty" not in metrics
     assert float(metrics["logit_gap"]) == pytest.approx(float((real - fake).mean()), rel=1e-4)
     full, metrics = discriminator_loss(judge, shown, "hinge", DifferencePenalty(weight=0.5), KEY)
     np.testing.assert_allclose(full.mean() - plain.mean(), 0.5 * metrics["penalty"], rtol=1e-3)
+
+
+def test_each_logit_is_judged_alone():
+    """Losses are averaged after their non-linearity: logits of 3 and -3 cost a hinge 2, their mean of 0 costs 1."""
+    shown = shown_of()
+
+    def judge(x, t):
+        return jnp.broadcast_to(jnp.array([3.0, -3.0]), (len(x), 2))
+
+    loss, _ = discriminator_loss(judge, shown, "hinge", DifferencePenalty(weight=0.0), KEY)
+    np.testing.assert_allclose(loss, 2 + 2)
+    mean, _ = discriminator_loss(lambda x, t: judge(x, t).mean(1, keepdims=True), shown, "hinge", FREE, KEY)
+    np.testing.assert_allclose(mean, 1 + 1)
+
+
+def test_a_penalty_is_the_mean_over_logits():
+    one, shown = linear(), shown_of()
+    two = penalise(lambda x, t: jnp.concatenate([one(x, t), 0 * one(x, t)], 1), shown)
+    np.testing.assert_allclose(two, 0.5 * penalise(one, shown), rtol=1e-4)
 
 
 @pytest.mark.parametrize(

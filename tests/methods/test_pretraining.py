@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import context
 
+from vpae_jax.flow.sampler import Sampler
 from vpae_jax.flow.schedule import expand
 from vpae_jax.flow.times import TimeDistribution
 from vpae_jax.methods.autoencoder import Autoencoder
@@ -54,11 +56,13 @@ def test_flow_matching_is_zero_for_the_right_velocity(batch):
     """For data that is always its batch's clip the exact velocity is (x - x0) / t."""
     method = FlowMatching(t=TimeDistribution(low=0.5))
     perfect = lambda x, t, condition: (x - batch.latents) / expand(t, x)  # noqa: E731
-    loss, metrics = method.loss(perfect, {}, batch, jax.random.key(1))
+    loss, metrics = method.loss({"generator": perfect}, batch, context(key=jax.random.key(1)))
     assert loss.shape == (B,)
     np.testing.assert_allclose(loss, 0, atol=1e-9)
     off = lambda x, t, condition: perfect(x, t, condition) + 0.5  # noqa: E731
-    np.testing.assert_allclose(method.loss(off, {}, batch, jax.random.key(1))[0], 0.25, rtol=1e-5)
+    np.testing.assert_allclose(
+        method.loss({"generator": off}, batch, context(key=jax.random.key(1)))[0], 0.25, rtol=1e-5
+    )
     assert float(metrics["x0_error"]) < 1e-9
 
 
@@ -106,9 +110,11 @@ class Coder:
 
 def test_autoencoder_terms():
     batch = PixelBatch(video=jnp.full((2, 5, 8, 8, 3), 0.25))
-    loss, _ = Autoencoder(kl_weight=1.0).loss(Coder(0.0, 0.0, 0.0), {}, batch, jax.random.key(0))
+    loss, _ = Autoencoder(kl_weight=1.0).loss({"vae": Coder(0.0, 0.0, 0.0)}, batch, context(key=jax.random.key(0)))
     np.testing.assert_allclose(loss, 0, atol=1e-7)
-    loss, metrics = Autoencoder(l1=2.0, l2=3.0, kl_weight=0.1).loss(Coder(1.0, 0.5, 0.5), {}, batch, jax.random.key(0))
+    loss, metrics = Autoencoder(l1=2.0, l2=3.0, kl_weight=0.1).loss(
+        {"vae": Coder(1.0, 0.5, 0.5)}, batch, context(key=jax.random.key(0))
+    )
     kl = 0.5 * (1 + np.exp(0.5) - 1 - 0.5)
     np.testing.assert_allclose(loss, 2 * 0.5 + 3 * 0.25 + 0.1 * kl, rtol=1e-5)
     assert float(metrics["psnr"]) == pytest.approx(10 * np.log10(4 / 0.25), rel=1e-5)
@@ -127,7 +133,9 @@ def test_autoencoder_reparameterises():
                 m, s = super().moments(video)
                 return m + mean, s
 
-        return Autoencoder(kl_weight=0.0, l1=0.0).loss(Shifted(0.0, 0.0, 0.0), {}, batch, key)[0].mean()
+        return (
+            Autoencoder(kl_weight=0.0, l1=0.0).loss({"vae": Shifted(0.0, 0.0, 0.0)}, batch, context(key=key))[0].mean()
+        )
 
     a, b = (float(loss(jnp.float32(0.5), jax.random.key(i))) for i in (0, 1))
     assert a != b
@@ -146,31 +154,45 @@ def test_contrastive_values():
     ids = [[1, 2], [1, 3], [4, 4]]
     scale = jnp.float32(np.log(2.0))
     sharp = lambda batch: (5.0 * jnp.eye(3), jnp.eye(3), scale)  # noqa: E731
-    loss, metrics = Contrastive().loss(sharp, {}, frames_with(ids), jax.random.key(0))
+    loss, metrics = Contrastive().loss({"encoders": sharp}, frames_with(ids), context())
     np.testing.assert_allclose(loss, np.log(1 + 2 * np.exp(-2.0)), rtol=1e-5)
     assert float(metrics["accuracy"]) == 1
     blind = lambda batch: (jnp.ones((3, 4)), jnp.ones((3, 4)), scale)  # noqa: E731
-    loss, _ = Contrastive().loss(blind, {}, frames_with(ids), jax.random.key(0))
+    loss, _ = Contrastive().loss({"encoders": blind}, frames_with(ids), context())
     np.testing.assert_allclose(loss, np.log(3), rtol=1e-5)
 
 
 def test_identical_captions_are_not_negatives():
     scale = jnp.float32(0.0)
     blind = lambda batch: (jnp.ones((3, 4)), jnp.ones((3, 4)), scale)  # noqa: E731
-    loss, _ = Contrastive().loss(blind, {}, frames_with([[1, 2], [1, 2], [3, 3]]), jax.random.key(0))
+    loss, _ = Contrastive().loss({"encoders": blind}, frames_with([[1, 2], [1, 2], [3, 3]]), context())
     np.testing.assert_allclose(loss, [np.log(2), np.log(2), np.log(3)], rtol=1e-5)
 
     def mean_loss(embeddings):
         pair = lambda batch: (embeddings, embeddings, scale)  # noqa: E731
-        return Contrastive().loss(pair, {}, frames_with([[1, 2], [1, 2], [3, 3]]), jax.random.key(0))[0].mean()
+        return Contrastive().loss({"encoders": pair}, frames_with([[1, 2], [1, 2], [3, 3]]), context())[0].mean()
 
     grads = jax.grad(mean_loss)(jnp.eye(3))
     assert np.isfinite(grads).all()
 
 
+def test_pairs_are_compared_over_the_whole_batch():
+    """In parts a clip would meet fewer captions, so such a batch is not taken apart."""
+    assert Contrastive.whole_batch and not FlowMatching.whole_batch and not Autoencoder.whole_batch
+
+
+def test_the_teacher_is_sampled_as_its_method_says():
+    method = FlowMatching(steps=4, shift=2.0, guidance=3.0)
+    assert method.student.sampler == Sampler.even(4, 2.0, 3.0) and method.student.average == "ema"
+    assert FlowMatching(ema=0.0).student.average is None
+    for wrong in ({"steps": 0}, {"shift": 0.0}, {"guidance": 0.5}):
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            FlowMatching(**wrong)
+
+
 def test_scale_is_bounded():
     wide = lambda batch: (jnp.eye(2), jnp.eye(2), jnp.float32(50.0))  # noqa: E731
-    _, metrics = Contrastive(max_scale=100.0).loss(wide, {}, frames_with([[1], [2]]), jax.random.key(0))
+    _, metrics = Contrastive(max_scale=100.0).loss({"encoders": wide}, frames_with([[1], [2]]), context())
     assert float(metrics["scale"]) == 100
 
 

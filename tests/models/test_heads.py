@@ -39,10 +39,11 @@ def test_default_taps(depth, taps):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", [{}, {"hidden": 16}, {"queries": "shared", "num_queries": 2}])
-def test_one_logit_a_clip_that_depends_on_every_tap(kind, options):
+def test_logits_of_a_clip_that_depend_on_every_tap(kind, options):
     heads, given = make(kind, **options), features()
     logit = heads(given)
-    assert logit.shape == (2,) and logit.dtype == jnp.float32
+    many = TAPS * given.taps[0].shape[1] if kind == "conv" else 1
+    assert logit.shape == (2, many) and logit.dtype == jnp.float32
     grads = jax.grad(lambda taps: heads(dataclasses.replace(given, taps=taps)).sum())(given.taps)
     assert all(float(jnp.abs(g).max()) > 0 for g in grads)
 
@@ -96,8 +97,15 @@ def test_ways_to_tell_modalities_apart_and_to_read_the_condition():
         assert bool(jnp.isfinite(heads(dataclasses.replace(given, text_mask=jnp.zeros_like(given.text_mask)))).all())
 
 
+def test_logits_may_be_averaged_in_the_heads():
+    given = features()
+    many, one = make("conv"), make("conv", average="logits")
+    nnx.update(one, nnx.state(many))
+    np.testing.assert_allclose(one(given), many(given).mean(1, keepdims=True), rtol=1e-5)
+
+
 def test_text_to_video_features_have_no_picture():
-    assert make()(features(image=False)).shape == (2,)
+    assert make()(features(image=False)).shape == (2, 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)

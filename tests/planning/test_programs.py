@@ -17,6 +17,7 @@ from vpae_jax.planning.clips import SIZES, size_of
 from vpae_jax.planning.programs import abstract_batch, draw_up, setting_of, transformer_of, with_setting
 from vpae_jax.run import first_weights
 from vpae_jax.run.first_weights import resolve_model
+from vpae_jax.train.blueprint import draw_up as blueprint_of
 from vpae_jax.train.optim import make_optimizer
 from vpae_jax.train.state import create
 from vpae_jax.types import UserError
@@ -42,14 +43,14 @@ def test_the_state_is_that_of_a_run(tiny, tmp_path):
     method = make_method(experiment.method)
     mesh = sharding.make_mesh(experiment.mesh)
     source = resolve_model("tiny", tmp_path)
-    blueprint = first_weights.draw_up(experiment, method, mesh, transformer_of(experiment))
+    blueprint = blueprint_of(experiment, method, mesh, transformer_of(experiment))
     made, _ = first_weights.make_weights(blueprint, experiment, tmp_path, source, method.roles)
     frozen = {name: made.pop(name) for name in blueprint.frozen}
     optimizers = {role: make_optimizer(experiment.optimizers[role]) for role in made}
     state = create(experiment.seed, made, method.roles, optimizers)
     assert described(drawn.frozen) == described(frozen)
     assert described(drawn.state.params) == described(state.params)
-    assert described(drawn.state.ema) == described(state.ema)
+    assert described(drawn.state.averages) == described(state.averages)
     moments = {path: shape for path, shape in described(state.opt).items() if len(shape[0])}
     abstract = {path: shape for path, shape in described(drawn.state.opt).items() if len(shape[0])}
     assert abstract == moments
@@ -62,7 +63,7 @@ def test_memory_by_kind_is_what_lies_on_a_device(tiny):
     # Two moments of every trained weight, and a few counters.
     assert 0 <= kept["optimizer"] - 2 * kept["parameters"] < 100
     generator = memory.tree_bytes(drawn.state.params["generator"])
-    assert kept["EMA"] == generator
+    assert kept["averages"] == generator
     arrays = jax.tree.map(
         lambda s: jax.device_put(jnp.zeros(s.shape, s.dtype), s.sharding), drawn.state.params["generator"]
     )

@@ -59,10 +59,10 @@ def workdir(tmp_path_factory) -> Path:
     "phase, trained", [("phase1", {"generator", "fake_score"}), ("phase2", {"generator", "heads"})]
 )
 def test_a_phase_trains_its_roles_and_nothing_else(workdir, phase, trained):
-    state = read_state(workdir / phase, items=("step", "params", "opt", "ema"))
+    state = read_state(workdir / phase, items=("step", "params", "opt", "averages"))
     assert int(state["step"]) == 2
     assert set(state["params"]) == set(state["opt"]) == trained
-    assert set(state["ema"]) == {"generator"}
+    assert set(state["averages"]) == {"generator_ema"}
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(state["params"]))
     records = read_metrics(workdir / phase)
     steps = [r for r in records if "generator/loss" in r]
@@ -88,11 +88,9 @@ def test_phase_two_starts_from_phase_ones_average(workdir):
     guard = json.loads((workdir / "phase2" / "guard.json").read_text())
     assert set(guard["scores"]) == {"0", "2"}
     assert guard["previous_step"] == 2
-    start, end = read_state(workdir / "phase1")["ema"], read_state(workdir / "phase2")["params"]
-    moved = [
-        np.abs(a - b).max()
-        for a, b in zip(*map(jax.tree.leaves, (start, {"generator": end["generator"]})), strict=True)
-    ]
+    start = read_state(workdir / "phase1")["averages"]["generator_ema"]
+    end = read_state(workdir / "phase2")["params"]["generator"]
+    moved = [np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (start, end)), strict=True)]
     # Two steps of Adam move no weight by more than twice its step size.
     assert 0 < max(moved) <= 2.1 * phase2.get_config().optimizers.generator.learning_rate
 
@@ -260,7 +258,7 @@ def test_a_killed_phase_ends_with_the_same_bits(workdir, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
     subprocess.run(command("cut"), cwd=ROOT, env=environment, check=True, capture_output=True)
-    whole, cut = (read_state(tmp_path / name, items=("params", "ema", "opt")) for name in ("whole", "cut"))
-    for name in ("params", "ema", "opt"):
+    whole, cut = (read_state(tmp_path / name, items=("params", "averages", "opt")) for name in ("whole", "cut"))
+    for name in ("params", "averages", "opt"):
         for a, b in zip(jax.tree.leaves(whole[name]), jax.tree.leaves(cut[name]), strict=True):
             assert np.asarray(a).tobytes() == np.asarray(b).tobytes()

@@ -24,7 +24,7 @@ def records(workdir: Path) -> list[dict[str, float]]:
 
 
 def weights(workdir: Path, step: int | None = None) -> list[np.ndarray]:
-    return jax.tree.leaves(read_state(workdir, step, items=("params", "opt", "ema")))
+    return jax.tree.leaves(read_state(workdir, step, items=("params", "opt", "averages")))
 
 
 def same_bits(one: Path, other: Path, step: int | None = None) -> bool:

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vpae_jax import cli, sharding
 from vpae_jax.config import Experiment, MeshConfig, OptimizerConfig
-from vpae_jax.methods.base import Role, Update
+from vpae_jax.methods.base import Method, Role, Update, all_views, averages
 from vpae_jax.runtime import distributed, preemption
 from vpae_jax.runtime.processes import say
 from vpae_jax.tasks.digits.batches import pixel_batches
@@ -45,23 +45,23 @@ class Matrix(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Denoise:
+class Denoise(Method):
     """A matrix that takes noise off the middle row of a clip's middle frame."""
 
     batch: ClassVar[type] = PixelBatch
 
     @property
     def roles(self):
-        return {"vae": Role("fresh", "all", model="vae", ema=0.9)}
+        return {"vae": Role("fresh", True, part="vae", averages=averages(0.9))}
 
     @property
     def updates(self):
-        return (Update("vae", self.loss, repeats=2),)
+        return (Update(("vae",), self.loss, repeats=2),)
 
-    def loss(self, trainable, others, batch, key):
+    def loss(self, nets, batch, context):
         row = batch.video[:, 2, 8, :, 0]
-        noise = jax.vmap(lambda k: jax.random.normal(k, (WIDTH,)))(key)
-        return ((trainable(row + noise) - row) ** 2).mean(-1), {"seen": batch.video.mean((1, 2, 3, 4))}
+        noise = jax.vmap(lambda k: jax.random.normal(k, (WIDTH,)))(context.clips)
+        return ((nets["vae"](row + noise) - row) ** 2).mean(-1), {"seen": batch.video.mean((1, 2, 3, 4))}
 
 
 def main(argv: list[str]) -> None:
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> None:
             time.sleep(pause)
             return {}
 
-        models = RoleModels(method.roles, {"vae": graph})
+        models = RoleModels(method.roles, all_views(method), {"vae": graph})
         last = train(experiment, method, models, optimizers, state, {}, batches, put, workdir, (Hook(1, wait),), stop)
         say(f"ended at step {int(last.step)} of {steps}")
 

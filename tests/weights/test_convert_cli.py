@@ -47,9 +47,9 @@ def workdir(source, tmp_path_factory):
     write_run(folder, source, {"name": "vpae_phase1", "fake_rank": 4})
     _, params = read_part(source, "transformer")
     trained = {"bias": params["proj_out"]["bias"]}
-    state = {"step": jnp.int32(3), "params": {}, "ema": {}}
-    for number, kind in enumerate(("params", "ema"), 1):
-        state[kind]["generator"] = {**params, "proj_out": {**params["proj_out"], "bias": trained["bias"] + number}}
+    state = {"step": jnp.int32(3), "params": {}, "averages": {}}
+    for number, (kind, name) in enumerate((("params", "generator"), ("averages", "generator_ema")), 1):
+        state[kind][name] = {**params, "proj_out": {**params["proj_out"], "bias": trained["bias"] + number}}
     kernel = params["blocks"]["attn1"]["to_q"]["kernel"]
     a = jax.random.normal(jax.random.key(0), (*kernel.shape[:-1], 4))
     b = jax.random.normal(jax.random.key(1), (kernel.shape[0], 4, kernel.shape[-1]))
@@ -281,7 +281,11 @@ def test_a_run_that_trained_no_generator(source, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     write_run(tmp_path / "run", source, {"name": "autoencoder"})
     with ocp.CheckpointManager((tmp_path / "run" / "checkpoints").absolute()) as manager:
-        state = {"step": jnp.int32(1), "params": {"vae": {"a": jnp.ones(2)}}, "ema": {"vae": {"a": jnp.ones(2)}}}
+        state = {
+            "step": jnp.int32(1),
+            "params": {"vae": {"a": jnp.ones(2)}},
+            "averages": {"vae_ema": {"a": jnp.ones(2)}},
+        }
         manager.save(1, args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
     message = fails([tmp_path / "run", tmp_path / "out", "--format=diffusers"], capsys)
     assert "the checkpoint has no generator" in message and not (tmp_path / "out").exists()
