@@ -32,10 +32,11 @@ class OptimizerConfig:
 
     Attributes:
       learning_rate: peak step size.
-      algorithm: "adam" (with decoupled decay if `weight_decay` is set) or "rmsprop".
-      b1, b2, eps: Adam's moments' decays and what is added to its denominator, the root of the second moment; RMSProp
-        uses `b2` as its decay, and `eps` as Adam does.
-      weight_decay: decoupled weight decay.
+      algorithm: "adam" or "rmsprop".
+      b1, b2: decays of Adam's moments.
+      rms_decay: decay of RMSProp's second moment, which is not corrected for its start at 0.
+      eps: what either adds to its denominator, the root of the second moment.
+      weight_decay: decoupled weight decay: the share of each weight, times the step size, that an update takes away.
       clip_norm: global gradient norm above which gradients are scaled down; 0 switches clipping off.
       warmup_steps: updates over which the step size rises linearly from 0.
       decay_steps: updates of a cosine decay to zero, which follows the warm-up; 0 keeps the step size constant.
@@ -45,6 +46,7 @@ class OptimizerConfig:
     algorithm: Literal["adam", "rmsprop"] = "adam"
     b1: float = 0.9
     b2: float = 0.999
+    rms_decay: float = 0.9
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float = 10.0
@@ -52,10 +54,9 @@ class OptimizerConfig:
     decay_steps: int = 0
 
     def __post_init__(self) -> None:
-        _at_least(
-            self, 0, "learning_rate", "b1", "b2", "eps", "weight_decay", "clip_norm", "warmup_steps", "decay_steps"
-        )
-        for name in ("b1", "b2"):
+        decays = ("b1", "b2", "rms_decay")
+        _at_least(self, 0, "learning_rate", *decays, "eps", "weight_decay", "clip_norm", "warmup_steps", "decay_steps")
+        for name in decays:
             if getattr(self, name) >= 1:
                 raise UserError(f"{name} is {getattr(self, name)}, expected less than 1")
 

@@ -8,15 +8,16 @@ from vpae_jax.config import OptimizerConfig
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clipping, then Adam (decoupled decay) or RMSProp, then the step size.
+    """Clipping by the global norm, then Adam or RMSProp, then decoupled weight decay, then the step size.
 
-    RMSProp is Adam with b1 = 0 and no bias correction (`b2` is its decay, and `eps` is added to the root, not under
-    it), as APT uses it (arXiv 2501.08316).
+    RMSProp, which APT uses with a decay of .9 (arXiv 2501.08316), is PyTorch's: Adam with b1 = 0 and b2 = `rms_decay`,
+    but without bias correction, so that the first update is 1 / sqrt(1 - .9) = 3.2 times the step size. `eps` is added
+    to the root, not under it.
     """
     if config.algorithm == "adam":
         scale = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
     else:
-        scale = optax.scale_by_rms(decay=config.b2, eps=config.eps, eps_in_sqrt=False, bias_correction=False)
+        scale = optax.scale_by_rms(decay=config.rms_decay, eps=config.eps, eps_in_sqrt=False, bias_correction=False)
     parts = [
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         scale,
