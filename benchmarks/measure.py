@@ -218,12 +218,12 @@ def _place() -> Any:
 
 def _watched(folder: str) -> tuple[Any, list[int]]:
     """A model, and a list that receives how many bytes of tensors were read whenever its transformer is closed."""
-    from vpae_jax.weights.directory import PartSource
+    from vpae_jax.weights.directory import StoredPart
     from vpae_jax.weights.find import find_model
 
     read: list[int] = []
 
-    class Watched(PartSource):
+    class Watched(StoredPart):
         @contextmanager
         def open(self):  # type: ignore[override]
             with super().open() as tensors:

@@ -32,7 +32,7 @@ from vpae_jax.run.first_weights import resolve_model
 from vpae_jax.train.checkpoint import CONFIG_FILE, FOLDER, read_state
 from vpae_jax.types import UserError
 from vpae_jax.weights.card import Provenance
-from vpae_jax.weights.directory import Model
+from vpae_jax.weights.directory import ModelDirectory
 from vpae_jax.weights.extraction import extract, format_energies
 from vpae_jax.weights.filenames import SETTINGS, read_json
 from vpae_jax.weights.find import find_model
@@ -58,7 +58,7 @@ class Input:
       provenance: where they come from.
     """
 
-    base: Model
+    base: ModelDirectory
     provenance: Provenance
     parts: Mapping[str, Values] = field(default_factory=dict)
     scheduler: Scheduler | None = None

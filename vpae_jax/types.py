@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from clu.metrics import Metric
 from jax import Array
-from jaxtyping import Bool, Float, Int, Key, PyTree, UInt8
+from jaxtyping import Bool, Float, Int, Key, PyTree, Shaped, UInt8
 
 # Of batches: numpy arrays on the host, JAX arrays once they are put on the devices.
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 else:
     AnyArray = Array | np.ndarray
 
+HostArray = Shaped[np.ndarray, "..."]
 Video = Float[Array, "b t height width 3"]
 Frames = UInt8[Array, "t height width 3"]
 Latents = Float[Array, "b f h w c"]

@@ -10,7 +10,7 @@ from flax import nnx
 
 from vpae_jax.config import MeshConfig
 from vpae_jax.models.kernels import reference
-from vpae_jax.models.parallel import Layout
+from vpae_jax.models.parallel import MeshLayout
 from vpae_jax.models.wan_dit import WanTransformer, WanTransformerConfig
 from vpae_jax.sharding import make_mesh
 from vpae_jax.types import Condition, UserError
@@ -34,7 +34,7 @@ def random(*shapes, seed=0):
 @pytest.mark.parametrize("case", CASES)
 def test_self_attention_equals_the_reference(case, tokens):
     config, heads, split = CASES[case]
-    layout = Layout(make_mesh(config), heads)
+    layout = MeshLayout(make_mesh(config), heads)
     assert (layout.ulysses, layout.ring) == split
     padded = layout.padded(tokens)
     assert padded % (split[0] * split[1]) == 0 and padded - tokens < split[0] * split[1]
@@ -54,7 +54,7 @@ def test_self_attention_equals_the_reference(case, tokens):
 
 
 def test_cross_attention_exchanges_nothing():
-    layout = Layout(make_mesh(MeshConfig(fsdp=2, context=2, tensor=2)), 4)
+    layout = MeshLayout(make_mesh(MeshConfig(fsdp=2, context=2, tensor=2)), 4)
     q, k, v = random((4, 16, 4, DIM), (4, 5, 4, DIM), (4, 5, 4, DIM))
     bias = jnp.array([[0.0, 1.0, -jnp.inf, 2.0, 0.0]])
     program = jax.jit(layout.cross_attention).lower(q, k, v, bias).compile()
@@ -64,12 +64,12 @@ def test_cross_attention_exchanges_nothing():
 
 def test_heads_that_the_tensor_axis_does_not_divide_are_named():
     with pytest.raises(UserError, match=r"config.mesh.tensor is 8, which does not divide the transformer's 12 heads"):
-        Layout(make_mesh(MeshConfig(fsdp=1, tensor=8)), 12)
+        MeshLayout(make_mesh(MeshConfig(fsdp=1, tensor=8)), 12)
 
 
 def test_clips_that_do_not_fill_the_mesh_are_on_every_device():
     """A preview of three clips on eight devices."""
-    layout = Layout(make_mesh(MeshConfig(fsdp=4, context=2)), 4)
+    layout = MeshLayout(make_mesh(MeshConfig(fsdp=4, context=2)), 4)
     q, k, v = random(*[(3, 10, 4, DIM)] * 3)
     found = jax.jit(lambda *x: layout.self_attention(*x, 10))(q, k, v)
     np.testing.assert_allclose(found, reference.attention(q, k, v), atol=2e-6)

@@ -25,7 +25,7 @@ def main() -> None:
     roomy = Topology("v5e:2x4", dataclasses.replace(CHIPS["v5e"], reserved=0), (2, 4))
     asked = compiling.make_plan(experiment, clip, roomy, jax.devices(), lambda _: None)
 
-    def within(memory: int) -> search.Found:
+    def within(memory: int) -> search.SearchResult:
         chip = dataclasses.replace(roomy.chip, memory=memory)
         tight, short = dataclasses.replace(roomy, chip=chip), dataclasses.replace(asked, chip=chip)
         return search.search(experiment, clip, tight, jax.devices(), short, lambda _: None, 3)

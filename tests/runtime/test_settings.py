@@ -11,7 +11,7 @@ from running import free_port
 
 from vpae_jax.config import MeshConfig
 from vpae_jax.runtime.distributed import find
-from vpae_jax.runtime.rendezvous import Place, meet
+from vpae_jax.runtime.rendezvous import ProcessSpec, meet
 from vpae_jax.sharding import make_mesh, own_rows, put_batch, put_rows
 from vpae_jax.tasks.digits.batches import pixel_batches
 from vpae_jax.tasks.digits.clips import MovingDigits
@@ -34,9 +34,9 @@ def test_one_process_needs_no_settings():
 
 
 def test_flags_come_before_the_environment_and_that_before_slurm():
-    assert find({**JAX, **SLURM}, "a:1", 2, 0) == Place("a:1", 2, 0)
-    assert find({**JAX, **SLURM}) == Place("node0:1234", 4, 3)
-    assert find(SLURM) == Place("node07:61445", 2, 1)
+    assert find({**JAX, **SLURM}, "a:1", 2, 0) == ProcessSpec("a:1", 2, 0)
+    assert find({**JAX, **SLURM}) == ProcessSpec("node0:1234", 4, 3)
+    assert find(SLURM) == ProcessSpec("node07:61445", 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -51,8 +51,8 @@ def test_flags_come_before_the_environment_and_that_before_slurm():
     ],
 )
 def test_the_coordinator_is_slurms_first_node(nodes, first):
-    place = find({**SLURM, "SLURM_STEP_NODELIST": nodes})
-    assert place is not None and place.endpoint == (first, 61445)
+    process = find({**SLURM, "SLURM_STEP_NODELIST": nodes})
+    assert process is not None and process.endpoint == (first, 61445)
 
 
 def test_several_tasks_on_a_node_have_a_device_each():
@@ -82,17 +82,17 @@ def test_bad_settings_are_named(environment, flags, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def together(*places: Place, seconds: int = 10) -> list[str]:
+def together(*processes: ProcessSpec, seconds: int = 10) -> list[str]:
     """What `meet` says to each of several at once; nothing is good."""
-    said = [""] * len(places)
+    said = [""] * len(processes)
 
-    def one(i: int, place: Place) -> None:
+    def one(i: int, process: ProcessSpec) -> None:
         try:
-            meet(place, seconds)
+            meet(process, seconds)
         except UserError as error:
             said[i] = str(error)
 
-    threads = [threading.Thread(target=one, args=pair) for pair in enumerate(places)]
+    threads = [threading.Thread(target=one, args=pair) for pair in enumerate(processes)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -102,23 +102,23 @@ def together(*places: Place, seconds: int = 10) -> list[str]:
 
 def test_all_meet_in_any_order_twice():
     address = f"localhost:{free_port()}"
-    places = [Place(address, 4, index) for index in (2, 0, 3, 1)]
+    processes = [ProcessSpec(address, 4, index) for index in (2, 0, 3, 1)]
     for _ in range(2):  # the port is free again at once
-        assert together(*places) == [""] * 4
+        assert together(*processes) == [""] * 4
 
 
 def test_two_that_are_the_same_or_count_differently_are_told():
     address = f"localhost:{free_port()}"
-    same = together(Place(address, 3, 0), Place(address, 3, 1), Place(address, 3, 1), seconds=2)
+    same = together(ProcessSpec(address, 3, 0), ProcessSpec(address, 3, 1), ProcessSpec(address, 3, 1), seconds=2)
     assert "two processes have process_id 1; give each its own, from 0 to 2" in same[0]
     assert all(same)
-    other = together(Place(address, 2, 0), Place(address, 3, 1), seconds=2)
+    other = together(ProcessSpec(address, 2, 0), ProcessSpec(address, 3, 1), seconds=2)
     assert other[0] == other[1] == "process 1 was told of 3 processes, but process 0 of 2; give all the same number"
 
 
 def test_who_is_missing_is_named():
     address = f"localhost:{free_port()}"
-    said = together(Place(address, 4, 0), Place(address, 4, 2), seconds=1)
+    said = together(ProcessSpec(address, 4, 0), ProcessSpec(address, 4, 2), seconds=1)
     assert "process 0 of 4: waited 1 s at localhost" in said[0] and "process 1, 3 did not come" in said[0]
     assert said[1].startswith("process 2 of 4: waited 1 s for the coordinator localhost")
 
@@ -126,7 +126,7 @@ def test_who_is_missing_is_named():
 def test_a_port_that_is_taken_is_named():
     with socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as taken:
         port = taken.getsockname()[1]
-        (said,) = together(Place(f"localhost:{port}", 2, 0), seconds=1)
+        (said,) = together(ProcessSpec(f"localhost:{port}", 2, 0), seconds=1)
     assert f"cannot listen on port {port}" in said and "choose another coordinator port" in said
 
 
@@ -146,7 +146,7 @@ def test_strangers_at_the_port_are_ignored():
     stranger = threading.Thread(target=knock)
     stranger.start()
     try:
-        assert together(Place(f"localhost:{port}", 2, 0), Place(f"localhost:{port}", 2, 1)) == ["", ""]
+        assert together(ProcessSpec(f"localhost:{port}", 2, 0), ProcessSpec(f"localhost:{port}", 2, 1)) == ["", ""]
     finally:
         stop.set()
         stranger.join()

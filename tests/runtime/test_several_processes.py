@@ -119,7 +119,7 @@ def test_who_finds_the_coordinator_gone_before_jax_does_ends_with_the_same_line(
     """JAX, which looks more seldom, would end the process itself a moment later."""
     program = """
 import jax
-from vpae_jax.distributed import LastWords, Watch
+from vpae_jax.runtime.distributed import LastWords, Watch
 
 class Gone:
     def key_value_set(self, key, value, allow_overwrite):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vpae_jax.weights.directory import Model
+from vpae_jax.weights.directory import ModelDirectory
 from vpae_jax.weights.find import find_model
 from vpae_jax.weights.writing import open_values
 
@@ -80,9 +80,9 @@ def bits(found: Mapping[str, Tensor]) -> Bits:
     }
 
 
-def values(model: Model | Path, part: str) -> dict[str, np.ndarray]:
+def values(model: ModelDirectory | Path, part: str) -> dict[str, np.ndarray]:
     """A part's weights by our paths and layers, from the files and with their dtypes."""
-    model = model if isinstance(model, Model) else find_model(model)
+    model = model if isinstance(model, ModelDirectory) else find_model(model)
     with open_values(model, part) as found:
         shapes = found.shapes()
         stacked = {path for path in shapes if path.startswith(("blocks/", "layers/"))}

@@ -89,8 +89,8 @@ def read(folder):
         model.part(name)
     for source in model.parts.values():
         with source.open() as tensors:
-            for entry in tensors.entries:
-                for name in entry.names:
+            for parameter in tensors.parameters:
+                for name in parameter.names:
                     tensors.read(name)
 
 

@@ -22,7 +22,7 @@ LAYOUTS = ("wan", "diffusers")
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredModel:
     """A folder of weights, and what is in it."""
 
     folder: Path
@@ -43,7 +43,7 @@ class Stored:
 @pytest.fixture(scope="module")
 def stored(wan_folder, diffusers_folder, tmp_path_factory):
     """Gives a folder of a layout whose weights are stored in some precision."""
-    made = {("wan", "float32"): Stored(wan_folder), ("diffusers", "float32"): Stored(diffusers_folder)}
+    made = {("wan", "float32"): StoredModel(wan_folder), ("diffusers", "float32"): StoredModel(diffusers_folder)}
 
     def give(layout, kind):
         if (layout, kind) not in made:
@@ -53,7 +53,7 @@ def stored(wan_folder, diffusers_folder, tmp_path_factory):
                     edit(path, lambda t: t.update(mixed(t)))
                 else:
                     edit(path, lambda t: t.update({name: value.bfloat16() for name, value in t.items()}))
-            made[layout, kind] = Stored(folder)
+            made[layout, kind] = StoredModel(folder)
         return made[layout, kind]
 
     return give
@@ -71,10 +71,10 @@ def test_whole_models_there_and_back(stored, tmp_path, first, kind):
     given = stored(first, kind)
     (second,) = set(LAYOUTS) - {first}
     write_model(tmp_path / "there", given.model, {}, form=second)
-    there = Stored(tmp_path / "there")
+    there = StoredModel(tmp_path / "there")
     assert {part.layout for part in there.model.parts.values()} == {second}
     write_model(tmp_path / "back", there.model, {}, form=first)
-    back = Stored(tmp_path / "back")
+    back = StoredModel(tmp_path / "back")
     for part in PARTS:
         dtypes = {value.dtype for value in given.tensors[part].values()}
         assert dtypes == ({torch.float32, torch.bfloat16} if kind == "mixed" else {getattr(torch, kind)})
@@ -87,7 +87,7 @@ def test_whole_models_there_and_back(stored, tmp_path, first, kind):
 def test_a_copy_is_equal_and_verified(stored, tmp_path, layout):
     given = stored(layout, "mixed")
     write_model(tmp_path / "copy", given.model, {}, form=layout)
-    copy = Stored(tmp_path / "copy")
+    copy = StoredModel(tmp_path / "copy")
     for part in PARTS:
         assert bits(copy.tensors[part]) == bits(given.tensors[part])
         with open_values(given.model, part) as expected:
@@ -153,7 +153,7 @@ def test_through_our_own_arrays(stored, tmp_path):
         with open_values(given.model, part) as values_of_files:
             write_part(tmp_path / "ours", part, values_of_files, "orbax")
             assert verify_part(find_model(tmp_path / "ours"), part, values_of_files, None) == len(given.values[part])
-    ours = Stored(tmp_path / "ours")
+    ours = StoredModel(tmp_path / "ours")
     assert {part.layout for part in ours.model.parts.values()} == {"orbax"} and tuple(ours.model.parts) == parts
     for part in parts:
         expected, found = given.values[part], values(ours.model, part)
@@ -210,7 +210,7 @@ def test_layers_without_a_common_dtype(stored, tmp_path):
     kinds = [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float8_e5m2]
     for path in files(folder, "transformer"):
         edit(path, lambda t: t.update({n: v.to(kinds[crc32(n.encode()) % len(kinds)]) for n, v in t.items()}))
-    given = Stored(folder)
+    given = StoredModel(folder)
     with open_values(given.model, "transformer") as found:
         write_part(tmp_path / "ours", "transformer", found, "orbax")
         assert verify_part(find_model(tmp_path / "ours"), "transformer", found, None) > 0

@@ -154,7 +154,7 @@ def test_other_dtypes_are_read(copy):
         "patch_embedding.bias": torch.float16,
     }
     edit(copy / "weights.safetensors", lambda t: t.update({name: t[name].to(kind) for name, kind in kinds.items()}))
-    _, params = read_part(copy, "transformer", place=by_rules(dict(fsdp=8)))
+    _, params = read_part(copy, "transformer", placement=by_rules(dict(fsdp=8)))
     assert_equal(flat(params), stacked(copy), np.float32)
 
 
@@ -198,7 +198,7 @@ def test_no_more_is_read_ahead_than_allowed(folder, monkeypatch, limit):
     begun, used = [], 0
     monkeypatch.setattr(stream, "_read", lambda tensors, piece: begun.append(stream._bytes(tensors, piece)))
     with find_model(folder).part("transformer").open() as tensors, ThreadPoolExecutor(3) as pool:
-        pieces = [piece for entry in tensors.entries for piece in stream._pieces(tensors, entry, None)]
+        pieces = [piece for parameter in tensors.parameters for piece in stream._pieces(tensors, parameter, None)]
         found = []
         for piece, _ in stream._ahead(pool, tensors, pieces):
             size = stream._bytes(tensors, piece)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -17,9 +18,10 @@ from vpae_jax.models.umt5 import UMT5Config
 from vpae_jax.models.wan_dit import WanTransformerConfig
 from vpae_jax.models.wan_vae import WanVAEConfig
 from vpae_jax.types import UserError
-from vpae_jax.weights.entries import Found, check, match, plan, tensors
-from vpae_jax.weights.names import Op, Row
+from vpae_jax.weights.matching import check, match, rule, tensors
+from vpae_jax.weights.names import NameRow, Op
 from vpae_jax.weights.parts import PARTS, abstract, flat
+from vpae_jax.weights.safetensors_file import StoredTensor
 
 # An operation, a shape of ours, the shape of theirs.
 OPS = [
@@ -102,11 +104,11 @@ def test_a_shape_that_an_operation_cannot_have(op, theirs):
 
 
 ROWS = (
-    Row("blocks/(a|b)/kernel", r"layers.{i}.\1.weight", r"l.{i}.\1", Op(kernel=True)),
-    Row("head/(.+)/gamma", r"top.\1.gamma", r"t.\1", Op(trailing=3)),
-    Row("table", "table", "tab"),
-    Row("q", "q.weight", "qk", wan_op=Op(part=0, parts=2)),
-    Row("k", "k.weight", "qk", wan_op=Op(part=1, parts=2)),
+    NameRow("blocks/(a|b)/kernel", r"layers.{i}.\1.weight", r"l.{i}.\1", Op(kernel=True)),
+    NameRow("head/(.+)/gamma", r"top.\1.gamma", r"t.\1", Op(trailing=3)),
+    NameRow("table", "table", "tab"),
+    NameRow("q", "q.weight", "qk", wan_op=Op(part=0, parts=2)),
+    NameRow("k", "k.weight", "qk", wan_op=Op(part=1, parts=2)),
 )
 SHAPES = {"blocks/a/kernel": (3, 5, 7), "head/x/y/gamma": (4,), "table": (1, 2, 3), "k": (2, 6), "q": (2, 6)}
 THEIRS = {
@@ -121,23 +123,23 @@ THEIRS = {
 WAN = {"l.0.a": (7, 5), "l.1.a": (7, 5), "l.2.a": (7, 5), "t.x.y": (4, 1, 1, 1), "tab": (1, 2, 3), "qk": (4, 6)}
 
 
-def shapes_of(entries):
+def shapes_of(parameters):
     """Shapes of all tensors of a plan, by name; every one of them held whole, by parts in order."""
     found = {}
-    for name, holders in tensors(entries).items():
-        ops = [entry.op for entry, _ in holders]
+    for name, holders in tensors(parameters).items():
+        ops = [parameter.op for parameter, _ in holders]
         assert [op.part for op in ops] == list(range(ops[0].parts)), name
-        [found[name]] = {op.their_shape(entry.shape) for op, (entry, _) in zip(ops, holders, strict=True)}
-        assert all(entry.names[layer] == name for entry, layer in holders)
+        [found[name]] = {op.their_shape(parameter.shape) for op, (parameter, _) in zip(ops, holders, strict=True)}
+        assert all(parameter.names[layer] == name for parameter, layer in holders)
     return found
 
 
 @pytest.mark.parametrize("layout, expected", [("diffusers", THEIRS), ("wan", WAN)])
 def test_a_plan_names_every_tensor(layout, expected):
-    entries = plan(ROWS, SHAPES, layout)
-    assert {entry.path: entry.full_shape for entry in entries} == SHAPES
-    assert [entry.stacked for entry in entries] == [True, False, False, False, False]
-    assert shapes_of(entries) == expected
+    parameters = match(ROWS, SHAPES, layout)
+    assert {parameter.path: parameter.full_shape for parameter in parameters} == SHAPES
+    assert [parameter.stacked for parameter in parameters] == [True, False, False, False, False]
+    assert shapes_of(parameters) == expected
 
 
 @pytest.mark.parametrize(
@@ -149,22 +151,26 @@ def test_a_plan_names_every_tensor(layout, expected):
 )
 def test_a_parameter_without_a_row_is_a_mistake(shapes, message):
     with pytest.raises(ValueError, match=message):
-        plan(ROWS, shapes, "diffusers")
+        match(ROWS, shapes, "diffusers")
 
 
 def test_ambiguous_rows_are_a_mistake():
     with pytest.raises(ValueError, match="2 rows describe parameter 'table'"):
-        plan((*ROWS, Row("tab.*", "other", "another")), {"table": (1,)}, "wan")
+        match((*ROWS, NameRow("tab.*", "other", "another")), {"table": (1,)}, "wan")
     with pytest.raises(ValueError, match="two parameters claim tensor 'one'"):
-        plan((Row("a|b", "one", "two"),), {"a": (1,), "b": (1,)}, "diffusers")
+        match((NameRow("a|b", "one", "two"),), {"a": (1,), "b": (1,)}, "diffusers")
     with pytest.raises(ValueError, match="two parameters claim tensor 'two'"):
-        plan((Row("a|b", r"\g<0>", "two", wan_op=Op(parts=2)),), {"a": (1,), "b": (1,)}, "wan")
+        match((NameRow("a|b", r"\g<0>", "two", wan_op=Op(parts=2)),), {"a": (1,), "b": (1,)}, "wan")
 
 
 def found(shapes, **changes):
     """What a file holds: the names of `changes` have two underscores for every dot."""
     shapes = {**shapes, **{name.replace("__", "."): shape for name, shape in changes.items()}}
-    return {name: Found(f"prefix.{name}", "file", shape) for name, shape in shapes.items() if shape is not None}
+    return {
+        name: StoredTensor(f"prefix.{name}", Path("file"), np.dtype(np.float32), shape)
+        for name, shape in shapes.items()
+        if shape is not None
+    }
 
 
 @pytest.mark.parametrize(
@@ -199,13 +205,13 @@ def found(shapes, **changes):
 )
 def test_mismatches_are_one_line(layout, holds, message):
     with pytest.raises(UserError) as error:
-        check(plan(ROWS, SHAPES, layout), holds, "folder")
+        check(match(ROWS, SHAPES, layout), holds, "folder")
     assert str(error.value) == message
 
 
 @pytest.mark.parametrize("layout, expected", [("diffusers", THEIRS), ("wan", WAN)])
 def test_a_match_passes(layout, expected):
-    check(plan(ROWS, SHAPES, layout), found(expected), "folder")
+    check(match(ROWS, SHAPES, layout), found(expected), "folder")
 
 
 # Whole models, of which no weight is allocated.
@@ -216,8 +222,8 @@ def described(part, config, layout):
     spec = PARTS[part]
     rows, ours = spec.rows(config), flat(abstract(part, config)[1])
     for path in ours:
-        match(rows, path)
-    names = shapes_of(plan(rows, {path: tuple(leaf.shape) for path, leaf in ours.items()}, layout))
+        rule(rows, path)
+    names = shapes_of(match(rows, {path: tuple(leaf.shape) for path, leaf in ours.items()}, layout))
     assert sum(map(math.prod, names.values())) == sum(math.prod(leaf.shape) for leaf in ours.values())
     return names
 

@@ -11,7 +11,7 @@ from folders import PARTS, bits, edit_json, tensors, values
 
 from vpae_jax.types import UserError
 from vpae_jax.weights.card import Provenance
-from vpae_jax.weights.directory import Model
+from vpae_jax.weights.directory import ModelDirectory
 from vpae_jax.weights.find import find_model
 from vpae_jax.weights.image_processor import read_image_processor
 from vpae_jax.weights.layout import write_model
@@ -133,7 +133,9 @@ def test_links_become_files(diffusers_folder, tmp_path):
 
 def test_refusals_leave_nothing_behind(wan_folder, tmp_path):
     model = find_model(wan_folder)
-    less = Model(model.path, model.folder, {n: s for n, s in model.parts.items() if n != "vae"}, model.tokenizer)
+    less = ModelDirectory(
+        model.path, model.folder, {n: s for n, s in model.parts.items() if n != "vae"}, model.tokenizer
+    )
     with pytest.raises(UserError, match=r"no vae \(found: transformer, text_encoder, image_encoder\)"):
         write_model(tmp_path / "out", less, {}, form="wan")
     for form in FORMS:

@@ -38,7 +38,7 @@ from vpae_jax.inference import samplers
 from vpae_jax.inference.samplers import MASK_CHANNELS, Denoiser
 from vpae_jax.inference.tokenizer import load_tokenizer, tokenize
 from vpae_jax.models.clip import CLIPVision
-from vpae_jax.models.parallel import Layout
+from vpae_jax.models.parallel import MeshLayout
 from vpae_jax.models.umt5 import UMT5Encoder
 from vpae_jax.models.wan_dit import WanTransformer
 from vpae_jax.models.wan_vae import WanVAE
@@ -50,7 +50,7 @@ from vpae_jax.weights.loading import load_part
 from vpae_jax.weights.locate import locate
 from vpae_jax.weights.parts import abstract, check_fit
 from vpae_jax.weights.settings import Defaults, Scheduler, read_defaults, read_scheduler
-from vpae_jax.weights.stream import Place
+from vpae_jax.weights.stream import Placement
 
 Pictures = UInt8[np.ndarray, "b height width 3"]
 
@@ -90,7 +90,7 @@ class Pipeline:
         """The same pipeline with other transformer weights of the same architecture, on their mesh if one is given."""
         transformer = nnx.merge(nnx.graphdef(self.transformer), params)
         if mesh is not None:
-            transformer.layout = Layout(mesh, transformer.config.num_attention_heads)
+            transformer.layout = MeshLayout(mesh, transformer.config.num_attention_heads)
         return dataclasses.replace(self, transformer=transformer)
 
     def without_encoders(self) -> Pipeline:
@@ -368,7 +368,7 @@ def load_pipeline(
         the model inside this package.
       dtype: weights and compute dtype of the transformer and the encoders. The VAE is float32 always, as in Wan.
       mesh: devices over which the transformer's weights and tokens are sharded (`sharding.TRANSFORMER_RULES`,
-        `parallel.Layout`) and the other parts replicated; None uses the default device.
+        `parallel.MeshLayout`) and the other parts replicated; None uses the default device.
       with_transformer: False leaves the transformer's weights in their files, for a caller that brings others
         (`Pipeline.with_transformer`); it then has shapes only.
 
@@ -387,7 +387,7 @@ def load_pipeline(
         transformer = load_part(model, "transformer", dtype, _place(mesh, sharding.TRANSFORMER_RULES))
     else:
         transformer = nnx.merge(*abstract("transformer", model.part("transformer").config, dtype))
-    transformer.layout = Layout(mesh, transformer.config.num_attention_heads)
+    transformer.layout = MeshLayout(mesh, transformer.config.num_attention_heads)
     tokenizer = load_tokenizer(model.tokenizer)
     tokenizer.model_max_length = min(tokenizer.model_max_length, transformer.config.text_len)
     return Pipeline(
@@ -414,7 +414,7 @@ def _shapes_of(model: nnx.Module) -> Any:
     return nnx.eval_shape(lambda: model)
 
 
-def _place(mesh: Mesh | None, rules: sharding.Rules) -> Place | None:
+def _place(mesh: Mesh | None, rules: sharding.Rules) -> Placement | None:
     if mesh is None:
         return None
 

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 custom_vjp: Any = jax.custom_vjp  # its own type hides the types of what it decorates
-Rows = Float[Array, "*batch d"]
+Vectors = Float[Array, "*batch d"]
 Gain = Float[Array, "*spread d"]
 
 
@@ -27,7 +27,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((features,), param_dtype))
         self.eps = eps
 
-    def __call__(self, x: Rows) -> Rows:
+    def __call__(self, x: Vectors) -> Vectors:
         return rms_norm(x, self.scale[...].astype(jnp.float32), self.eps)
 
 
@@ -39,12 +39,12 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((features,), param_dtype))
         self.eps = eps
 
-    def __call__(self, x: Rows) -> Rows:
+    def __call__(self, x: Vectors) -> Vectors:
         return layer_norm(x, self.scale[...].astype(jnp.float32), self.bias[...].astype(jnp.float32), self.eps)
 
 
 @partial(custom_vjp, nondiff_argnums=(2,))
-def rms_norm(x: Rows, gain: Float[Array, "d"], eps: float) -> Rows:
+def rms_norm(x: Vectors, gain: Float[Array, "d"], eps: float) -> Vectors:
     """`x / rms(x) * gain` over the last axis, in the dtype of x; float32 inside."""
     wide = x.astype(jnp.float32)
     return (wide * _inverse(wide, eps) * gain).astype(x.dtype)
@@ -62,7 +62,7 @@ rms_norm.defvjp(lambda x, gain, eps: (rms_norm(x, gain, eps), (x, gain)), _rms_g
 
 
 @partial(custom_vjp, nondiff_argnums=(3,))
-def layer_norm(x: Rows, gain: Gain, bias: Gain, eps: float) -> Rows:
+def layer_norm(x: Vectors, gain: Gain, bias: Gain, eps: float) -> Vectors:
     """`(x - mean(x)) / std(x) * gain + bias` over the last axis, computed and returned in float32.
 
     Args:
@@ -85,23 +85,23 @@ def _layer_gradients(eps: float, kept: tuple[Array, Array], grad: Array) -> tupl
 layer_norm.defvjp(lambda x, gain, bias, eps: (layer_norm(x, gain, bias, eps), (x, gain)), _layer_gradients)
 
 
-def _centred(x: Rows) -> Rows:
+def _centred(x: Vectors) -> Vectors:
     wide = x.astype(jnp.float32)
     return wide - jnp.mean(wide, axis=-1, keepdims=True)
 
 
-def _inverse(x: Rows, eps: float) -> Float[Array, "*batch 1"]:
+def _inverse(x: Vectors, eps: float) -> Float[Array, "*batch 1"]:
     """1 / rms(x)."""
     return jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
-def _mean(x: Rows, weights: Float[Array, "d"] | None = None) -> Float[Array, "*batch 1"]:
+def _mean(x: Vectors, weights: Float[Array, "d"] | None = None) -> Float[Array, "*batch 1"]:
     """Mean over the last axis, as a product with a vector; a sum over a product of arrays is ten times slower there."""
     weights = jnp.ones(x.shape[-1]) if weights is None else weights
     return jnp.matmul(x, weights, precision=jax.lax.Precision.HIGHEST)[..., None] / x.shape[-1]
 
 
-def _sum_to(x: Rows, like: Gain) -> Gain:
+def _sum_to(x: Vectors, like: Gain) -> Gain:
     """Summed over the axes along which `like` was spread."""
     axes = tuple(i for i in range(x.ndim - 1) if like.ndim == 1 or like.shape[i] == 1)
     return jnp.sum(x, axis=axes).reshape(like.shape)

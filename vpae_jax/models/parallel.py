@@ -29,15 +29,15 @@ from vpae_jax.models.kernels import tiled
 from vpae_jax.sharding import SPLIT, Rules, find_rule, param_path
 from vpae_jax.types import Params, Tokens, UserError
 
-CLIPS = ("data", "fsdp")
-AXIS = "context"
+CLIP_AXES = ("data", "fsdp")
+CONTEXT_AXIS = "context"
 P = PartitionSpec
 Queries = Float[Array, "b n heads head_dim"]
 Keys = Float[Array, "b m heads head_dim"]
 
 
 @dataclass(frozen=True)
-class Layout:
+class MeshLayout:
     """Places of a transformer's arrays.
 
     Attributes:
@@ -61,12 +61,12 @@ class Layout:
     @property
     def ulysses(self) -> int:
         """Devices that exchange tokens for heads."""
-        return math.gcd(self._size(AXIS), self.heads // self._size("tensor"))
+        return math.gcd(self._size(CONTEXT_AXIS), self.heads // self._size("tensor"))
 
     @property
     def ring(self) -> int:
         """Devices around which keys and values travel."""
-        return self._size(AXIS) // self.ulysses
+        return self._size(CONTEXT_AXIS) // self.ulysses
 
     @property
     def platform(self) -> str | None:
@@ -75,11 +75,11 @@ class Layout:
 
     def padded(self, tokens: int) -> int:
         """Tokens that a clip is filled up to, so that `context` divides them."""
-        return -(-tokens // self._size(AXIS)) * self._size(AXIS)
+        return -(-tokens // self._size(CONTEXT_AXIS)) * self._size(CONTEXT_AXIS)
 
     def place(self, x: Tokens) -> Tokens:
         """Hidden states: clips over `data` and `fsdp`, tokens over `context`."""
-        return self._constrain(x, self._clips(x), AXIS)
+        return self._constrain(x, self._clips(x), CONTEXT_AXIS)
 
     def place_clips(self, x: Float[Array, "b *shape"]) -> Float[Array, "b *shape"]:
         """What every token of a clip reads: clips over `data` and `fsdp`, the rest whole."""
@@ -89,7 +89,7 @@ class Layout:
         """Attention among a clip's tokens, of which those from `tokens` on are padding that nobody sees."""
         if self.mesh is None:
             return kernels.attention(q, k, v, platform=self.platform)
-        spec = P(self._clips(q), AXIS, "tensor", None)
+        spec = P(self._clips(q), CONTEXT_AXIS, "tensor", None)
         local = partial(self._self_attention, tokens=tokens, padded=q.shape[1])
         return self._map(local, (spec, spec, spec), spec)(q, k, v)
 
@@ -98,14 +98,14 @@ class Layout:
         attend = partial(kernels.attention, platform=self.platform)
         if self.mesh is None:
             return attend(q, k, v, bias)
-        queries, keys = P(self._clips(q), AXIS, "tensor", None), P(self._clips(q), None, "tensor", None)
+        queries, keys = P(self._clips(q), CONTEXT_AXIS, "tensor", None), P(self._clips(q), None, "tensor", None)
         if bias is None:
             return self._map(attend, (queries, keys, keys), queries)(q, k, v)
         return self._map(attend, (queries, keys, keys, P()), queries)(q, k, v, bias)
 
     def _self_attention(self, q: Queries, k: Queries, v: Queries, tokens: int, padded: int) -> Queries:
         """On one device, with its own tokens and heads."""
-        exchange = partial(jax.lax.all_to_all, axis_name=AXIS, tiled=True, axis_index_groups=self._groups())
+        exchange = partial(jax.lax.all_to_all, axis_name=CONTEXT_AXIS, tiled=True, axis_index_groups=self._groups())
         if self.ulysses > 1:
             q, k, v = (exchange(x, split_axis=2, concat_axis=1) for x in (q, k, v))
         if self.ring > 1:
@@ -128,7 +128,7 @@ class Layout:
 
     def _clips(self, x: Float[Array, "b *shape"]) -> tuple[str, ...] | None:
         """Axes that the clips lie along; None for too few of them, as in a preview."""
-        return None if x.shape[0] % math.prod(map(self._size, CLIPS)) else CLIPS
+        return None if x.shape[0] % math.prod(map(self._size, CLIP_AXES)) else CLIP_AXES
 
     def _size(self, axis: str) -> int:
         return 1 if self.mesh is None else self.mesh.shape[axis]
@@ -176,13 +176,13 @@ class Ring:
         if self.tokens == self.padded:
             return None
         length = self.padded // self.size
-        chunk = (jax.lax.axis_index(AXIS) // self.stride - turn) % self.size
+        chunk = (jax.lax.axis_index(CONTEXT_AXIS) // self.stride - turn) % self.size
         return jnp.where(chunk * length + jnp.arange(length) < self.tokens, 0.0, -jnp.inf)[None]
 
     def turn(self, *arrays: Array) -> Sequence[Array]:
         """Hands arrays on to the next device of the ring."""
         count = self.stride * self.size
-        return jax.lax.ppermute(arrays, AXIS, [(i, (i + self.stride) % count) for i in range(count)])
+        return jax.lax.ppermute(arrays, CONTEXT_AXIS, [(i, (i + self.stride) % count) for i in range(count)])
 
 
 def ring_attention(q: Queries, k: Queries, v: Queries, ring: Ring) -> Queries:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from vpae_jax.models.lora import Linear
 from vpae_jax.models.norms import LayerNorm, RMSNorm, layer_norm
-from vpae_jax.models.parallel import Layout
+from vpae_jax.models.parallel import MeshLayout
 from vpae_jax.models.rotary import rotate
 from vpae_jax.types import Tokens, UserError
 
@@ -117,7 +117,7 @@ class Context(NamedTuple):
     cos: Float[Array, "n half"]
     sin: Float[Array, "n half"]
     tokens: int
-    layout: Layout
+    layout: MeshLayout
 
 
 class Attention(nnx.Module):

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from vpae_jax.models import kernels
 from vpae_jax.models.lora import PRODUCT, Linear, LoRASpec, attach_lora
 from vpae_jax.models.norms import layer_norm
-from vpae_jax.models.parallel import Layout, gather
+from vpae_jax.models.parallel import MeshLayout, gather
 from vpae_jax.models.rotary import rope_table
 from vpae_jax.models.stack import stack_layers
 from vpae_jax.models.wan_blocks import Block, Context, Options, WanTransformerConfig
@@ -92,7 +92,7 @@ class WanTransformer(nnx.Module):
         self.config = config
         self.dtype = dtype
         self.remat = remat
-        self.layout = Layout(mesh, config.num_attention_heads)
+        self.layout = MeshLayout(mesh, config.num_attention_heads)
         if lora is not None:
             attach_lora(self, lora, rngs=rngs)
 

@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 # How an instruction of each kind is spelt; "-start" is its asynchronous form, whose "-done" moves nothing.
-_SPELT = tuple((f" {kind}{tail}(", kind, bool(tail)) for kind in KINDS for tail in ("", "-start"))
+_SPELT = tuple((f" {kind}{tail}(", kind, bool(tail)) for kind in COLLECTIVES for tail in ("", "-start"))
 _ARRAY = re.compile(r"([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]")
 _BITS = re.compile(r"[0-9]+")
 _CONSTANT = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = s(?:32|64)\[\]\S* constant\((\d+)\)")
@@ -36,7 +36,7 @@ class Collective:
     """All collectives of one kind along the same mesh axes.
 
     Attributes:
-      kind: one of `KINDS`.
+      kind: one of `COLLECTIVES`.
       axes: the mesh axes that a group spans, in the mesh's order.
       group: positions in the mesh (row-major) of one group's devices.
       count: how many times a device takes part.

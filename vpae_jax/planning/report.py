@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from vpae_jax.planning.chips import GIB, MIB
 from vpae_jax.planning.result import Plan
-from vpae_jax.planning.search import Found
+from vpae_jax.planning.search import SearchResult
 
 BAR = 40
 
@@ -17,7 +17,7 @@ def page(plan: Plan) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def proposal(found: Found) -> str:
+def proposal(found: SearchResult) -> str:
     """What a search came to."""
     rows = [["setting", "expected", "", "compiled", "outcome"]]
     for t in found.tried:

@@ -76,7 +76,7 @@ class Tried:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """The end of a search.
 
     Attributes:
@@ -126,7 +126,7 @@ def search(
     asked: Plan,
     say: Say,
     tries: int,
-) -> Found:
+) -> SearchResult:
     """The fastest setting that fits.
 
     Args:
@@ -150,10 +150,10 @@ def search(
         expected = (estimate.kept + scale * estimate.made, estimate.seconds)
         tried.append(Tried(estimate.setting, expected, plan.total, "fits" if plan.fits else "does not fit"))
         if plan.fits:
-            return Found(plan, tuple(tried), len(options))
+            return SearchResult(plan, tuple(tried), len(options))
         if plan.total is not None:  # do not try again what is now known to be too large
             scale = max(scale, (plan.total - estimate.kept) / estimate.made)
-    return Found(None, tuple(tried), len(options))
+    return SearchResult(None, tuple(tried), len(options))
 
 
 def _estimates(

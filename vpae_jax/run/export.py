@@ -28,7 +28,7 @@ from vpae_jax.tasks.digits.words import build_tokenizer
 from vpae_jax.train.roles import split
 from vpae_jax.types import Params
 from vpae_jax.weights.card import Provenance
-from vpae_jax.weights.directory import Model
+from vpae_jax.weights.directory import ModelDirectory
 from vpae_jax.weights.find import find_model
 from vpae_jax.weights.layout import write_model
 from vpae_jax.weights.loading import build as build_part
@@ -79,7 +79,7 @@ def write_student(workdir: Path, params: Params, source: Path, scheduler: Schedu
 
 def _write(
     workdir: Path,
-    base: Model,
+    base: ModelDirectory,
     parts: Mapping[str, Values],
     scheduler: Scheduler | None,
     defaults: Defaults | None = None,

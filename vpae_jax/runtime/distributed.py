@@ -32,7 +32,7 @@ import jax
 
 from vpae_jax.cli import EXIT_BAD_INPUT
 from vpae_jax.runtime import processes
-from vpae_jax.runtime.rendezvous import Place, meet
+from vpae_jax.runtime.rendezvous import ProcessSpec, meet
 from vpae_jax.types import UserError
 
 T = TypeVar("T")
@@ -47,7 +47,7 @@ AGAIN = "start the same command again: it continues from its newest checkpoint"
 SIGNS = "vpae/signs/"
 DONE, FAILED = "done", "failed: "
 
-Where = Place | Literal["automatic"] | None
+Where = ProcessSpec | Literal["automatic"] | None
 
 
 def find(
@@ -55,7 +55,7 @@ def find(
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
-) -> Place | None:
+) -> ProcessSpec | None:
     """This process among others, from flags or the environment; None for a run of one process.
 
     Raises:
@@ -71,11 +71,11 @@ def find(
     if missing:
         raise UserError(f"{', '.join(missing)}: missing; give {', '.join(given)} together, or none of them")
     (_, address), (count_name, count), (index_name, index) = given.items()
-    place = Place(str(address), _number(count_name, count), _number(index_name, index))
-    return place if place.count > 1 else None
+    process = ProcessSpec(str(address), _number(count_name, count), _number(index_name, index))
+    return process if process.count > 1 else None
 
 
-def _slurm(environment: Mapping[str, str]) -> Place | None:
+def _slurm(environment: Mapping[str, str]) -> ProcessSpec | None:
     """The task of a step that `srun` started. A node's only task has all of its devices, else each has one."""
     names = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_NODES", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
     if any(name not in environment for name in names) or environment["SLURM_STEP_NUM_TASKS"] == "1":
@@ -88,7 +88,7 @@ def _slurm(environment: Mapping[str, str]) -> Place | None:
     port = environment.get("VPAE_PORT") or 61440 + job % 4096  # the same on all nodes, another one for each job
     local = environment.get("SLURM_LOCALID") if tasks > nodes else None
     devices = None if local is None else (_number("SLURM_LOCALID", local),)
-    return Place(f"{found[1]}{found[2] or ''}:{port}", tasks, index, devices)
+    return ProcessSpec(f"{found[1]}{found[2] or ''}:{port}", tasks, index, devices)
 
 
 def _number(name: str, value: str | int | None) -> int:
@@ -112,7 +112,7 @@ def joined(where: Where, seconds: int = START_SECONDS) -> Iterator[None]:
         yield
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    last = LastWords(where.name if isinstance(where, Place) else "this process")
+    last = LastWords(where.name if isinstance(where, ProcessSpec) else "this process")
     try:
         _initialize(where, seconds)
         with Watch(processes.client(), jax.process_index(), jax.process_count(), last):
@@ -123,13 +123,13 @@ def joined(where: Where, seconds: int = START_SECONDS) -> Iterator[None]:
     jax.distributed.shutdown()
 
 
-def _initialize(where: Place | Literal["automatic"], seconds: int) -> None:
+def _initialize(where: ProcessSpec | Literal["automatic"], seconds: int) -> None:
     options: dict[str, Any] = {
         "initialization_timeout": seconds,
         "heartbeat_timeout_seconds": JAX_SILENCE,
         "shutdown_timeout_seconds": 60,
     }
-    if isinstance(where, Place):
+    if isinstance(where, ProcessSpec):
         meet(where, seconds)
         options |= {"cluster_detection_method": "deactivate", "local_device_ids": where.devices}
         jax.distributed.initialize(where.address, where.count, where.index, **options)

@@ -19,7 +19,7 @@ PEER_SECONDS = 10  # in which one that has connected says who it is
 
 
 @dataclass(frozen=True)
-class Place:
+class ProcessSpec:
     """One process among others.
 
     Attributes:
@@ -54,25 +54,25 @@ class Place:
         return host.strip("[]"), int(port)
 
 
-def meet(place: Place, seconds: int) -> None:
+def meet(process: ProcessSpec, seconds: int) -> None:
     """Returns when all processes are there.
 
     Raises:
       UserError: some did not come in time; two are the same one, or count differently; the port is taken.
     """
     deadline = time.monotonic() + seconds
-    if place.index == 0:
-        _gather(place, seconds, deadline)
+    if process.index == 0:
+        _gather(process, seconds, deadline)
     else:
-        _join(place, seconds, deadline)
+        _join(process, seconds, deadline)
 
 
-def _gather(place: Place, seconds: int, deadline: float) -> None:
+def _gather(process: ProcessSpec, seconds: int, deadline: float) -> None:
     """The first process: waits for the others, then lets them go."""
     here: dict[int, socket.socket] = {}
     try:
-        with _server(place) as server:
-            while missing := sorted(set(range(1, place.count)) - set(here)):
+        with _server(process) as server:
+            while missing := sorted(set(range(1, process.count)) - set(here)):
                 server.settimeout(max(0.01, deadline - time.monotonic()))
                 try:
                     peer, _ = server.accept()
@@ -81,7 +81,7 @@ def _gather(place: Place, seconds: int, deadline: float) -> None:
                         continue
                     names = ", ".join(map(str, missing))
                     raise UserError(
-                        f"{place.name}: waited {seconds} s at {place.address}, but process {names} did not come; "
+                        f"{process.name}: waited {seconds} s at {process.address}, but process {names} did not come; "
                         "start all processes with the same coordinator and number of processes"
                     ) from None
                 except OSError:
@@ -92,7 +92,7 @@ def _gather(place: Place, seconds: int, deadline: float) -> None:
                 except (OSError, ValueError):
                     peer.close()  # not one of ours
                     continue
-                wrong = _wrong(place, index, count, here)
+                wrong = _wrong(process, index, count, here)
                 if wrong:
                     for other in (*here.values(), peer):
                         _send(other, wrong)
@@ -106,36 +106,36 @@ def _gather(place: Place, seconds: int, deadline: float) -> None:
             peer.close()
 
 
-def _wrong(place: Place, index: int, count: int, here: dict[int, socket.socket]) -> str | None:
-    if count != place.count:
+def _wrong(process: ProcessSpec, index: int, count: int, here: dict[int, socket.socket]) -> str | None:
+    if count != process.count:
         return (
-            f"process {index} was told of {count} processes, but process 0 of {place.count}; give all the same number"
+            f"process {index} was told of {count} processes, but process 0 of {process.count}; give all the same number"
         )
     if index in here or not 0 < index < count:
         return f"two processes have process_id {index}; give each its own, from 0 to {count - 1}"
     return None
 
 
-def _server(place: Place) -> socket.socket:
-    port = place.endpoint[1]
+def _server(process: ProcessSpec) -> socket.socket:
+    port = process.endpoint[1]
     dual = socket.has_dualstack_ipv6()
     try:
         return socket.create_server(
-            ("", port), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual, backlog=place.count
+            ("", port), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual, backlog=process.count
         )
     except OSError as error:
         raise UserError(
-            f"{place.name}: cannot listen on port {port} ({error.strerror}); choose another coordinator port"
+            f"{process.name}: cannot listen on port {port} ({error.strerror}); choose another coordinator port"
         ) from error
 
 
-def _join(place: Place, seconds: int, deadline: float) -> None:
+def _join(process: ProcessSpec, seconds: int, deadline: float) -> None:
     """Any other process: knocks until the first one answers."""
     reason = "no answer"
     while time.monotonic() < deadline:
         try:
-            with socket.create_connection(place.endpoint, timeout=min(5, seconds)) as peer:
-                _send(peer, f"vpae {place.index} {place.count}")
+            with socket.create_connection(process.endpoint, timeout=min(5, seconds)) as peer:
+                _send(peer, f"vpae {process.index} {process.count}")
                 peer.settimeout(max(0.01, deadline - time.monotonic()))
                 answer = _line(peer)
         except OSError as error:
@@ -147,7 +147,7 @@ def _join(place: Place, seconds: int, deadline: float) -> None:
                 raise UserError(answer)
         time.sleep(RETRY_SECONDS)
     raise UserError(
-        f"{place.name}: waited {seconds} s for the coordinator {place.address} ({reason}); "
+        f"{process.name}: waited {seconds} s for the coordinator {process.address} ({reason}); "
         "is process 0 running there, are all others, and is the port open?"
     )
 

@@ -26,7 +26,7 @@ from vpae_jax.runtime.preemption import Stop, never
 from vpae_jax.runtime.processes import say
 from vpae_jax.train import step as steps
 from vpae_jax.train.checkpoint import Checkpoints
-from vpae_jax.train.metrics import Metrics
+from vpae_jax.train.metrics import MetricsLog
 from vpae_jax.train.roles import RoleModels
 from vpae_jax.train.state import TrainState, places_of
 from vpae_jax.types import Params, UserError
@@ -101,7 +101,7 @@ def train(
             steps.make_update(update, i, models, optimizers, experiment.accumulation, places)
             for i, update in enumerate(method.updates)
         ]
-        metrics = Metrics(workdir, start, experiment.steps)
+        metrics = MetricsLog(workdir, start, experiment.steps)
         stack.callback(metrics.close)
         if start == 0:
             _run_hooks(hooks, 0, experiment.steps, state, metrics)
@@ -159,7 +159,7 @@ class Clock:
         return result
 
 
-def _record(metrics: Metrics, step: int, scalars: dict, clock: Clock, data: Data, every: int, workdir: Path) -> None:
+def _record(metrics: MetricsLog, step: int, scalars: dict, clock: Clock, data: Data, every: int, workdir: Path) -> None:
     """Waits for one step's metrics, checks them, and writes them when due, with what slowed any of the processes."""
     values = {name: float(value) for name, value in jax.device_get(scalars).items()}
     bad = [name for name, value in values.items() if not math.isfinite(value)]
@@ -174,7 +174,7 @@ def _record(metrics: Metrics, step: int, scalars: dict, clock: Clock, data: Data
         metrics.write(step, {**values, **times, "data_wait": float(waits.max()), "bad_records": float(bad.sum())})
 
 
-def _run_hooks(hooks: tuple[Hook, ...], step: int, last: int, state: TrainState, metrics: Metrics) -> None:
+def _run_hooks(hooks: tuple[Hook, ...], step: int, last: int, state: TrainState, metrics: MetricsLog) -> None:
     for hook in hooks:
         if hook.due(step, last):
             scalars = hook.run(step, state)

@@ -21,7 +21,7 @@ from vpae_jax.runtime.processes import is_first
 JSONL = "metrics.jsonl"
 
 
-class Metrics:
+class MetricsLog:
     """Writes scalars of a run; of several processes, the first one alone does.
 
     Args:

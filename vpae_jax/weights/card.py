@@ -11,7 +11,7 @@ from typing import Any
 import vpae_jax
 from vpae_jax.weights.settings import Defaults, Scheduler
 
-FILE = "README.md"
+CARD_FILE = "README.md"
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def write_card(folder: Path, card: Card) -> None:
     if card.provenance.scores:
         lines += ["", "## Scores", "", "| | |", "|---|---|"]
         lines += [f"| {_cell(name)} | {value:.4g} |" for name, value in card.provenance.scores.items()]
-    (folder / FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / CARD_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _use(card: Card) -> list[str]:

@@ -12,16 +12,16 @@ from typing import Any, Literal, get_args
 import jax.numpy as jnp
 import numpy as np
 
-from vpae_jax.types import UserError
-from vpae_jax.weights import entries
-from vpae_jax.weights.entries import Entry, Found
-from vpae_jax.weights.names import Array, Index, Layout, vae_rows
+from vpae_jax.types import HostArray, UserError
+from vpae_jax.weights import matching
+from vpae_jax.weights.matching import Parameter
+from vpae_jax.weights.names import Index, Layout, vae_rows
 from vpae_jax.weights.parts import PARTS, abstract, flat
-from vpae_jax.weights.tensors import Stored, Tensors, open_shards, open_tensors
+from vpae_jax.weights.tensors import StoredTensor, Tensors, open_shards, open_tensors
 
 NEEDED = ("transformer", "vae", "text_encoder")
 EXTRAS = "wan_extras.safetensors"  # what of a wan file no Wan model reads, kept beside a part in the diffusers layout
-BLOCK = 64 * 2**20  # bytes of a tensor that are compared with another at a time
+COMPARED_BYTES = 64 * 2**20  # bytes of a tensor that are compared with another at a time
 _SCALED = re.compile(r"(scaled_fp8|scale_weight|weight_scale(_\d)?|scale_input)$")
 
 
@@ -30,21 +30,21 @@ class PartTensors:
     """A part's tensors, by their names in the table.
 
     Attributes:
-      entries: our parameters and the tensors that they are made of.
+      parameters: our parameters and the tensors that they are made of.
       names: what each tensor is called in the files.
       extras: names of tensors that no Wan model reads.
     """
 
-    entries: tuple[Entry, ...]
+    parameters: tuple[Parameter, ...]
     names: Mapping[str, str]
     extras: tuple[str, ...]
     _tensors: Tensors
 
-    def stored(self, name: str) -> Stored:
+    def stored(self, name: str) -> StoredTensor:
         """What the file says of a tensor."""
         return self._tensors[self.names.get(name, name)]
 
-    def read(self, name: str, index: Index = ()) -> Array:
+    def read(self, name: str, index: Index = ()) -> HostArray:
         """A tensor, or the slices of it that `index` names."""
         return self._tensors.read(self.names.get(name, name), index)
 
@@ -55,7 +55,7 @@ class PartTensors:
 
 
 @dataclass(frozen=True)
-class PartSource:
+class StoredPart:
     """One part of a model, where it is and what it is.
 
     Attributes:
@@ -90,13 +90,13 @@ class PartSource:
         with open_files(self.files) as tensors:
             names, extras = canonical(tensors, self.part, layout, self.prefix)
             _drop_repeated(tensors, names, self.part)
-            found = {name: found_in(tensors, theirs) for name, theirs in names.items()}
+            found = {name: tensors[theirs] for name, theirs in names.items()}
             shapes = {path: leaf.shape for path, leaf in flat(abstract(self.part, self.config)[1]).items()}
-            plan = entries.plan(spec.rows(self.config), shapes, layout)
-            entries.check(plan, found, str(self.files[0]))
+            parameters = matching.match(spec.rows(self.config), shapes, layout)
+            matching.check(parameters, found, str(self.files[0]))
             for theirs in names.values():
                 _check_dtype(theirs, tensors[theirs])
-            yield PartTensors(plan, names, extras, tensors)
+            yield PartTensors(parameters, names, extras, tensors)
 
     @contextmanager
     def open_extras(self) -> Iterator[Tensors | None]:
@@ -110,7 +110,7 @@ class PartSource:
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelDirectory:
     """A model's parts and the files beside them.
 
     Attributes:
@@ -124,13 +124,13 @@ class Model:
 
     path: Path
     folder: Path
-    parts: Mapping[str, PartSource]
+    parts: Mapping[str, StoredPart]
     tokenizer: Path | None = None
     image_processor: Path | None = None
     more_tokenizers: tuple[Path, ...] = field(default=())
     passed_over: tuple[tuple[Path, str], ...] = field(default=())
 
-    def part(self, name: str) -> PartSource:
+    def part(self, name: str) -> StoredPart:
         """One part. Raises `UserError` when the model has none."""
         if name not in self.parts:
             raise self._no(name)
@@ -161,13 +161,13 @@ def open_files(files: Sequence[Path]) -> Iterator[Tensors]:
         yield tensors
 
 
-def marks(tensors: Mapping[str, Stored]) -> list[tuple[str, Layout, str]]:
+def marks(tensors: Mapping[str, StoredTensor]) -> list[tuple[str, Layout, str]]:
     """Part, layout and prefix of every part whose mark is among the tensors."""
     marks = {}
     for part, spec in PARTS.items():
         rows = vae_rows(1, 1) if part == "vae" else spec.rows(None)
         for layout in get_args(Layout):
-            marks[part, layout] = entries.template(rows, spec.mark, layout)[0].replace("{i}", "0")
+            marks[part, layout] = matching.template(rows, spec.mark, layout)[0].replace("{i}", "0")
     found = []
     for name in tensors:
         for (part, layout), mark in marks.items():
@@ -177,7 +177,7 @@ def marks(tensors: Mapping[str, Stored]) -> list[tuple[str, Layout, str]]:
 
 
 def canonical(
-    tensors: Mapping[str, Stored], part: str, layout: Layout, prefix: str
+    tensors: Mapping[str, StoredTensor], part: str, layout: Layout, prefix: str
 ) -> tuple[dict[str, str], tuple[str, ...]]:
     """Table names of a part's tensors with the names that they have in the files, and the tensors nobody reads."""
     spec = PARTS[part]
@@ -201,11 +201,7 @@ def canonical(
     return names, tuple(extras)
 
 
-def found_in(tensors: Mapping[str, Stored], name: str) -> Found:
-    return Found(name, str(tensors[name].file), tensors[name].shape)
-
-
-def _check_dtype(name: str, stored: Stored) -> None:
+def _check_dtype(name: str, stored: StoredTensor) -> None:
     if not jnp.issubdtype(stored.dtype, jnp.floating):
         raise UserError(
             f"{stored.file}: tensor {name!r} is of {stored.dtype}, expected floating point; "
@@ -225,11 +221,11 @@ def _drop_repeated(tensors: Tensors, names: dict[str, str], part: str) -> None:
 
 
 def _equal(tensors: Tensors, one: str, other: str) -> bool:
-    """Whether two tensors are equal; never holds more of either than `BLOCK` bytes, or one row."""
+    """Whether two tensors are equal; never holds more of either than `COMPARED_BYTES` bytes, or one row."""
     stored, expected = tensors[one], tensors[other]
     if (stored.shape, stored.dtype) != (expected.shape, expected.dtype):
         return False
     count = stored.shape[0] if stored.shape else 1
-    rows = max(1, count * BLOCK // max(1, stored.nbytes))
+    rows = max(1, count * COMPARED_BYTES // max(1, stored.nbytes))
     blocks = [(slice(i, i + rows),) for i in range(0, count, rows)] if stored.shape else [()]
     return all(np.array_equal(tensors.read(one, block), tensors.read(other, block)) for block in blocks)

@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Float32, Key, Shaped
 from tqdm import tqdm
 
 from vpae_jax.types import UserError
-from vpae_jax.weights import entries
-from vpae_jax.weights.lora import Adapter, Lora
+from vpae_jax.weights import matching
+from vpae_jax.weights.lora import KERNEL_SUFFIX, Adapter, Lora
 from vpae_jax.weights.names import TRANSFORMER_ROWS
 from vpae_jax.weights.writing import Values
 
@@ -26,7 +26,6 @@ from vpae_jax.weights.writing import Values
 # fall slowly.
 EXACT_SIDE = 2048
 SPARE, ITERATIONS = 32, 6
-KERNEL = "/kernel"
 
 
 @dataclass(frozen=True)
@@ -90,15 +89,15 @@ def extract(student: Values, teacher: Values, rank: int, differences: bool = Fal
     others: dict[tuple[str, int], Shaped[np.ndarray, "..."]] = {}
     energies: list[Energy] = []
     outside = 0.0
-    plan = entries.plan(TRANSFORMER_ROWS, student.shapes(), "diffusers")
-    pieces = [(entry, layer) for entry in plan for layer in range(len(entry.names))]
-    for entry, layer in tqdm(pieces, desc="extracting", unit="layer", leave=False, disable=None):
-        change = _difference(student, teacher, entry.path, layer)
+    parameters = matching.match(TRANSFORMER_ROWS, student.shapes(), "diffusers")
+    pieces = [(parameter, layer) for parameter in parameters for _, layer in parameter.layers]
+    for parameter, layer in tqdm(pieces, desc="extracting", unit="layer", leave=False, disable=None):
+        change = _difference(student, teacher, parameter.path, layer)
         squared = _squared(change)
         if not np.isfinite(squared):
-            raise UserError(f"{entry.path} of layer {layer}: student or teacher holds NaN; its weights are damaged")
-        if entry.op.kernel and change.ndim == 2:
-            path = entry.path.removesuffix(KERNEL)
+            raise UserError(f"{parameter.path} of layer {layer}: student or teacher holds NaN; its weights are damaged")
+        if parameter.op.kernel and change.ndim == 2:
+            path = parameter.path.removesuffix(KERNEL_SUFFIX)
             held, size = squared, 0
             if squared:
                 adapters[path, layer], held = low_rank(change, rank)
@@ -107,7 +106,7 @@ def extract(student: Values, teacher: Values, rank: int, differences: bool = Fal
         else:
             outside += squared
             if differences and squared:
-                others[entry.path, layer] = change
+                others[parameter.path, layer] = change
     total = outside + sum(energy.change**2 for energy in energies)
     return Extraction(Lora(adapters, others), tuple(energies), outside / total if total else 0.0)
 

@@ -5,7 +5,7 @@
     one file    one or several parts, with or without prefixes such as `model.diffusion_model.`
     orbax       the diffusers layout with arrays of ours in place of safetensors
 
-`find_model` looks; nothing but headers is read before `PartSource.open`. A file that is no weights (an optimizer's
+`find_model` looks; nothing but headers is read before `StoredPart.open`. A file that is no weights (an optimizer's
 state, say) is passed over, unless it lies where a layout has a part.
 """
 
@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 from vpae_jax.types import UserError
 from vpae_jax.weights import infer
-from vpae_jax.weights.directory import EXTRAS, Model, PartSource, canonical, found_in, marks, open_files
+from vpae_jax.weights.directory import EXTRAS, ModelDirectory, StoredPart, canonical, marks, open_files
 from vpae_jax.weights.filenames import CONFIG, INDEX, SETTINGS, read_json
 from vpae_jax.weights.names import Layout
 from vpae_jax.weights.orbax import is_checkpoint
@@ -27,13 +27,13 @@ from vpae_jax.weights.parts import PARTS, is_wan_config, make_config, read_confi
 from vpae_jax.weights.tensors import Tensors
 
 PARAMS = "params"  # the folder of a part's arrays in the orbax layout
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 DEPTH = 2
 _SHARD = re.compile(r"(.*)-\d+-of-\d+(\.safetensors|\.bin)")
 
 
 class _Candidate(NamedTuple):
-    """What may be chosen as a part's source; its fields are those of `PartSource`."""
+    """What may be chosen as a part's source; its fields are those of `StoredPart`."""
 
     part: str
     layout: Layout | Literal["orbax"]
@@ -41,7 +41,7 @@ class _Candidate(NamedTuple):
     prefix: str
 
 
-def find_model(path: Path, like: Model | None = None) -> Model:
+def find_model(path: Path, like: ModelDirectory | None = None) -> ModelDirectory:
     """Looks for the parts of a model in a folder, its folders and theirs, or in one file.
 
     Args:
@@ -61,7 +61,9 @@ def find_model(path: Path, like: Model | None = None) -> Model:
         raise UserError(f"{settings}: parts is {configs!r}, expected an object of objects")
     if not path.is_dir():
         found = _by_part(_candidates((path,)))
-        return Model(path, folder, {name: _source(_only(some, path), configs, like) for name, some in found.items()})
+        return ModelDirectory(
+            path, folder, {name: _source(_only(some, path), configs, like) for name, some in found.items()}
+        )
     if (index := _json(path / INDEX)) is not None:
         _check_index(index, path / INDEX)
     paths = list(_walk(path))
@@ -70,7 +72,7 @@ def find_model(path: Path, like: Model | None = None) -> Model:
     found = _by_part(candidates + orbax)
     tokenizers = _tokenizers(path, paths)
     processor = path / "image_processor"
-    return Model(
+    return ModelDirectory(
         path,
         folder,
         {name: _source(_only(found[name], path), configs, like) for name in PARTS if name in found},
@@ -138,7 +140,7 @@ def _places(part: str, folder: Path) -> list[Path]:
 
 def _groups(paths: Sequence[Path]) -> list[tuple[Path, ...]]:
     """The files that make up one set of weights each: an index, shards without one, single files."""
-    files = [p for p in paths if p.suffix in SUFFIXES and p.name != EXTRAS and p.is_file()]
+    files = [p for p in paths if p.suffix in WEIGHT_SUFFIXES and p.name != EXTRAS and p.is_file()]
     indexes = [p for p in paths if p.name.endswith(".safetensors.index.json")]
     groups: list[tuple[Path, ...]] = [(index,) for index in indexes]
     listed = {index.parent / name for index in indexes for name in _listed(index)}
@@ -175,15 +177,15 @@ def _by_part(candidates: Sequence[_Candidate]) -> dict[str, list[_Candidate]]:
     return found
 
 
-def _source(chosen: _Candidate, settings: Mapping[str, Any], like: Model | None) -> PartSource:
+def _source(chosen: _Candidate, settings: Mapping[str, Any], like: ModelDirectory | None) -> StoredPart:
     """A part's source with its config."""
     part, layout, files, prefix = chosen
     if layout == "orbax":
         path = files[0].parent / CONFIG
         fields = read_config(part, "diffusers", _json(path) or read_json(path), str(path))
-        return PartSource(*chosen, make_config(part, fields, {}, str(path)))
+        return StoredPart(*chosen, make_config(part, fields, {}, str(path)))
     with open_files(files) as tensors:
-        return PartSource(*chosen, _config(tensors, files, part, layout, prefix, settings, like))
+        return StoredPart(*chosen, _config(tensors, files, part, layout, prefix, settings, like))
 
 
 def _config(
@@ -193,11 +195,11 @@ def _config(
     layout: Layout,
     prefix: str,
     settings: Mapping[str, Any],
-    like: Model | None,
+    like: ModelDirectory | None,
 ) -> Any:
     """A part's config: of the file beside it, else of a model like it, else from its shapes and Wan 2.1."""
     names, _ = canonical(tensors, part, layout, prefix)
-    found = {name: found_in(tensors, theirs) for name, theirs in names.items()}
+    found = {name: tensors[theirs] for name, theirs in names.items()}
     where = str(files[0])
     rows = infer.vae_table(layout, found, where) if part == "vae" else PARTS[part].rows(None)
     sizes = PARTS[part].infer(infer.Shapes(rows, layout, found, where))

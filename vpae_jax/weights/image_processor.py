@@ -20,7 +20,7 @@ from vpae_jax.weights.filenames import read_json
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-FILE = "preprocessor_config.json"
+IMAGE_PROCESSOR_FILE = "preprocessor_config.json"
 
 # Keys that only one value is supported of, and keys that change nothing here.
 _FIXED: dict[str, Any] = {
@@ -100,7 +100,7 @@ def read_image_processor(folder: Path | None, side: int) -> ImageProcessor:
     """
     if folder is None:
         return ImageProcessor(side, (side, side))
-    path = folder / FILE
+    path = folder / IMAGE_PROCESSOR_FILE
     values = {key: value for key, value in read_json(path).items() if not key.startswith("_") and key not in _IGNORED}
     for key, expected in _FIXED.items():
         found = values.pop(key, expected)

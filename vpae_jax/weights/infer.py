@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vpae_jax.types import UserError
-from vpae_jax.weights.entries import Found, template
-from vpae_jax.weights.names import Layout, Row, Shape, vae_rows
+from vpae_jax.weights.matching import template
+from vpae_jax.weights.names import Layout, NameRow, Shape, vae_rows
+from vpae_jax.weights.safetensors_file import StoredTensor
 
 HEAD_DIM, IMAGE_HEADS, LATENT_CHANNELS = 128, 16, 16
 
@@ -27,7 +28,7 @@ class Shapes:
       where: named in errors.
     """
 
-    def __init__(self, rows: Sequence[Row], layout: Layout, found: Mapping[str, Found], where: str):
+    def __init__(self, rows: Sequence[NameRow], layout: Layout, found: Mapping[str, StoredTensor], where: str):
         self.rows, self.found, self.where = rows, found, where
         self.layout: Layout = layout
 
@@ -160,7 +161,7 @@ def image_encoder(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def vae_table(layout: Layout, found: Mapping[str, Found], where: str) -> tuple[Row, ...]:
+def vae_table(layout: Layout, found: Mapping[str, StoredTensor], where: str) -> tuple[NameRow, ...]:
     """The autoencoder's table, whose names depend on its depth."""
     sizes = vae(Shapes(vae_rows(1, 1), layout, found, where))
     return vae_rows(len(sizes["dim_mult"]), sizes["num_res_blocks"])

@@ -13,11 +13,10 @@ from jax.typing import DTypeLike
 
 from vpae_jax.types import UserError
 from vpae_jax.weights.card import Card, Provenance, write_card
-from vpae_jax.weights.directory import Model
+from vpae_jax.weights.directory import ModelDirectory
 from vpae_jax.weights.filenames import INDEX, SCHEDULER, SETTINGS, VERSION, read_json, write_json
 from vpae_jax.weights.find import find_model
-from vpae_jax.weights.image_processor import FILE as IMAGE_PROCESSOR_FILE
-from vpae_jax.weights.image_processor import ImageProcessor
+from vpae_jax.weights.image_processor import IMAGE_PROCESSOR_FILE, ImageProcessor
 from vpae_jax.weights.parts import PARTS, check_fit, untold
 from vpae_jax.weights.settings import Defaults, Scheduler, read_defaults, read_scheduler
 from vpae_jax.weights.tensors import SHARD_BYTES
@@ -28,7 +27,7 @@ WAN_TOKENIZER = Path("google/umt5-xxl")  # where Wan's own code looks
 
 def write_model(
     folder: Path,
-    base: Model,
+    base: ModelDirectory,
     parts: Mapping[str, Values],
     *,
     form: Format = "diffusers",
@@ -102,7 +101,9 @@ def write_model(
         return {name: _verify(written, name, base, parts, dtype) for name in names} if verify else {}
 
 
-def _verify(written: Model, name: str, base: Model, parts: Mapping[str, Values], dtype: DTypeLike | None) -> int:
+def _verify(
+    written: ModelDirectory, name: str, base: ModelDirectory, parts: Mapping[str, Values], dtype: DTypeLike | None
+) -> int:
     with ExitStack() as stack:
         values = parts[name] if name in parts else stack.enter_context(open_values(base, name))
         try:
@@ -111,7 +112,7 @@ def _verify(written: Model, name: str, base: Model, parts: Mapping[str, Values],
             raise UserError(f"{error}; nothing is kept. Is the disk sound?") from error
 
 
-def _copy_tokenizers(folder: Path, base: Model, form: Format) -> None:
+def _copy_tokenizers(folder: Path, base: ModelDirectory, form: Format) -> None:
     """The text encoder's tokenizer at its place in the layout, and Wan's others where they were."""
     if base.tokenizer is None:
         return
@@ -120,7 +121,7 @@ def _copy_tokenizers(folder: Path, base: Model, form: Format) -> None:
         shutil.copytree(other, folder / other.name)
 
 
-def _image_processor(folder: Path, base: Model, config: Any) -> None:
+def _image_processor(folder: Path, base: ModelDirectory, config: Any) -> None:
     target = folder / "image_processor"
     if base.image_processor is not None:
         shutil.copytree(base.image_processor, target)

@@ -15,17 +15,17 @@ from jaxtyping import PyTree
 
 from vpae_jax.types import UserError
 from vpae_jax.weights import hosted, orbax, stream
-from vpae_jax.weights.directory import Model, PartSource
+from vpae_jax.weights.directory import ModelDirectory, StoredPart
 from vpae_jax.weights.find import find_model
 from vpae_jax.weights.parts import abstract, flat
-from vpae_jax.weights.stream import Place
+from vpae_jax.weights.stream import Placement
 
 # A tree of weights, on devices or still on the host.
 Weights = PyTree[jax.Array | np.ndarray]
 
 
 def read_part(
-    model: Model | Path, part: str, dtype: DTypeLike | None = jnp.float32, place: Place | None = None
+    model: ModelDirectory | Path, part: str, dtype: DTypeLike | None = jnp.float32, placement: Placement | None = None
 ) -> tuple[Any, Weights]:
     """One part's config and weights.
 
@@ -33,7 +33,7 @@ def read_part(
       model: the model, or where it is.
       part: a key of `parts.PARTS`.
       dtype: dtype of the weights returned, whatever the file's; None keeps the file's.
-      place: where each parameter lies; None for the default device.
+      placement: where each parameter lies; None for the default device.
 
     Returns:
       the config dataclass, and nested dicts of arrays as `nnx.to_pure_dict` gives them.
@@ -43,13 +43,15 @@ def read_part(
         finite or there twice.
     """
     source = _source(model, part)
-    _, state = _read(source, dtype, place)
+    _, state = _read(source, dtype, placement)
     return source.config, nnx.to_pure_dict(state)
 
 
-def load_part(model: Model | Path, part: str, dtype: DTypeLike = jnp.float32, place: Place | None = None) -> Any:
+def load_part(
+    model: ModelDirectory | Path, part: str, dtype: DTypeLike = jnp.float32, placement: Placement | None = None
+) -> Any:
     """One part as a model whose weights and compute dtype are `dtype`. Arguments and errors as `read_part`."""
-    return nnx.merge(*_read(_source(model, part), dtype, place))
+    return nnx.merge(*_read(_source(model, part), dtype, placement))
 
 
 def build(part: str, config: Any, params: Weights, dtype: DTypeLike = jnp.float32) -> Any:
@@ -66,25 +68,25 @@ def build(part: str, config: Any, params: Weights, dtype: DTypeLike = jnp.float3
     return nnx.merge(graph, state)
 
 
-def _source(model: Model | Path, part: str) -> PartSource:
-    return (model if isinstance(model, Model) else find_model(model)).part(part)
+def _source(model: ModelDirectory | Path, part: str) -> StoredPart:
+    return (model if isinstance(model, ModelDirectory) else find_model(model)).part(part)
 
 
-def _read(source: PartSource, dtype: DTypeLike | None, place: Place | None) -> tuple[nnx.GraphDef, nnx.State]:
+def _read(source: StoredPart, dtype: DTypeLike | None, placement: Placement | None) -> tuple[nnx.GraphDef, nnx.State]:
     """Graph and weights of a part."""
     graph, state = abstract(source.part, source.config, jnp.float32 if dtype is None else dtype)
     if source.layout == "orbax":
-        loaded = flat(_restore(source, state, dtype, place))
+        loaded = flat(_restore(source, state, dtype, placement))
     else:
         with source.open() as tensors:
-            load = hosted.load if hosted.holds(tensors, place) else stream.load
-            loaded = load(tensors, dtype, place, source.part)
+            load = hosted.load if hosted.holds(tensors, placement) else stream.load
+            loaded = load(tensors, dtype, placement, source.part)
     for path, variable in flat(state).items():
         variable.set_value(loaded[path])
     return graph, state
 
 
-def _restore(source: PartSource, state: nnx.State, dtype: DTypeLike | None, place: Place | None) -> Weights:
+def _restore(source: StoredPart, state: nnx.State, dtype: DTypeLike | None, placement: Placement | None) -> Weights:
     """An orbax part's arrays."""
     kept = orbax.stored(source.files[0])
     shapes = {path: (leaf.shape, np.dtype(dtype or leaf.dtype)) for path, leaf in flat(kept).items()}
@@ -99,10 +101,10 @@ def _restore(source: PartSource, state: nnx.State, dtype: DTypeLike | None, plac
     def one(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
         name = "/".join(str(key.key) for key in path)
         shape, kind = shapes[name]
-        sharding: Sharding = default if place is None else place(name, shape)
+        sharding: Sharding = default if placement is None else placement(name, shape)
         return jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
 
     restored = orbax.restore(source.files[0], jax.tree_util.tree_map_with_path(one, kept))
-    if place is None:  # Orbax binds arrays to a device; those read from files are not bound
+    if placement is None:  # Orbax binds arrays to a device; those read from files are not bound
         return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), restored)
     return restored

@@ -19,18 +19,17 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float32
 
-from vpae_jax.types import UserError
-from vpae_jax.weights import entries
+from vpae_jax.types import HostArray, UserError
+from vpae_jax.weights import matching
 from vpae_jax.weights.loading import Weights
-from vpae_jax.weights.names import TRANSFORMER_ROWS, Array, Layout, Op, Shape
+from vpae_jax.weights.matching import LayerKey
+from vpae_jax.weights.names import TRANSFORMER_ROWS, Layout, Op, Shape
 from vpae_jax.weights.parts import flat
 from vpae_jax.weights.safetensors_file import Info
 from vpae_jax.weights.tensors import write_safetensors
 from vpae_jax.weights.writing import Extra, Values
 
-KERNEL = "/kernel"
-# A path and a layer; the layer is 0 for a parameter that is not stacked.
-Key = tuple[str, int]
+KERNEL_SUFFIX = "/kernel"
 Change = Float32[np.ndarray, "..."]
 
 
@@ -60,12 +59,12 @@ class Lora:
       differences: whole changes, by the path of the parameter ("blocks/norm2/bias") and the layer.
     """
 
-    adapters: Mapping[Key, Adapter]
-    differences: Mapping[Key, Change] = field(default_factory=dict)
+    adapters: Mapping[LayerKey, Adapter]
+    differences: Mapping[LayerKey, Change] = field(default_factory=dict)
 
     def change(self, path: str, layer: int) -> Change | None:
         """What is added to a parameter at full strength; None for nothing."""
-        adapter = self.adapters.get((path.removesuffix(KERNEL), layer)) if path.endswith(KERNEL) else None
+        adapter = self.adapters.get((path.removesuffix(KERNEL_SUFFIX), layer)) if path.endswith(KERNEL_SUFFIX) else None
         difference = self.differences.get((path, layer))
         if adapter is None:
             return difference
@@ -75,7 +74,7 @@ class Lora:
     def shapes(self) -> Iterator[tuple[str, int, Shape]]:
         """Path, layer and shape of every parameter that changes."""
         for (path, layer), adapter in self.adapters.items():
-            yield path + KERNEL, layer, (adapter.a.shape[0], adapter.b.shape[1])
+            yield path + KERNEL_SUFFIX, layer, (adapter.a.shape[0], adapter.b.shape[1])
         for (path, layer), value in self.differences.items():
             yield path, layer, value.shape
 
@@ -98,8 +97,8 @@ class Merged:
     scale: float = 1.0
 
     def __post_init__(self):
-        plan = entries.plan(TRANSFORMER_ROWS, self.values.shapes(), "diffusers")
-        shapes = {(entry.path, layer): entry.shape for entry in plan for layer in range(len(entry.names))}
+        parameters = matching.match(TRANSFORMER_ROWS, self.values.shapes(), "diffusers")
+        shapes = {key: parameter.shape for parameter in parameters for key in parameter.layers}
         for path, layer, shape in self.lora.shapes():
             if (expected := shapes.get((path, layer))) != shape:
                 has = "has no such parameter" if expected is None else f"has shape {list(expected)} there"
@@ -118,7 +117,7 @@ class Merged:
     def dtype(self, path: str, layer: int) -> np.dtype:
         return self.values.dtype(path, layer)
 
-    def read(self, path: str, layer: int) -> Array:
+    def read(self, path: str, layer: int) -> HostArray:
         value = self.values.read(path, layer)
         with np.errstate(over="ignore", invalid="ignore"):  # `writing` sees what is not finite
             if (change := self.lora.change(path, layer)) is None:
@@ -190,10 +189,10 @@ def write_lora(path: Path, lora: Lora, form: Layout, dtype: DTypeLike | None = N
     write_safetensors(path.parent, path.stem, infos, values, shard_bytes=sys.maxsize)
 
 
-def _tensors(lora: Lora, form: Layout, dtype: np.dtype) -> Iterator[tuple[*Info, Array]]:
+def _tensors(lora: Lora, form: Layout, dtype: np.dtype) -> Iterator[tuple[*Info, HostArray]]:
     """Name, dtype, shape and value of every tensor of a file."""
     for (path, layer), adapter in lora.adapters.items():
-        name, _ = _their_name(path + KERNEL, layer, form)
+        name, _ = _their_name(path + KERNEL_SUFFIX, layer, form)
         a, b = adapter.a.T, adapter.b.T
         if form == "diffusers":
             yield f"transformer.{name}.lora_A.weight", dtype, a.shape, a
@@ -213,11 +212,11 @@ def _tensors(lora: Lora, form: Layout, dtype: np.dtype) -> Iterator[tuple[*Info,
 
 def _their_name(path: str, layer: int, layout: Layout) -> tuple[str, Op]:
     """What the table calls a parameter, without ".weight" or ".bias", and how the arrays differ."""
-    name, op = entries.template(TRANSFORMER_ROWS, path, layout)
+    name, op = matching.template(TRANSFORMER_ROWS, path, layout)
     return name.replace("{i}", str(layer)).removesuffix(".weight").removesuffix(".bias"), op
 
 
-def _cast(value: Array, dtype: np.dtype, name: str, path: Path) -> Array:
+def _cast(value: HostArray, dtype: np.dtype, name: str, path: Path) -> HostArray:
     with np.errstate(over="ignore"):  # the infinity is seen below
         cast = value.astype(dtype)
     if not np.isfinite(cast.astype(np.float32)).all():

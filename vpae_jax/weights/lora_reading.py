@@ -21,14 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpae_jax.models.wan_dit import WanTransformerConfig
-from vpae_jax.types import UserError
-from vpae_jax.weights import entries
-from vpae_jax.weights.entries import Entry
+from vpae_jax.types import HostArray, UserError
+from vpae_jax.weights import matching
 from vpae_jax.weights.filenames import read_json
-from vpae_jax.weights.lora import KERNEL, Adapter, Change, Key, Lora
+from vpae_jax.weights.lora import KERNEL_SUFFIX, Adapter, Change, Lora
+from vpae_jax.weights.matching import LayerKey, Parameter
 from vpae_jax.weights.names import TRANSFORMER_ROWS, Layout
 from vpae_jax.weights.parts import abstract, flat
-from vpae_jax.weights.safetensors_file import Array, one_line, parse_json, quote
+from vpae_jax.weights.safetensors_file import one_line, parse_json, quote
 from vpae_jax.weights.tensors import Tensors, open_tensors
 
 # What a tensor is by the end of its name: half an adapter (PEFT puts the adapter's own name in between), its scale, ...
@@ -66,28 +66,28 @@ def read_lora(path: Path, config: WanTransformerConfig) -> Lora:
       UserError: a file that cannot be read, or is no LoRA; a tensor of an unknown kind, or of a layer that the model
         does not have; half an adapter; a shape that does not fit; a value that is not finite.
     """
-    adapters: dict[Key, Adapter] = {}
-    differences: dict[Key, Change] = {}
-    scales: dict[Key, float] = {}
+    adapters: dict[LayerKey, Adapter] = {}
+    differences: dict[LayerKey, Change] = {}
+    scales: dict[LayerKey, float] = {}
     with open_tensors(path) as tensors:
         peft = _peft(path, tensors)
         pieces = _pieces(path, tensors, config)
-        for (parameter, layer), piece in pieces.items():
+        for (ours, layer), piece in pieces.items():
             if "down" not in piece.names:
                 continue
             down, up = _pair(tensors, piece)
-            scales[parameter, layer] = _scale(path, tensors, piece, peft)
-            up = _scaled(tensors, piece.names["up"], up, scales[parameter, layer])
+            scales[ours, layer] = _scale(path, tensors, piece, peft)
+            up = _scaled(tensors, piece.names["up"], up, scales[ours, layer])
             if down.ndim == 2:
-                adapters[parameter.removesuffix(KERNEL), layer] = Adapter(down.T, up.T)
+                adapters[ours.removesuffix(KERNEL_SUFFIX), layer] = Adapter(down.T, up.T)
             else:  # of a convolution
                 product = up.reshape(len(up), -1) @ down.reshape(len(down), -1)
                 product = product.reshape(len(up), *down.shape[1:])
-                differences[parameter, layer] = piece.entry.op.to_ours(product)
-        for (parameter, layer), piece in pieces.items():
+                differences[ours, layer] = piece.parameter.op.to_ours(product)
+        for (ours, layer), piece in pieces.items():
             if "down" not in piece.names:
-                beside = scales.get((parameter.removesuffix("/bias") + KERNEL, layer))
-                differences[parameter, layer] = _whole(tensors, piece, beside)
+                beside = scales.get((ours.removesuffix("/bias") + KERNEL_SUFFIX, layer))
+                differences[ours, layer] = _whole(tensors, piece, beside)
     return Lora(adapters, differences)
 
 
@@ -96,17 +96,17 @@ class _Piece:
     """What a file says of one parameter of one layer.
 
     Attributes:
-      entry: the parameter.
+      parameter: the parameter.
       module: its name in the file, without prefix.
       names: the tensors that change it, by their kinds.
     """
 
-    entry: Entry
+    parameter: Parameter
     module: str
     names: dict[str, str] = field(default_factory=dict)
 
 
-def _pieces(path: Path, tensors: Tensors, config: WanTransformerConfig) -> dict[Key, _Piece]:
+def _pieces(path: Path, tensors: Tensors, config: WanTransformerConfig) -> dict[LayerKey, _Piece]:
     """Every tensor of a file with the parameter that it changes."""
     targets, pieces = _targets(config), {}
     if not any(_KIND.fullmatch(name) for name in tensors):
@@ -123,8 +123,8 @@ def _pieces(path: Path, tensors: Tensors, config: WanTransformerConfig) -> dict[
                 f"block {block[1]}, but the last of this model is {last}" if block and int(block[1]) > last else None
             )
             raise _bad(tensors, name, f"is of {beyond or 'a layer that this model does not have'}{_DOUBT}")
-        entry, layer = target
-        piece = pieces.setdefault((entry.path, layer), _Piece(entry, module))
+        parameter, layer = target
+        piece = pieces.setdefault((parameter.path, layer), _Piece(parameter, module))
         if kind in piece.names:
             raise _bad(tensors, name, f"and {quote(piece.names[kind])} are for the same layer; remove one")
         piece.names[kind] = name
@@ -133,14 +133,14 @@ def _pieces(path: Path, tensors: Tensors, config: WanTransformerConfig) -> dict[
     return pieces
 
 
-def _targets(config: WanTransformerConfig) -> dict[str, tuple[Entry, int]]:
+def _targets(config: WanTransformerConfig) -> dict[str, tuple[Parameter, int]]:
     """Parameter and layer of every tensor of either layout, by its name with dots made underscores, as kohya does."""
     shapes = {path: tuple(leaf.shape) for path, leaf in flat(abstract("transformer", config)[1]).items()}
     return {
-        name.replace(".", "_"): (entry, layer)
+        name.replace(".", "_"): (parameter, layer)
         for layout in get_args(Layout)
-        for entry in entries.plan(TRANSFORMER_ROWS, shapes, layout)
-        for layer, name in enumerate(entry.names)
+        for parameter in matching.match(TRANSFORMER_ROWS, shapes, layout)
+        for layer, name in enumerate(parameter.names)
     }
 
 
@@ -157,13 +157,13 @@ def _check_kinds(tensors: Tensors, piece: _Piece) -> None:
         raise UserError(
             f"{tensors[first].file}: {others} change one parameter, expected one kind of change; remove one"
         )
-    if adapter and not piece.entry.op.kernel:
-        raise _bad(tensors, first, f"is half an adapter, but {piece.entry.path} is no linear layer; expected a diff")
+    if adapter and not piece.parameter.op.kernel:
+        raise _bad(tensors, first, f"is half an adapter, but {piece.parameter.path} is no linear layer")
 
 
 def _pair(tensors: Tensors, piece: _Piece) -> tuple[Change, Change]:
     """Both halves of an adapter, A first, in their layout."""
-    out, *inner = piece.entry.op.their_shape(piece.entry.shape)
+    out, *inner = piece.parameter.op.their_shape(piece.parameter.shape)
     down, up = _read(tensors, piece.names["down"]), _read(tensors, piece.names["up"])
     rank, ones = max((*down.shape, 1)[0], 1), [1] * (len(inner) - 1)
     for half, value, expected in (("down", down, [rank, *inner]), ("up", up, [out, rank, *ones])):
@@ -180,8 +180,8 @@ def _pair(tensors: Tensors, piece: _Piece) -> tuple[Change, Change]:
 def _whole(tensors: Tensors, piece: _Piece, beside: float | None) -> Change:
     """The whole change of a parameter, in our layout; `beside` is the scale of the adapter of the same layer."""
     [(kind, name)] = piece.names.items()
-    value, op = _read(tensors, name), piece.entry.op
-    if value.shape != (expected := op.their_shape(piece.entry.shape)):
+    value, op = _read(tensors, name), piece.parameter.op
+    if value.shape != (expected := op.their_shape(piece.parameter.shape)):
         raise _bad(tensors, name, f"has shape {list(value.shape)}, expected {list(expected)}{_DOUBT}")
     if kind == "up_bias":
         if beside is None:
@@ -254,7 +254,7 @@ def _read(tensors: Tensors, name: str) -> Change:
     return value
 
 
-def _float32(value: Array) -> Change:
+def _float32(value: HostArray) -> Change:
     """A value in float32: infinity where it is too large."""
     with np.errstate(over="ignore", invalid="ignore"):
         return value.astype(np.float32)

@@ -6,7 +6,7 @@ A row gives one of our parameters its name in each layout:
     wan         Wan 2.1's own files, and the single files that others make of them
 
 Our path is a regular expression that must match a whole path. A name is a template that may use its groups, and `{i}`
-for the layer when our parameter stacks all layers along a leading axis. `Op` says how the arrays differ. `entries.py`
+for the layer when our parameter stacks all layers along a leading axis. `Op` says how the arrays differ. `matching.py`
 puts the rows to use; `parts.py` says which rows belong to which part of a model.
 """
 
@@ -15,12 +15,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-from jaxtyping import Shaped
+from vpae_jax.types import HostArray
 
 Layout = Literal["diffusers", "wan"]
 Shape = tuple[int, ...]
-Array = Shaped[np.ndarray, "..."]
 Index = tuple[slice, ...]
 
 
@@ -42,12 +40,12 @@ class Op:
     part: int = 0
     parts: int = 1
 
-    def to_ours(self, value: Array) -> Array:
+    def to_ours(self, value: HostArray) -> HostArray:
         """Our array, given our part of theirs."""
         value = value.reshape(value.shape[self.leading : value.ndim - self.trailing])
         return value.transpose(*range(2, value.ndim), 1, 0) if self.kernel else value
 
-    def to_theirs(self, value: Array) -> Array:
+    def to_theirs(self, value: HostArray) -> HostArray:
         """Our part of their array; the inverse of `to_ours`."""
         if self.kernel:
             value = value.transpose(value.ndim - 1, value.ndim - 2, *range(value.ndim - 2))
@@ -88,7 +86,7 @@ SAME, KERNEL = Op(), Op(kernel=True)
 
 
 @dataclass(frozen=True)
-class Row:
+class NameRow:
     """One line of a table.
 
     Attributes:
@@ -111,30 +109,32 @@ class Row:
         return self.wan_op if layout == "wan" and self.wan_op is not None else self.op
 
 
-def _affine(ours: str, diffusers: str, wan: str, part: int = 0, parts: int = 1) -> tuple[Row, Row]:
+def _affine(ours: str, diffusers: str, wan: str, part: int = 0, parts: int = 1) -> tuple[NameRow, NameRow]:
     """A layer with a matrix or convolution kernel, and its bias; `part` of `parts` in the wan layout."""
     fused = parts > 1
     return (
-        Row(
+        NameRow(
             f"{ours}/kernel",
             f"{diffusers}.weight",
             f"{wan}.weight",
             KERNEL,
             Op(kernel=True, part=part, parts=parts) if fused else None,
         ),
-        Row(f"{ours}/bias", f"{diffusers}.bias", f"{wan}.bias", SAME, Op(part=part, parts=parts) if fused else None),
+        NameRow(
+            f"{ours}/bias", f"{diffusers}.bias", f"{wan}.bias", SAME, Op(part=part, parts=parts) if fused else None
+        ),
     )
 
 
-def _norm(ours: str, diffusers: str, wan: str) -> tuple[Row, Row]:
+def _norm(ours: str, diffusers: str, wan: str) -> tuple[NameRow, NameRow]:
     """A layer norm's scale and bias."""
     return (
-        Row(f"{ours}/scale", f"{diffusers}.weight", f"{wan}.weight"),
-        Row(f"{ours}/bias", f"{diffusers}.bias", f"{wan}.bias"),
+        NameRow(f"{ours}/scale", f"{diffusers}.weight", f"{wan}.weight"),
+        NameRow(f"{ours}/bias", f"{diffusers}.bias", f"{wan}.bias"),
     )
 
 
-def _transformer() -> tuple[Row, ...]:
+def _transformer() -> tuple[NameRow, ...]:
     embedder = "condition_embedder"
     image = f"{embedder}/image_embedder"
     theirs = f"{embedder}.image_embedder"
@@ -146,14 +146,14 @@ def _transformer() -> tuple[Row, ...]:
         *_affine(f"{image}/ff/proj_in", f"{theirs}.ff.net.0.proj", "img_emb.proj.1"),
         *_affine(f"{image}/ff/proj_out", f"{theirs}.ff.net.2", "img_emb.proj.3"),
         *_norm(f"{image}/norm2", f"{theirs}.norm2", "img_emb.proj.4"),
-        Row(f"{image}/pos_embed", f"{theirs}.pos_embed", "img_emb.emb_pos"),
-        Row("scale_shift_table", "scale_shift_table", "head.modulation"),
-        Row("blocks/scale_shift_table", "blocks.{i}.scale_shift_table", "blocks.{i}.modulation"),
+        NameRow(f"{image}/pos_embed", f"{theirs}.pos_embed", "img_emb.emb_pos"),
+        NameRow("scale_shift_table", "scale_shift_table", "head.modulation"),
+        NameRow("blocks/scale_shift_table", "blocks.{i}.scale_shift_table", "blocks.{i}.modulation"),
         *_norm("blocks/norm2", "blocks.{i}.norm2", "blocks.{i}.norm3"),
         *_affine("blocks/ffn/proj_in", "blocks.{i}.ffn.net.0.proj", "blocks.{i}.ffn.0"),
         *_affine("blocks/ffn/proj_out", "blocks.{i}.ffn.net.2", "blocks.{i}.ffn.2"),
         *_affine("blocks/attn2/add_([kv])_proj", r"blocks.{i}.attn2.add_\1_proj", r"blocks.{i}.cross_attn.\1_img"),
-        Row(
+        NameRow(
             "blocks/attn2/norm_added_k/scale",
             "blocks.{i}.attn2.norm_added_k.weight",
             "blocks.{i}.cross_attn.norm_k_img.weight",
@@ -164,7 +164,7 @@ def _transformer() -> tuple[Row, ...]:
         rows += [
             *_affine(f"{ours}/to_([qkv])", rf"{diffusers}.to_\1", rf"{wan}.\1"),
             *_affine(f"{ours}/to_out", f"{diffusers}.to_out.0", f"{wan}.o"),
-            Row(f"{ours}/norm_([qk])/scale", rf"{diffusers}.norm_\1.weight", rf"{wan}.norm_\1.weight"),
+            NameRow(f"{ours}/norm_([qk])/scale", rf"{diffusers}.norm_\1.weight", rf"{wan}.norm_\1.weight"),
         ]
     for kind in ("time", "text"):
         for number, index in (("1", "0"), ("2", "2")):
@@ -178,7 +178,7 @@ def _transformer() -> tuple[Row, ...]:
 TRANSFORMER_ROWS = _transformer()
 
 
-def vae_rows(levels: int, num_res_blocks: int) -> tuple[Row, ...]:
+def vae_rows(levels: int, num_res_blocks: int) -> tuple[NameRow, ...]:
     """The autoencoder's table. The wan layout numbers all blocks of the decoder in one row, whatever their level.
 
     Args:
@@ -190,7 +190,7 @@ def vae_rows(levels: int, num_res_blocks: int) -> tuple[Row, ...]:
         *_affine("post_quant_conv", "post_quant_conv", "conv2"),
         *_affine("(encoder|decoder)/conv_in", r"\1.conv_in", r"\1.conv1"),
         *_affine("(encoder|decoder)/conv_out", r"\1.conv_out", r"\1.head.2"),
-        Row("(encoder|decoder)/norm_out/gamma", r"\1.norm_out.gamma", r"\1.head.0.gamma", Op(trailing=3)),
+        NameRow("(encoder|decoder)/norm_out/gamma", r"\1.norm_out.gamma", r"\1.head.0.gamma", Op(trailing=3)),
         *_attention(r"(encoder|decoder)/mid_block/attentions/0", r"\1.mid_block.attentions.0", r"\1.middle.1"),
         *_attention(r"encoder/down_blocks/(\d+)", r"encoder.down_blocks.\1", r"encoder.downsamples.\1"),
         *_resnet(r"encoder/down_blocks/(\d+)", r"encoder.down_blocks.\1", r"encoder.downsamples.\1"),
@@ -211,28 +211,28 @@ def vae_rows(levels: int, num_res_blocks: int) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def _resnet(ours: str, diffusers: str, wan: str) -> list[Row]:
+def _resnet(ours: str, diffusers: str, wan: str) -> list[NameRow]:
     """A residual block of the autoencoder."""
     gamma = Op(trailing=3)
     return [
-        Row(f"{ours}/norm1/gamma", f"{diffusers}.norm1.gamma", f"{wan}.residual.0.gamma", gamma),
+        NameRow(f"{ours}/norm1/gamma", f"{diffusers}.norm1.gamma", f"{wan}.residual.0.gamma", gamma),
         *_affine(f"{ours}/conv1", f"{diffusers}.conv1", f"{wan}.residual.2"),
-        Row(f"{ours}/norm2/gamma", f"{diffusers}.norm2.gamma", f"{wan}.residual.3.gamma", gamma),
+        NameRow(f"{ours}/norm2/gamma", f"{diffusers}.norm2.gamma", f"{wan}.residual.3.gamma", gamma),
         *_affine(f"{ours}/conv2", f"{diffusers}.conv2", f"{wan}.residual.6"),
         *_affine(f"{ours}/conv_shortcut", f"{diffusers}.conv_shortcut", f"{wan}.shortcut"),
     ]
 
 
-def _attention(ours: str, diffusers: str, wan: str) -> list[Row]:
+def _attention(ours: str, diffusers: str, wan: str) -> list[NameRow]:
     """An attention block of the autoencoder; all its layers are called the same everywhere."""
     return [
-        Row(f"{ours}/norm/gamma", f"{diffusers}.norm.gamma", f"{wan}.norm.gamma", Op(trailing=2)),
+        NameRow(f"{ours}/norm/gamma", f"{diffusers}.norm.gamma", f"{wan}.norm.gamma", Op(trailing=2)),
         *_affine(f"{ours}/to_qkv", f"{diffusers}.to_qkv", f"{wan}.to_qkv"),
         *_affine(f"{ours}/proj", f"{diffusers}.proj", f"{wan}.proj"),
     ]
 
 
-def _resample(ours: str, diffusers: str, wan: str) -> list[Row]:
+def _resample(ours: str, diffusers: str, wan: str) -> list[NameRow]:
     """A change of resolution in the autoencoder; their Sequential pads or upsamples before the convolution."""
     return [
         *_affine(f"{ours}/resample", f"{diffusers}.resample.1", f"{wan}.resample.1"),
@@ -240,25 +240,25 @@ def _resample(ours: str, diffusers: str, wan: str) -> list[Row]:
     ]
 
 
-def _text_encoder() -> tuple[Row, ...]:
+def _text_encoder() -> tuple[NameRow, ...]:
     layer = "encoder.block.{i}.layer"
     names = {"wi_0": "ffn.gate.0", "wi_1": "ffn.fc1", "wo": "ffn.fc2"}
     return (
-        Row("shared/embedding", "shared.weight", "token_embedding.weight"),
-        Row(
+        NameRow("shared/embedding", "shared.weight", "token_embedding.weight"),
+        NameRow(
             "blocks/attention/([qkvo])/kernel",
             rf"{layer}.0.SelfAttention.\1.weight",
             r"blocks.{i}.attn.\1.weight",
             KERNEL,
         ),
-        Row(
+        NameRow(
             "blocks/attention/relative_attention_bias/embedding",
             f"{layer}.0.SelfAttention.relative_attention_bias.weight",
             "blocks.{i}.pos_embedding.embedding.weight",
         ),
-        Row("blocks/attention/norm/scale", f"{layer}.0.layer_norm.weight", "blocks.{i}.norm1.weight"),
+        NameRow("blocks/attention/norm/scale", f"{layer}.0.layer_norm.weight", "blocks.{i}.norm1.weight"),
         *(
-            Row(
+            NameRow(
                 f"blocks/feed_forward/{ours}/kernel",
                 f"{layer}.1.DenseReluDense.{ours}.weight",
                 f"blocks.{{i}}.{wan}.weight",
@@ -266,26 +266,26 @@ def _text_encoder() -> tuple[Row, ...]:
             )
             for ours, wan in names.items()
         ),
-        Row("blocks/feed_forward/norm/scale", f"{layer}.1.layer_norm.weight", "blocks.{i}.norm2.weight"),
-        Row("final_layer_norm/scale", "encoder.final_layer_norm.weight", "norm.weight"),
+        NameRow("blocks/feed_forward/norm/scale", f"{layer}.1.layer_norm.weight", "blocks.{i}.norm2.weight"),
+        NameRow("final_layer_norm/scale", "encoder.final_layer_norm.weight", "norm.weight"),
     )
 
 
 TEXT_ENCODER_ROWS = _text_encoder()
 
 
-def _image_encoder() -> tuple[Row, ...]:
+def _image_encoder() -> tuple[NameRow, ...]:
     layer, wan = "encoder.layers.{i}", "transformer.{i}"
     embeddings = "embeddings"
     rows = [
-        Row("embeddings/class_embedding", f"{embeddings}.class_embedding", "cls_embedding", SAME, Op(leading=2)),
-        Row(
+        NameRow("embeddings/class_embedding", f"{embeddings}.class_embedding", "cls_embedding", SAME, Op(leading=2)),
+        NameRow(
             "embeddings/patch_embedding/kernel",
             f"{embeddings}.patch_embedding.weight",
             "patch_embedding.weight",
             KERNEL,
         ),
-        Row(
+        NameRow(
             "embeddings/position_embedding/embedding",
             f"{embeddings}.position_embedding.weight",
             "pos_embedding",

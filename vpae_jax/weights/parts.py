@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import jax
@@ -21,10 +22,10 @@ from vpae_jax.models.umt5 import UMT5Config, UMT5Encoder
 from vpae_jax.models.wan_dit import WanTransformer, WanTransformerConfig
 from vpae_jax.models.wan_vae import WanVAE, WanVAEConfig
 from vpae_jax.types import MASK_CHANNELS, UserError
-from vpae_jax.weights import entries, infer, names
-from vpae_jax.weights.entries import Found
+from vpae_jax.weights import infer, matching, names
 from vpae_jax.weights.filenames import VERSION
-from vpae_jax.weights.names import Layout, Row
+from vpae_jax.weights.names import Layout, NameRow
+from vpae_jax.weights.safetensors_file import StoredTensor
 
 # fmt: off
 # Keys of a transformers config.json that do not change what an encoder computes at inference.
@@ -62,7 +63,7 @@ class Part:
 
     model: type
     config: type
-    rows: Callable[[Any], tuple[Row, ...]]
+    rows: Callable[[Any], tuple[NameRow, ...]]
     infer: Callable[[infer.Shapes], dict[str, Any]]
     mark: str
     stem: str
@@ -266,8 +267,9 @@ def untold(part: str, config: Any) -> dict[str, Any]:
     """The fields of a part's config that nobody could tell from a folder in the wan layout."""
     spec = PARTS[part]
     shapes = {path: tuple(leaf.shape) for path, leaf in flat(abstract(part, config)[1]).items()}
-    plan = entries.plan(spec.rows(config), shapes, "wan")
-    found = {e.names[i]: Found(e.names[i], "", e.op.their_shape(e.shape)) for e in plan for i in range(len(e.names))}
+    parameters = matching.match(spec.rows(config), shapes, "wan")
+    kind = np.dtype(np.float32)
+    found = {name: StoredTensor(name, Path(), kind, p.op.their_shape(p.shape)) for p in parameters for name in p.names}
     guess = spec.infer(infer.Shapes(spec.rows(config), "wan", found, part))
     if part == "transformer":
         guess |= {field: getattr(config, field) for field in (*_WAN_KEYS.values(), "attention_head_dim")}

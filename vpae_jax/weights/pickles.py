@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from vpae_jax.files import atomically
-from vpae_jax.types import UserError
-from vpae_jax.weights.safetensors_file import CODES, Array, Ranges, Stored, checked, one_line, quote
+from vpae_jax.types import HostArray, UserError
+from vpae_jax.weights.safetensors_file import CODES, Ranges, StoredTensor, checked, one_line, quote
 
 BY_NAME = {dtype.name: dtype for dtype in CODES}  # PyTorch calls dtypes as NumPy does
 # What `torch.load` and `zipfile` raise for damaged files: found by damaging 60,000 (tests/weights/test_fuzz.py), with
@@ -65,12 +65,12 @@ class Checkpoint:
         self._size = os.fstat(file.fileno()).st_size
         self._tensors = _load(path, file)
         self.metadata: Mapping[str, str] = {}
-        self.stored: dict[str, Stored] = {}
+        self.stored: dict[str, StoredTensor] = {}
         for name, tensor in self._tensors.items():
             called = str(tensor.dtype).removeprefix("torch.")
             self.stored[name] = checked(path, name, BY_NAME.get(called), called, tuple(tensor.shape))
 
-    def fill(self, name: str, ranges: Ranges, out: Array) -> int:
+    def fill(self, name: str, ranges: Ranges, out: HostArray) -> int:
         """Copies a part of a tensor; arguments, result and errors as `SafetensorsFile.fill`."""
         if os.fstat(self._file.fileno()).st_size < self._size:  # mapped memory beyond the end cannot be touched
             raise UserError(f"{self.path}: became shorter while it was open; fetch it again")
@@ -86,7 +86,7 @@ class Checkpoint:
         self._tensors = {}
 
 
-def write_pickle(path: Path, values: Iterable[tuple[str, Array]]) -> None:
+def write_pickle(path: Path, values: Iterable[tuple[str, HostArray]]) -> None:
     """Writes a dict of tensors as `torch.save` does, whole or not at all; all tensors are in memory at once.
 
     Raises:

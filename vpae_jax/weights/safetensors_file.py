@@ -18,11 +18,10 @@ from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Shaped, UInt8
+from jaxtyping import UInt8
 
-from vpae_jax.types import UserError
+from vpae_jax.types import HostArray, UserError
 
-Array = Shaped[np.ndarray, "..."]
 Bytes = UInt8[np.ndarray, "n"]
 Ranges = tuple[range, ...]
 Info = tuple[str, np.dtype, tuple[int, ...]]
@@ -48,15 +47,17 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """What a file says of one tensor.
 
     Attributes:
+      name: what the file calls it.
       file: the file.
       dtype: one of `DTYPES`.
       shape: the shape.
     """
 
+    name: str
     file: Path
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -83,7 +84,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path, file: BinaryIO):
         self.path, self._file = path, file
-        self.stored: dict[str, Stored] = {}
+        self.stored: dict[str, StoredTensor] = {}
         self._starts: dict[str, int] = {}
         size = os.fstat(file.fileno()).st_size
         first = np.zeros(8, np.uint8)
@@ -114,7 +115,7 @@ class SafetensorsFile:
         if 8 + length + position != size:
             raise self._bad(f"its header announces {8 + length + position} bytes, it has {size}")
 
-    def fill(self, name: str, ranges: Ranges, out: Array) -> int:
+    def fill(self, name: str, ranges: Ranges, out: HostArray) -> int:
         """Reads a part of a tensor.
 
         Args:
@@ -159,7 +160,7 @@ class SafetensorsFile:
                 asked += size
         return asked
 
-    def _entry(self, name: str, entry: Any) -> tuple[Stored, int, int]:
+    def _entry(self, name: str, entry: Any) -> tuple[StoredTensor, int, int]:
         match entry:
             case {"dtype": str(code), "shape": list(shape), "data_offsets": [start, end]} if all(
                 type(n) is int and n >= 0 for n in (*shape, start, end)
@@ -182,7 +183,7 @@ class SafetensorsFile:
         return UserError(f"{self.path}: truncated or not a safetensors file ({reason}); fetch it again")
 
 
-def write_file(path: Path, infos: Sequence[Info], values: Iterator[Array], metadata: Mapping[str, str]) -> None:
+def write_file(path: Path, infos: Sequence[Info], values: Iterator[HostArray], metadata: Mapping[str, str]) -> None:
     """Writes one file, a tensor at a time.
 
     Args:
@@ -210,7 +211,7 @@ def write_file(path: Path, infos: Sequence[Info], values: Iterator[Array], metad
             file.write(_bytes_of(info, next(values, None)).data)
 
 
-def checked(path: Path, name: str, dtype: np.dtype | None, called: str, shape: tuple[int, ...]) -> Stored:
+def checked(path: Path, name: str, dtype: np.dtype | None, called: str, shape: tuple[int, ...]) -> StoredTensor:
     """A tensor that we can hold.
 
     Args:
@@ -229,7 +230,7 @@ def checked(path: Path, name: str, dtype: np.dtype | None, called: str, shape: t
     # NumPy counts the bytes of an empty array as if its empty axes were not there.
     if len(shape) > MAX_AXES or any(n < 0 for n in shape) or dtype.itemsize * prod(max(n, 1) for n in shape) > 2**62:
         raise UserError(f"{path}: tensor {quote(name)} has shape {quote(list(shape))}, which no array can have")
-    return Stored(path, dtype, shape)
+    return StoredTensor(name, path, dtype, shape)
 
 
 def decode_json(raw: bytes) -> Any:
@@ -265,7 +266,7 @@ def quote(value: Any) -> str:
     return one_line(repr(value))
 
 
-def _bytes_of(info: Info, value: Array | None) -> Bytes:
+def _bytes_of(info: Info, value: HostArray | None) -> Bytes:
     name, dtype, shape = info
     if value is None or value.dtype != dtype or value.shape != tuple(shape):
         found = "none" if value is None else f"{value.dtype}{list(value.shape)}"

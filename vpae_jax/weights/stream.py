@@ -21,23 +21,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, Shaped, UInt
+from jaxtyping import Array, Bool, Float, Int, UInt
 from tqdm import tqdm
 
-from vpae_jax.types import UserError
+from vpae_jax.types import HostArray, UserError
 from vpae_jax.weights.directory import PartTensors
-from vpae_jax.weights.entries import Entry
+from vpae_jax.weights.matching import Parameter
 from vpae_jax.weights.names import Index, Shape
 
 THREADS = 4
 AHEAD_BYTES = 256 * 2**20
 BLOCK_BYTES = 128 * 2**20
 
-HostArray = Shaped[np.ndarray, "..."]
-Key = tuple[tuple[int, int], ...]  # where an index begins and ends along each axis
+Bounds = tuple[tuple[int, int], ...]  # where an index begins and ends along each axis
 Callback = Callable[[Index | None], HostArray]
-# Given a parameter's path and shape, where it lies.
-Place = Callable[[str, Shape], Sharding]
+# Given a parameter's path and shape, its sharding.
+Placement = Callable[[str, Shape], Sharding]
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,8 @@ class Piece:
     """What is read at once: a layer of a stacked parameter, or some rows of another.
 
     Attributes:
-      entry: the parameter.
-      layer: number of the tensor among the entry's.
+      parameter: the parameter.
+      layer: number of the tensor among the parameter's.
       start: where the piece begins along the parameter's first axis.
       shape: of the piece, without a layer axis.
       padded: its shape as the devices are given it, which they can divide; the numbers beyond `shape` are zeros.
@@ -54,7 +53,7 @@ class Piece:
       whole: sharding of the parameter; None likewise.
     """
 
-    entry: Entry
+    parameter: Parameter
     layer: int
     start: int
     shape: Shape
@@ -65,17 +64,19 @@ class Piece:
     def rows(self, index: Index) -> Index:
         """An index of the piece as one of the tensor."""
         first, *rest = (slice(*s.indices(n)[:2]) for s, n in zip(index, self.shape, strict=True))
-        offset = 0 if self.entry.stacked else self.start
+        offset = 0 if self.parameter.stacked else self.start
         return (slice(first.start + offset, first.stop + offset), *rest)
 
 
-def load(tensors: PartTensors, dtype: DTypeLike | None, place: Place | None, label: str) -> dict[str, jax.Array]:
+def load(
+    tensors: PartTensors, dtype: DTypeLike | None, placement: Placement | None, label: str
+) -> dict[str, jax.Array]:
     """Every parameter of a part, on its devices.
 
     Args:
       tensors: an open part.
       dtype: of the result; None keeps the tensors' own (the widest, where layers differ).
-      place: where each parameter lies; None for the default device. No layer axis may be sharded.
+      placement: where each parameter lies; None for the default device. No layer axis may be sharded.
       label: of the progress bar, which is shown on terminals.
 
     Raises:
@@ -83,64 +84,64 @@ def load(tensors: PartTensors, dtype: DTypeLike | None, place: Place | None, lab
     """
     result: dict[str, jax.Array] = {}
     finite: list[tuple[str, jax.Array]] = []
-    pieces = [piece for entry in tensors.entries for piece in _pieces(tensors, entry, place)]
+    pieces = [piece for parameter in tensors.parameters for piece in _pieces(tensors, parameter, placement)]
     total = sum(_bytes(tensors, piece) for piece in pieces)
     bar = tqdm(total=total, desc=f"reading {label}", unit="B", unit_scale=True, leave=False, disable=None)
     with bar, ThreadPoolExecutor(THREADS) as pool:
         for piece, values in _ahead(pool, tensors, pieces):
-            entry = piece.entry
-            if entry.path not in result:
-                result[entry.path] = _zeros(piece.whole)(entry.full_shape, dtype_of(tensors, entry, dtype))
+            parameter = piece.parameter
+            if parameter.path not in result:
+                result[parameter.path] = _zeros(piece.whole)(parameter.full_shape, dtype_of(tensors, parameter, dtype))
             if piece.sharding is None:
                 value = jax.device_put(values(None))
             else:
                 value = jax.make_array_from_callback(piece.padded, piece.sharding, values)
-            put = _put(piece.whole, entry.stacked, piece.shape)
-            result[entry.path], ok = put(result[entry.path], value, piece.start)
+            put = _put(piece.whole, parameter.stacked, piece.shape)
+            result[parameter.path], ok = put(result[parameter.path], value, piece.start)
             # The host's memory is free again; and processes exchange one piece at a time, or would wait for each other.
             ok.block_until_ready()
-            finite.append((entry.names[piece.layer], ok))
+            finite.append((parameter.names[piece.layer], ok))
             bar.update(_bytes(tensors, piece))
     check_finite(tensors, finite)
     return result
 
 
-def sharding_of(entry: Entry, place: Place | None) -> Sharding | None:
+def sharding_of(parameter: Parameter, placement: Placement | None) -> Sharding | None:
     """Where a parameter lies; None for the default device. Raises `ValueError` when its layer axis is sharded."""
-    sharding = None if place is None else place(entry.path, entry.full_shape)
-    if entry.stacked and isinstance(sharding, NamedSharding) and sharding.spec and sharding.spec[0] is not None:
+    sharding = None if placement is None else placement(parameter.path, parameter.full_shape)
+    if parameter.stacked and isinstance(sharding, NamedSharding) and sharding.spec and sharding.spec[0] is not None:
         raise ValueError(
-            f"{entry.path}: the layer axis is sharded over {sharding.spec[0]!r}; layers are read one by one"
+            f"{parameter.path}: the layer axis is sharded over {sharding.spec[0]!r}; layers are read one by one"
         )
     return sharding
 
 
-def dtype_of(tensors: PartTensors, entry: Entry, dtype: DTypeLike | None) -> np.dtype:
+def dtype_of(tensors: PartTensors, parameter: Parameter, dtype: DTypeLike | None) -> np.dtype:
     """The dtype of a parameter: the one asked for, or the widest of its layers'."""
-    kind = widest(tensors.stored(name).dtype for name in entry.names) if dtype is None else dtype
+    kind = widest(tensors.stored(name).dtype for name in parameter.names) if dtype is None else dtype
     return jax.dtypes.canonicalize_dtype(kind)
 
 
-def _pieces(tensors: PartTensors, entry: Entry, place: Place | None) -> Iterator[Piece]:
-    """An entry in pieces: its layers, or blocks of rows if it is one large table."""
-    whole = sharding_of(entry, place)
+def _pieces(tensors: PartTensors, parameter: Parameter, placement: Placement | None) -> Iterator[Piece]:
+    """An parameter in pieces: its layers, or blocks of rows if it is one large table."""
+    whole = sharding_of(parameter, placement)
     spec = tuple(whole.spec) if isinstance(whole, NamedSharding) else ()
-    if entry.stacked:
+    if parameter.stacked:
         one = NamedSharding(whole.mesh, PartitionSpec(*spec[1:])) if isinstance(whole, NamedSharding) else whole
-        padded, sharding = _contiguous(entry, entry.shape, one)
-        for layer in range(len(entry.names)):
-            yield Piece(entry, layer, layer, entry.shape, padded, sharding, whole)
+        padded, sharding = _contiguous(parameter, parameter.shape, one)
+        for layer in range(len(parameter.names)):
+            yield Piece(parameter, layer, layer, parameter.shape, padded, sharding, whole)
         return
-    rows = entry.shape[0]
-    divisible = len(entry.shape) > 1 and not entry.op.kernel and (not spec or spec[0] is None)
-    size = int(np.prod(entry.shape)) * tensors.stored(entry.names[0]).dtype.itemsize
+    rows = parameter.shape[0]
+    divisible = len(parameter.shape) > 1 and not parameter.op.kernel and (not spec or spec[0] is None)
+    size = int(np.prod(parameter.shape)) * tensors.stored(parameter.names[0]).dtype.itemsize
     step = max(1, rows * BLOCK_BYTES // size) if divisible and size > BLOCK_BYTES else rows
     for start in range(0, rows, step):
-        shape = (min(step, rows - start), *entry.shape[1:])
-        yield Piece(entry, 0, start, shape, *_contiguous(entry, shape, whole), whole)
+        shape = (min(step, rows - start), *parameter.shape[1:])
+        yield Piece(parameter, 0, start, shape, *_contiguous(parameter, shape, whole), whole)
 
 
-def _contiguous(entry: Entry, shape: Shape, sharding: Sharding | None) -> tuple[Shape, Sharding | None]:
+def _contiguous(parameter: Parameter, shape: Shape, sharding: Sharding | None) -> tuple[Shape, Sharding | None]:
     """How a piece is read: each of several processes takes an equal run of bytes, and the devices exchange the rest.
 
     The shards themselves may be narrow columns of the file, or copies; so read, no byte leaves the disk twice.
@@ -150,7 +151,7 @@ def _contiguous(entry: Entry, shape: Shape, sharding: Sharding | None) -> tuple[
     """
     if not isinstance(sharding, NamedSharding) or sharding.is_fully_addressable:
         return shape, sharding
-    axis = len(shape) - 1 if entry.op.kernel else 0  # the file's slowest
+    axis = len(shape) - 1 if parameter.op.kernel else 0  # the file's slowest
     spec: list[Any] = [None] * len(shape)
     spec[axis] = sharding.mesh.axis_names
     each = -(-shape[axis] // sharding.mesh.size)
@@ -177,29 +178,29 @@ def _ahead(pool: ThreadPoolExecutor, tensors: PartTensors, pieces: Sequence[Piec
 
 def _read(tensors: PartTensors, piece: Piece) -> Callback:
     """A piece's values for this process's devices, by the index that each of them holds."""
-    name, op, shape = piece.entry.names[piece.layer], piece.entry.op, piece.entry.shape
+    name, op, shape = piece.parameter.names[piece.layer], piece.parameter.op, piece.parameter.shape
 
-    def read(key: Key) -> HostArray:
-        within = [(min(start, n), min(stop, n)) for (start, stop), n in zip(key, piece.shape, strict=True)]
+    def read(bounds: Bounds) -> HostArray:
+        within = [(min(start, n), min(stop, n)) for (start, stop), n in zip(bounds, piece.shape, strict=True)]
         if not _size(within):
-            return np.zeros([stop - start for start, stop in key], tensors.stored(name).dtype)
+            return np.zeros([stop - start for start, stop in bounds], tensors.stored(name).dtype)
         value = op.to_ours(tensors.read(name, op.their_index(shape, piece.rows(tuple(slice(*w) for w in within)))))
-        beyond = [(0, stop - end) for (_, stop), (_, end) in zip(key, within, strict=True)]
+        beyond = [(0, stop - end) for (_, stop), (_, end) in zip(bounds, within, strict=True)]
         return np.pad(value, beyond) if any(end for _, end in beyond) else value
 
-    everything = key_of((), piece.padded)
+    everything = bounds_of((), piece.padded)
     devices: Mapping[Any, Index | None] = {None: ()}
     if piece.sharding is not None:
         devices = piece.sharding.addressable_devices_indices_map(piece.padded)
-    wanted = {key_of(index or (), piece.padded) for index in devices.values()}
+    wanted = {bounds_of(index or (), piece.padded) for index in devices.values()}
     if sum(map(_size, wanted)) >= _size(everything):  # this process holds all of it
         whole = read(everything)
         return lambda index: whole[index or ...]
     values = {key: read(key) for key in wanted}
-    return lambda index: values[key_of(index or (), piece.padded)]
+    return lambda index: values[bounds_of(index or (), piece.padded)]
 
 
-def key_of(index: Index, shape: Shape) -> Key:
+def bounds_of(index: Index, shape: Shape) -> Bounds:
     """Where an index begins and ends along each axis."""
     full = (*index, *[slice(None)] * (len(shape) - len(index)))
     return tuple((s.indices(n)[0], s.indices(n)[1]) for s, n in zip(full, shape, strict=True))
@@ -218,7 +219,7 @@ def _zeros(sharding: Sharding | None) -> Callable[[Shape, np.dtype], jax.Array]:
 
 @cache
 def _put(sharding: Sharding | None, stacked: bool, shape: Shape) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """Writes a piece of this shape, which may be padded, into its place, and says whether it is finite."""
+    """Writes a piece of this shape, which may be padded, into its placement, and says whether it is finite."""
 
     def put(
         whole: Float[Array, "..."], piece: Float[Array, "..."], start: Int[Array, ""] | int
@@ -239,7 +240,7 @@ def _bits(value: Float[Array, "..."]) -> UInt[Array, "..."]:
 
 
 def _bytes(tensors: PartTensors, piece: Piece) -> int:
-    return math.prod(piece.shape) * tensors.stored(piece.entry.names[piece.layer]).dtype.itemsize
+    return math.prod(piece.shape) * tensors.stored(piece.parameter.names[piece.layer]).dtype.itemsize
 
 
 def widest(dtypes: Iterable[np.dtype]) -> np.dtype:

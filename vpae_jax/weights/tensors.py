@@ -21,15 +21,14 @@ from typing import BinaryIO, Literal
 import numpy as np
 
 from vpae_jax.files import atomically, write_text
-from vpae_jax.types import UserError
+from vpae_jax.types import HostArray, UserError
 from vpae_jax.weights.pickles import Checkpoint
 from vpae_jax.weights.safetensors_file import (
     CODES,
     MAX_HEADER,
-    Array,
     Info,
     SafetensorsFile,
-    Stored,
+    StoredTensor,
     one_line,
     parse_json,
     quote,
@@ -37,12 +36,12 @@ from vpae_jax.weights.safetensors_file import (
 )
 
 SHARD_BYTES = 5_000_000_000
-BLOCK = 2**16
+CACHED_NUMBERS = 2**16
 _EXPONENTS = {"bfloat16": np.uint16(0x7F80), "float16": np.uint16(0x7C00), "float32": np.uint32(0x7F800000)}
-Source = SafetensorsFile | Checkpoint
+WeightFile = SafetensorsFile | Checkpoint
 
 
-class Tensors(Mapping[str, Stored]):
+class Tensors(Mapping[str, StoredTensor]):
     """The tensors of one file or of several, made by `open_tensors` and `open_shards` and usable until these close.
 
     Args:
@@ -55,8 +54,8 @@ class Tensors(Mapping[str, Stored]):
       UserError: two files hold one tensor.
     """
 
-    def __init__(self, sources: Sequence[Source]):
-        self._sources: dict[str, Source] = {}
+    def __init__(self, sources: Sequence[WeightFile]):
+        self._sources: dict[str, WeightFile] = {}
         self._bytes_read, self._lock = 0, Lock()
         self.metadata: Mapping[str, str] = {key: text for source in sources for key, text in source.metadata.items()}
         for source in sources:
@@ -66,7 +65,7 @@ class Tensors(Mapping[str, Stored]):
                     raise UserError(f"{source.path}: tensor {quote(name)} is also in {other}; remove one")
                 self._sources[name] = source
 
-    def __getitem__(self, name: str) -> Stored:
+    def __getitem__(self, name: str) -> StoredTensor:
         return self._sources[name].stored[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -80,7 +79,7 @@ class Tensors(Mapping[str, Stored]):
         """Bytes of tensors asked from the files so far: those returned, and more where short rows were cut."""
         return self._bytes_read
 
-    def read(self, name: str, index: tuple[slice, ...] = ()) -> Array:
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> HostArray:
         """Reads a tensor or a part of it, from any thread.
 
         Args:
@@ -139,7 +138,7 @@ def write_safetensors(
     folder: Path,
     stem: str,
     infos: Sequence[Info],
-    values: Iterable[Array],
+    values: Iterable[HostArray],
     shard_bytes: int = SHARD_BYTES,
     metadata: Mapping[str, str] = MappingProxyType({"format": "pt"}),
 ) -> None:
@@ -182,13 +181,13 @@ def write_safetensors(
         write_text(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def blocks(value: Array) -> Iterator[Array]:
+def blocks(value: HostArray) -> Iterator[HostArray]:
     """An array's numbers as they lie in memory, as many at once as stay in a processor's cache."""
     flat = value.ravel(order="K")
-    return (flat[start : start + BLOCK] for start in range(0, flat.size, BLOCK))
+    return (flat[start : start + CACHED_NUMBERS] for start in range(0, flat.size, CACHED_NUMBERS))
 
 
-def finite(value: Array) -> bool:
+def finite(value: HostArray) -> bool:
     """Whether no number is NaN or infinity: their exponents' bits are all set."""
     if value.dtype.kind in "biu":
         return True
@@ -225,7 +224,7 @@ def _kind(path: Path, file: BinaryIO) -> Literal["safetensors", "index", "pickle
     return "index" if head.lstrip().startswith(b"{") and b"\0" not in head else "safetensors"
 
 
-def _open_source(path: Path, file: BinaryIO, stack: ExitStack) -> Source:
+def _open_source(path: Path, file: BinaryIO, stack: ExitStack) -> WeightFile:
     kind = _kind(path, file)
     if kind == "index":
         raise UserError(f"{path}: truncated or not a safetensors file (it is JSON); expected tensors")

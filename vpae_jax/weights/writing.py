@@ -19,16 +19,16 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Shaped
 from tqdm import tqdm
 
 from vpae_jax.files import refused_writes, temporary_beside
-from vpae_jax.types import UserError
-from vpae_jax.weights import entries, orbax
-from vpae_jax.weights.directory import EXTRAS, Model, PartSource, PartTensors
+from vpae_jax.types import HostArray, UserError
+from vpae_jax.weights import matching, orbax
+from vpae_jax.weights.directory import EXTRAS, ModelDirectory, PartTensors, StoredPart
 from vpae_jax.weights.filenames import CONFIG, write_json
 from vpae_jax.weights.find import PARAMS
 from vpae_jax.weights.loading import Weights, read_part
+from vpae_jax.weights.matching import LayerKey
 from vpae_jax.weights.names import Layout, Shape
 from vpae_jax.weights.parts import PARTS, config_json, flat, wan_config_json
 from vpae_jax.weights.pickles import write_pickle
@@ -36,11 +36,10 @@ from vpae_jax.weights.safetensors_file import Info
 from vpae_jax.weights.stream import widest
 from vpae_jax.weights.tensors import SHARD_BYTES, Tensors, blocks, finite, write_safetensors
 
-HostArray = Shaped[np.ndarray, "..."]
 Format = Literal["diffusers", "wan", "orbax"]
 # Whose extras a layout keeps: a part of diffusers has those of a wan file beside it.
 _EXTRAS_OF: Mapping[Format, tuple[Layout, ...]] = {"diffusers": ("diffusers", "wan"), "wan": ("wan",), "orbax": ()}
-Stored = dict[tuple[str, int], np.dtype]  # by path and layer
+LayerDtypes = dict[LayerKey, np.dtype]
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ class FromFiles:
       kept: what else of a wan file is kept beside them.
     """
 
-    source: PartSource
+    source: StoredPart
     tensors: PartTensors
     kept: Tensors | None
 
@@ -122,19 +121,19 @@ class FromFiles:
         return self.source.config
 
     def shapes(self) -> Mapping[str, Shape]:
-        return {entry.path: entry.full_shape for entry in self.tensors.entries}
+        return {parameter.path: parameter.full_shape for parameter in self.tensors.parameters}
 
     def dtype(self, path: str, layer: int) -> np.dtype:
-        return self.tensors.stored(self._entry(path).names[layer]).dtype
+        return self.tensors.stored(self._parameter(path).names[layer]).dtype
 
     def read(self, path: str, layer: int) -> HostArray:
-        entry = self._entry(path)
-        value = self.tensors.read(entry.names[layer], entry.op.their_index(entry.shape))
+        parameter = self._parameter(path)
+        value = self.tensors.read(parameter.names[layer], parameter.op.their_index(parameter.shape))
         if not finite(value):
-            stored = self.tensors.stored(entry.names[layer])
-            name = self.tensors.names[entry.names[layer]]
+            stored = self.tensors.stored(parameter.names[layer])
+            name = self.tensors.names[parameter.names[layer]]
             raise UserError(f"{stored.file}: tensor {name!r} holds NaN or infinity; the weights are damaged")
-        return entry.op.to_ours(value)
+        return parameter.op.to_ours(value)
 
     def extras(self, layout: Layout) -> Iterator[Extra]:
         if self.source.layout == layout:
@@ -145,21 +144,21 @@ class FromFiles:
             for name, stored in self.kept.items():
                 yield Extra(name, stored.file, stored.dtype, stored.shape, partial(self.kept.read, name))
 
-    def _entry(self, path: str) -> entries.Entry:
-        return next(entry for entry in self.tensors.entries if entry.path == path)
+    def _parameter(self, path: str) -> matching.Parameter:
+        return next(parameter for parameter in self.tensors.parameters if parameter.path == path)
 
 
 def from_tree(part: str, config: Any, params: Weights, source: Path | None = None) -> FromTree:
     """Weights in memory as values to write; `source` is where they come from, for messages."""
     rows = PARTS[part].rows(config)
     values = flat(params)
-    layers = frozenset(path for path in values if "{i}" in entries.template(rows, path, "diffusers")[0])
+    layers = frozenset(path for path in values if "{i}" in matching.template(rows, path, "diffusers")[0])
     return FromTree(config, values, layers, source)
 
 
 @contextmanager
-def open_values(model: Model, part: str) -> Iterator[Values]:
-    """A part's weights where they lie. Raises `UserError` as `source.PartSource.open`."""
+def open_values(model: ModelDirectory, part: str) -> Iterator[Values]:
+    """A part's weights where they lie. Raises `UserError` as `directory.StoredPart.open`."""
     source = model.part(part)
     with ExitStack() as stack:
         if source.layout == "orbax":
@@ -198,14 +197,14 @@ def write_part(
             write_json(temporary / CONFIG, config_json(config, part))
             orbax.save(temporary / PARAMS, _tree(part, values, stored))
         return
-    plan = entries.plan(spec.rows(config), values.shapes(), form)
+    parameters = matching.match(spec.rows(config), values.shapes(), form)
     prefix = spec.prefix[form]
-    tensors = _tensors(part, plan, values, prefix, stored)
+    tensors = _tensors(part, parameters, values, prefix, stored)
     extras = tuple(values.extras(form))
     if form == "wan" and part != "transformer":
         write_pickle(folder / spec.wan_file, chain(tensors, _read(extras)))
         return
-    infos = _infos(plan, prefix, stored) + _announced(extras)
+    infos = _infos(parameters, prefix, stored) + _announced(extras)
     arrays = (value for _, value in chain(tensors, _read(extras)))
     if form == "wan":
         with refused_writes(folder):
@@ -222,7 +221,7 @@ def write_part(
             write_safetensors(temporary, EXTRAS.removesuffix(".safetensors"), _announced(kept), arrays, sys.maxsize)
 
 
-def verify_part(written: Model, part: str, values: Values, dtype: DTypeLike | None) -> int:
+def verify_part(written: ModelDirectory, part: str, values: Values, dtype: DTypeLike | None) -> int:
     """Reads a written part back and compares it, with what no Wan model reads of it, bit for bit.
 
     Returns:
@@ -270,48 +269,52 @@ def replacing(path: Path) -> Iterator[Path]:
                     leftover.unlink(missing_ok=True)
 
 
-def _stored(part: str, values: Values, form: Format, dtype: DTypeLike | None) -> Stored:
+def _stored(part: str, values: Values, form: Format, dtype: DTypeLike | None) -> LayerDtypes:
     """The dtype of every parameter and layer in a file: its own, or the widest of those that share a tensor there."""
     form_of_names: Layout = "diffusers" if form == "orbax" else form
-    plan = entries.plan(PARTS[part].rows(values.config), values.shapes(), form_of_names)
+    parameters = matching.match(PARTS[part].rows(values.config), values.shapes(), form_of_names)
     if form == "orbax":
-        tensors = {entry.path: [(entry, layer) for layer in range(len(entry.names))] for entry in plan}
+        tensors = {
+            parameter.path: [(parameter, layer) for layer in range(len(parameter.names))] for parameter in parameters
+        }
     else:
-        tensors = entries.tensors(plan)
-    result: Stored = {}
+        tensors = matching.tensors(parameters)
+    result: LayerDtypes = {}
     for holders in tensors.values():
-        places = [(entry.path, layer) for entry, layer in holders]
-        kind = widest(values.dtype(*place) for place in places) if dtype is None else np.dtype(dtype)
-        result |= dict.fromkeys(places, kind)
+        keys = [(parameter.path, layer) for parameter, layer in holders]
+        kind = widest(values.dtype(*key) for key in keys) if dtype is None else np.dtype(dtype)
+        result |= dict.fromkeys(keys, kind)
     return result
 
 
-def _infos(plan: Iterable[entries.Entry], prefix: str, stored: Stored) -> list[tuple[str, np.dtype, Shape]]:
+def _infos(
+    parameters: Iterable[matching.Parameter], prefix: str, stored: LayerDtypes
+) -> list[tuple[str, np.dtype, Shape]]:
     """Names, dtypes and shapes of the tensors, in the order in which `_tensors` brings them."""
     infos = []
-    for name, holders in entries.tensors(tuple(plan)).items():
-        entry, layer = holders[0]
-        infos.append((prefix + name, stored[entry.path, layer], entry.op.their_shape(entry.shape)))
+    for name, holders in matching.tensors(tuple(parameters)).items():
+        parameter, layer = holders[0]
+        infos.append((prefix + name, stored[parameter.path, layer], parameter.op.their_shape(parameter.shape)))
     return infos
 
 
 def _tensors(
-    part: str, plan: Iterable[entries.Entry], values: Values, prefix: str, stored: Stored
+    part: str, parameters: Iterable[matching.Parameter], values: Values, prefix: str, stored: LayerDtypes
 ) -> Iterator[tuple[str, HostArray]]:
     """Their tensors, one after the other."""
-    holders_of = entries.tensors(tuple(plan))
+    holders_of = matching.tensors(tuple(parameters))
     for name, holders in tqdm(holders_of.items(), desc=f"writing {part}", unit="tensor", leave=False, disable=None):
         pieces = []
-        for entry, layer in holders:
-            value = _final(part, prefix + name, values, (entry.path, layer), stored)
-            pieces.append(entry.op.to_theirs(value))
+        for parameter, layer in holders:
+            value = _final(part, prefix + name, values, (parameter.path, layer), stored)
+            pieces.append(parameter.op.to_theirs(value))
         yield prefix + name, np.ascontiguousarray(pieces[0] if len(pieces) == 1 else np.concatenate(pieces))
 
 
-def _final(part: str, name: str, values: Values, place: tuple[str, int], stored: Stored) -> HostArray:
+def _final(part: str, name: str, values: Values, key: LayerKey, stored: LayerDtypes) -> HostArray:
     """A parameter's layer as it is stored, for the tensor `name`. Raises `UserError` when it is not finite."""
-    value = values.read(*place)
-    cast = _cast(value, stored[place])
+    value = values.read(*key)
+    cast = _cast(value, stored[key])
     if finite(cast):
         return cast
     if cast.dtype != value.dtype and finite(value):
@@ -344,7 +347,7 @@ def _read(extras: Iterable[Extra]) -> Iterator[tuple[str, HostArray]]:
         yield extra.name, value
 
 
-def _verify_extras(written: Model, part: str, form: Layout, values: Values, found: Values) -> None:
+def _verify_extras(written: ModelDirectory, part: str, form: Layout, values: Values, found: Values) -> None:
     """Raises `UserError` unless a written part has exactly the extras that it was written with."""
     expected, given = ({extra.name: extra for extra in side.extras(form)} for side in (values, found))
     for name in {**expected, **given}:
@@ -352,23 +355,22 @@ def _verify_extras(written: Model, part: str, form: Layout, values: Values, foun
             raise UserError(f"{written.path}: {part}'s extra tensor {name!r} does not read back as it was written")
 
 
-def _layers(part: str, values: Values) -> Iterator[tuple[str, int]]:
+def _layers(part: str, values: Values) -> Iterator[LayerKey]:
     """Every parameter and layer."""
-    for entry in entries.plan(PARTS[part].rows(values.config), values.shapes(), "diffusers"):
-        for layer in range(len(entry.names)):
-            yield entry.path, layer
+    for parameter in matching.match(PARTS[part].rows(values.config), values.shapes(), "diffusers"):
+        yield from parameter.layers
 
 
-def _tree(part: str, values: Values, stored: Stored) -> dict[str, Any]:
+def _tree(part: str, values: Values, stored: LayerDtypes) -> dict[str, Any]:
     """Nested dicts of whole parameters on the host."""
     tree: dict[str, Any] = {}
-    for entry in entries.plan(PARTS[part].rows(values.config), values.shapes(), "diffusers"):
-        layers = [_final(part, entry.path, values, (entry.path, layer), stored) for layer in range(len(entry.names))]
-        *parents, last = entry.path.split("/")
+    for parameter in matching.match(PARTS[part].rows(values.config), values.shapes(), "diffusers"):
+        layers = [_final(part, parameter.path, values, key, stored) for key in parameter.layers]
+        *parents, last = parameter.path.split("/")
         inner = tree
         for name in parents:
             inner = inner.setdefault(name, {})
-        inner[last] = np.stack(layers) if entry.stacked else layers[0]
+        inner[last] = np.stack(layers) if parameter.stacked else layers[0]
     return tree
 
 

@@ -22,7 +22,7 @@ from vpae_jax.models.kernels.remat import RESIDUALS, save_attention
 __all__ = ["RESIDUALS", "attention", "choose", "save_attention"]
 
 # Logits, over clips and heads, up to which writing them out is faster than tiles; 4 MiB of float32.
-SMALL = 2**20
+SMALL_LOGITS = 2**20
 
 _KERNELS = {
     "reference": reference.attention,
@@ -59,7 +59,7 @@ def choose(platform: str, q_shape: tuple[int, ...], k_shape: tuple[int, ...], dt
       dtype: of q, k and v.
     """
     b, n, heads, head_dim = q_shape
-    if b * heads * n * k_shape[1] <= SMALL:
+    if b * heads * n * k_shape[1] <= SMALL_LOGITS:
         return "reference"
     if platform == "tpu" and head_dim % splash.LANES == 0:
         return "splash"

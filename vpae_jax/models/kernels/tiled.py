@@ -25,9 +25,9 @@ TILE = 512
 # Tiles of all sizes but the last are a multiple of this, the width of a processor's vectors.
 VECTOR = 16
 
-Tokens = Float[Array, "n head_dim"]
-KeyTokens = Float[Array, "m head_dim"]
-Rows = Float[Array, "n"]
+HeadQueries = Float[Array, "n head_dim"]
+HeadKeys = Float[Array, "m head_dim"]
+PerQuery = Float[Array, "n"]
 HeadBias = Float[Array, "m"]
 
 
@@ -104,7 +104,7 @@ def _tokens_first(x: Float[Array, "b_heads n head_dim"], like: Queries) -> Queri
     return jnp.swapaxes(x.reshape(like.shape[0], like.shape[2], *x.shape[1:]), 1, 2)
 
 
-def _forward(q: Tokens, k: KeyTokens, v: KeyTokens, bias: HeadBias | None) -> tuple[Tokens, Rows]:
+def _forward(q: HeadQueries, k: HeadKeys, v: HeadKeys, bias: HeadBias | None) -> tuple[HeadQueries, PerQuery]:
     """Result and log-sum-exp of one head."""
     scale = q.shape[-1] ** -0.5
 
@@ -132,8 +132,8 @@ def _forward(q: Tokens, k: KeyTokens, v: KeyTokens, bias: HeadBias | None) -> tu
 
 
 def _backward(
-    q: Tokens, k: KeyTokens, v: KeyTokens, d_out: Tokens, lse: Rows, inner: Rows, bias: HeadBias | None
-) -> tuple[Tokens, KeyTokens, KeyTokens]:
+    q: HeadQueries, k: HeadKeys, v: HeadKeys, d_out: HeadQueries, lse: PerQuery, inner: PerQuery, bias: HeadBias | None
+) -> tuple[HeadQueries, HeadKeys, HeadKeys]:
     """Gradients of one head."""
     scale = q.shape[-1] ** -0.5
 

@@ -1,6 +1,6 @@
 """A conversion table put to use: our parameters matched with the tensors of one layout, and both compared with a file.
 
-Every parameter must be met by exactly one row, and every tensor by a parameter: `plan` and `check` raise otherwise.
+Every parameter must be met by exactly one row, and every tensor by a parameter: `match` and `check` raise otherwise.
 """
 
 from __future__ import annotations
@@ -11,18 +11,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from vpae_jax.types import UserError
-from vpae_jax.weights.names import Layout, Op, Row, Shape
+from vpae_jax.weights.names import Layout, NameRow, Op, Shape
+from vpae_jax.weights.safetensors_file import StoredTensor
+
+# A path and a layer; the layer is 0 for a parameter that is not stacked.
+LayerKey = tuple[str, int]
 
 
 @dataclass(frozen=True)
-class Entry:
+class Parameter:
     """One of our parameters and the tensors that it is made of.
 
     Attributes:
       path: our parameter's path.
       names: their tensors: one, or one a layer.
       shape: our parameter's shape, without the layer axis.
-      op: see `table.Op`.
+      op: see `names.Op`.
       stacked: whether our parameter has a leading layer axis.
     """
 
@@ -37,23 +41,13 @@ class Entry:
         """Our parameter's shape."""
         return (len(self.names), *self.shape) if self.stacked else self.shape
 
-
-@dataclass(frozen=True)
-class Found:
-    """What a file holds under one of their names.
-
-    Attributes:
-      name: what it is called in the file.
-      file: for messages.
-      shape: of the whole tensor.
-    """
-
-    name: str
-    file: str
-    shape: Shape
+    @property
+    def layers(self) -> list[LayerKey]:
+        """Its layers' keys; one for a parameter that is not stacked."""
+        return [(self.path, layer) for layer in range(len(self.names))]
 
 
-def match(rows: Sequence[Row], path: str) -> tuple[Row, re.Match[str]]:
+def rule(rows: Sequence[NameRow], path: str) -> tuple[NameRow, re.Match[str]]:
     """The one row that describes a parameter. Raises `ValueError` for none or several: a mistake in the table."""
     found = [(row, m) for row in rows if (m := re.fullmatch(row.ours, path))]
     if len(found) != 1:
@@ -61,13 +55,13 @@ def match(rows: Sequence[Row], path: str) -> tuple[Row, re.Match[str]]:
     return found[0]
 
 
-def template(rows: Sequence[Row], path: str, layout: Layout) -> tuple[str, Op]:
+def template(rows: Sequence[NameRow], path: str, layout: Layout) -> tuple[str, Op]:
     """Their name of a parameter, with `{i}` for the layer if it is stacked, and how the arrays differ."""
-    row, found = match(rows, path)
+    row, found = rule(rows, path)
     return found.expand(row.name(layout)).replace("/", "."), row.operation(layout)
 
 
-def plan(rows: Sequence[Row], shapes: Mapping[str, Shape], layout: Layout) -> tuple[Entry, ...]:
+def match(rows: Sequence[NameRow], shapes: Mapping[str, Shape], layout: Layout) -> tuple[Parameter, ...]:
     """Matches our parameters with their tensors.
 
     Args:
@@ -79,7 +73,7 @@ def plan(rows: Sequence[Row], shapes: Mapping[str, Shape], layout: Layout) -> tu
       ValueError: a parameter that no row, or more than one, describes, or two that claim the same piece of a tensor: a
         mistake in the table, not in any file.
     """
-    entries, claimed = [], set()
+    parameters, claimed = [], set()
     for path, shape in shapes.items():
         name, op = template(rows, path, layout)
         stacked = "{i}" in name
@@ -88,33 +82,33 @@ def plan(rows: Sequence[Row], shapes: Mapping[str, Shape], layout: Layout) -> tu
             if (one, op.part) in claimed:
                 raise ValueError(f"conversion table: two parameters claim tensor {one!r}")
             claimed.add((one, op.part))
-        entries.append(Entry(path, names, tuple(shape[1:] if stacked else shape), op, stacked))
-    return tuple(entries)
+        parameters.append(Parameter(path, names, tuple(shape[1:] if stacked else shape), op, stacked))
+    return tuple(parameters)
 
 
-def tensors(entries: Sequence[Entry]) -> dict[str, list[tuple[Entry, int]]]:
+def tensors(parameters: Sequence[Parameter]) -> dict[str, list[tuple[Parameter, int]]]:
     """Their tensors in order, each with the parameters that it holds, part by part, and the layer."""
-    result: dict[str, list[tuple[Entry, int]]] = defaultdict(list)
-    for entry in entries:
-        for layer, name in enumerate(entry.names):
-            result[name].append((entry, layer))
+    result: dict[str, list[tuple[Parameter, int]]] = defaultdict(list)
+    for parameter in parameters:
+        for layer, name in enumerate(parameter.names):
+            result[name].append((parameter, layer))
     for holders in result.values():
         holders.sort(key=lambda holder: holder[0].op.part)
     return dict(result)
 
 
-def check(entries: Sequence[Entry], found: Mapping[str, Found], folder: str) -> None:
-    """Compares a plan with what files hold.
+def check(parameters: Sequence[Parameter], found: Mapping[str, StoredTensor], folder: str) -> None:
+    """Compares from `match` with what files hold.
 
     Args:
-      entries: a plan.
+      parameters: from `match`.
       found: by their names in the table.
       folder: named where a tensor is missing altogether.
 
     Raises:
       UserError: a missing, unknown or misshapen tensor; the line names the first and counts the rest.
     """
-    expected = {name: entry.op.their_shape(entry.shape) for entry in entries for name in entry.names}
+    expected = {name: parameter.op.their_shape(parameter.shape) for parameter in parameters for name in parameter.names}
     if missing := [name for name in expected if name not in found]:
         shape = list(expected[missing[0]])
         raise UserError(f"{folder}: tensor {missing[0]!r} of shape {shape} is missing{_others(missing)}")
