@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from manifests import CAPTIONS, read, refusal, write
 
-from vpae_jax.encoding.clip_source import Entry, Reject
+from vpae_jax.encoding.clip_source import CaptionedVideo, Reject
 from vpae_jax.encoding.manifest import Columns, Manifest
 from vpae_jax.encoding.rows import repeated
 from vpae_jax.encoding.tables import ROW_BYTES
@@ -44,7 +44,7 @@ def test_every_format_gives_the_same_entries(videos, name):
         about = {"fps": number(24 + i)}
         start, end = 0.5 * i, 0.5 * i + 2
         id = f"v{i}.mp4@{start:g}-{end:g}"
-        expected = Entry(id, videos / f"v{i}.mp4", CAPTIONS[i], start, end, (0.25, 1.5), about)
+        expected = CaptionedVideo(id, videos / f"v{i}.mp4", CAPTIONS[i], start, end, (0.25, 1.5), about)
         assert one == expected
     for unit in random.Random(0).choices(range(4), k=20):
         assert list(manifest.read(unit)) == found[3 * unit : 3 * unit + 3]
@@ -220,7 +220,7 @@ def test_parts_of_one_video_are_told_apart_by_their_times(videos, name, columns)
         rows = [row for row in rows if row["span"] or not row["to"] + row["from"]]
     manifest = Manifest(videos, write(videos.parent / name, rows), columns, unit_videos=3)
     found = read(manifest)
-    kept = {one.id: one.caption for one in found if isinstance(one, Entry)}
+    kept = {one.id: one.caption for one in found if isinstance(one, CaptionedVideo)}
     some = {
         "v0.mp4@0-1.5": "c0",
         "v0.mp4@1.5-3.2": "c1",

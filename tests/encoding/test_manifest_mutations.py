@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vpae_jax.encoding.clip_source import Entry, Reject
+from vpae_jax.encoding.clip_source import CaptionedVideo, Reject
 from vpae_jax.encoding.manifest import Columns, Manifest
 from vpae_jax.types import UserError
 
@@ -162,7 +162,7 @@ def test_damaged_manifests(tmp_path, kind):
         assert sum(map(len, units)) == manifest.rows, seed
         again = rng.randrange(manifest.units)
         assert list(manifest.read(again)) == units[again], seed
-        names = [one.id for unit in units for one in unit if isinstance(one, Entry)]
+        names = [one.id for unit in units for one in unit if isinstance(one, CaptionedVideo)]
         assert len(names) == len(set(names)), seed
         for one in (one for unit in units for one in unit):
             check(one, root)
@@ -180,7 +180,7 @@ def check(one, root):
         assert one.reason and len(one.reason.splitlines()) == 1
         (one.id + one.reason).encode()
         return
-    assert isinstance(one, Entry)
+    assert isinstance(one, CaptionedVideo)
     assert one.path.is_file() and one.path.resolve().is_relative_to(root.resolve())
     assert one.id.strip() and one.caption.strip()
     (one.id + one.caption).encode()

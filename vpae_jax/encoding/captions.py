@@ -13,7 +13,7 @@ from vpae_jax.encoding.clip_source import Reject
 from vpae_jax.encoding.filters import Filters
 from vpae_jax.encoding.identity import Identity
 from vpae_jax.encoding.rows import TABLES, Rows, open_table
-from vpae_jax.encoding.tables import Digest, Place, Refused, Row, Table, lines_of, signature
+from vpae_jax.encoding.tables import Digest, Place, Refused, Table, TableRow, lines_of, signature
 from vpae_jax.types import UserError
 
 LINES = (".txt",)
@@ -104,13 +104,13 @@ class _OneALine:
     def __init__(self, path: Path, column: str) -> None:
         self.path, self.column, self.signature = path, column, signature(path)
 
-    def scan(self, keys: Sequence[str], digest: Digest) -> Iterator[tuple[Place, Row | Refused]]:
+    def scan(self, keys: Sequence[str], digest: Digest) -> Iterator[tuple[Place, TableRow | Refused]]:
         return self._each(Place(0), digest)
 
-    def rows(self, place: Place, count: int) -> Iterator[Row | Refused]:
+    def rows(self, place: Place, count: int) -> Iterator[TableRow | Refused]:
         return (row for _, row in islice(self._each(place, None), count))
 
-    def _each(self, place: Place, digest: Digest | None) -> Iterator[tuple[Place, Row | Refused]]:
+    def _each(self, place: Place, digest: Digest | None) -> Iterator[tuple[Place, TableRow | Refused]]:
         for where, text in lines_of(self.path, self.signature, place, digest):
             if isinstance(text, Refused):
                 yield where, text

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vpae_jax.encoding.cells import printable, text_of
-from vpae_jax.encoding.tables import Digest, Place, Refused, Row
+from vpae_jax.encoding.tables import Digest, Place, Refused, TableRow
 from vpae_jax.types import UserError
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".gif")
@@ -45,7 +45,7 @@ class FolderTable:
                 f"or list its videos in a table with --manifest=FILE"
             )
 
-    def scan(self, keys: Sequence[str], digest: Digest) -> Iterator[tuple[Place, Row | Refused]]:
+    def scan(self, keys: Sequence[str], digest: Digest) -> Iterator[tuple[Place, TableRow | Refused]]:
         captioned, why = False, ""
         for number in range(len(self.ends) - 1):
             name = self._name(number)
@@ -68,7 +68,7 @@ class FolderTable:
                 )
             )
 
-    def rows(self, place: Place, count: int) -> Iterator[Row | Refused]:
+    def rows(self, place: Place, count: int) -> Iterator[TableRow | Refused]:
         for number in range(place.offset, place.offset + count):
             name = self._name(number)
             yield {"path": name, **self._described(name)}

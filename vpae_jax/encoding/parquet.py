@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int
 
-from vpae_jax.encoding.tables import Digest, Place, Refused, Row, open_unchanged, require, signature
+from vpae_jax.encoding.tables import Digest, Place, Refused, TableRow, open_unchanged, require, signature
 from vpae_jax.types import UserError
 
 SCAN_ROWS = 4096
@@ -62,7 +62,7 @@ class ParquetTable:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_readers": []}
 
-    def scan(self, keys: Sequence[str], digest: Digest) -> Iterator[tuple[Place, Row | Refused]]:
+    def scan(self, keys: Sequence[str], digest: Digest) -> Iterator[tuple[Place, TableRow | Refused]]:
         with open_unchanged(self.path, self.signature) as raw:
             hashlib.file_digest(raw, lambda: digest)  # pyright: ignore[reportArgumentType]
         number = 0
@@ -78,7 +78,7 @@ class ParquetTable:
                 if number != end:
                     raise self._damaged(f"{number} rows, expected {end}")
 
-    def rows(self, place: Place, count: int) -> Iterator[Row | Refused]:
+    def rows(self, place: Place, count: int) -> Iterator[TableRow | Refused]:
         if signature(self.path) != self.signature:
             raise UserError(f"{self.path} was changed while it was in use; start again")
         for first, end, refused in self._lost:
@@ -122,17 +122,17 @@ class _Reader:
     def __init__(self, file: pq.ParquetFile, starts: Int[np.ndarray, " groups"], columns: Sequence[str]) -> None:
         self.file, self.starts, self.columns = file, starts, columns
         self.number = self.end = 0  # of the row that comes next; where its row group ends
-        self.left: list[Row] = []
+        self.left: list[TableRow] = []
         self.batches: Iterator[pa.RecordBatch] = iter(())
 
-    def take(self, first: int, count: int) -> list[Row]:
+    def take(self, first: int, count: int) -> list[TableRow]:
         """Rows `first` to `first + count`, which is not over the file's end."""
         group = int(np.searchsorted(self.starts, first, side="right")) - 1
         if self.starts[group] > self.number:
             self._enter(group)
         while self.number < first:
             self._skip(first - self.number)
-        taken: list[Row] = []
+        taken: list[TableRow] = []
         while len(taken) < count:
             if not self.left:
                 self.left = list(_rows(self._next()))
@@ -172,7 +172,7 @@ def _batches(file: pq.ParquetFile, group: int, size: int, columns: Sequence[str]
     return file.iter_batches(size, row_groups=[group], columns=list(columns), use_threads=False)
 
 
-def _rows(batch: pa.RecordBatch) -> Iterator[Row]:
+def _rows(batch: pa.RecordBatch) -> Iterator[TableRow]:
     columns = [_values(name, column) for name, column in zip(batch.schema.names, batch.columns, strict=True)]
     for values in zip(*columns, strict=True):
         yield dict(zip(batch.schema.names, values, strict=True))

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Int, UInt64
 
 from vpae_jax.encoding.parquet import ParquetTable
-from vpae_jax.encoding.tables import DELIMITERS, JSON_LINES, Place, Refused, Row, Table, TextTable
+from vpae_jax.encoding.tables import DELIMITERS, JSON_LINES, Place, Refused, Table, TableRow, TextTable
 
 PARQUET = (".parquet", ".pq")
 TABLES = (*DELIMITERS, *JSON_LINES, *PARQUET)
@@ -40,7 +40,7 @@ class Rows:
       UserError: the table cannot be read.
     """
 
-    def __init__(self, table: Table, keys: Sequence[str], size: int, name: Callable[[Row], str] | None) -> None:
+    def __init__(self, table: Table, keys: Sequence[str], size: int, name: Callable[[TableRow], str] | None) -> None:
         self._table, self.size = table, size
         digest = hashlib.sha256()
         places, hashes = array("Q"), array("Q")
@@ -60,7 +60,7 @@ class Rows:
         """How many rows a unit has."""
         return min(self.size, self.count - unit * self.size)
 
-    def read(self, unit: int) -> Iterator[tuple[int, Row | Refused, bool]]:
+    def read(self, unit: int) -> Iterator[tuple[int, TableRow | Refused, bool]]:
         """A unit's rows: number from 0, values, and whether a row before it has the same id.
 
         Ids are compared by 8 bytes of their hash: that one of a million is taken for another has a chance of 3e-8.
@@ -96,7 +96,7 @@ def repeated(hashes: UInt64[np.ndarray, "rows"]) -> Int[np.ndarray, "repeated"]:
     return np.sort(order[1:][(ordered[1:] == ordered[:-1]) & (ordered[1:] != 0)])
 
 
-def _hash(row: Row | Refused, name: Callable[[Row], str]) -> int:
+def _hash(row: TableRow | Refused, name: Callable[[TableRow], str]) -> int:
     """64 bits of a row's id; 0 for a row that has none."""
     if isinstance(row, Refused):
         return 0

@@ -23,7 +23,7 @@ JSON_LINES = (".jsonl", ".ndjson")
 ROW_BYTES = 1 << 17
 COLUMNS_SHOWN = 20
 
-Row = Mapping[str, Any]
+TableRow = Mapping[str, Any]
 
 
 class Refused(Exception):
@@ -60,11 +60,11 @@ class Digest(Protocol):
 class Table(Protocol):
     """Rows in a fixed order, each a mapping from column to value, or a `Refused`, or with some values `Refused`."""
 
-    def scan(self, keys: Sequence[str], digest: Digest) -> Iterator[tuple[Place, Row | Refused]]:
+    def scan(self, keys: Sequence[str], digest: Digest) -> Iterator[tuple[Place, TableRow | Refused]]:
         """All rows with at least the columns `keys`; `digest` takes in all that decides them."""
         ...
 
-    def rows(self, place: Place, count: int) -> Iterator[Row | Refused]:
+    def rows(self, place: Place, count: int) -> Iterator[TableRow | Refused]:
         """As many whole rows from a place that `scan` gave."""
         ...
 
@@ -90,19 +90,19 @@ class TextTable:
         self.header: list[str] = []
         self.signature = signature(path)
 
-    def scan(self, keys: Sequence[str], digest: Digest) -> Iterator[tuple[Place, Row | Refused]]:
+    def scan(self, keys: Sequence[str], digest: Digest) -> Iterator[tuple[Place, TableRow | Refused]]:
         with open_unchanged(self.path, self.signature) as file:
             lines = _Lines(file, self.path, Place(0), digest)
             yield from self._csv(lines) if self.delimiter else self._checked_json(lines)
 
-    def rows(self, place: Place, count: int) -> Iterator[Row | Refused]:
+    def rows(self, place: Place, count: int) -> Iterator[TableRow | Refused]:
         with open_unchanged(self.path, self.signature) as file:
             file.seek(place.offset)
             lines = _Lines(file, self.path, place, None)
             found = self._csv(lines) if self.delimiter else self._json(lines)
             yield from (row for _, row in islice(found, count))
 
-    def _csv(self, lines: _Lines) -> Iterator[tuple[Place, Row | Refused]]:
+    def _csv(self, lines: _Lines) -> Iterator[tuple[Place, TableRow | Refused]]:
         reader = csv.reader(lines, delimiter=self.delimiter or ",", strict=True)
         while True:
             place = lines.begin()
@@ -126,7 +126,7 @@ class TextTable:
             else:
                 yield place, dict(zip(self.header, fields, strict=True))
 
-    def _checked_json(self, lines: _Lines) -> Iterator[tuple[Place, Row | Refused]]:
+    def _checked_json(self, lines: _Lines) -> Iterator[tuple[Place, TableRow | Refused]]:
         """JSON Lines have no header: a column is there when any row has it."""
         seen: dict[str, None] = {}
         missing = set(self.needed.values())
@@ -142,7 +142,7 @@ class TextTable:
             found = [*seen, *(column for column in self.needed.values() if column not in missing)]
             require(self.path, list(dict.fromkeys(found)), self.needed)
 
-    def _json(self, lines: _Lines) -> Iterator[tuple[Place, Row | Refused]]:
+    def _json(self, lines: _Lines) -> Iterator[tuple[Place, TableRow | Refused]]:
         while True:
             place = lines.begin()
             try:
