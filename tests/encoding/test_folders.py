@@ -98,6 +98,11 @@ def test_a_folder_in_which_no_video_has_a_caption(tmp_path, beside, why):
     assert "NAME.txt" in message and "--manifest=FILE" in message
 
 
+def test_suffixes_may_be_in_capitals(tmp_path):
+    files = {"A.MP4": "", "A.TXT": "one", "B.MOV": "", "B.JSON": '{"caption": "two"}'}
+    assert [one.caption for one in read(Manifest(folder(tmp_path, files)))] == ["one", "two"]
+
+
 def test_bad_times_beside_a_video(tmp_path):
     (found,) = read(Manifest(folder(tmp_path, {"a.mp4": "", "a.json": '{"caption": "c", "end": "x"}'})))
     assert found.kind == "time"

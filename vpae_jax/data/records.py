@@ -222,7 +222,7 @@ def to_safetensors(name: str, arrays: Arrays, about: Mapping[str, Any]) -> bytes
 
 
 def from_safetensors(payload: bytes | memoryview) -> tuple[dict[str, Value], dict[str, Any]]:
-    """What `to_safetensors` was given; arrays are views of the bytes. Raises `BadRecord` if they are not in that format."""
+    """What `to_safetensors` was given; arrays are views of the bytes. Raises `BadRecord` for another format."""
     try:
         start = 8 + int.from_bytes(payload[:8], "little")
         header = json.loads(bytes(payload[8:start]))

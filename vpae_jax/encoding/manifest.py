@@ -6,14 +6,13 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from vpae_jax.encoding.cells import id_of, printable, rest_of, shown, text_of, time_of, times_of
 from vpae_jax.encoding.clip_source import CaptionedVideo, Reject
 from vpae_jax.encoding.identity import Identity
 from vpae_jax.encoding.listing import SUFFIXES, TIME_KEYS, FolderTable, is_video, regular_file
-from vpae_jax.encoding.rows import TABLES, Rows, open_table
-from vpae_jax.encoding.tables import Refused, Table, TableRow
+from vpae_jax.encoding.tables import TABLES, Refused, RowUnits, Table, TableFile, TableRow
 from vpae_jax.types import UserError
 
 
@@ -57,7 +56,7 @@ _BESIDE = Columns(**{key: key for key in TIME_KEYS})
 class Manifest:
     """Captioned videos in a fixed order, cut into units. Its identity is all that decides them but where they lie.
 
-    A table is read once when the manifest is made (see `rows.Rows`), and a unit from where it begins after that. Every
+    A table is read once when the manifest is made, and once more for its units in ascending order. Every
     row becomes one `CaptionedVideo` or one `Reject`; its kinds are
       "row": it cannot be read, or has too few or too many fields;
       "path": no name, one that leads out of the folder (by .., as an absolute path, or over links), or no regular file;
@@ -93,8 +92,7 @@ class Manifest:
         times = [column for column in (columns.start, columns.end, columns.span) if column is not None]
         # A video of a folder is there once. Rows of a table may be parts of one.
         self._parts = self._listed and columns.id is None and bool(times)
-        keys = dict.fromkeys([columns.id or columns.path, *(times if self._parts else ())])
-        self._rows = Rows(_table(self.root, file, columns), [*keys], unit_videos, self._id)
+        self._rows = RowUnits(_table(self.root, file, columns), unit_videos, self._id)
         if not self._rows.count:
             raise UserError(f"{file} has no rows; give another manifest with --manifest=FILE")
         self.rows, self.units, self.digest = self._rows.count, self._rows.units, self._rows.digest
@@ -133,7 +131,9 @@ class Manifest:
 
     def _name(self, row: TableRow) -> str:
         """What a row says it is called. Raises `Refused` when it has no name."""
-        return text_of(row, self.columns.path, "path") if self.columns.id is None else id_of(row, self.columns.id)
+        if self.columns.id is not None:
+            return id_of(row, self.columns.id)
+        return PurePath(text_of(row, self.columns.path, "path")).as_posix()  # ./v.mp4 is v.mp4
 
     def _id(self, row: TableRow) -> str:
         """A row's name, and the part of a video that it is, where that tells it from others. Raises `Refused`."""
@@ -200,4 +200,4 @@ def _table(root: Path, file: Path | None, columns: Columns) -> Table:
             f"{file}: a manifest's name ends in one of {' '.join(TABLES)}; give one with --manifest=FILE, "
             f"or a folder of videos with --videos=FOLDER"
         )
-    return open_table(file, columns.used())
+    return TableFile(file, columns.used())
