@@ -25,7 +25,7 @@ from report import machine, paste, progress, ratios, table
 
 from vpae_jax import cli
 from vpae_jax.encoding.buckets import Size, parse
-from vpae_jax.encoding.clip_source import Clip, Entry
+from vpae_jax.encoding.clip_source import CaptionedVideo, Clip
 from vpae_jax.encoding.filters import Filters
 from vpae_jax.encoding.videos import VideoClips
 from vpae_jax.types import UserError
@@ -50,9 +50,9 @@ class Listed:
     def rows_of(self, unit: int) -> int:
         return len(self.paths)
 
-    def read(self, unit: int) -> Iterator[Entry]:
+    def read(self, unit: int) -> Iterator[CaptionedVideo]:
         for number, path in enumerate(self.paths):
-            yield Entry(f"{number}-{path.stem}", path.absolute(), "a caption")
+            yield CaptionedVideo(f"{number}-{path.stem}", path.absolute(), "a caption")
 
 
 @dataclass

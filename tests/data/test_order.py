@@ -6,7 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from vpae_jax.data.order import Alternation, Order, Part, shuffled
+from vpae_jax.data.order import Alternation, ClipStream, Order, shuffled
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def clips_of(order, batches, size):
 
 
 def test_a_batch_is_of_one_bucket_and_an_epoch_has_every_clip_once():
-    parts = [[Part(0, np.arange(0, 14, 2), 7.0)], [Part(0, np.arange(1, 7, 2), 3.0)]]
+    parts = [[ClipStream(0, np.arange(0, 14, 2), 7.0)], [ClipStream(0, np.arange(1, 7, 2), 3.0)]]
     order = Order(parts, 5, seed=0)
     batches = clips_of(order, range(140), 5)
     by_bucket = {0: [], 1: []}
@@ -65,7 +65,7 @@ def test_a_batch_is_of_one_bucket_and_an_epoch_has_every_clip_once():
 
 
 def test_sources_are_mixed_by_their_shares_in_every_bucket():
-    order = Order([[Part(0, np.arange(100), 0.75), Part(1, np.arange(4), 0.25)]], 8, seed=3)
+    order = Order([[ClipStream(0, np.arange(100), 0.75), ClipStream(1, np.arange(4), 0.25)]], 8, seed=3)
     clips = [clip for batch in clips_of(order, range(100), 8) for clip in batch]
     assert Counter(source for source, _ in clips) == {0: 600, 1: 200}
     assert Counter(clip for source, clip in clips if source == 0) == dict.fromkeys(range(100), 6)
@@ -73,7 +73,7 @@ def test_sources_are_mixed_by_their_shares_in_every_bucket():
 
 
 def test_the_seed_decides():
-    parts = [[Part(0, np.arange(50), 1.0)], [Part(0, np.arange(50), 1.0)]]
+    parts = [[ClipStream(0, np.arange(50), 1.0)], [ClipStream(0, np.arange(50), 1.0)]]
     one, two, other = (clips_of(Order(parts, 5, seed), range(10), 5) for seed in (0, 0, 1))
     assert one == two != other
     assert one[0::2] != one[1::2], "two buckets of one size have orders of their own"
@@ -82,7 +82,7 @@ def test_the_seed_decides():
 
 
 def test_who_stands_in_is_another_clip_of_the_same_stream():
-    order = Order([[Part(0, np.array([3, 5, 8]), 1.0), Part(1, np.array([1]), 1.0)]], 2, seed=0)
+    order = Order([[ClipStream(0, np.array([3, 5, 8]), 1.0), ClipStream(1, np.array([1]), 1.0)]], 2, seed=0)
     for batch in range(5):
         for row in range(2):
             found = list(islice(order.candidates(batch, row), 7))

@@ -17,11 +17,11 @@ from vpae_jax.data.records import (
     BadRecord,
     LatentRecords,
     checksum,
-    decode,
-    encode,
+    from_safetensors,
     is_finite,
     pack,
     stored,
+    to_safetensors,
     unpack,
 )
 from vpae_jax.types import UserError
@@ -134,7 +134,7 @@ def test_bytes_that_are_no_record_are_found_whatever_their_checksum():
         assert isinstance(about, dict) and all(isinstance(value, np.ndarray) for value in arrays.values())
     for bad in (b"", b"null", b"\x04" + bytes(7) + b"null", b"\x02" + bytes(7) + b"[]"):
         with pytest.raises(BadRecord):
-            decode(bad)
+            from_safetensors(bad)
 
 
 def test_a_flipped_bit_in_a_shard_costs_no_more_than_its_record(copy):
@@ -212,7 +212,7 @@ def test_a_record_that_is_whole_but_not_what_the_index_says_is_bad(change, reaso
     with monkeypatch.context() as patch:
         arrays = dict(unpacked(packed("a", arrays_of(0), {}))[0])
         patch.setattr(module, "is_finite", lambda value: True)  # writing refuses what is tested here
-        payload = encode("a", change(arrays), {"id": "a"})
+        payload = to_safetensors("a", change(arrays), {"id": "a"})
         patch.setattr("vpae_jax.encoding.units.pack", lambda *_: payload + checksum(payload))
         write_folder(tmp_path / "folder", [[(0, SMALL)]])
     with pytest.raises(BadRecord, match=reason):

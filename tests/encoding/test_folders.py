@@ -9,7 +9,7 @@ import sys
 import pytest
 from manifests import read, refusal
 
-from vpae_jax.encoding.clip_source import Entry, Reject
+from vpae_jax.encoding.clip_source import CaptionedVideo, Reject
 from vpae_jax.encoding.listing import _walk
 from vpae_jax.encoding.manifest import Manifest
 
@@ -43,7 +43,9 @@ def test_a_folder_is_read_in_the_order_of_names_with_captions_beside(tmp_path):
     manifest = Manifest(root, unit_videos=2)
     assert (manifest.rows, manifest.units) == (4, 2)
     deep, upper, plain, none = read(manifest)
-    assert deep == Entry("a/b/c.webm", root / "a/b/c.webm", "from json", 1.0, 3.0, (2.5,), {"camera": "static"})
+    assert deep == CaptionedVideo(
+        "a/b/c.webm", root / "a/b/c.webm", "from json", 1.0, 3.0, (2.5,), {"camera": "static"}
+    )
     assert (upper.id, upper.caption, upper.path) == ("a/z.MKV", "deep", root / "a/z.MKV")
     assert (plain.id, plain.caption) == ("b.mp4", "a caption")
     assert (none.id, none.kind) == ("no caption.mov", "caption")
@@ -76,7 +78,7 @@ def test_bad_captions_beside_a_video(tmp_path, sidecar, content, hint):
 def test_times_in_json_and_the_caption_in_text(tmp_path, caption):
     about = json.dumps({"start": 1.5, "end": 3, "camera": "static", **caption})
     (found,) = read(Manifest(folder(tmp_path, {"a.mp4": "", "a.json": about, "a.txt": "from text"})))
-    assert isinstance(found, Entry)
+    assert isinstance(found, CaptionedVideo)
     assert (found.caption, found.start, found.end, found.about) == ("from text", 1.5, 3.0, {"camera": "static"})
 
 
@@ -94,6 +96,11 @@ def test_a_folder_in_which_no_video_has_a_caption(tmp_path, beside, why):
     message = refusal(Manifest, folder(tmp_path, {"a.mp4": "", "b.mp4": ""} | beside))
     assert f"{tmp_path}: none of its 2 videos has a caption ({why}" in message
     assert "NAME.txt" in message and "--manifest=FILE" in message
+
+
+def test_suffixes_may_be_in_capitals(tmp_path):
+    files = {"A.MP4": "", "A.TXT": "one", "B.MOV": "", "B.JSON": '{"caption": "two"}'}
+    assert [one.caption for one in read(Manifest(folder(tmp_path, files)))] == ["one", "two"]
 
 
 def test_bad_times_beside_a_video(tmp_path):
@@ -117,7 +124,7 @@ def test_links_pipes_and_odd_names_in_a_folder(tmp_path):
     with open(os.fsencode(root) + b"/w\xff.mp4", "wb"):
         pass
     found = {one.id: one for one in read(Manifest(root))}
-    assert {name for name, one in found.items() if isinstance(one, Entry)} == {"a.mp4", "dir.mp4/b.mp4"}
+    assert {name for name, one in found.items() if isinstance(one, CaptionedVideo)} == {"a.mp4", "dir.mp4/b.mp4"}
     kinds = {name: one.kind for name, one in found.items() if isinstance(one, Reject)}
     assert kinds == {
         "link.mp4": "path",

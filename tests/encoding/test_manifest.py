@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import pickle
 import random
 import subprocess
 import sys
@@ -13,10 +12,9 @@ import numpy as np
 import pytest
 from manifests import CAPTIONS, read, refusal, write
 
-from vpae_jax.encoding.clip_source import Entry, Reject
+from vpae_jax.encoding.clip_source import CaptionedVideo, Reject
 from vpae_jax.encoding.manifest import Columns, Manifest
-from vpae_jax.encoding.rows import repeated
-from vpae_jax.encoding.tables import ROW_BYTES
+from vpae_jax.encoding.tables import repeated
 
 
 def only(videos, name, rows, columns=None):
@@ -44,20 +42,10 @@ def test_every_format_gives_the_same_entries(videos, name):
         about = {"fps": number(24 + i)}
         start, end = 0.5 * i, 0.5 * i + 2
         id = f"v{i}.mp4@{start:g}-{end:g}"
-        expected = Entry(id, videos / f"v{i}.mp4", CAPTIONS[i], start, end, (0.25, 1.5), about)
+        expected = CaptionedVideo(id, videos / f"v{i}.mp4", CAPTIONS[i], start, end, (0.25, 1.5), about)
         assert one == expected
     for unit in random.Random(0).choices(range(4), k=20):
         assert list(manifest.read(unit)) == found[3 * unit : 3 * unit + 3]
-
-
-@pytest.mark.parametrize("name", TABLES)
-def test_what_is_read_outlives_a_copy_to_another_process(videos, name):
-    rows = [{"path": f"v{i}.mp4", "caption": "c"} for i in range(10)]
-    manifest = Manifest(videos, write(videos.parent / name, rows), unit_videos=4)
-    list(manifest.read(0))
-    copy = pickle.loads(pickle.dumps(manifest))
-    assert list(copy.read(1)) == list(manifest.read(1))
-    assert copy.identity == manifest.identity
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -220,7 +208,7 @@ def test_parts_of_one_video_are_told_apart_by_their_times(videos, name, columns)
         rows = [row for row in rows if row["span"] or not row["to"] + row["from"]]
     manifest = Manifest(videos, write(videos.parent / name, rows), columns, unit_videos=3)
     found = read(manifest)
-    kept = {one.id: one.caption for one in found if isinstance(one, Entry)}
+    kept = {one.id: one.caption for one in found if isinstance(one, CaptionedVideo)}
     some = {
         "v0.mp4@0-1.5": "c0",
         "v0.mp4@1.5-3.2": "c1",
@@ -269,8 +257,8 @@ def test_rows_without_ids_are_not_equal(videos):
 
 def test_repeated_finds_all_but_the_first():
     hashes = np.array([5, 0, 7, 5, 0, 5, 2**64 - 1, 7, 2**64 - 1], np.uint64)
-    assert repeated(hashes).tolist() == [3, 5, 7, 8]
-    assert repeated(hashes[:1]).tolist() == []
+    assert np.flatnonzero(repeated(hashes)).tolist() == [3, 5, 7, 8]
+    assert not repeated(hashes[:1]).any()
 
 
 def test_names_without_a_suffix_are_completed(videos):
@@ -312,6 +300,16 @@ def test_line_ends_a_mark_and_blank_lines(videos):
     assert [one.caption for one in rows_of(videos, text, "t.jsonl")] == ["one", "two"]
 
 
+def test_semicolons_separate_where_there_are_no_commas(videos):
+    assert [one.caption for one in rows_of(videos, "path;caption\nv0.mp4;one, two\n")] == ["one, two"]
+    assert [one.caption for one in rows_of(videos, "path,caption\nv0.mp4,one; two\n")] == ["one; two"]
+
+
+def test_a_path_is_the_same_with_a_dot_before_it(videos):
+    good, again = rows_of(videos, "path,caption\n./v0.mp4,one\nv0.mp4,two\n")
+    assert (good.id, good.caption, again.kind) == ("v0.mp4", "one", "duplicate")
+
+
 def test_rows_of_other_lengths_and_broken_quotes_are_refused(videos):
     text = (
         "path,caption\n"
@@ -336,26 +334,15 @@ def test_an_open_quote_hides_no_more_than_the_limit(videos):
     found = rows_of(videos, "path,caption\n" + "".join(lines))
     assert [one.kind for one in found[:4] if isinstance(one, Reject)] == ["row"]
     assert "are its quotes closed?" in found[3].reason
-    assert found[-1].id == "v9.mp4" and 3000 - len(found) < ROW_BYTES / 100
+    assert found[-1].id == "v9.mp4" and 3000 - len(found) < csv.field_size_limit() / 100
 
 
-@pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
-def test_rows_that_are_too_long_are_refused(videos, name):
+def test_fields_that_are_too_long_are_refused(videos):
     rows = [{"path": "v0.mp4", "caption": "a" * 1000}, {"path": "v1.mp4", "caption": "b" * 300_000}]
     rows += [{"path": "v2.mp4", "caption": "c"}, {"path": "v3.mp4", "caption": "d" * 300_000}]
-    found = read(Manifest(videos, write(videos.parent / name, rows), unit_videos=1))
+    found = read(Manifest(videos, write(videos.parent / "t.csv", rows), unit_videos=1))
     assert [one.id for one in found] == ["v0.mp4", "row 2", "v2.mp4", "row 4"]
-    assert str(ROW_BYTES) in found[1].reason
-
-
-def test_a_limit_that_others_set_for_csv_changes_nothing(videos):
-    text = "path,caption\n" + 'v0.mp4,"' + "a" * 200_000 + '"\nv1.mp4,b\n'
-    before = rows_of(videos, text)
-    limit = csv.field_size_limit(2**31 - 1)
-    try:
-        assert rows_of(videos, text) == before
-    finally:
-        csv.field_size_limit(limit)
+    assert str(csv.field_size_limit()) in found[1].reason
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -385,12 +372,13 @@ def test_json_columns_may_be_there_in_some_rows(videos):
         ("t.csv", b"path,caption,path\nv0.mp4,c,d\n", "more than one column 'path'"),
         ("t.csv", "path,caption\nv0.mp4,caf\u00e9\n".encode("latin1"), "line 2 is not UTF-8 (byte 0xe9)"),
         ("t.jsonl", b'{"path": "v0.mp4", "caption": "\xff"}', "line 1 is not UTF-8"),
-        ("t.csv", "path,caption\nv0.mp4,c\n".encode("utf-16"), "not UTF-8"),
+        ("t.csv", "path,caption\nv0.mp4,c\n".encode("utf-16"), "`iconv -f UTF-16 -t UTF-8`"),
         ("t.csv", "path,caption\nv0.mp4,c\n".encode("utf-16-le"), "no column 'path'"),
         ("t.csv", b'"path,caption\nv0.mp4,c\n', "no header"),
         ("t.csv", b"\x00" * 300_000, "no header"),
         ("t.csv", b"a" * 300_000, "no header"),
-        ("t.jsonl", b"[1]\n[2]\n", "no column 'path'"),
+        ("t.jsonl", b'"a"\n2\n', "no column 'path'"),
+        ("t.jsonl", b'[\n  {"path": "v0.mp4", "caption": "c"}\n]\n', "JSON array, expected an object a line"),
         ("t.parquet", b"PAR1 no parquet", "damaged"),
         ("t.parquet", b"path,caption\nv0.mp4,c\n", "damaged"),
         ("t.txt", b"path,caption\n", ".csv .tsv .jsonl"),
@@ -403,7 +391,7 @@ def test_files_that_are_no_manifests(videos, name, data, hint):
     path.write_bytes(data)
     message = refusal(Manifest, videos, path)
     assert name in message and hint in message
-    assert "--" in message or "header" in message
+    assert "--" in message or "header" in message or "jq" in message
 
 
 def test_files_that_are_not_there(videos, tmp_path):
@@ -444,25 +432,14 @@ def test_an_identity_is_what_decides_the_entries_and_not_where_they_lie(videos, 
 # --- Size
 
 
-def measured(folder, rows, units):
-    """What a manifest of many rows takes, in a process of its own: without checks of types, which take memory too."""
+def test_memory_hardly_grows_with_the_rows(tmp_path):
+    """In a process of its own: without checks of types, which take memory too."""
+    rows = 10_000
     script = Path(__file__).with_name("measure_manifest.py")
-    done = subprocess.run(
-        [sys.executable, script, folder, str(rows), str(units)], capture_output=True, text=True, timeout=600
-    )
+    done = subprocess.run([sys.executable, script, tmp_path, str(rows)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    print(found)
     assert found["rows"] == rows
     assert found["peak"] < (1 << 20) + 32 * rows
     assert found["kept"] < (1 << 18) + rows
     assert found["reading"] < 1 << 20
-
-
-def test_memory_hardly_grows_with_the_rows(tmp_path):
-    measured(tmp_path, 50_000, 40)
-
-
-@pytest.mark.long
-def test_a_million_rows(tmp_path):
-    measured(tmp_path, 1_000_000, 1000)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from video_files import numbered, write, write_sound
 
-from vpae_jax.encoding.clip_source import Clip, Entry, Reject
+from vpae_jax.encoding.clip_source import CaptionedVideo, Clip, Reject
 from vpae_jax.encoding.filters import Filters
 from vpae_jax.encoding.videos import VideoClips
 
@@ -106,7 +106,7 @@ class Folder:
 
     def read(self, unit: int):
         for path in self.paths:
-            yield Entry(path.name, path, "a caption", start=0.125)
+            yield CaptionedVideo(path.name, path, "a caption", start=0.125)
 
 
 def make_cases(folder: Path) -> list[Path]:

@@ -17,7 +17,7 @@ import pytest
 from video_files import numbered, numbers, write
 
 from vpae_jax.encoding import videos
-from vpae_jax.encoding.clip_source import Clip, Entry, Reject, Source
+from vpae_jax.encoding.clip_source import CaptionedVideo, Clip, ClipSource, Reject
 from vpae_jax.encoding.decoding import read_frames
 from vpae_jax.encoding.filters import Filters
 from vpae_jax.encoding.pool import Lost, Pool
@@ -30,12 +30,12 @@ BUCKETS = ((48, 64), (64, 48))
 class Listed:
     """Entries and rejects, `size` a unit."""
 
-    def __init__(self, *items: Entry | Reject, size: int = 100):
+    def __init__(self, *items: CaptionedVideo | Reject, size: int = 100):
         self.items, self.size = items, size
 
     @property
     def root(self) -> Path:
-        folders = [item.path.parent for item in self.items if isinstance(item, Entry)]
+        folders = [item.path.parent for item in self.items if isinstance(item, CaptionedVideo)]
         return Path(os.path.commonpath(folders)) if folders else Path()
 
     @property
@@ -59,8 +59,8 @@ def of_unit(clips: VideoClips, unit: int) -> list[Clip | Reject]:
     return [item for item in found if item]
 
 
-def entry(path: Path, **settings) -> Entry:
-    return Entry(**{"id": path.stem, "path": path, "caption": "a caption", **settings})
+def entry(path: Path, **settings) -> CaptionedVideo:
+    return CaptionedVideo(**{"id": path.stem, "path": path, "caption": "a caption", **settings})
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def folder(tmp_path_factory):
     return path
 
 
-def entries(folder: Path) -> list[Entry | Reject]:
+def entries(folder: Path) -> list[CaptionedVideo | Reject]:
     return [
         entry(folder / "long.mp4", about={"score": 0.5}, caption="ein Bär 🐻"),
         Reject("row 2", "caption", "has none"),
@@ -93,7 +93,7 @@ def entries(folder: Path) -> list[Entry | Reject]:
 def test_clips_and_rejects_in_order(folder, workers):
     manifest = Listed(*entries(folder))
     with VideoClips(manifest, BUCKETS, 17, clips_per_video=3, workers=workers) as clips:
-        assert isinstance(clips, Source) and clips.units == 1
+        assert isinstance(clips, ClipSource) and clips.units == 1
         for _ in range(2):
             found = of_unit(clips, 0)
             assert [(item.id, item.kind if isinstance(item, Reject) else "") for item in found] == [

@@ -15,7 +15,7 @@ from flax import nnx
 
 from vpae_jax.config import Experiment, OptimizerConfig
 from vpae_jax.data.loader import Batches
-from vpae_jax.data.order import Order, Part
+from vpae_jax.data.order import ClipStream, Order
 from vpae_jax.flow import draws
 from vpae_jax.methods.base import Average, Method, Role, Update, all_views
 from vpae_jax.methods.common import Ratio, drift
@@ -100,7 +100,7 @@ def parts(noise: float = 0.0, slopes=(1.0, 2.0, 3.0)):
 
 def batches(scale: float = 1.0):
     numbers = np.arange(1, 101, dtype=np.float32) * scale
-    order = Order([[Part(0, np.arange(100), 1.0)]], 2, seed=0)
+    order = Order([[ClipStream(0, np.arange(100), 1.0)]], 2, seed=0)
     return Batches(order, lambda _, clip: {"number": numbers[clip]}, lambda batch: batch["number"], range(2))
 
 

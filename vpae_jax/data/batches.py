@@ -18,12 +18,12 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from vpae_jax.data.loader import Batches, RecordsOf
-from vpae_jax.data.order import Order, Part
-from vpae_jax.data.records import LatentRecords, Shape
+from vpae_jax.data.order import ClipStream, Order
+from vpae_jax.data.records import LatentRecords, LatentShape
 from vpae_jax.types import Batch, Condition, UserError
 
 # Which clips of each batch are prepared here, in order; None for all.
-Rows = Sequence[int] | None
+OwnRows = Sequence[int] | None
 # Negative prompts of one text encoder differ by the rounding of other devices and batches, if at all.
 SAME_PROMPT = 0.1
 
@@ -33,7 +33,7 @@ def latent_batches(
     batch_size: int,
     seed: int,
     workers: int = 0,
-    rows: Rows = None,
+    rows: OwnRows = None,
     max_bad: float = 0.01,
 ) -> Batches:
     """Endless iterator of `Batch`, in bfloat16, as records are. The clips of a batch have latents of one shape.
@@ -53,10 +53,10 @@ def latent_batches(
     first = sources[0][0]
     for records, weight in sources:
         _check_source(records, weight, first)
-    buckets: dict[Shape, list[Part]] = {}
+    buckets: dict[LatentShape, list[ClipStream]] = {}
     for number, (records, weight) in enumerate(sources):
         for shape, clips in records.shapes.items():
-            buckets.setdefault(shape, []).append(Part(number, clips, weight * len(clips) / len(records)))
+            buckets.setdefault(shape, []).append(ClipStream(number, clips, weight * len(clips) / len(records)))
     load = RecordsOf(tuple(records for records, _ in sources))
 
     def finish(batch: Any) -> Batch:
@@ -102,14 +102,14 @@ def to_float(pixels: UInt8[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]
 
 
 def iterate(
-    buckets: Sequence[Sequence[Part]],
+    buckets: Sequence[Sequence[ClipStream]],
     load: Callable[[int, int], Any],
     finish: Callable[[Any], Any],
     data: str,
     batch_size: int,
     seed: int,
     workers: int,
-    rows: Rows,
+    rows: OwnRows,
     max_bad: float = 0.0,
 ) -> Batches:
     """Endless iterator of batches.

@@ -71,7 +71,7 @@ class Alternation:
 
 
 @dataclass(frozen=True)
-class Part:
+class ClipStream:
     """A source's clips in a bucket.
 
     Attributes:
@@ -94,7 +94,7 @@ class Order:
       seed: decides the order.
     """
 
-    def __init__(self, buckets: Sequence[Sequence[Part]], batch_size: int, seed: int):
+    def __init__(self, buckets: Sequence[Sequence[ClipStream]], batch_size: int, seed: int):
         self.batch_size = batch_size
         self._buckets = [tuple(parts) for parts in buckets]
         self._turns = Alternation([sum(part.share for part in parts) for parts in buckets])

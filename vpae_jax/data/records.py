@@ -29,7 +29,7 @@ import xxhash
 from jaxtyping import Float, Shaped, UInt8
 
 from vpae_jax.data.shards import Shards, starts
-from vpae_jax.data.stores import Address, Place
+from vpae_jax.data.stores import Address, Location
 from vpae_jax.types import MASK_CHANNELS, UserError
 from vpae_jax.weights.safetensors_file import DTYPES
 
@@ -43,7 +43,7 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 Value = Shaped[np.ndarray, "..."]
 Arrays = Mapping[str, Value]
-Shape = tuple[int, ...]
+LatentShape = tuple[int, ...]
 
 
 class BadRecord(Exception):
@@ -74,7 +74,7 @@ class LatentRecords:
         a store that cannot be read.
     """
 
-    def __init__(self, folder: Place) -> None:
+    def __init__(self, folder: Location) -> None:
         self.folder = folder
         self.index = read_index(folder)
         self._shards = self.index["shards"]
@@ -86,12 +86,12 @@ class LatentRecords:
         self._ends = np.cumsum(counts)
         self._sizes = np.array([size for some in sizes for size in some], np.int64)
         self._starts = np.array([start for some in sizes for start in starts(some)], np.int64)
-        parts: dict[Shape, list[np.ndarray]] = {}
+        parts: dict[LatentShape, list[np.ndarray]] = {}
         for shard, count, end in zip(self._shards, counts, self._ends, strict=True):
             parts.setdefault(tuple(shard["shapes"]["latents"]), []).append(np.arange(end - count, end))
-        self.shapes: Mapping[Shape, np.ndarray] = {shape: np.concatenate(part) for shape, part in parts.items()}
+        self.shapes: Mapping[LatentShape, np.ndarray] = {shape: np.concatenate(part) for shape, part in parts.items()}
         try:
-            null = decode((folder / NULL).read_bytes())[0]
+            null = from_safetensors((folder / NULL).read_bytes())[0]
         except (OSError, BadRecord) as error:
             raise UserError(f"{folder / NULL}: {error}; {again(folder)}") from error
         self.null_text, self.null_mask = null["text"], null["text_mask"]
@@ -189,7 +189,7 @@ def pack(id: str, kept: Arrays, about: Mapping[str, Any]) -> bytes:
     Raises:
       NotFinite: values that are not finite in bfloat16.
     """
-    payload = encode(f"clip {id!r}", kept, {**about, "id": id})
+    payload = to_safetensors(f"clip {id!r}", kept, {**about, "id": id})
     return payload + checksum(payload)
 
 
@@ -204,10 +204,10 @@ def unpack(record: UInt8[np.ndarray, "n"]) -> tuple[dict[str, Value], dict[str, 
     found, expected = checksum(payload), record[-TAG_BYTES:].tobytes()
     if found != expected:
         raise BadRecord(f"its checksum is {found.hex()}, expected {expected.hex()}")
-    return decode(payload)
+    return from_safetensors(payload)
 
 
-def encode(name: str, arrays: Arrays, about: Mapping[str, Any]) -> bytes:
+def to_safetensors(name: str, arrays: Arrays, about: Mapping[str, Any]) -> bytes:
     """Arrays in safetensors format, floats in bfloat16. Raises `NotFinite` naming `name` if they are not finite."""
     stored = {}
     for key, value in arrays.items():
@@ -221,8 +221,8 @@ def encode(name: str, arrays: Arrays, about: Mapping[str, Any]) -> bytes:
     return safetensors.numpy.save(stored, {"about": json.dumps(about)})
 
 
-def decode(payload: bytes | memoryview) -> tuple[dict[str, Value], dict[str, Any]]:
-    """What `encode` was given; arrays are views of the bytes. Raises `BadRecord` if they are not in that format."""
+def from_safetensors(payload: bytes | memoryview) -> tuple[dict[str, Value], dict[str, Any]]:
+    """What `to_safetensors` was given; arrays are views of the bytes. Raises `BadRecord` for another format."""
     try:
         start = 8 + int.from_bytes(payload[:8], "little")
         header = json.loads(bytes(payload[8:start]))
@@ -257,7 +257,7 @@ def shapes_of(arrays: Arrays) -> dict[str, list[int]]:
     return {name: list(value.shape[1:] if name == "text" else value.shape) for name, value in sorted(arrays.items())}
 
 
-def read_index(folder: Place) -> dict[str, Any]:
+def read_index(folder: Location) -> dict[str, Any]:
     """A record folder's index. Raises `UserError` when there is none, or one of another schema."""
     path = folder / INDEX
     if not path.is_file():
@@ -274,7 +274,7 @@ def read_index(folder: Place) -> dict[str, Any]:
     return index
 
 
-def check_shard(folder: Place, shard: Mapping[str, Any], size: int | None) -> None:
+def check_shard(folder: Location, shard: Mapping[str, Any], size: int | None) -> None:
     """Raises `UserError` for a shard that is missing (None) or has another size than its index says."""
     if size != shard["bytes"]:
         path, found = folder / shard["file"], "is missing" if size is None else f"has {size} bytes"
@@ -286,11 +286,11 @@ def file_size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
 
 
-def again(folder: Place) -> str:
+def again(folder: Location) -> str:
     """What to do about a folder that is not whole."""
     return "run the same encode command again" + (", then copy the folder again" if isinstance(folder, Address) else "")
 
 
-def sha256(path: Place) -> str:
+def sha256(path: Location) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from vpae_jax.data.stores import Address, Place
+from vpae_jax.data.stores import Address, Location
 
 BLOCK, BLOCK_HEADER, CHUNK_HEADER = 65536, 24, 40
 BODY = BLOCK - BLOCK_HEADER
@@ -50,7 +50,7 @@ class Shards:
         self.limit = limit
         self._lock, self._open = threading.Lock(), OrderedDict[Path, _File]()
 
-    def read(self, path: Place, start: int, size: int) -> UInt8[np.ndarray, "size"]:
+    def read(self, path: Location, start: int, size: int) -> UInt8[np.ndarray, "size"]:
         """The record that begins at `start` of the stream.
 
         Raises:

@@ -154,4 +154,4 @@ class Address:
 
 
 # Where records are read from.
-Place = Path | Address
+Location = Path | Address

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,8 @@ from vpae_jax.encoding.cells import id_of, printable, rest_of, shown, text_of
 from vpae_jax.encoding.clip_source import Reject
 from vpae_jax.encoding.filters import Filters
 from vpae_jax.encoding.identity import Identity
-from vpae_jax.encoding.rows import TABLES, Rows, open_table
-from vpae_jax.encoding.tables import Digest, Place, Refused, Row, Table, lines_of, signature
+from vpae_jax.encoding.tables import FORMATS, TABLES, Refused, RowUnits, TableFile, TableRow
 from vpae_jax.types import UserError
-
-LINES = (".txt",)
 
 
 @dataclass(frozen=True)
@@ -61,9 +57,14 @@ class Captions:
         if unit < 1:
             raise UserError(f"units of {unit} captions; expected 1 or more")
         self.column, self.id, self.unit, self.filters = column, id, unit, filters or Filters()
+        if file.suffix.lower() not in FORMATS:
+            raise UserError(
+                f"{file}: a file of captions ends in one of {' '.join(FORMATS)}; give one with --captions=FILE"
+            )
         self._used = {"caption": column} if id is None else {"caption": column, "id": id}
-        name = None if id is None else lambda row: id_of(row, id)
-        self._rows = Rows(_table(file, self._used), [id or column], unit, name)
+        if id is not None and file.suffix.lower() not in TABLES:
+            raise UserError(f"{file} has a caption a line and no column {id!r}; leave out id= in --columns")
+        self._rows = RowUnits(TableFile(file, self._used, "--captions"), unit, self._id)
         if not self._rows.count:
             raise UserError(f"{file} has no rows; give other captions with --captions=FILE")
         self.rows, self.units, self.digest = self._rows.count, self._rows.units, self._rows.digest
@@ -87,7 +88,7 @@ class Captions:
                 if isinstance(row, Refused):
                     raise row
                 if self.id is not None:
-                    name = id_of(row, self.id)
+                    name = self._id(row)
                 if repeated:
                     raise Refused("duplicate", f"a row before it has the same {self.id!r}, {shown(name)}")
                 caption = text_of(row, self.column, "caption").strip()
@@ -97,34 +98,8 @@ class Captions:
             except Refused as refused:
                 yield Reject(name, refused.kind, printable(refused.reason))
 
-
-class _OneALine:
-    """A table of one column, a caption a line; empty lines are left out. Raises `UserError` as `TextTable`."""
-
-    def __init__(self, path: Path, column: str) -> None:
-        self.path, self.column, self.signature = path, column, signature(path)
-
-    def scan(self, keys: Sequence[str], digest: Digest) -> Iterator[tuple[Place, Row | Refused]]:
-        return self._each(Place(0), digest)
-
-    def rows(self, place: Place, count: int) -> Iterator[Row | Refused]:
-        return (row for _, row in islice(self._each(place, None), count))
-
-    def _each(self, place: Place, digest: Digest | None) -> Iterator[tuple[Place, Row | Refused]]:
-        for where, text in lines_of(self.path, self.signature, place, digest):
-            if isinstance(text, Refused):
-                yield where, text
-            elif text.strip():
-                yield where, {self.column: text}
-
-
-def _table(file: Path, used: Mapping[str, str]) -> Table:
-    suffix = file.suffix.lower()
-    if suffix in TABLES:
-        return open_table(file, used)
-    if suffix not in LINES:
-        known = " ".join((*LINES, *TABLES))
-        raise UserError(f"{file}: a file of captions ends in one of {known}; give one with --captions=FILE")
-    if "id" in used:
-        raise UserError(f"{file} has a caption a line and no column {used['id']!r}; leave out id= in --columns")
-    return _OneALine(file, used["caption"])
+    def _id(self, row: TableRow) -> str:
+        """A row's id. Raises `Refused` when it has none."""
+        if self.id is None:
+            raise Refused("id", "no id")
+        return id_of(row, self.id)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from vpae_jax.encoding.tables import Refused, Row
+from vpae_jax.encoding.tables import Refused, TableRow
 
 ABOUT_CHARACTERS = 1000
 NAME_CHARACTERS = 4096  # the longest path of Linux
@@ -18,7 +18,7 @@ _SECONDS = re.compile(_NUMBER, re.ASCII)
 _CLOCK = re.compile(rf"(?:(\d+):)?(\d+):{_NUMBER}", re.ASCII)
 
 
-def text_of(row: Row, column: str, kind: str) -> str:
+def text_of(row: TableRow, column: str, kind: str) -> str:
     """A text that is there and can be written as UTF-8."""
     value = _value(row, column)
     if value is None or (isinstance(value, str) and not value.strip()):
@@ -34,7 +34,7 @@ def text_of(row: Row, column: str, kind: str) -> str:
     return value
 
 
-def id_of(row: Row, column: str) -> str:
+def id_of(row: TableRow, column: str) -> str:
     """A text as `text_of`, or a whole number."""
     value = row.get(column)
     if isinstance(value, int) and not isinstance(value, bool):
@@ -42,13 +42,13 @@ def id_of(row: Row, column: str) -> str:
     return text_of(row, column, "id")
 
 
-def rest_of(row: Row, used: Collection[str]) -> dict[str, str | int | float | bool]:
+def rest_of(row: TableRow, used: Collection[str]) -> dict[str, str | int | float | bool]:
     """The other columns, as far as they hold what `plain` keeps."""
     rest = {plain(key): plain(value) for key, value in row.items() if key not in used}
     return {str(key): value for key, value in rest.items() if key is not None and value is not None}
 
 
-def time_of(row: Row, column: str | None) -> float | None:
+def time_of(row: TableRow, column: str | None) -> float | None:
     """Seconds, or None for an empty value."""
     if column is None:
         return None
@@ -58,7 +58,7 @@ def time_of(row: Row, column: str | None) -> float | None:
     return _seconds(value, column)
 
 
-def times_of(row: Row, column: str | None) -> list[float]:
+def times_of(row: TableRow, column: str | None) -> list[float]:
     """Seconds of a list, or of a text that lists them; as lists print in Python, too."""
     if column is None:
         return []
@@ -91,7 +91,7 @@ def _seconds(value: Any, column: str) -> float:
     return seconds
 
 
-def _value(row: Row, column: str) -> Any:
+def _value(row: TableRow, column: str) -> Any:
     value = row.get(column)
     if isinstance(value, Refused):
         raise value

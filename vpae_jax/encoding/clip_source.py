@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Entry:
+class CaptionedVideo:
     """A video with its caption, as a folder or a manifest lists it.
 
     Attributes:
@@ -89,7 +89,7 @@ class RandomAccess(Protocol):
 
 
 @runtime_checkable
-class Source(Protocol):
+class ClipSource(Protocol):
     """Clips in a fixed order, in units. Its identity is all that decides them."""
 
     @property
@@ -108,7 +108,7 @@ class Source(Protocol):
 
 
 class InUnits:
-    """Clips by number, as a `Source`.
+    """Clips by number, as a `ClipSource`.
 
     Args:
       clips: what a mapping of it holds besides id, video and caption is kept, unless it is an array.

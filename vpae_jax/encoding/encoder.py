@@ -31,7 +31,7 @@ from jaxtyping import Shaped, UInt8
 from PIL import Image
 
 from vpae_jax.data.records import NotFinite
-from vpae_jax.encoding.clip_source import Clip, Reject, Source
+from vpae_jax.encoding.clip_source import Clip, ClipSource, Reject
 from vpae_jax.encoding.progress import Progress
 from vpae_jax.encoding.units import Units, UnitWriter
 from vpae_jax.inference.tokenizer import TooLong
@@ -107,13 +107,13 @@ class Encoded:
     video: UInt8[np.ndarray, "t height width 3"]
 
 
-def describe(source: Source, encoders: Encoders) -> dict[str, Any]:
+def describe(source: ClipSource, encoders: Encoders) -> dict[str, Any]:
     """What decides the records: the identity of their folder."""
     return {"source": source.identity, "encoders": fingerprint(encoders), "dtype": dtype_of(encoders.text_encoder)}
 
 
 def encode(
-    source: Source,
+    source: ClipSource,
     encoders: Encoders,
     units: Units,
     batch_size: int = 1,
@@ -151,7 +151,7 @@ def encode(
 
 
 def encode_into(
-    root: Path, source: Source, encoders: Encoders, batch_size: int, process: int = 0, processes: int = 1
+    root: Path, source: ClipSource, encoders: Encoders, batch_size: int, process: int = 0, processes: int = 1
 ) -> Path:
     """Encodes this process's share of all clips into a folder of `root` that is named by what decides them.
 

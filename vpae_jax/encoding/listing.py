@@ -7,12 +7,12 @@ import json
 import os
 import stat
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from vpae_jax.encoding.cells import printable, text_of
-from vpae_jax.encoding.tables import Digest, Place, Refused, Row
+from vpae_jax.encoding.tables import Digest, Refused, TableRow
 from vpae_jax.types import UserError
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".gif")
@@ -45,7 +45,7 @@ class FolderTable:
                 f"or list its videos in a table with --manifest=FILE"
             )
 
-    def scan(self, keys: Sequence[str], digest: Digest) -> Iterator[tuple[Place, Row | Refused]]:
+    def scan(self, digest: Digest) -> Iterator[TableRow | Refused]:
         captioned, why = False, ""
         for number in range(len(self.ends) - 1):
             name = self._name(number)
@@ -59,7 +59,7 @@ class FolderTable:
             if not captioned:
                 captioned, reason = self._captioned(name)
                 why = why or f"{name!r}: {reason}"
-            yield Place(number), {"path": name}
+            yield {"path": name}
         if not captioned:
             raise UserError(
                 printable(
@@ -68,10 +68,9 @@ class FolderTable:
                 )
             )
 
-    def rows(self, place: Place, count: int) -> Iterator[Row | Refused]:
-        for number in range(place.offset, place.offset + count):
-            name = self._name(number)
-            yield {"path": name, **self._described(name)}
+    def read(self, first: int, count: int) -> list[TableRow | Refused]:
+        names = map(self._name, range(first, first + count))
+        return [{"path": name, **self._described(name)} for name in names]
 
     def _name(self, number: int) -> str:
         return os.fsdecode(bytes(self.names[self.ends[number] : self.ends[number + 1]]))
@@ -99,7 +98,7 @@ class FolderTable:
         return True, ""
 
     def _sidecars(self, name: str) -> Iterator[tuple[str, bytes]]:
-        for suffix in (".json", ".txt"):
+        for suffix in (".json", ".JSON", ".txt", ".TXT"):
             path = os.path.splitext(name)[0] + suffix
             try:
                 size = regular_file(self.root, path).st_size
@@ -111,7 +110,7 @@ class FolderTable:
                 raise Refused("caption", f"{suffix} file beside it has {size} bytes, {SIDECAR_BYTES} at most")
             try:
                 with open(os.path.join(self.root, path), "rb") as file:
-                    yield suffix, file.read(SIDECAR_BYTES)
+                    yield suffix.lower(), file.read(SIDECAR_BYTES)
             except OSError as error:
                 raise Refused("caption", f"{suffix} file beside it cannot be read: {error.strerror}") from error
 

@@ -6,14 +6,13 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from vpae_jax.encoding.cells import id_of, printable, rest_of, shown, text_of, time_of, times_of
-from vpae_jax.encoding.clip_source import Entry, Reject
+from vpae_jax.encoding.clip_source import CaptionedVideo, Reject
 from vpae_jax.encoding.identity import Identity
 from vpae_jax.encoding.listing import SUFFIXES, TIME_KEYS, FolderTable, is_video, regular_file
-from vpae_jax.encoding.rows import TABLES, Rows, open_table
-from vpae_jax.encoding.tables import Refused, Row, Table
+from vpae_jax.encoding.tables import TABLES, Refused, RowUnits, Table, TableFile, TableRow
 from vpae_jax.types import UserError
 
 
@@ -57,8 +56,8 @@ _BESIDE = Columns(**{key: key for key in TIME_KEYS})
 class Manifest:
     """Captioned videos in a fixed order, cut into units. Its identity is all that decides them but where they lie.
 
-    A table is read once when the manifest is made (see `rows.Rows`), and a unit from where it begins after that. Every
-    row becomes one `Entry` or one `Reject`; its kinds are
+    A table is read once when the manifest is made, and once more for its units in ascending order. Every
+    row becomes one `CaptionedVideo` or one `Reject`; its kinds are
       "row": it cannot be read, or has too few or too many fields;
       "path": no name, one that leads out of the folder (by .., as an absolute path, or over links), or no regular file;
       "missing": no such file;
@@ -93,8 +92,7 @@ class Manifest:
         times = [column for column in (columns.start, columns.end, columns.span) if column is not None]
         # A video of a folder is there once. Rows of a table may be parts of one.
         self._parts = self._listed and columns.id is None and bool(times)
-        keys = dict.fromkeys([columns.id or columns.path, *(times if self._parts else ())])
-        self._rows = Rows(_table(self.root, file, columns), [*keys], unit_videos, self._id)
+        self._rows = RowUnits(_table(self.root, file, columns), unit_videos, self._id)
         if not self._rows.count:
             raise UserError(f"{file} has no rows; give another manifest with --manifest=FILE")
         self.rows, self.units, self.digest = self._rows.count, self._rows.units, self._rows.digest
@@ -108,7 +106,7 @@ class Manifest:
         """How many rows a unit has."""
         return self._rows.rows_of(unit)
 
-    def read(self, unit: int) -> Iterator[Entry | Reject]:
+    def read(self, unit: int) -> Iterator[CaptionedVideo | Reject]:
         """A unit's rows.
 
         Raises:
@@ -118,7 +116,7 @@ class Manifest:
         for number, row, repeated in self._rows.read(unit):
             yield self._judged(number, row, repeated)
 
-    def _judged(self, number: int, row: Row | Refused, repeated: bool) -> Entry | Reject:
+    def _judged(self, number: int, row: TableRow | Refused, repeated: bool) -> CaptionedVideo | Reject:
         name = f"row {number + 1}"
         try:
             if isinstance(row, Refused):
@@ -131,11 +129,13 @@ class Manifest:
         except Refused as refused:
             return Reject(name, refused.kind, printable(refused.reason))
 
-    def _name(self, row: Row) -> str:
+    def _name(self, row: TableRow) -> str:
         """What a row says it is called. Raises `Refused` when it has no name."""
-        return text_of(row, self.columns.path, "path") if self.columns.id is None else id_of(row, self.columns.id)
+        if self.columns.id is not None:
+            return id_of(row, self.columns.id)
+        return PurePath(text_of(row, self.columns.path, "path")).as_posix()  # ./v.mp4 is v.mp4
 
-    def _id(self, row: Row) -> str:
+    def _id(self, row: TableRow) -> str:
         """A row's name, and the part of a video that it is, where that tells it from others. Raises `Refused`."""
         name = self._name(row)
         start, end = self._part(row) if self._parts else (None, None)
@@ -150,7 +150,7 @@ class Manifest:
         what = "path and times" if self._parts else "path"
         return f"a row before it has the same {what}, {shown(name)}; give rows ids with --columns=...,id=COLUMN"
 
-    def _part(self, row: Row) -> tuple[float | None, float | None]:
+    def _part(self, row: TableRow) -> tuple[float | None, float | None]:
         """The part of the video that is meant, in seconds. Raises `Refused` for times that are none."""
         columns = self.columns
         if columns.span is not None:
@@ -164,14 +164,14 @@ class Manifest:
             raise Refused("time", f"ends at {end:g} s, begins at {start or 0.0:g} s")
         return start, end
 
-    def _entry(self, name: str, row: Row) -> Entry:
+    def _entry(self, name: str, row: TableRow) -> CaptionedVideo:
         columns = self.columns
         path = self._path(text_of(row, columns.path, "path"))
         caption = text_of(row, columns.caption, "caption").strip()
         start, end = self._part(row)
         cuts = tuple(sorted(set(times_of(row, columns.cuts))))
         about = rest_of(row, columns.used().values())
-        return Entry(name, path, caption, start, end, cuts, about)
+        return CaptionedVideo(name, path, caption, start, end, cuts, about)
 
     def _path(self, name: str) -> Path:
         """The file that a table's name stands for. Raises `Refused` for none."""
@@ -200,4 +200,4 @@ def _table(root: Path, file: Path | None, columns: Columns) -> Table:
             f"{file}: a manifest's name ends in one of {' '.join(TABLES)}; give one with --manifest=FILE, "
             f"or a folder of videos with --videos=FOLDER"
         )
-    return open_table(file, columns.used())
+    return TableFile(file, columns.used())

@@ -1,29 +1,35 @@
-"""Rows of CSV, TSV and JSON Lines files, read from the beginning or from any place noted before.
+"""Rows of tables: CSV, TSV, JSON Lines, Parquet, and text with a caption a line; numbered and cut into units.
 
-Tables are read as a stream: nothing of them is kept but what the caller keeps. A row that cannot be read is a `Refused`
-among the others, and the next one is read as if it were not there.
+Tables are read as a stream, so that one of a million rows is never held. Text goes through Python's `csv` and `json` a
+row at a time, since there a broken row costs itself alone and not its block, as it does in pyarrow's readers of text.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
+from typing import Any, BinaryIO, Protocol, runtime_checkable
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Bool, UInt64
 
 from vpae_jax.types import UserError
 
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
-JSON_LINES = (".jsonl", ".ndjson")
-# An open quote takes in all that follows: this is how much of a file one bad row can hide. It is also the limit of
-# Python's csv on a field, which is a setting of the whole process and so never decides.
-ROW_BYTES = 1 << 17
 COLUMNS_SHOWN = 20
+BATCH = 256  # rows of a Parquet file that are held at a time
+BUFFER = 1 << 20  # bytes; with it, a column of a large row group is read as a stream
+# What pyarrow raises for damaged files; for values, also what Python raises when it takes them over.
+DAMAGED = (pa.ArrowException, OSError, ValueError, OverflowError)
+UTF16 = (b"\xff\xfe", b"\xfe\xff")  # how such a file begins
 
-Row = Mapping[str, Any]
+TableRow = Mapping[str, Any]
 
 
 class Refused(Exception):
@@ -42,13 +48,6 @@ class Refused(Exception):
         return self.reason
 
 
-class Place(NamedTuple):
-    """Where a row begins: its first byte and the lines before it in a text, its number elsewhere."""
-
-    offset: int
-    line: int = 0
-
-
 @runtime_checkable
 class Digest(Protocol):
     """What `hashlib` makes."""
@@ -60,213 +59,283 @@ class Digest(Protocol):
 class Table(Protocol):
     """Rows in a fixed order, each a mapping from column to value, or a `Refused`, or with some values `Refused`."""
 
-    def scan(self, keys: Sequence[str], digest: Digest) -> Iterator[tuple[Place, Row | Refused]]:
-        """All rows with at least the columns `keys`; `digest` takes in all that decides them."""
+    def scan(self, digest: Digest) -> Iterator[TableRow | Refused]:
+        """All rows, at least with the columns of their ids; `digest` takes in all that decides them."""
         ...
 
-    def rows(self, place: Place, count: int) -> Iterator[Row | Refused]:
-        """As many whole rows from a place that `scan` gave."""
+    def read(self, first: int, count: int) -> list[TableRow | Refused]:
+        """Whole rows, of which `scan` gave at least so many."""
         ...
 
 
-class TextTable:
-    """A CSV or TSV file with a header, or JSON Lines; in UTF-8, with or without a byte order mark.
+class TableFile:
+    """A table in a file, in UTF-8 with or without a byte order mark where it is text; its suffix names its format.
 
     CSV is read strictly (RFC 4180): a quoted field may hold line breaks and doubled quotes, and a row whose quotes are
-    broken, or whose number of fields is not the header's, is refused.
+    broken, or whose number of fields is not the header's, is refused. An open quote hides no more than Python's limit
+    on a field, 128 KiB. Of a Parquet file's columns, those that are needed are read, and those of text and of numbers.
 
     Args:
-      path: the file; its suffix names its format.
+      path: one of `FORMATS` by its suffix.
       needed: the columns that it must have, by what they are needed for.
+      flag: by which it was given, for messages.
 
     Raises:
-      UserError: it cannot be read, is empty, is not UTF-8, or a column is missing; also while rows are read, and then
-        too when the file is not the one that was scanned.
+      UserError: it cannot be read, is empty, damaged or not UTF-8, or a column is missing; also while rows are read,
+        and then too when the file is not the one that was scanned.
     """
 
-    def __init__(self, path: Path, needed: Mapping[str, str]) -> None:
-        self.path, self.needed = path, needed
-        self.delimiter = DELIMITERS.get(path.suffix.lower())
-        self.header: list[str] = []
-        self.signature = signature(path)
+    def __init__(self, path: Path, needed: Mapping[str, str], flag: str = "--manifest") -> None:
+        self.path, self.needed, self.flag = path, needed, flag
+        self._format = FORMATS[path.suffix.lower()]
+        self._signature = self._signed()
+        self._rows: Iterator[TableRow | Refused] = iter(())
+        self._number = 0  # of the row that `_rows` gives next; 0 before it was begun
 
-    def scan(self, keys: Sequence[str], digest: Digest) -> Iterator[tuple[Place, Row | Refused]]:
-        with open_unchanged(self.path, self.signature) as file:
-            lines = _Lines(file, self.path, Place(0), digest)
-            yield from self._csv(lines) if self.delimiter else self._checked_json(lines)
+    def scan(self, digest: Digest) -> Iterator[TableRow | Refused]:
+        with self._opened() as file:
+            hashlib.file_digest(file, lambda: digest)  # pyright: ignore[reportArgumentType]
+        return self._all()
 
-    def rows(self, place: Place, count: int) -> Iterator[Row | Refused]:
-        with open_unchanged(self.path, self.signature) as file:
-            file.seek(place.offset)
-            lines = _Lines(file, self.path, place, None)
-            found = self._csv(lines) if self.delimiter else self._json(lines)
-            yield from (row for _, row in islice(found, count))
+    def read(self, first: int, count: int) -> list[TableRow | Refused]:
+        if self._signed() != self._signature:
+            raise UserError(f"{self.path} was changed while it was in use; start again")
+        if not 0 < self._number <= first:  # units are read in order; one that lies behind is found from the beginning
+            self._rows, self._number = self._all(), 0
+        before = first - self._number
+        rows = list(islice(self._rows, before, before + count))
+        self._number = first + len(rows)
+        return rows
 
-    def _csv(self, lines: _Lines) -> Iterator[tuple[Place, Row | Refused]]:
-        reader = csv.reader(lines, delimiter=self.delimiter or ",", strict=True)
-        while True:
-            place = lines.begin()
-            try:
-                fields = next(reader)
-            except StopIteration:
-                return
-            except (csv.Error, Refused) as error:
-                if not self.header:
-                    raise UserError(f"{self.path}: its first line is no header: {error}; write one again") from error
-                yield place, Refused("row", f"{_span(place, lines)}: {error}")
+    def _all(self) -> Iterator[TableRow | Refused]:
+        try:
+            with self._opened() as file:
+                yield from self._format(self, file)
+        except UnicodeError as error:
+            raise UserError(f"{self.path}: {error} and give that with {self.flag}=FILE") from error
+
+    def _opened(self) -> BinaryIO:
+        try:
+            return self.path.open("rb")
+        except OSError as error:
+            raise UserError(f"{self.path}: {error.strerror}; give another with {self.flag}=FILE") from error
+
+    def _signed(self) -> tuple[int, int]:
+        """By which the file is known again."""
+        try:
+            found = self.path.stat()
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise UserError(f"{self.path}: {why}; give another with {self.flag}=FILE") from error
+        if not self.path.is_file():
+            raise UserError(f"{self.path} is no file; give one with {self.flag}=FILE, or a folder with --videos=FOLDER")
+        if not found.st_size:
+            raise UserError(f"{self.path} is empty; give another with {self.flag}=FILE")
+        return found.st_size, found.st_mtime_ns
+
+    def require(self, columns: Sequence[str], needed: Mapping[str, str]) -> None:
+        """Raises `UserError` unless each needed column is among these once."""
+        for use, column in needed.items():
+            if columns.count(column) == 1:
                 continue
-            if not fields:
-                continue
-            if not self.header:
-                self.header = fields
-                require(self.path, fields, self.needed)
-            elif len(fields) != len(self.header):
-                reason = f"{_span(place, lines)}: {len(fields)} fields, expected {len(self.header)} as in the header"
-                yield place, Refused("row", reason)
-            else:
-                yield place, dict(zip(self.header, fields, strict=True))
-
-    def _checked_json(self, lines: _Lines) -> Iterator[tuple[Place, Row | Refused]]:
-        """JSON Lines have no header: a column is there when any row has it."""
-        seen: dict[str, None] = {}
-        missing = set(self.needed.values())
-        any_row = False
-        for place, row in self._json(lines):
-            any_row = True
-            if isinstance(row, Mapping):
-                missing.difference_update(row)
-                if len(seen) <= COLUMNS_SHOWN:
-                    seen.update(dict.fromkeys(islice(row, COLUMNS_SHOWN + 1)))
-            yield place, row
-        if any_row and missing:
-            found = [*seen, *(column for column in self.needed.values() if column not in missing)]
-            require(self.path, list(dict.fromkeys(found)), self.needed)
-
-    def _json(self, lines: _Lines) -> Iterator[tuple[Place, Row | Refused]]:
-        while True:
-            place = lines.begin()
-            try:
-                text = next(lines)
-                if not text.strip():
-                    continue
-                row = json.loads(text)
-            except StopIteration:
-                return
-            except (ValueError, RecursionError, Refused) as error:
-                yield place, Refused("row", f"{_span(place, lines)}: {_one_line(str(error))}")
-                continue
-            if isinstance(row, dict):
-                yield place, row
-            else:
-                yield place, Refused("row", f"{_span(place, lines)}: no JSON object")
+            names = ", ".join(repr(name[:40]) for name in columns[:COLUMNS_SHOWN])
+            names += ", ..." if len(columns) > COLUMNS_SHOWN else ""
+            trouble, remedy = ("more than one", "rename one, or name") if column in columns else ("no", "name")
+            raise UserError(
+                f"{self.path} has {trouble} column {column!r} for the {use}; it has {names or 'none'}; "
+                f"{remedy} another with --columns={use}=COLUMN"
+            )
 
 
-def lines_of(
-    path: Path, known: tuple[int, int], place: Place, digest: Digest | None
-) -> Iterator[tuple[Place, str | Refused]]:
-    """The lines of an unchanged file from a place on; a line that is too long is a `Refused`."""
-    with open_unchanged(path, known) as file:
-        file.seek(place.offset)
-        lines = _Lines(file, path, place, digest)
-        while True:
-            where = lines.begin()
-            try:
-                yield where, next(lines)
-            except StopIteration:
-                return
-            except Refused as refused:
-                yield where, refused
-
-
-class _Lines:
-    """Decoded lines of a file. A row that grows over the limit is left where it is, with a `Refused`."""
-
-    def __init__(self, file: BinaryIO, path: Path, place: Place, digest: Digest | None) -> None:
-        self.file, self.path, self.digest = file, path, digest
-        self.offset, self.line = place
-        self.row = self.offset
-
-    def begin(self) -> Place:
-        """Says that a row begins here."""
-        self.row = self.offset
-        return Place(self.offset, self.line)
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        raw = self._take()
-        if not raw:
-            raise StopIteration
-        first = self.offset == len(raw)
-        self.line += 1
-        if self.offset - self.row > ROW_BYTES:
-            while raw and not raw.endswith(b"\n"):
-                raw = self._take()
-            raise Refused("row", f"longer than {ROW_BYTES} bytes; are its quotes closed?")
+def _lines(file: BinaryIO) -> Iterator[str]:
+    for number, raw in enumerate(file, 1):
         try:
             text = raw.decode()
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"{self.path}: line {self.line} is not UTF-8 (byte {raw[error.start]:#04x}); convert the file, "
-                f"for instance with `iconv -f LATIN1 -t UTF-8`, and give that with --manifest=FILE"
+            encoding = "UTF-16" if number == 1 and raw.startswith(UTF16) else "LATIN1"
+            raise UnicodeError(
+                f"line {number} is not UTF-8 (byte {raw[error.start]:#04x}); convert the file, for instance with "
+                f"`iconv -f {encoding} -t UTF-8`,"
             ) from error
-        return text.removeprefix("\ufeff") if first else text
-
-    def _take(self) -> bytes:
-        raw = self.file.readline(ROW_BYTES + 1)
-        self.offset += len(raw)
-        if self.digest is not None:
-            self.digest.update(raw)
-        return raw
+        yield text.removeprefix("\ufeff") if number == 1 else text
 
 
-def require(path: Path, columns: Sequence[str], needed: Mapping[str, str]) -> None:
-    """Raises `UserError` unless each needed column is there once."""
-    for use, column in needed.items():
-        if columns.count(column) == 1:
+def _csv(table: TableFile, file: BinaryIO) -> Iterator[TableRow | Refused]:
+    delimiter = "\t"
+    if table.path.suffix.lower() == ".csv":
+        first = file.readline(1 << 16)
+        delimiter = ";" if b";" in first and b"," not in first else ","  # as spreadsheets write it in half of Europe
+        file.seek(0)
+    reader = csv.reader(_lines(file), delimiter=delimiter, strict=True)
+    header: list[str] = []
+    while True:
+        begins = reader.line_num + 1
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if not header:
+                raise UserError(f"{table.path}: its first line is no header: {error}; write one again") from error
+            yield Refused("row", f"{_span(begins, reader.line_num)}: {error}; are its quotes closed?")
             continue
-        names = ", ".join(repr(name[:40]) for name in columns[:COLUMNS_SHOWN])
-        names += ", ..." if len(columns) > COLUMNS_SHOWN else ""
-        trouble, remedy = ("more than one", "rename one, or name") if column in columns else ("no", "name")
+        if not fields:
+            continue
+        if not header:
+            header = fields
+            table.require(header, table.needed)
+        elif len(fields) != len(header):
+            reason = f"{_span(begins, reader.line_num)}: {len(fields)} fields, expected {len(header)} as in the header"
+            yield Refused("row", reason)
+        else:
+            yield dict(zip(header, fields, strict=True))
+
+
+def _json_lines(table: TableFile, file: BinaryIO) -> Iterator[TableRow | Refused]:
+    """There is no header: a column is there when any row has it."""
+    missing, first = set(table.needed.values()), None
+    for number, text in enumerate(_lines(file), 1):
+        if not text.strip():
+            continue
+        if first is None and text.lstrip().startswith("["):
+            raise UserError(f"{table.path} is a JSON array, expected an object a line; convert it with `jq -c '.[]'`")
+        first = first or {}
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            yield Refused("row", f"line {number}: {error}")
+            continue
+        if isinstance(row, dict):
+            first = first or row
+            missing.difference_update(row)
+            yield row
+        else:
+            yield Refused("row", f"line {number}: no JSON object")
+    if first is not None:
+        table.require([*first], {use: column for use, column in table.needed.items() if column in missing})
+
+
+def _captions(table: TableFile, file: BinaryIO) -> Iterator[TableRow | Refused]:
+    """A caption a line; empty lines are left out."""
+    return ({table.needed["caption"]: text} for text in _lines(file) if text.strip())
+
+
+def _parquet(table: TableFile, file: BinaryIO) -> Iterator[TableRow | Refused]:
+    try:
+        source = pq.ParquetFile(file, buffer_size=BUFFER, page_checksum_verification=True)
+        names, kinds = source.schema_arrow.names, source.schema_arrow.types
+        table.require(names, table.needed)
+        of = dict(zip(names, kinds, strict=True))
+        for use in ("path", "caption", "id"):
+            if use in table.needed and not _is_plain(kind := of[table.needed[use]]):
+                raise UserError(
+                    f"{table.path}: column {table.needed[use]!r} for the {use} holds {kind}, expected text; "
+                    f"name another with --columns={use}=COLUMN"
+                )
+        columns = [name for name in names if name in table.needed.values() or _is_plain(of[name])]
+        count = 0
+        for batch in source.iter_batches(BATCH, columns=columns, use_threads=False):
+            count += batch.num_rows
+            yield from _rows(batch)
+        if count != source.metadata.num_rows:
+            raise ValueError(f"{count} rows, expected {source.metadata.num_rows}")
+    except DAMAGED as error:
+        why = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{path} has {trouble} column {column!r} for the {use}; it has {names or 'none'}; "
-            f"{remedy} another with --columns={use}=COLUMN"
-        )
+            f"{table.path} is damaged, or no Parquet file ({why}); give another with {table.flag}=FILE"
+        ) from error
 
 
-def signature(path: Path) -> tuple[int, int]:
-    """By which a file is known again. Raises `UserError` for one that is not there, or empty."""
+def _rows(batch: pa.RecordBatch) -> list[TableRow | Refused]:
+    """Rows in Python's types; one with a value that has none, as text that is not UTF-8, costs itself alone."""
     try:
-        found = path.stat()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {_why(error)}; give a manifest with --manifest=FILE") from error
-    if not path.is_file():
-        raise UserError(f"{path} is no file; give a manifest with --manifest=FILE, or a folder with --videos=FOLDER")
-    if not found.st_size:
-        raise UserError(f"{path} is empty; give another manifest with --manifest=FILE")
-    return found.st_size, found.st_mtime_ns
+        return batch.to_pylist()
+    except DAMAGED as error:
+        if batch.num_rows == 1:
+            return [Refused("row", f"cannot be read: {error}")]
+        return [row for i in range(batch.num_rows) for row in _rows(batch.slice(i, 1))]
 
 
-def open_unchanged(path: Path, known: tuple[int, int]) -> BinaryIO:
-    """Opens a file, unless it was changed."""
-    if signature(path) != known:
-        raise UserError(f"{path} was changed while it was in use; start again")
-    try:
-        return path.open("rb", buffering=1 << 16)
-    except OSError as error:
-        raise UserError(f"{path}: {_why(error)}; give a manifest with --manifest=FILE") from error
+def _is_plain(kind: pa.DataType) -> bool:
+    """Whether values are texts or numbers."""
+    kind = kind.value_type if isinstance(kind, pa.DictionaryType) else kind
+    types = pa.types
+    tests = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean)
+    return any(test(kind) for test in tests)
 
 
-def _why(error: OSError | ValueError) -> str:
-    return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else _one_line(str(error))
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:200]
-
-
-def _span(place: Place, lines: _Lines) -> str:
+def _span(first: int, last: int) -> str:
     """The lines of a row, for people."""
-    first, last = place.line + 1, lines.line
     return f"line {first}" if last <= first else f"lines {first} to {last}"
+
+
+TABLES = {
+    ".csv": _csv,
+    ".tsv": _csv,
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".parquet": _parquet,
+    ".pq": _parquet,
+}
+FORMATS: dict[str, Callable[[TableFile, BinaryIO], Iterator[TableRow | Refused]]] = {**TABLES, ".txt": _captions}
+
+
+class RowUnits:
+    """The rows of a table, numbered and cut into units, which are read in any order, in ascending order by one pass.
+
+    Args:
+      table: where they are read.
+      size: rows of a unit.
+      name: a row's id, or raises `Refused` for a row that has none.
+
+    Attributes:
+      count, units: how many there are.
+      digest: 16 hexadecimal digits of all that decides them.
+
+    Raises:
+      UserError: the table cannot be read.
+    """
+
+    def __init__(self, table: Table, size: int, name: Callable[[TableRow], str]) -> None:
+        self._table, self.size = table, size
+        digest = hashlib.sha256()
+        hashes = array("Q", (_hash(row, name) for row in table.scan(digest)))
+        self.count, self.units = len(hashes), -(-len(hashes) // size)
+        self.digest = digest.hexdigest()[:16]
+        self._repeated = repeated(np.frombuffer(hashes, np.uint64))
+
+    def rows_of(self, unit: int) -> int:
+        """How many rows a unit has."""
+        return min(self.size, self.count - unit * self.size)
+
+    def read(self, unit: int) -> Iterator[tuple[int, TableRow | Refused, bool]]:
+        """A unit's rows: number from 0, values, and whether a row before it has the same id.
+
+        Ids are compared by 8 bytes of their hash: that one of a million is taken for another has a chance of 3e-8.
+
+        Raises:
+          IndexError: no such unit.
+          UserError: the table was changed since it was scanned, or is gone.
+        """
+        if not 0 <= unit < self.units:
+            raise IndexError(f"unit {unit} of {self.units}")
+        for number, row in enumerate(self._table.read(unit * self.size, self.rows_of(unit)), unit * self.size):
+            yield number, row, bool(self._repeated[number])
+
+
+def repeated(hashes: UInt64[np.ndarray, "rows"]) -> Bool[np.ndarray, "rows"]:
+    """Of which rows the hash came before; 0 stands for no id."""
+    result = hashes != 0
+    result[np.unique(hashes, return_index=True)[1]] = False
+    return result
+
+
+def _hash(row: TableRow | Refused, name: Callable[[TableRow], str]) -> int:
+    """64 bits of a row's id; 0 for a row that has none."""
+    try:
+        if isinstance(row, Refused):
+            raise row
+        found = name(row)
+    except Refused:
+        return 0
+    return int.from_bytes(hashlib.blake2b(found.encode(), digest_size=8).digest(), "little") or 1

@@ -32,16 +32,16 @@ from vpae_jax.data.records import (
     SCHEMA,
     Arrays,
     BadRecord,
-    Shape,
+    LatentShape,
     check_shard,
-    decode,
-    encode,
     file_size,
+    from_safetensors,
     pack,
     read_index,
     sha256,
     shapes_of,
     stored,
+    to_safetensors,
     unpack,
 )
 from vpae_jax.data.shards import WRITING, Shards, starts
@@ -157,7 +157,7 @@ class Units:
         """Whether all units are done and the folder can be read: `finish` has nothing to add."""
         try:
             index = read_index(self.folder)
-            decode((self.folder / NULL).read_bytes())
+            from_safetensors((self.folder / NULL).read_bytes())
         except (UserError, FileNotFoundError, BadRecord):
             return False
         if not (self.folder / REJECTS).is_file():
@@ -198,7 +198,7 @@ class Units:
                 if found is None:
                     return False
                 index.write("\n],\n" + json.dumps({**facts, **found}, indent=1).removeprefix("{\n") + "\n")
-            (hidden / NULL).write_bytes(encode("the negative prompt", null, {}))
+            (hidden / NULL).write_bytes(to_safetensors("the negative prompt", null, {}))
             for name in (NULL, REJECTS, INDEX):
                 (hidden / name).replace(self.folder / name)
         for path in (self.folder / "shards").glob("*.array_record"):
@@ -284,7 +284,7 @@ class UnitWriter:
 
     def __init__(self, hidden: Path, unit: int) -> None:
         self._hidden, self._unit = hidden, unit
-        self._shards: dict[Shape, _Shard] = {}
+        self._shards: dict[LatentShape, _Shard] = {}
         self._rejects: list[dict[str, str]] = []
         self._pictures: dict[int, str] = {}
         self._notes: list[Any] = []

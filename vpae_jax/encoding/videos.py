@@ -16,7 +16,7 @@ import numpy as np
 from vpae_jax.encoding import work
 from vpae_jax.encoding.buckets import Size, choose
 from vpae_jax.encoding.cells import printable
-from vpae_jax.encoding.clip_source import Clip, Entry, Reject, in_turn
+from vpae_jax.encoding.clip_source import CaptionedVideo, Clip, Reject, in_turn
 from vpae_jax.encoding.cutting import clip_starts
 from vpae_jax.encoding.decoding import Probe, Unreadable
 from vpae_jax.encoding.filters import Filters
@@ -30,7 +30,7 @@ PICTURE = 160  # pixels of the longer side of a reject's picture, about
 
 
 @runtime_checkable
-class Entries(Protocol):
+class CaptionedVideos(Protocol):
     """A manifest: entries in a fixed order, in units. Its identity is all that decides them. All paths begin with
     `root`, the folder of the videos."""
 
@@ -44,7 +44,7 @@ class Entries(Protocol):
 
     def rows_of(self, unit: int) -> int: ...
 
-    def read(self, unit: int) -> Iterator[Entry | Reject]: ...
+    def read(self, unit: int) -> Iterator[CaptionedVideo | Reject]: ...
 
 
 @dataclass(frozen=True)
@@ -52,18 +52,18 @@ class _Cut:
     """A clip that is to be read."""
 
     id: str
-    entry: Entry
+    entry: CaptionedVideo
     probe: Probe
     bucket: Size
     start: float
 
 
 class VideoClips:
-    """A `Source` of clips from video files."""
+    """A `ClipSource` of clips from video files."""
 
     def __init__(
         self,
-        manifest: Entries,
+        manifest: CaptionedVideos,
         buckets: tuple[Size, ...],
         frames: int,
         fps: float = 16.0,
@@ -158,15 +158,15 @@ class VideoClips:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _look(self, entry: Entry | Reject | None) -> Future[Any] | None:
-        if not isinstance(entry, Entry) or self.filters.caption(entry.caption):
+    def _look(self, entry: CaptionedVideo | Reject | None) -> Future[Any] | None:
+        if not isinstance(entry, CaptionedVideo) or self.filters.caption(entry.caption):
             return None
         return self._submit(work.look, entry.path)
 
     def _cut(
-        self, entry: Entry | Reject | None, found: Probe | Unreadable | Lost | None
+        self, entry: CaptionedVideo | Reject | None, found: Probe | Unreadable | Lost | None
     ) -> Iterator[_Cut | Reject | None]:
-        if not isinstance(entry, Entry):
+        if not isinstance(entry, CaptionedVideo):
             yield entry
             return
         if isinstance(found, Probe):
@@ -280,5 +280,5 @@ def _may_pass(found: Any) -> bool:
     return isinstance(last, Lost) or (isinstance(last, Unreadable) and last.passing)
 
 
-def _reason(entry: Entry, why: Unreadable | Lost) -> str:
+def _reason(entry: CaptionedVideo, why: Unreadable | Lost) -> str:
     return printable(f"{entry.path.name} {why.reason}")

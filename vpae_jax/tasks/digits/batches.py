@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from vpae_jax.data.batches import Rows, iterate, to_float
+from vpae_jax.data.batches import OwnRows, iterate, to_float
 from vpae_jax.data.loader import Batches
-from vpae_jax.data.order import Part
+from vpae_jax.data.order import ClipStream
 from vpae_jax.inference.tokenizer import tokenize
 from vpae_jax.tasks.digits.clips import MovingDigits
 from vpae_jax.types import CaptionedFrames, PixelBatch
@@ -40,7 +40,7 @@ class _Frames:
         return {"first": item["video"][0], "last": item["video"][-1], "ids": ids[0], "mask": mask[0]}
 
 
-def pixel_batches(source: MovingDigits, batch_size: int, seed: int, workers: int = 0, rows: Rows = None) -> Batches:
+def pixel_batches(source: MovingDigits, batch_size: int, seed: int, workers: int = 0, rows: OwnRows = None) -> Batches:
     """Endless iterator of `PixelBatch`."""
 
     def finish(batch: Any) -> PixelBatch:
@@ -55,7 +55,7 @@ def captioned_batches(
     batch_size: int,
     seed: int,
     workers: int = 0,
-    rows: Rows = None,
+    rows: OwnRows = None,
 ) -> Batches:
     """Endless iterator of `CaptionedFrames`: each clip's first and last frame and its caption's tokens."""
 
@@ -75,6 +75,6 @@ def _named(source: MovingDigits) -> str:
     return json.dumps(source.identity)
 
 
-def _whole(source: Any) -> list[list[Part]]:
+def _whole(source: Any) -> list[list[ClipStream]]:
     """All clips of a source in one bucket."""
-    return [[Part(0, np.arange(len(source)), 1.0)]]
+    return [[ClipStream(0, np.arange(len(source)), 1.0)]]
