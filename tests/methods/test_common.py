@@ -79,9 +79,9 @@ def test_predicting_x0_with_guidance():
 def test_drift():
     data = normal(8, 2, 6, 6, 4)
     found = drift(2 * data + 0.5, data)
-    assert float(found["x0_std_ratio"]) == pytest.approx(2, rel=1e-3)
-    assert float(found["x0_mean_drift"]) == pytest.approx(0.5, abs=0.05)
-    assert float(drift(data, data)["x0_mean_drift"]) == 0
+    assert float(found["x0_std_ratio"].compute()) == pytest.approx(2, rel=1e-3)
+    assert float(found["x0_mean_drift"].compute()) == pytest.approx(0.5, abs=0.05)
+    assert float(drift(data, data)["x0_mean_drift"].compute()) == 0
 
 
 def test_checks_name_the_field():
