@@ -1,0 +1,89 @@
+"""A method's student as it is sampled, judged and exported, from the weights of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from vpae_jax.inference.samplers import Denoiser
+from vpae_jax.methods.base import Student
+from vpae_jax.run.export import Trained
+from vpae_jax.runtime.processes import to_host
+from vpae_jax.train.roles import RoleModels
+from vpae_jax.train.state import TrainState
+from vpae_jax.types import Params
+from vpae_jax.weights.lora import from_adapters
+
+Weights = Mapping[str, Params]
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Puts a student together.
+
+    Attributes:
+      models: how weights become networks.
+      student: what the method declares.
+      frozen: weights that are not trained, by role.
+    """
+
+    models: RoleModels
+    student: Student
+    frozen: Weights
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Trained roles that the student is made of."""
+        views = [self.models.views[name] for name in self._views(averaged=False)]
+        parts = [(view.role, self.models.roles[view.role].adapters) for view in views]
+        found = [name for role, adapters in parts for name in (role, *([] if adapters is None else [adapters.on]))]
+        return tuple(dict.fromkeys(name for name in found if self.models.roles[name].trains))
+
+    def shown(self, state: TrainState) -> dict[str, Denoiser]:
+        """The student and, where one is kept, its average, by name."""
+        made = {"generator": self._denoiser(state.params, state.averages, averaged=False)}
+        if self.student.average is not None:
+            made["generator, average"] = self._denoiser(state.params, state.averages, averaged=True)
+        return made
+
+    def judged(self, state: TrainState) -> Denoiser:
+        """What is judged and exported."""
+        return self._denoiser(state.params, state.averages, averaged=True)
+
+    def of_start(self, params: Weights) -> Denoiser:
+        """What is judged of weights that a run starts from, whose averages are equal to them."""
+        return self._denoiser(params, self._averages(params), averaged=True)
+
+    def exported(self, params: Weights, averages: Weights | None = None) -> tuple[Trained, Trained | None]:
+        """What is written, on the host: one transformer, or two experts. All processes call this.
+
+        Args:
+          params: of the trained roles.
+          averages: None where they are equal to the weights.
+        """
+        kept = self._averages(params) if averages is None else averages
+        first, *others = (self._trained(name, params, kept) for name in self._views(averaged=True))
+        return first, *(others or [None])
+
+    def _views(self, averaged: bool) -> list[str]:
+        names = [self.student.view] if self.student.low is None else [self.student.view, self.student.low]
+        return [f"{name}_{self.student.average}" for name in names] if averaged and self.student.average else names
+
+    def _averages(self, params: Weights) -> dict[str, Params]:
+        roles = self.models.roles
+        return {f"{role}_{name}": tree for role, tree in params.items() for name in roles[role].averages}
+
+    def _denoiser(self, params: Weights, averages: Weights, averaged: bool) -> Denoiser:
+        held = {**self.frozen, **params}
+        first, *low = (self.models.weights(name, held, averages) for name in self._views(averaged))
+        return Denoiser(*first, low=low[0] if low else None, boundary=self.student.boundary)
+
+    def _trained(self, name: str, params: Weights, averages: Weights) -> Trained:
+        view = self.models.views[name]
+        role = self.models.roles[view.role]
+        own = params[view.role] if view.average is None else averages[f"{view.role}_{view.average}"]
+        if role.adapters is None:
+            return Trained(to_host(own))
+        base = {**self.frozen, **params}[role.adapters.on]
+        lora = from_adapters(to_host(own), role.adapters.alpha * view.scale, role.adapters.rank)
+        return Trained(to_host(base), lora)
