@@ -62,8 +62,8 @@ class Maker:
           averages: None where they are equal to the weights.
         """
         kept = self._averages(params) if averages is None else averages
-        first, *others = (self._trained(name, params, kept) for name in self._views(averaged=True))
-        return first, *(others or [None])
+        high, low = self._views(averaged=True)[0], self._views(averaged=True)[1:]
+        return self._trained(high, params, kept), self._trained(low[0], params, kept) if low else None
 
     def _views(self, averaged: bool) -> list[str]:
         names = [self.student.view] if self.student.low is None else [self.student.view, self.student.low]
