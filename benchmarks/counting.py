@@ -72,6 +72,13 @@ class Counter:
             image=None if condition.image is None else states(condition.image.shape[1]),
         )
 
+    def velocity_and_features(
+        self, x: Latents, t: Times, condition: Condition, taps: tuple[int, ...]
+    ) -> tuple[Latents, Features]:
+        whole, part = (flops.transformer(self.config, x.shape, condition, *last) for last in ((), (taps[-1],)))
+        rest = self._counted(whole - part, x)
+        return jnp.zeros_like(x) + rest[:, None, None, None, None], self.features(x, t, condition, taps)
+
     def _counted(self, forward: float, inputs: Any) -> PerExample:
         """A number for each clip that depends on weights and inputs; an evaluation of `forward` FLOPs is counted."""
         differentiated: list[bool] = []
