@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jaxtyping import Array, Float, UInt8
 
 from vpae_jax.metrics.base import Clips
@@ -73,7 +74,6 @@ def features(clips: Clips, batch: int = 32) -> Float[np.ndarray, "n d"]:
 @jax.jit
 def _features(clips: UInt8[Array, "b t height width 3"]) -> Float[Array, "b d"]:
     x = clips.astype(jnp.float32).mean(-1) / 255
-    b, t, height, width = x.shape
     later, down, right = (jnp.asarray(jnp.gradient(x, axis=axis)) for axis in (1, 2, 3))
     laplacian = 4 * x - jnp.roll(x, 1, 2) - jnp.roll(x, -1, 2) - jnp.roll(x, 1, 3) - jnp.roll(x, -1, 3)
     laplacian = laplacian[:, :, 1:-1, 1:-1] / 4
@@ -84,9 +84,9 @@ def _features(clips: UInt8[Array, "b t height width 3"]) -> Float[Array, "b d"]:
     oriented = jnp.maximum(0, 1 - jnp.minimum(away, BINS - away)) * edge
     change = jnp.sign(later) * _core(jnp.abs(later))
     maps = jnp.stack([oriented, 4 * oriented * jnp.maximum(change, 0), 4 * oriented * jnp.maximum(-change, 0)])
-    maps = _cells(maps.reshape(3 * BINS, b, t, height, width))
+    maps = _cells(rearrange(maps, "kind bins b t h w -> (kind bins) b t h w"))
     frames = [_core(jnp.abs(laplacian)).mean((2, 3)), _core(jnp.abs(later)).mean((2, 3))]
-    values = jnp.concatenate([jnp.moveaxis(maps, 1, 0).reshape(b, -1), *frames], axis=1)
+    values = jnp.concatenate([rearrange(maps, "k b cells -> b (k cells)"), *frames], axis=1)
     # The square root evens out strong and weak strokes (as in HOG); its slope at 0 is bounded.
     return jnp.sqrt(values + 1e-4)
 
@@ -103,4 +103,4 @@ def _cells(maps: Float[Array, "k b t height width"]) -> Float[Array, "k b cells"
         pairs = itertools.pairwise(edges.tolist())
         cells = [jax.lax.slice_in_dim(maps, a, b, axis=axis).mean(axis, keepdims=True) for a, b in pairs]
         maps = jnp.concatenate(cells, axis)
-    return maps.reshape(*maps.shape[:2], -1)
+    return rearrange(maps, "k b t h w -> k b (t h w)")

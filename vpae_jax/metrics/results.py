@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
+from einops import rearrange
 
 from vpae_jax.files import write_text
 from vpae_jax.media import write_contact_sheet, write_video
@@ -47,9 +47,8 @@ def write_samples(folder: Path, rows: Sequence[Row], fps: float) -> None:
     for row in rows:
         stem = row.name.replace(",", "").replace(" ", "_").replace("/", "_")
         for half, clips in row.clips.items():
-            strip = np.concatenate(list(clips), axis=2)
-            write_video(folder / f"{stem}_{half}.mp4", strip, fps)
-            frames = clips.reshape(-1, *clips.shape[2:])
+            write_video(folder / f"{stem}_{half}.mp4", rearrange(clips, "b t h w c -> t h (b w) c"), fps)
+            frames = rearrange(clips, "b t h w c -> (b t) h w c")
             write_contact_sheet(folder / f"{stem}_{half}.png", frames, columns=clips.shape[1])
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -99,7 +100,7 @@ class Embeddings(nnx.Module):
         patches = self.patch_embedding(pixels)
         b, _, _, e = patches.shape
         first = jnp.broadcast_to(self.class_embedding.get_value().astype(self.dtype), (b, 1, e))
-        tokens = jnp.concatenate([first, patches.reshape(b, -1, e)], axis=1)
+        tokens = jnp.concatenate([first, rearrange(patches, "b h w e -> b (h w) e")], axis=1)
         return tokens + self.position_embedding.embedding.get_value().astype(self.dtype)
 
 
@@ -125,11 +126,11 @@ class Layer(nnx.Module):
         self.fc2 = linear(c.intermediate_size, width, in_std)
 
     def __call__(self, x: Float[Array, "b n e"]) -> Float[Array, "b n e"]:
-        b, n, _ = x.shape
         h = self.layer_norm1(x)
-        heads = (b, n, self.config.num_attention_heads, -1)
-        q, k, v = self.q_proj(h).reshape(heads), self.k_proj(h).reshape(heads), self.v_proj(h).reshape(heads)
-        x = x + self.out_proj(jax.nn.dot_product_attention(q, k, v).reshape(b, n, -1))
+        split, heads = "b n (heads head_dim) -> b n heads head_dim", self.config.num_attention_heads
+        q, k, v = (rearrange(project(h), split, heads=heads) for project in (self.q_proj, self.k_proj, self.v_proj))
+        attended = jax.nn.dot_product_attention(q, k, v)
+        x = x + self.out_proj(rearrange(attended, "b n heads head_dim -> b n (heads head_dim)"))
         return x + self.fc2(_ACTIVATIONS[self.config.hidden_act](self.fc1(self.layer_norm2(x))))
 
 

@@ -137,12 +137,13 @@ class QueryAttention(nnx.Module):
         tokens: Float[Array, "b n d_keys"],
         bias: Float[Array, "#b n"] | None = None,
     ) -> Float[Array, "b q d"]:
-        split = (self.heads, queries.shape[-1] // self.heads)
         tokens = self.norm_tokens(tokens)
-        q = self.norm_q(self.to_q(self.norm_queries(queries))).reshape(*queries.shape[:2], *split)
-        k = self.norm_k(self.to_k(tokens)).reshape(*tokens.shape[:2], *split)
-        v = self.to_v(tokens).reshape(*tokens.shape[:2], *split)
-        return self.to_out(attention(q.astype(k.dtype), k, v, bias).reshape(queries.shape))
+        q = self.norm_q(self.to_q(self.norm_queries(queries)))
+        k, v = self.norm_k(self.to_k(tokens)), self.to_v(tokens)
+        split = "b n (heads head_dim) -> b n heads head_dim"
+        q, k, v = (rearrange(x, split, heads=self.heads) for x in (q, k, v))
+        out = attention(q.astype(k.dtype), k, v, bias)
+        return self.to_out(rearrange(out, "b n heads head_dim -> b n (heads head_dim)"))
 
 
 class TapHead(nnx.Module):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -142,13 +143,13 @@ class Attention(nnx.Module):
         self.heads = config.num_attention_heads
 
     def split(self, x: Float[Array, "b n d"]) -> Float[Array, "b n heads head_dim"]:
-        return x.reshape(*x.shape[:2], self.heads, -1)
+        return rearrange(x, "b n (heads head_dim) -> b n heads head_dim", heads=self.heads)
 
     def self_attention(self, x: Tokens, context: Context) -> Tokens:
         q = rotate(self.split(self.norm_q(self.to_q(x))), context.cos, context.sin)
         k = rotate(self.split(self.norm_k(self.to_k(x))), context.cos, context.sin)
         out = context.layout.self_attention(q, k, self.split(self.to_v(x)), context.tokens)
-        return self.to_out(out.reshape(x.shape))
+        return self.to_out(rearrange(out, "b n heads head_dim -> b n (heads head_dim)"))
 
     def cross_attention(self, x: Tokens, context: Context) -> Tokens:
         text, image, attention = context.text, context.image, context.layout.cross_attention
@@ -158,7 +159,7 @@ class Attention(nnx.Module):
         if image is not None and self.add_k_proj and self.add_v_proj and self.norm_added_k:
             k = self.split(self.norm_added_k(self.add_k_proj(image)))
             out = out + attention(q, k, self.split(self.add_v_proj(image)))
-        return self.to_out(out.reshape(x.shape))
+        return self.to_out(rearrange(out, "b n heads head_dim -> b n (heads head_dim)"))
 
 
 # Of the activation the backward pass keeps the input, and not the five arrays that its gradient is made of. Blocks run

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
@@ -112,9 +113,8 @@ class WanTransformer(nnx.Module):
         hidden = layer_norm(hidden, 1 + scale, shift, self.config.eps).astype(self.dtype)
         (pf, ph, pw), (f, h, w) = self.config.patch_size, self._grid(x)
         patches = self.layout.place_clips(self.proj_out(hidden))[:, : f * h * w]
-        patches = patches.reshape(x.shape[0], f, h, w, pf, ph, pw, self.config.out_channels)
-        velocity = patches.transpose(0, 1, 4, 2, 5, 3, 6, 7)
-        return velocity.reshape(*x.shape[:-1], self.config.out_channels).astype(x.dtype)
+        pattern = "b (f h w) (pf ph pw c) -> b (f pf) (h ph) (w pw) c"
+        return rearrange(patches, pattern, f=f, h=h, w=w, pf=pf, ph=ph, pw=pw).astype(x.dtype)
 
     def features(
         self, x: Latents, t: Times, condition: Condition, taps: tuple[int, ...], trained: bool = False

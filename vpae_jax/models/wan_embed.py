@@ -10,6 +10,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -30,11 +31,10 @@ class PatchEmbedding(nnx.Module):
 
     def __call__(self, x: Latents) -> Tokens:
         kernel = self.kernel[...].astype(self.dtype)
-        pf, ph, pw, c, d = kernel.shape
-        b, f, h, w, _ = x.shape
-        x = x.astype(self.dtype).reshape(b, f // pf, pf, h // ph, ph, w // pw, pw, c)
-        patches = x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(b, -1, pf * ph * pw * c)
-        return patches @ kernel.reshape(-1, d) + self.bias[...].astype(self.dtype)
+        pf, ph, pw, _, _ = kernel.shape
+        pattern = "b (f pf) (h ph) (w pw) c -> b (f h w) (pf ph pw c)"
+        patches = rearrange(x.astype(self.dtype), pattern, pf=pf, ph=ph, pw=pw)
+        return patches @ rearrange(kernel, "pf ph pw c d -> (pf ph pw c) d") + self.bias[...].astype(self.dtype)
 
 
 class TimestepEmbedding(nnx.Module):
@@ -90,4 +90,4 @@ class ConditionEmbedder(nnx.Module):
         frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
         angles = (1000 * t.astype(jnp.float32))[:, None] * frequencies
         embedding = self.time_embedder(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1))
-        return embedding, self.time_proj(jax.nn.silu(embedding)).reshape(t.shape[0], 6, -1)
+        return embedding, rearrange(self.time_proj(jax.nn.silu(embedding)), "b (six d) -> b six d", six=6)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from flax.nnx.nn.initializers import lecun_normal, zeros_init
 from flax.typing import Initializer
@@ -50,11 +51,9 @@ def conv_frames(
     padding: str | tuple[tuple[int, int], ...] = "SAME",
 ) -> Float[Array, "b t h_out w_out cout"]:
     """A 2-D convolution of every frame, frames folded into the batch."""
-    b, t = x.shape[:2]
-    y = jax.lax.conv_general_dilated(
-        x.reshape(b * t, *x.shape[2:]), kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-    return y.reshape(b, t, *y.shape[1:])
+    frames, layout = rearrange(x, "b t h w c -> (b t) h w c"), ("NHWC", "HWIO", "NHWC")
+    y = jax.lax.conv_general_dilated(frames, kernel, (stride, stride), padding, dimension_numbers=layout)
+    return rearrange(y, "(b t) h w c -> b t h w c", t=x.shape[1])
 
 
 class Conv2d(nnx.Module):
@@ -158,11 +157,11 @@ class AttentionBlock(nnx.Module):
         self.proj = Conv2d(channels, channels, 1, kernel_init=zeros_init(), **kw)
 
     def __call__(self, x: Volume, history: History) -> Volume:
-        b, t, h, w, c = x.shape
-        q, k, v = jnp.split(self.to_qkv(self.norm(x)).reshape(b * t, h * w, 3 * c), 3, axis=-1)
+        _, t, h, _, c = x.shape
+        q, k, v = jnp.split(rearrange(self.to_qkv(self.norm(x)), "b t h w c3 -> (b t) (h w) c3"), 3, axis=-1)
         scores = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32) * c**-0.5
         out = jnp.einsum("bqk,bkc->bqc", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
-        return x + self.proj(out.reshape(b, t, h, w, c))
+        return x + self.proj(rearrange(out, "(b t) (h w) c -> b t h w c", t=t, h=h))
 
 
 class Downsample(nnx.Module):
@@ -209,12 +208,10 @@ class Upsample(nnx.Module):
 
 def _double_frames(time_conv: CausalConv3d, x: Volume, history: History) -> Volume:
     """Two frames for each, from the two halves of the convolution's channels."""
-    b, t, h, w, c = x.shape
-    if t == 0:
+    if x.shape[1] == 0:
         history.join(x, 2)
         return x
-    x = time_conv(x, history).reshape(b, t, h, w, 2, c)
-    return x.transpose(0, 1, 4, 2, 3, 5).reshape(b, 2 * t, h, w, c)
+    return rearrange(time_conv(x, history), "b t h w (two c) -> b (t two) h w c", two=2)
 
 
 class MidBlock(nnx.Module):

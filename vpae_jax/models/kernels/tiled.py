@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
@@ -63,7 +64,7 @@ def forward(q: Queries, k: Keys, v: Keys, bias: Bias | None = None) -> tuple[Que
       the result, zero where no key is visible, and the logarithm of the sum of the exponential logits, -inf there.
     """
     out, lse = _each_head(_forward, (q, k, v), (), bias)
-    return _tokens_first(out, q), lse.reshape(q.shape[0], q.shape[2], q.shape[1])
+    return _tokens_first(out, q), rearrange(lse, "(b heads) n -> b heads n", heads=q.shape[2])
 
 
 def backward(
@@ -93,15 +94,15 @@ def backward(
 def _each_head(one: Callable[..., Any], tokens: tuple[Array, ...], rows: tuple[Array, ...], bias: Bias | None) -> Any:
     """Calls `one` with what belongs to each head of each clip, one after the other."""
     b, _, heads, _ = tokens[0].shape
-    split = [jnp.swapaxes(x, 1, 2).reshape(b * heads, x.shape[1], x.shape[3]) for x in tokens]
-    split += [x.reshape(b * heads, x.shape[2]) for x in rows]
+    split = [rearrange(x, "b n heads head_dim -> (b heads) n head_dim") for x in tokens]
+    split += [rearrange(x, "b heads n -> (b heads) n") for x in rows]
     if bias is not None:
         bias = jnp.broadcast_to(bias[:, None], (b, heads, bias.shape[-1])).reshape(b * heads, -1)
     return jax.lax.map(lambda given: one(*given), (*split, bias))
 
 
 def _tokens_first(x: Float[Array, "b_heads n head_dim"], like: Queries) -> Queries:
-    return jnp.swapaxes(x.reshape(like.shape[0], like.shape[2], *x.shape[1:]), 1, 2)
+    return rearrange(x, "(b heads) n head_dim -> b n heads head_dim", heads=like.shape[2])
 
 
 def _forward(q: HeadQueries, k: HeadKeys, v: HeadKeys, bias: HeadBias | None) -> tuple[HeadQueries, PerQuery]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from einops import reduce
 from jaxtyping import Float, Int
 from scipy.ndimage import affine_transform
 from sklearn.svm import SVC
@@ -160,8 +161,8 @@ def _describe(frames: Pictures) -> Float[np.ndarray, "b d"]:
     parts = []
     for first, cells in ((0, SIDE // CELL), (CELL // 2, SIDE // CELL - 1)):
         last = first + cells * CELL
-        block = oriented[:, first:last, first:last].reshape(len(x), cells, CELL, cells, CELL, BINS)
-        parts.append(block.sum((2, 4)).reshape(len(x), -1))
+        pattern = "b (rows r) (columns c) bins -> b (rows columns bins)"
+        parts.append(reduce(oriented[:, first:last, first:last], pattern, "sum", r=CELL, c=CELL))
     values = np.concatenate(parts, 1)
     return np.sqrt(values / np.maximum(values.sum(1, keepdims=True), 1e-6))
 
