@@ -1,4 +1,4 @@
-"""From files into shards: the same numbers on every mesh, each byte read once, and damage told in one line."""
+"""From files into shards: the same numbers on every mesh, no byte read twice, and damage told in one line."""
 
 import json
 import os
@@ -7,7 +7,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 
@@ -24,12 +23,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from vpae_jax import sharding
 from vpae_jax.config import MeshConfig
 from vpae_jax.types import UserError
-from vpae_jax.weights import hosted, stream
+from vpae_jax.weights import stream
 from vpae_jax.weights.find import find_model
 from vpae_jax.weights.layout import Contents, write_model
 from vpae_jax.weights.loading import load_part, read_part
 from vpae_jax.weights.parts import flat
-from vpae_jax.weights.tensors import Tensors
 from vpae_jax.weights.writing import open_values, write_part
 
 # Eight divides every axis that is sharded; few different shapes are few programs to compile.
@@ -80,16 +78,11 @@ def by_rules(mesh):
     return place
 
 
-both = pytest.mark.parametrize("load", [stream.load, hosted.load], ids=["stream", "hosted"])
-
-
-@both
 @pytest.mark.parametrize("mesh", [dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)], ids=["fsdp 8", "2x2x2"])
-def test_on_a_mesh(folder, mesh, load):
+def test_on_a_mesh(folder, mesh):
     expected, place = stacked(folder), by_rules(mesh)
     with find_model(folder).part("transformer").open() as tensors:
-        assert hosted.holds(tensors, place) and hosted.holds(tensors, None)  # all of it lies in this process's memory
-        loaded = load(tensors, jnp.float32, place, "transformer")
+        loaded = stream.load(tensors, jnp.float32, place, "transformer")
         # All devices together hold each number at least once, and no byte was read twice.
         assert tensors.bytes_read == sum(tensors.stored(n).nbytes for n in tensors.names)
     assert_equal(loaded, expected, np.float32)
@@ -109,38 +102,12 @@ def test_casts_keep_the_shardings(folder):
     assert model.dtype == kernel.dtype == jnp.bfloat16
 
 
-@both
-def test_a_sharded_layer_axis_is_a_mistake(folder, load):
-    mesh = sharding.make_mesh(MeshConfig(fsdp=8))
-    with (
-        find_model(folder).part("transformer").open() as tensors,
-        pytest.raises(ValueError, match="the layer axis is sharded over 'fsdp'"),
-    ):
-        load(tensors, None, lambda path, shape: NamedSharding(mesh, PartitionSpec("fsdp")), "transformer")
-
-
 @pytest.mark.parametrize("chunk", [100, 999, 2**20])
 def test_chunks_of_any_size(folder, monkeypatch, chunk):
-    monkeypatch.setattr(hosted, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(stream, "CHUNK_BYTES", chunk)
     place = by_rules(dict(data=2, fsdp=2, tensor=2))
     _, params = read_part(folder, "transformer", jnp.bfloat16, place)
     assert_equal(flat(params), stacked(folder), jnp.bfloat16)
-
-
-def test_memory_that_devices_share_may_be_donated(folder):
-    """Copies on several processors are one piece of memory; a program that may write into its argument leaves it."""
-    place = by_rules(dict(fsdp=8))
-    with find_model(folder).part("transformer").open() as tensors:
-        loaded = hosted.load(tensors, jnp.float32, place, "transformer")
-    value = loaded["blocks/norm2/scale"]
-    shards = [shard.data for shard in value.addressable_shards]
-    assert len({shard.unsafe_buffer_pointer() for shard in shards}) == 1 < len(shards)
-    before = np.array(value)
-    again = jax.device_put(before, value.sharding)
-    written = jax.jit(lambda x: x + 1, donate_argnums=0, out_shardings=value.sharding)(value)
-    for shard in written.addressable_shards:
-        np.testing.assert_array_equal(np.asarray(shard.data), before + 1)
-    np.testing.assert_array_equal(np.asarray(again), before)
 
 
 def test_other_dtypes_are_read(copy):
@@ -173,53 +140,20 @@ def test_the_widest_dtype_of_the_layers_is_kept(copy):
     assert stream.widest([half, brain]) == np.float32 and stream.widest([fine, brain, fine]) == brain
 
 
-def test_large_tables_are_read_in_blocks(wan_folder, monkeypatch):
-    monkeypatch.setattr(stream, "BLOCK_BYTES", 5_000)
-    monkeypatch.setattr(stream, "AHEAD_BYTES", 12_000)
-    sizes, original = [], Tensors.read
-
-    def read(self, name, index=()):
-        value = original(self, name, index)
-        sizes.append(value.nbytes)
-        return value
-
-    monkeypatch.setattr(Tensors, "read", read)
-    with find_model(wan_folder).part("text_encoder").open() as tensors:
-        loaded = stream.load(tensors, jnp.float32, None, "text_encoder")
-    # The vocabulary of 384 rows of 32 numbers is 49152 bytes: rows of 128 bytes, 39 of them at once.
-    assert sizes.count(39 * 128) == 9 and sizes.count(33 * 128) == 1 and max(sizes) == 48 * 32 * 4
-    monkeypatch.setattr(Tensors, "read", original)
-    assert_equal(loaded, stacked(wan_folder, "text_encoder"), np.float32)
-
-
-@pytest.mark.parametrize("limit", [1, 5_000, 20_000])
-def test_no_more_is_read_ahead_than_allowed(folder, monkeypatch, limit):
-    monkeypatch.setattr(stream, "AHEAD_BYTES", limit)
-    begun, used = [], 0
-    monkeypatch.setattr(stream, "_read", lambda tensors, piece: begun.append(stream._bytes(tensors, piece)))
-    with find_model(folder).part("transformer").open() as tensors, ThreadPoolExecutor(3) as pool:
-        pieces = [piece for parameter in tensors.parameters for piece in stream._pieces(tensors, parameter, None)]
-        found = []
-        for piece, _ in stream._ahead(pool, tensors, pieces):
-            size = stream._bytes(tensors, piece)
-            assert sum(begun) - used <= max(limit, size)
-            used += size
-            found.append(piece)
-    assert found == pieces and used == sum(begun)
-
-
-@both
-def test_tables_sharded_by_rows_are_read_whole(wan_folder, monkeypatch, load):
-    monkeypatch.setattr(stream, "BLOCK_BYTES", 5_000)
-    mesh = sharding.make_mesh(MeshConfig(fsdp=8))
+def test_any_axis_may_be_sharded(folder):
+    """Layers, columns of the file, and what eight devices cannot divide but by leaving it whole."""
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4))
 
     def place(path, shape):
-        return NamedSharding(mesh, PartitionSpec("fsdp") if path == "shared/embedding" else PartitionSpec())
+        axes = [next((axis for axis, n in (("fsdp", 4), ("data", 2)) if size % n == 0), None) for size in shape]
+        used = {axis: i for i, axis in reversed(list(enumerate(axes))) if axis is not None}
+        return NamedSharding(mesh, PartitionSpec(*(a if used.get(a) == i else None for i, a in enumerate(axes))))
 
-    with find_model(wan_folder).part("text_encoder").open() as tensors:
-        loaded = load(tensors, jnp.float32, place, "text_encoder")
-    assert_equal(loaded, stacked(wan_folder, "text_encoder"), np.float32)
-    assert loaded["shared/embedding"].addressable_shards[0].data.shape == (48, 32)
+    with find_model(folder).part("transformer").open() as tensors:
+        loaded = stream.load(tensors, jnp.float32, place, "transformer")
+    assert_equal(loaded, stacked(folder), np.float32)
+    for path, value in loaded.items():
+        assert value.sharding == place(path, value.shape), path
 
 
 # Damage.
@@ -257,27 +191,15 @@ def test_nan_and_infinity_are_one_line(wan_folder, tmp_path, part, name, index, 
     assert {path.name for path in tmp_path.iterdir()} == {"model", "part"}
 
 
-@both
-def test_every_damaged_tensor_is_counted(copy, load):
-    edit(copy / "weights.safetensors", lambda t: [t[f"blocks.{i}.ffn.0.bias"].fill_(NAN) for i in (2, 1)])
-    message = "tensor 'blocks.1.ffn.0.bias' holds NaN or infinity (and 1 more); the weights are damaged"
-    with (
-        find_model(copy).part("transformer").open() as tensors,
-        pytest.raises(UserError, match=re.escape(message)),
-    ):
-        load(tensors, None, by_rules(dict(fsdp=8)), "transformer")
-
-
-@both
 @pytest.mark.parametrize("part", PARTS)
-def test_a_file_that_shrinks_while_it_is_read(wan_folder, tmp_path, part, load):
+def test_a_file_that_shrinks_while_it_is_read(wan_folder, tmp_path, part):
     folder = shutil.copytree(wan_folder, tmp_path / "model")
     source = find_model(folder).part(part)
     path = files(folder, part)[-1]
     with source.open() as tensors:
         os.truncate(path, path.stat().st_size - 600)
         with pytest.raises(UserError, match=r"it was longer before|became shorter while it was open") as error:
-            load(tensors, None, None, part)
+            stream.load(tensors, None, None, part)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(UserError, match="truncated or not a"):
         read_part(folder, part)
@@ -289,8 +211,8 @@ def test_a_file_that_shrinks_while_it_is_read(wan_folder, tmp_path, part, load):
 # Several processes.
 
 
-def test_two_processes_read_half_each(folder, copy):
-    """Four devices each; what one process reads, the others' devices are sent."""
+def test_two_processes_read_their_own_shards(folder, copy):
+    """Four devices each, of which one process has half of every output and the other the other half."""
     edit(copy / "weights.safetensors", lambda t: t["blocks.2.self_attn.k.weight"].fill_(NAN))
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -310,7 +232,7 @@ def test_two_processes_read_half_each(folder, copy):
         for number in range(2)
     ]
     try:
-        printed = [process.communicate(timeout=240) for process in running]
+        printed = [process.communicate(timeout=500) for process in running]
     finally:
         for process in running:
             process.kill()
@@ -324,7 +246,7 @@ def test_two_processes_read_half_each(folder, copy):
         assert len(refused) == 1 and "'blocks.2.self_attn.k.weight' holds NaN or infinity" in refused[0]
         assert lines[-1] == "equal"
     total = sum(value.nbytes for value in read(folder / "weights.safetensors").values())
-    assert len(bytes_read) == 2 and sum(bytes_read) == total and min(bytes_read) > 0.45 * total
+    assert len(bytes_read) == 2 and max(bytes_read) < 0.9 * total
 
 
 def test_sizes_are_worth_reading(folder):

@@ -359,7 +359,7 @@ def test_a_full_disk_under_orbax_is_a_user_error(tmp_path):
     """In a process of its own, as Orbax leaves threads and event loops behind."""
     code = f"""
 import pathlib, resource, numpy
-from vpae_jax.convert import orbax
+from vpae_jax.weights import orbax
 from vpae_jax.types import UserError
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
 values = numpy.random.default_rng(0).random((100, 100))
@@ -417,7 +417,6 @@ def test_errors_of_reading_do_not_blame_the_destination(tmp_path, number):
         ("[" * 10**5, "not valid JSON: maximum recursion depth"),
         ('{"a": ' + "1" * 5000 + "}", "not valid JSON: Exceeds the limit"),
         (b"\xff\xfe{", "not valid JSON: 'utf-8' codec"),
-        ('{"a": 1, "a": 2}', "not valid JSON: 'a' is there twice"),
         ("[1]", "holds a list, expected a JSON object"),
         ("{", "not valid JSON: "),
         (None, "no such file"),

@@ -17,7 +17,7 @@ from vpae_jax.weights import matching
 from vpae_jax.weights.matching import Parameter
 from vpae_jax.weights.names import Index, Layout, vae_rows
 from vpae_jax.weights.parts import LOW, PARTS, abstract, flat, kind_of
-from vpae_jax.weights.tensors import StoredTensor, Tensors, open_shards, open_tensors
+from vpae_jax.weights.tensors import StoredTensor, Tensors, finite, open_shards, open_tensors
 
 NEEDED = ("transformer", "vae", "text_encoder")
 EXTRAS = "wan_extras.safetensors"  # what of a wan file no Wan model reads, kept beside a part in the diffusers layout
@@ -45,8 +45,14 @@ class PartTensors:
         return self._tensors[self.names.get(name, name)]
 
     def read(self, name: str, index: Index = ()) -> HostArray:
-        """A tensor, or the slices of it that `index` names."""
-        return self._tensors.read(self.names.get(name, name), index)
+        """A tensor, or the slices of it that `index` names. Raises `UserError` for what is not finite in it."""
+        theirs = self.names.get(name, name)
+        value = self._tensors.read(theirs, index)
+        if not finite(value):
+            raise UserError(
+                f"{self.stored(name).file}: tensor {theirs!r} holds NaN or infinity; the weights are damaged"
+            )
+        return value
 
     @property
     def bytes_read(self) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vpae_jax.types import UserError
-from vpae_jax.weights.safetensors_file import decode_json, one_line
+from vpae_jax.weights.safetensors_file import one_line
 
 # `SETTINGS` holds what Diffusers has no place for, and does not read.
 CONFIG, INDEX, SCHEDULER, SETTINGS = "config.json", "model_index.json", "scheduler_config.json", "vpae_jax.json"
@@ -18,7 +18,7 @@ VERSION = "0.33.0"  # the first Diffusers release with Wan
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises `UserError` for a file that cannot be read, bad JSON, or anything but an object."""
     try:
-        value = decode_json(path.read_bytes())
+        value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except OSError as error:

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from vpae_jax.types import UserError
-from vpae_jax.weights import hosted, orbax, stream
+from vpae_jax.weights import orbax, stream
 from vpae_jax.weights.directory import ModelDirectory, StoredPart
 from vpae_jax.weights.find import find_model
 from vpae_jax.weights.parts import abstract, flat
@@ -79,8 +79,7 @@ def _read(source: StoredPart, dtype: DTypeLike | None, placement: Placement | No
         loaded = flat(_restore(source, state, dtype, placement))
     else:
         with source.open() as tensors:
-            load = hosted.load if hosted.holds(tensors, placement) else stream.load
-            loaded = load(tensors, dtype, placement, source.part)
+            loaded = stream.load(tensors, dtype, placement, source.part)
     for path, variable in flat(state).items():
         variable.set_value(loaded[path])
     return graph, state

@@ -19,7 +19,7 @@ import numpy as np
 
 from vpae_jax.files import atomically
 from vpae_jax.types import HostArray, UserError
-from vpae_jax.weights.safetensors_file import CODES, Ranges, StoredTensor, checked, one_line, quote
+from vpae_jax.weights.safetensors_file import CODES, StoredTensor, checked, one_line, quote
 
 BY_NAME = {dtype.name: dtype for dtype in CODES}  # PyTorch calls dtypes as NumPy does
 # What `torch.load` and `zipfile` raise for damaged files: found by damaging 60,000 (tests/weights/test_fuzz.py), with
@@ -70,16 +70,16 @@ class Checkpoint:
             called = str(tensor.dtype).removeprefix("torch.")
             self.stored[name] = checked(path, name, BY_NAME.get(called), called, tuple(tensor.shape))
 
-    def fill(self, name: str, ranges: Ranges, out: HostArray) -> int:
-        """Copies a part of a tensor; arguments, result and errors as `SafetensorsFile.fill`."""
+    def read_rows(self, name: str, start: int, stop: int) -> HostArray:
+        """Copies a run of a tensor's first axis; errors as `SafetensorsFile.read_rows`."""
         if os.fstat(self._file.fileno()).st_size < self._size:  # mapped memory beyond the end cannot be touched
             raise UserError(f"{self.path}: became shorter while it was open; fetch it again")
         import torch
 
-        integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[out.itemsize]
-        part = self._tensors[name][tuple(slice(wanted.start, wanted.stop) for wanted in ranges)]
-        out[...] = part.view(integer).numpy().view(out.dtype)
-        return out.nbytes
+        dtype, tensor = self.stored[name].dtype, self._tensors[name]
+        integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+        rows = tensor[start:stop] if tensor.ndim else tensor
+        return rows.view(integer).numpy().copy(order="C").view(dtype)
 
     def close(self) -> None:
         """Gives the memory back."""

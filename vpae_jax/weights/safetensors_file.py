@@ -1,15 +1,14 @@
-"""One safetensors file: read by byte range, written as its tensors come.
+"""One safetensors file: checked by the safetensors library, read by byte range, written as its tensors come.
 
-The header is parsed here and not by the safetensors library, because the library maps the whole file. Whatever the
-header says is checked before it is believed. Reading is by `pread`, so that memory in use is what was asked for, and a
-file that shrinks meanwhile is an error instead of a signal.
+The library's own reading stays unused because under NumPy it has no float8, and because it maps the file into memory,
+where one that shrinks or a disk that fails ends the process by a signal; its writing because it takes all tensors at
+once.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -19,19 +18,14 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 from jaxtyping import UInt8
+from safetensors import SafetensorError, safe_open
 
 from vpae_jax.types import HostArray, UserError
 
 Bytes = UInt8[np.ndarray, "n"]
-Ranges = tuple[range, ...]
 Info = tuple[str, np.dtype, tuple[int, ...]]
 
-MAX_HEADER = 100_000_000  # the safetensors library's own limit
 MAX_AXES = 32
-# Parts of rows up to this size are read as whole rows: one call a row would be 5 to 250 times slower, and the system
-# reads whole pages anyway. They are read some at a time, so that memory stays small.
-WHOLE_ROWS = 4096
-PIECE_BYTES = 4 << 20
 
 DTYPES: Mapping[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -71,8 +65,8 @@ class SafetensorsFile:
     """An open file.
 
     Args:
-      path: for messages.
-      file: the file; left open.
+      path: the file.
+      file: the same, open; left open.
 
     Attributes:
       stored: its tensors, by name.
@@ -84,92 +78,40 @@ class SafetensorsFile:
 
     def __init__(self, path: Path, file: BinaryIO):
         self.path, self._file = path, file
+        try:
+            with safe_open(path, "np") as checked_file:
+                self.metadata: Mapping[str, str] = checked_file.metadata() or {}
+        except (SafetensorError, OSError) as error:
+            reason = one_line(str(error).removeprefix("Error while deserializing header: "))
+            raise UserError(f"{path}: truncated or not a safetensors file ({reason}); fetch it again") from error
+        # The library does not say where tensors lie.
+        length = int.from_bytes(self._read(8, 0).tobytes(), "little")
+        header = json.loads(self._read(length, 8).tobytes())
+        header.pop("__metadata__", None)
         self.stored: dict[str, StoredTensor] = {}
         self._starts: dict[str, int] = {}
-        size = os.fstat(file.fileno()).st_size
-        first = np.zeros(8, np.uint8)
-        self._read(first[:size].data, 0)
-        length = int.from_bytes(first.tobytes(), "little")
-        if length > min(size - 8, MAX_HEADER):
-            raise self._bad(f"its first 8 bytes announce a header of {length} bytes, it has {size} bytes in all")
-        raw = np.empty(length, np.uint8)
-        self._read(raw.data, 8)
-        try:
-            header = parse_json(raw.tobytes())
-        except (ValueError, RecursionError) as error:
-            raise self._bad(f"header: {one_line(str(error))}") from error
-        metadata = header.pop("__metadata__", {})
-        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            raise self._bad("header: __metadata__ is not a mapping of texts")
-        self.metadata: Mapping[str, str] = metadata
-        entries = [(name, *self._entry(name, entry)) for name, entry in header.items()]
-        position = 0
-        for name, stored, start, end in sorted(entries, key=lambda entry: entry[2:]):
-            if end - start != stored.nbytes:
-                found = f"spans bytes {start} to {end}, expected {stored.nbytes} bytes"
-                raise self._bad(f"tensor {quote(name)} of {stored.dtype}{list(stored.shape)} {found}")
-            if start != position:
-                raise self._bad(f"tensor {quote(name)} begins at byte {start}, expected {position}")
-            self.stored[name], self._starts[name] = stored, 8 + length + start
-            position = end
-        if 8 + length + position != size:
-            raise self._bad(f"its header announces {8 + length + position} bytes, it has {size}")
+        for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            self.stored[name] = checked(path, name, DTYPES.get(info["dtype"]), info["dtype"], tuple(info["shape"]))
+            self._starts[name] = 8 + length + info["data_offsets"][0]
 
-    def fill(self, name: str, ranges: Ranges, out: HostArray) -> int:
-        """Reads a part of a tensor.
-
-        Args:
-          name: the tensor.
-          ranges: the part, by axis.
-          out: where it goes; not empty.
-
-        Returns:
-          How many bytes were asked from the file.
+    def read_rows(self, name: str, start: int, stop: int) -> HostArray:
+        """Reads a run of a tensor's first axis; all of one that has no axes.
 
         Raises:
           UserError: the file shrank or cannot be read.
           ValueError: it was closed.
         """
-        shape, ranges = self.stored[name].shape or (1,), ranges or (range(1),)
-        strides = [out.itemsize * prod(shape[axis + 1 :]) for axis in range(len(shape))]
-        # From axis `run` on, what is wanted is one run of bytes. From `outer` on it is read with what lies between.
-        run = max((axis for axis, wanted in enumerate(ranges) if len(wanted) != shape[axis]), default=0)
-        outer = run
-        while outer and strides[outer - 1] <= WHOLE_ROWS:
-            outer -= 1
-        at = np.asarray(self._starts[name] + sum(r.start * stride for r, stride in zip(ranges, strides, strict=True)))
-        for axis in range(outer):
-            at = np.add.outer(at, strides[axis] * np.arange(len(ranges[axis])))
-        offsets: list[int] = at.ravel().tolist()
-        if outer == run:
-            view, size = out.reshape(-1).view(np.uint8).data, out.nbytes // len(offsets)
-            for number, offset in enumerate(offsets):
-                self._read(view[number * size : (number + 1) * size], offset)
-            return out.nbytes
-        asked, step = 0, strides[outer]
-        rows = min(len(ranges[outer]), max(1, PIECE_BYTES // step))
-        piece = np.empty(rows * step, np.uint8)
-        inner = range(outer + 1, len(shape))
-        last = out.itemsize + sum((len(ranges[axis]) - 1) * strides[axis] for axis in inner)
-        for block, offset in zip(out.reshape(len(offsets), *map(len, ranges[outer:])), offsets, strict=True):
-            for row in range(0, len(block), rows):
-                part = block[row : row + rows]
-                size = (len(part) - 1) * step + last
-                self._read(piece[:size].data, offset + row * step)
-                part[...] = np.ndarray(part.shape, out.dtype, piece, strides=strides[outer:])
-                asked += size
-        return asked
+        stored = self.stored[name]
+        if not stored.shape:
+            return self._read(stored.nbytes, self._starts[name]).view(stored.dtype).reshape(())
+        shape = (stop - start, *stored.shape[1:])
+        row = prod(stored.shape[1:]) * stored.dtype.itemsize
+        return self._read(shape[0] * row, self._starts[name] + start * row).view(stored.dtype).reshape(shape)
 
-    def _entry(self, name: str, entry: Any) -> tuple[StoredTensor, int, int]:
-        match entry:
-            case {"dtype": str(code), "shape": list(shape), "data_offsets": [start, end]} if all(
-                type(n) is int and n >= 0 for n in (*shape, start, end)
-            ):
-                return checked(self.path, name, DTYPES.get(code), code, tuple(shape)), start, end
-        raise self._bad(f"tensor {quote(name)}: expected dtype, shape and data_offsets, found {quote(entry)}")
-
-    def _read(self, buffer: memoryview, offset: int) -> None:
-        """Fills a buffer from the file; the system may give less than is asked for."""
+    def _read(self, size: int, offset: int) -> Bytes:
+        """Bytes of the file; the system may give fewer at once than it is asked for."""
+        result = np.empty(size, np.uint8)
+        buffer = result.data
         while buffer:
             try:
                 count = os.preadv(self._file.fileno(), [buffer], offset)
@@ -178,9 +120,7 @@ class SafetensorsFile:
             if not count:
                 raise UserError(f"{self.path}: ends at byte {offset}, it was longer before; fetch it again")
             buffer, offset = buffer[count:], offset + count
-
-    def _bad(self, reason: str) -> UserError:
-        return UserError(f"{self.path}: truncated or not a safetensors file ({reason}); fetch it again")
+        return result
 
 
 def write_file(path: Path, infos: Sequence[Info], values: Iterator[HostArray], metadata: Mapping[str, str]) -> None:
@@ -233,22 +173,9 @@ def checked(path: Path, name: str, dtype: np.dtype | None, called: str, shape: t
     return StoredTensor(name, path, dtype, shape)
 
 
-def decode_json(raw: bytes) -> Any:
-    """A JSON value whose objects have distinct keys. Raises `ValueError` or `RecursionError` for anything else."""
-
-    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
-            raise ValueError(f"{quote(twice)} is there twice")
-        return found
-
-    return json.loads(raw.decode("utf-8"), object_pairs_hook=distinct)
-
-
 def parse_json(raw: bytes) -> dict[str, Any]:
-    """A JSON object of distinct keys. Raises `ValueError` or `RecursionError` for anything else."""
-    value = decode_json(raw)
+    """A JSON object. Raises `ValueError` or `RecursionError` for anything else."""
+    value = json.loads(raw.decode("utf-8"))
     if not isinstance(value, dict):
         raise ValueError(f"a JSON {type(value).__name__}, expected an object")
     return value

@@ -25,7 +25,6 @@ from vpae_jax.types import HostArray, UserError
 from vpae_jax.weights.pickles import Checkpoint
 from vpae_jax.weights.safetensors_file import (
     CODES,
-    MAX_HEADER,
     Info,
     SafetensorsFile,
     StoredTensor,
@@ -36,6 +35,7 @@ from vpae_jax.weights.safetensors_file import (
 )
 
 SHARD_BYTES = 5_000_000_000
+MAX_INDEX = 100_000_000  # bytes of JSON
 CACHED_NUMBERS = 2**16
 _EXPONENTS = {"bfloat16": np.uint16(0x7F80), "float16": np.uint16(0x7C00), "float32": np.uint32(0x7F800000)}
 WeightFile = SafetensorsFile | Checkpoint
@@ -45,7 +45,7 @@ class Tensors(Mapping[str, StoredTensor]):
     """The tensors of one file or of several, made by `open_tensors` and `open_shards` and usable until these close.
 
     Args:
-      sources: the open files.
+      files: the open files.
 
     Attributes:
       metadata: texts that the files keep beside their tensors.
@@ -54,29 +54,29 @@ class Tensors(Mapping[str, StoredTensor]):
       UserError: two files hold one tensor.
     """
 
-    def __init__(self, sources: Sequence[WeightFile]):
-        self._sources: dict[str, WeightFile] = {}
+    def __init__(self, files: Sequence[WeightFile]):
+        self._files: dict[str, WeightFile] = {}
         self._bytes_read, self._lock = 0, Lock()
-        self.metadata: Mapping[str, str] = {key: text for source in sources for key, text in source.metadata.items()}
-        for source in sources:
+        self.metadata: Mapping[str, str] = {key: text for source in files for key, text in source.metadata.items()}
+        for source in files:
             for name in source.stored:
-                if name in self._sources:
-                    other = self._sources[name].path
+                if name in self._files:
+                    other = self._files[name].path
                     raise UserError(f"{source.path}: tensor {quote(name)} is also in {other}; remove one")
-                self._sources[name] = source
+                self._files[name] = source
 
     def __getitem__(self, name: str) -> StoredTensor:
-        return self._sources[name].stored[name]
+        return self._files[name].stored[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._sources)
+        return iter(self._files)
 
     def __len__(self) -> int:
-        return len(self._sources)
+        return len(self._files)
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of tensors asked from the files so far: those returned, and more where short rows were cut."""
+        """Bytes of tensors asked from the files so far: those returned, and the rest of rows that were cut."""
         return self._bytes_read
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> HostArray:
@@ -98,13 +98,17 @@ class Tensors(Mapping[str, StoredTensor]):
         if len(index) > len(stored.shape) or any(one.step not in (None, 1) for one in index):
             raise ValueError(f"tensor {name!r} of shape {list(stored.shape)}: cannot be read at {index}")
         whole = (slice(None),) * (len(stored.shape) - len(index))
-        ranges = tuple(range(*one.indices(n)) for one, n in zip((*index, *whole), stored.shape, strict=True))
-        out = np.empty([len(wanted) for wanted in ranges], stored.dtype)
-        if out.size:
-            asked = self._sources[name].fill(name, ranges, out)
-            with self._lock:
-                self._bytes_read += asked
-        return out
+        bounds = [one.indices(n)[:2] for one, n in zip((*index, *whole), stored.shape, strict=True)]
+        shape = [max(0, stop - start) for start, stop in bounds]
+        if not prod(shape):
+            return np.empty(shape, stored.dtype)
+        (start, stop), *inner = bounds or [(0, 1)]
+        rows = self._files[name].read_rows(name, start, stop)
+        with self._lock:
+            self._bytes_read += rows.nbytes
+        if rows.size == prod(shape):
+            return rows
+        return rows[:, *(slice(*one) for one in inner)].copy()
 
 
 @contextmanager
@@ -252,7 +256,7 @@ def _open_index(path: Path, file: BinaryIO, stack: ExitStack) -> Tensors:
 
 
 def _weight_map(path: Path, file: BinaryIO) -> Mapping[str, str]:
-    if (size := os.fstat(file.fileno()).st_size) > MAX_HEADER:
+    if (size := os.fstat(file.fileno()).st_size) > MAX_INDEX:
         raise UserError(f"{path}: {size} bytes of JSON; expected an index of safetensors shards")
     try:
         listed = parse_json(file.read()).get("weight_map")
