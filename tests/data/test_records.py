@@ -233,14 +233,3 @@ def test_folders_that_cannot_be_read_are_named(folder, tmp_path):
         (tmp_path / "index.json").write_text(text)
         with pytest.raises(UserError, match="not an index of records"):
             LatentRecords(tmp_path)
-
-
-def test_more_shards_than_are_held_open(tmp_path):
-    folder = write_folder(tmp_path / "folder", [[(n, SMALL)] for n in range(5)])
-    records = LatentRecords(folder)
-    records._files.limit = 2
-    for index in (0, 1, 2, 3, 4, 0, 4, 2):
-        assert number_of(records[index]["latents"]) == index
-        assert len(records._files._open) <= 2
-    again = pickle.loads(pickle.dumps(records))
-    assert number_of(again[3]["latents"]) == 3

@@ -28,7 +28,7 @@ import safetensors.numpy
 import xxhash
 from jaxtyping import Float, Shaped, UInt8
 
-from vpae_jax.data.shards import Shards, starts
+from vpae_jax.data.shards import read_record, starts
 from vpae_jax.data.stores import Address, Location
 from vpae_jax.types import MASK_CHANNELS, UserError
 from vpae_jax.weights.safetensors_file import DTYPES
@@ -95,7 +95,6 @@ class LatentRecords:
         except (OSError, BadRecord) as error:
             raise UserError(f"{folder / NULL}: {error}; {again(folder)}") from error
         self.null_text, self.null_mask = null["text"], null["text_mask"]
-        self._files = Shards()
 
     def __len__(self) -> int:
         return len(self._sizes)
@@ -137,7 +136,7 @@ class LatentRecords:
         shard = self._shards[int(np.searchsorted(self._ends, index, "right"))]
         start, size = int(self._starts[index]), int(self._sizes[index])
         try:
-            arrays, about = unpack(self._files.read(self.folder / shard["file"], start, size))
+            arrays, about = unpack(read_record(self.folder / shard["file"], start, size))
         except OSError as error:
             message = f"{self._name(index)}: cannot be read: {error.strerror}"
             if error.errno in LOST:

@@ -1,9 +1,7 @@
-"""Records of an ArrayRecord file, read in place.
+"""Records of an ArrayRecord file, read in place, from a file system or by one request from an object store.
 
-ArrayRecord's own reader passes a record through several buffers, which costs more than all that is done with it
-afterwards (`benchmarks/data.py`). The files that `encoding.units` writes are not compressed and have one record a
-chunk, so that where a record lies follows from the sizes of those before it, and one call reads it straight into its
-array, or one request from an object store.
+ArrayRecord's own reader knows no object stores, and one way to read serves both. The files that `encoding.units` writes
+are not compressed and have one record a chunk, so that where a record lies follows from the sizes of those before it.
 
 The layout is that of Riegeli (doc/riegeli_records_file_format.md in its repository): a stream of chunks, each a header
 and its data, the first one a signature without data; a block header lies before every 65512 bytes of that stream.
@@ -11,11 +9,7 @@ and its data, the first one a signature without data; a block header lies before
 
 from __future__ import annotations
 
-import os
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import UInt8
@@ -26,9 +20,6 @@ BLOCK, BLOCK_HEADER, CHUNK_HEADER = 65536, 24, 40
 BODY = BLOCK - BLOCK_HEADER
 # What `ArrayRecordWriter` is to be told. Latents hardly compress.
 WRITING = "group_size:1,uncompressed"
-# Files that are held open; a folder may have many thousands.
-OPEN_FILES = 64
-_PIECES = os.sysconf("SC_IOV_MAX")  # buffers that one call fills
 
 
 def starts(sizes: Sequence[int]) -> list[int]:
@@ -43,76 +34,33 @@ def starts(sizes: Sequence[int]) -> list[int]:
     return found
 
 
-class Shards:
-    """Reads from files of which the last used ones stay open. Threads may share it, and it may be sent to processes."""
+def read_record(path: Location, start: int, size: int) -> UInt8[np.ndarray, "size"]:
+    """The record of `size` bytes that begins at `start` of the stream.
 
-    def __init__(self, limit: int = OPEN_FILES) -> None:
-        self.limit = limit
-        self._lock, self._open = threading.Lock(), OrderedDict[Path, _File]()
-
-    def read(self, path: Location, start: int, size: int) -> UInt8[np.ndarray, "size"]:
-        """The record that begins at `start` of the stream.
-
-        Raises:
-          OSError: what the system says of a file.
-          EOFError: a file ends before the record does.
-          UserError: an object store cannot be read.
-        """
-        record = np.empty(size, np.uint8)
-        block, offset = divmod(start, BODY)
-        position = block * BLOCK + BLOCK_HEADER + offset
-        view, skipped = record.data, memoryview(bytearray(BLOCK_HEADER))
-        pieces = [view[: BODY - offset]]
-        for first in range(BODY - offset, size, BODY):
-            pieces += [skipped, view[first : first + BODY]]
-        if isinstance(path, Address):
-            _scatter(path.read_range(position, position + sum(map(len, pieces))), pieces)
-            return record
-        file = self._file(path)
-        while pieces:
-            count = os.preadv(file.number, pieces[:_PIECES], position)
-            if not count:
-                raise EOFError(f"the file ends at byte {position}")
-            position += count
-            while pieces and count >= len(pieces[0]):  # the system may give less than is asked for
-                count -= len(pieces.pop(0))
-            if count:
-                pieces[0] = pieces[0][count:]
-        return record
-
-    def _file(self, path: Path) -> _File:
-        with self._lock:
-            file = self._open.get(path)
-        if file is None:
-            file = _File(path)
-        with self._lock:
-            self._open[path] = file
-            self._open.move_to_end(path)
-            while len(self._open) > self.limit:
-                self._open.popitem(last=False)
-        return file
-
-    def __reduce__(self) -> tuple[type[Shards], tuple[int]]:
-        return Shards, (self.limit,)
+    Raises:
+      OSError: what the system says of a file.
+      EOFError: a file ends before the record does.
+      UserError: an object store cannot be read.
+    """
+    first, last = _position(start), _position(start + size - 1) + 1
+    if isinstance(path, Address):
+        data = path.read_range(first, last)
+    else:
+        with path.open("rb") as file:
+            file.seek(first)
+            data = file.read(last - first)
+    if len(data) < last - first:
+        raise EOFError(f"the file ends at byte {first + len(data)}")
+    view = memoryview(data)
+    blocks = range(first - first % BLOCK, last, BLOCK)
+    pieces = [view[max(block + BLOCK_HEADER - first, 0) : block + BLOCK - first] for block in blocks]
+    return np.frombuffer(bytearray().join(pieces), np.uint8)
 
 
-class _File:
-    """An open file, which is closed when nobody holds it any more: a thread may still read from one that is dropped."""
-
-    def __init__(self, path: Path) -> None:
-        self.number = -1
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # when Python ends, `os` may be gone before
-        if self.number >= 0:
-            close(self.number)
-
-
-def _scatter(data: bytes, pieces: Iterable[memoryview]) -> None:
-    """Fills buffers one after the other."""
-    rest = memoryview(data)
-    for piece in pieces:
-        piece[:], rest = rest[: len(piece)], rest[len(piece) :]
+def _position(offset: int) -> int:
+    """Where in the file a byte of the stream lies."""
+    block, rest = divmod(offset, BODY)
+    return block * BLOCK + BLOCK_HEADER + rest
 
 
 def _varint_bytes(number: int) -> int:

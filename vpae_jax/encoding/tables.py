@@ -277,7 +277,7 @@ TABLES = {
     ".parquet": _parquet,
     ".pq": _parquet,
 }
-FORMATS: dict[str, Callable[[TableFile, BinaryIO], Iterator[TableRow | Refused]]] = {**TABLES, ".txt": _captions}
+FORMATS: dict[str, Callable[[TableFile, BinaryIO], Iterator[TableRow | Refused]]] = {".txt": _captions, **TABLES}
 
 
 class RowUnits:

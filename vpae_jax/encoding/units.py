@@ -44,7 +44,7 @@ from vpae_jax.data.records import (
     to_safetensors,
     unpack,
 )
-from vpae_jax.data.shards import WRITING, Shards, starts
+from vpae_jax.data.shards import WRITING, read_record, starts
 from vpae_jax.encoding.clip_source import Reject
 from vpae_jax.encoding.identity import Identity, differences
 from vpae_jax.files import REMEDY, refused_writes
@@ -359,9 +359,8 @@ class _Shard:
             reader.close()
             if found != len(self.sizes):
                 raise RuntimeError(f"{found} of {len(self.sizes)} records are there")
-            files = Shards()
             for start, size in zip(starts(self.sizes), self.sizes, strict=True):
-                unpack(files.read(self.path, start, size))
+                unpack(read_record(self.path, start, size))
         digest = sha256(self.path)
         named = self.path.with_name(f"{self.path.stem}-{digest[:8]}{self.path.suffix}")
         self.path.rename(named)
