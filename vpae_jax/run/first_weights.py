@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from vpae_jax import sharding
 from vpae_jax.config import Experiment, build
-from vpae_jax.files import local_path
+from vpae_jax.files import resolve
 from vpae_jax.methods.base import Method, Role
 from vpae_jax.models import presets
 from vpae_jax.models.heads import DiscriminatorHeads, HeadsConfig
@@ -33,14 +33,8 @@ from vpae_jax.weights.loading import read_part
 from vpae_jax.weights.locate import locate
 
 
-def resolve(path: str, workdir: Path) -> Path:
-    """A path of a config: relative to the workdir when it starts with "../", else to the current folder. Raises
-    `UserError` for an address."""
-    return (workdir / path).resolve() if path.startswith("../") else local_path(path)
-
-
 def resolve_model(path: str, workdir: Path) -> Path:
-    """The same for a model, which may be "tiny" or an id of the Hugging Face hub, too."""
+    """`files.resolve` for a model, which may be "tiny" or an id of the Hugging Face hub, too."""
     return resolve(path, workdir) if path.startswith("../") else locate(path)
 
 
