@@ -44,6 +44,7 @@ from vpae_jax.models.wan_dit import WanTransformer
 from vpae_jax.models.wan_vae import WanVAE
 from vpae_jax.train.roles import split
 from vpae_jax.types import Condition, Latents, Mask, Params, PRNGKey, UserError, Video
+from vpae_jax.weights.directory import ModelDirectory
 from vpae_jax.weights.find import find_model
 from vpae_jax.weights.image_processor import ImageProcessor, read_image_processor
 from vpae_jax.weights.loading import load_part
@@ -358,7 +359,7 @@ class Pipeline:
 
 
 def load_pipeline(
-    path: str | Path | None = None,
+    path: str | Path | ModelDirectory | None = None,
     dtype: DTypeLike = jnp.float32,
     mesh: Mesh | None = None,
     with_transformer: bool = True,
@@ -367,7 +368,7 @@ def load_pipeline(
 
     Args:
       path: a folder in any layout (`weights/find.py`), or `OWNER/NAME` of the Hugging Face hub; "tiny" or None for
-        the model inside this package.
+        the model inside this package; or what `weights.find.find_model` has found.
       dtype: weights and compute dtype of the transformer and the encoders. The VAE is float32 always, as in Wan.
       mesh: devices over which the transformer's weights and tokens are sharded (`sharding.TRANSFORMER_RULES`,
         `parallel.MeshLayout`) and the other parts replicated; None uses the default device.
@@ -377,7 +378,7 @@ def load_pipeline(
     Raises:
       UserError: there is no Wan model, a part of it is missing or broken, or its parts do not fit together.
     """
-    model = find_model(locate(path))
+    model = path if isinstance(path, ModelDirectory) else find_model(locate(path))
     model.require_whole()
     assert model.tokenizer is not None
     check_fit({name: source.config for name, source in model.parts.items()}, str(model.path))

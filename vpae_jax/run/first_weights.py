@@ -1,4 +1,4 @@
-"""From a method's roles to weights on the mesh: the only place that decides where a role starts (`Role.init`)."""
+"""From a method's roles to weights on the mesh: the only place that decides where a role starts (`Role.start`)."""
 
 from __future__ import annotations
 
@@ -9,35 +9,36 @@ import jax
 
 from vpae_jax import sharding
 from vpae_jax.config import Experiment
-from vpae_jax.files import local_path
+from vpae_jax.files import resolve
 from vpae_jax.methods.base import EMA
 from vpae_jax.train.blueprint import Blueprint
 from vpae_jax.train.checkpoint import latest_step, read_state
 from vpae_jax.train.state import places_of
 from vpae_jax.types import Params, UserError
+from vpae_jax.weights.directory import ModelDirectory
 from vpae_jax.weights.loading import read_part
 from vpae_jax.weights.locate import locate
 
 
-def resolve(path: str, workdir: Path) -> Path:
-    """A path of a config: relative to the workdir when it starts with "../", else to the current folder. Raises
-    `UserError` for an address."""
-    return (workdir / path).resolve() if path.startswith("../") else local_path(path)
-
-
 def resolve_model(path: str, workdir: Path) -> Path:
-    """The same for a model, which may be "tiny" or an id of the Hugging Face hub, too."""
+    """`files.resolve` for a model, which may be "tiny" or an id of the Hugging Face hub, too."""
     return resolve(path, workdir) if path.startswith("../") else locate(path)
 
 
 def make_weights(
-    blueprint: Blueprint, experiment: Experiment, workdir: Path, source: Path | None, names: Iterable[str]
+    blueprint: Blueprint,
+    experiment: Experiment,
+    workdir: Path,
+    source: ModelDirectory | None,
+    names: Iterable[str],
+    step: int | None = None,
 ) -> tuple[dict[str, Params], int | None]:
     """First weights of some roles, read or drawn straight into their places.
 
     Args:
       source: the model directory, for roles that start from it.
       names: which roles.
+      step: of the phase before; by default the newest.
 
     Returns:
       the weights by role, and the step of the phase before that they start from (None when they do not).
@@ -46,7 +47,7 @@ def make_weights(
       UserError: when the previous phase's checkpoint is missing, or lacks a role; says which command makes it.
     """
     roles = {name: blueprint.models.roles[name] for name in names}
-    like, step = blueprint.held, None
+    like = blueprint.held
     result: dict[str, Params] = {}
     for name, role in roles.items():
         earlier = role.previous(name)
@@ -63,7 +64,7 @@ def make_weights(
     return result, step
 
 
-def read_pretrained(source: Path, like: Params) -> Params:
+def read_pretrained(source: ModelDirectory, like: Params) -> Params:
     """A model directory's transformer, in the dtype and the places of `like`."""
     leaves = {sharding.param_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(like)}
     dtype = next(iter(leaves.values())).dtype
