@@ -323,9 +323,16 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
-    if types.NoneType in args:
-        (inner,) = (arg for arg in args if arg is not types.NoneType)
-        return None if value is None else _convert(inner, value, path)
+    if isinstance(hint, types.UnionType):
+        if value is None and types.NoneType in args:
+            return None
+        *others, last = (choice for choice in args if choice is not types.NoneType)
+        for choice in others:
+            try:
+                return _convert(choice, value, path)
+            except UserError:
+                continue
+        return _convert(last, value, path)
     if origin is Literal:
         if value not in args:
             raise UserError(f"{path}: {value!r} is not one of {', '.join(map(repr, args))}")
