@@ -33,6 +33,7 @@ from vpae_jax.run.first_weights import (
 )
 from vpae_jax.run.guard import Guard
 from vpae_jax.run.inputs import Sources, make_batches, open_records, renders
+from vpae_jax.run.overview import overview
 from vpae_jax.run.previews import Clips, Generation, preview_of_digits, preview_of_records, write_previews
 from vpae_jax.runtime.preemption import Stop, never
 from vpae_jax.runtime.processes import as_first_says, first_alone, is_first, say, to_host
@@ -90,6 +91,7 @@ def run(experiment: Experiment, workdir: Path, devices: Sequence[Any] | None = N
         folder, kind = resolve(experiment.previous.workdir, workdir), experiment.previous.weights
         say(f"{experiment.name} starts from step {previous_step} of {folder} ({kind} weights)")
     first_alone("config", partial(claim, experiment, workdir))
+    say(overview(blueprint))
 
     guard = make_guard(experiment, workdir, pipeline)
     if guard is not None and not continuing:
