@@ -44,10 +44,10 @@ from vpae_jax.models.wan_dit import WanTransformer
 from vpae_jax.models.wan_vae import WanVAE
 from vpae_jax.train.roles import split
 from vpae_jax.types import Condition, Latents, Mask, Params, PRNGKey, UserError, Video
+from vpae_jax.weights.directory import ModelDirectory
 from vpae_jax.weights.find import find_model
 from vpae_jax.weights.image_processor import ImageProcessor, read_image_processor
 from vpae_jax.weights.loading import load_part
-from vpae_jax.weights.locate import locate
 from vpae_jax.weights.parts import abstract, check_fit
 from vpae_jax.weights.settings import Defaults, Scheduler, read_defaults, read_scheduler
 from vpae_jax.weights.stream import Placement
@@ -356,7 +356,7 @@ class Pipeline:
 
 
 def load_pipeline(
-    path: str | Path | None = None,
+    path: str | Path | ModelDirectory | None = None,
     dtype: DTypeLike = jnp.float32,
     mesh: Mesh | None = None,
     with_transformer: bool = True,
@@ -365,7 +365,7 @@ def load_pipeline(
 
     Args:
       path: a folder in any layout (`weights/find.py`), or `OWNER/NAME` of the Hugging Face hub; "tiny" or None for
-        the model inside this package.
+        the model inside this package; or what `find_model` has found.
       dtype: weights and compute dtype of the transformer and the encoders. The VAE is float32 always, as in Wan.
       mesh: devices over which the transformer's weights and tokens are sharded (`sharding.TRANSFORMER_RULES`,
         `parallel.MeshLayout`) and the other parts replicated; None uses the default device.
@@ -375,7 +375,7 @@ def load_pipeline(
     Raises:
       UserError: there is no Wan 2.1 model, a part of it is missing or broken, or its parts do not fit together.
     """
-    model = find_model(locate(path))
+    model = find_model(path)
     model.require_whole()
     assert model.tokenizer is not None
     check_fit({name: source.config for name, source in model.parts.items()}, str(model.path))
