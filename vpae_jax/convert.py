@@ -37,7 +37,6 @@ from vpae_jax.weights.extraction import extract, format_energies
 from vpae_jax.weights.filenames import SETTINGS, read_json
 from vpae_jax.weights.find import find_model
 from vpae_jax.weights.layout import Contents, write_model
-from vpae_jax.weights.locate import locate
 from vpae_jax.weights.lora import Lora, Merged, from_adapters, write_lora
 from vpae_jax.weights.lora_reading import read_lora
 from vpae_jax.weights.names import Layout
@@ -70,8 +69,8 @@ def read_model(source: str, base: str | None) -> Input:
     Raises:
       UserError: no model there.
     """
-    other = None if base is None else find_model(locate(base))
-    model = find_model(locate(source), other)
+    other = None if base is None else find_model(base)
+    model = find_model(source, other)
     if not model.parts:
         raise UserError(f"{source}: holds no part of a Wan model and no training run")
     if other is not None:
@@ -97,7 +96,7 @@ def read_run(workdir: Path, weights: str | None, base: str | None) -> Input:
     if weights not in (None, *WEIGHTS):
         raise UserError(f"--weights={weights}: expected one of {', '.join(WEIGHTS)}")
     run = read_json(workdir / CONFIG_FILE)
-    model = find_model(resolve_model(run["model"]["path"], workdir) if base is None else locate(base))
+    model = find_model(resolve_model(run["model"]["path"], workdir) if base is None else base)
     state = read_state(workdir)
     method = make_method(run["method"])
     name = f"generator_{EMA}"
@@ -173,7 +172,7 @@ def write_difference(given: Input, teacher: str | None, target: Path, form: Layo
     """
     if teacher is None and "transformer" not in given.parts:
         raise UserError("--as-lora: name the model that the LoRA is for with --base")
-    base = given.base if teacher is None else find_model(locate(teacher))
+    base = given.base if teacher is None else find_model(teacher)
     _one_transformer(given.base, "--as-lora")
     with ExitStack() as stack:
         student = given.parts.get("transformer") or stack.enter_context(open_values(given.base, "transformer"))

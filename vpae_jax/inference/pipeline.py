@@ -48,7 +48,6 @@ from vpae_jax.weights.directory import ModelDirectory
 from vpae_jax.weights.find import find_model
 from vpae_jax.weights.image_processor import ImageProcessor, read_image_processor
 from vpae_jax.weights.loading import load_part
-from vpae_jax.weights.locate import locate
 from vpae_jax.weights.parts import LOW, abstract, check_fit, makes_from_image
 from vpae_jax.weights.settings import Defaults, Scheduler, read_defaults, read_scheduler
 from vpae_jax.weights.stream import Placement
@@ -378,7 +377,7 @@ def load_pipeline(
     Raises:
       UserError: there is no Wan model, a part of it is missing or broken, or its parts do not fit together.
     """
-    model = path if isinstance(path, ModelDirectory) else find_model(locate(path))
+    model = find_model(path)
     model.require_whole()
     assert model.tokenizer is not None
     check_fit({name: source.config for name, source in model.parts.items()}, str(model.path))

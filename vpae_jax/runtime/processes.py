@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax._src import distributed  # the coordination service has no public client
+from jax._src import (
+    distributed,  # signs of life and waits with a limit need its key-value store, which JAX keeps private
+)
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float

@@ -22,6 +22,7 @@ from vpae_jax.types import UserError
 from vpae_jax.weights import infer
 from vpae_jax.weights.directory import EXTRAS, ModelDirectory, StoredPart, canonical, marks, open_files
 from vpae_jax.weights.filenames import CONFIG, INDEX, SETTINGS, read_json
+from vpae_jax.weights.locate import locate
 from vpae_jax.weights.names import Layout
 from vpae_jax.weights.orbax import is_checkpoint
 from vpae_jax.weights.parts import LOW, PARTS, is_wan_config, kind_of, make_config, makes_from_image, read_config
@@ -45,19 +46,22 @@ class _Candidate(NamedTuple):
     prefix: str
 
 
-def find_model(path: Path, like: ModelDirectory | None = None) -> ModelDirectory:
+def find_model(name: ModelDirectory | Path | str | None, like: ModelDirectory | None = None) -> ModelDirectory:
     """Looks for the parts of a model in a folder, its folders and theirs, or in one file.
 
+    A program looks once and hands the result on.
+
     Args:
-      path: the folder or file.
+      name: the folder or file, or whatever else `locate` takes; what was found already is returned as it is.
       like: a model whose configs hold for parts of the same sizes that come without one.
 
     Raises:
-      UserError: nothing there; a file that cannot be read, given alone or at a layout's place for a part; a part found
+      UserError: as `locate`; a file that cannot be read, given alone or at a layout's place for a part; a part found
         twice; a pipeline other than Wan 2.1's.
     """
-    if not path.exists():
-        raise UserError(f"{path}: no such folder or file; expected a model directory")
+    if isinstance(name, ModelDirectory):
+        return name
+    path = locate(name)
     folder = path if path.is_dir() else path.parent
     settings = folder / SETTINGS
     configs = (_json(settings) or {}).get("parts", {})

@@ -69,7 +69,7 @@ def build(part: str, config: Any, params: Weights, dtype: DTypeLike = jnp.float3
 
 
 def _source(model: ModelDirectory | Path, part: str) -> StoredPart:
-    return (model if isinstance(model, ModelDirectory) else find_model(model)).part(part)
+    return find_model(model).part(part)
 
 
 def _read(source: StoredPart, dtype: DTypeLike | None, placement: Placement | None) -> tuple[nnx.GraphDef, nnx.State]:
