@@ -27,7 +27,7 @@ import numpy as np
 
 from vpae_jax import cli
 from vpae_jax.methods import make_method
-from vpae_jax.methods.base import EMA
+from vpae_jax.methods.base import Method, all_views
 from vpae_jax.run.first_weights import resolve_model
 from vpae_jax.train.checkpoint import CONFIG_FILE, FOLDER, read_state
 from vpae_jax.types import UserError
@@ -37,9 +37,11 @@ from vpae_jax.weights.extraction import extract, format_energies
 from vpae_jax.weights.filenames import SETTINGS, read_json
 from vpae_jax.weights.find import find_model
 from vpae_jax.weights.layout import Contents, write_model
+from vpae_jax.weights.loading import read_part
 from vpae_jax.weights.lora import Lora, Merged, from_adapters, write_lora
 from vpae_jax.weights.lora_reading import read_lora
 from vpae_jax.weights.names import Layout
+from vpae_jax.weights.parts import LOW
 from vpae_jax.weights.settings import Scheduler
 from vpae_jax.weights.writing import Format, Values, from_tree, open_values
 
@@ -97,27 +99,46 @@ def read_run(workdir: Path, weights: str | None, base: str | None) -> Input:
         raise UserError(f"--weights={weights}: expected one of {', '.join(WEIGHTS)}")
     run = read_json(workdir / CONFIG_FILE)
     model = find_model(resolve_model(run["model"]["path"], workdir) if base is None else base)
-    state = read_state(workdir)
-    method = make_method(run["method"])
-    name = f"generator_{EMA}"
-    average = weights == "ema" or (weights is None and name in state["averages"])
-    trained = state["averages"].get(name) if average else state["params"].get("generator")
-    if trained is None or method.student is None:
-        raise UserError(
-            f"{workdir}: the checkpoint has no {'average of the ' if average else ''}generator; it was not trained"
-        )
+    method, state = make_method(run["method"]), read_state(workdir)
+    student, averages = method.student, state["averages"]
+    if student is None:
+        raise UserError(f"{workdir}: its method {run['method'].get('name')} makes no generator to convert")
+    kept = f"{student.view}_{student.average}"
+    averaged = weights == "ema" or (weights is None and kept in averages)
+    if averaged and kept not in averages:
+        raise UserError(f"{workdir}: the checkpoint has no average of the generator; use --weights=generator")
+    names = {"transformer": student.view} | ({} if student.low is None else {LOW: student.low})
+    parts = {
+        part: _trained(method, f"{name}_{student.average}" if averaged else name, state["params"], averages, model)
+        for part, name in names.items()
+    }
     facts = {
         "run": run.get("name", ""),
         "step": int(state["step"]),
-        "weights": "the generator's average" if average else "the generator",
+        "weights": "the generator's average" if averaged else "the generator",
         "started from": str(run["model"]["path"]),
     }
+    boundary = None if student.low is None else student.boundary
     return Input(
-        model,
+        dataclasses.replace(model, boundary=boundary),
         Provenance(str(workdir), facts, _scores(workdir)),
-        {"transformer": from_tree("transformer", model.part("transformer").config, trained)},
-        Scheduler.of(method.student.sampler, run["sample_shift"]),
+        parts,
+        Scheduler.of(student.sampler, run["sample_shift"]),
     )
+
+
+def _trained(
+    method: Method, name: str, params: Mapping[str, Any], averages: Mapping[str, Any], model: ModelDirectory
+) -> Values:
+    """A view's transformer from a checkpoint; adapters are added to the weights that they were trained on."""
+    view, config = all_views(method)[name], model.part("transformer").config
+    adapters = method.roles[view.role].adapters
+    own = params[view.role] if view.average is None else averages[f"{view.role}_{view.average}"]
+    if adapters is None:
+        return from_tree("transformer", config, own)
+    base = params.get(adapters.on) or read_part(model, "transformer", None)[1]
+    lora = from_adapters(own, adapters.alpha * view.scale, adapters.rank)
+    return Merged(from_tree("transformer", config, base), lora, changed_dtype=np.dtype(np.float32))
 
 
 def read_adapters(workdir: Path, name: str) -> Lora:
