@@ -28,6 +28,7 @@ from vpae_jax.models import presets
 from vpae_jax.run import export
 from vpae_jax.run.first_weights import make_weights, resolve_model
 from vpae_jax.run.guard import Guard, obstacle
+from vpae_jax.run.overview import overview
 from vpae_jax.run.previews import Previews
 from vpae_jax.run.student import Maker
 from vpae_jax.runtime.preemption import Stop, never
@@ -87,6 +88,7 @@ def run(experiment: Experiment, workdir: Path, devices: Sequence[Any] | None = N
         folder, kind = resolve(experiment.previous.workdir, workdir), experiment.previous.weights
         say(f"{experiment.name} starts from step {previous_step} of {folder} ({kind} weights)")
     first_alone("config", partial(claim, experiment, workdir))
+    say(overview(blueprint))
 
     task = tasks.open_task(experiment.data, workdir, experiment.model.path, experiment.method)
     maker = None if method.student is None else Maker(blueprint.models, method.student, frozen)

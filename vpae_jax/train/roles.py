@@ -200,8 +200,3 @@ def check_roles(method: Method, optimizers: Mapping[str, Any]) -> None:
     for name in sorted(trained):
         if name not in optimizers:
             raise UserError(f"config.optimizers.{name}: missing; the method trains this role")
-
-
-def count(params: Params) -> int:
-    """Number of parameters in a tree."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
