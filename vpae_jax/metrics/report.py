@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from einops import rearrange
 
 from vpae_jax.files import write_text
 from vpae_jax.media import write_video
@@ -114,7 +115,7 @@ def video_uri(clips: Clips, fps: float) -> str:
     # Half a line on either side of every clip keeps each under the middle of its caption.
     margin = ((0, 0), (0, 0), (0, 0), (1, 1), (0, 0))
     framed = np.pad(clips.repeat(ZOOM, 2).repeat(ZOOM, 3), margin, constant_values=SEAM)
-    strip = np.concatenate(list(framed), axis=2)
+    strip = rearrange(framed, "b t h w c -> t h (b w) c")
     strip = np.concatenate([strip, np.repeat(strip[-1:], REST_FRAMES, 0)])
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "clip.mp4"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+from einops import rearrange
 
 from vpae_jax.flow.sampler import Sampler
 from vpae_jax.inference.pipeline import Pipeline
@@ -80,9 +81,8 @@ def write_previews(folder: Path, step: int, rows: Mapping[str, Clips], fps: floa
     folder.mkdir(parents=True, exist_ok=True)
     stem = folder / f"step_{step:06d}"
     stack = np.stack(list(rows.values()))
-    r, b, t, h, w, _ = stack.shape
-    video = stack.transpose(2, 0, 3, 1, 4, 5).reshape(t, r * h, b * w, 3)
-    write_video(stem.with_suffix(".mp4"), video, fps)
-    moments = stack[:, :, [0, t // 2, t - 1]].reshape(r * b * 3, h, w, 3)
+    _, b, t, _, _, _ = stack.shape
+    write_video(stem.with_suffix(".mp4"), rearrange(stack, "row b t h w c -> t (row h) (b w) c"), fps)
+    moments = rearrange(stack[:, :, [0, t // 2, t - 1]], "row b t h w c -> (row b t) h w c")
     write_contact_sheet(stem.with_suffix(".png"), moments, columns=b * 3)
     return stem.with_suffix(".png")
