@@ -5,12 +5,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from vpae_jax.train.metrics import read_metrics
 
+HANGS = 500  # seconds after which a test gives up on what should have happened, however slow the machine
 ROOT = Path(__file__).parents[2]
 TOY = Path(__file__).with_name("toy.py")
 OUTSIDE = ("SLURM_", "JAX_COORDINATOR", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "XLA_FLAGS")
@@ -56,7 +57,7 @@ def started(
             process.communicate()
 
 
-def finish(running: list[subprocess.Popen], status: int = 0, seconds: float = 200) -> list[tuple[str, str]]:
+def finish(running: list[subprocess.Popen], status: int = 0, seconds: float = HANGS) -> list[tuple[str, str]]:
     """Waits for processes, which must all end with `status`; returns what each wrote to stdout and stderr."""
     written = [process.communicate(timeout=seconds) for process in running]
     for process, (_, err) in zip(running, written, strict=True):
@@ -69,10 +70,15 @@ def run(count: int, *arguments: object, devices: int = 1) -> list[tuple[str, str
         return finish(running)
 
 
-def wait_for_step(workdir: Path, step: int, running: list[subprocess.Popen], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not any(record["step"] >= step for record in read_metrics(workdir)):
-        assert time.monotonic() < deadline, f"step {step} was not reached"
+def wait_until(happened: Callable[[], bool], running: list[subprocess.Popen]) -> None:
+    """Waits for something that processes do before they end."""
+    deadline = time.monotonic() + HANGS
+    while not happened():
+        assert time.monotonic() < deadline
         for process in running:
-            assert process.poll() is None, process.communicate()[1][-3000:]
+            assert process.poll() is None, process.communicate()
         time.sleep(0.05)
+
+
+def wait_for_step(workdir: Path, step: int, running: list[subprocess.Popen]) -> None:
+    wait_until(lambda: any(record["step"] >= step for record in read_metrics(workdir)), running)

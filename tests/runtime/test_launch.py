@@ -7,13 +7,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jsonschema
 import pytest
 import yaml
-from running import ROOT, TOY, environment, free_port
+from running import HANGS, ROOT, TOY, environment, free_port, wait_for_step, wait_until
 
 from vpae_jax.train.metrics import read_metrics
 
@@ -26,7 +25,7 @@ SCHEMA = json.loads(Path(__file__).with_name("jobset.schema.json").read_text())
 def launch(name: str, *arguments: str, **settings: str) -> subprocess.CompletedProcess:
     command = [str(LAUNCH / name), *arguments]
     return subprocess.run(
-        command, cwd=ROOT, env=environment(**settings), capture_output=True, text=True, timeout=500, check=False
+        command, cwd=ROOT, env=environment(**settings), capture_output=True, text=True, timeout=HANGS, check=False
     )
 
 
@@ -137,10 +136,9 @@ def test_sigterm_is_handed_on_and_an_unfinished_run_says_so(tmp_path, unfinished
     settings = environment(PYTHON=str(fake), UNFINISHED=unfinished)
     command = [str(LAUNCH / "run.sh"), CONFIG, str(tmp_path / "run")]
     running = subprocess.Popen(command, cwd=ROOT, env=settings, stdout=subprocess.PIPE, text=True)
-    while not (tmp_path / "up").exists():
-        time.sleep(0.05)
+    wait_until((tmp_path / "up").exists, [running])
     running.send_signal(signal.SIGTERM)
-    out, _ = running.communicate(timeout=20)
+    out, _ = running.communicate(timeout=HANGS)
     assert running.returncode == status
     assert out.strip().endswith("saved")
 
@@ -186,11 +184,9 @@ def test_a_slurm_job_that_is_stopped_saves_and_queues_again(tmp_path):
     settings = environment(**simulated_slurm(tmp_path, 100_000, 0.05))
     command = [str(LAUNCH / "slurm.sh"), CONFIG, str(tmp_path / "run")]
     running = subprocess.Popen(command, cwd=ROOT, env=settings, stdout=subprocess.PIPE, text=True)
-    while not read_metrics(tmp_path / "run"):
-        assert running.poll() is None, running.communicate()[0]
-        time.sleep(0.05)
+    wait_for_step(tmp_path / "run", 1, [running])
     running.send_signal(signal.SIGTERM)
-    out, _ = running.communicate(timeout=60)
+    out, _ = running.communicate(timeout=HANGS)
     assert running.returncode == 0, out
     last = read_metrics(tmp_path / "run")[-1]["step"]
     assert f"[0] ended at step {last} of 100000" in out

@@ -2,7 +2,9 @@
 
 Usage: toy.py WORKDIR STEPS MESH PAUSE    MESH is "data" or "fsdp"; PAUSE is seconds after each step
 
-TOY_TIMEOUT is how long it waits for the others; TOY_FAILS="1 at 3" makes process 1 fail after step 3.
+TOY_TIMEOUT is how long it waits for the others. TOY_FAILS="1 at 3" makes process 1 fail after step 3, and
+TOY_HOLDS="1 at 3"
+makes it stay there for ever, once it has made the file WORKDIR/held.
 """
 
 import dataclasses
@@ -67,7 +69,7 @@ class Denoise(Method):
 def main(argv: list[str]) -> None:
     workdir, steps, axis, pause = Path(argv[0]), int(argv[1]), argv[2], float(argv[3])
     where = distributed.find(os.environ)
-    with distributed.joined(where, int(os.environ.get("TOY_TIMEOUT", 60))), preemption.on_sigterm() as stop:
+    with distributed.joined(where, int(os.environ.get("TOY_TIMEOUT", 500))), preemption.on_sigterm() as stop:
         mesh = sharding.make_mesh(MeshConfig(**{"data": 1, "fsdp": 1, axis: -1}))
         experiment = Experiment(
             name="toy",
@@ -90,8 +92,13 @@ def main(argv: list[str]) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
 
         def wait(step, state):
-            if os.environ.get("TOY_FAILS") == f"{jax.process_index()} at {step}":
+            here = f"{jax.process_index()} at {step}"
+            if os.environ.get("TOY_FAILS") == here:
                 raise UserError("the toy is broken")
+            if os.environ.get("TOY_HOLDS") == here:
+                (workdir / "held").touch()
+                while True:
+                    time.sleep(1)
             time.sleep(pause)
             return {}
 

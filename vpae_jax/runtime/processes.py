@@ -12,9 +12,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax._src import (
-    distributed,  # signs of life and waits with a limit need its key-value store, which JAX keeps private
-)
+from jax._src import distributed  # no public name gives a key-value store, or a barrier that gives up
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float
