@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vpae_jax.encoding import work
+from vpae_jax.encoding import worker_tasks
 
 
 def look(path: Path):
@@ -19,7 +19,7 @@ def look(path: Path):
         os._exit(3)
     if "hang" in path.name:
         time.sleep(1000)
-    return work.look(path)
+    return worker_tasks.look(path)
 
 
 def read(out, path: Path, start: float, fps: float):
@@ -27,12 +27,17 @@ def read(out, path: Path, start: float, fps: float):
         raise ValueError("what nobody\nhas expected")
     if "stop" in path.name:
         os.kill(os.getpid(), signal.SIGSTOP)
-    return work.read(out, path, start, fps)
+    return worker_tasks.read(out, path, start, fps)
 
 
 def fill(out: np.ndarray, value: int) -> int:
     out[:] = value
     return os.getpid()
+
+
+def hang(begun: Path) -> None:
+    begun.touch()
+    time.sleep(1000)
 
 
 def modules() -> set[str]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vpae_jax.encoding import work
+from vpae_jax.encoding import worker_tasks
 from vpae_jax.encoding.decoding import Unreadable
 
 
@@ -17,7 +17,7 @@ def look(path: Path):
     with _noted(path, "look") as first:
         if "looking" in path.name and first:
             os.kill(os.getpid(), signal.SIGKILL)  # as a system without memory does
-        return work.look(path)
+        return worker_tasks.look(path)
 
 
 def read(out, path: Path, start: float, fps: float):
@@ -26,7 +26,7 @@ def read(out, path: Path, start: float, fps: float):
             os.kill(os.getpid(), signal.SIGKILL)
         if "broken" in path.name and (first or "for good" in path.name):
             return Unreadable("unreadable", "cannot be read: input/output error", passing=True)
-        return work.read(out, path, start, fps)
+        return worker_tasks.read(out, path, start, fps)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """`python -m vpae_jax.encode`: from files to records, one line for what is wrong, nothing half done."""
 
+import functools
 import json
 import random
 import shutil
@@ -18,6 +19,7 @@ from vpae_jax.inference.pipeline import load_pipeline
 from vpae_jax.types import UserError
 
 COUNT = 5
+LOADED = functools.cache(load_pipeline)
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +27,12 @@ def one_device(monkeypatch):
     """As on a user's machine; `test_encoding` has several."""
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
     monkeypatch.setattr(jax, "local_device_count", lambda: 1)
+
+
+@pytest.fixture(autouse=True)
+def one_model(monkeypatch):
+    """It is loaded and compiled once."""
+    monkeypatch.setattr(encode, "load_pipeline", LOADED)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +87,8 @@ def test_what_is_missing_of_complete_records_is_made_again(videos, run, tmp_path
     output = tmp_path / "records"
     assert run(videos=videos, output=output, unit=3, workers=0)[0] == 0
     before = files(output)
-    for path in sorted(output.rglob("*")):
+    kinds = {(path.parent.name, path.name if path.parent == output else ""): path for path in output.rglob("*")}
+    for path in sorted(kinds.values()):
         if path.is_file() and path.name != "identity.json":
             path.unlink()
             code, out, _ = run(videos=videos, output=output, unit=3, workers=0)
@@ -93,7 +102,7 @@ def test_bits_that_flip_in_a_folder_are_no_crash(videos, run, tmp_path):
     assert run(videos=videos, output=whole, unit=4, workers=0)[0] == 0
     paths = sorted(path for path in files(whole) if "shards" not in path)
     ended = []
-    for number in range(20):
+    for number in range(12):
         rng = random.Random(number)
         shutil.copytree(whole, output)
         for _ in range(rng.randint(1, 3)):
@@ -349,7 +358,7 @@ def test_the_teachers_clips_can_be_made_again(run, tmp_path):
         ("a one", 14),
     ]
     assert "seed 14" in (output / "summary.html").read_text()
-    pipeline = load_pipeline("tiny")
+    pipeline = LOADED("tiny")
     for record in found.values():
         recipe = dict(record["about"])
         caption = recipe.pop("caption")
@@ -446,7 +455,7 @@ CAPTIONS = {
 @pytest.mark.parametrize("suffix", CAPTIONS)
 def test_any_file_of_captions_is_read_or_refused_in_one_line(suffix, tmp_path):
     file, read = tmp_path / f"captions{suffix}", 0
-    for number in range(400):
+    for number in range(100):
         file.write_bytes(mutated(CAPTIONS[suffix], random.Random(number)))
         try:
             captions = Captions(file, unit=2)
@@ -462,7 +471,7 @@ def test_any_file_of_captions_is_read_or_refused_in_one_line(suffix, tmp_path):
                 item.caption.encode()
             else:
                 assert isinstance(item, Reject) and item.kind in ("row", "caption") and "\n" not in item.reason
-    assert read > 50, "some can be read"
+    assert read > 15, "some can be read"
 
 
 def test_mutated_captions_through_the_whole_command(run, tmp_path):

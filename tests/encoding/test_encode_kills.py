@@ -8,7 +8,7 @@ import time
 import pytest
 from encoding_runs import WAIT, add_bad_videos, contents, files, hidden, living, make_videos, start, wait_until
 
-ORPHANED = 60  # seconds until workers have seen that their parent is gone, on a machine that does much else
+ORPHANED = WAIT  # seconds until workers have seen that their parent is gone, on a machine that does much else
 
 
 def done(output) -> int:

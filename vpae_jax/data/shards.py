@@ -1,7 +1,8 @@
 """Records of an ArrayRecord file, read in place, from a file system or by one request from an object store.
 
-ArrayRecord's own reader knows no object stores, and one way to read serves both. The files that `encoding.units` writes
-are not compressed and have one record a chunk, so that where a record lies follows from the sizes of those before it.
+ArrayRecord's own reader knows no object stores, and takes four times the processor time (`benchmarks/data.py`). The
+files that `encoding.units` writes are not compressed and have one record a chunk, so that where a record lies follows
+from the sizes of those before it.
 
 The layout is that of Riegeli (doc/riegeli_records_file_format.md in its repository): a stream of chunks, each a header
 and its data, the first one a signature without data; a block header lies before every 65512 bytes of that stream.

@@ -33,7 +33,8 @@ from PIL import Image
 from vpae_jax.data.records import NotFinite
 from vpae_jax.encoding.clip_source import Clip, ClipSource, Reject
 from vpae_jax.encoding.progress import Progress
-from vpae_jax.encoding.units import Units, UnitWriter
+from vpae_jax.encoding.unit_writer import UnitWriter
+from vpae_jax.encoding.units import Units
 from vpae_jax.inference.tokenizer import TooLong
 from vpae_jax.pages import jpeg
 from vpae_jax.types import Latents, UserError

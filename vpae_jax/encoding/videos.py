@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
-from vpae_jax.encoding import work
+from vpae_jax.encoding import worker_tasks
 from vpae_jax.encoding.buckets import Size, choose
 from vpae_jax.encoding.cells import printable
 from vpae_jax.encoding.clip_source import CaptionedVideo, Clip, Reject, in_turn
@@ -161,7 +161,7 @@ class VideoClips:
     def _look(self, entry: CaptionedVideo | Reject | None) -> Future[Any] | None:
         if not isinstance(entry, CaptionedVideo) or self.filters.caption(entry.caption):
             return None
-        return self._submit(work.look, entry.path)
+        return self._submit(worker_tasks.look, entry.path)
 
     def _cut(
         self, entry: CaptionedVideo | Reject | None, found: Probe | Unreadable | Lost | None
@@ -197,7 +197,7 @@ class VideoClips:
         if not isinstance(cut, _Cut):
             return None
         shape = (self.frames, *cut.bucket, 3)
-        return self._submit(work.read, cut.entry.path, cut.start, self.fps, shape=shape)
+        return self._submit(worker_tasks.read, cut.entry.path, cut.start, self.fps, shape=shape)
 
     def _judged(self, cut: _Cut | Reject | None, found: Any) -> Clip | Reject | None:
         if not isinstance(cut, _Cut):
