@@ -10,7 +10,7 @@ from PIL import Image
 
 from vpae_jax.inference.pipeline import load_pipeline
 from vpae_jax.weights.find import find_model
-from vpae_jax.weights.layout import write_model
+from vpae_jax.weights.layout import Contents, write_model
 from vpae_jax.weights.locate import embedded_model
 from vpae_jax.weights.settings import Scheduler
 
@@ -27,7 +27,7 @@ def snippet(word):
 
 def test_a_student_makes_its_clip_in_diffusers(tmp_path, monkeypatch):
     student = tmp_path / STUDENT
-    write_model(student, find_model(embedded_model()), {}, scheduler=Scheduler.of_student(1.0, 1, 4.0))
+    write_model(student, Contents(find_model(embedded_model()), scheduler=Scheduler("euler", 1.0, 1, 1.0)))
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     monkeypatch.chdir(tmp_path)
     code = snippet("from diffusers import DiffusionPipeline").replace("pipe(", "pipe(latents=latents, ")
@@ -46,5 +46,5 @@ def test_a_student_makes_its_clip_in_diffusers(tmp_path, monkeypatch):
 
 def test_our_own_snippet():
     made = {}
-    exec(snippet("vpae_jax.load_pipeline").replace("steps=50", "steps=1"), made)
+    exec(snippet("vpae_jax.load_pipeline").replace("seed=0", "seed=0, steps=1"), made)
     assert made["frames"].shape == (9, 48, 48, 3) and made["frames"].dtype == np.uint8

@@ -310,6 +310,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if types.NoneType in args:
         (inner,) = (arg for arg in args if arg is not types.NoneType)
         return None if value is None else _convert(inner, value, path)
+    if origin is types.UnionType:  # one number or several
+        fitting = (arg for arg in args if (typing.get_origin(arg) is tuple) == isinstance(value, (list, tuple)))
+        return _convert(next(fitting, args[0]), value, path)
     if origin is Literal:
         if value not in args:
             raise UserError(f"{path}: {value!r} is not one of {', '.join(map(repr, args))}")

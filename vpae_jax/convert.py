@@ -36,7 +36,7 @@ from vpae_jax.weights.directory import ModelDirectory
 from vpae_jax.weights.extraction import extract, format_energies
 from vpae_jax.weights.filenames import SETTINGS, read_json
 from vpae_jax.weights.find import find_model
-from vpae_jax.weights.layout import write_model
+from vpae_jax.weights.layout import Contents, write_model
 from vpae_jax.weights.locate import locate
 from vpae_jax.weights.lora import Lora, Merged, from_adapters, write_lora
 from vpae_jax.weights.lora_reading import read_lora
@@ -82,6 +82,7 @@ def read_model(source: str, base: str | None) -> Input:
         model = dataclasses.replace(
             model,
             parts={**other.parts, **model.parts},
+            boundary=other.boundary if model.boundary is None else model.boundary,
             image_processor=model.image_processor or other.image_processor,
         )
     return Input(model, Provenance(source, {} if base is None else {"base": base}))
@@ -116,7 +117,7 @@ def read_run(workdir: Path, weights: str | None, base: str | None) -> Input:
         model,
         Provenance(str(workdir), facts, _scores(workdir)),
         {"transformer": from_tree("transformer", model.part("transformer").config, trained)},
-        Scheduler.of_student(run["sample_shift"], method.student.sampler.steps, method.student.sampler.guidance),
+        Scheduler.of(method.student.sampler, run["sample_shift"]),
     )
 
 
@@ -143,6 +144,8 @@ def convert(given: Input, target: Path, form: Format, dtype: Any, lora_file: Pat
       UserError: a target that exists, a part that neither the input nor its base has, weights that cannot be read, or
         that do not read back as they were written.
     """
+    if lora_file is not None:
+        _one_transformer(given.base, "--lora")
     with ExitStack() as stack:
         parts = dict(given.parts)
         if lora_file is not None:
@@ -153,17 +156,9 @@ def convert(given: Input, target: Path, form: Format, dtype: Any, lora_file: Pat
             "dtype": None if dtype is None else str(dtype),
         }
         facts = {**given.provenance.facts, **{name: value for name, value in facts.items() if value is not None}}
-        counts = write_model(
-            target,
-            given.base,
-            parts,
-            form=form,
-            scheduler=given.scheduler,
-            dtype=dtype,
-            provenance=dataclasses.replace(given.provenance, facts=facts),
-            complete=False,
-            verify=verify,
-        )
+        provenance = dataclasses.replace(given.provenance, facts=facts)
+        contents = Contents(given.base, parts, given.scheduler, provenance=provenance)
+        counts = write_model(target, contents, form, dtype=dtype, verify=verify)
         if lacking := given.base.lacks(parts):
             print(f"note: no {', '.join(lacking)} in the source; --base=MODEL makes {target} a whole model")
         for name, count in counts.items():
@@ -179,11 +174,18 @@ def write_difference(given: Input, teacher: str | None, target: Path, form: Layo
     if teacher is None and "transformer" not in given.parts:
         raise UserError("--as-lora: name the model that the LoRA is for with --base")
     base = given.base if teacher is None else find_model(locate(teacher))
+    _one_transformer(given.base, "--as-lora")
     with ExitStack() as stack:
         student = given.parts.get("transformer") or stack.enter_context(open_values(given.base, "transformer"))
         found = extract(student, stack.enter_context(open_values(base, "transformer")), rank)
     write_lora(target, found.lora, form, dtype)
     print(format_energies(found))
+
+
+def _one_transformer(model: ModelDirectory, option: str) -> None:
+    """Raises `UserError` for a model of two experts, each of which would have a LoRA of its own."""
+    if model.boundary is not None:
+        raise UserError(f"{option}: {model.path} has two experts; convert the folder of one of them")
 
 
 def _scores(workdir: Path) -> dict[str, float]:

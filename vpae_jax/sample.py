@@ -1,10 +1,11 @@
 """Makes one video from a model directory.
 
-    python -m vpae_jax.sample --model=DIR --prompt=... [--image=FILE] [--steps=1] [--guidance=1] [--seed=0] \\
+    python -m vpae_jax.sample --model=DIR --prompt=... [--image=FILE] [--steps=N] [--guidance=W] [--seed=0] \\
         --output=out.mp4
 
-The output is an .mp4, or a .png that shows every frame. One step without guidance is for one-step students; a line on
-standard error says how the model's author samples it, where that is in more steps or fewer.
+The output is an .mp4, or a .png that shows every frame. A model is sampled as its author samples it: a student in the
+steps that it was trained for, a teacher in many and with guidance. Where --steps says otherwise, a line on standard
+error tells the author's.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ def parser() -> cli.Parser:
     add("--prompt", required=True, help="what the video shows")
     add("--negative_prompt", help="what guidance above 1 moves away from; the model's own by default")
     add("--image", type=Path, help="first frame of the video, an image file")
-    add("--steps", type=int, default=1, help="network evaluations, twice as many with guidance; 1 by default")
-    add("--guidance", type=float, default=1.0, help="w of v_u + w (v_c - v_u); 1, the default, is none")
+    add("--steps", type=int, help="network evaluations, twice as many with guidance; the model's own by default")
+    add("--guidance", type=float, help="w of v_u + w (v_c - v_u), 1 is none; the model's own by default")
     add("--seed", type=int, default=0, help="decides the noise; 0 by default")
     add("--solver", choices=SOLVERS, help="how the steps are taken; the model's own by default")
-    add("--shift", type=float, help="of the time grid, for more than one step; the model's own by default")
+    add("--shift", type=float, help="of even times, for more than one step; the model's own by default")
     add("--dtype", choices=cli.DTYPES, default="float32", help="precision of the networks")
     add("--num_frames", type=int, help="frames of the video; the model's own by default")
     add("--height", type=int, help="pixels; by default the model's own, or as the image's shape has it")
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> None:
     image = None if given.image is None else read_image(given.image)
     pipeline = load_pipeline(given.model, jnp.dtype(given.dtype))
     advised = pipeline.scheduler
-    if given.steps != advised.steps:
+    if given.steps not in (None, advised.steps):
         advice = f"--steps={advised.steps} --guidance={advised.guidance}"
         print(f"note: this model's author samples it with {advice}", file=sys.stderr)
     frames = pipeline(

@@ -25,7 +25,7 @@ from vpae_jax.models.wan_dit import WanTransformer
 from vpae_jax.sharding import make_mesh
 from vpae_jax.types import UserError
 from vpae_jax.weights.find import find_model
-from vpae_jax.weights.layout import write_model
+from vpae_jax.weights.layout import Contents, write_model
 from vpae_jax.weights.locate import embedded_model
 from vpae_jax.weights.settings import NEGATIVE_PROMPT, Defaults, Scheduler
 from vpae_jax.weights.writing import from_tree
@@ -39,6 +39,8 @@ def load(tmp_path_factory, image):
     theirs = random_model.pipeline(folder, image)
     clip = Defaults(FRAMES, HEIGHT, WIDTH, 8.0)
     (folder / "vpae_jax.json").write_text(json.dumps(dataclasses.asdict(clip)))
+    student = Scheduler("euler", 3.0, 1, 1.0)  # a call that says nothing else takes one step
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(student.to_json()))
     return folder, theirs, load_pipeline(folder)
 
 
@@ -202,12 +204,8 @@ def test_a_written_directory_makes_the_same_clip_in_diffusers(i2v, pictures, tmp
     folder, _, ours = i2v
     params = nnx.to_pure_dict(nnx.state(ours.transformer, nnx.Param))
     part = (ours.transformer.config, jax.tree.map(lambda p: 1.1 * p, params))
-    write_model(
-        tmp_path / "student",
-        find_model(folder),
-        {"transformer": from_tree("transformer", *part)},
-        scheduler=Scheduler("euler", 3.0),
-    )
+    contents = Contents(find_model(folder), {"transformer": from_tree("transformer", *part)})
+    write_model(tmp_path / "student", contents)
     theirs = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "student")
     theirs.set_progress_bar_config(disable=True)
     noise = jax.random.normal(jax.random.key(5), ours.latent_shape(1))
@@ -234,7 +232,7 @@ def test_a_call_decodes_what_it_samples(i2v, pictures):
     frames = ours(PROMPTS[0], seed=3, **options)
     assert frames.dtype == np.uint8 and frames.shape == (FRAMES, HEIGHT, WIDTH, 3)
     noise = jax.random.normal(jax.random.split(jax.random.key(3))[0], ours.latent_shape(1))
-    latents = ours.sample(noise, ours.condition(PROMPTS[:1], pictures[:1]), sampler=ours.sampler(solver="unipc"))
+    latents = ours.sample(noise, ours.condition(PROMPTS[:1], pictures[:1]), sampler=ours.sampler())
     mean, std = (
         torch.tensor(x).view(1, -1, 1, 1, 1) for x in (ours.vae.config.latents_mean, ours.vae.config.latents_std)
     )
@@ -277,6 +275,7 @@ def test_the_consistency_sampler_takes_one_step_as_euler(t2v):
     _, _, ours = t2v
     noise, condition = jax.random.normal(jax.random.key(0), ours.latent_shape(1)), ours.condition(PROMPTS[:1])
     found = ours.sample(noise, condition, sampler=ours.sampler(solver="consistency"), key=jax.random.key(1))
+    assert ours.sampler() == Sampler()
     assert relative(found, ours.sample(noise, condition)) <= 1e-6
     with pytest.raises(UserError, match="give it a key"):
         ours.sample(noise, condition, sampler=ours.sampler(solver="consistency"))
@@ -285,20 +284,26 @@ def test_the_consistency_sampler_takes_one_step_as_euler(t2v):
 def test_the_scheduler_gives_the_shift(t2v):
     _, _, ours = t2v
     noise, condition = jax.random.normal(jax.random.key(0), ours.latent_shape(1)), ours.condition(PROMPTS[:1])
-    moved = dataclasses.replace(ours, scheduler=Scheduler("euler", 7.0)).sampler(2)
+    moved = dataclasses.replace(ours, scheduler=Scheduler("euler", 7.0, 1, 1.0)).sampler(2)
     assert moved == Sampler.even(2, 7.0) == ours.sampler(2, solver="euler", shift=7.0)
     found = ours.sample(noise, condition, sampler=moved)
     assert relative(found, ours.sample(noise, condition, sampler=ours.sampler(2, solver="euler"))) > 1e-6
 
 
-def test_a_call_uses_the_schedulers_solver(t2v):
+def test_a_call_takes_all_from_the_scheduler(t2v):
     _, _, ours = t2v
-    by_itself = ours(PROMPTS[0], steps=3)
-    np.testing.assert_array_equal(by_itself, ours(PROMPTS[0], steps=3, solver="unipc"))
-    euler = ours(PROMPTS[0], steps=3, solver="euler")
-    assert (by_itself != euler).any()
-    student = dataclasses.replace(ours, scheduler=Scheduler("euler", 3.0))
-    np.testing.assert_array_equal(student(PROMPTS[0], steps=3), euler)
+    told = dict(steps=3, guidance=2.0, solver="unipc", shift=5.0)
+    teacher = dataclasses.replace(ours, scheduler=Scheduler("unipc", 5.0, 3, 2.0))
+    by_itself = teacher(PROMPTS[0])
+    np.testing.assert_array_equal(by_itself, ours(PROMPTS[0], **told))
+    for change in (dict(steps=2), dict(guidance=1.0), dict(solver="euler"), dict(shift=8.0)):
+        assert (teacher(PROMPTS[0], **change) != by_itself).any()
+        np.testing.assert_array_equal(teacher(PROMPTS[0], **change), ours(PROMPTS[0], **{**told, **change}))
+    listed = Scheduler("consistency", 5.0, 3, 1.0, (1.0, 0.9, 0.2, 0.0))
+    student = dataclasses.replace(ours, scheduler=listed)
+    assert student.sampler() == Sampler("consistency", listed.times)
+    assert (student(PROMPTS[0], seed=1) != student(PROMPTS[0], seed=1, steps=2)).any()
+    np.testing.assert_array_equal(student(PROMPTS[0], seed=1), student(PROMPTS[0], seed=1))
 
 
 def test_a_call_guides_away_from_the_models_negative_prompt(t2v):

@@ -5,7 +5,6 @@ prompt, negative prompt, picture and guidance each move the frames by many level
 """
 
 import dataclasses
-import functools
 
 import diffusers
 import jax
@@ -51,11 +50,9 @@ def picture():
 
 
 def as_euler(theirs, ours, steps):
-    """The same weights as a student that is sampled with Euler's method, on our times (see `settings.Scheduler`)."""
-    scheduler = Scheduler("euler", 3.0)
+    """The same weights as a student that is sampled with Euler's method."""
+    scheduler = Scheduler("euler", 3.0, steps, 1.0)
     made = diffusers.FlowMatchEulerDiscreteScheduler.from_config(scheduler.to_json())
-    if steps > 1:
-        made.set_timesteps = functools.partial(made.set_timesteps, sigmas=[1 - i / steps for i in range(steps)])
     student = type(theirs)(**{**theirs.components, "scheduler": made})
     student.set_progress_bar_config(disable=True)
     return student, dataclasses.replace(ours, scheduler=scheduler)

@@ -14,7 +14,7 @@ from folders import PARTS, bits, edit, edit_json, files, mixed, read, same, tens
 
 from vpae_jax.weights.directory import EXTRAS
 from vpae_jax.weights.find import find_model
-from vpae_jax.weights.layout import write_model
+from vpae_jax.weights.layout import Contents, write_model
 from vpae_jax.weights.loading import read_part
 from vpae_jax.weights.writing import from_tree, open_values, verify_part, write_part
 
@@ -70,10 +70,10 @@ def is_rest(name):
 def test_whole_models_there_and_back(stored, tmp_path, first, kind):
     given = stored(first, kind)
     (second,) = set(LAYOUTS) - {first}
-    write_model(tmp_path / "there", given.model, {}, form=second)
+    write_model(tmp_path / "there", Contents(given.model), second)
     there = StoredModel(tmp_path / "there")
     assert {part.layout for part in there.model.parts.values()} == {second}
-    write_model(tmp_path / "back", there.model, {}, form=first)
+    write_model(tmp_path / "back", Contents(there.model), first)
     back = StoredModel(tmp_path / "back")
     for part in PARTS:
         dtypes = {value.dtype for value in given.tensors[part].values()}
@@ -86,7 +86,7 @@ def test_whole_models_there_and_back(stored, tmp_path, first, kind):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_copy_is_equal_and_verified(stored, tmp_path, layout):
     given = stored(layout, "mixed")
-    write_model(tmp_path / "copy", given.model, {}, form=layout)
+    write_model(tmp_path / "copy", Contents(given.model), layout)
     copy = StoredModel(tmp_path / "copy")
     for part in PARTS:
         assert bits(copy.tensors[part]) == bits(given.tensors[part])

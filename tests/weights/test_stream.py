@@ -26,7 +26,7 @@ from vpae_jax.config import MeshConfig
 from vpae_jax.types import UserError
 from vpae_jax.weights import hosted, stream
 from vpae_jax.weights.find import find_model
-from vpae_jax.weights.layout import write_model
+from vpae_jax.weights.layout import Contents, write_model
 from vpae_jax.weights.loading import load_part, read_part
 from vpae_jax.weights.parts import flat
 from vpae_jax.weights.tensors import Tensors
@@ -253,7 +253,7 @@ def test_nan_and_infinity_are_one_line(wan_folder, tmp_path, part, name, index, 
         write_part(tmp_path / "part", part, given)
     assert not list((tmp_path / "part").iterdir())
     with pytest.raises(UserError, match=expected):
-        write_model(tmp_path / "out", model, {}, form=form)
+        write_model(tmp_path / "out", Contents(model), form)
     assert {path.name for path in tmp_path.iterdir()} == {"model", "part"}
 
 
@@ -282,7 +282,7 @@ def test_a_file_that_shrinks_while_it_is_read(wan_folder, tmp_path, part, load):
     with pytest.raises(UserError, match="truncated or not a"):
         read_part(folder, part)
     with pytest.raises(UserError, match="truncated or not a"):
-        write_model(tmp_path / "out", find_model(folder), {})
+        write_model(tmp_path / "out", Contents(find_model(folder)))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

@@ -14,7 +14,7 @@ from vpae_jax.weights.card import Provenance
 from vpae_jax.weights.directory import ModelDirectory
 from vpae_jax.weights.find import find_model
 from vpae_jax.weights.image_processor import read_image_processor
-from vpae_jax.weights.layout import write_model
+from vpae_jax.weights.layout import Contents, write_model
 from vpae_jax.weights.settings import Defaults, Scheduler, read_defaults, read_scheduler
 from vpae_jax.weights.writing import open_values
 
@@ -48,14 +48,14 @@ def configs(model):
 @pytest.mark.parametrize("form", ["wan", "diffusers"])
 def test_what_shapes_do_not_tell_is_written_down(odd, tmp_path, form):
     model, scheduler = find_model(odd), Scheduler("euler", 7.0, 4, 1.5)
-    write_model(tmp_path / "out", model, {}, form=form, scheduler=scheduler)
+    write_model(tmp_path / "out", Contents(model, scheduler=scheduler), form)
     written = find_model(tmp_path / "out")
     assert configs(written) == configs(model)
     assert configs(model)["text_encoder"].relative_attention_max_distance == 33
     assert configs(model)["image_encoder"].num_attention_heads == 3
     assert read_scheduler(tmp_path / "out", image=True) == scheduler
     assert read_defaults(tmp_path / "out", image=True) == CLIP
-    write_model(tmp_path / "back", written, {}, form="diffusers")
+    write_model(tmp_path / "back", Contents(written))
     back = find_model(tmp_path / "back")
     assert configs(back) == configs(model) and read_defaults(tmp_path / "back") == CLIP
     assert read_scheduler(tmp_path / "back") == scheduler
@@ -72,7 +72,7 @@ def test_a_model_of_wan_needs_no_more_than_wan_writes(wan_folder, tmp_path, imag
     if not image:
         original_wan.save_folder(tmp_path / "t2v", image=False)
         source = tmp_path / "t2v"
-    write_model(tmp_path / "out", find_model(source), {}, form="wan")
+    write_model(tmp_path / "out", Contents(find_model(source)), "wan")
     settings = json.loads((tmp_path / "out" / "vpae_jax.json").read_text())
     assert settings["parts"] == {}
     expected = Scheduler("unipc", 3.0, 40, 5.0) if image else Scheduler("unipc", 5.0, 50, 5.0)
@@ -95,7 +95,8 @@ def test_a_model_of_wan_needs_no_more_than_wan_writes(wan_folder, tmp_path, imag
 
 
 def test_diffusers_loads_what_was_wans(wan_folder, tmp_path):
-    write_model(tmp_path / "out", find_model(wan_folder), {}, provenance=Provenance("some | where", {"step": 3}))
+    contents = Contents(find_model(wan_folder), provenance=Provenance("some | where", {"step": 3}))
+    write_model(tmp_path / "out", contents)
     loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")
     assert isinstance(loaded, diffusers.WanImageToVideoPipeline)
     assert isinstance(loaded.scheduler, diffusers.UniPCMultistepScheduler) and loaded.scheduler.config.flow_shift == 3
@@ -111,7 +112,7 @@ def test_pieces_of_several_models(wan_folder, diffusers_folder, tmp_path):
     """A transformer and tokenizer of one, the other parts of another."""
     wan, theirs = find_model(wan_folder), find_model(diffusers_folder)
     with open_values(theirs, "vae") as vae, open_values(theirs, "text_encoder") as text:
-        write_model(tmp_path / "out", wan, {"vae": vae, "text_encoder": text}, form="wan")
+        write_model(tmp_path / "out", Contents(wan, {"vae": vae, "text_encoder": text}), "wan")
     for part, source in zip(PARTS, (wan_folder, diffusers_folder, diffusers_folder, wan_folder), strict=True):
         found, expected = (values(folder, part) for folder in (tmp_path / "out", source))
         assert found.keys() == expected.keys() and all((found[path] == v).all() for path, v in expected.items())
@@ -125,7 +126,7 @@ def test_links_become_files(diffusers_folder, tmp_path):
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(path)
     for form in FORMS:
-        write_model(tmp_path / form, find_model(linked), {}, form=form)
+        write_model(tmp_path / form, Contents(find_model(linked)), form)
         assert not [path for path in (tmp_path / form).rglob("*") if path.is_symlink()]
     for part in PARTS:
         assert bits(tensors(tmp_path / "diffusers", part)) == bits(tensors(diffusers_folder, part))
@@ -137,13 +138,13 @@ def test_refusals_leave_nothing_behind(wan_folder, tmp_path):
         model.path, model.folder, {n: s for n, s in model.parts.items() if n != "vae"}, model.tokenizer
     )
     with pytest.raises(UserError, match=r"no vae \(found: transformer, text_encoder, image_encoder\)"):
-        write_model(tmp_path / "out", less, {}, form="wan")
-    for form in FORMS:
-        with pytest.raises(UserError, match="no tokenizer"):
-            write_model(tmp_path / "out", dataclasses.replace(model, tokenizer=None), {}, form=form)
+        less.require_whole()
+    less.require_whole({"vae"})
+    with pytest.raises(UserError, match="no tokenizer"):
+        dataclasses.replace(model, tokenizer=None).require_whole()
     (tmp_path / "there").mkdir()
     (tmp_path / "file").write_text("mine")
     for name in ("there", "file"):
         with pytest.raises(UserError, match=f"{name}: already exists; remove it or choose another destination"):
-            write_model(tmp_path / name, model, {}, overwrite=True)
+            write_model(tmp_path / name, Contents(model), overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"there", "file"} and not list((tmp_path / "there").iterdir())

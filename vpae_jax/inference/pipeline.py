@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vpae_jax import sharding
 from vpae_jax.flow.draws import noise_of_seed
-from vpae_jax.flow.sampler import ONE_STEP, Sampler, Solver
+from vpae_jax.flow.sampler import Sampler, Solver
 from vpae_jax.inference import samplers
 from vpae_jax.inference.samplers import MASK_CHANNELS, Denoiser
 from vpae_jax.inference.tokenizer import load_tokenizer, tokenize
@@ -48,7 +48,7 @@ from vpae_jax.weights.find import find_model
 from vpae_jax.weights.image_processor import ImageProcessor, read_image_processor
 from vpae_jax.weights.loading import load_part
 from vpae_jax.weights.locate import locate
-from vpae_jax.weights.parts import abstract, check_fit
+from vpae_jax.weights.parts import LOW, abstract, check_fit, makes_from_image
 from vpae_jax.weights.settings import Defaults, Scheduler, read_defaults, read_scheduler
 from vpae_jax.weights.stream import Placement
 
@@ -60,11 +60,13 @@ class Pipeline:
     """A model directory's parts and what is done with them.
 
     Attributes:
-      transformer, vae, text_encoder: models.
+      transformer, vae, text_encoder: models. Of two experts, `transformer` is the one for times from `boundary` on.
       image_encoder, image_processor: None for a text-to-video model.
       tokenizer: its `model_max_length` is the text length, at most 512.
-      scheduler: how the directory's author samples it; its solver and shift are a call's defaults.
+      scheduler: how the directory's author samples it: a call's defaults.
       defaults: the clip that a call without sizes makes, and its negative prompt.
+      transformer_2: the other expert; None where one network is for all times.
+      boundary: time in (0, 1) that divides the experts; 0 with one network.
     """
 
     transformer: WanTransformer
@@ -75,6 +77,8 @@ class Pipeline:
     image_processor: ImageProcessor | None
     scheduler: Scheduler
     defaults: Defaults
+    transformer_2: WanTransformer | None = None
+    boundary: float = 0.0
 
     @property
     def takes_image(self) -> bool:
@@ -82,9 +86,10 @@ class Pipeline:
         return self.transformer.config.in_channels > self.transformer.config.out_channels
 
     @cached_property
-    def _network(self) -> tuple[nnx.GraphDef, Params]:
-        """The transformer, split once: doing it for every clip would cost a tenth of a tiny model's evaluation."""
-        return split(self.transformer)
+    def denoiser(self) -> Denoiser:
+        """The transformers, split once: doing it for every clip would cost a tenth of a tiny model's evaluation."""
+        low = None if self.transformer_2 is None else split(self.transformer_2)
+        return Denoiser(*split(self.transformer), low, self.boundary)
 
     def with_transformer(self, params: Params, mesh: Mesh | None = None) -> Pipeline:
         """The same pipeline with other transformer weights of the same architecture, on their mesh if one is given."""
@@ -195,18 +200,21 @@ class Pipeline:
         return Condition(text=text, text_mask=mask, image=image, frames=frames)
 
     def sampler(
-        self, steps: int = 1, guidance: float = 1.0, solver: Solver | None = None, shift: float | None = None
+        self,
+        steps: int | None = None,
+        guidance: float | None = None,
+        solver: Solver | None = None,
+        shift: float | None = None,
     ) -> Sampler:
-        """Even times (`Sampler.even`); solver and shift are by default those of the model's scheduler."""
-        own = self.scheduler
-        return Sampler.even(steps, own.shift if shift is None else shift, guidance, solver or own.solver)
+        """The model's own sampler, but for what is given (`Scheduler.sampler`)."""
+        return self.scheduler.sampler(steps, guidance, solver, shift)
 
     def sample(
         self,
         noise: Latents,
         condition: Condition,
         unconditional: Condition | None = None,
-        sampler: Sampler = ONE_STEP,
+        sampler: Sampler | None = None,
         key: PRNGKey | None = None,
         denoiser: Denoiser | None = None,
     ) -> Latents:
@@ -216,21 +224,21 @@ class Pipeline:
           noise: standard normal, of `latent_shape`.
           condition: one a clip.
           unconditional: what guidance moves away from; needed above guidance 1, ignored at 1.
-          sampler: by default one Euler step without guidance.
+          sampler: by default the model's own.
           key: for the "consistency" solver's fresh noise.
           denoiser: networks of the same architecture to sample in place of the model's own.
 
         Raises:
           UserError: guidance without an unconditional condition, or a solver that draws noise without a key.
         """
+        sampler = self.sampler() if sampler is None else sampler
         if sampler.guidance > 1 and unconditional is None:
             raise UserError(f"guidance is {sampler.guidance}, but no unconditional condition was given")
         if sampler.solver == "consistency" and key is None:
             raise UserError("solver 'consistency' draws fresh noise: give it a key")
         other = unconditional if sampler.guidance > 1 else None
         key = jax.random.key(0) if key is None else key  # read by no other solver
-        denoiser = Denoiser(*self._network) if denoiser is None else denoiser
-        return samplers.sample(denoiser, sampler, noise, condition, other, key)
+        return samplers.sample(denoiser or self.denoiser, sampler, noise, condition, other, key)
 
     def decode(self, latents: Latents) -> UInt8[Array, "b t height width 3"]:
         """Latents to pixels."""
@@ -250,8 +258,8 @@ class Pipeline:
         self,
         prompt: str,
         image: UInt8[np.ndarray, "image_height image_width 3"] | None = None,
-        steps: int = 1,
-        guidance: float = 1.0,
+        steps: int | None = None,
+        guidance: float | None = None,
         seed: int = 0,
         negative_prompt: str | None = None,
         solver: Solver | None = None,
@@ -266,10 +274,9 @@ class Pipeline:
         Args:
           prompt: what it shows.
           image: its first frame, of any size; stretched to the video's. None makes a video from text alone.
-          steps, guidance, shift: see `sampler`; what the model's author recommends is in `scheduler`.
+          steps, guidance, solver, shift: see `flow.sampler.Sampler`; by default the model's own (`scheduler`).
           seed: decides the noise.
           negative_prompt: what guidance above 1 moves away from, by default the model's; the image stays, as in Wan.
-          solver: see `flow.sampler.Sampler`; by default the scheduler's.
           num_frames: 1 + a multiple of 4; by default the model's.
           height, width: multiples of 8 times the transformer's patch; by default the model's. With an image and neither
             given, the image's aspect ratio at the model's area (see `fit`).
@@ -289,20 +296,15 @@ class Pipeline:
         if noise is not None and noise.shape != shape:
             raise UserError(f"noise has shape {noise.shape}, expected {shape}: one clip's latents, channels last")
         pictures = None if image is None else image[None]
+        sampler = self.sampler(steps, guidance, solver, shift)
         condition = self.condition([prompt], pictures, num_frames, height, width)
         unconditional = None
-        if guidance > 1:
+        if sampler.guidance > 1:
             text, mask = self._encode_negative_prompt(negative_prompt)
             unconditional = dataclasses.replace(condition, text=text, text_mask=mask)
         drawn, key = noise_of_seed(seed, shape)
         noise = drawn if noise is None else noise
-        latents = self.sample(
-            noise,
-            condition,
-            unconditional,
-            self.sampler(steps, guidance, solver, shift),
-            key,
-        )
+        latents = self.sample(noise, condition, unconditional, sampler, key)
         return np.asarray(self.decode(latents)[0])
 
     def fit(self, height: int, width: int) -> tuple[int, int]:
@@ -369,11 +371,11 @@ def load_pipeline(
       dtype: weights and compute dtype of the transformer and the encoders. The VAE is float32 always, as in Wan.
       mesh: devices over which the transformer's weights and tokens are sharded (`sharding.TRANSFORMER_RULES`,
         `parallel.MeshLayout`) and the other parts replicated; None uses the default device.
-      with_transformer: False leaves the transformer's weights in their files, for a caller that brings others
+      with_transformer: False leaves the transformers' weights in their files, for a caller that brings others
         (`Pipeline.with_transformer`); it then has shapes only.
 
     Raises:
-      UserError: there is no Wan 2.1 model, a part of it is missing or broken, or its parts do not fit together.
+      UserError: there is no Wan model, a part of it is missing or broken, or its parts do not fit together.
     """
     model = find_model(locate(path))
     model.require_whole()
@@ -383,11 +385,15 @@ def load_pipeline(
     if "image_encoder" in model.parts:
         image_encoder = load_part(model, "image_encoder", dtype, _place(mesh, sharding.REPLICATED))
         image_processor = read_image_processor(model.image_processor, image_encoder.config.image_size)
-    if with_transformer:
-        transformer = load_part(model, "transformer", dtype, _place(mesh, sharding.TRANSFORMER_RULES))
-    else:
-        transformer = nnx.merge(*abstract("transformer", model.part("transformer").config, dtype))
-    transformer.layout = MeshLayout(mesh, transformer.config.num_attention_heads)
+    experts = []
+    for name in ("transformer", LOW) if LOW in model.parts else ("transformer",):
+        if with_transformer:
+            expert = load_part(model, name, dtype, _place(mesh, sharding.TRANSFORMER_RULES))
+        else:
+            expert = nnx.merge(*abstract(name, model.part(name).config, dtype))
+        expert.layout = MeshLayout(mesh, expert.config.num_attention_heads)
+        experts.append(expert)
+    transformer, image = experts[0], makes_from_image({name: source.config for name, source in model.parts.items()})
     tokenizer = load_tokenizer(model.tokenizer)
     tokenizer.model_max_length = min(tokenizer.model_max_length, transformer.config.text_len)
     return Pipeline(
@@ -397,8 +403,10 @@ def load_pipeline(
         image_encoder=image_encoder,
         tokenizer=tokenizer,
         image_processor=image_processor,
-        scheduler=read_scheduler(model.folder, image_encoder is not None),
-        defaults=read_defaults(model.folder, image_encoder is not None),
+        scheduler=read_scheduler(model.folder, image),
+        defaults=read_defaults(model.folder, image),
+        transformer_2=experts[1] if len(experts) > 1 else None,
+        boundary=0.0 if model.boundary is None else model.boundary,
     )
 
 

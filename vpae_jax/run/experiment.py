@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from vpae_jax import sharding
 from vpae_jax.config import Experiment
-from vpae_jax.flow.sampler import Sampler
+from vpae_jax.flow.sampler import ONE_STEP, Sampler
 from vpae_jax.inference.pipeline import Pipeline, load_pipeline
 from vpae_jax.methods import make_method
 from vpae_jax.methods.base import EMA, Method, Student
@@ -44,6 +44,7 @@ from vpae_jax.train.optim import make_optimizer
 from vpae_jax.train.roles import check_roles
 from vpae_jax.train.state import TrainState, abstract, create
 from vpae_jax.types import Batch, CaptionedFrames, Params, PixelBatch, UserError
+from vpae_jax.weights.find import find_model
 from vpae_jax.weights.settings import Scheduler
 
 # What may differ between two runs in one workdir: how long and how often, never what is computed. Where records lie
@@ -224,15 +225,13 @@ def write_product(
 ) -> Path:
     """The model directory of a finished run, from its roles' final weights."""
     preset = experiment.model.preset
-    student = method.student
-    steps, guidance = (1, 1.0) if student is None else (student.sampler.steps, student.sampler.guidance)
-    scheduler = Scheduler.of_student(experiment.sample_shift, steps, guidance)
+    sampler, shift = ONE_STEP if method.student is None else method.student.sampler, experiment.sample_shift
     if source is None:
         clips = MovingDigits("train", experiment.data.clips, experiment.data.seed)
-        return export.write_autoencoder(workdir, preset, params["vae"], clips, scheduler)
+        return export.write_autoencoder(workdir, preset, params["vae"], clips, Scheduler.of(sampler, shift))
     if method.batch is CaptionedFrames:
         return export.write_encoders(workdir, preset, params["encoders"], source)
-    return export.write_student(workdir, params["generator"], source, scheduler)
+    return export.write_student(workdir, find_model(source), export.Trained(params["generator"]), sampler, shift)
 
 
 def product_weights(method: Method, state: TrainState) -> dict[str, Params]:

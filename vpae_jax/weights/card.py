@@ -40,6 +40,8 @@ class Card:
       parts: what was written.
       scheduler, defaults: how it is sampled, and which clip it makes.
       provenance: where it comes from.
+      boundary: time between two experts; None for one transformer.
+      lora: name of the LoRA file that makes the model that was trained this one; None for none.
     """
 
     form: str
@@ -49,6 +51,8 @@ class Card:
     scheduler: Scheduler
     defaults: Defaults
     provenance: Provenance
+    boundary: float | None = None
+    lora: str | None = None
 
 
 def write_card(folder: Path, card: Card) -> None:
@@ -58,15 +62,19 @@ def write_card(folder: Path, card: Card) -> None:
     library = {"library_name": "diffusers"} if card.form == "diffusers" else {}
     head = {"pipeline_tag": task, **library, "tags": ["wan", "video", "vpae_jax"]}
     steps = f"{scheduler.steps} step{'s' if scheduler.steps > 1 else ''}"
+    times = ", ".join(f"{t:.4g}" for t in scheduler.times)
     facts = {
         "written by": f"vpae_jax {vpae_jax.__version__}",
         "source": card.provenance.source,
         **card.provenance.facts,
         "layout": card.form,
         "clip": f"{clip.num_frames} frames of {clip.height}x{clip.width} at {clip.fps:g} a second",
-        "sampling": f"{scheduler.solver}, {steps}, guidance {scheduler.guidance:g}, shift {scheduler.shift:g}",
+        "sampling": f"{scheduler.solver}, {steps}, guidance {scheduler.guidance:g}, "
+        + (f"times {times}" if times else f"shift {scheduler.shift:g}"),
         "parts": ", ".join(card.parts),
     }
+    if card.boundary is not None:
+        facts["experts"] = f"transformer from t = {card.boundary:g} on, transformer_2 below"
     title = f"# A Wan 2.1 {task} model" if card.whole else f"# Parts of a Wan 2.1 {task} model"
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", "", title, ""]
     lines += ["| | |", "|---|---|", *(f"| {_cell(key)} | {_cell(value)} |" for key, value in facts.items())]
@@ -80,30 +88,51 @@ def write_card(folder: Path, card: Card) -> None:
 
 def _use(card: Card) -> list[str]:
     """How to make a clip: with this package, and where Diffusers reads the folder with it."""
-    steps, guidance = card.scheduler.steps, card.scheduler.guidance
+    scheduler = card.scheduler
+    steps, guidance = scheduler.steps, scheduler.guidance
     picture = " --image=FIRST_FRAME.png" if card.image else ""
-    command = (
-        f"python -m vpae_jax.sample --model=. --prompt=...{picture} --steps={steps} --guidance={guidance:g} "
-        "--output=out.mp4"
-    )
-    lines = ["```", command, "```"]
+    lines = ["```", f"python -m vpae_jax.sample --model=. --prompt=...{picture} --output=out.mp4", "```"]
     if card.form != "diffusers":
         return lines
     size = {"num_frames": card.defaults.num_frames, "height": card.defaults.height, "width": card.defaults.width}
     given = ['image=load_image("FIRST_FRAME.png")'] if card.image else []
     given += ['prompt="..."', *(f"{key}={value}" for key, value in size.items())]
     given += [f"num_inference_steps={steps}", f"guidance_scale={guidance}"]
-    return [
-        *lines,
+    bound = scheduler.bound_times
+    lines += [
         "",
         "```python",
+        *(["from functools import partial", "", "import numpy"] if bound else []),
         "from diffusers import DiffusionPipeline",
         *(["from diffusers.utils import load_image"] if card.image else []),
         "",
         'pipe = DiffusionPipeline.from_pretrained(".")',
-        f"frames = pipe({', '.join(given)}).frames[0]",
-        "```",
     ]
+    if bound:
+        lines += [
+            "# No settings of the scheduler make the times of this model.",
+            f"times = numpy.array([{', '.join(f'{t:.9g}' for t in bound)}])",
+            "pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, sigmas=times)",
+        ]
+    lines += [f"frames = pipe({', '.join(given)}).frames[0]", "```"]
+    return [*lines, *_remarks(card)]
+
+
+def _remarks(card: Card) -> list[str]:
+    """What else one should know who uses it with Diffusers."""
+    scheduler, lines = card.scheduler, []
+    if scheduler.solver != "unipc" and scheduler.steps > 1:
+        lines += [
+            "",
+            f"The scheduler's settings are for {scheduler.steps} steps. In one step, set its `shift_terminal` to null.",
+        ]
+    if card.lora is not None:
+        lines += [
+            "",
+            f"`{card.lora}` is what training changed, for `load_lora_weights` on the model that this one started from. "
+            "The transformer here has it already.",
+        ]
+    return lines
 
 
 def _cell(value: Any) -> str:

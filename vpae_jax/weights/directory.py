@@ -16,7 +16,7 @@ from vpae_jax.types import HostArray, UserError
 from vpae_jax.weights import matching
 from vpae_jax.weights.matching import Parameter
 from vpae_jax.weights.names import Index, Layout, vae_rows
-from vpae_jax.weights.parts import PARTS, abstract, flat
+from vpae_jax.weights.parts import LOW, PARTS, abstract, flat, kind_of
 from vpae_jax.weights.tensors import StoredTensor, Tensors, open_shards, open_tensors
 
 NEEDED = ("transformer", "vae", "text_encoder")
@@ -120,6 +120,8 @@ class ModelDirectory:
       tokenizer, image_processor: their folders, where there are such.
       more_tokenizers: other folders with a tokenizer (Wan keeps one beside its image encoder).
       passed_over: files that might have been weights but could not be read, each with the reason.
+      boundary: time in (0, 1) from which on the transformer is evaluated and below which `transformer_2`; None for a
+        model of one transformer.
     """
 
     path: Path
@@ -129,6 +131,7 @@ class ModelDirectory:
     image_processor: Path | None = None
     more_tokenizers: tuple[Path, ...] = field(default=())
     passed_over: tuple[tuple[Path, str], ...] = field(default=())
+    boundary: float | None = None
 
     def part(self, name: str) -> StoredPart:
         """One part. Raises `UserError` when the model has none."""
@@ -138,7 +141,8 @@ class ModelDirectory:
 
     def lacks(self, given: Container[str] = ()) -> list[str]:
         """What a Wan pipeline needs and this model has not, beside the parts that are given."""
-        parts = [name for name in NEEDED if name not in given and name not in self.parts]
+        needed = NEEDED if self.boundary is None else (*NEEDED, LOW)
+        parts = [name for name in needed if name not in given and name not in self.parts]
         return parts + ["tokenizer"] * (self.tokenizer is None)
 
     def require_whole(self, given: Container[str] = ()) -> None:
@@ -165,6 +169,8 @@ def marks(tensors: Mapping[str, StoredTensor]) -> list[tuple[str, Layout, str]]:
     """Part, layout and prefix of every part whose mark is among the tensors."""
     marks = {}
     for part, spec in PARTS.items():
+        if part == LOW:  # a transformer; which expert a file holds is told by its folder
+            continue
         rows = vae_rows(1, 1) if part == "vae" else spec.rows(None)
         for layout in get_args(Layout):
             marks[part, layout] = matching.template(rows, spec.mark, layout)[0].replace("{i}", "0")
@@ -181,7 +187,7 @@ def canonical(
 ) -> tuple[dict[str, str], tuple[str, ...]]:
     """Table names of a part's tensors with the names that they have in the files, and the tensors nobody reads."""
     spec = PARTS[part]
-    others = [(p, o) for p, _, o in marks(tensors) if (p, o) != (part, prefix)]
+    others = [(p, o) for p, _, o in marks(tensors) if (p, o) != (kind_of(part), prefix)]
     names, extras = {}, []
     for theirs in tensors:
         if any(theirs.startswith(other) and len(other) > len(prefix) for _, other in others):

@@ -2,6 +2,7 @@
 
     diffusers   model_index.json  transformer/  vae/  text_encoder/  tokenizer/  scheduler/  [image_encoder/ ...]
     wan         config.json  diffusion_pytorch_model*.safetensors  Wan2.1_VAE.pth  models_t5_*.pth  [models_clip_*.pth]
+    experts     transformer/ and transformer_2/, or Wan 2.2's high_noise_model/ and low_noise_model/
     one file    one or several parts, with or without prefixes such as `model.diffusion_model.`
     orbax       the diffusers layout with arrays of ours in place of safetensors
 
@@ -23,12 +24,15 @@ from vpae_jax.weights.directory import EXTRAS, ModelDirectory, StoredPart, canon
 from vpae_jax.weights.filenames import CONFIG, INDEX, SETTINGS, read_json
 from vpae_jax.weights.names import Layout
 from vpae_jax.weights.orbax import is_checkpoint
-from vpae_jax.weights.parts import PARTS, is_wan_config, make_config, read_config
+from vpae_jax.weights.parts import LOW, PARTS, is_wan_config, kind_of, make_config, makes_from_image, read_config
 from vpae_jax.weights.tensors import Tensors
 
 PARAMS = "params"  # the folder of a part's arrays in the orbax layout
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 DEPTH = 2
+HIGH_FOLDER, LOW_FOLDER = "high_noise_model", "low_noise_model"  # Wan 2.2's experts
+# Its boundaries, which its code has and its folders do not: of text-to-video and of image-to-video.
+_WAN_BOUNDARIES = (0.875, 0.9)
 _SHARD = re.compile(r"(.*)-\d+-of-\d+(\.safetensors|\.bin)")
 
 
@@ -64,22 +68,28 @@ def find_model(path: Path, like: ModelDirectory | None = None) -> ModelDirectory
         return ModelDirectory(
             path, folder, {name: _source(_only(some, path), configs, like) for name, some in found.items()}
         )
-    if (index := _json(path / INDEX)) is not None:
-        _check_index(index, path / INDEX)
+    index = _json(path / INDEX)
+    boundary = None if index is None else _check_index(index, path / INDEX)
     paths = list(_walk(path))
     candidates, passed_over = _look(path, paths)
     orbax, reason = _orbax(path, paths)
-    found = _by_part(candidates + orbax)
+    found = _by_part([_expert(one, path) for one in candidates] + orbax)
+    if index is not None and boundary is None:
+        found.pop(LOW, None)
+    parts = {name: _source(_only(found[name], path), configs, like) for name in PARTS if name in found}
+    if index is None and LOW in parts:
+        boundary = _boundary(settings, {name: source.config for name, source in parts.items()})
     tokenizers = _tokenizers(path, paths)
     processor = path / "image_processor"
     return ModelDirectory(
         path,
         folder,
-        {name: _source(_only(found[name], path), configs, like) for name in PARTS if name in found},
+        parts,
         tokenizers[0] if tokenizers else None,
         processor if processor.is_dir() else None,
         tuple(tokenizers[1:]),
         tuple(passed_over + reason),
+        boundary,
     )
 
 
@@ -92,14 +102,31 @@ def _json(path: Path) -> dict[str, Any] | None:
     return read_json(path)
 
 
-def _check_index(index: Mapping[str, Any], path: Path) -> None:
-    """Raises `UserError` for a pipeline that is not Wan 2.1's."""
+def _check_index(index: Mapping[str, Any], path: Path) -> float | None:
+    """The boundary between two experts, None for one. Raises `UserError` for a pipeline that is not Wan's."""
     found = index.get("_class_name")
     if found not in ("WanPipeline", "WanImageToVideoPipeline"):
         raise UserError(f"{path}: _class_name is {found!r}, expected 'WanPipeline' or 'WanImageToVideoPipeline'")
-    second = index.get("transformer_2") or [None]
-    if not isinstance(second, list) or second[0] is not None or index.get("expand_timesteps"):
-        raise UserError(f"{path}: this is a Wan 2.2 pipeline (transformer_2 or expand_timesteps); only Wan 2.1 works")
+    if index.get("expand_timesteps"):
+        raise UserError(f"{path}: expand_timesteps is set, as in Wan 2.2's 5B model, which does not work here")
+    second = index.get(LOW) or [None]
+    if isinstance(second, list) and second[0] is None:
+        return None
+    return _checked(index.get("boundary_ratio"), f"{path}: boundary_ratio")
+
+
+def _boundary(settings: Path, configs: Mapping[str, Any]) -> float:
+    """The boundary of a model without a model_index.json: its settings', else Wan 2.2's own."""
+    values = _json(settings) or {}
+    if "boundary" in values:
+        return _checked(values["boundary"], f"{settings}: boundary")
+    return _WAN_BOUNDARIES[makes_from_image(configs)]
+
+
+def _checked(boundary: object, where: str) -> float:
+    if isinstance(boundary, bool) or not isinstance(boundary, int | float) or not 0 < boundary < 1:
+        raise UserError(f"{where} is {boundary!r}, expected a number between 0 and 1, as there are two transformers")
+    return float(boundary)
 
 
 def _walk(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
@@ -135,6 +162,8 @@ def _places(part: str, folder: Path) -> list[Path]:
     """Where the layouts have a part of the model in a folder."""
     spec = PARTS[part]
     files = [folder / part / f"{spec.stem}.safetensors", folder / spec.wan_file]
+    if kind_of(part) == "transformer":
+        files.append(folder / (LOW_FOLDER if part == LOW else HIGH_FOLDER) / spec.wan_file)
     return [*files, *(file.with_name(f"{file.name}.index.json") for file in files), folder / part / PARAMS]
 
 
@@ -168,6 +197,13 @@ def _candidates(files: tuple[Path, ...]) -> list[_Candidate]:
     """The parts in one set of weights."""
     with open_files(files) as tensors:
         return [_Candidate(part, layout, files, prefix) for part, layout, prefix in marks(tensors)]
+
+
+def _expert(candidate: _Candidate, path: Path) -> _Candidate:
+    """The same as the second expert, if its folder in the model at `path` says so."""
+    folder = candidate.files[0].parent
+    low = candidate.part == "transformer" and folder != path and folder.name in (LOW, LOW_FOLDER)
+    return candidate._replace(part=LOW) if low else candidate
 
 
 def _by_part(candidates: Sequence[_Candidate]) -> dict[str, list[_Candidate]]:
@@ -204,8 +240,9 @@ def _config(
     rows = infer.vae_table(layout, found, where) if part == "vae" else PARTS[part].rows(None)
     sizes = PARTS[part].infer(infer.Shapes(rows, layout, found, where))
     path = files[0].parent / CONFIG
-    values = _json(path) if layout == "diffusers" or part == "transformer" else None
-    if values is not None and (part == "transformer" or values.get("_class_name") != "WanModel"):
+    transformer = kind_of(part) == "transformer"
+    values = _json(path) if layout == "diffusers" or transformer else None
+    if values is not None and (transformer or values.get("_class_name") != "WanModel"):
         style: Layout = "wan" if layout == "wan" and is_wan_config(values) else "diffusers"
         fields = read_config(part, style, values, str(path))
         known = fields if style == "diffusers" else {**sizes, **fields, **settings.get(part, {})}
@@ -215,7 +252,7 @@ def _config(
         if all(getattr(config, key) == size for key, size in sizes.items()):
             return config
     known = {**sizes, **settings.get(part, {})}
-    return make_config(part, {**infer.assumed(part, known, where), **known}, sizes, where)
+    return make_config(part, {**infer.assumed(kind_of(part), known, where), **known}, sizes, where)
 
 
 def _orbax(folder: Path, paths: Sequence[Path]) -> tuple[list[_Candidate], list[tuple[Path, str]]]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,101 +16,160 @@ from vpae_jax.types import UserError
 from vpae_jax.weights.card import Card, Provenance, write_card
 from vpae_jax.weights.directory import ModelDirectory
 from vpae_jax.weights.filenames import INDEX, SCHEDULER, SETTINGS, VERSION, read_json, write_json
-from vpae_jax.weights.find import find_model
+from vpae_jax.weights.find import HIGH_FOLDER, LOW_FOLDER, find_model
 from vpae_jax.weights.image_processor import IMAGE_PROCESSOR_FILE, ImageProcessor
-from vpae_jax.weights.parts import PARTS, check_fit, untold
+from vpae_jax.weights.lora import Lora, write_lora
+from vpae_jax.weights.parts import LOW, PARTS, check_fit, kind_of, makes_from_image, untold
 from vpae_jax.weights.settings import Defaults, Scheduler, read_defaults, read_scheduler
-from vpae_jax.weights.tensors import SHARD_BYTES
 from vpae_jax.weights.writing import Format, Values, open_values, replacing, verify_part, write_part
 
 WAN_TOKENIZER = Path("google/umt5-xxl")  # where Wan's own code looks
+LORA_FILE = "pytorch_lora_weights.safetensors"  # what Diffusers' `load_lora_weights` looks for in a folder
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a model directory is to hold.
+
+    Attributes:
+      base: all that the others do not give: its remaining parts, tokenizer, image processor, scheduler, default clip. A
+        missing image processor is written for the image encoder's size.
+      parts: config and weights of the parts that differ from the base.
+      scheduler, defaults, boundary: in place of the base's.
+      lora: changes of another model's transformer that make it the one in `parts`; written beside the parts, in the
+        diffusers layout.
+      provenance: what the model card says of where the weights come from; None for "from `base`".
+    """
+
+    base: ModelDirectory
+    parts: Mapping[str, Values] = field(default_factory=dict)
+    scheduler: Scheduler | None = None
+    defaults: Defaults | None = None
+    boundary: float | None = None
+    lora: Lora | None = None
+    provenance: Provenance | None = None
+
+    @property
+    def configs(self) -> dict[str, Any]:
+        """The config of every part, in the order in which they are written."""
+        base, parts = self.base.parts, self.parts
+        return {n: (parts if n in parts else base)[n].config for n in PARTS if n in parts or n in base}
+
+    @contextmanager
+    def values(self, part: str) -> Iterator[Values]:
+        """A part's weights where they lie."""
+        if part in self.parts:
+            yield self.parts[part]
+        else:
+            with open_values(self.base, part) as values:
+                yield values
+
+    def card(self, form: Format) -> Card:
+        """All that is to be told of the directory. Raises `UserError` for parts that do not fit together."""
+        configs, folder = self.configs, self.base.folder
+        check_fit(configs, str(self.base.path))
+        boundary = self.base.boundary if self.boundary is None else self.boundary
+        if (LOW in configs) != (boundary is not None):
+            there, missing = (LOW, "no boundary between it and transformer") if LOW in configs else ("a boundary", LOW)
+            raise UserError(f"{self.base.path}: has {there}, but {missing}; two experts need both")
+        image = makes_from_image(configs)
+        return Card(
+            form=form,
+            image=image,
+            whole=not self.base.lacks(self.parts),
+            parts=tuple(configs),
+            scheduler=self.scheduler or read_scheduler(folder, image),
+            defaults=self.defaults or read_defaults(folder, image),
+            provenance=self.provenance or Provenance(str(self.base.path)),
+            boundary=boundary,
+            lora=LORA_FILE if self.lora is not None and form == "diffusers" else None,
+        )
 
 
 def write_model(
     folder: Path,
-    base: ModelDirectory,
-    parts: Mapping[str, Values],
-    *,
+    contents: Contents,
     form: Format = "diffusers",
-    scheduler: Scheduler | None = None,
-    defaults: Defaults | None = None,
+    *,
     dtype: DTypeLike | None = None,
     overwrite: bool = False,
-    shard_bytes: int = SHARD_BYTES,
-    provenance: Provenance | None = None,
-    complete: bool = True,
     verify: bool = False,
 ) -> dict[str, int]:
     """Writes a model directory; it appears whole or not at all.
 
+    Where a part or tokenizer is missing that a Wan pipeline needs (`ModelDirectory.require_whole`), there is no
+    model_index.json either.
+
     Args:
       folder: where to write.
-      base: all that `parts` and the other arguments do not give: its remaining parts, tokenizer, image processor,
-        scheduler, default clip. A missing image processor is written for the image encoder's size.
-      parts: config and weights of the parts that differ from the base.
+      contents: what.
       form: the layout.
-      scheduler, defaults: in place of the base's.
       dtype: of all weights; None keeps theirs.
       overwrite: replace an existing model directory; anything else there is never replaced.
-      shard_bytes: largest size of one safetensors file.
-      provenance: what the model card says of where the weights come from; None for "from `base`".
-      complete: whether a part or tokenizer that a Wan pipeline needs must be there. Without one there is no
-        model_index.json either.
       verify: whether every tensor is read back, and compared bit for bit, before the directory appears.
 
     Returns:
       how many parameters and layers of each part were compared; nothing without `verify`.
 
     Raises:
-      UserError: `folder` exists, neither `base` nor `parts` has what `complete` asks for, parts do not fit together, or
-        do not read back as they were written.
+      UserError: `folder` exists, parts do not fit together, or do not read back as they were written.
     """
     if folder.exists() and not (overwrite and (folder / INDEX).is_file()):
         raise UserError(f"{folder}: already exists; remove it or choose another destination")
-    names = [name for name in PARTS if name in parts or name in base.parts]
-    if complete:
-        base.require_whole(parts)
-    known = {name: parts[name].config if name in parts else base.parts[name].config for name in names}
-    check_fit(known, str(base.path))
-    encoder = known.get("image_encoder")
-    image = encoder is not None or ("transformer" in known and known["transformer"].image_dim is not None)
-    whole = not base.lacks(parts)
-    scheduler = scheduler or read_scheduler(base.folder, image)
-    defaults = defaults or read_defaults(base.folder, image)
+    card = contents.card(form)
     with replacing(folder) as temporary:
         temporary.mkdir()
-        for name in names:
-            with ExitStack() as stack:
-                values = parts[name] if name in parts else stack.enter_context(open_values(base, name))
-                write_part(temporary, name, values, form, dtype, shard_bytes)
-        _copy_tokenizers(temporary, base, form)
-        settings: dict[str, Any] = dataclasses.asdict(defaults)
+        for name in card.parts:
+            with contents.values(name) as values:
+                write_part(_root(temporary, name, card), name, values, form, dtype)
+        _copy_tokenizers(temporary, contents.base, form)
         if form == "wan":
-            told = {name: untold(name, config) for name, config in known.items()}
-            settings |= {"scheduler": dataclasses.asdict(scheduler), "parts": {n: t for n, t in told.items() if t}}
+            _write_wan_settings(temporary, contents, card)
         else:
-            (temporary / "scheduler").mkdir()
-            write_json(temporary / "scheduler" / SCHEDULER, scheduler.to_json())
-            if encoder is not None:
-                _image_processor(temporary, base, encoder)
-            if whole:
-                write_json(temporary / INDEX, _index(temporary, encoder is not None))
-        write_json(temporary / SETTINGS, settings)
-        card = Card(form, image, whole, tuple(names), scheduler, defaults, provenance or Provenance(str(base.path)))
+            _write_settings(temporary, contents, card)
+        if card.lora is not None and contents.lora is not None:
+            write_lora(temporary / card.lora, contents.lora, "diffusers")
         write_card(temporary, card)
         written = dataclasses.replace(find_model(temporary), path=folder)  # by the name that messages are to tell
-        return {name: _verify(written, name, base, parts, dtype) for name in names} if verify else {}
+        return {name: _verify(written, name, contents, dtype) for name in card.parts} if verify else {}
 
 
-def _verify(
-    written: ModelDirectory, name: str, base: ModelDirectory, parts: Mapping[str, Values], dtype: DTypeLike | None
-) -> int:
-    with ExitStack() as stack:
-        values = parts[name] if name in parts else stack.enter_context(open_values(base, name))
+def _root(folder: Path, part: str, card: Card) -> Path:
+    """Where a layout's place for a part begins: Wan's two experts have folders of their own."""
+    if card.form == "wan" and card.boundary is not None and kind_of(part) == "transformer":
+        return folder / (LOW_FOLDER if part == LOW else HIGH_FOLDER)
+    return folder
+
+
+def _verify(written: ModelDirectory, name: str, contents: Contents, dtype: DTypeLike | None) -> int:
+    with contents.values(name) as values:
         try:
             return verify_part(written, name, values, dtype)
         except UserError as error:
             raise UserError(f"{error}; nothing is kept. Is the disk sound?") from error
+
+
+def _write_wan_settings(folder: Path, contents: Contents, card: Card) -> None:
+    """What Wan's own layout has no place for, in a file of ours."""
+    told = {name: untold(name, config) for name, config in contents.configs.items()}
+    settings = dataclasses.asdict(card.defaults)
+    settings |= {"scheduler": dataclasses.asdict(card.scheduler), "parts": {n: t for n, t in told.items() if t}}
+    settings |= {} if card.boundary is None else {"boundary": card.boundary}
+    write_json(folder / SETTINGS, settings)
+
+
+def _write_settings(folder: Path, contents: Contents, card: Card) -> None:
+    """The diffusers layout's files beside the parts, and ours."""
+    (folder / "scheduler").mkdir()
+    write_json(folder / "scheduler" / SCHEDULER, card.scheduler.to_json())
+    encoder, settings = contents.configs.get("image_encoder"), dataclasses.asdict(card.defaults)
+    if encoder is not None:
+        _image_processor(folder, contents.base, encoder)
+    if card.whole:
+        write_json(folder / INDEX, _index(folder, card))
+    elif card.boundary is not None:
+        settings |= {"boundary": card.boundary}
+    write_json(folder / SETTINGS, settings)
 
 
 def _copy_tokenizers(folder: Path, base: ModelDirectory, form: Format) -> None:
@@ -131,20 +191,23 @@ def _image_processor(folder: Path, base: ModelDirectory, config: Any) -> None:
     write_json(target / IMAGE_PROCESSOR_FILE, ImageProcessor(side, (side, side)).to_json())
 
 
-def _index(folder: Path, image: bool) -> dict[str, Any]:
+def _index(folder: Path, card: Card) -> dict[str, Any]:
     """The model_index.json of what has been written into `folder`."""
     tokenizer = read_json(folder / "tokenizer" / "tokenizer_config.json").get("tokenizer_class", "T5TokenizerFast")
     scheduler = read_json(folder / "scheduler" / SCHEDULER)["_class_name"]
+    transformer = ["diffusers", "WanTransformer3DModel"]
     index: dict[str, Any] = {
-        "_class_name": "WanImageToVideoPipeline" if image else "WanPipeline",
+        "_class_name": "WanImageToVideoPipeline" if card.image else "WanPipeline",
         "_diffusers_version": VERSION,
         "scheduler": ["diffusers", scheduler],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
         "tokenizer": ["transformers", tokenizer],
-        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "transformer": transformer,
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
-    if image:
+    if card.boundary is not None:
+        index |= {LOW: transformer, "boundary_ratio": card.boundary}
+    if "image_encoder" in card.parts:
         index |= {
             "image_encoder": ["transformers", "CLIPVisionModel"],
             "image_processor": ["transformers", "CLIPImageProcessor"],

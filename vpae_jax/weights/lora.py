@@ -35,19 +35,25 @@ Change = Float32[np.ndarray, "..."]
 
 @dataclass(frozen=True)
 class Adapter:
-    """The change of one linear layer as a product: `x W` becomes `x (W + a b)`.
+    """The change of one linear layer as a product: `x W` becomes `x (W + scale a b)`.
 
     Attributes:
       a: what LoRA files call A, or down; transposed.
-      b: what they call B, or up; transposed, with the scale multiplied in.
+      b: what they call B, or up; transposed.
+      scale: what they call alpha, divided by the rank.
     """
 
     a: Float32[np.ndarray, "d_in rank"]
     b: Float32[np.ndarray, "rank d_out"]
+    scale: float = 1.0
 
     @property
     def rank(self) -> int:
         return self.a.shape[1]
+
+    def product(self) -> Change:
+        """The change in full."""
+        return np.float32(self.scale) * (self.a @ self.b)
 
 
 @dataclass(frozen=True)
@@ -62,13 +68,19 @@ class Lora:
     adapters: Mapping[LayerKey, Adapter]
     differences: Mapping[LayerKey, Change] = field(default_factory=dict)
 
+    def changes(self, path: str, layer: int) -> bool:
+        """Whether anything is added to a parameter."""
+        return (path, layer) in self.differences or self._adapter(path, layer) is not None
+
+    def _adapter(self, path: str, layer: int) -> Adapter | None:
+        return self.adapters.get((path.removesuffix(KERNEL_SUFFIX), layer)) if path.endswith(KERNEL_SUFFIX) else None
+
     def change(self, path: str, layer: int) -> Change | None:
         """What is added to a parameter at full strength; None for nothing."""
-        adapter = self.adapters.get((path.removesuffix(KERNEL_SUFFIX), layer)) if path.endswith(KERNEL_SUFFIX) else None
-        difference = self.differences.get((path, layer))
+        adapter, difference = self._adapter(path, layer), self.differences.get((path, layer))
         if adapter is None:
             return difference
-        product = adapter.a @ adapter.b
+        product = adapter.product()
         return product if difference is None else product + difference
 
     def shapes(self) -> Iterator[tuple[str, int, Shape]]:
@@ -84,9 +96,11 @@ class Merged:
     """Weights with changes added, to be written as any other weights (`writing.Values`).
 
     Attributes:
-      values: the weights; what is read keeps their dtypes.
+      values: the weights.
       lora: the changes.
       scale: their strength.
+      changed_dtype: of parameters that change; None keeps the weights'. Training adds adapters in float32 to weights
+        that may be stored in less.
 
     Raises:
       UserError: a change of something that these weights do not have, or have in another shape.
@@ -95,6 +109,7 @@ class Merged:
     values: Values
     lora: Lora
     scale: float = 1.0
+    changed_dtype: np.dtype | None = None
 
     def __post_init__(self):
         parameters = matching.match(TRANSFORMER_ROWS, self.values.shapes(), "diffusers")
@@ -115,6 +130,8 @@ class Merged:
         return self.values.shapes()
 
     def dtype(self, path: str, layer: int) -> np.dtype:
+        if self.changed_dtype is not None and self.lora.changes(path, layer):
+            return self.changed_dtype
         return self.values.dtype(path, layer)
 
     def read(self, path: str, layer: int) -> HostArray:
@@ -122,7 +139,8 @@ class Merged:
         with np.errstate(over="ignore", invalid="ignore"):  # `writing` sees what is not finite
             if (change := self.lora.change(path, layer)) is None:
                 return value
-            return (value.astype(np.float32) + np.float32(self.scale) * change).astype(value.dtype)
+            merged = value.astype(np.float32) + np.float32(self.scale) * change
+            return merged.astype(self.dtype(path, layer))
 
     def extras(self, layout: Layout) -> Iterator[Extra]:
         return self.values.extras(layout)
@@ -151,7 +169,7 @@ def from_adapters(params: Weights, alpha: float, rank: int) -> Lora:
             raise UserError(f"{path}: adapters of rank {a.shape[-1]}, expected {rank}; give the rank of the training")
         if a.ndim == 2:
             a, b = a[None], b[None]
-        adapters |= {(path, layer): Adapter(a[layer], b[layer] * np.float32(alpha / rank)) for layer in range(len(a))}
+        adapters |= {(path, layer): Adapter(a[layer], b[layer], alpha / rank) for layer in range(len(a))}
     return Lora(adapters)
 
 
@@ -161,6 +179,9 @@ def write_lora(path: Path, lora: Lora, form: Layout, dtype: DTypeLike | None = N
     ComfyUI takes all of the wan form. diffusers' `load_lora_weights` loads either form, but of the differences it takes
     only those of linear layers' biases, and fails unless all adapters have one or none; of the wan form it also refuses
     one without any block, or with only one of a block's `add_k_proj` and `add_v_proj`.
+
+    A, B and alpha are written as they are, but where a reader might not see alpha: in the diffusers form, which keeps
+    it in the file's metadata, and outside the blocks. There B has the scale multiplied in: exact for powers of 2.
 
     Args:
       path: the file; its suffix is .safetensors.
@@ -193,16 +214,18 @@ def _tensors(lora: Lora, form: Layout, dtype: np.dtype) -> Iterator[tuple[*Info,
     """Name, dtype, shape and value of every tensor of a file."""
     for (path, layer), adapter in lora.adapters.items():
         name, _ = _their_name(path + KERNEL_SUFFIX, layer, form)
-        a, b = adapter.a.T, adapter.b.T
+        with_alpha = form == "wan" and name.startswith("blocks.")
+        a, b = adapter.a.T, adapter.b.T if with_alpha else np.float32(adapter.scale) * adapter.b.T
         if form == "diffusers":
             yield f"transformer.{name}.lora_A.weight", dtype, a.shape, a
             yield f"transformer.{name}.lora_B.weight", dtype, b.shape, b
         else:
             yield f"diffusion_model.{name}.lora_down.weight", dtype, a.shape, a
             yield f"diffusion_model.{name}.lora_up.weight", dtype, b.shape, b
-            # diffusers refuses a file that has an alpha elsewhere. Alpha is the rank; without one all take it as that.
-            if name.startswith("blocks."):
-                yield f"diffusion_model.{name}.alpha", np.dtype(np.float32), (), np.asarray(adapter.rank)
+            # diffusers refuses a file that has an alpha elsewhere. Without one all take it as the rank.
+            if with_alpha:
+                alpha = np.asarray(adapter.scale * adapter.rank)
+                yield f"diffusion_model.{name}.alpha", np.dtype(np.float32), (), alpha
     for (path, layer), value in lora.differences.items():
         name, op = _their_name(path, layer, form)
         suffix = "diff_b" if path.endswith("/bias") else "diff"

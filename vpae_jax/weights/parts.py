@@ -81,19 +81,24 @@ class Part:
         return layout in self.extras and re.search(self.extras[layout], name) is not None
 
 
+# The second of two experts, for times below the boundary; Diffusers' name.
+LOW = "transformer_2"
+_TRANSFORMER = Part(
+    model=WanTransformer,
+    config=WanTransformerConfig,
+    rows=lambda config: names.TRANSFORMER_ROWS,
+    infer=infer.transformer,
+    mark="blocks/attn1/to_q/kernel",
+    stem="diffusion_pytorch_model",
+    wan_file="diffusion_pytorch_model.safetensors",
+    identity={"_class_name": "WanTransformer3DModel", "_diffusers_version": VERSION},
+    extras={"diffusers": r"\.attn2\.norm_added_q\.weight$"},
+    unwritten=("text_len",),
+)
+
 PARTS: Mapping[str, Part] = {
-    "transformer": Part(
-        model=WanTransformer,
-        config=WanTransformerConfig,
-        rows=lambda config: names.TRANSFORMER_ROWS,
-        infer=infer.transformer,
-        mark="blocks/attn1/to_q/kernel",
-        stem="diffusion_pytorch_model",
-        wan_file="diffusion_pytorch_model.safetensors",
-        identity={"_class_name": "WanTransformer3DModel", "_diffusers_version": VERSION},
-        extras={"diffusers": r"\.attn2\.norm_added_q\.weight$"},
-        unwritten=("text_len",),
-    ),
+    "transformer": _TRANSFORMER,
+    LOW: _TRANSFORMER,
     "vae": Part(
         model=WanVAE,
         config=WanVAEConfig,
@@ -152,6 +157,17 @@ _WAN_KEYS = {
     "dim": "width",
 }
 _WAN_MODEL_TYPES = ("t2v", "i2v", "flf2v")
+
+
+def kind_of(part: str) -> str:
+    """The part whose class and table a part has: both experts are transformers."""
+    return "transformer" if part == LOW else part
+
+
+def makes_from_image(configs: Mapping[str, Any]) -> bool:
+    """Whether parts with these configs are of a model that makes videos from a first frame."""
+    transformer = configs.get("transformer")
+    return "image_encoder" in configs if transformer is None else transformer.in_channels > transformer.out_channels
 
 
 def abstract(part: str, config: Any, dtype: DTypeLike = jnp.float32) -> tuple[nnx.GraphDef, nnx.State]:
@@ -235,6 +251,8 @@ def check_fit(configs: Mapping[str, Any], where: str) -> None:
     transformer = configs.get("transformer")
     if transformer is None:
         return
+    if configs.get(LOW, transformer) != transformer:
+        raise UserError(f"{where}: {LOW} is of another architecture than transformer; two experts have one")
     vae, text, image = (configs.get(name) for name in ("vae", "text_encoder", "image_encoder"))
     facts = []
     if text is not None:
@@ -271,10 +289,10 @@ def untold(part: str, config: Any) -> dict[str, Any]:
     kind = np.dtype(np.float32)
     found = {name: StoredTensor(name, Path(), kind, p.op.their_shape(p.shape)) for p in parameters for name in p.names}
     guess = spec.infer(infer.Shapes(spec.rows(config), "wan", found, part))
-    if part == "transformer":
+    if kind_of(part) == "transformer":
         guess |= {field: getattr(config, field) for field in (*_WAN_KEYS.values(), "attention_head_dim")}
     else:  # what is assumed of a file whose folder says what must be said
-        guess = {**infer.assumed(part, {**dataclasses.asdict(config), **guess}, part), **guess}
+        guess = {**infer.assumed(kind_of(part), {**dataclasses.asdict(config), **guess}, part), **guess}
     default = spec.config()
     told = {key: guess.get(key, getattr(default, key)) for key in dataclasses.asdict(config)}
     return {key: value for key, value in dataclasses.asdict(config).items() if value != told[key]}
@@ -282,7 +300,8 @@ def untold(part: str, config: Any) -> dict[str, Any]:
 
 def wan_config_json(config: WanTransformerConfig) -> dict[str, Any]:
     """The config.json that Wan's own code reads."""
-    kind = "t2v" if config.image_dim is None else "i2v" if config.pos_embed_seq_len is None else "flf2v"
+    kind = "t2v" if config.in_channels == config.out_channels else "i2v"
+    kind = kind if config.pos_embed_seq_len is None else "flf2v"
     values = {ours: getattr(config, field) for ours, field in _WAN_KEYS.items()}
     # Wan's code leaves these to its defaults; say them only where they differ.
     default = WanTransformerConfig()

@@ -1,8 +1,8 @@
 """How a model directory is sampled and which clip it makes: what its author recommends.
 
 `vpae_jax.json` beside `model_index.json` holds what Diffusers has no place for and does not read: the clip that the
-model was made for and its negative prompt (`Defaults`). Without it Wan 2.1's own defaults hold. The recommended steps
-and guidance are in `scheduler_config.json`, under private names that Diffusers keeps and ignores (`Scheduler`).
+model was made for and its negative prompt (`Defaults`). Without it Wan 2.1's own defaults hold. `scheduler_config.json`
+says how it is sampled (`Scheduler`); the number of steps and the guidance under private names.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from vpae_jax.config import build
+from vpae_jax.flow.sampler import Sampler, Solver
 from vpae_jax.types import UserError
+from vpae_jax.weights import grids
 from vpae_jax.weights.filenames import SCHEDULER, SETTINGS, VERSION, read_json
 
 # What Wan 2.1 guides away from, between full-width commas; image-to-video adds a shaking camera.
@@ -24,13 +26,29 @@ IMAGE_NEGATIVE_PROMPT = (
 ).replace(",", "\uff0c")
 NEGATIVE_PROMPT = IMAGE_NEGATIVE_PROMPT.partition("\uff0c")[2]
 
-_UNIPC, _EULER = "UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler"
-_STEPS, _GUIDANCE = "_num_inference_steps", "_guidance_scale"
+_UNIPC = "UniPCMultistepScheduler"
+# A scheduler class of Diffusers for each of our solvers.
+_CLASSES: Mapping[Solver, str] = {
+    "unipc": _UNIPC,
+    "euler": "FlowMatchEulerDiscreteScheduler",
+    "consistency": "FlowMatchLCMScheduler",
+}
+# Keys of scheduler_config.json that Diffusers keeps and ignores.
+_STEPS, _GUIDANCE, _TIMES, _SHIFT = "_num_inference_steps", "_guidance_scale", "_times", "_shift"
+_FLOW_MATCH: Mapping[str, Any] = {
+    "num_train_timesteps": grids.TRAIN_TIMES,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_dynamic_shifting": False,
+    "invert_sigmas": False,
+}
 # What a scheduler's config must say for our solvers to take the same steps on the same times. All else that Diffusers
-# reads is either the shift or without effect on flow sigmas: betas, spacing, thresholds, parts of dynamic shifting.
-_REQUIRED: Mapping[str, Mapping[str, Any]] = {
-    _UNIPC: {
-        "num_train_timesteps": 1000,
+# reads is either what decides the times or without effect on flow sigmas: betas, spacing, thresholds, parts of dynamic
+# shifting.
+_REQUIRED: Mapping[Solver, Mapping[str, Any]] = {
+    "unipc": {
+        "num_train_timesteps": grids.TRAIN_TIMES,
         "prediction_type": "flow_prediction",
         "use_flow_sigmas": True,
         "use_karras_sigmas": False,
@@ -47,81 +65,115 @@ _REQUIRED: Mapping[str, Mapping[str, Any]] = {
         "use_dynamic_shifting": False,
         "shift_terminal": None,
     },
-    _EULER: {
-        "num_train_timesteps": 1000,
-        "use_karras_sigmas": False,
-        "use_exponential_sigmas": False,
-        "use_beta_sigmas": False,
-        "use_dynamic_shifting": False,
-        "shift_terminal": None,
-        "invert_sigmas": False,
-        "stochastic_sampling": False,
-    },
+    "euler": {**_FLOW_MATCH, "stochastic_sampling": False},
+    "consistency": {**_FLOW_MATCH, "scale_factors": None},
 }
 # A key that the file leaves out has Diffusers' default, which is the required value for all but these.
 _ABSENT: Mapping[str, Any] = {"prediction_type": "epsilon", "use_flow_sigmas": False}
 # Keys of `vpae_jax.json` that are no defaults: what other layouts have no place for.
-_ELSEWHERE = ("scheduler", "parts")
-# Steps and guidance where nobody says otherwise: Wan's own, and those of a one-step student.
-_RECOMMENDED: Mapping[str, tuple[int, float]] = {"unipc": (50, 5.0), "euler": (1, 1.0)}
+_ELSEWHERE = ("scheduler", "parts", "boundary")
 
 
 @dataclass(frozen=True)
 class Scheduler:
-    """How the directory's author samples it, and recommends to.
+    """How a model directory's author samples it, and the scheduler_config.json that says so.
 
-    UniPC's times are Diffusers' own (`flow.solvers.unipc_levels`). Euler's are `flow.schedule.shifted_times`, which
-    Diffusers' scheduler has by itself for one step only: for more it spaces them from 1 to the shifted 1/1000, and then
-    shifts them (4 steps, shift 1: 1, .667, .334, .001, 0, where ours are 1, .75, .5, .25, 0). It takes ours when given
-    them unshifted and without the last 0:
+    Diffusers' Wan pipelines, called with `num_inference_steps=steps` and `guidance_scale=guidance`, take the same steps
+    by themselves:
 
-        scheduler.set_timesteps(sigmas=[1, 0.75, 0.5, 0.25])  # shifted by the scheduler
+        unipc         UniPCMultistepScheduler; `shift` is its `flow_shift`, and its times are ours for any number of
+                      steps (`flow.solvers.unipc_levels`)
+        euler         FlowMatchEulerDiscreteScheduler
+        consistency   FlowMatchLCMScheduler, whose fresh noise comes from PyTorch's global generator
 
-    Wan's pipelines call `set_timesteps` with a number of steps and take no sigmas; for them, bind the sigmas first:
+    The latter two are given the `shift` and `shift_terminal` that make them have exactly our times, and tell them to
+    the network as they are, for this one number of steps (`weights.grids`). In more steps or fewer they space theirs
+    from the same first to the same last time, and in one they divide by 0: take the terminal away for that.
 
-        pipe.scheduler.set_timesteps = functools.partial(pipe.scheduler.set_timesteps, sigmas=[1, 0.75, 0.5, 0.25])
-        pipe(prompt, num_inference_steps=4)
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, shift_terminal=None)
+
+    Times that no such fields make are written as `_times`, which we read and Diffusers ignores: by itself it takes even
+    ones down to the last. It has them when they are bound to its scheduler, as the model card shows:
+
+        pipe.scheduler.set_timesteps = functools.partial(pipe.scheduler.set_timesteps, sigmas=numpy.array(times[:-1]))
 
     Attributes:
-      solver: "unipc" (Diffusers' UniPCMultistepScheduler) or "euler" (FlowMatchEulerDiscreteScheduler).
-      shift: s of the time grid, `flow.schedule` Eq. 8; above 0.
-      steps: recommended network evaluations, at least 1. 0 stands for the solver's usual ones, and is replaced by them:
-        Wan's 50 for unipc, a student's 1 for euler.
-      guidance: recommended guidance, at least 1. 0 stands for the solver's usual one, and is replaced by it: Wan's 5
-        for unipc, a student's 1 for euler.
+      solver: how steps are taken.
+      shift: s of even times (`flow.schedule` Eq. 8); above 0.
+      steps: network evaluations, at least 1.
+      guidance: at least 1. Of students it is their own, 1 mostly; it is never the teacher's.
+      times: of `steps` evaluations, falling from 1 to 0, where they are not the even ones; empty where they are.
+
+    Where a file does not say them, steps and guidance are those that Diffusers' Wan pipelines have by default.
 
     Raises:
-      UserError: a number outside its range.
+      UserError: a number outside its range, or times that are no sampler's.
     """
 
-    solver: Literal["euler", "unipc"] = "unipc"
+    solver: Solver = "unipc"
     shift: float = 3.0
-    steps: int = 0
-    guidance: float = 0.0
+    steps: int = 50
+    guidance: float = 5.0
+    times: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.shift > 0:
-            raise UserError(f"shift is {self.shift}, expected a positive number")
-        for name, usual in zip(("steps", "guidance"), _RECOMMENDED[self.solver], strict=True):
-            value = getattr(self, name)
-            if value == 0:
-                object.__setattr__(self, name, usual)
-            elif not value >= 1:
-                raise UserError(f"{name} is {value}, expected at least 1")
+        if self.times and len(self.times) != self.steps + 1:
+            raise UserError(f"times are {len(self.times)} numbers, expected {self.steps + 1}: one a step, and 0")
+        Sampler.even(self.steps, self.shift, self.guidance, self.solver)
+        self.sampler()
 
     @classmethod
-    def of_student(cls, shift: float, steps: int, guidance: float) -> Scheduler:
-        """How a generator is sampled that was trained for so many steps; in one, there is no guidance."""
-        return cls("euler", shift, steps, guidance if steps > 1 else 1.0)
+    def of(cls, sampler: Sampler, shift: float = 1.0) -> Scheduler:
+        """The scheduler of a sampler.
+
+        Args:
+          sampler: what a student was trained for.
+          shift: of even times in other numbers of steps, where the sampler's own times do not tell: there is one, or
+            they are not even.
+        """
+        even = grids.even_shift(sampler.solver, sampler.times)
+        times = sampler.times if even is None and sampler.steps > 1 else ()
+        return cls(sampler.solver, shift if even is None else even, sampler.steps, sampler.guidance, times)
+
+    def sampler(
+        self,
+        steps: int | None = None,
+        guidance: float | None = None,
+        solver: Solver | None = None,
+        shift: float | None = None,
+    ) -> Sampler:
+        """The sampler, or one that differs from it in what is given.
+
+        Another number of steps, or another shift, has even times. So has "unipc" in place of another solver, whose
+        times it cannot take.
+        """
+        chosen = self.solver if solver is None else solver
+        guidance = self.guidance if guidance is None else guidance
+        own = steps in (None, self.steps) and shift is None and (chosen == self.solver or chosen != "unipc")
+        if own and self.times:
+            return Sampler(chosen, self.times, guidance)
+        steps, shift = self.steps if steps is None else steps, self.shift if shift is None else shift
+        return Sampler.even(steps, shift, guidance, chosen)
+
+    @property
+    def bound_times(self) -> tuple[float, ...]:
+        """Times that must be bound to Diffusers' scheduler, without the last 0; none where it has them by itself."""
+        return tuple(self.to_json().get(_TIMES, ())[:-1])
 
     def to_json(self) -> dict[str, Any]:
         """The scheduler_config.json that Diffusers reads."""
-        if self.solver == "euler":
-            settings: dict[str, Any] = {"_class_name": _EULER, "shift": self.shift}
-        else:
-            settings = {"_class_name": _UNIPC, "flow_shift": self.shift}
-        settings |= {_STEPS: self.steps, _GUIDANCE: self.guidance, "_diffusers_version": VERSION}
-        return {**_REQUIRED[settings["_class_name"]], **settings}
+        advice = {_STEPS: self.steps, _GUIDANCE: self.guidance, "_diffusers_version": VERSION}
+        return {"_class_name": _CLASSES[self.solver], **_REQUIRED[self.solver], **self._times_json(), **advice}
+
+    def _times_json(self) -> dict[str, Any]:
+        """The fields that decide the times."""
+        times, other = self.sampler().times, {_SHIFT: self.shift} if self.times else {}
+        if self.solver == "unipc":
+            return {"flow_shift": 1.0, _TIMES: list(times), **other} if self.times else {"flow_shift": self.shift}
+        grid = grids.Grid(self.shift, None) if self.steps == 1 else grids.fit(times)
+        if grid is None:
+            return {"shift": 1.0, "shift_terminal": times[-2], _TIMES: list(times), **other}
+        return {"shift": grid.shift, "shift_terminal": grid.terminal, **other}
 
 
 @dataclass(frozen=True)
@@ -164,19 +216,52 @@ def read_scheduler(folder: Path, image: bool = False) -> Scheduler:
         if not isinstance(told, dict):
             raise UserError(f"{where}: expected a JSON object, found {told!r}")
         return build(Scheduler, told, where)
-    values = read_json(path)
+    return _from_json(read_json(path), str(path))
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What decides the times, steps and guidance in a scheduler_config.json; Diffusers' defaults."""
+
+    shift: float = 1.0
+    shift_terminal: float | None = None
+    steps: int = 50
+    guidance: float = 5.0
+    times: tuple[float, ...] = ()
+    shift_of_others: float | None = None
+
+
+def _from_json(values: Mapping[str, Any], where: str) -> Scheduler:
+    solvers: dict[str, Solver] = {name: solver for solver, name in _CLASSES.items()}
     name = str(values.get("_class_name"))
-    if name not in _REQUIRED:
-        raise UserError(f"{path}: _class_name is {name!r}, expected one of {', '.join(_REQUIRED)}")
-    for key, expected in _REQUIRED[name].items():
+    if name not in solvers:
+        raise UserError(f"{where}: _class_name is {name!r}, expected one of {', '.join(solvers)}")
+    solver = solvers[name]
+    for key, expected in _REQUIRED[solver].items():
         found = values.get(key, _ABSENT.get(key, expected))
         if found != expected:
             left_out = "" if key in values else " (Diffusers' default, as the file does not say)"
-            raise UserError(f"{path}: {key} is {found!r}{left_out}, only {expected!r} is supported")
-    unipc = name == _UNIPC
-    given = {"solver": "unipc" if unipc else "euler", "shift": values.get("flow_shift" if unipc else "shift", 1.0)}
-    given |= {ours: values[key] for ours, key in (("steps", _STEPS), ("guidance", _GUIDANCE)) if key in values}
-    return build(Scheduler, given, str(path))
+            raise UserError(f"{where}: {key} is {found!r}{left_out}, only {expected!r} is supported")
+    keys = {
+        "shift": "flow_shift" if solver == "unipc" else "shift",
+        "shift_terminal": "shift_terminal",
+        "steps": _STEPS,
+        "guidance": _GUIDANCE,
+        "times": _TIMES,
+        "shift_of_others": _SHIFT,
+    }
+    told = build(_Told, {ours: values[key] for ours, key in keys.items() if key in values}, where)
+    try:
+        said = Scheduler(solver, told.shift, told.steps, told.guidance, told.times)
+        times = said.times
+        if not times and solver != "unipc":
+            times = grids.Grid(told.shift, told.shift_terminal).times(told.steps)
+        if not times:
+            return said
+        shift = told.shift if told.shift_of_others is None else told.shift_of_others
+        return Scheduler.of(Sampler(solver, times, told.guidance), shift)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def read_defaults(folder: Path, image: bool = False) -> Defaults:

@@ -30,7 +30,7 @@ from vpae_jax.weights.find import PARAMS
 from vpae_jax.weights.loading import Weights, read_part
 from vpae_jax.weights.matching import LayerKey
 from vpae_jax.weights.names import Layout, Shape
-from vpae_jax.weights.parts import PARTS, config_json, flat, wan_config_json
+from vpae_jax.weights.parts import PARTS, config_json, flat, kind_of, wan_config_json
 from vpae_jax.weights.pickles import write_pickle
 from vpae_jax.weights.safetensors_file import Info
 from vpae_jax.weights.stream import widest
@@ -201,7 +201,7 @@ def write_part(
     prefix = spec.prefix[form]
     tensors = _tensors(part, parameters, values, prefix, stored)
     extras = tuple(values.extras(form))
-    if form == "wan" and part != "transformer":
+    if form == "wan" and kind_of(part) != "transformer":
         write_pickle(folder / spec.wan_file, chain(tensors, _read(extras)))
         return
     infos = _infos(parameters, prefix, stored) + _announced(extras)
