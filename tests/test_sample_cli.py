@@ -69,8 +69,9 @@ def test_flags_reach_the_pipeline(model, run, tmp_path):
         assert not code, err
         return read_image(tmp_path / "clip.png").astype(int)
 
-    # By default the model's own: UniPC, shift 3, and the empty negative prompt.
-    by_itself = frames(steps=3, guidance=2.5)
+    # By default the model's own: UniPC, 3 steps, guidance 2.5, shift 3, and the empty negative prompt.
+    by_itself = frames()
+    np.testing.assert_array_equal(frames(steps=3, guidance=2.5), by_itself)
     np.testing.assert_array_equal(frames(steps=3, guidance=2.5, solver="unipc", shift=3, negative_prompt=""), by_itself)
     for change in ({"solver": "euler"}, {"shift": 8}, {"negative_prompt": "the digit seven"}):
         assert (frames(steps=3, guidance=2.5, **change) != by_itself).any()

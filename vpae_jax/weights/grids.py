@@ -61,6 +61,11 @@ class Grid(NamedTuple):
         return *np.round(times, 9).tolist(), 0.0
 
 
+def even_times(steps: int, s: float) -> tuple[float, ...]:
+    """`flow.schedule.shifted_times` in float64, of which a config keeps all digits."""
+    return tuple(np.asarray(shifted(np.linspace(1.0, 0.0, steps + 1), s)).tolist())
+
+
 def fit(times: Sequence[float]) -> Grid | None:
     """The grid that has these times, to `TOLERANCE`; None where there is none.
 

@@ -97,7 +97,7 @@ def write_model(
 ) -> dict[str, int]:
     """Writes a model directory; it appears whole or not at all.
 
-    Where a part or tokenizer is missing that a Wan pipeline needs (`Model.require_whole`), there is no
+    Where a part or tokenizer is missing that a Wan pipeline needs (`ModelDirectory.require_whole`), there is no
     model_index.json either.
 
     Args:

@@ -167,9 +167,10 @@ class Scheduler:
 
     def _times_json(self) -> dict[str, Any]:
         """The fields that decide the times."""
-        times, other = self.sampler().times, {_SHIFT: self.shift} if self.times else {}
+        times, other = self.times, {_SHIFT: self.shift} if self.times else {}
         if self.solver == "unipc":
-            return {"flow_shift": 1.0, _TIMES: list(times), **other} if self.times else {"flow_shift": self.shift}
+            return {"flow_shift": 1.0, _TIMES: list(times), **other} if times else {"flow_shift": self.shift}
+        times = times or grids.even_times(self.steps, self.shift)
         grid = grids.Grid(self.shift, None) if self.steps == 1 else grids.fit(times)
         if grid is None:
             return {"shift": 1.0, "shift_terminal": times[-2], _TIMES: list(times), **other}
