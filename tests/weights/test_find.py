@@ -309,7 +309,7 @@ def test_repeated_tensors_are_compared_in_blocks(theirs, monkeypatch):
         return blocks[-1]
 
     monkeypatch.setattr(Tensors, "read", counted)
-    monkeypatch.setattr("vpae_jax.run.first_weights.directory.BLOCK", size // 5)
+    monkeypatch.setattr("vpae_jax.weights.directory.COMPARED_BYTES", size // 5)
     opened(theirs, "text_encoder")
     assert len(blocks) == 12 and max(block.nbytes for block in blocks) <= size // 5
     assert sum(block.nbytes for block in blocks) == 2 * size
