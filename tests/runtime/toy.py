@@ -3,8 +3,7 @@
 Usage: toy.py WORKDIR STEPS MESH PAUSE    MESH is "data" or "fsdp"; PAUSE is seconds after each step
 
 TOY_TIMEOUT is how long it waits for the others. TOY_FAILS="1 at 3" makes process 1 fail after step 3, and
-TOY_HOLDS="1 at 3"
-makes it stay there for ever, once it has made the file WORKDIR/held.
+TOY_HOLDS="1 at 3" makes it stay there for ever, once it has made the file WORKDIR/held.
 """
 
 import dataclasses
