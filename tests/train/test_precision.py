@@ -56,11 +56,6 @@ def test_the_penalty_keeps_its_size_in_bfloat16(penalty):
     assert penalty(jnp.bfloat16) / penalty(jnp.float32) == pytest.approx(1, abs=0.35)
 
 
-def test_the_spatial_half_alone_is_rounding_in_bfloat16(penalty):
-    """Known and documented (docs/methods.md): with `sigma_t` = 0 train the heads in float32."""
-    assert penalty(jnp.bfloat16, sigma_t=0.0) / penalty(jnp.float32, sigma_t=0.0) > 2
-
-
 def test_heads_of_14b_are_as_large_as_those_of_1_3b():
     """As wide as the transformer they would hold 1.18 billion parameters, more than the smaller transformer."""
     sizes = {}
