@@ -103,6 +103,12 @@ def test_listed_times_come_as_often_as_their_weights_say():
     assert drawn(1.0, 3.0, 0.0, 0.0) == pytest.approx({1: 0.25, 0.75: 0.75}, abs=0.02)
 
 
+@pytest.mark.parametrize(("u", "weights", "time"), [(0.0, (0, 0, 1, 1), 0.5), (1 - 2**-24, (1, 1, 0, 0), 0.75)])
+def test_a_weight_of_0_is_not_drawn_at_the_ends_of_the_generators_range_either(monkeypatch, u, weights, time):
+    monkeypatch.setattr(draws, "uniform", lambda key, clips: jnp.full(clips, u, jnp.float32))
+    assert (TimeDistribution("list", weights=tuple(map(float, weights)))(KEY, (3, 1)) == time).all()
+
+
 def test_a_pair_of_a_list_is_a_time_and_the_one_after():
     t, before = TimeDistribution("list", values=(1.0, 0.5, 0.2)).pair(KEY, MANY)
     pairs = {(round(float(a), 5), round(float(b), 5)) for a, b in zip(t, before, strict=True)}
