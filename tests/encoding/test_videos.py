@@ -185,7 +185,7 @@ def test_a_worker_that_dies_costs_one_video(tmp_path, monkeypatch):
     names = ["a", "abort", "b", "exit", "c", "hang", "d", "raise", "e", "stop", "f"]
     paths = [write(tmp_path / f"{name}.mp4", numbered(24)) for name in names]
     monkeypatch.setattr(videos, "worker_tasks", failing_tasks)
-    with VideoClips(Listed(*map(entry, paths)), BUCKETS, 9, timeout=5) as clips:
+    with VideoClips(Listed(*map(entry, paths)), BUCKETS, 9, timeout=5.0) as clips:
         found = of_unit(clips, 0)
     kinds = {"abort": "crashed", "exit": "crashed", "hang": "timeout", "raise": "crashed", "stop": "timeout"}
     assert [item.id.split("#")[0] for item in found] == names
