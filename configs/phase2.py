@@ -35,7 +35,6 @@ def paper(preset: str) -> ConfigDict:
         },
         steps=1000,
         previous={"workdir": "../phase1", "command": PREVIOUS.format(preset=preset)},
-        guard={"enabled": False},
     )
 
 
@@ -69,5 +68,5 @@ def tiny() -> ConfigDict:
         model={"remat": "dots"},
         data={"clips": 4096},
         previous={"workdir": "../phase1", "command": PREVIOUS.format(preset="tiny")},
-        guard={"enabled": True, "every": 200},
+        guard={"clips": 128, "every": 200},
     )

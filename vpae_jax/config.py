@@ -101,6 +101,10 @@ class DataConfig:
         encoded from `videos`, or rendered.
       videos: a folder of videos that are encoded before the run. Empty: there is none.
       max_bad: share of damaged records that is put up with; the run stops beyond.
+      held_out: clips of each folder that are never trained on, but no more than a fifth of them: for previews, the
+        guard and `evaluate`. A folder with several clips of one video has some of them on either side.
+      held_out_records: folders of records, as in `records`, whose clips take the place of those; then nothing is held
+        out of the others.
     """
 
     clips: int = 2048
@@ -110,10 +114,12 @@ class DataConfig:
     records: str = ""
     videos: str = ""
     max_bad: float = 0.01
+    held_out: int = 256
+    held_out_records: str = ""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "clips")
-        _at_least(self, 0, "seed", "workers", "max_bad")
+        _at_least(self, 0, "seed", "workers", "max_bad", "held_out")
         if self.max_bad >= 1:
             raise UserError(f"max_bad is {self.max_bad}, expected less than 1")
         if self.records and self.videos:
@@ -121,11 +127,20 @@ class DataConfig:
         weighted = [weight is not None for _, weight in self.sources]
         if any(weighted) and not all(weighted):
             raise UserError(f"records is {self.records!r}; give every folder a weight, or none")
+        if self.held_out_records and not (self.records or self.videos):
+            raise UserError("held_out_records is given without records or videos; rendered digits have their own")
+        if any(weight is not None for _, weight in parse_sources(self.held_out_records)):
+            raise UserError(f"held_out_records is {self.held_out_records!r}; give folders without weights")
 
     @property
     def sources(self) -> tuple[tuple[str, float | None], ...]:
         """The folders of `records`, each with its weight; None where it has none."""
-        return tuple(_source(part) for part in self.records.split(",")) if self.records else ()
+        return parse_sources(self.records)
+
+
+def parse_sources(records: str) -> tuple[tuple[str, float | None], ...]:
+    """ "DIR,DIR" or "DIR=WEIGHT,DIR=WEIGHT", taken apart. Raises `UserError` for a weight that is none."""
+    return tuple(_source(part) for part in records.split(",")) if records else ()
 
 
 def _source(text: str) -> tuple[str, float | None]:
@@ -172,13 +187,14 @@ class GuardConfig:
     """Keep the phase before when this one ends up worse on held-out clips.
 
     Attributes:
-      enabled: whether the guard decides which weights the student is exported from.
-      clips: held-out clips a mode (text-to-video and image-to-video) that are generated to score the weights.
-      every: steps between scores; the last step is always scored.
+      enabled: whether the guard decides which weights the student is exported from, where it can judge: of a student
+        that starts from the one of a phase before.
+      clips: held-out clips a mode (text-to-video and image-to-video) that are generated to score the weights, at most.
+      every: steps between scores; the first and the last step are always scored.
     """
 
-    enabled: bool = False
-    clips: int = 128
+    enabled: bool = True
+    clips: int = 64
     every: int = 0
 
     def __post_init__(self) -> None:

@@ -191,8 +191,13 @@ def _scores(workdir: Path) -> dict[str, float]:
     path = workdir / "guard.json"
     if not path.is_file():
         return {}
-    scores = read_json(path)["scores"]
-    return {f"held-out KVD, {task}, step {step}": kvd for step, found in scores.items() for task, kvd in found.items()}
+    known = read_json(path)
+    return {
+        f"held-out {name}, step {step}": value
+        for step, found in known["scores"].items()
+        for name, value in found.items()
+        if name.endswith(f"/{known['compared']}")
+    }
 
 
 def parser() -> cli.Parser:

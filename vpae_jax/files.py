@@ -33,6 +33,12 @@ def local_path(text: str) -> Path:
     return Path(text)
 
 
+def resolve(path: str, workdir: Path) -> Path:
+    """A path of a config: relative to the workdir when it starts with "../", else to the current folder. Raises
+    `UserError` for an address."""
+    return (workdir / path).resolve() if path.startswith("../") else local_path(path)
+
+
 def atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` fill a temporary file beside `path`, then puts it there; on failure removes it.
 

@@ -23,7 +23,7 @@ from vpae_jax.data.records import LatentRecords
 from vpae_jax.data.stores import Address
 from vpae_jax.encoding.encoder import fingerprint
 from vpae_jax.inference.pipeline import load_pipeline
-from vpae_jax.run.inputs import open_records
+from vpae_jax.tasks.video.sources import open_sources
 from vpae_jax.types import UserError
 
 SIZE = 4
@@ -180,7 +180,7 @@ def test_a_run_mixes_addresses_by_weight_and_writes_to_paths(s3, tmp_path):
         s3.put(write_folder(tmp_path / name, CLIPS[:1], fingerprint(pipeline)), name)
     given = phase1.get_config()
     given.data.records = f"s3://bucket/real/=0.7,{tmp_path / 'made'}=0.2,s3://bucket/made=0.1"
-    found = open_records(parse(given), tmp_path, pipeline)
+    found = open_sources(parse(given).data, tmp_path, pipeline, "tiny")
     assert [(str(records.folder), weight) for records, weight in found] == [
         ("s3://bucket/real", 0.7),
         (str(tmp_path / "made"), 0.2),
@@ -190,7 +190,7 @@ def test_a_run_mixes_addresses_by_weight_and_writes_to_paths(s3, tmp_path):
     with pytest.raises(
         UserError, match=r"^s3://bucket/videos: an address, as only config.data.records may be; give a loc"
     ):
-        open_records(parse(given), tmp_path, pipeline)
+        open_sources(parse(given).data, tmp_path, pipeline, "tiny")
     with pytest.raises(UserError, match=r"^gs://bucket/made: an address, .* `aws s3 cp --recursive`\)$"):
         encode.main(["--videos=.", "--output=gs://bucket/made"])
 

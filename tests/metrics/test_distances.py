@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from moving_patterns import patterns
 from scipy.ndimage import gaussian_filter
 
 from vpae_jax.metrics.distances import SCALE, FeatureScale, features, kernel_distance
@@ -88,3 +89,12 @@ def test_a_constant_feature_does_not_blow_up():
     scale = FeatureScale.of(values)
     assert np.isfinite(scale(values)).all()
     assert np.abs(scale(values + 100)).max() <= 3.0
+
+
+@pytest.mark.parametrize("frames, height, width", [(9, 48, 48), (5, 48, 84), (17, 60, 104), (81, 480, 832)])
+def test_features_of_any_size_are_as_many_whatever_the_size(frames, height, width):
+    moving = patterns(1, frames=frames, height=height, width=width)
+    found = features(moving)
+    assert found.shape[0] == 1 and np.isfinite(found).all()
+    few = min(frames, 17)
+    assert found.shape[1] == 3 * 8 * 27 + 2 * few

@@ -9,21 +9,20 @@ from html.parser import HTMLParser
 import av
 import numpy as np
 import pytest
+from moving_patterns import patterns
 
 from vpae_jax.metrics.base import Metric
 from vpae_jax.metrics.plots import Curve, line_plot
 from vpae_jax.metrics.report import REST_FRAMES, ZOOM, Report, Row, Run, video_uri, write_report
 from vpae_jax.metrics.results import NAIVE, headline, table, write_metrics, write_samples
-from vpae_jax.tasks.digits.clips import MovingDigits
-from vpae_jax.tasks.digits.scores import METRICS
+from vpae_jax.tasks.video.scores import METRICS
 
 CLIPS = 3
 
 
 @functools.cache
 def clips():
-    source = MovingDigits("eval", CLIPS)
-    return np.stack([source[i]["video"] for i in range(CLIPS)])
+    return patterns(CLIPS, height=48, width=48)
 
 
 def row(name, evaluations, kvd, seconds=None, **scores):
@@ -149,17 +148,17 @@ def test_headline_compares_the_newest_phase_or_the_last_student(report):
         row("phase 2, four steps", 4, 3.0),
         row("another", 1, 2.0),
     ]
-    meanings = [meaning for _, meaning in headline([*report.rows, *phases])]
+    meanings = [meaning for _, meaning in headline([*report.rows, *phases], METRICS[0])]
     assert meanings[0].endswith("phase 2")
-    assert headline([*report.rows, phases[0], phases[3]])[0][1].endswith("phase 1")
-    numbers = dict((meaning, number) for number, meaning in headline(report.rows))
+    assert headline([*report.rows, phases[0], phases[3]], METRICS[0])[0][1].endswith("phase 1")
+    numbers = dict((meaning, number) for number, meaning in headline(report.rows, METRICS[0]))
     assert numbers["less network time a clip, measured in this run"].startswith("100 ")
     assert any(number.startswith("900 ") and number.endswith(" 40") for number in numbers.values())
-    assert headline(report.rows[:2]) == []
+    assert headline(report.rows[:2], METRICS[0]) == []
 
 
 def test_metrics_json(report, tmp_path):
-    write_metrics(tmp_path / "metrics.json", report.real, report.rows, 128, {"jax": "1"})
+    write_metrics(tmp_path / "metrics.json", METRICS, report.real, report.rows, 128, {"jax": "1"})
     found = json.loads((tmp_path / "metrics.json").read_text())
     assert found["clips_a_half"] == 128
     assert found["real"]["t2v"]["kvd"] == 1.0
@@ -175,6 +174,6 @@ def test_samples_and_table(report, tmp_path):
     names = {file.name for file in tmp_path.iterdir()}
     assert {"teacher_one_step_t2v.mp4", "student_i2v.png", "student_i2v.mp4"} <= names
     assert len(names) == 3 * 2 * 2
-    lines = table([report.real, *report.rows]).splitlines()
+    lines = table(METRICS, [report.real, *report.rows]).splitlines()
     assert len(lines) == 2 * 5 + 1
     assert lines[4].split()[:3] == ["student", "1", "40.000"]

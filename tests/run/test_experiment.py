@@ -18,6 +18,7 @@ from configs import encoders, phase1, phase2, teacher, vae
 from vpae_jax.config import parse
 from vpae_jax.inference.pipeline import load_pipeline
 from vpae_jax.media import read_image
+from vpae_jax.methods import make_method
 from vpae_jax.run import experiment, previews
 from vpae_jax.run.first_weights import read_previous
 from vpae_jax.tasks.digits.clips import MovingDigits
@@ -103,7 +104,7 @@ def test_previews_show_data_teacher_generator_and_average(workdir):
     rows = [read_image(folder / f"step_{step:06d}.png") for step in (0, 2)]
     rows = np.stack([[sheet[top : top + 48] for top in range(0, len(sheet), 49)] for sheet in rows])
     assert rows.shape[:2] == (2, 4), "data, teacher, generator, average"
-    clip = MovingDigits("eval", previews.CLIPS, previews.SEED)[0]["video"]
+    clip = MovingDigits("eval", 2 * previews.CLIPS, 7)[0]["video"]
     np.testing.assert_array_equal(rows[0, 0, :, :48], clip[0])
     np.testing.assert_array_equal(rows[0, :2], rows[1, :2], err_msg="data and teacher stay")
     np.testing.assert_array_equal(rows[0, 2], rows[0, 3], err_msg="the average starts at the weights")
@@ -143,6 +144,10 @@ def test_a_failed_phase_exports_the_weights_it_started_from(workdir, tmp_path):
     config.optimizers.generator.learning_rate = 0.3  # ruins the generator, and its average with it
     config.method.ema = 0.1
     run(parse(config), tmp_path / "phase2", devices=2)
+    decided = json.loads((tmp_path / "phase2" / "guard.json").read_text())
+    assert not decided["kept"] and decided["after"] > decided["before"] > decided["floor"]
+    assert decided["reason"].endswith("the weights that it started from are kept")
+    assert {"t2v/kvd", "i2v/psnr_first", "t2v/diversity"} <= set(decided["scores"]["2"])
     student = load_pipeline(tmp_path / "phase2" / "model")
     start = load_pipeline(workdir / "phase1" / "model")
     for prompt in ("a three moves up",):
@@ -168,8 +173,9 @@ def test_a_run_killed_while_it_scored_is_finished_later_without_the_phase_before
     shutil.rmtree(tmp_path / "phase2" / "model")
     file = tmp_path / "phase2" / "guard.json"
     whole = json.loads(file.read_text())
-    worse = {task: score + 1e6 for task, score in whole["scores"]["0"].items()}  # so that the last weights are kept
-    file.write_text(json.dumps({"clips": 8, "previous_step": 2, "scores": {"0": worse}}))
+    worse = {name: score + 1e6 for name, score in whole["scores"]["0"].items()}  # so that the last weights are kept
+    about = {name: whole[name] for name in ("task", "clips", "compared", "previous_step")}
+    file.write_text(json.dumps({**about, "scores": {"0": worse}}))
     config = small(phase2)
     config.method.disc_warmup = 0
     run(parse(config), tmp_path / "phase2", devices=2)
@@ -178,12 +184,15 @@ def test_a_run_killed_while_it_scored_is_finished_later_without_the_phase_before
     assert load_pipeline(tmp_path / "phase2" / "model").takes_image
 
 
-def test_a_guard_needs_a_generator(tmp_path):
-    config = small(encoders)
-    config.data.clips, config.guard.enabled = 64, True
-    with pytest.raises(UserError, match=r"config.guard.enabled is True, but the method trains no generator"):
-        run(parse(config), tmp_path / "encoders")
-    assert list(tmp_path.iterdir()) == []
+def test_why_there_is_no_guard_is_said_in_a_line(tmp_path, capsys):
+    config = small(phase1)
+    found = experiment.make_guard(parse(config), make_method(config.method), tmp_path, None, None)
+    assert found is None
+    line = capsys.readouterr().out
+    assert line.startswith("guard: off, since the student starts from a teacher") and line.count("\n") == 1
+    config.guard.enabled = False
+    assert experiment.make_guard(parse(config), make_method(config.method), tmp_path, None, None) is None
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

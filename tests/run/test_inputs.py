@@ -7,13 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from configs import phase1
+from configs import phase1, phase2, vae
+from vpae_jax import encode
 from vpae_jax.config import parse
 from vpae_jax.inference.pipeline import load_pipeline
 from vpae_jax.media import write_video
 from vpae_jax.run import experiment
-from vpae_jax.run.inputs import open_records
 from vpae_jax.tasks.digits.clips import MovingDigits
+from vpae_jax.tasks.video.sources import open_sources
 from vpae_jax.train.metrics import read_metrics
 from vpae_jax.types import UserError
 
@@ -77,15 +78,15 @@ def test_records_are_opened_with_their_weights(workdir):
     (records,) = (workdir.parent / "data").iterdir()
     pipeline = load_pipeline("tiny", with_transformer=False)
     given = parse(config(records=f"{records}=0.75,{records}=0.25"))
-    found = open_records(given, workdir, pipeline)
+    found = open_sources(given.data, workdir, pipeline, "tiny")
     assert [weight for _, weight in found] == [0.75, 0.25]
-    ((one, weight),) = open_records(parse(config(records=records)), workdir, pipeline)
+    ((one, weight),) = open_sources(parse(config(records=records)).data, workdir, pipeline, "tiny")
     assert weight == len(one) == COUNT * 2
     other = dataclasses.replace(pipeline, defaults=dataclasses.replace(pipeline.defaults, negative_prompt="a blur"))
     with pytest.raises(UserError, match="was encoded with other encoders than those of tiny; encode its clips again"):
-        open_records(given, workdir, other)
+        open_sources(given.data, workdir, other, "tiny")
     with pytest.raises(UserError, match="nowhere holds no encoded clips"):
-        open_records(parse(config(records=workdir / "nowhere")), workdir, pipeline)
+        open_sources(parse(config(records=workdir / "nowhere")).data, workdir, pipeline, "tiny")
 
 
 def test_training_on_records_sees_only_their_clips(workdir, tmp_path):
@@ -96,9 +97,43 @@ def test_training_on_records_sees_only_their_clips(workdir, tmp_path):
     assert not (tmp_path / "data").exists()
 
 
-def test_the_guard_says_that_it_does_not_know_other_clips(workdir, tmp_path, capsys):
+def test_a_phase_on_records_is_guarded_by_clips_that_it_holds_out(workdir, videos, tmp_path, capsys):
+    """Of 12 clips too few are held out; with a folder of their own for judging there are enough."""
     (records,) = (workdir.parent / "data").iterdir()
-    given = config(records=records)
-    given.guard.enabled = True
-    run(parse(given), tmp_path / "phase1")
-    assert "guard: off, since it scores digits alone" in capsys.readouterr().out
+
+    def second(name, **data):
+        given = phase2.get_config()
+        given.steps, given.batch_size, given.log_every, given.checkpoint_every, given.sample_every = 2, 8, 1, 2, 0
+        given.method.disc_warmup, given.previous.workdir, given.data.records = 0, str(workdir), str(records)
+        given.optimizers.generator.learning_rate, given.method.ema = 0.3, 0.1  # ruins it
+        for key, value in data.items():
+            given.data[key] = str(value)
+        run(parse(given), tmp_path / name)
+        return capsys.readouterr().out
+
+    said = second("few")
+    assert "guard: off, since 2 held-out clips of one size are too few" in said
+    assert "held out: 2 of 12 clips" in said and not (tmp_path / "few" / "guard.json").exists()
+    more = tmp_path / "more"
+    clips = MovingDigits("eval", 10, frames=37, resolution=64)
+    more.mkdir()
+    for i in range(10):
+        write_video(more / f"{i}.mp4", 255 - clips[i]["video"], 16.0)
+        (more / f"{i}.txt").write_text(clips[i]["caption"])
+    encode.main([f"--videos={more}", "--clips_per_video=2", "--workers=1", f"--output={tmp_path / 'judged'}"])
+    said = second("judged_by", held_out_records=tmp_path / "judged")
+    assert "the weights that it started from are kept" in said
+    found = json.loads((tmp_path / "judged_by" / "guard.json").read_text())
+    assert found["task"] == "video" and not found["kept"] and found["after"] > found["before"]
+    names = ("kvd", "sharpness", "motion", "still", "diversity", "color_drift", "latent_mean", "latent_std")
+    assert {f"{mode}/{name}" for mode in ("t2v", "i2v") for name in names} < set(found["scores"]["2"])
+    assert set(found["real"]) >= set(found["scores"]["2"])
+
+
+def test_pixels_are_trained_on_digits_alone(workdir, tmp_path):
+    (records,) = (workdir.parent / "data").iterdir()
+    given = vae.get_config()
+    given.data.records = str(records)
+    with pytest.raises(UserError, match=r"method autoencoder trains on rendered digits alone; leave config.data.rec"):
+        run(parse(given), tmp_path / "vae")
+    assert not (tmp_path / "vae").exists()

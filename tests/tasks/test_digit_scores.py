@@ -4,34 +4,59 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from vpae_jax.tasks.digits import measures
+from vpae_jax.config import DataConfig
+from vpae_jax.inference.pipeline import load_pipeline
+from vpae_jax.tasks.base import Measures, TooFew, joined, rows_of
+from vpae_jax.tasks.digits import measures, scores
 from vpae_jax.tasks.digits.clips import MovingDigits
-from vpae_jax.tasks.digits.scores import DIVERSITY_CLIPS, DigitClassifier, DigitEvaluation
+from vpae_jax.tasks.digits.scores import DigitClassifier
+from vpae_jax.tasks.digits.task import AGAIN, Digits
 from vpae_jax.types import UserError
 
 COUNT = 160
 
 
 @pytest.fixture(scope="module")
-def classifier():
-    return DigitClassifier()
+def pipeline():
+    return load_pipeline("tiny", with_transformer=False)
 
 
 @pytest.fixture(scope="module")
-def evaluation(classifier):
-    return DigitEvaluation(COUNT, classifier=classifier)
+def task(tmp_path_factory):
+    return Digits(DataConfig(), tmp_path_factory.mktemp("digits"))
 
 
 @pytest.fixture(scope="module")
-def real(evaluation):
-    return dict(evaluation.real())
+def held_out(task, pipeline):
+    return task.held_out(pipeline, "evaluation", COUNT)
 
 
-def score(evaluation, clips, half="t2v"):
-    return {name.split("/")[1]: value for name, value in evaluation.scores(half, clips)}
+@pytest.fixture(scope="module")
+def clips(held_out):
+    """The real clips of one mode."""
+    return held_out.real["clips"][held_out.parts[0].rows]
 
 
-def test_classifier_on_held_out_digits(classifier):
+@pytest.fixture(scope="module")
+def real(task, held_out):
+    return task.real(held_out)
+
+
+@pytest.fixture(scope="module")
+def score(task, held_out):
+    """Scores of the same clips for each row of a mode; those that are asked for again are the first ones once more."""
+
+    def call(made, half="t2v", again=None):
+        again = made if again is None else again
+        measured = scores.measure(np.concatenate([made, again[: AGAIN["evaluation"]]]))
+        found = task.scores(held_out, joined([measured] * 2))
+        return {name.split("/")[1]: value for name, value in found.items() if name.startswith(half)}
+
+    return call
+
+
+def test_classifier_on_held_out_digits():
+    classifier = scores.classifier()
     source = MovingDigits("eval", 400, seed=9)
     items = [source[i] for i in range(400)]
     labels = np.array([item["digit"] for item in items])
@@ -40,8 +65,8 @@ def test_classifier_on_held_out_digits(classifier):
         assert accuracy >= least
 
 
-def test_classifier_is_deterministic(evaluation):
-    small = [DigitClassifier(clips=150)(evaluation.clips[:, 0]) for _ in range(2)]
+def test_classifier_is_deterministic(clips):
+    small = [DigitClassifier(clips=150)(clips[:, 0]) for _ in range(2)]
     assert np.array_equal(*small)
 
 
@@ -58,81 +83,89 @@ def test_real_clips_score_at_the_ceiling(real):
     assert 0.3 < real["t2v/diversity"] < 1
 
 
-def test_blur(evaluation, real):
-    soft = gaussian_filter(evaluation.clips.astype(np.float32), (0, 0, 1, 1, 0)).astype(np.uint8)
-    found = score(evaluation, soft, "i2v")
+def test_blur(score, clips):
+    soft = gaussian_filter(clips.astype(np.float32), (0, 0, 1, 1, 0)).astype(np.uint8)
+    found = score(soft, "i2v")
     assert found["sharpness"] < 0.7
     assert found["kvd"] > 100
     assert found["psnr_first"] < 30
     assert found["direction"] > 0.98, "blur does not change the direction"
 
 
-def test_frozen(evaluation):
-    found = score(evaluation, np.repeat(evaluation.clips[:, :1], 9, 1))
+def test_frozen(score, clips):
+    found = score(np.repeat(clips[:, :1], 9, 1))
     assert found["motion"] == found["motion_spread"] == found["direction"] == 0
     assert found["digit_last"] == found["digit_first"]
     assert found["kvd"] > 300
 
 
-def test_wrong_digits_and_directions(evaluation):
-    found = score(evaluation, np.roll(evaluation.clips, 1, 0))
+def test_wrong_digits_and_directions(score, clips):
+    found = score(np.roll(clips, 1, 0))
     assert found["digit_first"] < 0.3
     assert found["direction"] < 0.3
     assert abs(found["kvd"]) < 15, "as a set they are as real as before"
 
 
-def test_mirrored_motion(evaluation):
-    found = score(evaluation, evaluation.clips[:, ::-1, :, ::-1])
+def test_mirrored_motion(score, clips):
+    found = score(clips[:, ::-1, :, ::-1])
     assert found["direction"] < 0.5
 
 
-def test_one_speed_for_all(evaluation):
+def test_one_speed_for_all(score, clips):
     # The fast half of the clips at half speed.
-    moved = measures.displacement(evaluation.clips)
-    clips = evaluation.clips.copy()
+    moved = measures.displacement(clips)
+    clips = clips.copy()
     for i in np.flatnonzero(moved > np.median(moved)):
-        clips[i] = evaluation.clips[i][[0, 0, 1, 1, 2, 2, 3, 3, 4]]
-    found = score(evaluation, clips)
+        clips[i] = clips[i][[0, 0, 1, 1, 2, 2, 3, 3, 4]]
+    found = score(clips)
     assert found["motion"] < 0.8
     assert found["motion_spread"] < 0.8
 
 
-def test_fading(evaluation):
+def test_fading(score, clips):
     fade = np.linspace(1, 0.3, 9).reshape(1, 9, 1, 1, 1)
-    assert score(evaluation, (evaluation.clips * fade).astype(np.uint8))["color_drift"] > 0.5
+    assert score((clips * fade).astype(np.uint8))["color_drift"] > 0.5
 
 
-def test_run_asks_for_both_halves_and_sees_missing_variety(evaluation, real):
-    requests = []
-
-    def same(request):
-        requests.append(request)
-        return evaluation.clips[: len(request.captions)]
-
-    found = dict(evaluation.run(same))
-    assert found["t2v/diversity"] == found["i2v/diversity"] == 0
-    assert {name for name in found if name != "i2v/diversity"} == set(real)
-    assert [r.pictures is None for r in requests] == [True, True, False, False]
-    assert [len(r.captions) for r in requests] == [COUNT, DIVERSITY_CLIPS] * 2
-    assert requests[0].seed != requests[1].seed
-    assert np.array_equal(requests[2].pictures, evaluation.clips[:, 0])
-    assert found["t2v/kvd"] == real["t2v/kvd"]
-
+def test_missing_variety(task, score, clips, real):
+    assert score(clips)["diversity"] == score(clips, "i2v")["diversity"] == 0
     other = MovingDigits("eval", COUNT, seed=77)
     drawn = np.stack([other[i]["video"] for i in range(COUNT)])
-    varied = dict(evaluation.run(lambda r: (evaluation.clips if r.seed == 0 else drawn)[: len(r.captions)]))
-    assert varied["t2v/diversity"] > 0.3
+    assert score(clips, again=drawn)["diversity"] > 0.3
+    assert {metric.name for metric in task.metrics} == set(score(clips, "i2v"))
+    assert set(score(clips)) == {name.split("/")[1] for name in real if name.startswith("t2v")}
 
 
-def test_the_same_conditions_every_time(evaluation, classifier):
-    again = DigitEvaluation(COUNT, ("i2v",), classifier)
-    assert np.array_equal(again.clips, evaluation.clips)
-    assert again.request("i2v").captions == evaluation.request("i2v").captions
-    assert {name.split("/")[0] for name, _ in again.real()} == {"i2v"}
+def test_both_modes_ask_for_the_same_clips_from_the_same_noise(held_out):
+    first, second = held_out.parts
+    assert (first.name, second.name) == ("t2v", "i2v") and len(held_out) == 2 * (COUNT + AGAIN["evaluation"])
+    assert held_out.captions[first.rows] == held_out.captions[second.rows]
+    assert held_out.seeds[first.rows] == held_out.seeds[second.rows]
+    assert held_out.captions[first.again] == held_out.captions[: AGAIN["evaluation"]]
+    assert not set(held_out.seeds[first.again]) & set(held_out.seeds[first.rows])
+    given = held_out.condition
+    assert not given.image[first.rows].any() and not given.frames[first.again].any()
+    assert given.image[second.rows].any((1, 2)).all() and given.frames[second.again].any((1, 2, 3, 4)).all()
 
 
-def test_bad_input(evaluation, classifier):
-    with pytest.raises(UserError, match="count is 8"):
-        DigitEvaluation(8, classifier=classifier)
+def test_guard_previews_and_evaluation_have_clips_of_their_own(task, pipeline, held_out):
+    guard, preview = task.held_out(pipeline, "guard", 8), task.held_out(pipeline, "preview", 4)
+    again = task.held_out(pipeline, "guard", 8)
+    assert guard.captions == again.captions and np.array_equal(guard.real["clips"], again.real["clips"])
+    assert guard.parts[1].rows == slice(16, 24) and preview.parts[1].rows == slice(4, 8)
+    assert not preview.real and preview.clips["i2v"].shape == (4, 9, 48, 48, 3)
+    found = task.scores(guard, rows_of(guard.real, slice(None)))
+    assert not {name for name in found if "digit" in name}, "the classifier knows the guard's digits"
+
+    def first(one: Measures):
+        return {clip[0].tobytes() for clip in one["clips"]}
+
+    assert not first(guard.real) & first(held_out.real)
+    assert not first(guard.real) & first(guard.others) and not first(held_out.real) & first(held_out.others)
+
+
+def test_bad_input(task, pipeline, held_out):
+    with pytest.raises(TooFew, match="count is 8"):
+        task.held_out(pipeline, "evaluation", 8)
     with pytest.raises(UserError, match="this model makes other videos"):
-        list(evaluation.scores("t2v", evaluation.clips[:, :5]))
+        task.scores(held_out, scores.measure(held_out.real["clips"][:, :5]))

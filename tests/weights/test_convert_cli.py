@@ -56,7 +56,8 @@ def workdir(source, tmp_path_factory):
     state["params"]["fake_score"] = {"blocks": {"attn1": {"to_q": {"lora_a": a, "lora_b": b}}}}
     with ocp.CheckpointManager((folder / "checkpoints").absolute()) as manager:
         manager.save(3, args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
-    scores = {"clips": 4, "previous_step": None, "scores": {"3": {"text_to_video": 12.5}}}
+    found = {"t2v/kvd": 12.5, "t2v/sharpness": 0.9}
+    scores = {"clips": 4, "compared": "kvd", "previous_step": None, "scores": {"3": found}}
     (folder / "guard.json").write_text(json.dumps(scores))
     return folder
 
@@ -161,7 +162,7 @@ def test_a_run_becomes_a_model_directory(source, workdir, tmp_path, weights, add
     card = (tmp_path / "out" / "README.md").read_text()
     for fact in (
         "| step | 3 |",
-        "| held-out KVD, text_to_video, step 3 | 12.5 |",
+        "| held-out t2v/kvd, step 3 | 12.5 |",
         "euler, 1 step, guidance 1, shift 2",
     ):
         assert fact in card

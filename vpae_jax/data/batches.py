@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from vpae_jax.data.loader import Batches, RecordsOf
-from vpae_jax.data.order import ClipStream, Order
+from vpae_jax.data.order import ClipStream, Order, held_out
 from vpae_jax.data.records import LatentRecords, LatentShape
 from vpae_jax.types import Batch, Condition, UserError
 
@@ -35,6 +35,7 @@ def latent_batches(
     workers: int = 0,
     rows: OwnRows = None,
     max_bad: float = 0.01,
+    most_held_out: int = 0,
 ) -> Batches:
     """Endless iterator of `Batch`, in bfloat16, as records are. The clips of a batch have latents of one shape.
 
@@ -46,6 +47,7 @@ def latent_batches(
       workers: processes that read; 0 reads in threads.
       rows: which clips of each batch are read here, in order; None for all.
       max_bad: share of bad records that is put up with; a bad one is replaced by another one of its source and shape.
+      most_held_out: clips of each source that are left out (`data.order.held_out`).
 
     Raises:
       UserError: fewer clips than a batch has, or sources that do not fit together.
@@ -54,9 +56,14 @@ def latent_batches(
     for records, weight in sources:
         _check_source(records, weight, first)
     buckets: dict[LatentShape, list[ClipStream]] = {}
+    named = []
     for number, (records, weight) in enumerate(sources):
+        left_out = held_out(len(records), most_held_out)
+        trained = len(records) - len(left_out)
         for shape, clips in records.shapes.items():
-            buckets.setdefault(shape, []).append(ClipStream(number, clips, weight * len(clips) / len(records)))
+            if len(kept := np.setdiff1d(clips, left_out)):
+                buckets.setdefault(shape, []).append(ClipStream(number, kept, weight * len(kept) / trained))
+        named.append(f"{trained} of {len(records)} clips of {records.index['fingerprint']} at weight {weight:g}")
     load = RecordsOf(tuple(records for records, _ in sources))
 
     def finish(batch: Any) -> Batch:
@@ -66,10 +73,7 @@ def latent_batches(
         return Batch(batch["latents"], condition, null_text=first.null_text, null_mask=first.null_mask)
 
     parts = [parts for _, parts in sorted(buckets.items())]
-    data = " and ".join(
-        f"{len(one)} clips of {one.index['fingerprint']} at weight {weight:g}" for one, weight in sources
-    )
-    return iterate(parts, load, finish, data, batch_size, seed, workers, rows, max_bad)
+    return iterate(parts, load, finish, " and ".join(named), batch_size, seed, workers, rows, max_bad)
 
 
 def _check_source(records: LatentRecords, weight: float, first: LatentRecords) -> None:

@@ -17,6 +17,8 @@ import numpy as np
 from jaxtyping import Int
 
 ROUNDS = 8
+# Of a folder's clips, at most one of so many is held out. The number of their permutation, too, is the same for ever.
+HELD_OUT_PART, HELD_OUT_KEY = 5, 1
 _WORD = 2**64 - 1
 
 
@@ -36,6 +38,20 @@ def shuffled(index: int, count: int, *key: int) -> int:
         index = left << half | right
         if index < count:
             return index
+
+
+def held_out(clips: int, most: int) -> Int[np.ndarray, "n"]:
+    """Which of a folder's clips no training sees, in an order of their own.
+
+    It follows from the number of clips alone, so that it is the same in every process and in every phase, whatever its
+    seed and its batches. Those of a smaller `most` are the first of a larger one's.
+
+    Args:
+      clips: how many the folder has.
+      most: how many are held out, but never more than a fifth of them.
+    """
+    count = min(most, clips // HELD_OUT_PART)
+    return np.array([shuffled(place, clips, HELD_OUT_KEY) for place in range(count)], np.int64)
 
 
 def _mixed(word: int) -> int:

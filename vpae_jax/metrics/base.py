@@ -1,10 +1,10 @@
-"""What an evaluation is: something that asks for clips and yields named numbers."""
+"""Clips and named numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -15,26 +15,11 @@ Scores = Float[np.ndarray, "b"]
 
 
 @dataclass(frozen=True)
-class Request:
-    """What clips are asked for.
-
-    Attributes:
-      captions: one a clip.
-      pictures: the clips' first frames; None asks for text-to-video.
-      seed: decides the noise; another seed gives other clips of the same conditions.
-    """
-
-    captions: Sequence[str]
-    pictures: Pictures | None
-    seed: int
-
-
-@dataclass(frozen=True)
 class Metric:
     """A number's name and meaning.
 
     Attributes:
-      name: its key; the halves' names stand before it, `t2v/kvd`.
+      name: its key; the mode stands before it, `t2v/kvd`.
       label: its name in tables.
       goal: whether more is better, less is better, or the value of real clips is.
       meaning: one sentence.
@@ -51,14 +36,3 @@ class Metric:
             return None
         cost = {"more": lambda v: -v, "less": lambda v: v, "real": lambda v: abs(v - real)}[self.goal]
         return min(values, key=lambda name: cost(values[name]))
-
-
-Predict = Callable[[Request], Clips]
-
-
-class Evaluation(Protocol):
-    """Scores whatever turns a request into clips."""
-
-    def run(self, predict: Predict) -> Iterator[tuple[str, float]]:
-        """Names and values of the metrics, as they become known."""
-        ...

@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from vpae_jax.metrics.base import Clips
+from vpae_jax.metrics.measures import reduced
 
 BINS = 8
 GRID = 3
@@ -61,8 +62,8 @@ def kernel_distance(x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m d"]) ->
 
 
 def features(clips: Clips, batch: int = 32) -> Float[np.ndarray, "n d"]:
-    """One vector a clip; at least 6 pixels and 3 frames along each axis."""
-    parts = []
+    """One vector a clip, of what `measures.reduced` leaves of it; at least 6 pixels and 3 frames along each axis."""
+    clips, parts = reduced(clips), []
     for start in range(0, len(clips), batch):
         part = clips[start : start + batch]
         filled = np.concatenate([part, np.zeros((batch - len(part), *part.shape[1:]), np.uint8)])

@@ -149,7 +149,7 @@ def _run(run: Run) -> dict[str, Any]:
         "gradient norm": [n for n in names if n.endswith("/grad_norm")],
         "gradient of each loss term at x0": [n for n in names if n.endswith("_grad")],
         "latents against the data's": [n for n in names if n.endswith(("/x0_mean_drift", "/x0_std_ratio"))],
-        "held-out KVD": [n for n in names if n.startswith("held_out/")],
+        "held-out KVD": [n for n in names if n.startswith("held_out/") and n.endswith("/kvd")],
     }
     plots = []
     for title, members in groups.items():
@@ -166,9 +166,9 @@ def _points(records: Sequence[Mapping[str, float]], name: str) -> tuple[list[flo
 
 def _short(name: str) -> str:
     """A curve's name without what the plot's title says already."""
-    for ending in ("/loss", "/grad_norm", "_grad"):
+    for ending in ("/loss", "/grad_norm", "_grad", "/kvd"):
         name = name.removesuffix(ending)
-    return name.removeprefix("held_out/kvd_").replace("_", " ").replace("/", ": ")
+    return name.removeprefix("held_out/").replace("_", " ").replace("/", ": ")
 
 
 def _number(value: float | None, metric: Metric) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from vpae_jax.files import write_text
 from vpae_jax.media import write_contact_sheet, write_video
 from vpae_jax.metrics.base import Metric
-from vpae_jax.metrics.report import Row
+from vpae_jax.metrics.report import TITLES, Row
 
 # Ends the name of a many-step model's row that is sampled in one step all the same.
 NAIVE = ", one step"
@@ -26,6 +26,7 @@ def write_metrics(
         "clips_a_half": count,
         "facts": dict(facts),
         "meaning": {metric.name: metric.meaning for metric in metrics},
+        "goal": {metric.name: metric.goal for metric in metrics},
         "real": nested(real.scores),
         "rows": [
             {
@@ -54,11 +55,11 @@ def write_samples(folder: Path, rows: Sequence[Row], fps: float) -> None:
 
 
 def table(metrics: Sequence[Metric], rows: Sequence[Row]) -> str:
-    """The scores as text, one row after the other; the last one decides the columns."""
+    """The scores as text, one row after the other."""
     lines = []
     width = max(len(row.name) for row in rows)
-    for half in ("t2v", "i2v"):
-        names = [m.name for m in metrics if f"{half}/{m.name}" in rows[-1].scores]
+    for half in rows[0].clips:
+        names = [m.name for m in metrics if any(f"{half}/{m.name}" in row.scores for row in rows)]
         lines += ["", f"{half:{width}}  evaluations  " + "  ".join(f"{name:>13}" for name in names)]
         for row in rows:
             values = [row.scores.get(f"{half}/{name}") for name in names]
@@ -67,7 +68,7 @@ def table(metrics: Sequence[Metric], rows: Sequence[Row]) -> str:
     return "\n".join(lines[1:])
 
 
-def headline(rows: Sequence[Row]) -> list[tuple[str, str]]:
+def headline(rows: Sequence[Row], compared: Metric) -> list[tuple[str, str]]:
     """The numbers at the page's top: the newest phase in one evaluation, or the last such row, against many steps."""
     first, single = rows[0], [row for row in rows[1:] if row.evaluations == 1]
     students = [row for row in single if not row.name.endswith(NAIVE)]
@@ -81,10 +82,11 @@ def headline(rows: Sequence[Row]) -> list[tuple[str, str]]:
         speed = first.diffusion_seconds / student.diffusion_seconds
         found.append((f"{speed:.0f} {TIMES}", "less network time a clip, measured in this run"))
     naive = [row for row in single if row.name.endswith(NAIVE)]
-    for half, name in (("t2v", "text to video"), ("i2v", "image to video")):
-        if naive:
-            before, after = (row.scores[f"{half}/kvd"] for row in (naive[0], student))
-            found.append((f"{before:.0f} {ARROW} {after:.0f}", f"KVD, {name}: {naive[0].name} {ARROW} {student.name}"))
+    for half, name in TITLES.items():
+        key = f"{half}/{compared.name}"
+        if naive and key in naive[0].scores and key in student.scores:
+            change = f"{naive[0].scores[key]:.0f} {ARROW} {student.scores[key]:.0f}"
+            found.append((change, f"{compared.label}, {name.lower()}: {naive[0].name} {ARROW} {student.name}"))
     return found
 
 

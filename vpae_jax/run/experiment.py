@@ -1,9 +1,9 @@
 """One run, from its config to the model directory it leaves behind.
 
 config -> method, roles, weights on the mesh   (weights.py)
-       -> batches                               (data/)
+       -> batches                               (its task, tasks/)
        -> the loop                              (train/loop.py), with previews and scores between steps
-       -> a model directory                     (export.py)
+       -> a model directory                     (export.py, or the task)
 """
 
 from __future__ import annotations
@@ -16,40 +16,40 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from vpae_jax import sharding
+from vpae_jax import sharding, tasks
 from vpae_jax.config import Experiment
+from vpae_jax.files import resolve
 from vpae_jax.flow.sampler import Sampler
 from vpae_jax.inference.pipeline import Pipeline, load_pipeline
+from vpae_jax.inference.samplers import Denoiser
 from vpae_jax.methods import make_method
 from vpae_jax.methods.base import EMA, Method, Student
 from vpae_jax.models import presets
 from vpae_jax.run import export
 from vpae_jax.run.first_weights import (
     make_weights,
-    read_pretrained,
     read_previous,
-    resolve,
     resolve_model,
 )
-from vpae_jax.run.guard import Guard
-from vpae_jax.run.inputs import Sources, make_batches, open_records, renders
-from vpae_jax.run.previews import Clips, Generation, preview_of_digits, preview_of_records, write_previews
+from vpae_jax.run.guard import Guard, obstacle
+from vpae_jax.run.previews import Previews
 from vpae_jax.runtime.preemption import Stop, never
 from vpae_jax.runtime.processes import as_first_says, first_alone, is_first, say, to_host
-from vpae_jax.tasks.digits.clips import MovingDigits, check_size
+from vpae_jax.tasks.base import Feed, Task, TooFew
 from vpae_jax.train.blueprint import Blueprint, draw_up
 from vpae_jax.train.checkpoint import CONFIG_FILE, guard_config, latest_step
 from vpae_jax.train.loop import Hook, train
 from vpae_jax.train.optim import make_optimizer
 from vpae_jax.train.roles import check_roles
 from vpae_jax.train.state import TrainState, abstract, create
-from vpae_jax.types import Batch, CaptionedFrames, Params, PixelBatch, UserError
+from vpae_jax.types import Batch, Params, PixelBatch, UserError
 from vpae_jax.weights.settings import Scheduler
 
 # What may differ between two runs in one workdir: how long and how often, never what is computed. Where records lie
 # may; a checkpoint's position says which they are.
 FREE = ("steps", "accumulation", "mesh", "log_every", "sample_every", "checkpoint_every", "keep", "guard")
-FREE_DATA = ("data.folder", "data.records", "data.videos", "data.workers", "data.max_bad")
+FREE_DATA = ("data.folder", "data.records", "data.videos", "data.workers", "data.max_bad", "data.held_out_records")
+TEACHER_STEPS = 50
 # Roles that a run's model directory is made from.
 PRODUCTS = ("generator", "vae", "encoders")
 
@@ -76,9 +76,8 @@ def run(experiment: Experiment, workdir: Path, devices: Sequence[Any] | None = N
     if method.batch is not PixelBatch:
         source = resolve_model(experiment.model.path, workdir)
         pipeline = load_pipeline(source, jnp.dtype(experiment.model.dtype), with_transformer=False)
-        made, transformer = pipeline.defaults, pipeline.transformer.config
-        if renders(experiment):
-            check_size(str(source), made.num_frames, made.height, made.width)
+        transformer = pipeline.transformer.config
+    tasks.check(experiment, method.batch, pipeline)
     continuing = as_first_says("continuing", latest_step(workdir) is not None)
     blueprint = draw_up(experiment, method, mesh, transformer)
     optimizers = {role: make_optimizer(experiment.optimizers[role]) for role in blueprint.trained}
@@ -91,14 +90,14 @@ def run(experiment: Experiment, workdir: Path, devices: Sequence[Any] | None = N
         say(f"{experiment.name} starts from step {previous_step} of {folder} ({kind} weights)")
     first_alone("config", partial(claim, experiment, workdir))
 
-    guard = make_guard(experiment, workdir, pipeline)
+    task = tasks.open_task(experiment.data, workdir, experiment.model.path, experiment.method)
+    guard = make_guard(experiment, method, workdir, task, pipeline)
     if guard is not None and not continuing:
         guard.begin(previous_step)
-    records: Sources = ()
-    if pipeline is not None and method.batch is Batch:
-        records = open_records(experiment, workdir, pipeline)
-    hooks = make_hooks(experiment, method, workdir, pipeline, guard, frozen, records)
-    batches = make_batches(experiment, method, pipeline, mesh, records)
+    hooks = make_hooks(experiment, method, workdir, task, pipeline, guard, blueprint, frozen)
+    rows = sharding.own_rows(mesh, experiment.batch_size)
+    feed = Feed(experiment.batch_size, experiment.seed, experiment.data.workers, rows, experiment.data.max_bad)
+    batches = task.batches(method.batch, pipeline, feed)
     del pipeline  # and with it the encoders: hooks keep what they need
     if continuing:
         state = abstract(blueprint.trained, method.roles, optimizers)
@@ -111,12 +110,14 @@ def run(experiment: Experiment, workdir: Path, devices: Sequence[Any] | None = N
         return
     params = product_weights(method, state)
     if guard is not None:
-        start = partial(starting_generator, blueprint, experiment, workdir, source, guard.read()["previous_step"])
-        if not guard.decide(int(state.step), _average(state), start):
-            params["generator"] = start()
+        assert method.student is not None
+        begin = partial(starting_weights, blueprint, experiment, workdir, guard.read()["previous_step"])
+        start = partial(starting_student, blueprint, method.student, frozen, begin)
+        if not guard.decide(int(state.step), judged(blueprint, method.student, frozen, state), start):
+            params["generator"] = begin()
     params = {name: to_host(params[name]) for name in params if name in PRODUCTS}
     if is_first():
-        say(f"model directory: {write_product(experiment, method, workdir, params, source)}")
+        say(f"model directory: {write_product(experiment, method, workdir, task, params, source)}")
 
 
 def claim(experiment: Experiment, workdir: Path) -> None:
@@ -130,15 +131,7 @@ def claim(experiment: Experiment, workdir: Path) -> None:
 
 
 def check_settings(experiment: Experiment, method: Method) -> None:
-    """Raises `UserError` for a batch of more clips than there are, an update that the run is too short for, or a guard
-    of a method that trains no generator."""
-    if experiment.guard.enabled and method.student is None:
-        raise UserError("config.guard.enabled is True, but the method trains no generator to score; switch it off")
-    if renders(experiment) and experiment.batch_size > experiment.data.clips:
-        raise UserError(
-            f"config.batch_size is {experiment.batch_size}, but config.data.clips is {experiment.data.clips}; "
-            "lower the one or raise the other"
-        )
+    """Raises `UserError` for an update that the run is too short for."""
     for update in method.updates:
         if update.starts >= experiment.steps:
             raise UserError(
@@ -147,99 +140,101 @@ def check_settings(experiment: Experiment, method: Method) -> None:
             )
 
 
-def starting_generator(
-    blueprint: Blueprint, experiment: Experiment, workdir: Path, source: Path | None, previous_step: int | None
-) -> Params:
-    """The weights that the generator started from."""
-    like = blueprint.trained["generator"]
-    if blueprint.models.roles["generator"].previous("generator"):
-        earlier = blueprint.models.roles["generator"].previous("generator") or "generator"
-        return read_previous(experiment, workdir, earlier, like, previous_step)[0]
-    if source is None:
-        raise UserError("role generator starts from a model directory; set config.model.path")
-    return read_pretrained(source, like)
+def starting_weights(blueprint: Blueprint, experiment: Experiment, workdir: Path, previous_step: int | None) -> Params:
+    """The student's weights as the phase before left them."""
+    earlier = blueprint.models.roles["generator"].previous("generator") or "generator"
+    return read_previous(experiment, workdir, earlier, blueprint.trained["generator"], previous_step)[0]
 
 
-def make_guard(experiment: Experiment, workdir: Path, pipeline: Pipeline | None) -> Guard | None:
-    """The guard, where it is switched on and knows the clips: it scores generated digits."""
-    if pipeline is None or not experiment.guard.enabled:
+def starting_student(
+    blueprint: Blueprint, student: Student, frozen: Mapping[str, Params], begin: Callable[[], Params]
+) -> Denoiser:
+    """What the run's first weights are judged by: averages begin at the weights."""
+    return Denoiser(*blueprint.models.weights(student.view, {**frozen, "generator": begin()}, {}))
+
+
+def judged(blueprint: Blueprint, student: Student, frozen: Mapping[str, Params], state: TrainState) -> Denoiser:
+    """What a run is judged by and exports: the student's average where it keeps one."""
+    return list(shown(blueprint, student, frozen, state).values())[-1]
+
+
+def shown(
+    blueprint: Blueprint, student: Student, frozen: Mapping[str, Params], state: TrainState
+) -> dict[str, Denoiser]:
+    """What previews show of a train state."""
+    views = {"generator": student.view}
+    if student.average is not None:
+        views["generator, average"] = f"{student.view}_{student.average}"
+    held = {**frozen, **state.params}
+    return {name: Denoiser(*blueprint.models.weights(view, held, state.averages)) for name, view in views.items()}
+
+
+def make_guard(
+    experiment: Experiment, method: Method, workdir: Path, task: Task, pipeline: Pipeline | None
+) -> Guard | None:
+    """The guard where it can judge; says why where it cannot."""
+    if not experiment.guard.enabled:
         return None
-    if not renders(experiment):
-        say("guard: off, since it scores digits alone; the run's last weights will be its model directory")
-        return None
-    return Guard(pipeline, workdir, experiment.guard)
+    reason, student = obstacle(method), method.student
+    if reason is None and student is not None and pipeline is not None:
+        try:
+            return Guard(task, pipeline, workdir, experiment.guard, student.sampler)
+        except TooFew as error:
+            reason = str(error)
+    say(f"guard: off, since {reason}; the run's last weights will be its model directory")
+    return None
 
 
 def make_hooks(
     experiment: Experiment,
     method: Method,
     workdir: Path,
+    task: Task,
     pipeline: Pipeline | None,
     guard: Guard | None,
+    blueprint: Blueprint,
     frozen: Mapping[str, Params],
-    records: Sources,
 ) -> tuple[Hook, ...]:
-    """Scores of the guard and previews of the generator, for a run that has one."""
-    hooks = []
+    """Scores of the guard and previews of the student, for a run that has one."""
+    hooks, student = [], method.student
+    if pipeline is None or student is None:
+        return ()
     if guard is not None:
-        hooks.append(Hook(experiment.guard.every, lambda step, state: guard.score(step, _average(state))))
-    if pipeline is not None and method.student is not None and experiment.sample_every:
-        real, generation = preview_of_digits(pipeline) if renders(experiment) else preview_of_records(pipeline, records)
-        preview = make_preview(
-            experiment, workdir, pipeline.defaults.fps, real, generation, frozen.get("teacher"), method.student
+        hooks.append(
+            Hook(
+                experiment.guard.every, lambda step, state: guard.score(step, judged(blueprint, student, frozen, state))
+            )
         )
-        hooks.append(Hook(experiment.sample_every, preview))
+    if experiment.sample_every:
+        networks, teacher = partial(shown, blueprint, student, frozen), None
+        if "teacher" in frozen:
+            how = Sampler.even(TEACHER_STEPS, experiment.sample_shift, experiment.sample_guidance)
+            teacher = Denoiser(*blueprint.models.weights("teacher", frozen, {})), how
+        try:
+            previews = Previews(task, pipeline, workdir, networks, student.sampler, teacher)
+            hooks.append(Hook(experiment.sample_every, previews))
+        except TooFew as error:
+            say(f"previews: off, since {error}")
     return tuple(hooks)
 
 
-def make_preview(
-    experiment: Experiment,
-    workdir: Path,
-    fps: float,
-    real: Clips,
-    generation: Generation,
-    teacher: Params | None,
-    student: Student,
-) -> Callable[[int, TrainState], Mapping[str, float]]:
-    """Writes clips of the data, the teacher, the generator and its average, side by side."""
-    shift, sampler = experiment.sample_shift, student.sampler
-    rows: dict[str, Any] = {"data": real}
-    if teacher is not None:
-        rows["teacher, 100 evaluations"] = generation(teacher, Sampler.even(50, shift, experiment.sample_guidance))
-
-    def preview(step: int, state: TrainState) -> Mapping[str, float]:
-        made = dict(rows)
-        made["generator"] = generation(state.params["generator"], sampler)
-        if student.average is not None:
-            made["generator, average"] = generation(state.averages[f"{student.view}_{student.average}"], sampler)
-        if is_first():
-            write_previews(workdir / "previews", step, made, fps)
-        return {}
-
-    return preview
-
-
 def write_product(
-    experiment: Experiment, method: Method, workdir: Path, params: Mapping[str, Params], source: Path | None
+    experiment: Experiment,
+    method: Method,
+    workdir: Path,
+    task: Task,
+    params: Mapping[str, Params],
+    source: Path | None,
 ) -> Path:
     """The model directory of a finished run, from its roles' final weights."""
-    preset = experiment.model.preset
     student = method.student
     steps, guidance = (1, 1.0) if student is None else (student.sampler.steps, student.sampler.guidance)
     scheduler = Scheduler.of_student(experiment.sample_shift, steps, guidance)
-    if source is None:
-        clips = MovingDigits("train", experiment.data.clips, experiment.data.seed)
-        return export.write_autoencoder(workdir, preset, params["vae"], clips, scheduler)
-    if method.batch is CaptionedFrames:
-        return export.write_encoders(workdir, preset, params["encoders"], source)
+    if source is None or method.batch is not Batch:
+        return task.write_model(workdir, experiment.model.preset, params, source, scheduler)
     return export.write_student(workdir, params["generator"], source, scheduler)
 
 
 def product_weights(method: Method, state: TrainState) -> dict[str, Params]:
     """The weights of every trained role that a run's model directory is made from: their average where one is kept."""
     return {name: state.averages.get(f"{name}_{EMA}", params) for name, params in state.params.items()}
-
-
-def _average(state: TrainState) -> Params:
-    """The weights that a run is judged and exported by."""
-    return state.averages.get(f"generator_{EMA}", state.params["generator"])

@@ -9,7 +9,7 @@ import jax
 
 from vpae_jax import sharding
 from vpae_jax.config import Experiment
-from vpae_jax.files import local_path
+from vpae_jax.files import resolve
 from vpae_jax.methods.base import EMA
 from vpae_jax.train.blueprint import Blueprint
 from vpae_jax.train.checkpoint import latest_step, read_state
@@ -19,14 +19,8 @@ from vpae_jax.weights.loading import read_part
 from vpae_jax.weights.locate import locate
 
 
-def resolve(path: str, workdir: Path) -> Path:
-    """A path of a config: relative to the workdir when it starts with "../", else to the current folder. Raises
-    `UserError` for an address."""
-    return (workdir / path).resolve() if path.startswith("../") else local_path(path)
-
-
 def resolve_model(path: str, workdir: Path) -> Path:
-    """The same for a model, which may be "tiny" or an id of the Hugging Face hub, too."""
+    """`files.resolve` for a model, which may be "tiny" or an id of the Hugging Face hub, too."""
     return resolve(path, workdir) if path.startswith("../") else locate(path)
 
 

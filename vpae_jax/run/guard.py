@@ -1,88 +1,91 @@
 """Keeps the weights that a phase started from when it ends up worse.
 
 A failed adversarial phase is worse than none (the paper's Table 3: two of its ablations end below phase one). So the
-starting weights and the final ones generate the same held-out clips from the same noise, and the pair of kernel
-distances decides which of them the run's model directory holds. The scores stay in `guard.json`.
+starting weights and the final ones make clips for the same held-out conditions from the same noise, and the number that
+the task compares decides which of them the run's model directory holds. `guard.json` holds every score, those of real
+clips, and the decision.
+
+The guard can judge a student that starts from the one of a phase before: only then are the starting weights meant to be
+sampled as the final ones are.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vpae_jax.config import GuardConfig
 from vpae_jax.files import write_text
-from vpae_jax.flow.sampler import ONE_STEP
+from vpae_jax.flow.sampler import Sampler
 from vpae_jax.inference.pipeline import Pipeline
-from vpae_jax.metrics.distances import FeatureScale, features, kernel_distance
-from vpae_jax.run.previews import Generation
+from vpae_jax.inference.samplers import Denoiser
+from vpae_jax.methods.base import Method, all_views
+from vpae_jax.run.generation import Generation, scores_of
 from vpae_jax.runtime.processes import as_first_says, is_first, say
-from vpae_jax.tasks.digits.clips import MovingDigits
-from vpae_jax.types import Params
+from vpae_jax.tasks.base import Task
 
 FILE = "guard.json"
-# Digits that no generator was trained on, and not those of the final evaluation either.
-SPLIT = "classifier"
-SEED = 99
+
+
+def obstacle(method: Method) -> str | None:
+    """Why a method's student cannot be judged; None where it can."""
+    if method.student is None:
+        return "the method trains no student"
+    view = all_views(method)[method.student.view]
+    if (start := method.roles[view.role].start).startswith("previous"):
+        return None
+    begun = "a teacher" if start == "pretrained" else "random weights"
+    return f"the student starts from {begun}, and not from the student of a phase before"
 
 
 class Guard:
-    """Scores generator weights in one evaluation on held-out clips, for the tasks that the model does.
-
-    `guard.json` holds the number of clips, every score by step, the previous phase's step that this one started from,
-    and in the end what was decided and why.
+    """Scores a student on held-out clips.
 
     Args:
+      task: asks for the clips and scores them.
       pipeline: encodes conditions, decodes latents.
-      workdir: where the scores are kept. Scores on another number of clips are dropped.
+      workdir: where the scores are kept. Those of another task or number of clips are dropped.
       config: how many clips, how often.
+      sampler: how the student is sampled.
+
+    Raises:
+      TooFew: there are hardly any held-out clips.
     """
 
-    def __init__(self, pipeline: Pipeline, workdir: Path, config: GuardConfig):
-        self.file, self.clips = workdir / FILE, config.clips
-        self.tasks = ("text_to_video", "image_to_video") if pipeline.takes_image else ("text_to_video",)
-        count = len(self.tasks) * config.clips
-        clips = MovingDigits(SPLIT, count, SEED)
-        items = [clips[i] for i in range(count)]
-        videos = np.stack([item["video"] for item in items])
-        given = [i >= config.clips for i in range(count)]
-        captions = [item["caption"] for item in items]
-        pictures = videos[:, 0] if pipeline.takes_image else None
-        self.generation = Generation.of_prompts(pipeline, captions, pictures, given, SEED)
-        found = features(videos)
-        self.scale = FeatureScale.of(found)
-        self.real = self.scale(found)
+    def __init__(self, task: Task, pipeline: Pipeline, workdir: Path, config: GuardConfig, sampler: Sampler) -> None:
+        self.file, self.task, self.sampler = workdir / FILE, task, sampler
+        self.held_out = task.held_out(pipeline, "guard", config.clips)
+        self.generation = Generation(pipeline, self.held_out)
+        self.metric = next(metric for metric in task.metrics if metric.name == task.compared)
+        self.about = {"task": task.name, "clips": config.clips, "compared": task.compared}
         self.known = as_first_says("guard", self._load())
 
     def begin(self, previous_step: int | None) -> None:
         """A run at its first step: what an earlier one left is forgotten."""
-        self._write({"clips": self.clips, "previous_step": previous_step, "scores": {}})
+        self._write({**self._empty(), "previous_step": previous_step})
 
-    def score(self, step: int, params: Params) -> dict[str, float]:
-        """Scores weights and remembers the result: kernel distance (x 1000; lower is better) for each task."""
-        made = self.scale(features(self.generation(params, ONE_STEP)))
-        parts = np.split(made, len(self.tasks))
-        scores = {task: kernel_distance(self.real, part) for task, part in zip(self.tasks, parts, strict=True)}
+    def score(self, step: int, denoiser: Denoiser) -> Mapping[str, float]:
+        """Scores weights and remembers the result, which is empty if their clips are not finite."""
+        scores = scores_of(self.task, self.held_out, self.generation.batches(denoiser, self.sampler))
+        scores = {name: value for name, value in scores.items() if math.isfinite(value)}
         kept = self.read()
         self._write({**kept, "scores": {**kept["scores"], str(step): scores}})
-        return {f"held_out/kvd_{name}": value for name, value in scores.items()}
+        return {f"held_out/{name}": value for name, value in scores.items()}
 
-    def decide(self, last: int, final: Params, start: Callable[[], Params]) -> bool:
+    def decide(self, last: int, final: Denoiser, start: Callable[[], Denoiser]) -> bool:
         """Whether the final weights are kept; says why in one line. Scores that a killed run lacks are made up for."""
-        for step, params in ((0, start), (last, lambda: final)):
+        for step, denoiser in ((0, start), (last, lambda: final)):
             if str(step) not in self.read()["scores"]:
-                self.score(step, params())
-        scores = self.read()["scores"]
-        before, after = (float(np.mean(list(scores[str(step)].values()))) for step in (0, last))
-        kept = after <= before
-        reason = f"held-out KVD fell from {before:.1f} to {after:.1f}: the trained weights are kept"
-        if not kept:
-            reason = f"held-out KVD rose from {before:.1f} to {after:.1f}: the weights that it started from are kept"
-        self._write({**self.read(), "kept": kept, "reason": reason})
+                self.score(step, denoiser())
+        scores, real = self.read()["scores"], self.task.real(self.held_out)
+        before, after, floor = (self._compared(found) for found in (scores["0"], scores[str(last)], real))
+        kept = math.isfinite(after) and after <= before
+        reason = self._reason(before, after, floor, kept)
+        decision = {"before": _plain(before), "after": _plain(after), "floor": _plain(floor)}
+        self._write({**self.read(), "real": dict(real), **decision, "kept": kept, "reason": reason})
         advice = "" if kept else "; the trained ones are in the checkpoint (--config.guard.enabled=False keeps them)"
         say(f"guard: {reason}{advice}")
         return kept
@@ -91,12 +94,37 @@ class Guard:
         """What is known of this workdir so far; the same in every process."""
         return self.known
 
+    def _compared(self, scores: Mapping[str, float]) -> float:
+        """The number that decides, the mean over modes; infinite if one of them is not known to be finite."""
+        names = [f"{part.name}/{self.task.compared}" for part in self.held_out.parts]
+        return sum(scores.get(name, math.inf) for name in names) / len(names)
+
+    def _reason(self, before: float, after: float, floor: float, kept: bool) -> str:
+        which = "the trained weights are kept" if kept else "the weights that it started from are kept"
+        if not math.isfinite(after):
+            return f"clips of the trained weights are not finite: {which}"
+        if not math.isfinite(before):
+            return f"clips of the weights that it started from are not finite: {which}"
+        went = "fell" if after < before else "rose" if after > before else "stayed"
+        return (
+            f"held-out {self.metric.label} {went} from {before:.1f} to {after:.1f} (real clips: {floor:.1f}): {which}"
+        )
+
+    def _empty(self) -> dict[str, Any]:
+        return {**self.about, "previous_step": None, "scores": {}}
+
     def _load(self) -> dict[str, Any]:
-        empty = {"clips": self.clips, "previous_step": None, "scores": {}}
-        found = json.loads(self.file.read_text()) if self.file.exists() else empty
-        return found if found["clips"] == self.clips else {**found, **empty, "previous_step": found["previous_step"]}
+        found = json.loads(self.file.read_text()) if self.file.exists() else self._empty()
+        if {name: found.get(name) for name in self.about} != self.about:
+            return {**self._empty(), "previous_step": found["previous_step"]}
+        return found
 
     def _write(self, content: dict[str, Any]) -> None:
         self.known = content
         if is_first():
             write_text(self.file, json.dumps(content, indent=1))
+
+
+def _plain(value: float) -> float | None:
+    """A number as JSON has it; None where it is not finite."""
+    return value if math.isfinite(value) else None

@@ -1,1 +1,57 @@
-"""What a run's clips are, and how they are judged."""
+"""What is trained on and judged by. Digits are imported only by a run on digits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from vpae_jax.config import DataConfig, Experiment
+from vpae_jax.inference.pipeline import Pipeline
+from vpae_jax.tasks.base import Mode, Task
+from vpae_jax.types import Batch, UserError
+
+
+def name_of(data: DataConfig) -> Literal["digits", "video"]:
+    """The task of a run: video where clips are given, else rendered digits."""
+    return "video" if data.records or data.videos else "digits"
+
+
+def check(experiment: Experiment, batch: type, pipeline: Pipeline | None) -> None:
+    """Raises `UserError` for what shows before anything is written: a method, a model, or a number of clips that do not
+    fit the task."""
+    if name_of(experiment.data) == "digits":
+        from vpae_jax.tasks.digits import task as digits
+
+        digits.check(experiment, pipeline)
+    elif batch is not Batch:
+        name = experiment.method.get("name")
+        raise UserError(
+            f"method {name} trains on rendered digits alone; leave config.data.records and config.data.videos out"
+        )
+
+
+def open_task(data: DataConfig, workdir: Path, model: str, method: Mapping[str, Any]) -> Task:
+    """The task of a run. Folders are read when clips are first asked for.
+
+    Args:
+      data: what is trained on and held out.
+      workdir: of the run; paths may be relative to it.
+      model: name of the model whose encoders made the clips.
+      method: its settings.
+    """
+    if name_of(data) == "digits":
+        from vpae_jax.tasks.digits.task import Digits
+
+        return Digits(data, workdir)
+    from vpae_jax.tasks.video.task import Video
+
+    return Video(data, workdir, model, modes_of(method))
+
+
+def modes_of(method: Mapping[str, Any]) -> tuple[Mode, ...] | None:
+    """The modes that a method trains, by its settings; None for the model's own.
+
+    One that drops first frames in training makes one model for both. Any other model that takes a first frame needs it.
+    """
+    return ("t2v", "i2v") if method.get("image_dropout") else None

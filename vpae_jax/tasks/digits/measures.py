@@ -1,4 +1,4 @@
-"""Measures of single clips: plain functions of pixels.
+"""Measures of single clips of one digit: plain functions of pixels.
 
 Each takes uint8 clips and gives one number a clip. Brightness is in 0..1, lengths in pixels.
 """
@@ -8,24 +8,12 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float, Int
 
-from vpae_jax.metrics.base import Clips, Pictures, Scores
+from vpae_jax.metrics.base import Clips, Scores
+from vpae_jax.metrics.measures import brightness
 from vpae_jax.tasks.digits.clips import DIRECTIONS, FREE_FRAMES
 
 # Darker pixels are background: coding noise far from the digit must not pull the centroid.
 INK = 32
-
-
-def brightness(clips: Clips) -> Float[np.ndarray, "b t height width"]:
-    """Mean of the colours, 0..1."""
-    return clips.astype(np.float32).mean(-1) / 255
-
-
-def sharpness(clips: Clips) -> Scores:
-    """Mean absolute Laplacian of brightness."""
-    x = brightness(clips)
-    inner = x[:, :, 1:-1, 1:-1]
-    around = x[:, :, 2:, 1:-1] + x[:, :, :-2, 1:-1] + x[:, :, 1:-1, 2:] + x[:, :, 1:-1, :-2]
-    return np.abs(4 * inner - around).mean((1, 2, 3)).astype(np.float64)
 
 
 def centroids(clips: Clips) -> Float[np.ndarray, "b t 2"]:
@@ -58,22 +46,6 @@ def directions(clips: Clips) -> Int[np.ndarray, "b"]:
     down, right = np.moveaxis(centre[:, -1] - centre[:, 0], -1, 0)
     eighth = np.round(np.arctan2(-down, right) / (2 * np.pi / len(DIRECTIONS))).astype(int) % len(DIRECTIONS)
     return np.where(np.hypot(down, right) < 0.5, -1, eighth)
-
-
-def color_drift(clips: Clips) -> Scores:
-    """Change of a colour channel's mean from the first frame to the last, the largest over the channels.
-
-    Relative to the mean of the first frame (at least one level of 255), so that it does not depend on how much of the
-    frame is background.
-    """
-    mean = clips.astype(np.float64).mean((2, 3))
-    return np.abs(mean[:, -1] - mean[:, 0]).max(-1) / np.maximum(mean[:, 0].mean(-1), 1)
-
-
-def psnr(pictures: Pictures, expected: Pictures) -> Scores:
-    """Peak signal-to-noise ratio in decibels, at most 60."""
-    error = ((pictures.astype(np.float64) - expected) ** 2).mean((1, 2, 3))
-    return 10 * np.log10(255**2 / np.maximum(error, 255**2 / 1e6))
 
 
 def difference(clips: Clips, others: Clips) -> Scores:

@@ -1,26 +1,27 @@
 """How good generated clips of moving digits are, on digits that no training saw.
 
-Clips are asked for with the captions, and for image-to-video the first frames, of real held-out clips. Each half is
-scored by METRICS. The real clips themselves are scored in the same way: that is the floor (or the ceiling) of every
-number.
+Clips are asked for with the captions, and for image-to-video the first frames, of real held-out clips. The real clips
+themselves are scored in the same way: that is the floor (or the ceiling) of every number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.ndimage import affine_transform
 from sklearn.svm import SVC
 
-from vpae_jax.metrics.base import Clips, Metric, Pictures, Predict, Request
+from vpae_jax.metrics.base import Clips, Metric, Pictures
 from vpae_jax.metrics.distances import FeatureScale, features, kernel_distance
+from vpae_jax.metrics.measures import color_drift, psnr, sharpness
+from vpae_jax.tasks.base import Measures
 from vpae_jax.tasks.digits import measures
-from vpae_jax.tasks.digits.clips import MovingDigits
+from vpae_jax.tasks.digits.clips import Clip, MovingDigits
 from vpae_jax.types import UserError
 
-HALVES = ("t2v", "i2v")
 METRICS = (
     Metric("kvd", "KVD", "less", "Kernel distance to other real clips, in thousandths; about 0 for real clips."),
     Metric("digit_first", "digit, first", "more", "Share of clips whose first frame shows the caption's digit."),
@@ -33,12 +34,8 @@ METRICS = (
     Metric("color_drift", "colour drift", "real", "Relative change of the mean colour from first to last frame."),
     Metric("psnr_first", "PSNR, frame 0", "more", "First frame against the given picture, in decibels."),
 )
-# Fixed, so that numbers compare between runs; the clips that are asked for, and those that they are compared with.
-ASKED_SEED, REFERENCE_SEED, CLASSIFIER_SEED = 100, 200, 300
-REFERENCE_CLIPS = 1000
-CLASSIFIER_CLIPS = 2000
-DIVERSITY_CLIPS = 64
-MINIMUM_CLIPS = 16
+CLASSIFIER_CLIPS, CLASSIFIER_SEED = 2000, 300
+PAIRS = 64  # of real clips, for their diversity
 
 
 class DigitClassifier:
@@ -60,88 +57,79 @@ class DigitClassifier:
         return self._machine.predict(_describe(frames))
 
 
-class DigitEvaluation:
-    """Scores a generator of moving digits.
+@functools.cache
+def classifier() -> DigitClassifier:
+    """The classifier of all evaluations of this process."""
+    return DigitClassifier()
+
+
+def measure(clips: Clips) -> Measures:
+    """What is kept of clips: so small ones whole."""
+    return {"clips": clips, "features": features(clips)}
+
+
+def measure_real(items: Sequence[Clip]) -> Measures:
+    """The same of real clips, with what they show."""
+    known = {name: np.array([item[name] for item in items]) for name in ("digit", "direction")}
+    return {**measure(np.stack([item["video"] for item in items])), **known}
+
+
+def against_real(made: Measures, real: Measures, others: Measures) -> dict[str, float]:
+    """All metrics that need neither a classifier nor two clips of one condition.
 
     Args:
-      count: clips a half, at least MINIMUM_CLIPS.
-      halves: "t2v" and "i2v", or one of them.
-      classifier: fitted on construction when not given.
+      made: of the clips that are judged.
+      real: of the real clips of their conditions.
+      others: of other real clips.
 
     Raises:
-      UserError: too few clips to say anything.
+      UserError: clips of another size than the real ones.
     """
+    clips, true = made["clips"], real["clips"]
+    if clips.shape != true.shape:
+        raise UserError(f"clips are {clips.shape}, expected {true.shape}: this model makes other videos")
+    scale = FeatureScale.of(others["features"])
+    moved, really = measures.displacement(clips), measures.displacement(true)
+    return {
+        "kvd": kernel_distance(scale(made["features"]), scale(others["features"])),
+        "direction": float((measures.directions(clips) == real["direction"]).mean()),
+        "sharpness": float(sharpness(clips).mean() / sharpness(true).mean()),
+        "motion": float(moved.mean() / really.mean()),
+        "motion_spread": float(moved.std() / really.std()),
+        "color_drift": float(color_drift(clips).mean()),
+    }
 
-    def __init__(self, count: int, halves: Sequence[str] = HALVES, classifier: DigitClassifier | None = None) -> None:
-        if count < MINIMUM_CLIPS:
-            raise UserError(f"count is {count}: scores need at least {MINIMUM_CLIPS} clips")
-        asked = MovingDigits("eval", count, ASKED_SEED)
-        reference = MovingDigits("eval", REFERENCE_CLIPS, REFERENCE_SEED)
-        self.halves = tuple(halves)
-        self.items = [asked[i] for i in range(count)]
-        self.clips = np.stack([item["video"] for item in self.items])
-        self.classifier = DigitClassifier() if classifier is None else classifier
-        self._digits = np.array([item["digit"] for item in self.items])
-        self._directions = np.array([item["direction"] for item in self.items])
-        others = [reference[i] for i in range(REFERENCE_CLIPS)]
-        reference_clips = np.stack([item["video"] for item in others])
-        raw = features(reference_clips)
-        self._scale = FeatureScale.of(raw)
-        self._reference = self._scale(raw)
-        self._sharpness = float(measures.sharpness(self.clips).mean())
-        moved = measures.displacement(self.clips)
-        self._motion, self._spread = float(moved.mean()), float(moved.std())
-        # A real partner for each of the first clips: another digit image and start, the same caption but for its
-        # phrasing. What follows a first frame is drawn once in real data, so image-to-video has no such pair.
-        same: dict[tuple[int, int], int] = {(o["digit"], o["direction"]): i for i, o in enumerate(others)}
-        pairs = [(i, same.get((o["digit"], o["direction"]))) for i, o in enumerate(self.items[:DIVERSITY_CLIPS])]
-        found = [(i, j) for i, j in pairs if j is not None]
-        self._pairs = self.clips[[i for i, _ in found]], reference_clips[[j for _, j in found]]
 
-    def request(self, half: str, seed: int = 0, count: int | None = None) -> Request:
-        """The conditions of the first `count` clips (all by default)."""
-        items = self.items[:count]
-        pictures = np.stack([item["video"][0] for item in items]) if half == "i2v" else None
-        return Request([item["caption"] for item in items], pictures, seed)
+def digits_named(made: Measures, real: Measures) -> dict[str, float]:
+    """How often the classifier sees the caption's digit in the first and in the last frame."""
+    name = classifier()
+    return {
+        f"digit_{when}": float((name(made["clips"][:, frame]) == real["digit"]).mean())
+        for when, frame in (("first", 0), ("last", -1))
+    }
 
-    def run(self, predict: Predict) -> Iterator[tuple[str, float]]:
-        """Generates and scores; names are `half/metric`."""
-        for half in self.halves:
-            made = predict(self.request(half))
-            again = predict(self.request(half, seed=1, count=DIVERSITY_CLIPS))
-            yield from self.scores(half, made)
-            yield f"{half}/diversity", float(measures.difference(made[: len(again)], again).mean())
 
-    def real(self) -> Iterator[tuple[str, float]]:
-        """The same scores of the real clips whose captions and first frames are asked for."""
-        for half in self.halves:
-            yield from self.scores(half, self.clips)
-            if half == "t2v":
-                yield "t2v/diversity", float(measures.difference(*self._pairs).mean())
+def agreement(made: Measures, real: Measures) -> float:
+    """PSNR of the first frames against the given ones."""
+    return float(psnr(made["clips"][:, 0], real["clips"][:, 0]).mean())
 
-    def scores(self, half: str, clips: Clips) -> Iterator[tuple[str, float]]:
-        """All metrics of one set of clips, made for the conditions in their order.
 
-        Raises:
-          UserError: clips of another number or size than the real ones.
-        """
-        if clips.shape != self.clips.shape:
-            raise UserError(f"clips are {clips.shape}, expected {self.clips.shape}: this model makes other videos")
-        moved = measures.displacement(clips)
-        values = {
-            "digit_first": (self.classifier(clips[:, 0]) == self._digits).mean(),
-            "digit_last": (self.classifier(clips[:, -1]) == self._digits).mean(),
-            "direction": (measures.directions(clips) == self._directions).mean(),
-            "sharpness": measures.sharpness(clips).mean() / self._sharpness,
-            "motion": moved.mean() / self._motion,
-            "motion_spread": moved.std() / self._spread,
-            "color_drift": measures.color_drift(clips).mean(),
-            "kvd": kernel_distance(self._scale(features(clips)), self._reference),
-        }
-        if half == "i2v":
-            values["psnr_first"] = measures.psnr(clips[:, 0], self.clips[:, 0]).mean()
-        for name, value in values.items():
-            yield f"{half}/{name}", float(value)
+def diversity(made: Measures, again: Measures) -> float:
+    """How far clips are apart from those of the same conditions and other noise."""
+    second = again["clips"]
+    return float(measures.difference(made["clips"][: len(second)], second).mean())
+
+
+def real_diversity(real: Measures, others: Measures) -> float | None:
+    """The same of real clips: those of one digit and direction, whose images and starts differ; None without any."""
+    known = zip(others["digit"].tolist(), others["direction"].tolist(), strict=True)
+    same = {key: i for i, key in enumerate(known)}
+    keys = zip(real["digit"].tolist(), real["direction"].tolist(), strict=True)
+    pairs = [(i, same[key]) for i, key in enumerate(keys) if key in same][:PAIRS]
+    if not pairs:
+        return None
+    first, second = np.array(pairs).T
+    return float(measures.difference(real["clips"][first], others["clips"][second]).mean())
 
 
 SIDE, CELL, BINS = 28, 7, 8

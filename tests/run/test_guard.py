@@ -1,0 +1,213 @@
+"""What the guard decides, and previews show, on a task and a network that are plain arithmetic."""
+
+import json
+import re
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs import encoders, phase1, phase2, teacher, vae
+from vpae_jax.config import GuardConfig, parse
+from vpae_jax.flow.sampler import Sampler
+from vpae_jax.inference.pipeline import Pipeline
+from vpae_jax.inference.samplers import Denoiser
+from vpae_jax.media import read_image
+from vpae_jax.methods import make_method
+from vpae_jax.metrics.base import Metric
+from vpae_jax.run.generation import Generation, scores_of
+from vpae_jax.run.guard import Guard, obstacle
+from vpae_jax.run.previews import Previews
+from vpae_jax.tasks.base import HeldOut, TooFew, mode_parts, rows_of
+from vpae_jax.train.state import TrainState
+from vpae_jax.types import Condition
+
+SHAPE = (2, 4, 4, 3)
+
+
+class Arithmetic(Pipeline):
+    """Latents are noise times the network's weight plus the text; pixels are their means in grey."""
+
+    def __init__(self):
+        object.__setattr__(self, "defaults", types.SimpleNamespace(fps=8.0))
+        object.__setattr__(self, "samplers", [])
+
+    def without_encoders(self):
+        return self
+
+    def sample(self, noise, condition, unconditional=None, sampler=None, key=None, denoiser=None):
+        self.samplers.append((sampler, unconditional is not None, len(noise)))
+        return noise * denoiser.weights["scale"] + condition.text[:, :1, :1, None, None]
+
+    def decode(self, latents):
+        x = np.clip(np.nan_to_num(np.asarray(latents), posinf=9, neginf=-9) * 20 + 128, 0, 255)
+        return jnp.asarray(np.repeat(np.repeat(x, 4, 2), 4, 3)[:, [0, 1, 1]].astype(np.uint8))
+
+
+class Far:
+    """Scores clips by how far their latents' deviation is from 1."""
+
+    name, compared = "far", "distance"
+    metrics = (
+        Metric("distance", "distance", "less", "From a deviation of 1."),
+        Metric("mean", "mean", "real", "Of latents."),
+    )
+
+    def batches(self, kind, pipeline, feed):
+        raise NotImplementedError
+
+    def write_model(self, workdir, preset, params, source, scheduler):
+        raise NotImplementedError
+
+    def held_out(self, pipeline, purpose, count):
+        if count > 100:
+            raise TooFew("only 100 clips")
+        again = 0 if purpose == "preview" else 2
+        parts = mode_parts(("t2v", "i2v"), count, again)
+        rows = 2 * (count + again)
+        seeds = tuple([*range(count), 1000, 1001][: count + again] * 2)
+        condition = Condition(np.zeros((rows, 3, 2), np.float32), np.ones((rows, 3), bool))
+        clips = {name: np.full((min(count, 8), 3, 16, 16, 3), 60, np.uint8) for name in ("t2v", "i2v")}
+        null = np.zeros((1, 3, 2), np.float32), np.ones((1, 3), bool)
+        return HeldOut(purpose, parts, ("a clip",) * rows, condition, *null, SHAPE, seeds, clips)
+
+    def measure(self, clips, latents):
+        return {"deviation": latents.std((1, 2, 3, 4)), "mean": latents.mean((1, 2, 3, 4))}
+
+    def scores(self, held_out, made):
+        result = {}
+        for part in held_out.parts:
+            own = rows_of(made, part.rows)
+            result[f"{part.name}/distance"] = float(abs(own["deviation"].mean() - 1))
+            result[f"{part.name}/mean"] = float(own["mean"].mean())
+        return result
+
+    def real(self, held_out):
+        return {
+            f"{part.name}/{name}": value
+            for part in held_out.parts
+            for name, value in (("distance", 0.1), ("mean", 0.0))
+        }
+
+
+GRAPH = nnx.graphdef(nnx.Linear(1, 1, rngs=nnx.Rngs(0)))
+
+
+def denoiser(scale):
+    return Denoiser(GRAPH, {"scale": jnp.float32(scale)})
+
+
+def guard(folder, clips=6, sampler=None):
+    return Guard(Far(), Arithmetic(), folder, GuardConfig(clips=clips), sampler or Sampler())
+
+
+def read(folder):
+    return json.loads((folder / "guard.json").read_text())
+
+
+def test_better_weights_are_kept_and_everything_is_written_down(tmp_path, capsys):
+    made = guard(tmp_path)
+    made.begin(12)
+    recorded = made.score(0, denoiser(3.0))
+    assert recorded["held_out/t2v/distance"] == pytest.approx(2, abs=0.3)
+    assert made.decide(40, denoiser(1.2), lambda: pytest.fail("the first score is known"))
+    found = read(tmp_path)
+    assert found["kept"] and found["previous_step"] == 12 and found["task"] == "far"
+    assert set(found["scores"]) == {"0", "40"}
+    assert set(found["scores"]["40"]) == {f"{mode}/{name}" for mode in ("t2v", "i2v") for name in ("distance", "mean")}
+    halves = found["scores"]["0"]
+    assert found["before"] == pytest.approx((halves["t2v/distance"] + halves["i2v/distance"]) / 2)
+    assert found["after"] < found["before"] and found["floor"] == pytest.approx(0.1)
+    assert found["real"]["i2v/distance"] == 0.1
+    assert re.fullmatch(
+        r"held-out distance fell from [12]\.\d to 0\.\d \(real clips: 0\.1\): the trained weights are kept",
+        found["reason"],
+    )
+    assert capsys.readouterr().out == f"guard: {found['reason']}\n"
+
+
+def test_worse_weights_are_turned_down_with_the_reason(tmp_path, capsys):
+    made = guard(tmp_path)
+    made.begin(None)
+    assert not made.decide(40, denoiser(9.0), lambda: denoiser(1.0))
+    assert not read(tmp_path)["kept"]
+    line = capsys.readouterr().out
+    assert "held-out distance rose from" in line and "the weights that it started from are kept" in line
+    assert "--config.guard.enabled=False keeps them" in line and line.count("\n") == 1
+
+
+@pytest.mark.parametrize("first, last, kept", [(1.0, np.nan, False), (np.nan, 1.0, True), (np.inf, np.inf, False)])
+def test_what_is_not_finite_is_worse_than_anything(tmp_path, first, last, kept):
+    made = guard(tmp_path)
+    made.begin(None)
+    assert made.decide(3, denoiser(last), lambda: denoiser(first)) is kept
+    found = read(tmp_path)
+    assert "are not finite" in found["reason"]
+    assert (found["before"] is None) == (not np.isfinite(first)) and (found["after"] is None) == (not np.isfinite(last))
+
+
+def test_scores_outlive_a_kill_but_not_another_number_of_clips(tmp_path):
+    made = guard(tmp_path)
+    made.begin(7)
+    made.score(0, denoiser(2.0))
+    again = guard(tmp_path)
+    assert again.read() == made.read() and again.read()["previous_step"] == 7
+    assert guard(tmp_path, clips=5).read()["scores"] == {}
+    assert guard(tmp_path, clips=5).read()["previous_step"] == 7
+
+
+def test_it_samples_as_the_student_is_sampled(tmp_path):
+    sampler = Sampler.even(4, 3.0, 2.0)
+    made = guard(tmp_path, sampler=sampler)
+    made.begin(None)
+    made.score(0, denoiser(1.0))
+    assert {(how, guided) for how, guided, _ in made.generation.pipeline.samplers} == {(sampler, True)}
+
+
+@pytest.mark.parametrize(
+    "config, reason",
+    [
+        (vae, "the method trains no student"),
+        (encoders, "the method trains no student"),
+        (teacher, "starts from random weights"),
+        (phase1, "starts from a teacher"),
+        (phase2, None),
+    ],
+)
+def test_it_judges_students_of_students(config, reason):
+    found = obstacle(make_method(parse(config.get_config()).method))
+    assert found is None if reason is None else reason in found
+
+
+def test_clips_do_not_depend_on_how_many_are_made_at_once():
+    held_out = Far().held_out(None, "guard", 7)
+    whole, parts = Generation(Arithmetic(), held_out, 64), Generation(Arithmetic(), held_out, 4)
+    one, other = whole(denoiser(1.0), Sampler()), parts(denoiser(1.0), Sampler())
+    assert one.shape == (18, 3, 16, 16, 3)
+    np.testing.assert_array_equal(one, other)
+    assert {size for *_, size in parts.pipeline.samplers} == {4}, "the last batch is filled up"
+    assert np.array_equal(one[0], one[9]), "the same noise in both modes"
+    assert not np.array_equal(one[0], one[7]), "and other noise the second time"
+    assert scores_of(Far(), held_out, whole.batches(denoiser(np.nan), Sampler())) == {}
+
+
+def test_previews_show_held_out_clips_and_each_network(tmp_path):
+    def networks(state):
+        return {"generator": denoiser(state.params["scale"]), "generator, average": denoiser(0.5)}
+
+    sampler, slow = Sampler(), Sampler.even(50, 1.0, 2.0)
+    pipeline = Arithmetic()
+    made = Previews(Far(), pipeline, tmp_path, networks, sampler, (denoiser(2.0), slow))
+    assert [how for how, *_ in pipeline.samplers] == [slow], "the teacher is sampled once"
+    for step, scale in ((0, 1.0), (10, 0.1)):
+        assert made(step, TrainState(step, None, {"scale": scale}, {}, {})) == {}
+    names = {path.name for path in (tmp_path / "previews").iterdir()}
+    assert names == {f"step_{step}.{kind}" for step in ("000000", "000010") for kind in ("mp4", "png")}
+    first, last = (read_image(tmp_path / "previews" / f"step_{step}.png") for step in ("000000", "000010"))
+    assert first.shape == (4 * 17 - 1, 8 * 3 * 17 - 1, 3), "data, teacher, generator, average; three frames of 8 clips"
+    assert np.all(first[:16, :16] == 60)
+    np.testing.assert_array_equal(first[:33], last[:33], err_msg="data and teacher stay")
+    assert np.ptp(first[34:50, :16]) > 3 * np.ptp(last[34:50, :16])
+    np.testing.assert_array_equal(first[51:], last[51:])

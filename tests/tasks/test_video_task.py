@@ -1,0 +1,158 @@
+"""Clips of records that are held out: never trained on, the same everywhere, apart for each purpose."""
+
+import numpy as np
+import pytest
+
+from vpae_jax.config import DataConfig
+from vpae_jax.data.order import held_out
+from vpae_jax.data.records import LatentRecords
+from vpae_jax.encoding.encoder import fingerprint
+from vpae_jax.encoding.units import Units
+from vpae_jax.inference.pipeline import load_pipeline
+from vpae_jax.tasks.base import Feed, TooFew, rows_of
+from vpae_jax.tasks.video.task import FEWEST, Video
+from vpae_jax.types import Batch, UserError
+
+WIDE, HIGH = (3, 6, 8), (3, 8, 6)
+FEED = Feed(batch_size=4, seed=0, workers=0, rows=None, max_bad=0.0)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return load_pipeline("tiny", with_transformer=False)
+
+
+def write(pipeline, folder, clips, first=0):
+    """Records of noise that fit the tiny model; of each, the first latent is its number."""
+    tokens, width = pipeline.tokenizer.model_max_length, pipeline.text_encoder.config.d_model
+    image = pipeline.image_encoder.config
+    made = Units(folder, {"encoders": fingerprint(pipeline), "clips": f"{first} {clips}"}, 1)
+    with made.write(0) as writer:
+        for number in range(first, first + clips):
+            rng = np.random.default_rng(number)
+            size = HIGH if number % 6 == 0 else WIDE
+            latents = rng.standard_normal((*size, 16)).astype(np.float32)
+            latents.flat[0] = number
+            frames = np.concatenate([np.zeros((*size, 4)), rng.standard_normal((*size, 16))], -1).astype(np.float32)
+            frames[0, ..., :4] = 1
+            text, mask = np.zeros((tokens, width), np.float32), np.arange(tokens) < 3
+            text[:3] = rng.standard_normal((3, width))
+            picture = rng.standard_normal((image.num_tokens, image.hidden_size)).astype(np.float32)
+            arrays = {"latents": latents, "text": text, "text_mask": mask, "frames": frames, "image": picture}
+            writer.add(f"clip {number}", arrays, {"caption": f"number {number}"})
+    null = {"text": np.zeros((tokens, width), np.float32), "text_mask": np.arange(tokens) < 1}
+    assert made.finish(null, {"text_tokens": tokens, "takes_image": True})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(pipeline, tmp_path_factory):
+    root = tmp_path_factory.mktemp("records")
+    return (
+        write(pipeline, root / "many", 120),
+        write(pipeline, root / "more", 60, 200),
+        write(pipeline, root / "few", 12, 400),
+    )
+
+
+def task(folder, modes=None, **more):
+    return Video(DataConfig(records=str(folder), **more), folder, "tiny", modes)
+
+
+def numbers(found):
+    return {int(caption.split()[1]) for caption in found.captions}
+
+
+def trained(task, pipeline, count):
+    batches = task.batches(Batch, pipeline, FEED)
+    found = {int(latents.flat[0]) for _ in range(count) for latents in np.float32(next(batches).latents)}
+    batches.close()
+    return found
+
+
+def test_each_purpose_has_clips_of_its_own_that_no_batch_has(pipeline, folders, capsys):
+    many = task(folders[0])
+    found = {purpose: many.held_out(pipeline, purpose, 50) for purpose in ("preview", "guard", "evaluation")}
+    asked = {purpose: numbers(one) for purpose, one in found.items()}
+    records = LatentRecords(folders[0])
+    out = {int(np.float32(records[clip]["latents"]).flat[0]) for clip in held_out(120, 256).tolist()}
+    assert asked["guard"] == asked["preview"] and not asked["guard"] & asked["evaluation"]
+    assert asked["guard"] | asked["evaluation"] <= out and len(out) == 24
+    assert trained(many, pipeline, 150) == {*range(120)} - out
+    assert capsys.readouterr().out == f"held out: 24 of 120 clips of {folders[0]}\n"
+    again = task(folders[0]).held_out(pipeline, "guard", 50)
+    assert again.captions == found["guard"].captions
+    fewer = task(folders[0]).held_out(pipeline, "guard", 9)
+    assert fewer.captions[:9] == again.captions[:9]
+
+
+def test_what_is_asked_for_is_what_the_record_says(pipeline, folders):
+    found = task(folders[0], ("t2v", "i2v")).held_out(pipeline, "guard", 9)
+    assert found.shape == (*WIDE, 16), "the size that most clips have"
+    first, second = found.parts
+    assert (first.rows, first.again, second.rows, second.again) == (
+        slice(0, 9),
+        slice(9, 18),
+        slice(18, 27),
+        slice(27, 36),
+    )
+    records = LatentRecords(folders[0])
+    by_caption = {records.about(clip)["caption"]: records[clip] for clip in held_out(120, 256).tolist()}
+    for row, caption in enumerate(found.captions):
+        record = by_caption[caption]
+        assert np.array_equal(found.condition.text[row], record["text"])
+        given = row >= second.rows.start
+        assert np.array_equal(found.condition.frames[row], record["frames"] if given else 0 * record["frames"])
+        assert np.array_equal(found.condition.image[row], record["image"] if given else 0 * record["image"])
+    assert found.seeds[first.rows] == found.seeds[second.rows] and len({*found.seeds}) == 18
+    assert found.clips["i2v"].shape == (8, 9, 48, 64, 3)
+    assert task(folders[0]).held_out(pipeline, "guard", 9).parts[0].name == "i2v", "as a model that takes a first frame"
+
+
+def test_real_clips_are_their_own_floor(pipeline, folders):
+    video = task(folders[0], ("t2v", "i2v"))
+    found = video.held_out(pipeline, "evaluation", 50)
+    floor, own = video.real(found), video.scores(found, found.real)
+    assert own["i2v/psnr_first"] == floor["i2v/psnr_first"] == 60
+    assert own["t2v/sharpness"] == own["t2v/motion"] == pytest.approx(1) and own["t2v/latent_mean"] == 0
+    assert own["t2v/diversity"] == 0, "the same clips both times"
+    assert own["t2v/kvd"] == pytest.approx(floor["t2v/kvd"], abs=200)
+    names = {metric.name for metric in video.metrics}
+    assert {f"i2v/{name}" for name in names} <= set(floor) and {f"i2v/{name}" for name in names} <= set(own)
+    half = rows_of(found.real, slice(None))
+    spoilt = {**half, "sharpness": half["sharpness"] / 2}
+    assert video.scores(found, spoilt)["i2v/sharpness"] == pytest.approx(0.5)
+
+
+def test_a_mixture_holds_out_of_every_folder(pipeline, folders):
+    both = Video(DataConfig(records=f"{folders[0]}=0.3,{folders[1]}=0.6,{folders[0]}=0.1"), folders[0], "tiny")
+    found = both.held_out(pipeline, "guard", 50)
+    asked = numbers(found)
+    assert any(number >= 200 for number in asked) and any(number < 200 for number in asked)
+    assert len(asked) == found.parts[0].rows.stop, "a folder that is named twice counts once"
+    assert not asked & trained(both, pipeline, 100)
+
+
+def test_a_folder_of_its_own_leaves_all_others_to_training(pipeline, folders):
+    apart = task(folders[0], held_out_records=str(folders[1]))
+    assert (
+        min(numbers(apart.held_out(pipeline, "guard", 50)) | numbers(apart.held_out(pipeline, "evaluation", 50))) >= 200
+    )
+    assert trained(apart, pipeline, 200) == {*range(120)}
+
+
+def test_too_few_are_said_to_be_too_few(pipeline, folders):
+    few = task(folders[2])
+    assert len(few.held_out(pipeline, "preview", 4)) == 1
+    with pytest.raises(
+        TooFew, match=r"^2 held-out clips of one size are too few; raise config.data.held_out .*records$"
+    ):
+        few.held_out(pipeline, "guard", 64)
+    with pytest.raises(TooFew, match=r"^0 held-out clips"):
+        task(folders[0], held_out=0).held_out(pipeline, "preview", 4)
+    assert FEWEST == 8
+
+
+def test_no_model_of_other_parts_is_made_of_records(folders):
+    with pytest.raises(UserError, match="trained on rendered digits alone"):
+        task(folders[0]).write_model(folders[0], "tiny", {}, None, None)

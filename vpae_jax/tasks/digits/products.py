@@ -1,0 +1,90 @@
+"""Model directories of the trainings behind the embedded model: its autoencoder, and its text and image encoders."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vpae_jax.data.batches import to_float
+from vpae_jax.models import presets
+from vpae_jax.models.clip import CLIPVision
+from vpae_jax.models.umt5 import UMT5Encoder
+from vpae_jax.models.wan_dit import WanTransformer
+from vpae_jax.tasks.digits.clips import MovingDigits
+from vpae_jax.tasks.digits.words import build_tokenizer
+from vpae_jax.train.roles import split
+from vpae_jax.types import Params
+from vpae_jax.weights.card import Provenance
+from vpae_jax.weights.directory import ModelDirectory
+from vpae_jax.weights.find import find_model
+from vpae_jax.weights.layout import write_model
+from vpae_jax.weights.loading import build as build_part
+from vpae_jax.weights.settings import Defaults, Scheduler
+from vpae_jax.weights.writing import Values, from_tree
+
+FOLDER = "model"
+STATISTICS_CLIPS = 256
+# The tiny clip: 9 frames of 48x48, shown slowly enough to be followed.
+TINY_CLIP = Defaults(num_frames=9, height=48, width=48, fps=8.0)
+
+
+def write_autoencoder(workdir: Path, preset: str, params: Params, clips: MovingDigits, scheduler: Scheduler) -> Path:
+    """A first model directory: the trained autoencoder, the tokenizer, and untrained weights for all other parts.
+
+    The autoencoder's latents are normalised by the mean and standard deviation over `clips`.
+    """
+    sizes = presets.find(preset)
+    vae = dataclasses.replace(sizes.vae, **latent_statistics(sizes.vae, params, clips))
+    rngs = nnx.Rngs(0)
+    fresh: dict[str, Any] = {
+        "transformer": (sizes.transformer, WanTransformer(sizes.transformer, rngs=rngs)),
+        "text_encoder": (sizes.text_encoder, UMT5Encoder(sizes.text_encoder, rngs=rngs)),
+    }
+    if sizes.image_encoder is not None:
+        fresh["image_encoder"] = (sizes.image_encoder, CLIPVision(sizes.image_encoder, rngs=rngs))
+    parts = {name: from_tree(name, config, split(model)[1]) for name, (config, model) in fresh.items()}
+    parts["vae"] = from_tree("vae", vae, params)
+    with tempfile.TemporaryDirectory() as source:
+        build_tokenizer(Path(source) / "tokenizer")
+        return _write(workdir, find_model(Path(source)), parts, scheduler, TINY_CLIP)
+
+
+def write_encoders(workdir: Path, preset: str, params: Params, source: Path) -> Path:
+    """The source with the trained text and image encoders."""
+    sizes = presets.find(preset)
+    names = ("text_encoder", "image_encoder")
+    parts = {name: from_tree(name, getattr(sizes, name), params[name]) for name in names}
+    return _write(workdir, find_model(source), parts, None)
+
+
+def _write(
+    workdir: Path,
+    base: ModelDirectory,
+    parts: Mapping[str, Values],
+    scheduler: Scheduler | None,
+    defaults: Defaults | None = None,
+) -> Path:
+    folder = workdir / FOLDER
+    given = Provenance(str(workdir), {"started from": str(base.path)} if base.parts else {})
+    write_model(folder, base, parts, scheduler=scheduler, defaults=defaults, overwrite=True, provenance=given)
+    return folder
+
+
+def latent_statistics(config: Any, params: Params, clips: MovingDigits) -> dict[str, tuple[float, ...]]:
+    """Mean and standard deviation of each raw latent channel, as `latents_mean` and `latents_std`."""
+    model = build_part("vae", config, params, jnp.float32)
+    moments = jax.jit(lambda video: model.moments(video)[0])
+    means = []
+    for start in range(0, STATISTICS_CLIPS, 16):
+        video = to_float(np.stack([clips[i]["video"] for i in range(start, start + 16)]))
+        means.append(np.asarray(moments(jnp.asarray(video)), np.float64))
+    values = np.concatenate(means).reshape(-1, config.z_dim)
+    return {"latents_mean": tuple(values.mean(0).tolist()), "latents_std": tuple(values.std(0).tolist())}

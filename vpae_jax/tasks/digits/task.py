@@ -1,0 +1,194 @@
+"""The embedded task: rendered handwritten digits, whose captions can be checked (`tasks.base.Task`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from vpae_jax.config import DataConfig, Experiment
+from vpae_jax.data.batches import latent_batches
+from vpae_jax.data.loader import Batches
+from vpae_jax.data.records import LatentRecords
+from vpae_jax.encoding.clip_source import InUnits
+from vpae_jax.encoding.encoder import encode_into
+from vpae_jax.files import resolve
+from vpae_jax.inference.pipeline import Pipeline
+from vpae_jax.metrics.base import Clips
+from vpae_jax.runtime.processes import wait_for_all
+from vpae_jax.tasks.base import (
+    OTHER_NOISE,
+    SHOWN,
+    Feed,
+    HeldOut,
+    Measures,
+    Mode,
+    Purpose,
+    TooFew,
+    mode_parts,
+    rows_of,
+)
+from vpae_jax.tasks.digits import products, scores
+from vpae_jax.tasks.digits.batches import captioned_batches, pixel_batches
+from vpae_jax.tasks.digits.clips import MovingDigits, Split, check_size
+from vpae_jax.types import CaptionedFrames, Condition, Params, PixelBatch, UserError
+from vpae_jax.weights.settings import Scheduler
+
+ENCODED_AT_ONCE = 32
+# Fixed, so that numbers compare between runs: digit images, and the seeds of the clips that are asked for. The guard's
+# digits are neither trained on nor those of the final evaluation.
+ASKED: Mapping[Purpose, tuple[Split, int]] = {
+    "preview": ("eval", 7),
+    "guard": ("classifier", 99),
+    "evaluation": ("eval", 100),
+}
+# How many other real clips they are compared with, and their seed; how many conditions are asked for twice.
+OTHERS: Mapping[Purpose, tuple[int, int]] = {"preview": (0, 0), "guard": (256, 199), "evaluation": (1000, 200)}
+AGAIN: Mapping[Purpose, int] = {"preview": 0, "guard": 16, "evaluation": 64}
+FEWEST = 16  # clips of an evaluation
+
+
+def check(experiment: Experiment, pipeline: Pipeline | None) -> None:
+    """Raises `UserError` for a batch of more clips than there are, or a model that makes clips of another size."""
+    if experiment.batch_size > experiment.data.clips:
+        raise UserError(
+            f"config.batch_size is {experiment.batch_size}, but config.data.clips is {experiment.data.clips}; "
+            "lower the one or raise the other"
+        )
+    if pipeline is not None:
+        _check_size(experiment.model.path, pipeline)
+
+
+class Digits:
+    """Rendered digits. Their images are split, so that those of held-out clips are never trained on.
+
+    Args:
+      data: how many clips are trained on, and where they are kept encoded.
+      workdir: of the run; paths may be relative to it.
+    """
+
+    name = "digits"
+    metrics = scores.METRICS
+    compared = "kvd"
+
+    def __init__(self, data: DataConfig, workdir: Path) -> None:
+        self._data, self._workdir = data, workdir
+
+    @property
+    def _trained(self) -> MovingDigits:
+        return MovingDigits("train", self._data.clips, self._data.seed)
+
+    def batches(self, kind: type, pipeline: Pipeline | None, feed: Feed) -> Batches:
+        how = (feed.batch_size, feed.seed, feed.workers, feed.rows)
+        if pipeline is None or kind is PixelBatch:
+            return pixel_batches(self._trained, *how)
+        if kind is CaptionedFrames:
+            return captioned_batches(self._trained, pipeline.tokenizer, *how)
+        root = resolve(self._data.folder, self._workdir)
+        here = jax.process_index(), jax.process_count()
+        records = LatentRecords(encode_into(root, InUnits(self._trained), pipeline, ENCODED_AT_ONCE, *here))
+        wait_for_all("encoded")
+        return latent_batches([(records, 1.0)], *how, feed.max_bad)
+
+    def held_out(self, pipeline: Pipeline, purpose: Purpose, count: int) -> HeldOut:
+        if purpose == "evaluation" and count < FEWEST:
+            raise TooFew(f"count is {count}: scores need at least {FEWEST} clips")
+        _check_size("the model", pipeline)
+        modes: tuple[Mode, ...] = ("t2v", "i2v") if pipeline.takes_image else ("t2v",)
+        split, seed = ASKED[purpose]
+        # An evaluation asks for the same clips in both modes, since they are shown side by side.
+        distinct = count if purpose == "evaluation" else count * len(modes)
+        source = MovingDigits(split, distinct, seed)
+        items = [source[i] for i in range(distinct)]
+        videos = np.stack([item["video"] for item in items])
+        again = min(AGAIN[purpose], count)
+        parts = mode_parts(modes, count, again)
+        clip_of_row = np.concatenate(
+            [(np.array([*range(count), *range(again)]) + number * count) % distinct for number in range(len(modes))]
+        )
+        captions = tuple(items[clip]["caption"] for clip in clip_of_row)
+        result = HeldOut(
+            purpose=purpose,
+            parts=parts,
+            captions=captions,
+            condition=_condition(pipeline, captions, videos[clip_of_row, 0], parts),
+            null_text=np.asarray((null := pipeline.encode_prompt([pipeline.defaults.negative_prompt]))[0]),
+            null_mask=np.asarray(null[1]),
+            shape=pipeline.latent_shape(1)[1:],
+            seeds=tuple([*range(count), *range(OTHER_NOISE, OTHER_NOISE + again)] * len(modes)),
+            clips={part.name: videos[clip_of_row[part.rows]][:SHOWN] for part in parts},
+        )
+        if purpose == "preview":
+            return result
+        more, seed = OTHERS[purpose]
+        others = MovingDigits(split, more, seed)
+        return replace(
+            result,
+            real=rows_of(scores.measure_real(items), clip_of_row),
+            others=scores.measure_real([others[i] for i in range(more)]),
+        )
+
+    def measure(self, clips: Clips, latents: Float[np.ndarray, "b f h w c"]) -> Measures:
+        del latents
+        return scores.measure(clips)
+
+    def scores(self, held_out: HeldOut, made: Measures) -> dict[str, float]:
+        result: dict[str, float] = {}
+        for part in held_out.parts:
+            values = _part_scores(held_out, part.name, rows_of(made, part.rows), rows_of(held_out.real, part.rows))
+            if part.again.stop > part.again.start:
+                values["diversity"] = scores.diversity(rows_of(made, part.rows), rows_of(made, part.again))
+            result |= {f"{part.name}/{name}": value for name, value in values.items()}
+        return result
+
+    def real(self, held_out: HeldOut) -> dict[str, float]:
+        result: dict[str, float] = {}
+        for part in held_out.parts:
+            real = rows_of(held_out.real, part.rows)
+            values = _part_scores(held_out, part.name, real, real)
+            # What follows a first frame is drawn once in real data, so that image-to-video has no pair.
+            if part.name == "t2v" and (found := scores.real_diversity(real, held_out.others)) is not None:
+                values["diversity"] = found
+            result |= {f"{part.name}/{name}": value for name, value in values.items()}
+        return result
+
+    def write_model(
+        self, workdir: Path, preset: str, params: Mapping[str, Params], source: Path | None, scheduler: Scheduler
+    ) -> Path:
+        if source is None:
+            return products.write_autoencoder(workdir, preset, params["vae"], self._trained, scheduler)
+        return products.write_encoders(workdir, preset, params["encoders"], source)
+
+
+def _part_scores(held_out: HeldOut, mode: Mode, made: Measures, real: Measures) -> dict[str, float]:
+    values = scores.against_real(made, real, held_out.others)
+    if held_out.purpose == "evaluation":  # the guard's digits are those that the classifier learns from
+        values |= scores.digits_named(made, real)
+    if mode == "i2v":
+        values["psnr_first"] = scores.agreement(made, real)
+    return values
+
+
+def _condition(pipeline: Pipeline, captions: tuple[str, ...], pictures: Clips | np.ndarray, parts: tuple) -> Condition:
+    """What the pipeline's encoders make of captions and first frames; these are left out in text-to-video."""
+    whole = pipeline.condition(list(captions), pictures if pipeline.takes_image else None)
+    given = np.zeros(len(captions), bool)
+    for part in parts:
+        given[part.rows] = given[part.again] = part.name == "i2v"
+
+    def kept(values: object) -> np.ndarray | None:
+        if values is None:
+            return None
+        array = np.asarray(values)
+        return np.where(given.reshape(-1, *[1] * (array.ndim - 1)), array, 0)
+
+    return Condition(np.asarray(whole.text), np.asarray(whole.text_mask), kept(whole.image), kept(whole.frames))
+
+
+def _check_size(model: str, pipeline: Pipeline) -> None:
+    made = pipeline.defaults
+    check_size(model, made.num_frames, made.height, made.width)

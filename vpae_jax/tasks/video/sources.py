@@ -1,0 +1,78 @@
+"""The folders of records that a run trains on, and those of their clips that it never sees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+
+from vpae_jax.config import DataConfig, parse_sources
+from vpae_jax.data.records import REJECTS, LatentRecords
+from vpae_jax.data.stores import Address
+from vpae_jax.encoding.encoder import encode_into, fingerprint
+from vpae_jax.encoding.manifest import Manifest
+from vpae_jax.encoding.summary import rejected, report
+from vpae_jax.encoding.videos import VideoClips
+from vpae_jax.files import is_address, resolve
+from vpae_jax.inference.pipeline import Pipeline
+from vpae_jax.runtime.processes import is_first, say, wait_for_all
+from vpae_jax.types import UserError
+
+# Of one video of a folder that is encoded before a run, at most.
+RAW_CLIPS = 1000
+
+Sources = tuple[tuple[LatentRecords, float], ...]
+
+
+def open_sources(data: DataConfig, workdir: Path, pipeline: Pipeline, model: str) -> Sources:
+    """The clips that a run trains on, each folder with its weight; encodes them first where they are given as videos.
+
+    Args:
+      data: where they lie.
+      workdir: of the run.
+      pipeline: the model whose encoders the clips are to be encoded with.
+      model: its name, for messages.
+
+    Raises:
+      UserError: a folder that is missing, not complete, or was encoded with other encoders than the model's; an object
+        store that cannot be read.
+    """
+    if data.videos:
+        records = _encoded(data, workdir, pipeline)
+        return ((records, float(len(records))),)
+    return open_records(data.records, "config.data.records", workdir, pipeline, model)
+
+
+def open_records(names: str, key: str, workdir: Path, pipeline: Pipeline, model: str) -> Sources:
+    """Folders of records, "DIR,DIR" or "DIR=WEIGHT,...". Raises `UserError` as `open_sources`, naming `key`."""
+    found, expected = [], fingerprint(pipeline)
+    for name, weight in parse_sources(names):
+        records = LatentRecords(Address(name) if is_address(name) else resolve(name, workdir))
+        if records.index["identity"]["encoders"] != expected:
+            raise UserError(
+                f"{key}: {records.folder} was encoded with other encoders than those of {model}; encode its clips "
+                f"again with --model={model}"
+            )
+        found.append((records, float(len(records)) if weight is None else weight))
+    return tuple(found)
+
+
+def _encoded(data: DataConfig, workdir: Path, pipeline: Pipeline) -> LatentRecords:
+    """Clips of the model's own size from a folder of videos, of which each process encodes its share."""
+    own = pipeline.defaults
+    manifest = Manifest(resolve(data.videos, workdir))
+    sizes = ((own.height, own.width),)
+    with VideoClips(manifest, sizes, own.num_frames, own.fps, clips_per_video=RAW_CLIPS) as clips:
+        # One at a time, since they may be large.
+        folder = encode_into(
+            resolve(data.folder, workdir), clips, pipeline, 1, jax.process_index(), jax.process_count()
+        )
+    wait_for_all("encoded")
+    records = LatentRecords(folder)
+    if not len(records):
+        kinds = rejected(records.index)
+        raise UserError(f"config.data.videos: no clip of {data.videos} is used ({kinds}); see {folder}/{REJECTS}")
+    if is_first():
+        for line in report(folder, records.index):
+            say(line)
+    return records

@@ -1,0 +1,224 @@
+"""Training on any clips, and judging by those of them that are held out.
+
+The real clips are what the VAE's decoder makes of their latents: the best that a generator of latents can reach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from vpae_jax.config import DataConfig
+from vpae_jax.data.batches import latent_batches
+from vpae_jax.data.loader import Batches
+from vpae_jax.data.order import held_out, shuffled
+from vpae_jax.data.records import BadRecord, LatentRecords, LatentShape, Value
+from vpae_jax.inference.pipeline import Pipeline
+from vpae_jax.metrics.base import Clips
+from vpae_jax.runtime.processes import say
+from vpae_jax.tasks.base import (
+    AGAIN,
+    OTHER_NOISE,
+    SHOWN,
+    Feed,
+    HeldOut,
+    Measures,
+    Mode,
+    Purpose,
+    TooFew,
+    clips_at_once,
+    in_batches,
+    joined,
+    mode_parts,
+    rows_of,
+)
+from vpae_jax.tasks.video import scores
+from vpae_jax.tasks.video.sources import Sources, open_records, open_sources
+from vpae_jax.types import Condition, UserError
+
+# Clips that generated ones are compared with, at most, and of a folder that is all held out, all that are looked at.
+OTHERS, FOLDER = 256, 4096
+FEWEST = 8  # clips that are asked for, and others, to judge by
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """A held-out clip as its record has it."""
+
+    arrays: dict[str, Value]
+    caption: str
+
+
+class Video:
+    """Any folders of records, or a folder of videos (`tasks.base.Task`).
+
+    Args:
+      data: which clips, and which of them are held out.
+      workdir: of the run; paths may be relative to it.
+      model: name of the model whose encoders made them, for messages.
+      modes: what is asked of a model; by default image-to-video of one that takes a first frame.
+    """
+
+    name = "video"
+    metrics = scores.METRICS
+    compared = "kvd"
+
+    def __init__(self, data: DataConfig, workdir: Path, model: str, modes: tuple[Mode, ...] | None = None) -> None:
+        self._data, self._workdir, self._model, self._modes = data, workdir, model, modes
+        self._sources: Sources | None = None
+
+    def batches(self, kind: type, pipeline: Pipeline | None, feed: Feed) -> Batches:
+        assert pipeline is not None  # `tasks.check` refuses methods without one
+        sources = self._open(pipeline)
+        how = (feed.batch_size, feed.seed, feed.workers, feed.rows, feed.max_bad)
+        return latent_batches(sources, *how, most_held_out=self._most)
+
+    def held_out(self, pipeline: Pipeline, purpose: Purpose, count: int) -> HeldOut:
+        first, second = self._halves(pipeline)
+        asked, others = (second, first) if purpose == "evaluation" else (first, second)
+        asked = list(_readable(asked, count))
+        others = [] if purpose == "preview" else list(_readable(others, OTHERS))
+        if not asked or (purpose != "preview" and min(len(asked), len(others)) < FEWEST):
+            raise TooFew(
+                f"{len(first) + len(second)} held-out clips of one size are too few; raise config.data.held_out (at "
+                "most a fifth of a folder is held out), or name other clips in config.data.held_out_records"
+            )
+        modes = self._modes or (("i2v",) if pipeline.takes_image else ("t2v",))
+        if not pipeline.takes_image:
+            modes = ("t2v",)
+        again = 0 if purpose == "preview" else min(AGAIN, len(asked))
+        parts = mode_parts(modes, len(asked), again)
+        clip_of_row = np.tile([*range(len(asked)), *range(again)], len(modes))
+        conditions = [
+            _condition(asked[clip], part.name) for part in parts for clip in clip_of_row[: len(asked) + again]
+        ]
+        latents = np.stack([clip.arrays["latents"] for clip in asked])
+        shown, real = self._measured(pipeline, latents, purpose != "preview")
+        null_text, null_mask = pipeline.encode_prompt([pipeline.defaults.negative_prompt])
+        result = HeldOut(
+            purpose=purpose,
+            parts=parts,
+            captions=tuple(asked[clip].caption for clip in clip_of_row),
+            condition=_stacked(conditions),
+            null_text=np.asarray(null_text),
+            null_mask=np.asarray(null_mask),
+            shape=latents.shape[1:],
+            seeds=tuple([*range(len(asked)), *range(OTHER_NOISE, OTHER_NOISE + again)] * len(modes)),
+            clips={mode: shown for mode in modes},
+        )
+        if purpose == "preview":
+            return result
+        beside = self._measured(pipeline, np.stack([clip.arrays["latents"] for clip in others]), True)[1]
+        return replace(result, real=rows_of(real, clip_of_row), others=beside)
+
+    def measure(self, clips: Clips, latents: Float[np.ndarray, "b f h w c"]) -> Measures:
+        return scores.measure(clips, latents)
+
+    def scores(self, held_out: HeldOut, made: Measures) -> dict[str, float]:
+        result = {}
+        for part in held_out.parts:
+            real = rows_of(held_out.real, part.rows)
+            values = scores.against_real(rows_of(made, part.rows), real, held_out.others)
+            if part.again.stop > part.again.start:
+                values["diversity"] = scores.diversity(made, part, real)
+            if part.name == "i2v":
+                values["psnr_first"] = scores.agreement(rows_of(made, part.rows), real)
+            result |= {f"{part.name}/{name}": value for name, value in values.items()}
+        return result
+
+    def real(self, held_out: HeldOut) -> dict[str, float]:
+        result = {}
+        for part in held_out.parts:
+            real = rows_of(held_out.real, part.rows)
+            values = scores.against_real(held_out.others, real, real) | {"diversity": 1.0}
+            if part.name == "i2v":
+                values["psnr_first"] = scores.agreement(real, real)
+            result |= {f"{part.name}/{name}": value for name, value in values.items()}
+        return result
+
+    def write_model(self, *_: object, **__: object) -> Path:
+        raise UserError("the autoencoder and the encoders are trained on rendered digits alone")
+
+    @property
+    def _most(self) -> int:
+        return 0 if self._data.held_out_records else self._data.held_out
+
+    def _open(self, pipeline: Pipeline) -> Sources:
+        """The training clips' folders; says once what is held out of them."""
+        if self._sources is None:
+            self._sources = open_sources(self._data, self._workdir, pipeline, self._model)
+            for records, _ in self._sources if self._most else ():
+                count = len(held_out(len(records), self._most))
+                say(f"held out: {count} of {len(records)} clips of {records.folder}")
+        return self._sources
+
+    def _halves(self, pipeline: Pipeline) -> tuple[list[tuple[LatentRecords, int]], list[tuple[LatentRecords, int]]]:
+        """The held-out clips of the most frequent shape, of all folders in turn: those of the guard and the previews,
+        and those of the evaluation."""
+        found: list[list[tuple[LatentRecords, int, LatentShape]]] = []
+        if self._data.held_out_records:
+            key = "config.data.held_out_records"
+            sources = open_records(self._data.held_out_records, key, self._workdir, pipeline, self._model)
+        else:
+            sources = self._open(pipeline)
+        for records in {records.index["fingerprint"]: records for records, _ in sources}.values():
+            shapes = {int(clip): shape for shape, clips in records.shapes.items() for clip in clips}
+            total = len(records)
+            if self._data.held_out_records:
+                clips = [shuffled(place, total, 0) for place in range(min(total, FOLDER))]
+            else:
+                clips = held_out(total, self._most).tolist()
+            found.append([(records, clip, shapes[clip]) for clip in clips])
+        turns = [clip for turn in zip_longest(*found) for clip in turn if clip is not None]
+        counts: dict[LatentShape, int] = {}
+        for *_, shape in turns:
+            counts[shape] = counts.get(shape, 0) + 1
+        most = max(sorted(counts), key=lambda shape: counts[shape], default=())
+        same = [(records, clip) for records, clip, shape in turns if shape == most]
+        return same[::2], same[1::2]
+
+    def _measured(
+        self, pipeline: Pipeline, latents: Float[np.ndarray, "n f h w c"], wanted: bool
+    ) -> tuple[Clips, Measures]:
+        """The first clips in pixels, and the measures of all."""
+        shown, measures = [], []
+        count = len(latents) if wanted else min(SHOWN, len(latents))
+        for rows, filled in in_batches(count, clips_at_once(latents.shape[1:])):
+            clips = np.asarray(pipeline.decode(jnp.asarray(latents[filled], jnp.float32)))[: rows.stop - rows.start]
+            if rows.start < SHOWN:
+                shown.append(clips)
+            if wanted:
+                measures.append(scores.measure(clips, latents[rows].astype(np.float32)))
+        return np.concatenate(shown)[:SHOWN], joined(measures) if wanted else {}
+
+
+def _readable(clips: Sequence[tuple[LatentRecords, int]], count: int) -> Iterator[Captioned]:
+    """The first `count` clips that are not damaged."""
+    left = count
+    for records, index in clips:
+        if not left:
+            return
+        try:
+            yield Captioned(records[index], records.about(index).get("caption", ""))
+        except BadRecord:
+            continue
+        left -= 1
+
+
+def _condition(clip: Captioned, mode: Mode) -> dict[str, Value]:
+    """What a record says of its clip; of text-to-video without the first frame."""
+    kept = {name: clip.arrays[name] for name in ("text", "text_mask", "image", "frames") if name in clip.arrays}
+    if mode == "t2v":
+        kept |= {name: np.zeros_like(kept[name]) for name in ("image", "frames") if name in kept}
+    return kept
+
+
+def _stacked(conditions: Sequence[dict[str, Value]]) -> Condition:
+    arrays = {name: np.stack([one[name] for one in conditions]) for name in conditions[0]}
+    return Condition(arrays["text"], arrays["text_mask"], arrays.get("image"), arrays.get("frames"))
