@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from vpae_jax import cli, evaluate
-from vpae_jax.evaluate import Entry, Generator, parse_entry
+from vpae_jax.evaluate import Entry, parse_entry
 from vpae_jax.inference.pipeline import load_pipeline
-from vpae_jax.metrics.base import Request
 from vpae_jax.tasks.digits.scores import METRICS
 from vpae_jax.types import UserError
 
@@ -59,23 +58,10 @@ def test_compares_models_and_leaves_everything_behind(run, tmp_path):
     assert "a friend" in (output / "report.html").read_text()
 
 
-def test_the_same_noise_for_all_and_filled_batches(pipeline):
-    pictures = np.random.default_rng(0).integers(0, 255, (3, 48, 48, 3), np.uint8)
-    request = Request(["a one moves up", "a two moves down", "a six moves left"], pictures, seed=5)
-    generator = Generator(pipeline, Entry("x", "tiny", 1, 1.0), batch=16)
-    whole = generator(request)
-    assert whole.shape == (3, 9, 48, 48, 3)
-    assert generator.seconds == 0, "the first batch compiles"
-    again = generator(request)
-    assert np.array_equal(whole, again)
-    assert generator.seconds > generator.diffusion_seconds > 0
-    other = generator(Request(request.captions, request.pictures, seed=6))
-    assert not np.array_equal(whole, other)
-
-
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        ("a=b", Entry("a", "b")),
         ("a=b:1:1", Entry("a", "b", 1, 1.0)),
         ("my model=runs/x/model:4:2.5:unipc", Entry("my model", "runs/x/model", 4, 2.5, "unipc")),
     ],
@@ -90,9 +76,10 @@ def test_parse_entry_refuses(text):
         parse_entry(text)
 
 
-def test_evaluations_count_guidance_twice():
-    assert Entry("a", "b", 50, 5.0).evaluations == 100
-    assert Entry("a", "b", 4, 1.0).evaluations == 4
+def test_a_row_is_sampled_as_its_folder_says_where_the_flags_do_not(pipeline):
+    own = Entry("a", "tiny").sampler(pipeline)
+    assert (own.steps, own.guidance, own.evaluations) == (50, 4.0, 100)
+    assert Entry("a", "tiny", 4, 1.0).sampler(pipeline).evaluations == 4
 
 
 @pytest.mark.parametrize(
@@ -104,6 +91,8 @@ def test_evaluations_count_guidance_twice():
         ((), {"guidance": 0.5}, "guidance is 0.5, expected at least 1"),
         ((), {"batch": 0}, "--batch=0"),
         ((), {"phase1": "nowhere"}, "nowhere holds no run"),
+        ((), {"task": "video"}, "no phase was trained on records; name some with --records=DIR"),
+        ((), {"task": "digits", "records": "x"}, "--task=digits renders its clips; leave --records out"),
         (("--compare=teacher=tiny:1:1",), {}, "two rows are called 'teacher'"),
         (("--compare=x=tiny:1:1:magic",), {}, "solver is 'magic'"),
     ],

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from vpae_jax.config import GuardConfig
+from configs import encoders, phase1, phase2, teacher, vae
+from vpae_jax.config import GuardConfig, parse
 from vpae_jax.flow.sampler import Sampler
 from vpae_jax.inference.pipeline import Pipeline
 from vpae_jax.inference.samplers import Denoiser
 from vpae_jax.media import read_image
-from vpae_jax.methods.base import Role
+from vpae_jax.methods import make_method
 from vpae_jax.metrics.base import Metric
 from vpae_jax.run.generation import Generation, scores_of
 from vpae_jax.run.guard import Guard, obstacle
@@ -166,16 +167,17 @@ def test_it_samples_as_the_student_is_sampled(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "role, reason",
+    "config, reason",
     [
-        (None, "the method trains no student"),
-        (Role("pretrained", "all"), "starts from a teacher"),
-        (Role("fresh", "all"), "starts from random weights"),
-        (Role("previous", "all"), None),
+        (vae, "the method trains no student"),
+        (encoders, "the method trains no student"),
+        (teacher, "starts from random weights"),
+        (phase1, "starts from a teacher"),
+        (phase2, None),
     ],
 )
-def test_it_judges_students_of_students(role, reason):
-    found = obstacle(role)
+def test_it_judges_students_of_students(config, reason):
+    found = obstacle(make_method(parse(config.get_config()).method))
     assert found is None if reason is None else reason in found
 
 

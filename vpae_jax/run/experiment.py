@@ -92,7 +92,7 @@ def run(experiment: Experiment, workdir: Path, devices: Sequence[Any] | None = N
 
     task = tasks.open_task(experiment.data, workdir, experiment.model.path, experiment.method)
     maker = None if method.student is None else Maker(blueprint.models, method.student, frozen)
-    guard = make_guard(experiment, maker, workdir, task, pipeline)
+    guard = make_guard(experiment, method, maker, workdir, task, pipeline)
     if guard is not None and not continuing:
         guard.begin(previous_step)
     hooks = make_hooks(experiment, workdir, task, pipeline, guard, maker)
@@ -148,13 +148,12 @@ def check_settings(experiment: Experiment, method: Method) -> None:
 
 
 def make_guard(
-    experiment: Experiment, maker: Maker | None, workdir: Path, task: Task, pipeline: Pipeline | None
+    experiment: Experiment, method: Method, maker: Maker | None, workdir: Path, task: Task, pipeline: Pipeline | None
 ) -> Guard | None:
     """The guard where it can judge; says why where it cannot."""
     if not experiment.guard.enabled:
         return None
-    roles = {} if maker is None else {name: maker.models.roles[name] for name in maker.roles}
-    reason = obstacle(roles)
+    reason = obstacle(method)
     if reason is None and pipeline is not None and maker is not None:
         try:
             return Guard(task, pipeline, workdir, experiment.guard, maker.student.sampler)

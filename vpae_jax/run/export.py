@@ -1,8 +1,8 @@
 """What a finished run leaves behind: a model directory with the trained part in it.
 
 Every run writes `model/` in its workdir, a complete directory in the Diffusers layout: the parts that it trained, and
-all others as they were. So the three trainings behind the tiny model hand a directory on, and a student is a directory
-that Diffusers loads.
+all others as they were. So a student is a directory that Diffusers loads. Of a run that trains other parts, its task
+writes it (`tasks.base.Task.write_model`).
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from vpae_jax.files import write_text
 from vpae_jax.flow.sampler import Sampler
 from vpae_jax.inference.pipeline import Pipeline
 from vpae_jax.inference.samplers import Denoiser
-from vpae_jax.methods.base import Role
+from vpae_jax.methods.base import Method, all_views
 from vpae_jax.run.generation import Generation, scores_of
 from vpae_jax.runtime.processes import as_first_says, is_first, say
 from vpae_jax.tasks.base import Task
@@ -30,16 +30,16 @@ from vpae_jax.tasks.base import Task
 FILE = "guard.json"
 
 
-def obstacle(student: Mapping[str, Role]) -> str | None:
-    """Why a method's student cannot be judged, by the trained roles that it is made of; None where it can."""
-    if not student:
+def obstacle(method: Method) -> str | None:
+    """Why a method's student cannot be judged; None where it can."""
+    if method.student is None:
         return "the method trains no student"
-    for name, role in student.items():
-        if role.previous(name) is None:
-            teacher = role.start == "pretrained" or role.adapters is not None
-            start = "a teacher" if teacher else "random weights"
-            return f"the student starts from {start}, and not from the student of a phase before"
-    return None
+    view = all_views(method)[method.student.view]
+    role = method.roles[view.role]
+    if role.previous(view.role) is not None:
+        return None
+    begun = "a teacher" if role.start == "pretrained" or role.adapters is not None else "random weights"
+    return f"the student starts from {begun}, and not from the student of a phase before"
 
 
 class Guard:
