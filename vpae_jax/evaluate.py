@@ -35,7 +35,6 @@ from vpae_jax.encoding.encoder import fingerprint
 from vpae_jax.files import is_address, resolve
 from vpae_jax.flow.sampler import Sampler, Solver
 from vpae_jax.inference.pipeline import Pipeline, load_pipeline
-from vpae_jax.inference.samplers import Denoiser
 from vpae_jax.metrics.report import Report, Row, Run, write_report
 from vpae_jax.metrics.results import NAIVE, headline, table, write_metrics, write_samples
 from vpae_jax.run import guard
@@ -43,7 +42,6 @@ from vpae_jax.run.generation import Generation, Made, scores_of
 from vpae_jax.tasks.base import HeldOut, Task
 from vpae_jax.train.checkpoint import CONFIG_FILE
 from vpae_jax.train.metrics import read_metrics
-from vpae_jax.train.roles import split
 from vpae_jax.types import UserError
 
 
@@ -99,10 +97,7 @@ class Entry:
 
     def sampler(self, pipeline: Pipeline) -> Sampler:
         """How the row is sampled."""
-        own = pipeline.scheduler
-        steps = own.steps if self.steps is None else self.steps
-        guidance = own.guidance if self.guidance is None else self.guidance
-        return pipeline.sampler(steps, guidance, self.solver)
+        return pipeline.sampler(self.steps, self.guidance, self.solver)
 
 
 def parse_entry(text: str) -> Entry:
@@ -236,7 +231,7 @@ def evaluate(
 
 def _scored(row: Entry, pipeline: Pipeline, task: Task, held_out: HeldOut, batch: int | None) -> Row:
     sampler = row.sampler(pipeline)
-    generation, denoiser = Generation(pipeline, held_out, batch), Denoiser(*split(pipeline.transformer))
+    generation, denoiser = Generation(pipeline, held_out, batch), pipeline.denoiser
     say(f"{row.name}: {len(held_out)} clips, {sampler.evaluations} network evaluations each")
     wanted = held_out.shown
     shown: dict[int, Any] = {}

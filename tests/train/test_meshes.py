@@ -13,6 +13,7 @@ from vpae_jax import sharding
 from vpae_jax.config import Experiment, MeshConfig
 from vpae_jax.flow.times import TimeDistribution
 from vpae_jax.methods.adversarial import DiscriminatorNoise
+from vpae_jax.methods.scores import DistributionMatching, ScoreDistillation
 from vpae_jax.methods.vpae import PhaseOne, PhaseTwo
 from vpae_jax.models.wan_dit import WanTransformerConfig
 from vpae_jax.train.blueprint import draw_up
@@ -35,9 +36,23 @@ SIZES = WanTransformerConfig(
 GRID, CLIPS, TOKENS = (3, 6, 10), 8, 6
 HEADS = {"width": 32, "taps": (1, 2), "num_heads": 4}
 # Every part of the losses acts: guidance, dropped images, penalty, score distillation.
+# Times as they stand: translated to clips of so few values, all would be near 0.
+SCORES = TimeDistribution(low=0.02, high=0.98, shift=5.0, clip=(0.02, 0.98))
 PHASES = {
-    "one": PhaseOne(fake_rank=4, fake_updates=1, image_dropout=0.5),
-    "two": PhaseTwo(init="pretrained", noise=DiscriminatorNoise(t=TimeDistribution()), image_dropout=0.5),
+    "one": PhaseOne(
+        t=TimeDistribution(low=0.9),
+        matching=DistributionMatching(t=SCORES),
+        fake_t=SCORES,
+        fake_rank=4,
+        fake_updates=1,
+        image_dropout=0.5,
+    ),
+    "two": PhaseTwo(
+        init="pretrained",
+        noise=DiscriminatorNoise(t=TimeDistribution()),
+        csds=ScoreDistillation(t=SCORES),
+        image_dropout=0.5,
+    ),
 }
 MESHES = {
     "fsdp 8": MeshConfig(fsdp=8),

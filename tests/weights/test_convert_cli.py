@@ -289,7 +289,7 @@ def test_a_run_that_trained_no_generator(source, tmp_path, capsys):
         }
         manager.save(1, args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
     message = fails([tmp_path / "run", tmp_path / "out", "--format=diffusers"], capsys)
-    assert "the checkpoint has no generator" in message and not (tmp_path / "out").exists()
+    assert "its method autoencoder makes no generator to convert" in message and not (tmp_path / "out").exists()
 
 
 def test_a_disk_that_garbles_is_noticed_before_anything_appears(source, tmp_path, capsys, monkeypatch):

@@ -43,7 +43,7 @@ from vpae_jax.models.umt5 import UMT5Encoder
 from vpae_jax.models.wan_dit import WanTransformer
 from vpae_jax.models.wan_vae import WanVAE
 from vpae_jax.train.roles import split
-from vpae_jax.types import Condition, Latents, Mask, Params, PRNGKey, UserError, Video
+from vpae_jax.types import Condition, Latents, Mask, PRNGKey, UserError, Video
 from vpae_jax.weights.directory import ModelDirectory
 from vpae_jax.weights.find import find_model
 from vpae_jax.weights.image_processor import ImageProcessor, read_image_processor
@@ -90,13 +90,6 @@ class Pipeline:
         """The transformers, split once: doing it for every clip would cost a tenth of a tiny model's evaluation."""
         low = None if self.transformer_2 is None else split(self.transformer_2)
         return Denoiser(*split(self.transformer), low, self.boundary)
-
-    def with_transformer(self, params: Params, mesh: Mesh | None = None) -> Pipeline:
-        """The same pipeline with other transformer weights of the same architecture, on their mesh if one is given."""
-        transformer = nnx.merge(nnx.graphdef(self.transformer), params)
-        if mesh is not None:
-            transformer.layout = MeshLayout(mesh, transformer.config.num_attention_heads)
-        return dataclasses.replace(self, transformer=transformer)
 
     def without_encoders(self) -> Pipeline:
         """The same pipeline, whose text and image encoder have no weights left: for when all prompts are encoded."""
@@ -372,7 +365,7 @@ def load_pipeline(
       mesh: devices over which the transformer's weights and tokens are sharded (`sharding.TRANSFORMER_RULES`,
         `parallel.MeshLayout`) and the other parts replicated; None uses the default device.
       with_transformer: False leaves the transformers' weights in their files, for a caller that brings others
-        (`Pipeline.with_transformer`); it then has shapes only.
+        (`Pipeline.sample`'s denoiser); it then has shapes only.
 
     Raises:
       UserError: there is no Wan model, a part of it is missing or broken, or its parts do not fit together.

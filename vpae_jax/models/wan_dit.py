@@ -145,8 +145,8 @@ class WanTransformer(nnx.Module):
         return self._leave(hidden, embedding, x), _features(states, context, condition)
 
     def _tapped(
-        self, hidden: Tokens, context: Context, taps: tuple[int, ...], trained: bool
-    ) -> tuple[tuple[Tokens, ...], Tokens]:
+        self, hidden: Float[Array, "b padded d"], context: Context, taps: tuple[int, ...], trained: bool
+    ) -> tuple[tuple[Tokens, ...], Float[Array, "b padded d"]]:
         """Hidden states after the tapped blocks, without the filling, and those after the last one with it."""
         layers = self.config.num_layers
         if not taps or list(taps) != sorted(set(taps)) or taps[0] < 1 or taps[-1] > layers:
