@@ -55,8 +55,11 @@ def test_an_orbax_part_is_found_and_may_not_be_there_twice(theirs, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"transformer_2": ["diffusers", "WanTransformer3DModel"]}, "this is a Wan 2.2 pipeline"),
-        ({"expand_timesteps": True}, "this is a Wan 2.2 pipeline"),
+        (
+            {"transformer_2": ["diffusers", "WanTransformer3DModel"]},
+            "boundary_ratio is None, expected a number between 0 and 1",
+        ),
+        ({"expand_timesteps": True}, "expand_timesteps is set, as in Wan 2.2's 5B model"),
         ({"_class_name": "FluxPipeline"}, "_class_name is 'FluxPipeline', expected 'WanPipeline' or"),
         ({"_class_name": ["WanPipeline"]}, "_class_name is ['WanPipeline'], expected"),
     ],

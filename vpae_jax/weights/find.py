@@ -57,7 +57,7 @@ def find_model(name: ModelDirectory | Path | str | None, like: ModelDirectory | 
 
     Raises:
       UserError: as `locate`; a file that cannot be read, given alone or at a layout's place for a part; a part found
-        twice; a pipeline other than Wan 2.1's.
+        twice; a pipeline other than Wan's.
     """
     if isinstance(name, ModelDirectory):
         return name

@@ -34,7 +34,7 @@ def locate(name: str | Path | None) -> Path:
         return path
     match = _HUB_ID.fullmatch(str(name))
     if match is None:
-        raise UserError(f"{name}: no such folder or file")
+        raise UserError(f"{name}: no such folder or file; expected a model directory, a file of weights, or OWNER/NAME")
     return _fetch(match[1], match[2])
 
 
