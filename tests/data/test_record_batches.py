@@ -96,7 +96,7 @@ def test_a_position_holds_for_any_rows_and_workers(sources):
         batches = latent_batches(sources, SIZE, seed=2, rows=[1])
         take(batches, stop)
         position = json.loads(json.dumps(batches.get_state()))
-        assert position["batches"] == stop and position["data"].startswith("batches of 4 from 11 clips of ")
+        assert position["batches"] == stop and position["data"].startswith("batches of 4 from 11 of 11 clips of ")
         other = latent_batches(sources, SIZE, seed=2)
         next(other)
         other.set_state(position)

@@ -213,7 +213,7 @@ def test_a_record_that_is_whole_but_not_what_the_index_says_is_bad(change, reaso
         arrays = dict(unpacked(packed("a", arrays_of(0), {}))[0])
         patch.setattr(module, "is_finite", lambda value: True)  # writing refuses what is tested here
         payload = to_safetensors("a", change(arrays), {"id": "a"})
-        patch.setattr("vpae_jax.encoding.units.pack", lambda *_: payload + checksum(payload))
+        patch.setattr("vpae_jax.encoding.unit_writer.pack", lambda *_: payload + checksum(payload))
         write_folder(tmp_path / "folder", [[(0, SMALL)]])
     with pytest.raises(BadRecord, match=reason):
         LatentRecords(tmp_path / "folder")[0]

@@ -108,6 +108,7 @@ def scores_of(task: Task, held_out: HeldOut, made: Iterable[Made]) -> Mapping[st
     """The task's scores of generated clips, measured one batch after the other; none if a latent is not finite."""
     measures, finite = [], True
     for one in made:
-        finite &= bool(np.isfinite(one.latents).all())
-        measures.append(task.measure(one.clips, one.latents))
+        finite = finite and bool(np.isfinite(one.latents).all())
+        if finite:
+            measures.append(task.measure(one.clips, one.latents))
     return task.scores(held_out, joined(measures)) if finite else {}
