@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from configs import encoders, phase1, phase2, teacher, vae
+from vpae_jax import tasks
 from vpae_jax.config import parse
 from vpae_jax.inference.pipeline import load_pipeline
 from vpae_jax.media import read_image
@@ -188,7 +189,8 @@ def test_why_there_is_no_guard_is_said_in_a_line(tmp_path, capsys):
 
     def made():
         parsed = parse(config)
-        return experiment.make_guard(parsed, make_method(parsed.method), None, tmp_path, None, None)
+        task = tasks.open_task(parsed.data, tmp_path, "tiny", parsed.method)
+        return experiment.make_guard(parsed, make_method(parsed.method), None, tmp_path, task, None)
 
     assert made() is None
     line = capsys.readouterr().out

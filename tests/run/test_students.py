@@ -38,7 +38,8 @@ def run(module, folder, **method):
 
 
 def loaded(folder):
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    # The embedded model's encoders are stored in bfloat16, and Transformers would run them in it.
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -106,5 +107,8 @@ def test_low_rank_phases_share_one_teacher(tmp_path, monkeypatch):
 
 def test_a_full_phase_does_not_start_from_adapters(tmp_path):
     run(phase1, tmp_path / "phase1", generator="lora", generator_rank=4)
-    with pytest.raises(UserError, match=r"generator parameter .* has shape .*trained with other sizes"):
+    with pytest.raises(
+        UserError,
+        match=r"generator_ema parameter .* has shape None, .*trained with other sizes.*config.method.generator",
+    ):
         run(phase2, tmp_path / "phase2", disc_warmup=0)

@@ -134,7 +134,8 @@ def _into(stored: Any, places: Params, folder: Path, role: str) -> Any:
         if found.get(name) != expected.get(name):
             raise UserError(
                 f"{folder}: {role} parameter {name} has shape {found.get(name)}, expected {expected.get(name)}; it was "
-                "trained with other sizes (config.model.preset, config.model.path, ranks, heads)"
+                "trained with other sizes (config.model.preset, config.model.path, config.method.generator, ranks, "
+                "config.networks)"
             )
     return jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype), places)
 
