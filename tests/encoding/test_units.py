@@ -271,7 +271,9 @@ units.finish(NULL, FACTS)
 
 
 def start(folder, count, process=0, processes=1, before=""):
-    paths = os.pathsep.join([str(HERE), str(HERE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    paths = os.pathsep.join(
+        [str(HERE), str(HERE.parent), str(HERE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     arguments = map(str, (folder, count, process, processes))
     return subprocess.Popen(
         [sys.executable, "-c", before + WRITER, *arguments],

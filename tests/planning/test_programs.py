@@ -16,11 +16,11 @@ from vpae_jax.planning import memory
 from vpae_jax.planning.clips import SIZES, size_of
 from vpae_jax.planning.programs import abstract_batch, draw_up, setting_of, transformer_of, with_setting
 from vpae_jax.run import first_weights
-from vpae_jax.run.first_weights import resolve_model
 from vpae_jax.train.blueprint import draw_up as blueprint_of
 from vpae_jax.train.optim import make_optimizer
 from vpae_jax.train.state import create
 from vpae_jax.types import UserError
+from vpae_jax.weights.find import find_model
 
 
 def described(tree):
@@ -42,7 +42,7 @@ def test_the_state_is_that_of_a_run(tiny, tmp_path):
     experiment, drawn = tiny
     method = make_method(experiment.method)
     mesh = sharding.make_mesh(experiment.mesh)
-    source = resolve_model("tiny", tmp_path)
+    source = find_model("tiny")
     blueprint = blueprint_of(experiment, method, mesh, transformer_of(experiment))
     made, _ = first_weights.make_weights(blueprint, experiment, tmp_path, source, method.roles)
     frozen = {name: made.pop(name) for name in blueprint.frozen}
