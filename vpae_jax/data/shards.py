@@ -1,6 +1,6 @@
 """Records of an ArrayRecord file, read in place, from a file system or by one request from an object store.
 
-ArrayRecord's own reader knows no object stores, and takes four times the processor time (`benchmarks/data.py`). The
+ArrayRecord's own reader knows no object stores, and takes several times the processor time (`benchmarks/data.py`). The
 files that `encoding.units` writes are not compressed and have one record a chunk, so that where a record lies follows
 from the sizes of those before it.
 

@@ -172,7 +172,7 @@ class Ratio(Sums):
 
 
 @runtime_checkable
-class Trained(Protocol):
+class GeneratorFields(Protocol):
     """The fields by which a method says how its generator is trained."""
 
     @property
@@ -187,7 +187,7 @@ class Trained(Protocol):
     def ema(self) -> float: ...
 
 
-def generator_role(method: Trained) -> Role:
+def generator_role(method: GeneratorFields) -> Role:
     """The role "generator": all weights, or adapters on the role "teacher", which change nothing at first."""
     kept = averages(method.ema)
     if method.generator == "full":
