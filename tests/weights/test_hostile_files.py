@@ -30,7 +30,7 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
         ({"x": entry(shape=(-2,))}, "expected usize"),
         ({"x": entry(shape=(3,))}, "invalid shape, data type, or offset"),
         ({"x": entry(offsets=(4, 12))}, "invalid offset for tensor `x`"),
-        ({"x": entry(), "y": entry()}, "invalid offset for tensor `y`"),
+        ({"x": entry(), "y": entry()}, "invalid offset for tensor"),
         ({"x": entry(shape=(1,), offsets=(0, 4))}, "file not fully covered"),
         ({"x": entry(shape=(2**61,), offsets=(0, 2**63))}, "overflow"),
         ({"x": entry(), "y": entry(shape=(0, 2**62), offsets=(8, 8))}, "which no array can have"),
