@@ -164,18 +164,28 @@ def test_images_are_withheld_everywhere_at_once():
     assert len(seen) == 4 and all((frames == 0).all() for frames in seen)
 
 
+@pytest.mark.parametrize("method", [PhaseOne(ema=0.0), PhaseTwo(ema=0.0, backbone="online_sg")])
+def test_without_an_average_the_weights_are_the_student(method):
+    assert not method.roles["generator"].averages
+    assert method.student.average is None
+
+
 @pytest.mark.parametrize(
     ("make", "field"),
     [
         (lambda: PhaseOne(fake_updates=0), "fake_updates"),
         (lambda: PhaseOne(fake_rank=0), "fake_rank"),
         (lambda: PhaseOne(image_dropout=2.0), "image_dropout"),
-        (lambda: PhaseOne(ema=-1.0), "ema"),
+        (lambda: PhaseOne(ema=-1.0), r"PhaseOne\.ema"),
+        (lambda: PhaseOne(init="fresh"), r"PhaseOne\.init"),
+        (lambda: PhaseOne(generator_rank=0), r"PhaseOne\.generator_rank"),
         (lambda: PhaseOne(input="anneal", t=TimeDistribution("logit_normal")), r"PhaseOne\.t"),
         (lambda: PhaseTwo(disc_updates=0), "disc_updates"),
         (lambda: PhaseTwo(disc_warmup=-1), "disc_warmup"),
         (lambda: PhaseTwo(adversarial_weight=-1.0), "adversarial_weight"),
         (lambda: PhaseTwo(image_dropout=-0.5), "image_dropout"),
+        (lambda: PhaseTwo(generator="half"), r"PhaseTwo\.generator"),
+        (lambda: PhaseTwo(ema=0.0), r"PhaseTwo\.backbone is 'ema', but ema is 0"),
     ],
 )
 def test_bad_fields_are_named(make, field):

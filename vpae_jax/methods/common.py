@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from jaxtyping import Float
 from vpae_jax.flow import draws
 from vpae_jax.flow.guidance import guided
 from vpae_jax.flow.schedule import velocity_to_x0
-from vpae_jax.methods.base import Adapters, Role, Velocity, averages
+from vpae_jax.methods.base import Velocity
 from vpae_jax.types import Batch, Condition, Latents, Metrics, PerExample, PRNGKey, Times, UserError
 
 
@@ -171,32 +171,6 @@ class Ratio(Sums):
         return self.above / jnp.maximum(self.below, 1e-12)
 
 
-@runtime_checkable
-class GeneratorFields(Protocol):
-    """The fields by which a method says how its generator is trained."""
-
-    @property
-    def generator(self) -> str: ...
-    @property
-    def generator_rank(self) -> int: ...
-    @property
-    def generator_scale(self) -> float: ...
-    @property
-    def init(self) -> str: ...
-    @property
-    def ema(self) -> float: ...
-
-
-def generator_role(method: GeneratorFields) -> Role:
-    """The role "generator": all weights, or adapters on the role "teacher", which change nothing at first."""
-    kept = averages(method.ema)
-    if method.generator == "full":
-        return Role(method.init, trains=True, averages=kept)
-    rank = method.generator_rank
-    start = "fresh" if method.init == "pretrained" else method.init
-    return Role(start, True, adapters=Adapters("teacher", rank, rank * method.generator_scale), averages=kept)
-
-
 def drift(x0: Latents, data: Latents) -> Metrics:
     """How far generated latents have moved from the data's: collapse and colour drift show here first.
 
@@ -272,10 +246,3 @@ def drop_conditions(batch: Batch, key: PRNGKey, text: float, image: float) -> Co
         image=without_image(condition.image),
         frames=without_image(condition.frames),
     )
-
-
-def drop_images(batch: Batch, probability: float, key: PRNGKey) -> Batch:
-    """The batch with images and first frames withheld at random, for a student of both tasks."""
-    if probability == 0:
-        return batch
-    return replace(batch, condition=drop_conditions(batch, key, 0.0, probability))

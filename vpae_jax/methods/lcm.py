@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 from jax.lax import stop_gradient
@@ -31,28 +31,26 @@ from vpae_jax.flow import draws
 from vpae_jax.flow.sampler import Sampler
 from vpae_jax.flow.schedule import add_noise, expand, velocity_to_x0
 from vpae_jax.flow.times import VALUES_720P, TimeDistribution
-from vpae_jax.methods.base import EMA, Average, Context, Method, Nets, Role, Student, Update, View
+from vpae_jax.methods.base import Average, Context, Nets, Role, Student, Update, View
 from vpae_jax.methods.common import (
     check_at_least,
     check_choice,
-    check_decay,
     check_fraction,
     drift,
-    drop_images,
     example_mean,
     f32,
-    generator_role,
     guided_velocity,
     named_keys,
     predict_x0,
 )
+from vpae_jax.methods.distillation import Distillation
 from vpae_jax.types import Batch, Latents, Metrics, PerExample, UserError
 
 GRID = TimeDistribution(kind="grid", points=50, shift=5.0, stated_for=VALUES_720P)
 
 
 @dataclass(frozen=True)
-class LCM(Method):
+class LCM(Distillation):
     """Consistency distillation.
 
     Attributes:
@@ -62,16 +60,8 @@ class LCM(Method):
       huber: c of Eq. 3.
       target: whose prediction is the target: the student's own, as a constant, or that of an average of it.
       target_decay: of that average.
-      image_dropout: probability that image and first frame are withheld.
       steps, shift: evaluations of the sampled student, at times that are even on the raw axis of this shift.
-      ema: decay of the average that is judged and exported; 0 exports the weights themselves.
-      init: where the generator starts.
-      generator: what of the generator is trained: all of it, or low-rank adapters on the teacher, whose weights then
-        serve both.
-      generator_rank, generator_scale: rank of the adapters, and alpha / rank.
     """
-
-    batch: ClassVar[type] = Batch
 
     t: TimeDistribution = GRID
     guidance: float = 5.0
@@ -79,36 +69,24 @@ class LCM(Method):
     huber: float = 0.001
     target: Literal["student", "average"] = "student"
     target_decay: float = 0.95
-    image_dropout: float = 0.0
     steps: int = 4
     shift: float = 5.0
     ema: float = 0.95
-    init: Literal["pretrained", "previous"] = "pretrained"
-    generator: Literal["full", "lora"] = "full"
-    generator_rank: int = 128
-    generator_scale: float = 0.5
 
     def __post_init__(self) -> None:
-        choices = {
-            "distance": ("huber", "squared"),
-            "target": ("student", "average"),
-            "init": ("pretrained", "previous"),
-            "generator": ("full", "lora"),
-        }
-        check_choice("LCM", choices, self)
-        check_fraction("LCM", image_dropout=self.image_dropout, target_decay=self.target_decay)
-        check_decay("LCM", ema=self.ema)
+        super().__post_init__()
+        check_choice("LCM", {"distance": ("huber", "squared"), "target": ("student", "average")}, self)
+        check_fraction("LCM", target_decay=self.target_decay)
         check_at_least("LCM", 0, guidance=self.guidance)
         if not self.huber > 0:
             raise UserError(f"LCM.huber is {self.huber}, expected a positive number")
-        check_at_least("LCM", 1, generator_rank=self.generator_rank)
         if self.t.kind not in ("grid", "list"):
             raise UserError(f"LCM.t is of kind {self.t.kind!r}, expected 'grid' or 'list': a point before each time")
         _ = self.student  # refuses what no sampler is
 
     @property
     def roles(self) -> Mapping[str, Role]:
-        generator = generator_role(self)
+        generator = self.generator_role
         if self.target == "average":
             target = {"target": Average(self.target_decay)}
             generator = replace(generator, averages={**generator.averages, **target})
@@ -127,12 +105,12 @@ class LCM(Method):
     @property
     def student(self) -> Student:
         sampler = Sampler.even(self.steps, self.shift, solver="consistency" if self.steps > 1 else "euler")
-        return Student("generator", sampler, average=EMA if self.ema else None)
+        return self.sampled_by(sampler)
 
     def loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
         """Eq. 2."""
         keys = named_keys(context.clips, "images", "t", "noise")
-        batch = drop_images(batch, self.image_dropout, keys.images)
+        batch = self.drop_images(batch, keys.images)
         data = f32(batch.latents)
         t, before = self.t.pair(keys.t, data.shape)
         x = add_noise(data, draws.normal(keys.noise, data.shape, data.dtype), t)

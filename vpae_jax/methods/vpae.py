@@ -49,7 +49,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -73,23 +73,21 @@ from vpae_jax.methods.adversarial import (
     discriminator_loss,
     judge,
 )
-from vpae_jax.methods.base import EMA, Adapters, Context, Method, Nets, Role, Student, Update, Velocity, View
+from vpae_jax.methods.base import EMA, Adapters, Context, Nets, Role, Student, Update, Velocity, View
 from vpae_jax.methods.common import (
     Ratio,
     Term,
     check_at_least,
     check_choice,
-    check_decay,
     check_fraction,
     drift,
-    drop_images,
     example_mean,
     f32,
-    generator_role,
     inject,
     named_keys,
     predict_x0,
 )
+from vpae_jax.methods.distillation import Distillation
 from vpae_jax.methods.scores import SCORE_TIMES, DistributionMatching, ScoreDistillation, fake_score_loss
 from vpae_jax.types import Batch, Latents, Metrics, PerExample, PRNGKey, Times, UserError
 
@@ -101,7 +99,7 @@ CSDS = ScoreDistillation()
 
 
 @dataclass(frozen=True)
-class PhaseOne(Method):
+class PhaseOne(Distillation):
     """Stability priming.
 
     Attributes:
@@ -118,15 +116,7 @@ class PhaseOne(Method):
       fake_updates: updates of the fake score for one of the generator.
       count: what a step counts: "generator" updates, each after `fake_updates` of the fake score, or "all": updates of
         the fake score, the generator following every `fake_updates`-th.
-      image_dropout: probability that image and first frame are withheld.
-      ema: decay of the generator's average.
-      init: where the generator starts.
-      generator: what of the generator is trained: all of it, or low-rank adapters on the teacher, whose weights then
-        serve both.
-      generator_rank, generator_scale: rank of the adapters, and alpha / rank.
     """
-
-    batch: ClassVar[type] = Batch
 
     input: Literal["noised_real", "pure_noise", "anneal"] = "noised_real"
     t: TimeDistribution = PRIMING_TIMES
@@ -140,30 +130,18 @@ class PhaseOne(Method):
     fake_t: TimeDistribution = SCORE_TIMES
     fake_updates: int = 5
     count: Literal["generator", "all"] = "generator"
-    image_dropout: float = 0.0
-    ema: float = 0.995
-    init: Literal["pretrained", "previous"] = "pretrained"
-    generator: Literal["full", "lora"] = "full"
-    generator_rank: int = 128
-    generator_scale: float = 0.5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         choices = {
             "input": ("noised_real", "pure_noise", "anneal"),
             "fake": ("lora", "full"),
-            "generator": ("full", "lora"),
             "fake_loss": ("velocity", "x0"),
             "count": ("generator", "all"),
         }
         check_choice("PhaseOne", choices, self)
-        check_fraction("PhaseOne", image_dropout=self.image_dropout, anneal_from=self.anneal_from)
-        check_decay("PhaseOne", ema=self.ema)
-        counts = {
-            "fake_rank": self.fake_rank,
-            "generator_rank": self.generator_rank,
-            "fake_updates": self.fake_updates,
-            "anneal_steps": self.anneal_steps,
-        }
+        check_fraction("PhaseOne", anneal_from=self.anneal_from)
+        counts = {name: getattr(self, name) for name in ("fake_rank", "fake_updates", "anneal_steps")}
         check_at_least("PhaseOne", 1, **counts)
         if self.input == "anneal" and self.t.kind != "uniform":
             raise UserError(f"PhaseOne.t is {self.t.kind!r}, without a lower end to anneal; set t.kind='uniform'")
@@ -172,7 +150,7 @@ class PhaseOne(Method):
     def roles(self) -> Mapping[str, Role]:
         adapters = Adapters("teacher", self.fake_rank, self.fake_rank * self.fake_scale)
         return {
-            "generator": generator_role(self),
+            "generator": self.generator_role,
             "teacher": Role("pretrained"),
             "fake_score": Role("fresh", True, adapters=adapters) if self.fake == "lora" else Role("pretrained", True),
         }
@@ -190,7 +168,7 @@ class PhaseOne(Method):
 
     @property
     def student(self) -> Student:
-        return Student("generator", ONE_STEP)
+        return self.sampled_by(ONE_STEP)
 
     def generate(self, generator: Velocity, batch: Batch, step: Int[Array, ""], key: PRNGKey) -> Latents:
         """The generator's clips in one evaluation, float32, at a step of the training."""
@@ -209,7 +187,7 @@ class PhaseOne(Method):
     def generator_loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
         """Eq. 1."""
         keys = named_keys(context.clips, "images", "generate", "matching")
-        batch = drop_images(batch, self.image_dropout, keys.images)
+        batch = self.drop_images(batch, keys.images)
         x0 = self.generate(nets["generator"], batch, context.step, keys.generate)
         term, metrics = self.matching(
             x0, nets["teacher"], nets["fake_score"], batch.condition, batch.unconditional, keys.matching
@@ -219,7 +197,7 @@ class PhaseOne(Method):
     def fake_score_loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
         """Eq. 2."""
         keys = named_keys(context.clips, "images", "generate", "loss")
-        batch = drop_images(batch, self.image_dropout, keys.images)
+        batch = self.drop_images(batch, keys.images)
         x0 = self.generate(nets["generator"], batch, context.step, keys.generate)
         return fake_score_loss(nets["fake_score"], x0, batch.condition, self.fake_t, keys.loss, self.fake_loss), {}
 
@@ -236,7 +214,7 @@ BACKBONES: Mapping[str, View | None] = {
 
 
 @dataclass(frozen=True)
-class PhaseTwo(Method):
+class PhaseTwo(Distillation):
     """Unified adversarial equilibrium.
 
     Attributes:
@@ -251,15 +229,8 @@ class PhaseTwo(Method):
       csds: Eq. 5; its weight is lambda.
       disc_updates: updates of the discriminator for one of the generator.
       disc_warmup: steps during which only the discriminator is trained.
-      image_dropout: probability that image and first frame are withheld.
-      ema: decay of the generator's average.
       init: where the generator starts; "pretrained" is the ablation without phase one.
-      generator: what of the generator is trained: all of it, or low-rank adapters on the teacher, whose weights then
-        serve both.
-      generator_rank, generator_scale: rank of the adapters, and alpha / rank.
     """
-
-    batch: ClassVar[type] = Batch
 
     adversarial: AdversarialKind = "hinge"
     adversarial_weight: float = 1.0
@@ -269,25 +240,15 @@ class PhaseTwo(Method):
     csds: ScoreDistillation = CSDS
     disc_updates: int = 1
     disc_warmup: int = 0
-    image_dropout: float = 0.0
-    ema: float = 0.995
-    init: Literal["previous", "pretrained"] = "previous"
-    generator: Literal["full", "lora"] = "full"
-    generator_rank: int = 128
-    generator_scale: float = 0.5
+    init: Literal["pretrained", "previous"] = "previous"
 
     def __post_init__(self) -> None:
-        choices = {
-            "adversarial": tuple(LOSSES),
-            "backbone": tuple(BACKBONES),
-            "init": ("previous", "pretrained"),
-            "generator": ("full", "lora"),
-        }
-        check_choice("PhaseTwo", choices, self)
-        check_fraction("PhaseTwo", image_dropout=self.image_dropout)
-        check_decay("PhaseTwo", ema=self.ema)
+        super().__post_init__()
+        check_choice("PhaseTwo", {"adversarial": tuple(LOSSES), "backbone": tuple(BACKBONES)}, self)
         check_at_least("PhaseTwo", 0, adversarial_weight=self.adversarial_weight, disc_warmup=self.disc_warmup)
-        check_at_least("PhaseTwo", 1, disc_updates=self.disc_updates, generator_rank=self.generator_rank)
+        check_at_least("PhaseTwo", 1, disc_updates=self.disc_updates)
+        if self.backbone == "ema" and not self.ema:
+            raise UserError("PhaseTwo.backbone is 'ema', but ema is 0, which keeps no average; set a decay below 1")
         if self.backbone == "online_trainable":
             warnings.warn(
                 "PhaseTwo.backbone is 'online_trainable': the generator can lower its loss by blinding its own judge",
@@ -302,7 +263,7 @@ class PhaseTwo(Method):
     @property
     def roles(self) -> Mapping[str, Role]:
         roles = {
-            "generator": generator_role(self),
+            "generator": self.generator_role,
             "teacher": Role("pretrained"),
             "heads": Role("fresh", True, part="heads"),
         }
@@ -323,7 +284,7 @@ class PhaseTwo(Method):
 
     @property
     def student(self) -> Student:
-        return Student("generator", ONE_STEP)
+        return self.sampled_by(ONE_STEP)
 
     def generate(self, generator: Velocity, batch: Batch, key: PRNGKey) -> Latents:
         """x0 = eps - mu(eps, 1) in float32."""
@@ -334,7 +295,7 @@ class PhaseTwo(Method):
     def discriminator_loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
         """Eq. 7, for the heads and, where it is trained, the backbone."""
         keys = named_keys(context.clips, "images", "generate", "noise", "penalty")
-        batch = drop_images(batch, self.image_dropout, keys.images)
+        batch = self.drop_images(batch, keys.images)
         x0 = stop_gradient(self.generate(nets["generator"], batch, keys.generate))
         shown = self.noise(x0, f32(batch.latents), keys.noise)
         backbone = nets["backbone"] if self.backbone == "full_copy" else ConstantFeatures(nets["backbone"])
@@ -348,7 +309,7 @@ class PhaseTwo(Method):
         with respect to x0 and the ratio of these. "online_trainable" has no separate adversarial gradient to report.
         """
         keys = named_keys(context.clips, "images", "generate", "noise", "csds")
-        batch = drop_images(batch, self.image_dropout, keys.images)
+        batch = self.drop_images(batch, keys.images)
         x0 = self.generate(nets["generator"], batch, keys.generate)
         constant, data = stop_gradient(x0), f32(batch.latents)
         judged = judge(nets["backbone"], nets["heads"], batch.condition)
