@@ -3,6 +3,7 @@
 import hashlib
 import json
 
+import original_vae
 import original_wan
 import pytest
 import torch
@@ -77,8 +78,8 @@ def test_transformer_is_that_of_diffusers(sizes):
 def test_vae_is_named_as_by_diffusers():
     torch.manual_seed(0)
     sizes = {"num_res_blocks": 2, "base_dim": 6, "dim_mult": (1, 2, 4, 4)}  # the only depths that the converter knows
-    state = original_wan.vae_state(**sizes)
-    found = original_wan.vae_reference(state, **sizes).state_dict()
+    state = original_vae.vae_state(**sizes)
+    found = original_vae.vae_reference(state, **sizes).state_dict()
     expected = convert_wan_vae_to_diffusers(dict(state))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -88,8 +89,8 @@ def test_vae_is_named_as_by_diffusers():
 @pytest.mark.parametrize("temperal_downsample", [(True, False, True), (False, True, True)])
 def test_vae_of_other_depths(num_res_blocks, temperal_downsample):
     sizes = {"num_res_blocks": num_res_blocks, "temperal_downsample": temperal_downsample, "dim_mult": (2, 4, 2, 6)}
-    state = original_wan.vae_state(**sizes)
-    model = original_wan.vae_reference(state, **sizes)  # raises where a weight is left over, on either side
+    state = original_vae.vae_state(**sizes)
+    model = original_vae.vae_reference(state, **sizes)  # raises where a weight is left over, on either side
     assert model.encode(torch.rand(1, 3, 5, 16, 16)).latent_dist.mode().shape == (1, 16, 2, 2, 2)
 
 
@@ -101,7 +102,7 @@ def test_sizes_of_the_release():
         text = original_wan.TextEncoder(
             vocab_size=256384, dim=4096, dim_attn=4096, dim_ffn=10240, num_heads=64, num_layers=24
         )
-        vae = original_wan.VAE(base_dim=96, dim_mult=(1, 2, 4, 4), num_res_blocks=2)
+        vae = original_vae.VAE(base_dim=96, dim_mult=(1, 2, 4, 4), num_res_blocks=2)
     # Tensors and bytes of Wan2.1-T2V-1.3B; the files are less than 100 kB longer. Text in bfloat16, others in float32.
     for module, tensors, size, width in (
         (transformer, 825, 5_676_070_424, 4),
@@ -140,7 +141,7 @@ def test_folder_holds_the_modules(tmp_path, image):
     assert {value.dtype for value in text.values()} == {torch.bfloat16}
     assert bits({name: value.float() for name, value in text.items()}) == bits(made.text_encoder.state_dict())
     vae = torch.load(tmp_path / original_wan.VAE_FILE, weights_only=True)
-    again = original_wan.vae_reference(vae, **sizes["vae"])
+    again = original_vae.vae_reference(vae, **sizes["vae"])
     assert bits(again.state_dict()) == bits(made.vae.state_dict())
     assert (made.image_encoder is not None) == image
     if image:

@@ -216,7 +216,7 @@ class Experiment:
         makes parts of one clip a device (along `data` and `fsdp`).
       log_every, sample_every, checkpoint_every: intervals in steps; `sample_every` = 0 makes no previews.
       keep: how many checkpoints are kept.
-      sample_guidance: guidance of the teacher's sampled clips.
+      sample_steps, sample_guidance: how the teacher's previews are sampled: Euler steps, and guidance.
       sample_shift: shift of the teacher's time grid, and of a one-step student's where it is sampled in more.
     """
 
@@ -231,6 +231,7 @@ class Experiment:
     sample_every: int = 0
     checkpoint_every: int = 100
     keep: int = 2
+    sample_steps: int = 50
     sample_guidance: float = 1.0
     sample_shift: float = 1.0
     networks: Mapping[str, Any] = field(default_factory=dict)
@@ -241,7 +242,7 @@ class Experiment:
     guard: GuardConfig = GuardConfig()
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "steps", "batch_size", "log_every", "checkpoint_every", "keep")
+        _at_least(self, 1, "steps", "batch_size", "log_every", "checkpoint_every", "keep", "sample_steps")
         _at_least(self, 0, "seed", "sample_every")
         if self.accumulation < 1 and self.accumulation != -1:
             raise UserError(f"accumulation is {self.accumulation}, expected at least 1, or -1 for one clip at a time")

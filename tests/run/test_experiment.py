@@ -40,6 +40,7 @@ def small(module, **changes):
     """A config that runs two steps on few clips."""
     config = module.get_config()
     config.steps, config.checkpoint_every, config.log_every, config.sample_every = 2, 1, 1, 2
+    config.sample_steps = 2
     config.batch_size, config.data.clips, config.guard.clips = 8, 16, 8
     for name, value in changes.items():
         config[name] = value

@@ -56,6 +56,7 @@ def workdir(videos, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "phase1"
     given = config(videos=videos)
     given.sample_every = 2
+    given.sample_steps = 2
     run(parse(given), workdir)
     return workdir
 

@@ -47,9 +47,18 @@ from vpae_jax.weights.settings import Scheduler
 
 # What may differ between two runs in one workdir: how long and how often, never what is computed. Where records lie
 # may; a checkpoint's position says which they are.
-FREE = ("steps", "accumulation", "mesh", "log_every", "sample_every", "checkpoint_every", "keep", "guard")
+FREE = (
+    "steps",
+    "accumulation",
+    "mesh",
+    "log_every",
+    "sample_every",
+    "sample_steps",
+    "checkpoint_every",
+    "keep",
+    "guard",
+)
 FREE_DATA = ("data.folder", "data.records", "data.videos", "data.workers", "data.max_bad", "data.held_out_records")
-TEACHER_STEPS = 50
 
 
 def run(experiment: Experiment, workdir: Path, devices: Sequence[Any] | None = None, stop: Stop = never) -> None:
@@ -180,7 +189,7 @@ def make_hooks(
     if experiment.sample_every:
         teacher = None
         if "teacher" in maker.frozen:
-            how = Sampler.even(TEACHER_STEPS, experiment.sample_shift, experiment.sample_guidance)
+            how = Sampler.even(experiment.sample_steps, experiment.sample_shift, experiment.sample_guidance)
             teacher = Denoiser(*maker.models.weights("teacher", maker.frozen, {})), how
         try:
             previews = Previews(task, pipeline, workdir, maker.shown, maker.student.sampler, teacher)
