@@ -376,6 +376,7 @@ def test_the_teachers_clips_can_be_made_again(run, tmp_path):
     assert code == 2 and len(err) == 1 and "holds other records: recipe.seed is 11 there, 12 here; choose" in err[0]
 
 
+@pytest.mark.long
 def test_two_teachers_at_the_same_time(run, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     (captions := tmp_path / "captions.txt").write_text("".join(f"a three moves up {i}\n" for i in range(5)))

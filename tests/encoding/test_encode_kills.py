@@ -83,8 +83,8 @@ def survive(tmp_path, kills: int, videos: int, unit: int) -> list[str]:
     return deaths
 
 
-def test_three_kills_lose_and_double_nothing(tmp_path):
-    assert len(survive(tmp_path, kills=3, videos=5, unit=2)) == 3
+def test_a_kill_loses_and_doubles_nothing(tmp_path):
+    assert len(survive(tmp_path, kills=1, videos=3, unit=2)) == 1
 
 
 @pytest.mark.long
@@ -93,6 +93,7 @@ def test_thirty_kills_lose_and_double_nothing(tmp_path):
     assert {"unit-", "finish"} <= {how.rpartition("in ")[2].rstrip("0123456789") for how in deaths}
 
 
+@pytest.mark.long
 def test_a_teacher_that_is_killed_makes_each_clip_once(tmp_path):
     """Once while it makes a unit, and once when some are done."""
     (captions := tmp_path / "captions.txt").write_text("".join(f"a three moves up {i}\n" for i in range(7)))

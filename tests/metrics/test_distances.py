@@ -8,7 +8,7 @@ from scipy.ndimage import gaussian_filter
 from vpae_jax.metrics.distances import SCALE, FeatureScale, features, kernel_distance
 from vpae_jax.tasks.digits.clips import MovingDigits
 
-COUNT = 200
+COUNT = 100
 
 
 def clips(seed, count=COUNT):
@@ -29,7 +29,7 @@ def real():
 
 @pytest.fixture(scope="module")
 def distance():
-    raw = features(clips(2, 400))
+    raw = features(clips(2, 200))
     scale = FeatureScale.of(raw)
     reference = scale(raw)
     return lambda videos: kernel_distance(scale(features(videos)), reference)

@@ -168,6 +168,7 @@ def test_a_failed_phase_goes_back_to_the_very_step_that_it_started_from(workdir)
         read_previous(experiment_, workdir / "phase2", "generator", like, 7)
 
 
+@pytest.mark.long
 def test_a_run_killed_while_it_scored_is_finished_later_without_the_phase_before(workdir, tmp_path):
     """All steps are done and in a checkpoint; only the last score and the model directory are missing."""
     shutil.copytree(workdir / "phase2", tmp_path / "phase2")

@@ -2,16 +2,18 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 from configs import phase1, phase2, vae
-from vpae_jax import encode
+from vpae_jax import encode, tasks
 from vpae_jax.config import parse
 from vpae_jax.inference.pipeline import load_pipeline
 from vpae_jax.media import write_video
+from vpae_jax.methods import make_method
 from vpae_jax.run import experiment
 from vpae_jax.tasks.digits.clips import MovingDigits
 from vpae_jax.tasks.video.sources import open_sources
@@ -101,20 +103,17 @@ def test_training_on_records_sees_only_their_clips(workdir, tmp_path):
 def test_a_phase_on_records_is_guarded_by_clips_that_it_holds_out(workdir, videos, tmp_path, capsys):
     """Of 12 clips too few are held out; with a folder of their own for judging there are enough."""
     (records,) = (workdir.parent / "data").iterdir()
-
-    def second(name, **data):
-        given = phase2.get_config()
-        given.steps, given.batch_size, given.log_every, given.checkpoint_every, given.sample_every = 2, 8, 1, 2, 0
-        given.method.disc_warmup, given.previous.workdir, given.data.records = 0, str(workdir), str(records)
-        given.optimizers.generator.learning_rate, given.method.ema = 0.3, 0.1  # ruins it
-        for key, value in data.items():
-            given.data[key] = str(value)
-        run(parse(given), tmp_path / name)
-        return capsys.readouterr().out
-
-    said = second("few")
+    given = phase2.get_config()
+    given.steps, given.batch_size, given.log_every, given.checkpoint_every, given.sample_every = 2, 8, 1, 2, 0
+    given.method.disc_warmup, given.previous.workdir, given.data.records = 0, str(workdir), str(records)
+    given.optimizers.generator.learning_rate, given.method.ema = 0.3, 0.1  # ruins it
+    few, pipeline = parse(given), load_pipeline("tiny", with_transformer=False)
+    task = tasks.open_task(few.data, tmp_path, "tiny", few.method)
+    maker = SimpleNamespace(student=make_method(few.method).student)
+    assert experiment.make_guard(few, make_method(few.method), maker, tmp_path, task, pipeline) is None
+    said = capsys.readouterr().out
     assert "guard: off, since 2 held-out clips of one size are too few" in said
-    assert "held out: 2 of 12 clips" in said and not (tmp_path / "few" / "guard.json").exists()
+    assert "held out: 2 of 12 clips" in said
     more = tmp_path / "more"
     clips = MovingDigits("eval", 10, frames=37, resolution=64)
     more.mkdir()
@@ -122,7 +121,9 @@ def test_a_phase_on_records_is_guarded_by_clips_that_it_holds_out(workdir, video
         write_video(more / f"{i}.mp4", 255 - clips[i]["video"], 16.0)
         (more / f"{i}.txt").write_text(clips[i]["caption"])
     encode.main([f"--videos={more}", "--clips_per_video=2", "--workers=1", f"--output={tmp_path / 'judged'}"])
-    said = second("judged_by", held_out_records=tmp_path / "judged")
+    given.data.held_out_records = str(tmp_path / "judged")
+    run(parse(given), tmp_path / "judged_by")
+    said = capsys.readouterr().out
     assert "the weights that it started from are kept" in said
     found = json.loads((tmp_path / "judged_by" / "guard.json").read_text())
     assert found["task"] == "video" and not found["kept"] and found["after"] > found["before"]

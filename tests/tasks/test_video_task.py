@@ -72,7 +72,7 @@ def trained(task, pipeline, count):
 
 def test_each_purpose_has_clips_of_its_own_that_no_batch_has(pipeline, folders, capsys):
     many = task(folders[0])
-    found = {purpose: many.held_out(pipeline, purpose, 50) for purpose in ("preview", "guard", "evaluation")}
+    found = {purpose: many.held_out(pipeline, purpose, 12) for purpose in ("preview", "guard", "evaluation")}
     asked = {purpose: numbers(one) for purpose, one in found.items()}
     records = LatentRecords(folders[0])
     out = {int(np.float32(records[clip]["latents"]).flat[0]) for clip in held_out(120, 256).tolist()}
@@ -80,7 +80,7 @@ def test_each_purpose_has_clips_of_its_own_that_no_batch_has(pipeline, folders, 
     assert asked["guard"] | asked["evaluation"] <= out and len(out) == 24
     assert trained(many, pipeline, 150) == {*range(120)} - out
     assert capsys.readouterr().out == f"held out: 24 of 120 clips of {folders[0]}\n"
-    again = task(folders[0]).held_out(pipeline, "guard", 50)
+    again = task(folders[0]).held_out(pipeline, "guard", 12)
     assert again.captions == found["guard"].captions
     fewer = task(folders[0]).held_out(pipeline, "guard", 9)
     assert fewer.captions[:9] == again.captions[:9]
@@ -126,7 +126,7 @@ def test_real_clips_are_their_own_floor(pipeline, folders):
 
 def test_a_mixture_holds_out_of_every_folder(pipeline, folders):
     both = Video(DataConfig(records=f"{folders[0]}=0.3,{folders[1]}=0.6,{folders[0]}=0.1"), folders[0], "tiny")
-    found = both.held_out(pipeline, "guard", 50)
+    found = both.held_out(pipeline, "guard", 12)
     asked = numbers(found)
     assert any(number >= 200 for number in asked) and any(number < 200 for number in asked)
     assert len(asked) == found.parts[0].rows.stop, "a folder that is named twice counts once"
@@ -136,7 +136,7 @@ def test_a_mixture_holds_out_of_every_folder(pipeline, folders):
 def test_a_folder_of_its_own_leaves_all_others_to_training(pipeline, folders):
     apart = task(folders[0], held_out_records=str(folders[1]))
     assert (
-        min(numbers(apart.held_out(pipeline, "guard", 50)) | numbers(apart.held_out(pipeline, "evaluation", 50))) >= 200
+        min(numbers(apart.held_out(pipeline, "guard", 9)) | numbers(apart.held_out(pipeline, "evaluation", 9))) >= 200
     )
     assert trained(apart, pipeline, 200) == {*range(120)}
 
