@@ -60,7 +60,7 @@ def start(before: str = "", **arguments) -> subprocess.Popen:
     run = f"{before}\nimport runpy, sys; sys.argv[0] = 'encode'\nrunpy.run_module('vpae_jax.encode', None, '__main__')"
     return subprocess.Popen(
         [sys.executable, "-c", run, *command(arguments)],
-        env={**os.environ, "PYTHONPATH": paths, "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax-tests")},
+        env={**os.environ, "PYTHONPATH": paths},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
