@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,10 +10,12 @@ import pytest
 from configs import phase1, phase2, vae
 from vpae_jax import encode, tasks
 from vpae_jax.config import parse
+from vpae_jax.flow.sampler import ONE_STEP
 from vpae_jax.inference.pipeline import load_pipeline
 from vpae_jax.media import write_video
-from vpae_jax.methods import make_method
 from vpae_jax.run import experiment
+from vpae_jax.run.guard import Guard
+from vpae_jax.tasks.base import TooFew
 from vpae_jax.tasks.digits.clips import MovingDigits
 from vpae_jax.tasks.video.sources import open_sources
 from vpae_jax.train.metrics import read_metrics
@@ -109,11 +110,9 @@ def test_a_phase_on_records_is_guarded_by_clips_that_it_holds_out(workdir, video
     given.optimizers.generator.learning_rate, given.method.ema = 0.3, 0.1  # ruins it
     few, pipeline = parse(given), load_pipeline("tiny", with_transformer=False)
     task = tasks.open_task(few.data, tmp_path, "tiny", few.method)
-    maker = SimpleNamespace(student=make_method(few.method).student)
-    assert experiment.make_guard(few, make_method(few.method), maker, tmp_path, task, pipeline) is None
-    said = capsys.readouterr().out
-    assert "guard: off, since 2 held-out clips of one size are too few" in said
-    assert "held out: 2 of 12 clips" in said
+    with pytest.raises(TooFew, match=r"^2 held-out clips of one size are too few"):
+        Guard(task, pipeline, tmp_path, few.guard, ONE_STEP)
+    assert "held out: 2 of 12 clips" in capsys.readouterr().out
     more = tmp_path / "more"
     clips = MovingDigits("eval", 10, frames=37, resolution=64)
     more.mkdir()

@@ -68,12 +68,21 @@ def setting():
     return blueprint.models, held, averages, inputs
 
 
-def outputs(setting, held=None, averages=None):
+@pytest.fixture(scope="module")
+def outputs(setting):
+    """Every network's output, by name, with these weights and averages in place of the setting's."""
     models, own, kept, inputs = setting
-    nets = models.networks(own if held is None else held, kept if averages is None else averages)
-    return jax.tree.map(
-        np.asarray, jax.jit(lambda *inputs: {name: net(*inputs) for name, net in nets.items()})(*inputs)
-    )
+
+    @jax.jit
+    def run(held, averages):
+        return {name: net(*inputs) for name, net in models.networks(held, averages).items()}
+
+    return lambda held=own, averages=kept: jax.tree.map(np.asarray, run(held, averages))
+
+
+@pytest.fixture(scope="module")
+def unchanged(outputs):
+    return outputs()
 
 
 def test_every_role_average_and_view_is_a_network(unchanged):
@@ -83,31 +92,26 @@ def test_every_role_average_and_view_is_a_network(unchanged):
     }
 
 
-@pytest.fixture(scope="module")
-def unchanged(setting):
-    return outputs(setting)
-
-
-def moved(setting, unchanged, name, kind="held"):
+def moved(setting, outputs, name, kind="held"):
     """The networks that change with one set of weights."""
     _, held, averages, _ = setting
     trees = {"held": held, "averages": averages}
     trees[kind] = {**trees[kind], name: jax.tree.map(lambda x: 1.1 * x + 0.05, trees[kind][name])}
-    before, after = unchanged, outputs(setting, **trees)
+    before, after = outputs(), outputs(**trees)
     return {name for name in before if np.abs(before[name] - after[name]).max() > 1e-6}
 
 
-def test_which_weights_each_network_is_bound_to(setting, unchanged):
-    assert moved(setting, unchanged, "base") == {"base", "low", "low_ema", "off", "weak", "low_still"}
-    assert moved(setting, unchanged, "student") == {"student", "on_top", "still"}
-    assert moved(setting, unchanged, "low") == {"low", "weak", "low_still"}
-    assert moved(setting, unchanged, "on_top") == {"on_top"}
-    assert moved(setting, unchanged, "student_ema", "averages") == {"student_ema"}
-    assert moved(setting, unchanged, "student_slow", "averages") == {"student_slow"}
-    assert moved(setting, unchanged, "low_ema", "averages") == {"low_ema"}
+def test_which_weights_each_network_is_bound_to(setting, outputs):
+    assert moved(setting, outputs, "base") == {"base", "low", "low_ema", "off", "weak", "low_still"}
+    assert moved(setting, outputs, "student") == {"student", "on_top", "still"}
+    assert moved(setting, outputs, "low") == {"low", "weak", "low_still"}
+    assert moved(setting, outputs, "on_top") == {"on_top"}
+    assert moved(setting, outputs, "student_ema", "averages") == {"student_ema"}
+    assert moved(setting, outputs, "student_slow", "averages") == {"student_slow"}
+    assert moved(setting, outputs, "low_ema", "averages") == {"low_ema"}
 
 
-def test_the_scale_of_adapters(setting, unchanged):
+def test_the_scale_of_adapters(setting, outputs, unchanged):
     """0 is the network without them; a quarter is what a quarter of their second matrix gives."""
     held, found = setting[1], unchanged
     np.testing.assert_allclose(found["off"], found["base"], rtol=1e-5, atol=1e-6)
@@ -116,7 +120,7 @@ def test_the_scale_of_adapters(setting, unchanged):
         return 0.25 * leaf if str(path[-1].key) == "lora_b" else leaf
 
     low = jax.tree_util.tree_map_with_path(quarter, held["low"])
-    np.testing.assert_allclose(outputs(setting, {**held, "low": low})["low"], found["weak"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(outputs({**held, "low": low})["low"], found["weak"], rtol=1e-5, atol=1e-6)
     assert np.abs(found["weak"] - found["low"]).max() > 1e-3
 
 
