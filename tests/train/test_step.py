@@ -104,12 +104,12 @@ def batches(scale: float = 1.0):
     return Batches(order, lambda _, clip: {"number": numbers[clip]}, lambda batch: batch["number"], range(2))
 
 
-def run(workdir, steps=8, noise=0.5, hooks=(), scale=1.0, checkpoint_every=3, given=None):
+def run(workdir, steps=8, noise=0.5, hooks=(), scale=1.0, checkpoint_every=3, given=None, put=lambda x: x):
     workdir.mkdir(parents=True, exist_ok=True)
     experiment = dataclasses.replace(EXPERIMENT, steps=steps, checkpoint_every=checkpoint_every)
     method, models, optimizers, state, frozen = parts(noise)
     given = batches(scale) if given is None else given
-    return train(experiment, method, models, optimizers, state, frozen, given, lambda x: x, workdir, hooks)
+    return train(experiment, method, models, optimizers, state, frozen, given, put, workdir, hooks)
 
 
 def slopes(state):
@@ -261,6 +261,17 @@ def test_loop_reaches_the_target_and_records_every_step(tmp_path):
     records = read_metrics(tmp_path)
     assert [r["step"] for r in records] == list(range(1, 81))
     assert int(state.step) == 80 and records[-1]["leader/step"] == 79
+
+
+def test_each_repeat_has_a_batch_and_draws_of_its_own(tmp_path):
+    shown = []
+    found = run(tmp_path, steps=1, put=lambda batch: shown.append(batch) or batch)
+    assert len({tuple(batch) for batch in shown}) == len(shown) == 2
+    method, models, optimizers, state, frozen = parts(noise=0.5)
+    update = make_update(method.updates[0], 0, models, optimizers)
+    for repeat, batch in enumerate(shown):
+        state, _ = update(state, frozen, batch, jnp.int32(repeat))
+    assert slopes(found) == slopes(state)
 
 
 @pytest.mark.parametrize("stop", [3, 4, 6])

@@ -1,0 +1,48 @@
+"""No random key serves two draws of a loss: in every registered method that trains on clips, whatever it draws."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from networks import BATCH, B, nets_of, weights_of
+
+from vpae_jax.flow import draws
+from vpae_jax.methods import METHODS
+from vpae_jax.methods.adversarial import DiscriminatorNoise
+from vpae_jax.methods.base import Context
+from vpae_jax.types import Batch
+
+VARIANTS = {
+    "as it stands": {},
+    "withheld pictures": {"image_dropout": 0.5},
+    "pure noise": {"input": "pure_noise"},
+    "the figure's noise": {"noise": DiscriminatorNoise(kind="fig_literal")},
+    "a relative loss": {"adversarial": "rpgan"},
+}
+CASES = [
+    pytest.param(cls, options, number, id=f"{name}, {variant}, update {number}")
+    for name, cls in METHODS.items()
+    if cls.batch is Batch
+    for variant, options in VARIANTS.items()
+    if options.keys() <= cls.__dataclass_fields__.keys()
+    for number in range(len(cls().updates))
+]
+
+
+@pytest.mark.filterwarnings("ignore:PhaseTwo.noise.kind")
+@pytest.mark.parametrize(("cls", "options", "number"), CASES)
+def test_no_key_serves_two_draws(cls, options, number, monkeypatch):
+    used, method = [], cls(**options)
+
+    def noted(draw):
+        def call(key, *others):
+            used.append(np.asarray(jax.random.key_data(draws.clip_keys(key, B))).tobytes())
+            return draw(key, *others)
+
+        return call
+
+    for name in ("normal", "uniform"):  # the others draw by these
+        monkeypatch.setattr(draws, name, noted(getattr(draws, name)))
+    context = Context(jnp.int32(0), jax.random.split(jax.random.key(5), B), jax.random.key(6))
+    method.updates[number].loss(nets_of(method, weights_of(method)), BATCH, context)
+    assert len(used) >= 2 and len(set(used)) == len(used)
