@@ -138,6 +138,21 @@ def test_worse_weights_are_turned_down_with_the_reason(tmp_path, capsys):
     assert "--config.guard.enabled=False keeps them" in line and line.count("\n") == 1
 
 
+def test_one_mode_does_not_pay_for_the_others_gain(tmp_path):
+    made = guard(tmp_path)
+    made.begin(None)
+    for step, (t2v, i2v) in ((0, (30.0, 4.0)), (10, (10.0, 9.0)), (20, (10.0, 5.0))):
+        scores = {"t2v/distance": t2v, "i2v/distance": i2v}
+        made._write({**made.read(), "scores": {**made.read()["scores"], str(step): scores}})
+    unused = denoiser(1.0)
+    assert not made.decide(10, unused, lambda: unused)
+    assert made.read()["reason"] == (
+        "held-out distance fell from 17.0 to 9.5 (real clips: 0.1), but rose from 4.0 to 9.0 in i2v: "
+        "the weights that it started from are kept"
+    )
+    assert made.decide(20, unused, lambda: unused) and "but rose" not in made.read()["reason"]
+
+
 @pytest.mark.parametrize("first, last, kept", [(1.0, np.nan, False), (np.nan, 1.0, True), (np.inf, np.inf, False)])
 def test_what_is_not_finite_is_worse_than_anything(tmp_path, first, last, kept):
     made = guard(tmp_path)

@@ -2,8 +2,8 @@
 
 A failed adversarial phase is worse than none (the paper's Table 3: two of its ablations end below phase one). So the
 starting weights and the final ones make clips for the same held-out conditions from the same noise, and the number that
-the task compares decides which of them the run's model directory holds. `guard.json` holds every score, those of real
-clips, and the decision.
+the task compares decides which of them the run's model directory holds: its mean over modes must not rise, nor may one
+mode pay for another's gain. `guard.json` holds every score, those of real clips, and the decision.
 
 The guard can judge a student that starts from the one of a phase before: only then are the starting weights meant to be
 sampled as the final ones are.
@@ -28,6 +28,8 @@ from vpae_jax.runtime.processes import as_first_says, is_first, say
 from vpae_jax.tasks.base import Task
 
 FILE = "guard.json"
+# How many times as far from real clips as at the start a single mode may end.
+MOST = 1.5
 
 
 def obstacle(method: Method) -> str | None:
@@ -82,9 +84,11 @@ class Guard:
             if str(step) not in self.read()["scores"]:
                 self.score(step, denoiser())
         scores, real = self.read()["scores"], self.task.real(self.held_out)
-        before, after, floor = (self._compared(found) for found in (scores["0"], scores[str(last)], real))
-        kept = math.isfinite(after) and after <= before
-        reason = self._reason(before, after, floor, kept)
+        first, final_scores = scores["0"], scores[str(last)]
+        before, after, floor = (self._compared(found) for found in (first, final_scores, real))
+        paid = self._paid(first, final_scores, floor)
+        kept = math.isfinite(after) and after <= before and not paid
+        reason = self._reason(before, after, floor, paid, kept)
         decision = {"before": _plain(before), "after": _plain(after), "floor": _plain(floor)}
         self._write({**self.read(), "real": dict(real), **decision, "kept": kept, "reason": reason})
         advice = "" if kept else "; the trained ones are in the checkpoint (--config.guard.enabled=False keeps them)"
@@ -97,19 +101,29 @@ class Guard:
 
     def _compared(self, scores: Mapping[str, float]) -> float:
         """The number that decides, the mean over modes; infinite if one of them is not known to be finite."""
-        names = [f"{part.name}/{self.task.compared}" for part in self.held_out.parts]
-        return sum(scores.get(name, math.inf) for name in names) / len(names)
+        return sum(scores.get(name, math.inf) for name in self._names) / len(self._names)
 
-    def _reason(self, before: float, after: float, floor: float, kept: bool) -> str:
+    @property
+    def _names(self) -> list[str]:
+        return [f"{part.name}/{self.task.compared}" for part in self.held_out.parts]
+
+    def _paid(self, first: Mapping[str, float], final: Mapping[str, float], floor: float) -> str:
+        """What one mode paid for the other's gain; empty if it is little."""
+        for name in self._names:
+            before, after = first.get(name, math.inf), final.get(name, math.inf)
+            if math.isfinite(before) and after > MOST * abs(before) + abs(floor):
+                return f", but rose from {before:.1f} to {after:.1f} in {name.partition('/')[0]}"
+        return ""
+
+    def _reason(self, before: float, after: float, floor: float, paid: str, kept: bool) -> str:
         which = "the trained weights are kept" if kept else "the weights that it started from are kept"
         if not math.isfinite(after):
             return f"clips of the trained weights are not finite: {which}"
         if not math.isfinite(before):
             return f"clips of the weights that it started from are not finite: {which}"
         went = "fell" if after < before else "rose" if after > before else "stayed"
-        return (
-            f"held-out {self.metric.label} {went} from {before:.1f} to {after:.1f} (real clips: {floor:.1f}): {which}"
-        )
+        change = f"held-out {self.metric.label} {went} from {before:.1f} to {after:.1f} (real clips: {floor:.1f})"
+        return f"{change}{paid if after <= before else ''}: {which}"
 
     def _empty(self) -> dict[str, Any]:
         return {**self.about, "previous_step": None, "scores": {}}
