@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,7 +15,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 
 from vpae_jax.files import local_path
-from vpae_jax.types import UserError
+from vpae_jax.types import Note, UserError
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended
@@ -44,6 +45,7 @@ class Parser(argparse.ArgumentParser):
 
 def run(main: Main, argv: list[str] | None = None) -> None:
     """Runs a program on its arguments, by default the command line's; `UserError` ends it with one line."""
+    _show_notes()
     try:
         main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
@@ -54,6 +56,7 @@ def run(main: Main, argv: list[str] | None = None) -> None:
 
 def launch(main: Main) -> None:
     """Runs a program under absl; `UserError`, and a flag that does not parse, end it with one line."""
+    _show_notes()
     try:
         app.run(_without_trace(main), flags_parser=_parse)
     except UserError as error:
@@ -86,6 +89,20 @@ def _parse(argv: list[str]) -> list[str]:
     if len(rest) > 1:
         _fail(f"unexpected argument {rest[1]!r}; options are written --name=value")
     return rest
+
+
+def _show_notes() -> None:
+    """Shows every `Note` in one line; other warnings stay as they are."""
+    others = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, Note):
+            print(f"note: {message}", file=sys.stderr)
+        else:
+            others(message, category, *where, **more)
+
+    warnings.showwarning = show
+    warnings.simplefilter("always", Note)
 
 
 def _fail(message: str) -> NoReturn:

@@ -58,6 +58,10 @@ class UserError(Exception):
     """
 
 
+class Note(UserWarning):
+    """What a user is to know of a result that she gets all the same; programs show it in one line."""
+
+
 T = TypeVar("T")
 
 

@@ -9,11 +9,12 @@ HUGE = 10**12
 
 
 def refused(path, part=None):
-    """The one line with which a model is refused, on being found or, with a part, on its being opened."""
+    """The one line with which a model is refused, on being found or on being asked for a part that cannot be read; with
+    a part, on its being opened."""
     with pytest.raises(UserError) as error:
-        source = find_model(path).part(part) if part else find_model(path)
-        if part:
-            with source.open():
+        model = find_model(path)
+        for name in model.unreadable if part is None else [part]:
+            with model.part(name).open():
                 pass
     message = str(error.value)
     assert "\n" not in message and len(message) < 600, message

@@ -71,17 +71,6 @@ def test_other_pipelines_are_refused(theirs, changes, message):
     assert "model_index.json" in refused(theirs) and message in refused(theirs)
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-@pytest.mark.parametrize("inside", [True, False])
-@pytest.mark.parametrize("name", ["scaled_fp8", "blocks.0.ffn.0.scale_weight", "blocks.0.ffn.0.weight_scale"])
-def test_scaled_float8_is_refused(tmp_path, wide, prefix, inside, name):
-    state = {n: v.to(torch.float8_e4m3fn) if n.endswith("ffn.0.weight") else v for n, v in wide.items()}
-    state = prefixed(prefix, state) | {(prefix if inside else "") + name: torch.ones(())}
-    message = refused(write(tmp_path / "fp8.safetensors", state), "transformer")
-    assert "fp8.safetensors" in message and name in message
-    assert "scales float8 weights; fetch the bfloat16 or float16 file" in message
-
-
 def test_plain_float8_is_read(tmp_path, wide):
     state = {n: v.to(torch.float8_e4m3fn) if n.endswith("ffn.0.weight") else v for n, v in wide.items()}
     write(tmp_path / "fp8.safetensors", state)

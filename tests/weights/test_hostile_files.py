@@ -171,7 +171,7 @@ def test_what_is_no_file_of_weights(tmp_path):
     loop.symlink_to(loop)
     folder.mkdir()
     empty.touch()
-    text.write_text("version https://git-lfs.github.com/spec/v1\n")
+    text.write_text("Entry not found")
     page.write_bytes(b"\x80\x04\x95" + bytes(20))
     (tmp_path / "zero").symlink_to("/dev/zero")
     assert refusal(pipe) == f"{pipe}: is not a regular file; expected a file of weights"

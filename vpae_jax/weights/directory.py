@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
 
 from vpae_jax.types import HostArray, UserError
-from vpae_jax.weights import matching
+from vpae_jax.weights import dialects, matching
+from vpae_jax.weights.filenames import CONFIG
 from vpae_jax.weights.matching import Parameter
 from vpae_jax.weights.names import Index, Layout, vae_rows
-from vpae_jax.weights.parts import LOW, PARTS, abstract, flat, kind_of
+from vpae_jax.weights.parts import LOW, PARTS, abstract, flat
+from vpae_jax.weights.spiece import write_tokenizer
 from vpae_jax.weights.tensors import StoredTensor, Tensors, finite, open_shards, open_tensors
 
 NEEDED = ("transformer", "vae", "text_encoder")
 EXTRAS = "wan_extras.safetensors"  # what of a wan file no Wan model reads, kept beside a part in the diffusers layout
 COMPARED_BYTES = 64 * 2**20  # bytes of a tensor that are compared with another at a time
-_SCALED = re.compile(r"(scaled_fp8|scale_weight|weight_scale(_\d)?|scale_input)$")
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ class StoredPart:
       files: a file or an index, or shards without one; the checkpoint's folder in the orbax layout.
       prefix: what its tensors' names begin with.
       config: of the part's config class.
+      notes: what a user is to know of it.
+      tokenizer: the tensor that holds the tokenizer of a text encoder; None for none.
     """
 
     part: str
@@ -77,6 +80,8 @@ class StoredPart:
     files: tuple[Path, ...]
     prefix: str
     config: Any
+    notes: tuple[str, ...] = ()
+    tokenizer: str | None = None
 
     @property
     def folder(self) -> Path:
@@ -99,9 +104,9 @@ class StoredPart:
             found = {name: tensors[theirs] for name, theirs in names.items()}
             shapes = {path: leaf.shape for path, leaf in flat(abstract(self.part, self.config)[1]).items()}
             parameters = matching.match(spec.rows(self.config), shapes, layout)
-            matching.check(parameters, found, str(self.files[0]))
-            for theirs in names.values():
-                _check_dtype(theirs, tensors[theirs])
+            for name in (name for parameter in parameters for name in parameter.names if name in found):
+                _check_dtype(found[name])
+            matching.check(parameters, found, str(self.files[0]), (self.folder / CONFIG).is_file())
             yield PartTensors(parameters, names, extras, tensors)
 
     @contextmanager
@@ -126,6 +131,7 @@ class ModelDirectory:
       tokenizer, image_processor: their folders, where there are such.
       more_tokenizers: other folders with a tokenizer (Wan keeps one beside its image encoder).
       passed_over: files that might have been weights but could not be read, each with the reason.
+      unreadable: parts that are there but cannot be read, or of which several are; with reasons.
       boundary: time in (0, 1) from which on the transformer is evaluated and below which `transformer_2`; None for a
         model of one transformer.
     """
@@ -137,26 +143,57 @@ class ModelDirectory:
     image_processor: Path | None = None
     more_tokenizers: tuple[Path, ...] = field(default=())
     passed_over: tuple[tuple[Path, str], ...] = field(default=())
+    unreadable: Mapping[str, str] = field(default_factory=dict)
     boundary: float | None = None
 
     def part(self, name: str) -> StoredPart:
-        """One part. Raises `UserError` when the model has none."""
+        """One part. Raises `UserError` when the model has none that can be read."""
         if name not in self.parts:
             raise self._no(name)
         return self.parts[name]
 
     def lacks(self, given: Container[str] = ()) -> list[str]:
         """What a Wan pipeline needs and this model has not, beside the parts that are given."""
-        needed = NEEDED if self.boundary is None else (*NEEDED, LOW)
-        parts = [name for name in needed if name not in given and name not in self.parts]
-        return parts + ["tokenizer"] * (self.tokenizer is None)
+        needed = (*NEEDED, *([] if self.boundary is None else [LOW]), *self.unreadable)
+        parts = [name for name in dict.fromkeys(needed) if name not in given and name not in self.parts]
+        return parts + ["tokenizer"] * (not self.has_tokenizer)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is one, in a folder or with the text encoder's weights."""
+        return self.tokenizer is not None or self._tokenizer_within is not None
+
+    @property
+    def _tokenizer_within(self) -> StoredPart | None:
+        source = self.parts.get("text_encoder")
+        return None if source is None or source.tokenizer is None else source
+
+    @contextmanager
+    def open_tokenizer(self) -> Iterator[Path]:
+        """The folder of the text encoder's tokenizer: the model's, or a temporary one of the tokenizer in its weights.
+
+        Raises:
+          UserError: there is none, or it cannot be read.
+        """
+        source = self._tokenizer_within
+        if self.tokenizer is not None:
+            yield self.tokenizer
+        elif source is None or source.tokenizer is None:
+            raise self._no("tokenizer")
+        else:
+            with open_files(source.files) as tensors, TemporaryDirectory() as folder:
+                raw = tensors.read(source.tokenizer).tobytes()
+                write_tokenizer(raw, f"{source.files[0]}: tensor {source.tokenizer!r}", Path(folder))
+                yield Path(folder)
 
     def require_whole(self, given: Container[str] = ()) -> None:
         """Raises `UserError` when a Wan pipeline lacks something; see `lacks`."""
         if lacking := self.lacks(given):
-            raise self._no(lacking[0])
+            raise self._no(next((name for name in lacking if name in self.unreadable), lacking[0]))
 
     def _no(self, name: str) -> UserError:
+        if name in self.unreadable:
+            return UserError(self.unreadable[name])
         has = ", ".join(self.parts) or "no part of a Wan model"
         line = f"{self.path}: no {name} (found: {has}); expected a whole model (convert takes the rest from --base)"
         if self.passed_over:
@@ -191,32 +228,28 @@ def marks(tensors: Mapping[str, StoredTensor]) -> list[tuple[str, Layout, str]]:
 def canonical(
     tensors: Mapping[str, StoredTensor], part: str, layout: Layout, prefix: str
 ) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Table names of a part's tensors with the names that they have in the files, and the tensors nobody reads."""
+    """Table names of a part's tensors with the names that they have in the files, and the tensors nobody reads. Tensors
+    without the part's prefix are others'."""
     spec = PARTS[part]
-    others = [(p, o) for p, _, o in marks(tensors) if (p, o) != (kind_of(part), prefix)]
+    within = [other for _, _, other in marks(tensors) if other != prefix and other.startswith(prefix)]
     names, extras = {}, []
     for theirs in tensors:
-        if any(theirs.startswith(other) and len(other) > len(prefix) for _, other in others):
+        if any(theirs.startswith(other) for other in within):
             continue
         if spec.is_extra(layout, theirs):
             extras.append(theirs)
-        elif _SCALED.search(theirs):
-            file = tensors[theirs].file
-            raise UserError(f"{file}: tensor {theirs!r} scales float8 weights; fetch the bfloat16 or float16 file")
-        elif theirs.startswith(prefix):
+        elif theirs.startswith(prefix) and not dialects.is_tokenizer(theirs):
             names[theirs.removeprefix(prefix)] = theirs
-        elif not any(theirs.startswith(other) or PARTS[p].is_extra(layout, theirs) for p, other in others):
-            names[theirs] = theirs
     for alias, name in spec.aliases.items() if layout == "diffusers" else ():
         if alias in names and name not in names:
             names[name] = names.pop(alias)
     return names, tuple(extras)
 
 
-def _check_dtype(name: str, stored: StoredTensor) -> None:
+def _check_dtype(stored: StoredTensor) -> None:
     if not jnp.issubdtype(stored.dtype, jnp.floating):
         raise UserError(
-            f"{stored.file}: tensor {name!r} is of {stored.dtype}, expected floating point; "
+            f"{stored.file}: tensor {stored.name!r} is of {stored.dtype}, expected floating point; "
             "quantised weights do not load"
         )
 

@@ -3,26 +3,46 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vpae_jax.types import UserError
+from vpae_jax.weights.impostors import HEAD, impostor
 from vpae_jax.weights.safetensors_file import one_line
 
 # `SETTINGS` holds what Diffusers has no place for, and does not read.
 CONFIG, INDEX, SCHEDULER, SETTINGS = "config.json", "model_index.json", "scheduler_config.json", "vpae_jax.json"
 VERSION = "0.33.0"  # the first Diffusers release with Wan
+MAX_JSON = 2**24  # bytes
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises `UserError` for a file that cannot be read, bad JSON, or anything but an object."""
+def read_bytes(path: Path, limit: int = MAX_JSON) -> bytes:
+    """A file's bytes. Raises `UserError` for one that cannot be read, is no regular file, or is larger than that."""
     try:
-        value = json.loads(path.read_text("utf-8"))
+        # Without O_NONBLOCK, opening a pipe would wait for somebody who writes to it.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise UserError(f"{path}: is not a regular file, expected a JSON file; remove it or fetch it again")
+            raw = file.read(limit + 1)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(raw) > limit:
+        raise UserError(f"{path}: has more than {limit} bytes, which no such file of a model has; fetch it again")
+    return raw
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises `UserError` as `read_bytes`, for bad JSON, and for anything but an object."""
+    raw = read_bytes(path)
+    if (what := impostor(raw[:HEAD])) is not None:
+        raise UserError(f"{path}: {what}")
+    try:
+        value = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {one_line(str(error))}") from error
     if not isinstance(value, dict):

@@ -7,34 +7,57 @@
     orbax       the diffusers layout with arrays of ours in place of safetensors
 
 `find_model` looks; nothing but headers is read before `StoredPart.open`. A file that is no weights (an optimizer's
-state, say) is passed over, unless it lies where a layout has a part.
+state, say) is passed over; where it lies at a layout's place for a part, that part alone is refused, once it is asked
+for.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from vpae_jax.types import UserError
-from vpae_jax.weights import infer
+from vpae_jax.types import Note, UserError
+from vpae_jax.weights import dialects, infer
 from vpae_jax.weights.directory import EXTRAS, ModelDirectory, StoredPart, canonical, marks, open_files
 from vpae_jax.weights.filenames import CONFIG, INDEX, SETTINGS, read_json
 from vpae_jax.weights.locate import locate
 from vpae_jax.weights.names import Layout
 from vpae_jax.weights.orbax import is_checkpoint
-from vpae_jax.weights.parts import LOW, PARTS, is_wan_config, kind_of, make_config, makes_from_image, read_config
+from vpae_jax.weights.parts import (
+    LOW,
+    PARTS,
+    WAN_CLASSES,
+    config_notes,
+    is_wan_config,
+    kind_of,
+    make_config,
+    makes_from_image,
+    read_config,
+)
+from vpae_jax.weights.safetensors_file import one_line, quote
+from vpae_jax.weights.spiece import find_tokenizer
 from vpae_jax.weights.tensors import Tensors
 
 PARAMS = "params"  # the folder of a part's arrays in the orbax layout
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".gguf")
 DEPTH = 2
 HIGH_FOLDER, LOW_FOLDER = "high_noise_model", "low_noise_model"  # Wan 2.2's experts
 # Its boundaries, which its code has and its folders do not: of text-to-video and of image-to-video.
 _WAN_BOUNDARIES = (0.875, 0.9)
 _SHARD = re.compile(r"(.*)-\d+-of-\d+(\.safetensors|\.bin)")
+# Pipelines that hold Wan's parts, and what is to be said of those that sample them otherwise.
+_PIPELINES = {
+    "WanPipeline": None,
+    "WanImageToVideoPipeline": None,
+    "WanDMDPipeline": "is FastVideo's WanDMDPipeline, whose three steps no file tells: sample it with --steps=3 "
+    "--guidance=1 --solver=consistency",
+}
+MAX_SETS = 64
 
 
 class _Candidate(NamedTuple):
@@ -46,18 +69,21 @@ class _Candidate(NamedTuple):
     prefix: str
 
 
-def find_model(name: ModelDirectory | Path | str | None, like: ModelDirectory | None = None) -> ModelDirectory:
+def find_model(
+    name: ModelDirectory | Path | str | None, like: ModelDirectory | None = None, weights: str | None = None
+) -> ModelDirectory:
     """Looks for the parts of a model in a folder, its folders and theirs, or in one file.
 
-    A program looks once and hands the result on.
+    A program looks once and hands the result on. What is left out of what was found is a `Note`.
 
     Args:
       name: the folder or file, or whatever else `locate` takes; what was found already is returned as it is.
       like: a model whose configs hold for parts of the same sizes that come without one.
+      weights: which of several sets, as training programs keep them in one file ("generator", "generator_ema").
 
     Raises:
-      UserError: as `locate`; a file that cannot be read, given alone or at a layout's place for a part; a part found
-        twice; a pipeline other than Wan's.
+      UserError: as `locate`; a file that cannot be read, given alone; no such set of weights; a pipeline other than
+        Wan's. A part that cannot be read, or is there twice, is refused by `ModelDirectory.part`.
     """
     if isinstance(name, ModelDirectory):
         return name
@@ -66,35 +92,59 @@ def find_model(name: ModelDirectory | Path | str | None, like: ModelDirectory | 
     settings = folder / SETTINGS
     configs = (_json(settings) or {}).get("parts", {})
     if not isinstance(configs, Mapping) or not all(isinstance(c, Mapping) for c in configs.values()):
-        raise UserError(f"{settings}: parts is {configs!r}, expected an object of objects")
-    if not path.is_dir():
-        found = _by_part(_candidates((path,)))
-        return ModelDirectory(
-            path, folder, {name: _source(_only(some, path), configs, like) for name, some in found.items()}
-        )
+        raise UserError(f"{settings}: parts is {quote(configs)}, expected an object of objects")
+    model = ModelDirectory(path, folder, {})
+    if path.is_dir():
+        found, boundary, model = _in_folder(model)
+    else:
+        found, boundary = _by_part(_candidates((path,))), None
+    found = found if weights is None else _chosen(found, weights, path)
+    parts, unreadable = {}, dict(model.unreadable)
+    for part in PARTS:
+        try:
+            if part in found and part not in unreadable:
+                parts[part] = _source(_only(found[part], path), configs, like)
+        except UserError as error:
+            unreadable[part] = str(error)
+    if boundary is None and LOW in parts and not (path / INDEX).exists():
+        boundary = _boundary(settings, {name: source.config for name, source in parts.items()})
+    for note in dict.fromkeys(note for source in parts.values() for note in source.notes):
+        warnings.warn(note, Note, stacklevel=2)
+    return dataclasses.replace(model, parts=parts, unreadable=unreadable, boundary=boundary)
+
+
+def _in_folder(model: ModelDirectory) -> tuple[dict[str, list[_Candidate]], float | None, ModelDirectory]:
+    """What a folder may have of each part, its index's boundary, and the model but for its parts."""
+    path = model.path
     index = _json(path / INDEX)
     boundary = None if index is None else _check_index(index, path / INDEX)
     paths = list(_walk(path))
-    candidates, passed_over = _look(path, paths)
+    candidates, passed_over = _look(paths)
     orbax, reason = _orbax(path, paths)
     found = _by_part([_expert(one, path) for one in candidates] + orbax)
     if index is not None and boundary is None:
         found.pop(LOW, None)
-    parts = {name: _source(_only(found[name], path), configs, like) for name in PARTS if name in found}
-    if index is None and LOW in parts:
-        boundary = _boundary(settings, {name: source.config for name, source in parts.items()})
+    usual = {str(place): part for part in reversed(list(PARTS)) for place in _places(part, path)}
+    failed = [(usual.get(_SHARD.sub(r"\1\2", str(file))), file, why) for file, why in passed_over]
     tokenizers = _tokenizers(path, paths)
     processor = path / "image_processor"
-    return ModelDirectory(
-        path,
-        folder,
-        parts,
-        tokenizers[0] if tokenizers else None,
-        processor if processor.is_dir() else None,
-        tuple(tokenizers[1:]),
-        tuple(passed_over + reason),
+    return (
+        found,
         boundary,
+        dataclasses.replace(
+            model,
+            unreadable={part: _with_file(file, why) for part, file, why in failed if part is not None},
+            tokenizer=tokenizers[0] if tokenizers else None,
+            image_processor=processor if processor.is_dir() else None,
+            more_tokenizers=tuple(tokenizers[1:]),
+            passed_over=tuple(passed_over + reason),
+        ),
     )
+
+
+def _with_file(file: Path, why: str) -> str:
+    """A reason that names a file: the one given, or one that it stands for."""
+    return why if why.startswith(str(file.parent)) else f"{file}: {why}"
 
 
 def _json(path: Path) -> dict[str, Any] | None:
@@ -109,8 +159,10 @@ def _json(path: Path) -> dict[str, Any] | None:
 def _check_index(index: Mapping[str, Any], path: Path) -> float | None:
     """The boundary between two experts, None for one. Raises `UserError` for a pipeline that is not Wan's."""
     found = index.get("_class_name")
-    if found not in ("WanPipeline", "WanImageToVideoPipeline"):
-        raise UserError(f"{path}: _class_name is {found!r}, expected 'WanPipeline' or 'WanImageToVideoPipeline'")
+    if not isinstance(found, str) or found not in _PIPELINES:
+        raise UserError(f"{path}: _class_name is {quote(found)}, expected 'WanPipeline' or 'WanImageToVideoPipeline'")
+    if (note := _PIPELINES[found]) is not None:
+        warnings.warn(f"{path} {note}", Note, stacklevel=4)
     if index.get("expand_timesteps"):
         raise UserError(f"{path}: expand_timesteps is set, as in Wan 2.2's 5B model, which does not work here")
     second = index.get(LOW) or [None]
@@ -129,7 +181,9 @@ def _boundary(settings: Path, configs: Mapping[str, Any]) -> float:
 
 def _checked(boundary: object, where: str) -> float:
     if isinstance(boundary, bool) or not isinstance(boundary, int | float) or not 0 < boundary < 1:
-        raise UserError(f"{where} is {boundary!r}, expected a number between 0 and 1, as there are two transformers")
+        raise UserError(
+            f"{where} is {quote(boundary)}, expected a number between 0 and 1, as there are two transformers"
+        )
     return float(boundary)
 
 
@@ -143,21 +197,13 @@ def _walk(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
             yield from _walk(path, depth - 1)
 
 
-def _look(folder: Path, paths: Sequence[Path]) -> tuple[list[_Candidate], list[tuple[Path, str]]]:
-    """What the files of a folder hold, and those that cannot be read, with reasons.
-
-    Raises:
-      UserError: a file that cannot be read is at a layout's place for a part.
-    """
-    places = {place for part in PARTS for place in _places(part, folder)}
-    places |= {folder / f"{spec.stem}.safetensors{end}" for spec in PARTS.values() for end in ("", ".index.json")}
+def _look(paths: Sequence[Path]) -> tuple[list[_Candidate], list[tuple[Path, str]]]:
+    """What the files of a folder hold, and those that cannot be read, with reasons."""
     candidates, passed_over = [], []
     for files in _groups(paths):
         try:
             candidates += _candidates(files)
         except UserError as error:
-            if _SHARD.sub(r"\1\2", str(files[0])) in {str(place) for place in places}:
-                raise
             passed_over.append((files[0], str(error).removeprefix(f"{files[0]}: ")))
     return candidates, passed_over
 
@@ -198,9 +244,12 @@ def _listed(index: Path) -> set[str]:
 
 
 def _candidates(files: tuple[Path, ...]) -> list[_Candidate]:
-    """The parts in one set of weights."""
+    """The parts in one file, or in several that belong together."""
     with open_files(files) as tensors:
-        return [_Candidate(part, layout, files, prefix) for part, layout, prefix in marks(tensors)]
+        found = [_Candidate(part, layout, files, prefix) for part, layout, prefix in marks(tensors)]
+    if len(found) > MAX_SETS:
+        raise UserError(f"{files[0]}: holds {len(found)} sets of weights, expected at most {MAX_SETS}")
+    return found
 
 
 def _expert(candidate: _Candidate, path: Path) -> _Candidate:
@@ -217,6 +266,30 @@ def _by_part(candidates: Sequence[_Candidate]) -> dict[str, list[_Candidate]]:
     return found
 
 
+def _chosen(found: Mapping[str, list[_Candidate]], weights: str, path: Path) -> dict[str, list[_Candidate]]:
+    """The candidates in a set of weights, and all of the parts that have none in it.
+
+    A set is called by what its tensors' names begin with, or by a word of that: "ema" is "net_ema".
+
+    Raises:
+      UserError: no part has one.
+    """
+    chosen, known = {}, {}
+    for part, candidates in found.items():
+        called = dialects.words(one.prefix for one in candidates)
+        known |= dict.fromkeys(called)
+        exact = [one for one, name in zip(candidates, called, strict=True) if name == weights]
+        near = [one for one, name in zip(candidates, called, strict=True) if weights in re.split("[._]", name)]
+        if exact or near:
+            chosen[part] = exact or near
+    if not chosen:
+        raise UserError(
+            f"--weights={weights}: {path} is not a training run's workdir, and has no such set of weights; it has "
+            f"{one_line(', '.join(known) or 'none')}"
+        )
+    return {**found, **chosen}
+
+
 def _source(chosen: _Candidate, settings: Mapping[str, Any], like: ModelDirectory | None) -> StoredPart:
     """A part's source with its config."""
     part, layout, files, prefix = chosen
@@ -225,7 +298,9 @@ def _source(chosen: _Candidate, settings: Mapping[str, Any], like: ModelDirector
         fields = read_config(part, "diffusers", _json(path) or read_json(path), str(path))
         return StoredPart(*chosen, make_config(part, fields, {}, str(path)))
     with open_files(files) as tensors:
-        return StoredPart(*chosen, _config(tensors, files, part, layout, prefix, settings, like))
+        config, notes = _config(tensors, files, part, layout, prefix, settings, like)
+        tokenizer = find_tokenizer(tensors) if part == "text_encoder" else None
+        return StoredPart(*chosen, config, (*tensors.notes, *notes), tokenizer)
 
 
 def _config(
@@ -236,8 +311,9 @@ def _config(
     prefix: str,
     settings: Mapping[str, Any],
     like: ModelDirectory | None,
-) -> Any:
-    """A part's config: of the file beside it, else of a model like it, else from its shapes and Wan 2.1."""
+) -> tuple[Any, tuple[str, ...]]:
+    """A part's config: of the file beside it, else of a model like it, else from its shapes and Wan 2.1; with what is
+    to be said of it."""
     names, _ = canonical(tensors, part, layout, prefix)
     found = {name: tensors[theirs] for name, theirs in names.items()}
     where = str(files[0])
@@ -246,17 +322,17 @@ def _config(
     path = files[0].parent / CONFIG
     transformer = kind_of(part) == "transformer"
     values = _json(path) if layout == "diffusers" or transformer else None
-    if values is not None and (transformer or values.get("_class_name") != "WanModel"):
+    if values is not None and (transformer or values.get("_class_name") not in WAN_CLASSES):
         style: Layout = "wan" if layout == "wan" and is_wan_config(values) else "diffusers"
         fields = read_config(part, style, values, str(path))
         known = fields if style == "diffusers" else {**sizes, **fields, **settings.get(part, {})}
-        return make_config(part, known, sizes, str(path))
+        return make_config(part, known, sizes, str(path)), config_notes(values, str(path))
     if like is not None and part in like.parts:
         config = like.parts[part].config
         if all(getattr(config, key) == size for key, size in sizes.items()):
-            return config
+            return config, ()
     known = {**sizes, **settings.get(part, {})}
-    return make_config(part, {**infer.assumed(kind_of(part), known, where), **known}, sizes, where)
+    return make_config(part, {**infer.assumed(kind_of(part), known, where), **known}, sizes, where), ()
 
 
 def _orbax(folder: Path, paths: Sequence[Path]) -> tuple[list[_Candidate], list[tuple[Path, str]]]:
@@ -294,10 +370,18 @@ def _only(candidates: Sequence[_Candidate], path: Path) -> _Candidate:
     if not chosen:
         safe = {one.files[0].parent for one in candidates if _is_safetensors(one)}
         chosen = [one for one in candidates if _is_safetensors(one) or one.files[0].parent not in safe]
-    if len(chosen) != 1:
-        files = " and ".join(str(one.files[0].relative_to(path)) for one in chosen[:2])
-        raise UserError(f"{path}: {files} both hold the {part}; name one of them, or remove one")
-    return chosen[0]
+    if len(chosen) == 1:
+        return chosen[0]
+    if len({one.files for one in chosen}) == 1:
+        names = dialects.words(one.prefix for one in chosen)
+        count = "both" if len(names) == 2 else f"all {len(names)}"
+        listed = one_line(f"{', '.join(names[:-1])} and {names[-1]}")
+        raise UserError(
+            f"{chosen[0].files[0]}: {listed} in it {count} hold the {part}; convert one of them "
+            f"with --weights={names[0]}"
+        )
+    files = " and ".join(str(one.files[0].relative_to(path)) for one in chosen[:2])
+    raise UserError(f"{path}: {files} both hold the {part}; name one of them, or remove one")
 
 
 def _is_safetensors(candidate: _Candidate) -> bool:

@@ -17,6 +17,7 @@ from PIL import Image
 from vpae_jax.config import build
 from vpae_jax.types import UserError
 from vpae_jax.weights.filenames import read_json
+from vpae_jax.weights.safetensors_file import quote
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -105,7 +106,7 @@ def read_image_processor(folder: Path | None, side: int) -> ImageProcessor:
     for key, expected in _FIXED.items():
         found = values.pop(key, expected)
         if found != expected:
-            raise UserError(f"{path}: {key} is {found!r}, only {expected!r} is supported")
+            raise UserError(f"{path}: {key} is {quote(found)}, only {expected!r} is supported")
     if not values.pop("do_center_crop", True):
         values["crop_size"] = None
     given = {key: _numbers(value) if key in ("size", "crop_size") else value for key, value in values.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from vpae_jax.weights.image_processor import IMAGE_PROCESSOR_FILE, ImageProcesso
 from vpae_jax.weights.lora import Lora, write_lora
 from vpae_jax.weights.parts import LOW, PARTS, check_fit, kind_of, makes_from_image, untold
 from vpae_jax.weights.settings import Defaults, Scheduler, read_defaults, read_scheduler
+from vpae_jax.weights.spiece import check_files
 from vpae_jax.weights.writing import Format, Values, open_values, replacing, verify_part, write_part
 
 WAN_TOKENIZER = Path("google/umt5-xxl")  # where Wan's own code looks
@@ -39,6 +40,7 @@ class Contents:
       lora: changes of another model's transformer that make it the one in `parts`; written beside the parts, in the
         diffusers layout.
       provenance: what the model card says of where the weights come from; None for "from `base`".
+      without: parts of the base that cannot be read, and may be missing; any other is refused.
     """
 
     base: ModelDirectory
@@ -48,6 +50,7 @@ class Contents:
     boundary: float | None = None
     lora: Lora | None = None
     provenance: Provenance | None = None
+    without: Collection[str] = ()
 
     @property
     def configs(self) -> dict[str, Any]:
@@ -65,9 +68,13 @@ class Contents:
                 yield values
 
     def card(self, form: Format) -> Card:
-        """All that is to be told of the directory. Raises `UserError` for parts that do not fit together."""
+        """All that is to be told of the directory. Raises `UserError` for parts that do not fit together, or cannot be
+        read."""
         configs, folder = self.configs, self.base.folder
-        check_fit(configs, str(self.base.path))
+        for name in self.base.unreadable:
+            if name not in self.parts and name not in self.without:
+                self.base.part(name)
+        check_fit(configs, str(self.base.path), self.without)
         boundary = self.base.boundary if self.boundary is None else self.boundary
         if (LOW in configs) != (boundary is not None):
             there, missing = (LOW, "no boundary between it and transformer") if LOW in configs else ("a boundary", LOW)
@@ -174,9 +181,13 @@ def _write_settings(folder: Path, contents: Contents, card: Card) -> None:
 
 def _copy_tokenizers(folder: Path, base: ModelDirectory, form: Format) -> None:
     """The text encoder's tokenizer at its place in the layout, and Wan's others where they were."""
-    if base.tokenizer is None:
+    if not base.has_tokenizer:
         return
-    shutil.copytree(base.tokenizer, folder / (WAN_TOKENIZER if form == "wan" else "tokenizer"))
+    for folder_of_one in (base.tokenizer, *base.more_tokenizers):
+        if folder_of_one is not None:
+            check_files(folder_of_one)
+    with base.open_tokenizer() as source:
+        shutil.copytree(source, folder / (WAN_TOKENIZER if form == "wan" else "tokenizer"))
     for other in base.more_tokenizers:
         shutil.copytree(other, folder / other.name)
 

@@ -4,14 +4,16 @@
     ComfyUI   diffusion_model.<module>.lora_down.weight                   .lora_up.weight   .alpha  .diff  .diff_b
     kohya     lora_unet_<module with _ for .>.lora_down.weight            .lora_up.weight   .alpha
 
-Modules may have the names of either layout. B times A is multiplied by alpha / rank, by 1 without an alpha. A `.diff`
-is the whole change of a weight, a `.diff_b` that of a bias; LightX2V adds `.diff_m`, that of a modulation.
+Other prefixes are in `dialects.py`. Modules may have the names of either layout. B times A is multiplied by alpha over
+rank, by 1 without an alpha. A `.diff` is the whole change of a weight, a `.diff_b` that of a bias; LightX2V adds
+`.diff_m`, that of a modulation.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpae_jax.models.wan_dit import WanTransformerConfig
-from vpae_jax.types import HostArray, UserError
-from vpae_jax.weights import matching
+from vpae_jax.types import HostArray, Note, UserError
+from vpae_jax.weights import dialects, matching
 from vpae_jax.weights.filenames import read_json
 from vpae_jax.weights.lora import KERNEL_SUFFIX, Adapter, Change, Lora
 from vpae_jax.weights.matching import LayerKey, Parameter
@@ -31,7 +33,8 @@ from vpae_jax.weights.parts import abstract, flat
 from vpae_jax.weights.safetensors_file import one_line, parse_json, quote
 from vpae_jax.weights.tensors import Tensors, open_tensors
 
-# What a tensor is by the end of its name: half an adapter (PEFT puts the adapter's own name in between), its scale, ...
+# What a tensor is by the end of its name: half an adapter (PEFT puts the adapter's own name in between), its scale, or
+# a whole change.
 _KINDS = {
     "down": r"\.lora_(?:A|down)(?:\.\w+)?\.weight",
     "up": r"\.lora_(?:B|up)(?:\.\w+)?\.weight",
@@ -42,10 +45,6 @@ _KINDS = {
     "diff_m": r"\.diff_m",
 }
 _KIND = re.compile("(?P<module>.+?)(?:" + "|".join(f"(?P<{kind}>{end})" for kind, end in _KINDS.items()) + ")")
-# ... and what it begins with.
-_PREFIX = re.compile(
-    r"(base_model\.model\.)?((model\.)?diffusion_model\.|transformer\.|unet\.|lora_(unet|transformer)_)?"
-)
 _SUFFIX = {"up_bias": "_bias", "diff_b": "_bias", "diff_m": "_modulation"}
 _BLOCK = re.compile(r"blocks_(\d+)_")
 _DOUBT = "; is the LoRA for another model?"
@@ -109,12 +108,15 @@ class _Piece:
 def _pieces(path: Path, tensors: Tensors, config: WanTransformerConfig) -> dict[LayerKey, _Piece]:
     """Every tensor of a file with the parameter that it changes."""
     targets, pieces = _targets(config), {}
-    if not any(_KIND.fullmatch(name) for name in tensors):
+    names = [name for name in tensors if not dialects.is_critic(name)]
+    if not any(_KIND.fullmatch(name) for name in names):
         raise UserError(f"{path}: none of its {len(tensors)} tensors is part of a LoRA; is it a whole model?")
-    for name in tensors:
+    if left := len(tensors) - len(names):
+        warnings.warn(f"{path}: read without {left} tensors of the critic's adapters", Note, stacklevel=3)
+    for name in names:
         if (match := _KIND.fullmatch(name)) is None or (kind := match.lastgroup) is None:
             raise _bad(tensors, name, f"is of an unknown kind, expected one of {_EXPECTED}; other adapters do not load")
-        module = _PREFIX.sub("", match["module"], count=1)
+        module = dialects.without_lora_prefix(match["module"])
         plain = module.replace(".", "_")
         target = targets.get(plain + _SUFFIX.get(kind, "_weight")) or (targets.get(plain) if kind == "diff" else None)
         if target is None:

@@ -97,13 +97,14 @@ def tensors(parameters: Sequence[Parameter]) -> dict[str, list[tuple[Parameter, 
     return dict(result)
 
 
-def check(parameters: Sequence[Parameter], found: Mapping[str, StoredTensor], folder: str) -> None:
-    """Compares from `match` with what files hold.
+def check(parameters: Sequence[Parameter], found: Mapping[str, StoredTensor], folder: str, config: bool = True) -> None:
+    """Compares parameters with what files hold.
 
     Args:
       parameters: from `match`.
       found: by their names in the table.
       folder: named where a tensor is missing altogether.
+      config: whether a config.json lies beside them, which may be another model's.
 
     Raises:
       UserError: a missing, unknown or misshapen tensor; the line names the first and counts the rest.
@@ -112,7 +113,7 @@ def check(parameters: Sequence[Parameter], found: Mapping[str, StoredTensor], fo
     if missing := [name for name in expected if name not in found]:
         shape = list(expected[missing[0]])
         raise UserError(f"{folder}: tensor {missing[0]!r} of shape {shape} is missing{_others(missing)}")
-    doubt = "; does config.json belong to these weights?"
+    doubt = "; does config.json belong to these weights?" if config else ""
     if unknown := [name for name in found if name not in expected]:
         one = found[unknown[0]]
         raise UserError(

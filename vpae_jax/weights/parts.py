@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -25,7 +25,7 @@ from vpae_jax.types import MASK_CHANNELS, UserError
 from vpae_jax.weights import infer, matching, names
 from vpae_jax.weights.filenames import VERSION
 from vpae_jax.weights.names import Layout, NameRow
-from vpae_jax.weights.safetensors_file import StoredTensor
+from vpae_jax.weights.safetensors_file import StoredTensor, quote
 
 # fmt: off
 # Keys of a transformers config.json that do not change what an encoder computes at inference.
@@ -141,6 +141,10 @@ PARTS: Mapping[str, Part] = {
     ),
 }
 
+# Bounds far beyond any model, on what no weights decide, or what is built before they are looked at.
+MAX_LENGTH = 256
+_LARGEST = {"num_res_blocks": 256, "text_len": 2**16, "rope_max_seq_len": 2**20}
+
 # Keys of the wan layout's config.json, and the fields that they give; all others must be there for nothing.
 _WAN_KEYS = {
     "ffn_dim": "ffn_dim",
@@ -157,6 +161,16 @@ _WAN_KEYS = {
     "dim": "width",
 }
 _WAN_MODEL_TYPES = ("t2v", "i2v", "flf2v")
+CAUSAL = "CausalWanModel"
+WAN_CLASSES = ("WanModel", CAUSAL)
+# VideoX-Fun's classes of the same architecture, whose names are Diffusers' and whose keys are Wan's.
+_FUN_CLASSES = ("WanTransformer3DModel", "Wan2_2Transformer3DModel")
+# Keys for which one value alone is supported, and keys that change no weight: of causal attention, whose models are the
+# same but for what their tokens see, and VideoX-Fun's, some of which keep their defaults whatever the model is.
+_WAN_FIXED = {"window_size": [-1, -1], "qk_norm": True, "add_control_adapter": False, "add_ref_conv": False}
+_WAN_IGNORED = ("local_attn_size", "sink_size", "num_frame_per_block", "independent_first_frame", "in_channels")
+_WAN_IGNORED += ("hidden_size", "in_dim_control_adapter", "downscale_factor_control_adapter", "in_dim_ref_conv")
+_WAN_IGNORED += ("cross_attn_type",)
 
 
 def kind_of(part: str) -> str:
@@ -166,7 +180,7 @@ def kind_of(part: str) -> str:
 
 def makes_from_image(configs: Mapping[str, Any]) -> bool:
     """Whether parts with these configs are of a model that makes videos from a first frame."""
-    transformer = configs.get("transformer")
+    transformer = configs.get("transformer", configs.get(LOW))
     return "image_encoder" in configs if transformer is None else transformer.in_channels > transformer.out_channels
 
 
@@ -203,17 +217,26 @@ def read_config(part: str, layout: Layout, values: Mapping[str, Any], path: str)
     for key in ("_class_name", "model_type"):
         expected = spec.identity.get(key)
         if expected is not None and values.get(key, expected) != expected:
-            raise UserError(f"{path}: {key} is {values[key]!r}, expected {expected!r}")
+            raise UserError(f"{path}: {key} is {quote(values[key])}, expected {expected!r}")
     for key, expected in spec.fixed.items():
         if values.get(key, expected) != expected:
-            raise UserError(f"{path}: {key} is {values[key]!r}, only {expected!r} is supported")
+            raise UserError(f"{path}: {key} is {quote(values[key])}, only {expected!r} is supported")
     skipped = spec.ignored | set(spec.fixed)
     return {key: value for key, value in values.items() if not key.startswith("_") and key not in skipped}
 
 
 def is_wan_config(values: Mapping[str, Any]) -> bool:
-    """Whether a config.json is one of Wan's own, and not one that Diffusers wrote."""
-    return values.get("_class_name") == "WanModel" or ("_class_name" not in values and "num_heads" in values)
+    """Whether a transformer's config.json has Wan's own keys, and not those that Diffusers writes."""
+    return values.get("_class_name") in WAN_CLASSES or "num_heads" in values
+
+
+def config_notes(values: Mapping[str, Any], path: str) -> tuple[str, ...]:
+    """What a user is to know of a model with this config.json."""
+    if values.get("_class_name") != CAUSAL:
+        return ()
+    return (
+        f"{path}: a {CAUSAL} is read as Wan's own model, whose frames see all others; it was trained to see none after",
+    )
 
 
 def make_config(part: str, fields: Mapping[str, Any], sizes: Mapping[str, Any], path: str) -> Any:
@@ -232,6 +255,8 @@ def make_config(part: str, fields: Mapping[str, Any], sizes: Mapping[str, Any], 
     for key, value in fields.items():
         if type(value) is int and value < 1 and hints.get(key) in (int, int | None):
             raise UserError(f"{path}: {key} is {value}, expected at least 1")
+        if isinstance(value, list | tuple) and len(value) > MAX_LENGTH:
+            raise UserError(f"{path}: {key} has {len(value)} entries, expected at most {MAX_LENGTH}")
     try:
         config = build(PARTS[part].config, {key: value for key, value in fields.items() if key != "width"}, path)
     except UserError as error:
@@ -241,13 +266,18 @@ def make_config(part: str, fields: Mapping[str, Any], sizes: Mapping[str, Any], 
         if key == "decoder_base_dim" and found == config.base_dim:
             found = None
         if found != size:
-            raise UserError(f"{path}: {key} is {found!r}, but the weights make it {size!r}; which of them is wrong?")
+            raise UserError(
+                f"{path}: {key} is {quote(found)}, but the weights make it {size!r}; which of them is wrong?"
+            )
+    for key, most in _LARGEST.items():
+        if getattr(config, key, 0) > most:
+            raise UserError(f"{path}: {key} is {getattr(config, key)}, expected at most {most}")
     return config
 
 
-def check_fit(configs: Mapping[str, Any], where: str) -> None:
+def check_fit(configs: Mapping[str, Any], where: str, without: Container[str] = ()) -> None:
     """Raises `UserError` for parts that do not belong together; a part that is not there fits, but the image encoder of
-    a whole image-to-video model."""
+    a whole image-to-video model, unless that is left out on purpose."""
     transformer = configs.get("transformer")
     if transformer is None:
         return
@@ -259,7 +289,8 @@ def check_fit(configs: Mapping[str, Any], where: str) -> None:
         facts.append(("text_dim", transformer.text_dim, "text_encoder's d_model", text.d_model))
     if vae is not None:
         facts.append(("out_channels", transformer.out_channels, "vae's z_dim", vae.z_dim))
-    if image is not None or (text is not None and vae is not None):
+    whole = text is not None and vae is not None and "image_encoder" not in without
+    if image is not None or whole:
         width = None if image is None else image.hidden_size
         facts.append(("image_dim", transformer.image_dim, "image_encoder's hidden_size", width))
     for name, found, other, expected in facts:
@@ -313,18 +344,22 @@ def wan_config_json(config: WanTransformerConfig) -> dict[str, Any]:
 
 
 def _read_wan_config(values: Mapping[str, Any], path: str) -> dict[str, Any]:
-    if values.get("_class_name", "WanModel") != "WanModel" or values.get("model_type", "t2v") not in _WAN_MODEL_TYPES:
-        kind = f"{values.get('_class_name')} of type {values.get('model_type')}"
-        raise UserError(f"{path}: {kind!r}, expected a WanModel of type {', '.join(_WAN_MODEL_TYPES)}")
-    fixed = {"window_size": [-1, -1], "qk_norm": True}
-    for key, expected in fixed.items():
+    name, kind = values.get("_class_name", "WanModel"), values.get("model_type", "t2v")
+    if name not in (*WAN_CLASSES, *_FUN_CLASSES):
+        raise UserError(f"{path}: _class_name is {quote(name)}, expected 'WanModel'")
+    if kind not in _WAN_MODEL_TYPES:
+        found = f"{values.get('_class_name')} of type {kind}"
+        raise UserError(f"{path}: {quote(found)}, expected a WanModel of type {', '.join(_WAN_MODEL_TYPES)}")
+    for key, expected in _WAN_FIXED.items():
         if values.get(key, expected) not in (expected, tuple(expected) if isinstance(expected, list) else expected):
-            raise UserError(f"{path}: {key} is {values[key]!r}, only {expected!r} is supported")
-    known = {*_WAN_KEYS, *fixed, "model_type"}
-    if unknown := [key for key in values if not key.startswith("_") and key not in known]:
+            raise UserError(f"{path}: {key} is {quote(values[key])}, only {expected!r} is supported")
+    known = {*_WAN_KEYS, *_WAN_FIXED, "model_type"}
+    if unknown := [key for key in values if not key.startswith("_") and key not in {*known, *_WAN_IGNORED}]:
         raise UserError(f"{path}.{unknown[0]}: unknown key; expected one of {', '.join(sorted(known))}")
     fields = {field: values[key] for key, field in _WAN_KEYS.items() if key in values}
     width, heads = fields.get("width"), fields.get("num_attention_heads")
     if type(width) is not int or type(heads) is not int or heads < 1 or width % heads:
-        raise UserError(f"{path}: dim is {width!r} and num_heads {heads!r}, expected a multiple and its divisor")
+        raise UserError(
+            f"{path}: dim is {quote(width)} and num_heads {quote(heads)}, expected a multiple and its divisor"
+        )
     return {**fields, "attention_head_dim": width // heads}

@@ -11,7 +11,7 @@ import pickle
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -40,8 +40,9 @@ TORCH_ERRORS = (
 )
 # Remarks about files that PyTorch then reads, or refuses with an error that says more.
 REMARKS = ("Detected pickle protocol", "(?s).*TorchScript archive", "(?s).*deprecated", "(?s).* in (beta|prototype) ")
-# Keys under which training programs keep the weights beside other things.
+# Keys under which training programs keep the weights beside other things; alone, they say nothing.
 WRAPPERS = ("state_dict", "model")
+DEPTH = 3  # of dictionaries in dictionaries
 
 
 class Checkpoint:
@@ -56,8 +57,8 @@ class Checkpoint:
       metadata: none; safetensors files have such.
 
     Raises:
-      UserError: PyTorch is not installed; a damaged file; one that holds anything but a mapping of names to dense
-        tensors, perhaps inside `{"state_dict": ...}` or `{"model": ...}`; one that asks to run code.
+      UserError: PyTorch is not installed; a damaged file; one that holds anything but mappings of names to dense
+        tensors, perhaps inside others (`_sets`); one that asks to run code.
     """
 
     def __init__(self, path: Path, file: BinaryIO):
@@ -138,6 +139,10 @@ def _records(path: Path, file: BinaryIO) -> set[int] | None:
     if os.pread(file.fileno(), 4, 0) != b"PK\3\4":
         return None
     with zipfile.ZipFile(file) as archive:
+        if not any(name.endswith("data.pkl") for name in archive.namelist()):
+            raise UserError(
+                f"{path}: is a zip archive with no PyTorch checkpoint in it; unpack it, and name what it held"
+            )
         for info in archive.infolist():
             if info.compress_type != zipfile.ZIP_STORED:  # PyTorch would map it as it is, and read garbage
                 raise UserError(
@@ -156,10 +161,7 @@ def _plain(path: Path, torch: Any, found: Any, size: int, records: set[int] | No
       size: of the file, in bytes.
       records: sizes of the zip's records; None for a legacy file.
     """
-    for key in WRAPPERS:
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-            break
+    found = _weights(found, torch.Tensor)
     if not isinstance(found, dict):
         raise UserError(f"{path}: holds a {type(found).__name__}, expected a mapping of names to tensors")
     tensors = {}
@@ -183,6 +185,32 @@ def _plain(path: Path, torch: Any, found: Any, size: int, records: set[int] | No
             raise UserError(f"{path}: tensor {quoted} claims {what}, which the file does not hold; fetch it again")
         tensors[name] = tensor
     return tensors
+
+
+def _weights(found: Any, tensor: type) -> Any:
+    """What of a checkpoint is weights. Several sets, such as a generator and its average, get keys as prefixes."""
+    sets = dict(_sets(found, tensor))
+    if not sets:
+        inner = (found.get(key) for key in WRAPPERS) if isinstance(found, dict) else ()
+        return next((value for value in inner if isinstance(value, dict)), found)
+    if len(sets) == 1 and set(*sets) <= set(WRAPPERS):
+        return next(iter(sets.values()))
+    return {
+        ".".join([*path, name]) if isinstance(name, str) else name: value
+        for path, values in sets.items()
+        for name, value in values.items()
+    }
+
+
+def _sets(found: Any, tensor: type, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[Any, Any]]]:
+    """Dictionaries, inside others, of tensors under names with dots, as modules' parameters have; with their keys."""
+    if not isinstance(found, dict):
+        return
+    if any(isinstance(value, tensor) and "." in str(name) for name, value in found.items()):
+        yield path, found
+    elif len(path) < DEPTH:
+        for key, inner in found.items():
+            yield from _sets(inner, tensor, (*path, str(key)))
 
 
 def _why(error: BaseException) -> str:

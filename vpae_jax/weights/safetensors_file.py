@@ -26,6 +26,7 @@ Bytes = UInt8[np.ndarray, "n"]
 Info = tuple[str, np.dtype, tuple[int, ...]]
 
 MAX_AXES = 32
+MAX_HEADER, MAX_TENSORS = 2**24, 2**16  # bytes, and tensors: the largest models have 2**18 and 2**12
 
 DTYPES: Mapping[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -78,14 +79,21 @@ class SafetensorsFile:
 
     def __init__(self, path: Path, file: BinaryIO):
         self.path, self._file = path, file
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(self._read(8, 0).tobytes(), "little") if size >= 8 else 0
+        if MAX_HEADER < length <= size - 8:
+            reason = f"header too large: {length} bytes, expected at most {MAX_HEADER}"
+            raise UserError(f"{path}: truncated or not a safetensors file ({reason}); fetch it again")
         try:
             with safe_open(path, "np") as checked_file:
                 self.metadata: Mapping[str, str] = checked_file.metadata() or {}
+                count = len(checked_file.keys())
         except (SafetensorError, OSError) as error:
             reason = one_line(str(error).removeprefix("Error while deserializing header: "))
             raise UserError(f"{path}: truncated or not a safetensors file ({reason}); fetch it again") from error
+        if count > MAX_TENSORS:
+            raise UserError(f"{path}: holds {count} tensors, expected at most {MAX_TENSORS}; is this a model?")
         # The library does not say where tensors lie.
-        length = int.from_bytes(self._read(8, 0).tobytes(), "little")
         header = json.loads(self._read(length, 8).tobytes())
         header.pop("__metadata__", None)
         self.stored: dict[str, StoredTensor] = {}

@@ -6,6 +6,7 @@ A file is recognised by its content: safetensors (`safetensors_file.py`), an ind
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import stat
@@ -18,10 +19,14 @@ from threading import Lock
 from types import MappingProxyType
 from typing import BinaryIO, Literal
 
+import jax.numpy as jnp
 import numpy as np
 
 from vpae_jax.files import atomically, write_text
 from vpae_jax.types import HostArray, UserError
+from vpae_jax.weights import dialects
+from vpae_jax.weights.filenames import MAX_JSON
+from vpae_jax.weights.impostors import HEAD, impostor
 from vpae_jax.weights.pickles import Checkpoint
 from vpae_jax.weights.safetensors_file import (
     CODES,
@@ -35,7 +40,6 @@ from vpae_jax.weights.safetensors_file import (
 )
 
 SHARD_BYTES = 5_000_000_000
-MAX_INDEX = 100_000_000  # bytes of JSON
 CACHED_NUMBERS = 2**16
 _EXPONENTS = {"bfloat16": np.uint16(0x7F80), "float16": np.uint16(0x7C00), "float32": np.uint32(0x7F800000)}
 WeightFile = SafetensorsFile | Checkpoint
@@ -44,35 +48,75 @@ WeightFile = SafetensorsFile | Checkpoint
 class Tensors(Mapping[str, StoredTensor]):
     """The tensors of one file or of several, made by `open_tensors` and `open_shards` and usable until these close.
 
+    They have the names, shapes and values that their writers' own programs would give them (`dialects.py`): a name has
+    lost the words of wrapping modules, and a tensor that another one scales is their product, in float32.
+
     Args:
       files: the open files.
 
     Attributes:
       metadata: texts that the files keep beside their tensors.
+      notes: what of the files is left out, though it changes what the weights compute.
 
     Raises:
-      UserError: two files hold one tensor.
+      UserError: two files hold one tensor; one that no model here computes with; scales that do not fit.
     """
 
     def __init__(self, files: Sequence[WeightFile]):
+        self._stored: dict[str, StoredTensor] = {}
         self._files: dict[str, WeightFile] = {}
+        self._scales: dict[str, tuple[WeightFile, str]] = {}
         self._bytes_read, self._lock = 0, Lock()
         self.metadata: Mapping[str, str] = {key: text for source in files for key, text in source.metadata.items()}
-        for source in files:
-            for name in source.stored:
-                if name in self._files:
-                    other = self._files[name].path
-                    raise UserError(f"{source.path}: tensor {quote(name)} is also in {other}; remove one")
-                self._files[name] = source
+        gates = [self._add(source, stored) for source in files for stored in source.stored.values()]
+        for name in list(self):
+            self._scale(name)
+        self.notes: tuple[str, ...] = ()
+        if any(gates):
+            self.notes = (
+                f"{files[0].path}: read without the {sum(gates)} tensors of the gates of FastWan's sparse attention "
+                "(to_gate_compress), and computed with full attention",
+            )
+
+    def _add(self, source: WeightFile, stored: StoredTensor) -> bool:
+        """Takes a tensor in, if it is of use; returns whether it is of a gate."""
+        if (reason := dialects.refusal(stored.name)) is not None:
+            raise UserError(f"{source.path}: tensor {quote(stored.name)} {reason}")
+        if (gate := dialects.is_gate(stored.name)) or dialects.is_idle(stored.name):
+            return gate
+        name = dialects.plain(stored.name)
+        if name in self._files:
+            other = self._stored[name]
+            where = f"also in {other.file}" if other.file != source.path else f"{quote(other.name)} once more"
+            raise UserError(f"{source.path}: tensor {quote(stored.name)} is {where}; remove one")
+        self._files[name] = source
+        self._stored[name] = dataclasses.replace(stored, shape=dialects.shape(name, stored.shape))
+        return False
+
+    def _scale(self, name: str) -> None:
+        """Makes a tensor's scale, if `name` is one, a part of the tensor."""
+        scaled = self._stored.get(dialects.scaled(name) or "")
+        if scaled is None or not jnp.issubdtype(scaled.dtype, jnp.floating):
+            return
+        weight, scale = dialects.plain(scaled.name), self._stored.pop(name)
+        rows = scaled.shape[:1]
+        fits = prod(scale.shape) == 1 or (len(rows) == 1 and scale.shape in (rows, (*rows, 1)))
+        if weight in self._scales or not fits or not jnp.issubdtype(scale.dtype, jnp.floating):
+            raise UserError(
+                f"{scale.file}: tensor {quote(scale.name)} of shape {list(scale.shape)} scales {quote(scaled.name)} of "
+                f"shape {list(scaled.shape)}, expected one floating-point number for all of it, or one for each row"
+            )
+        self._scales[weight] = self._files.pop(name), scale.name
+        self._stored[weight] = dataclasses.replace(scaled, dtype=np.dtype(np.float32))
 
     def __getitem__(self, name: str) -> StoredTensor:
-        return self._files[name].stored[name]
+        return self._stored[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._stored)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._stored)
 
     @property
     def bytes_read(self) -> int:
@@ -103,12 +147,26 @@ class Tensors(Mapping[str, StoredTensor]):
         if not prod(shape):
             return np.empty(shape, stored.dtype)
         (start, stop), *inner = bounds or [(0, 1)]
-        rows = self._files[name].read_rows(name, start, stop)
+        rows = self._files[name].read_rows(stored.name, start, stop)
         with self._lock:
             self._bytes_read += rows.nbytes
+        if stored.shape:
+            rows = rows.reshape(-1, *stored.shape[1:])
+        if name in self._scales:
+            with np.errstate(over="ignore", invalid="ignore"):  # readers look for what is not finite
+                rows = rows.astype(np.float32) * self._scale_of(name, start, stop)
         if rows.size == prod(shape):
             return rows
         return rows[:, *(slice(*one) for one in inner)].copy()
+
+    def _scale_of(self, name: str, start: int, stop: int) -> HostArray:
+        """What rows of a tensor are multiplied by."""
+        file, scale = self._scales[name]
+        shape = file.stored[scale].shape
+        if prod(shape) == 1:
+            return file.read_rows(scale, 0, 1).astype(np.float32).reshape(())
+        values = file.read_rows(scale, start, stop).astype(np.float32)
+        return values.reshape(-1, *[1] * (len(self[name].shape) - 1))
 
 
 @contextmanager
@@ -216,16 +274,19 @@ def _open_file(path: Path, stack: ExitStack) -> BinaryIO:
 
 
 def _kind(path: Path, file: BinaryIO) -> Literal["safetensors", "index", "pickle"]:
-    """What a file is by its first bytes; "safetensors" when that is none of what we know."""
+    """What a file is by its first bytes; "safetensors" when that is none of what we know. Raises `UserError` for what
+    is known to be something else."""
     try:
-        head = os.pread(file.fileno(), 64, 0)
+        head = os.pread(file.fileno(), HEAD, 0)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     if head[4:9] == b"\0\0\0\0{":  # the length of a header that is shorter than 4 GB, then the header
         return "safetensors"
     if head.startswith(b"PK\3\4") or (head[:1] == b"\x80" and head[1:2] <= b"\5"):
         return "pickle"  # a zip, or the first opcode of a pickle and its protocol
-    return "index" if head.lstrip().startswith(b"{") and b"\0" not in head else "safetensors"
+    if (what := impostor(head)) is not None:
+        raise UserError(f"{path}: {what}")
+    return "index" if head.lstrip().startswith(b"{") and b"\0" not in head[:64] else "safetensors"
 
 
 def _open_source(path: Path, file: BinaryIO, stack: ExitStack) -> WeightFile:
@@ -242,21 +303,23 @@ def _open_source(path: Path, file: BinaryIO, stack: ExitStack) -> WeightFile:
 def _open_index(path: Path, file: BinaryIO, stack: ExitStack) -> Tensors:
     """The shards that an index lists; what it lists must be all that they hold."""
     listed = _weight_map(path, file)
-    shards = {shard: path.parent / shard for shard in sorted(set(listed.values()))}
-    tensors = Tensors([_open_source(shard, _open_file(shard, stack), stack) for shard in shards.values()])
+    shards = {name: path.parent / name for name in sorted(set(listed.values()))}
+    files = {name: _open_source(shard, _open_file(shard, stack), stack) for name, shard in shards.items()}
+    tensors = Tensors(list(files.values()))
     for name, shard in listed.items():
-        if name not in tensors or tensors[name].file != shards[shard]:
+        if name not in files[shard].stored:
             raise UserError(f"{path}: tensor {quote(name)} is listed in {shard}, but is not there; fetch both again")
-    for name, stored in tensors.items():
-        if name not in listed:
-            raise UserError(
-                f"{stored.file}: tensor {quote(name)} is there, but {path} does not list it; fetch both again"
-            )
+    for source in files.values():
+        for name in source.stored:
+            if name not in listed:
+                raise UserError(
+                    f"{source.path}: tensor {quote(name)} is there, but {path} does not list it; fetch both again"
+                )
     return tensors
 
 
 def _weight_map(path: Path, file: BinaryIO) -> Mapping[str, str]:
-    if (size := os.fstat(file.fileno()).st_size) > MAX_INDEX:
+    if (size := os.fstat(file.fileno()).st_size) > MAX_JSON:
         raise UserError(f"{path}: {size} bytes of JSON; expected an index of safetensors shards")
     try:
         listed = parse_json(file.read()).get("weight_map")

@@ -1,0 +1,79 @@
+"""What lies in the place of a file is named for what it is; one part that cannot be read leaves the others."""
+
+import shutil
+
+import pytest
+from finding import opened, refused
+from folders import PARTS, edit_json, write
+
+from vpae_jax.types import UserError
+from vpae_jax.weights.find import find_model
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 135\n"
+IMPOSTORS = {
+    "GGUF\3\0\0\0": "is a GGUF file, whose weights are quantised; fetch safetensors",
+    POINTER.decode(): "is a Git LFS pointer, which only stands for the file; run `git lfs pull`",
+    "\n<!doctype HTML>\n<html>": "is a web page (HTML)",
+    "<html lang='en'>": "is a web page (HTML)",
+    "<!-- x -->\n<!DOCTYPE html>": "is a web page (HTML)",
+    "<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>": "is XML, as stores send",
+    "\x1f\u008b\x08": "is an archive; unpack it",
+    "\u0093NUMPY\1\0": "is a NumPy array",
+}
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth", "json"])
+@pytest.mark.parametrize("content", IMPOSTORS)
+def test_what_is_no_file_of_weights_is_named(tmp_path, content, suffix):
+    path = tmp_path / f"m.{suffix}"
+    path.write_bytes(content.encode("latin-1") + bytes(300))
+    assert refused(path).startswith(f"{path}: {IMPOSTORS[content]}")
+    assert "fetch it again" not in refused(path)
+
+
+def test_a_zip_that_is_no_checkpoint(tmp_path):
+    shutil.make_archive(str(tmp_path / "m"), "zip", tmp_path)
+    assert "is a zip archive with no PyTorch checkpoint in it; unpack it" in refused(tmp_path / "m.zip")
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "vpae_jax.json", "transformer/config.json"])
+def test_impostors_of_json(theirs, name):
+    (theirs / name).write_bytes(POINTER)
+    assert refused(theirs).startswith(f"{theirs / name}: is a Git LFS pointer")
+
+
+@pytest.mark.parametrize(
+    "part, file",
+    [
+        ("vae", "diffusion_pytorch_model.safetensors"),
+        ("vae", "config.json"),
+        ("image_encoder", "model.safetensors"),
+        ("transformer", "diffusion_pytorch_model.safetensors"),
+    ],
+)
+def test_one_part_that_cannot_be_read_leaves_the_others(theirs, part, file):
+    (theirs / part / file).write_bytes(POINTER)
+    model = find_model(theirs)
+    assert set(model.parts) == set(PARTS) - {part} and set(model.unreadable) == {part}
+    for other in model.parts:
+        opened(theirs, other)
+    line = f"{theirs / part / file}: is a Git LFS pointer"
+    assert refused(theirs, part).startswith(line)
+    with pytest.raises(UserError) as error:
+        model.require_whole()
+    assert str(error.value).startswith(line)
+
+
+def test_a_part_twice_leaves_the_others(wan):
+    shutil.copy(wan / "Wan2.1_VAE.pth", wan / "b.pth")
+    (wan / "Wan2.1_VAE.pth").rename(wan / "a.pth")
+    assert set(find_model(wan).parts) == set(PARTS) - {"vae"}
+    assert "both hold the vae" in refused(wan, "vae")
+
+
+def test_a_config_is_doubted_only_where_there_is_one(tmp_path, wide):
+    path = write(tmp_path / "x.safetensors", {**wide, "vace.weight": wide["head.head.bias"]})
+    assert refused(path, "transformer").endswith("tensor 'vace.weight' of shape [64] is unknown to this architecture")
+    sizes = {"dim": 128, "ffn_dim": 16, "freq_dim": 8, "num_heads": 1, "num_layers": 2, "text_dim": 8, "in_dim": 16}
+    edit_json(tmp_path / "config.json", _class_name="WanModel", **sizes)
+    assert refused(path, "transformer").endswith("; does config.json belong to these weights?")

@@ -1,0 +1,70 @@
+"""A text encoder's tokenizer: a folder, checked, or made of the sentencepiece model that ComfyUI keeps with weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from vpae_jax.types import UserError
+from vpae_jax.weights import dialects
+from vpae_jax.weights.filenames import MAX_JSON
+from vpae_jax.weights.tensors import Tensors
+
+MAX_FILE = 2**26  # bytes; the largest of UMT5's has 2**24
+TEXT_LENGTH = 512  # what Wan pads prompts to
+_SPECIAL = {"pad": 0, "eos": 1, "unk": 2}  # UMT5's
+_START = 0x0A  # the first byte of a serialised model: its first field, of bytes
+
+
+def check_files(folder: Path) -> None:
+    """Raises `UserError` for files of a tokenizer's folder that are no files, or far larger than a tokenizer's are."""
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            continue
+        if not path.is_file():
+            raise UserError(f"{path}: is not a regular file, expected a tokenizer's; remove it or fetch it again")
+        if (size := path.stat().st_size) > MAX_FILE:
+            raise UserError(f"{path}: has {size} bytes, expected a tokenizer's, of at most {MAX_FILE}; fetch it again")
+
+
+def find_tokenizer(tensors: Tensors) -> str | None:
+    """The tensor that is a sentencepiece model; None where there is none, or none that may be one."""
+    for name, stored in tensors.items():
+        if dialects.is_tokenizer(name) and stored.dtype == np.uint8 and len(stored.shape) == 1:
+            first = tensors.read(name, (slice(0, 1),))
+            return name if first.tolist() == [_START] and stored.nbytes <= MAX_JSON else None
+    return None
+
+
+def write_tokenizer(model: bytes, where: str, folder: Path) -> None:
+    """Writes the folder that transformers and Diffusers read.
+
+    Args:
+      model: a serialised sentencepiece model.
+      where: it comes from, for messages.
+      folder: an empty one.
+
+    Raises:
+      UserError: it is none, or not one of UMT5's kind.
+    """
+    # Imported here, as few need them.
+    from google.protobuf.message import DecodeError
+    from sentencepiece import SentencePieceProcessor
+    from transformers import T5Tokenizer
+
+    try:
+        processor = SentencePieceProcessor(model_proto=model)
+        special = {name: getattr(processor, f"{name}_id")() for name in _SPECIAL}
+        if special != _SPECIAL:
+            raise ValueError(f"its special tokens are {special}, expected UMT5's {_SPECIAL}")
+        with TemporaryDirectory() as temporary:
+            (Path(temporary) / "spiece.model").write_bytes(model)
+            settings = {"tokenizer_class": "T5Tokenizer", "model_max_length": TEXT_LENGTH, "extra_ids": 0}
+            (Path(temporary) / "tokenizer_config.json").write_text(json.dumps(settings))
+            T5Tokenizer.from_pretrained(temporary, local_files_only=True).save_pretrained(folder)
+    except (RuntimeError, ValueError, TypeError, LookupError, OSError, DecodeError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{where} is no tokenizer ({reason}); fetch the file again") from error
