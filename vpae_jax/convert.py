@@ -1,12 +1,13 @@
 """Converts models between layouts, and training runs to models.
 
-    python -m vpae_jax.convert SRC DST --format=diffusers|wan|orbax [--weights=generator|ema] [--base=MODEL]
-        [--lora=FILE] [--dtype=...] [--verify]
+    python -m vpae_jax.convert SRC DST --format=diffusers|wan|orbax [--weights=generator|ema|...] [--base=MODEL]
+        [--lora=FILE[:STRENGTH] ...] [--dtype=...] [--verify]
     python -m vpae_jax.convert SRC DST.safetensors --format=diffusers|wan --as-lora [--rank=N] [--base=TEACHER]
 
 SRC is a model: a folder or a single file in any layout, "tiny", or an id of the Hugging Face hub. Or it is the workdir
 of a training run: then DST is the model that the run started from, with the generator of its newest checkpoint as the
-transformer. What SRC lacks comes from --base. --lora merges a LoRA file into the transformer.
+transformer. Of a file with several sets of weights, --weights names one. What SRC lacks comes from --base. --lora
+merges a LoRA file into the transformer, times its strength; it may be given more than once.
 
 With --as-lora, DST is a LoRA file: the best approximation of rank N to what the transformer differs by from that of
 --base (of a run: from that of the model that it started from). --format=diffusers writes PEFT's names, --format=wan
@@ -17,7 +18,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping
+import math
+import shlex
+import warnings
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,11 +30,12 @@ from typing import Any, get_args
 import numpy as np
 
 from vpae_jax import cli
+from vpae_jax.files import local_path
 from vpae_jax.methods import make_method
 from vpae_jax.methods.base import Method, all_views
 from vpae_jax.run.first_weights import resolve_model
 from vpae_jax.train.checkpoint import CONFIG_FILE, FOLDER, read_state
-from vpae_jax.types import UserError
+from vpae_jax.types import Note, UserError
 from vpae_jax.weights.card import Provenance
 from vpae_jax.weights.directory import ModelDirectory
 from vpae_jax.weights.extraction import extract, format_energies
@@ -65,24 +70,37 @@ class Input:
     scheduler: Scheduler | None = None
 
 
-def read_model(source: str, base: str | None) -> Input:
-    """A model, completed from another.
+def read_model(source: str, base: str | None, weights: str | None = None) -> Input:
+    """A model, completed from another. What of it cannot be read is a `Note`, but for a transformer.
 
     Raises:
-      UserError: no model there.
+      UserError: no model there, or none that can be read; no such set of weights.
     """
     other = None if base is None else find_model(base)
-    model = find_model(source, other)
+    model = find_model(source, other, weights)
     if not model.parts:
-        raise UserError(f"{source}: holds no part of a Wan model and no training run")
+        reasons = (*model.unreadable.values(), *(f"{file}: {why}" for file, why in model.passed_over))
+        raise UserError(next(iter(reasons), f"{source}: holds no part of a Wan model and no training run"))
+    for name in ("transformer", LOW):  # another's, or none, is not what was asked for
+        if name in model.unreadable:
+            model.part(name)
     if other is not None:
-        if model.tokenizer is None:
+        unreadable = {**other.unreadable, **model.unreadable}
+        for name, reason in unreadable.items():
+            if name in other.parts:
+                warnings.warn(f"the {name} is taken from --base: {reason}", Note, stacklevel=2)
+        if not model.has_tokenizer:
             model = dataclasses.replace(model, tokenizer=other.tokenizer, more_tokenizers=other.more_tokenizers)
         if not any((model.folder / name).exists() for name in ("scheduler", SETTINGS)):
             model = dataclasses.replace(model, folder=other.folder)
+        parts = {**other.parts, **model.parts}
+        transformer = model.parts.get("transformer")
+        if transformer is not None and transformer.config.image_dim is None and "image_encoder" not in model.parts:
+            parts.pop("image_encoder", None)  # of the base, which this transformer does not look at
         model = dataclasses.replace(
             model,
-            parts={**other.parts, **model.parts},
+            parts=parts,
+            unreadable={name: why for name, why in unreadable.items() if name not in parts},
             boundary=other.boundary if model.boundary is None else model.boundary,
             image_processor=model.image_processor or other.image_processor,
         )
@@ -157,36 +175,47 @@ def read_adapters(workdir: Path, name: str) -> Lora:
     return from_adapters(params, adapters.alpha, adapters.rank)
 
 
-def convert(given: Input, target: Path, form: Format, dtype: Any, lora_file: Path | None, verify: bool) -> None:
-    """Writes `target`; see the module's docstring.
+def convert(
+    given: Input, target: Path, form: Format, dtype: Any, loras: Sequence[tuple[Path, float]], verify: bool
+) -> None:
+    """Writes `target`; see the module's docstring. `loras` are files and their strengths.
 
     Raises:
       UserError: a target that exists, a part that neither the input nor its base has, weights that cannot be read, or
         that do not read back as they were written.
     """
-    if lora_file is not None:
+    if loras:
         _one_transformer(given.base, "--lora")
     with ExitStack() as stack:
         parts = dict(given.parts)
-        if lora_file is not None:
+        for file, strength in loras:
             values = parts.get("transformer") or stack.enter_context(open_values(given.base, "transformer"))
-            parts["transformer"] = Merged(values, read_lora(lora_file, values.config))
+            parts["transformer"] = merged = Merged(values, read_lora(file, values.config), strength)
+            if dtype is None and merged.widens:
+                warnings.warn("float8 weights that a LoRA changes are written in bfloat16", Note, stacklevel=2)
         facts = {
-            "merged LoRA": None if lora_file is None else str(lora_file),
+            "merged LoRA": ", ".join(f"{file}:{strength:g}" for file, strength in loras) or None,
             "dtype": None if dtype is None else str(dtype),
         }
         facts = {**given.provenance.facts, **{name: value for name, value in facts.items() if value is not None}}
         provenance = dataclasses.replace(given.provenance, facts=facts)
-        contents = Contents(given.base, parts, given.scheduler, provenance=provenance)
+        without = {name: why for name, why in given.base.unreadable.items() if name not in parts}
+        for name, reason in without.items():
+            warnings.warn(f"the {name} is left out: {reason}", Note, stacklevel=2)
+        contents = Contents(given.base, parts, given.scheduler, provenance=provenance, without=without)
         counts = write_model(target, contents, form, dtype=dtype, verify=verify)
-        if lacking := given.base.lacks(parts):
+        if lacking := [name for name in given.base.lacks(parts) if name not in without]:
             print(f"note: no {', '.join(lacking)} in the source; --base=MODEL makes {target} a whole model")
         for name, count in counts.items():
             print(f"{name}: {count} tensors read back, bit for bit")
 
 
-def write_difference(given: Input, teacher: str | None, target: Path, form: Layout, rank: int, dtype: Any) -> None:
+def write_difference(
+    given: Input, teacher: str | None, target: Path, form: Layout, rank: int, dtype: Any, command: str
+) -> None:
     """Writes the transformer's difference from the teacher's as a LoRA file, and prints what it keeps.
+
+    ComfyUI's form has also what no adapter holds: whole differences of biases, norms, modulation, patch embedding.
 
     Raises:
       UserError: no teacher, transformers of different sizes, a rank below 1, or weights that cannot be read.
@@ -197,8 +226,9 @@ def write_difference(given: Input, teacher: str | None, target: Path, form: Layo
     _one_transformer(given.base, "--as-lora")
     with ExitStack() as stack:
         student = given.parts.get("transformer") or stack.enter_context(open_values(given.base, "transformer"))
-        found = extract(student, stack.enter_context(open_values(base, "transformer")), rank)
-    write_lora(target, found.lora, form, dtype)
+        values = stack.enter_context(open_values(base, "transformer"))
+        found = extract(student, values, rank, differences=form == "wan")
+    write_lora(target, found.lora, form, dtype, {"base": str(base.path), "command": command})
     print(format_energies(found))
 
 
@@ -229,9 +259,20 @@ def parser() -> cli.Parser:
     add("source", metavar="SRC", help="model (folder, file, hub id, 'tiny'), or workdir of a training run")
     add("target", type=Path, metavar="DST", help="folder (with --as-lora: file) to write; must not exist")
     add("--format", choices=get_args(Format), required=True, help="the layout of DST")
-    add("--weights", help="of a run: generator, or ema (by default, if kept); with --as-lora also a role with adapters")
+    add(
+        "--weights",
+        help="of a run: generator, or ema (by default, if kept), with --as-lora also a role with adapters; of a file "
+        "with several sets, such as generator and generator_ema: one of them",
+    )
     add("--base", help="model that gives what SRC lacks; with --as-lora, the teacher")
-    add("--lora", type=Path, help="LoRA file to merge into the transformer")
+    add(
+        "--lora",
+        type=_lora,
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="LoRA file to merge into the transformer; several are added",
+    )
     add("--as-lora", action="store_true", help="write the transformer's difference from --base's as a LoRA file")
     add("--rank", type=int, help="rank of the LoRA file")
     add("--dtype", choices=cli.DTYPES, help="of the written weights; by default as they are")
@@ -239,30 +280,46 @@ def parser() -> cli.Parser:
     return result
 
 
+def _lora(text: str) -> tuple[Path, float]:
+    """A file and its strength. Raises `UserError` for a strength that is no finite number."""
+    name, colon, strength = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return local_path(text), 1.0
+    try:
+        value = float(strength)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"--lora={text}: the strength is {strength!r}, expected a number, such as {name}:0.8")
+    return local_path(name), value
+
+
 def main(argv: list[str]) -> None:
-    given = parser().parse_args(argv)
-    _check(given)
-    dtype = None if given.dtype is None else np.dtype(given.dtype)
+    given, command = parser().parse_args(argv), shlex.join(["python", "-m", "vpae_jax.convert", *argv])
     run = (Path(given.source) / FOLDER).is_dir()
-    if given.as_lora and run and given.weights not in (None, *WEIGHTS):
-        write_lora(given.target, read_adapters(Path(given.source), given.weights), given.format, dtype)
+    role = given.weights if given.as_lora and run and given.weights not in (None, *WEIGHTS) else None
+    _check(given, role)
+    dtype = None if given.dtype is None else np.dtype(given.dtype)
+    if role is not None:
+        base = read_json(Path(given.source) / CONFIG_FILE)["model"]["path"]
+        lora, about = read_adapters(Path(given.source), role), {"base": str(base), "command": command}
+        write_lora(given.target, lora, given.format, dtype, about)
         print(given.target)
         return
     if run:
         source = read_run(Path(given.source), given.weights, None if given.as_lora else given.base)
-    elif given.weights is not None:
-        raise UserError(f"--weights={given.weights}: {given.source} is not a training run's workdir; leave it out")
     else:
-        source = read_model(given.source, given.base)
+        source = read_model(given.source, given.base, given.weights)
     if given.as_lora:
-        write_difference(source, given.base, given.target, given.format, given.rank, dtype)
+        write_difference(source, given.base, given.target, given.format, given.rank, dtype, command)
     else:
         convert(source, given.target, given.format, dtype, given.lora, given.verify)
     print(given.target)
 
 
-def _check(given: argparse.Namespace) -> None:
-    """Raises `UserError` for options that do not go together, and for a target that exists."""
+def _check(given: argparse.Namespace, role: str | None) -> None:
+    """Raises `UserError` for options that do not go together, and for a target that exists. A run's role that trains
+    adapters has its rank."""
     if given.target.exists():
         raise UserError(f"{given.target}: already exists; remove it or choose another destination")
     source = Path(given.source)
@@ -274,11 +331,11 @@ def _check(given: argparse.Namespace) -> None:
         return
     if given.format == "orbax":
         raise UserError("--format=orbax: a LoRA file is written for diffusers or wan (ComfyUI)")
-    if given.lora is not None or given.verify:
+    if given.lora or given.verify:
         raise UserError("--as-lora: leave --lora and --verify out")
     if given.target.suffix != ".safetensors":
         raise UserError(f"{given.target}: a LoRA file's name ends in .safetensors")
-    if given.rank is None and given.weights in (None, *WEIGHTS):
+    if given.rank is None and role is None:
         raise UserError("--as-lora: give --rank=N")
 
 

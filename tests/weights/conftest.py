@@ -2,6 +2,7 @@
 
 import shutil
 
+import lora_models
 import original_wan
 import pytest
 import random_model
@@ -42,3 +43,21 @@ def wide():
     torch.manual_seed(0)
     sizes = {"dim": 128, "ffn_dim": 16, "freq_dim": 8, "num_heads": 1, "num_layers": 2, "text_dim": 8}
     return dict(original_wan.Transformer(**sizes).state_dict())
+
+
+@pytest.fixture(scope="session")
+def t2v(tmp_path_factory):
+    """A text-to-video pipeline, and a student that differs everywhere (`lora_models`)."""
+    return lora_models.model(tmp_path_factory.mktemp("t2v"), image=False)
+
+
+@pytest.fixture(scope="session")
+def i2v(tmp_path_factory):
+    """The same of image-to-video."""
+    return lora_models.model(tmp_path_factory.mktemp("i2v"), image=True)
+
+
+@pytest.fixture(params=["t2v", "i2v"])
+def made(request):
+    """Both, one after the other."""
+    return request.getfixturevalue(request.param)

@@ -56,11 +56,13 @@ class Extraction:
       energies: of all linear layers.
       outside: share of the squared change of all parameters that is not in linear layers, but in biases, norms,
         modulation and the patch embedding.
+      whole: whether `lora` has that as well.
     """
 
     lora: Lora
     energies: tuple[Energy, ...]
     outside: float
+    whole: bool
 
     @property
     def retained(self) -> float:
@@ -108,7 +110,7 @@ def extract(student: Values, teacher: Values, rank: int, differences: bool = Fal
             if differences and squared:
                 others[parameter.path, layer] = change
     total = outside + sum(energy.change**2 for energy in energies)
-    return Extraction(Lora(adapters, others), tuple(energies), outside / total if total else 0.0)
+    return Extraction(Lora(adapters, others), tuple(energies), outside / total if total else 0.0, differences)
 
 
 def low_rank(change: Float32[np.ndarray, "d_in d_out"], rank: int, seed: int = 0) -> tuple[Adapter, float]:
@@ -170,7 +172,7 @@ def _totals(extraction: Extraction) -> Iterator[str]:
     count, changed = len(extraction.energies), len(extraction.lora.adapters)
     held = f"the adapters hold {extraction.retained:.2%} of their squared change"
     yield f"{changed} of {count} linear layers changed; {held}"
-    kept = "written in full" if extraction.lora.differences else "not in the adapters"
+    kept = "written in full" if extraction.whole else "lost in Diffusers' form, and written in ComfyUI's (--format=wan)"
     where = "in biases, norms, modulation and the patch embedding"
     yield f"{extraction.outside:.2%} of the squared change of all parameters is {where}: {kept}"
 

@@ -135,7 +135,8 @@ def write_model(
         else:
             _write_settings(temporary, contents, card)
         if card.lora is not None and contents.lora is not None:
-            write_lora(temporary / card.lora, contents.lora, "diffusers")
+            about = {"base": str(contents.base.path)}
+            write_lora(temporary / card.lora, contents.lora, "diffusers", about=about)
         write_card(temporary, card)
         written = dataclasses.replace(find_model(temporary), path=folder)  # by the name that messages are to tell
         return {name: _verify(written, name, contents, dtype) for name in card.parts} if verify else {}

@@ -13,8 +13,10 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float32
@@ -95,12 +97,14 @@ class Lora:
 class Merged:
     """Weights with changes added, to be written as any other weights (`writing.Values`).
 
+    Sums are read in float32: what writes them rounds them, once.
+
     Attributes:
-      values: the weights.
+      values: the weights; other merged ones to add several changes.
       lora: the changes.
       scale: their strength.
-      changed_dtype: of parameters that change; None keeps the weights'. Training adds adapters in float32 to weights
-        that may be stored in less.
+      changed_dtype: of parameters that change; None keeps the weights', but for float8, in which most of a change would
+        be lost: those become bfloat16. Training adds adapters in float32 to weights that may be stored in less.
 
     Raises:
       UserError: a change of something that these weights do not have, or have in another shape.
@@ -130,17 +134,22 @@ class Merged:
         return self.values.shapes()
 
     def dtype(self, path: str, layer: int) -> np.dtype:
-        if self.changed_dtype is not None and self.lora.changes(path, layer):
-            return self.changed_dtype
-        return self.values.dtype(path, layer)
+        kind = self.values.dtype(path, layer)
+        if not self.lora.changes(path, layer):
+            return kind
+        return self.changed_dtype or (np.dtype(jnp.bfloat16) if kind.itemsize == 1 else kind)
+
+    @property
+    def widens(self) -> bool:
+        """Whether a parameter that changes gets another dtype than it had."""
+        return any(self.dtype(path, layer) != self.values.dtype(path, layer) for path, layer, _ in self.lora.shapes())
 
     def read(self, path: str, layer: int) -> HostArray:
         value = self.values.read(path, layer)
         with np.errstate(over="ignore", invalid="ignore"):  # `writing` sees what is not finite
             if (change := self.lora.change(path, layer)) is None:
                 return value
-            merged = value.astype(np.float32) + np.float32(self.scale) * change
-            return merged.astype(self.dtype(path, layer))
+            return value.astype(np.float32) + np.float32(self.scale) * change
 
     def extras(self, layout: Layout) -> Iterator[Extra]:
         return self.values.extras(layout)
@@ -173,12 +182,19 @@ def from_adapters(params: Weights, alpha: float, rank: int) -> Lora:
     return Lora(adapters)
 
 
-def write_lora(path: Path, lora: Lora, form: Layout, dtype: DTypeLike | None = None) -> None:
+def write_lora(
+    path: Path,
+    lora: Lora,
+    form: Layout,
+    dtype: DTypeLike | None = None,
+    about: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Writes one safetensors file, whole or not at all.
 
     ComfyUI takes all of the wan form. diffusers' `load_lora_weights` loads either form, but of the differences it takes
-    only those of linear layers' biases, and fails unless all adapters have one or none; of the wan form it also refuses
-    one without any block, or with only one of a block's `add_k_proj` and `add_v_proj`.
+    only those of linear layers' biases, and fails unless all adapters have one or none: adapters whose bias did not
+    change get one of zeros beside those whose bias did. Of the wan form it also refuses one without any block, or with
+    only one of a block's `add_k_proj` and `add_v_proj`.
 
     A, B and alpha are written as they are, but where a reader might not see alpha: in the diffusers form, which keeps
     it in the file's metadata, and outside the blocks. There B has the scale multiplied in: exact for powers of 2.
@@ -188,6 +204,7 @@ def write_lora(path: Path, lora: Lora, form: Layout, dtype: DTypeLike | None = N
       lora: what to write.
       form: whose keys.
       dtype: of the tensors; None for float32.
+      about: more for the file's metadata, which tells rank and alpha.
 
     Raises:
       UserError: another suffix; nothing to write; differences, which the diffusers form cannot hold; a value that is
@@ -207,7 +224,26 @@ def write_lora(path: Path, lora: Lora, form: Layout, dtype: DTypeLike | None = N
     tensors = list(_tensors(lora, form, kind))
     infos = [(name, one, shape) for name, one, shape, _ in tensors]
     values = (_cast(value, one, name, path) for name, one, _, value in tensors)
-    write_safetensors(path.parent, path.stem, infos, values, shard_bytes=sys.maxsize)
+    metadata = {"format": "pt", **_sizes(lora, form), **about}
+    write_safetensors(path.parent, path.stem, infos, values, sys.maxsize, metadata)
+
+
+def _sizes(lora: Lora, form: Layout) -> dict[str, str]:
+    """The rank of the largest adapters, and the alpha that readers use with it, as a file's metadata."""
+    if not lora.adapters:
+        return {}
+    largest = max(lora.adapters.values(), key=lambda adapter: adapter.rank)
+    scale = largest.scale if form == "wan" else 1.0
+    return {"rank": str(largest.rank), "alpha": f"{scale * largest.rank:g}"}
+
+
+def _with_all_biases(lora: Lora) -> Mapping[LayerKey, Change]:
+    """The differences, with those of no adapter's bias left out if there are any of others'."""
+    biases = {(f"{path}/bias", layer): adapter for (path, layer), adapter in lora.adapters.items()}
+    if not lora.differences.keys() & biases.keys():
+        return lora.differences
+    zeros = {key: np.zeros(adapter.b.shape[1], np.float32) for key, adapter in biases.items()}
+    return {**zeros, **lora.differences}
 
 
 def _tensors(lora: Lora, form: Layout, dtype: np.dtype) -> Iterator[tuple[*Info, HostArray]]:
@@ -226,7 +262,7 @@ def _tensors(lora: Lora, form: Layout, dtype: np.dtype) -> Iterator[tuple[*Info,
             if with_alpha:
                 alpha = np.asarray(adapter.scale * adapter.rank)
                 yield f"diffusion_model.{name}.alpha", np.dtype(np.float32), (), alpha
-    for (path, layer), value in lora.differences.items():
+    for (path, layer), value in _with_all_biases(lora).items():
         name, op = _their_name(path, layer, form)
         suffix = "diff_b" if path.endswith("/bias") else "diff"
         value = op.to_theirs(value)

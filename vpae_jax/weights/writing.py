@@ -62,7 +62,11 @@ class Extra:
 
 @runtime_checkable
 class Values(Protocol):
-    """A part's weights, one layer at a time."""
+    """A part's weights, one layer at a time.
+
+    `dtype` is that in which a layer is kept if nobody says otherwise. `read` may give a wider one: what was computed is
+    rounded where it is written, and nowhere before.
+    """
 
     @property
     def config(self) -> Any: ...
@@ -322,7 +326,7 @@ def _final(part: str, name: str, values: Values, key: LayerKey, stored: LayerDty
     where = f" in {values.source}" if isinstance(values, FromTree) and values.source is not None else ""
     raise UserError(
         f"{part}: tensor {name!r} holds NaN or infinity{where}; "
-        f"are the weights damaged, or is a LoRA that was added too large for {value.dtype}?"
+        f"are the weights damaged, or is a LoRA that was added too large for {cast.dtype}?"
     )
 
 
