@@ -1,13 +1,15 @@
 """The tiny tokenizer: T5's ids, whole words, any Unicode, one folder that transformers loads offline."""
 
+import base64
 import json
 import shutil
+import struct
 
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from vpae_jax.inference.tokenizer import load_tokenizer, tokenize
+from vpae_jax.inference.tokenizer import check_ids, load_tokenizer, tokenize
 from vpae_jax.tasks.digits.clips import captions
 from vpae_jax.tasks.digits.words import MAX_LENGTH, build_tokenizer
 from vpae_jax.types import UserError
@@ -103,3 +105,60 @@ def test_a_damaged_tokenizer_is_one_line(folder, tmp_path, name, text, message):
     line = str(error.value)
     assert line.startswith(f"{copy}: the tokenizer cannot be read (") and line.endswith("; fetch the model again")
     assert message in line and "\n" not in line
+
+
+def grown(step, count):
+    """A step of a tokenizer as often as that, in nested sequences."""
+    inner = step
+    for _ in range(count - 1):
+        inner = {"type": "Sequence", "normalizers": [step, inner]}
+    return inner
+
+
+CHARSMAP = base64.b64encode(struct.pack("<II", 4, 0) + b"a" * 20_000 + b"\0").decode()
+REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
+GROWING = {
+    "replacements": ("normalizer", grown(REPLACE, 9)),
+    "by expressions": ("normalizer", grown({**REPLACE, "pattern": {"Regex": ""}}, 9)),
+    "of nothing": ("normalizer", grown({**REPLACE, "pattern": {"String": ""}}, 9)),
+    "prefixes": ("normalizer", {"type": "Prepend", "prepend": "x" * 20_000}),
+    "precompiled": ("normalizer", {"type": "Precompiled", "precompiled_charsmap": CHARSMAP}),
+    "forms": ("normalizer", grown({"type": "NFKD"}, 5)),
+    "bytes": (
+        "pre_tokenizer",
+        {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+            ]
+            * 30,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GROWING)
+def test_a_tokenizer_that_makes_text_grow_is_refused(folder, tmp_path, case):
+    copy, (key, step) = shutil.copytree(folder, tmp_path / "copy"), GROWING[case]
+    path = copy / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: step}))
+    with pytest.raises(UserError, match=r"it makes up to \S+ characters of one, expected 1e\+04"):
+        load_tokenizer(copy)
+
+
+def test_usual_steps_do_not_grow(folder, tmp_path):
+    steps = [{"type": "NFKC"}, {"type": "Lowercase"}, {**REPLACE, "pattern": {"Regex": " {2,}"}, "content": "▁"}]
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    path = copy / "tokenizer.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"normalizer": {"type": "Sequence", "normalizers": steps}})
+    )
+    assert load_tokenizer(copy)("a  three")["input_ids"]
+
+
+def test_tokens_that_have_no_embedding_are_refused():
+    check_ids(383, 384)
+    with pytest.raises(
+        UserError, match="has a token 384, but the text encoder's vocab_size is 384; take the tokenizer"
+    ):
+        check_ids(384, 384)

@@ -13,6 +13,8 @@ from vpae_jax.types import UserError
 Solver = Literal["euler", "consistency", "unipc"]
 SOLVERS: tuple[Solver, ...] = ("euler", "consistency", "unipc")
 
+MAX_STEPS = 1000
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -36,6 +38,8 @@ class Sampler:
         if self.solver not in SOLVERS:
             raise UserError(f"solver is {self.solver!r}, expected one of {', '.join(map(repr, SOLVERS))}")
         times = self.times
+        if len(times) > MAX_STEPS + 1:
+            raise UserError(f"steps are {len(times) - 1}, expected at most {MAX_STEPS}")
         falling = all(later < earlier for earlier, later in pairwise(times))
         if len(times) < 2 or not falling or times[-1] != 0 or not 0.99 < times[0] <= 1:
             raise UserError(f"times are {times}, expected numbers that fall from 1 to 0")
@@ -47,10 +51,12 @@ class Sampler:
         """Times that are even on the raw axis, 1, ..., 0, and then shifted (`flow.schedule` Eq. 8); UniPC's own levels.
 
         Raises:
-          UserError: less than one step, a shift that is not positive, and as the class.
+          UserError: less than one step or more than `MAX_STEPS`, a shift that is not positive, and as the class.
         """
         if not 0 < shift < float("inf"):
             raise UserError(f"shift is {shift}, expected a positive number")
+        if steps > MAX_STEPS:
+            raise UserError(f"steps is {steps}, expected at most {MAX_STEPS}")
         times = unipc_levels(steps, shift) if solver == "unipc" else shifted_times(steps, shift)
         return cls(solver, tuple(map(float, times)), float(guidance))
 

@@ -36,7 +36,7 @@ from vpae_jax.flow.draws import noise_of_seed
 from vpae_jax.flow.sampler import Sampler, Solver
 from vpae_jax.inference import samplers
 from vpae_jax.inference.samplers import MASK_CHANNELS, Denoiser
-from vpae_jax.inference.tokenizer import load_tokenizer, tokenize
+from vpae_jax.inference.tokenizer import check_ids, load_tokenizer, tokenize
 from vpae_jax.models.clip import CLIPVision
 from vpae_jax.models.parallel import MeshLayout
 from vpae_jax.models.umt5 import UMT5Encoder
@@ -49,7 +49,7 @@ from vpae_jax.weights.find import find_model
 from vpae_jax.weights.image_processor import ImageProcessor, read_image_processor
 from vpae_jax.weights.loading import load_part
 from vpae_jax.weights.parts import LOW, abstract, check_fit, makes_from_image
-from vpae_jax.weights.settings import Defaults, Scheduler, read_defaults, read_scheduler
+from vpae_jax.weights.settings import Defaults, Scheduler, check_pixels, read_defaults, read_scheduler
 from vpae_jax.weights.stream import Placement
 
 Pictures = UInt8[np.ndarray, "b height width 3"]
@@ -122,9 +122,12 @@ class Pipeline:
         """What of prompts the text encoder reads: their cleaned text's tokens, and the mask that is true at them.
 
         Raises:
-          UserError: a prompt with more tokens than the tokenizer's `model_max_length`.
+          UserError: a prompt with more tokens than the tokenizer's `model_max_length`, or a token that the text encoder
+            does not know.
         """
-        return tokenize(self.tokenizer, [clean_prompt(prompt) for prompt in prompts])
+        ids, mask = tokenize(self.tokenizer, [clean_prompt(prompt) for prompt in prompts])
+        check_ids(int(ids.max(initial=0)), self.text_encoder.config.vocab_size)
+        return ids, mask
 
     def encode_image(self, pictures: Pictures) -> Float[Array, "b n e"]:
         """Image-encoder states of uint8 pictures of any size.
@@ -234,8 +237,18 @@ class Pipeline:
         return samplers.sample(denoiser or self.denoiser, sampler, noise, condition, other, key)
 
     def decode(self, latents: Latents) -> UInt8[Array, "b t height width 3"]:
-        """Latents to pixels."""
-        return samplers.decode(self.vae, latents)
+        """Latents to pixels.
+
+        Raises:
+          UserError: latents or pixels are not finite.
+        """
+        frames, finite = samplers.decode(self.vae, latents)
+        if not finite:
+            raise UserError(
+                "the video is not finite (NaN or infinity): the weights are damaged, or their numbers overflow; sample "
+                "in float32, or fetch the model again"
+            )
+        return frames
 
     def latent_shape(
         self, batch: int, num_frames: int | None = None, height: int | None = None, width: int | None = None
@@ -347,6 +360,7 @@ class Pipeline:
             if size < unit or size % unit:
                 near = max(1, round(size / unit)) * unit
                 raise UserError(f"{name} is {size}, expected a multiple of {unit}, such as {near}")
+        check_pixels(num_frames, height, width)
         return num_frames, height, width
 
 
@@ -372,8 +386,10 @@ def load_pipeline(
     """
     model = find_model(path)
     model.require_whole()
-    assert model.tokenizer is not None
     check_fit({name: source.config for name, source in model.parts.items()}, str(model.path))
+    with model.open_tokenizer() as folder:
+        tokenizer = load_tokenizer(folder)
+    check_ids(max(tokenizer.get_vocab().values(), default=0), model.part("text_encoder").config.vocab_size)
     image_encoder, image_processor = None, None
     if "image_encoder" in model.parts:
         image_encoder = load_part(model, "image_encoder", dtype, _place(mesh, sharding.REPLICATED))
@@ -387,7 +403,6 @@ def load_pipeline(
         expert.layout = MeshLayout(mesh, expert.config.num_attention_heads)
         experts.append(expert)
     transformer, image = experts[0], makes_from_image({name: source.config for name, source in model.parts.items()})
-    tokenizer = load_tokenizer(model.tokenizer)
     tokenizer.model_max_length = min(tokenizer.model_max_length, transformer.config.text_len)
     return Pipeline(
         transformer=transformer,

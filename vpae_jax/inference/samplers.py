@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 
 from vpae_jax.flow import solvers
 from vpae_jax.flow.guidance import guided
@@ -48,8 +48,8 @@ def encode_first_frame(vae: nnx.Module, first: Video, num_frames: int) -> Latent
     return _encode_first_frame(*nnx.split(vae), first, num_frames)
 
 
-def decode(vae: nnx.Module, latents: Latents) -> UInt8[Array, "b t height width 3"]:
-    """Normalised latents to pixels."""
+def decode(vae: nnx.Module, latents: Latents) -> tuple[UInt8[Array, "b t height width 3"], Bool[Array, ""]]:
+    """Normalised latents to pixels, and whether both are finite."""
     return _decode(*nnx.split(vae), latents)
 
 
@@ -92,8 +92,12 @@ def _encode_first_frame(graph: nnx.GraphDef, weights: nnx.State, first: Video, n
 
 
 @partial(jax.jit, static_argnums=0)
-def _decode(graph: nnx.GraphDef, weights: nnx.State, latents: Latents) -> UInt8[Array, "b t height width 3"]:
-    return jnp.round((nnx.merge(graph, weights).decode(latents) + 1) * 127.5).astype(jnp.uint8)
+def _decode(
+    graph: nnx.GraphDef, weights: nnx.State, latents: Latents
+) -> tuple[UInt8[Array, "b t height width 3"], Bool[Array, ""]]:
+    pixels = nnx.merge(graph, weights).decode(latents)
+    finite = jnp.isfinite(latents).all() & jnp.isfinite(pixels).all()
+    return jnp.round((pixels + 1) * 127.5).astype(jnp.uint8), finite
 
 
 @partial(jax.jit, static_argnums=(0, 1))

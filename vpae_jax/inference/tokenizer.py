@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -12,21 +15,36 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from vpae_jax.types import UserError
+from vpae_jax.weights.spiece import check_files
 
 SHOWN = 80  # characters of a text that is too long
+# Characters that these steps make of one at most: of Unicode's normal forms, and bytes as characters.
+_GROWTH = {
+    "NFKC": 18.0,
+    "NFKD": 18.0,
+    "NFC": 3.0,
+    "NFD": 4.0,
+    "Lowercase": 3.0,
+    "BertNormalizer": 4.0,
+    "ByteLevel": 4.0,
+}
+MAX_GROWTH = 10_000.0
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a local folder.
 
     Raises:
-      UserError: there is none, or its files are damaged.
+      UserError: there is none, its files are damaged, or it makes far more of a text than there was.
     """
     if not (folder / "tokenizer_config.json").is_file():
         raise UserError(f"no tokenizer in {folder}: tokenizer_config.json is missing")
+    check_files(folder)
     try:
-        _check_files(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        _check_content(folder)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        backend = tokenizer.backend_tokenizer
+        _check_growth(_state(backend.normalizer), _state(backend.pre_tokenizer))
         limit = tokenizer.model_max_length
         if type(limit) is not int or limit < 1:
             raise ValueError(f"model_max_length is {limit!r}, expected at least 1")
@@ -39,7 +57,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _check_files(folder: Path) -> None:
+def _check_content(folder: Path) -> None:
     """Raises `ValueError` or `OSError` for what transformers would refuse with a bare `Exception`, or not at all."""
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     if not isinstance(config, dict):
@@ -52,7 +70,50 @@ def _check_files(folder: Path) -> None:
         values = json.loads(raw)
         if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
             raise ValueError("tokenizer.json: expected an object with a model")
+        _check_growth(values.get("normalizer"), values.get("pre_tokenizer"))  # they run on added tokens at once
         Tokenizer.from_buffer(raw)  # raises ValueError, where the same in a file is a bare Exception
+
+
+def _state(step: Any) -> Any:
+    """A step of a tokenizer as JSON; None where it has none."""
+    return None if step is None else json.loads(step.__getstate__())
+
+
+def _check_growth(*steps: Any) -> None:
+    """Raises `ValueError` for steps that would fill the memory with what they make of a text."""
+    growth = math.prod(map(_growth, steps))
+    if growth > MAX_GROWTH:
+        raise ValueError(f"it makes up to {growth:.0e} characters of one, expected {MAX_GROWTH:.0e}")
+
+
+def _growth(step: Any) -> float:
+    """How many characters a step of a tokenizer makes of one, at most."""
+    if not isinstance(step, dict):
+        return 1.0
+    inner = step.get("normalizers") or step.get("pretokenizers")
+    if isinstance(inner, list):
+        return math.prod(map(_growth, inner), start=1.0)
+    kind = step.get("type")
+    if kind == "Replace":
+        pattern = step["pattern"]
+        shortest = len(pattern["String"]) if isinstance(pattern, dict) and "String" in pattern else 0
+        return max(1.0, len(step["content"]) / shortest if shortest else len(step["content"]) + 1.0)
+    if kind == "Prepend":
+        return 1.0 + len(step["prepend"])
+    if kind == "Precompiled":
+        charsmap = base64.b64decode(step["precompiled_charsmap"])
+        table = 4 + int.from_bytes(charsmap[:4], "little")  # a trie; then what characters become, each ended by a zero
+        return float(max(map(len, charsmap[table:].split(b"\0")))) or 1.0
+    return _GROWTH.get(str(kind), 1.0)
+
+
+def check_ids(largest: int, vocabulary: int) -> None:
+    """Raises `UserError` for a token that a text encoder has no embedding of."""
+    if largest >= vocabulary:
+        raise UserError(
+            f"the tokenizer has a token {largest}, but the text encoder's vocab_size is {vocabulary}; take the "
+            "tokenizer that belongs to it"
+        )
 
 
 class TooLong(UserError):

@@ -17,6 +17,7 @@ from vpae_jax.flow.sampler import Sampler, Solver
 from vpae_jax.types import UserError
 from vpae_jax.weights import grids
 from vpae_jax.weights.filenames import SCHEDULER, SETTINGS, VERSION, read_json
+from vpae_jax.weights.safetensors_file import quote
 
 # What Wan 2.1 guides away from, between full-width commas; image-to-video adds a shaking camera.
 IMAGE_NEGATIVE_PROMPT = (
@@ -70,6 +71,8 @@ _REQUIRED: Mapping[Solver, Mapping[str, Any]] = {
 }
 # A key that the file leaves out has Diffusers' default, which is the required value for all but these.
 _ABSENT: Mapping[str, Any] = {"prediction_type": "epsilon", "use_flow_sigmas": False}
+MAX_GUIDANCE, MAX_FPS = 1000.0, 1000.0
+MAX_PIXELS = 2**30  # of a clip; 81 frames of 720x1280 are a fourteenth
 # Keys of `vpae_jax.json` that are no defaults: what other layouts have no place for.
 _ELSEWHERE = ("scheduler", "parts", "boundary")
 
@@ -117,6 +120,8 @@ class Scheduler:
     times: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.guidance <= MAX_GUIDANCE:
+            raise UserError(f"guidance is {self.guidance}, expected at most {MAX_GUIDANCE:g}")
         if self.times and len(self.times) != self.steps + 1:
             raise UserError(f"times are {len(self.times)} numbers, expected {self.steps + 1}: one a step, and 0")
         Sampler.even(self.steps, self.shift, self.guidance, self.solver)
@@ -186,6 +191,9 @@ class Defaults:
       height, width: pixels. With an image their product is the area, and the image decides the shape.
       fps: frames a second of a written video.
       negative_prompt: of a guided call that gives none.
+
+    Raises:
+      UserError: a size below 1, or a clip of more than `MAX_PIXELS`.
     """
 
     num_frames: int = 81
@@ -193,6 +201,22 @@ class Defaults:
     width: int = 832
     fps: float = 16.0
     negative_prompt: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("num_frames", "height", "width"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}, expected at least 1")
+        check_pixels(self.num_frames, self.height, self.width)
+        if not 0 < self.fps <= MAX_FPS:
+            raise UserError(f"fps is {self.fps}, expected a number above 0, and at most {MAX_FPS:g}")
+
+
+def check_pixels(num_frames: int, height: int, width: int) -> None:
+    """Raises `UserError` for a clip of more pixels than any Wan model makes at once."""
+    if num_frames * height * width > MAX_PIXELS:
+        raise UserError(
+            f"{num_frames} frames of {height}x{width} are more than {MAX_PIXELS:.1e} pixels; give a smaller clip"
+        )
 
 
 # What Wan's own program samples with where nobody says otherwise.
@@ -215,7 +239,7 @@ def read_scheduler(folder: Path, image: bool = False) -> Scheduler:
         if told is None:
             return WAN_IMAGE if image else WAN_TEXT
         if not isinstance(told, dict):
-            raise UserError(f"{where}: expected a JSON object, found {told!r}")
+            raise UserError(f"{where}: expected a JSON object, found {quote(told)}")
         return build(Scheduler, told, where)
     return _from_json(read_json(path), str(path))
 
@@ -236,13 +260,13 @@ def _from_json(values: Mapping[str, Any], where: str) -> Scheduler:
     solvers: dict[str, Solver] = {name: solver for solver, name in _CLASSES.items()}
     name = str(values.get("_class_name"))
     if name not in solvers:
-        raise UserError(f"{where}: _class_name is {name!r}, expected one of {', '.join(solvers)}")
+        raise UserError(f"{where}: _class_name is {quote(name)}, expected one of {', '.join(solvers)}")
     solver = solvers[name]
     for key, expected in _REQUIRED[solver].items():
         found = values.get(key, _ABSENT.get(key, expected))
         if found != expected:
             left_out = "" if key in values else " (Diffusers' default, as the file does not say)"
-            raise UserError(f"{where}: {key} is {found!r}{left_out}, only {expected!r} is supported")
+            raise UserError(f"{where}: {key} is {quote(found)}{left_out}, only {expected!r} is supported")
     keys = {
         "shift": "flow_shift" if solver == "unipc" else "shift",
         "shift_terminal": "shift_terminal",
