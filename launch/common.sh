@@ -17,6 +17,11 @@ parse() {
   done
 }
 
+# What the processes of one job know each other by (rendezvous.py): in the environment, where no other user reads it.
+share_secret() {
+  export VPAE_SECRET=${VPAE_SECRET:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')}
+}
+
 # Runs a command; a dry run prints it instead, quoted as it could be pasted.
 run() {
   if [[ -n ${DRY_RUN:-} ]]; then

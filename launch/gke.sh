@@ -34,6 +34,8 @@ fill ACCELERATOR "${ACCELERATOR:-$accelerator}"
 fill TOPOLOGY "${TOPOLOGY:-4x4x4}"
 fill CHIPS "${CHIPS:-4}"
 fill GPUS "${GPUS:-8}"
+share_secret
+fill SECRET "$VPAE_SECRET"
 fill ARGUMENTS "$list"
 if [[ -n $DRY_RUN ]]; then
   echo "# kubectl apply --filename=-"

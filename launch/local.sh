@@ -18,6 +18,7 @@ fi
 gpus=${GPUS:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)}
 ((gpus % processes == 0)) || fail "GPUS is $gpus, expected a multiple of PROCESSES ($processes)"
 each=$((gpus / processes))
+share_secret
 children=()
 for ((i = 0; i < processes; i++)); do
   settings=("JAX_COORDINATOR_ADDRESS=localhost:${PORT:-12355}" "JAX_NUM_PROCESSES=$processes" "JAX_PROCESS_ID=$i")

@@ -28,6 +28,7 @@ if [[ -n $DRY_RUN ]]; then
   exit
 fi
 
+share_secret
 status=0
 run_and_forward "${command[@]}" || status=$?
 if ((status == 0)) && [[ ! -e ${ARGUMENTS[1]}/model/model_index.json ]]; then

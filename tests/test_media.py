@@ -1,5 +1,8 @@
 """Videos and images on disk."""
 
+import struct
+import zlib
+
 import av
 import numpy as np
 import pytest
@@ -85,3 +88,31 @@ def test_bad_images_are_one_line(tmp_path):
     with pytest.raises(UserError, match=r"cut.png: cannot be read") as error:
         read_image(tmp_path / "cut.png")
     assert "\n" not in str(error.value)
+
+
+def test_only_known_formats_are_opened_whatever_their_name(tmp_path):
+    """An EPS would be handed to Ghostscript."""
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+    (tmp_path / "eps.png").write_bytes(eps)
+    Image.new("RGB", (4, 4)).save(tmp_path / "icon.png", format="ICO")
+    for name in ("eps.png", "icon.png"):
+        with pytest.raises(UserError, match=rf"{name}: not an image of a known format; expected BMP, .*, WEBP$"):
+            read_image(tmp_path / name)
+    for form in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM"):
+        Image.new("RGB", (4, 4), (255, 255, 255)).save(tmp_path / "picture", format=form)
+        assert read_image(tmp_path / "picture").shape == (4, 4, 3)
+
+
+@pytest.mark.parametrize("side", [8193, 13000, 30000])
+def test_huge_images_are_refused_before_they_are_decoded(tmp_path, side):
+    """A few bytes that say so are enough."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    (tmp_path / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+    with pytest.raises(
+        UserError, match=rf"huge.png: has {side}x{side} pixels|huge.png: cannot be read: .* exceeds limit"
+    ):
+        read_image(tmp_path / "huge.png")

@@ -40,7 +40,7 @@ def run(capsys):
     return call
 
 
-@pytest.mark.parametrize("name", ["clip.mp4", "clip.png"])
+@pytest.mark.parametrize("name", ["CLIP.MP4", "clip.png"])
 def test_writes_a_video(model, run, tmp_path, name):
     Image.new("RGB", (50, 40), (200, 30, 30)).save(tmp_path / "first.jpg")
     output = tmp_path / "out" / name

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
+import secrets
 import shutil
+import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vpae_jax.types import UserError
@@ -16,6 +19,8 @@ REMEDY = "make room there, or choose another destination"
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # What the system says of a write without naming the file; reading never fails so.
 _OF_WRITES = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS)
+# A hidden name of what is being written, or was there before; which process gave it, and a number that none can guess.
+_TEMPORARY = re.compile(r"\.(?P<name>[^/]+)\.(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.(?P<kind>tmp|old)")
 
 
 def is_address(text: str) -> bool:
@@ -49,6 +54,7 @@ def atomically(path: Path, write: Callable[[Path], object]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = temporary_beside(path)
         try:
+            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # never through another's link
             write(temporary)
             temporary.replace(path)
         finally:
@@ -56,13 +62,66 @@ def atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all."""
-    atomically(path, lambda temporary: temporary.write_text(text))
+    """Writes a text file whole or not at all, even if the power fails."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
+    atomically(path, write)
 
 
-def temporary_beside(path: Path, suffix: str = "tmp") -> Path:
-    """A hidden name beside `path`, of this process."""
-    return path.with_name(f".{path.name}.{os.getpid()}.{suffix}")
+def temporary_beside(path: Path, kind: str = "tmp") -> Path:
+    """A hidden name beside `path`, of this process, and another one each time. What killed processes left of the same
+    path is removed."""
+    remove_leftovers(path.parent, path.name)
+    return path.with_name(f".{path.name}.{here()}-{os.getpid()}-{secrets.token_hex(4)}.{kind}")
+
+
+def remove_leftovers(folder: Path, name: str | None = None, everything: bool = False) -> None:
+    """Removes temporary files and folders that killed processes left in a folder; what was there before gets its name
+    back, if nothing has it.
+
+    Args:
+      folder: where.
+      name: of what was to be written; by default of anything.
+      everything: whether nobody else writes there now, so that no process has to be dead, or of this machine.
+    """
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        found = _TEMPORARY.fullmatch(entry.name)
+        if found is None or name not in (None, found["name"]):
+            continue
+        if not everything and (found["host"] != here() or lives(int(found["pid"]))):
+            continue
+        if found["kind"] == "old" and not (folder / found["name"]).exists():
+            entry.rename(folder / found["name"])
+        elif entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def here() -> str:
+    """Where process numbers mean what they mean here, as 8 hexadecimal digits: of the machine's name, and of which of
+    its starts and process namespaces this is. Containers may share the first, and machines may have the same; systems
+    without /proc tell no more."""
+    place = socket.gethostname()
+    with suppress(OSError):
+        place += f" {Path('/proc/sys/kernel/random/boot_id').read_text()} {os.stat('/proc/self/ns/pid').st_ino}"
+    return hashlib.sha256(place.encode()).hexdigest()[:8]
+
+
+def lives(pid: int) -> bool:
+    """Whether there is a process of this number here."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 @contextmanager
@@ -77,17 +136,30 @@ def refused_writes(path: Path) -> Iterator[None]:
         if not (any(_concerns(name, path) for name in names) if names else error.errno in _OF_WRITES):
             raise
         raise UserError(f"{shown(path)}: cannot be written: {error.strerror}; {REMEDY}") from error
+    except ValueError as error:  # tensorstore's for everything; what the system said comes last
+        reason = str(error).partition("\n")[0]
+        if "riting" not in reason:
+            raise
+        reason = " ".join(reason.rsplit(": ", 1)[-1].split(" [")[0].split())
+        raise UserError(f"{shown(path)}: cannot be written: {reason}; {REMEDY}") from error
+
+
+def put_aside(path: Path) -> Path:
+    """Renames a damaged file or folder, so that nothing reads it and nothing of it is lost; returns its new path."""
+    names = (path.with_name(f"damaged-{path.name}{more}") for more in ("", *(f"-{n}" for n in range(2, 1000))))
+    target = next(name for name in names if not name.exists())
+    with refused_writes(path):
+        return path.rename(target)
 
 
 def _concerns(name: Path, path: Path) -> bool:
     """Whether a failing file is the target, in it, one of its temporary names, or a folder that leads to it."""
-    own = (path, temporary_beside(path), temporary_beside(path, "old"))
-    return any(name.is_relative_to(one) for one in own) or path.is_relative_to(name)
+    return Path(shown(name)).is_relative_to(shown(path)) or path.is_relative_to(name)
 
 
 def shown(path: Path) -> str:
     """A path as it will be called when all is written: without the temporary names of folders around it."""
-    return re.sub(rf"(^|/)\.([^/]+)\.{os.getpid()}\.tmp(?=/|$)", r"\1\2", str(path))
+    return "/".join(found["name"] if (found := _TEMPORARY.fullmatch(part)) else part for part in str(path).split("/"))
 
 
 def _first(error: shutil.Error) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,6 +19,9 @@ Frames = UInt8[np.ndarray, "t height width 3"]
 Picture = UInt8[np.ndarray, "height width 3"]
 
 CRF = 14  # H.264 quality: visually lossless
+# What images are read as, whatever they are called: not what hands them to another program, as EPS does.
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+MOST_PIXELS = 2**26  # 8192x8192, some 200 MB
 
 
 def write_video(path: Path, frames: Frames, fps: float) -> None:
@@ -71,16 +75,21 @@ def read_image(path: Path) -> Picture:
     """An image as RGB, turned upright as its EXIF data say.
 
     Raises:
-      UserError: no such file, or not an image that Pillow reads whole.
+      UserError: no such file, not an image that Pillow reads whole, another format, or more than `MOST_PIXELS`.
     """
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of larger ones than are allowed here
+            opened = Image.open(path, formats=IMAGE_FORMATS)
+        with opened as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise UserError(
+                    f"image {path}: has {image.width}x{image.height} pixels; make it smaller, {MOST_PIXELS} at most"
+                )
             return np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except FileNotFoundError as error:
         raise UserError(f"image {path}: no such file") from error
     except UnidentifiedImageError as error:
-        raise UserError(
-            f"image {path}: not an image of a known format; expected PNG, JPEG, WebP or the like"
-        ) from error
+        raise UserError(f"image {path}: not an image of a known format; expected {', '.join(IMAGE_FORMATS)}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"image {path}: cannot be read: {error}") from error

@@ -51,7 +51,8 @@ def parser() -> cli.Parser:
 def main(argv: list[str]) -> None:
     given = parser().parse_args(argv)
     output = given.output
-    if output.suffix not in (".mp4", ".png"):
+    kind = output.suffix.lower()
+    if kind not in (".mp4", ".png"):
         raise UserError(f"--output={output}: expected a name that ends in .mp4 or .png")
     image = None if given.image is None else read_image(given.image)
     pipeline = load_pipeline(given.model, jnp.dtype(given.dtype))
@@ -73,7 +74,7 @@ def main(argv: list[str]) -> None:
         width=given.width,
     )
     try:
-        if output.suffix == ".mp4":
+        if kind == ".mp4":
             write_video(output, frames, pipeline.defaults.fps)
         else:
             write_contact_sheet(output, frames)

@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from vpae_jax.data.records import LatentRecords, NotFinite
 from vpae_jax.encoding import units as units_module
 from vpae_jax.encoding.clip_source import Reject
 from vpae_jax.encoding.units import Units
+from vpae_jax.files import here
 from vpae_jax.pages import jpeg
 from vpae_jax.types import UserError
 
@@ -159,7 +159,7 @@ def test_a_process_of_another_namespace_keeps_its_unit(tmp_path, monkeypatch):
     for number, same in enumerate((os.getpid(), 2**22 + 1)):  # the second is more than Linux gives
         with monkeypatch.context() as patched:
             patched.setattr(os, "getpid", lambda same=same: same)
-            patched.setattr(units_module, "_host", lambda: f"{socket.gethostname()}-0badcafe")
+            patched.setattr(units_module, "here", lambda: "0badcafe")
             theirs = Units(folder, IDENTITY, 2)
             writing = theirs.write(number)
             writer = writing.__enter__()
@@ -173,13 +173,11 @@ def test_a_process_of_another_namespace_keeps_its_unit(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not namespaces(), reason="no process namespace can be made here")
 def test_real_namespaces_differ(tmp_path):
-    name = [sys.executable, "-c", "from vpae_jax.encoding.units import _host; print(_host())"]
+    name = [sys.executable, "-c", "from vpae_jax.files import here; print(here())"]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])}
     within = [*UNSHARE, *name]
-    here, there = (
-        subprocess.run(c, env=env, capture_output=True, text=True, check=True).stdout for c in (name, within)
-    )
-    assert here.strip() == units_module._host() != there.strip()
+    one, other = (subprocess.run(c, env=env, capture_output=True, text=True, check=True).stdout for c in (name, within))
+    assert one.strip() == here() != other.strip()
 
 
 def test_a_workspace_that_others_removed_is_named(tmp_path):

@@ -78,6 +78,16 @@ def test_local_processes_share_the_gpus_out():
     assert refused.returncode == 2 and refused.stderr.startswith("error: GPUS is 8, expected a multiple of PROCESSES")
 
 
+def test_local_processes_share_a_secret_that_no_command_line_shows(tmp_path):
+    tell = f'echo "$VPAE_SECRET" > {tmp_path}/$JAX_PROCESS_ID; [[ $(ps -o args= -p $$) != *$VPAE_SECRET* ]]'
+    for _ in range(2):
+        settings = {"PYTHON": str(program(tmp_path, tell)), "PROCESSES": "2", "GPUS": "0", "RETRIES": "0"}
+        result = launch("local.sh", CONFIG, str(tmp_path / "run"), **settings)
+        assert result.returncode == 0, result.stdout
+        secrets = {(tmp_path / index).read_text() for index in "01"}
+        assert len(secrets) == 1 and len(secrets.pop().strip()) == 32
+
+
 @pytest.mark.parametrize("kind", ["tpu", "gpu"])
 def test_the_jobset_is_one(kind):
     text = dry(
@@ -94,7 +104,7 @@ def test_the_jobset_is_one(kind):
     variables = {entry["name"]: entry.get("value") for entry in container["env"]}
     if kind == "gpu":  # Kubernetes names a pod JOBSET-JOB-0-INDEX.JOBSET
         assert variables["JAX_COORDINATOR_ADDRESS"] == f"a-{job['name']}-0-0.a:12355"
-        assert variables["JAX_NUM_PROCESSES"] == "4"
+        assert variables["JAX_NUM_PROCESSES"] == "4" and len(variables["VPAE_SECRET"]) == 32
     volumes = {v["name"] for v in job["template"]["spec"]["template"]["spec"]["volumes"]}
     assert {mount["name"] for mount in container["volumeMounts"]} == volumes
     assert "<" not in text

@@ -2,6 +2,8 @@
 
 import socket
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import jax
 import numpy as np
@@ -151,6 +153,90 @@ def test_strangers_at_the_port_are_ignored():
     finally:
         stop.set()
         stranger.join()
+
+
+@contextmanager
+def dribbling(connected: Callable[[], socket.socket]) -> Iterator[None]:
+    """Somebody who sends a byte now and then, and never a line end."""
+    stop = threading.Event()
+
+    def send() -> None:
+        while not stop.is_set():
+            try:
+                with connected() as peer:
+                    while not stop.wait(0.02):
+                        peer.sendall(b"v")
+            except OSError:  # the port is not open, or no longer
+                stop.wait(0.02)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_one_that_never_ends_its_greeting_is_not_waited_for():
+    port = free_port()
+    with dribbling(lambda: socket.create_connection(("localhost", port), timeout=1)):
+        assert together(ProcessSpec(f"localhost:{port}", 2, 0), ProcessSpec(f"localhost:{port}", 2, 1)) == ["", ""]
+        (said,) = together(ProcessSpec(f"localhost:{port}", 2, 0), seconds=1)
+    assert said.startswith("process 0 of 2: waited 1 s at localhost") and "process 1 did not come" in said
+
+
+def test_a_coordinator_that_never_ends_its_answer_is_not_waited_for():
+    with socket.create_server(("localhost", 0)) as server:
+        server.settimeout(0.1)
+        with dribbling(lambda: server.accept()[0]):
+            (said,) = together(ProcessSpec(f"localhost:{server.getsockname()[1]}", 2, 1), seconds=1)
+    assert said.startswith("process 1 of 2: waited 1 s for the coordinator localhost")
+
+
+def greet(port: int, index: int, proof: str) -> None:
+    """What a stranger does who knows how processes speak, and not what they know."""
+    while True:
+        with suppress(OSError), socket.create_connection(("localhost", port)) as stranger:
+            stranger.sendall(f"vpae {index} 2 number\n".encode())
+            stranger.recv(1000)
+            stranger.sendall(f"{proof}\n".encode())
+            assert stranger.recv(1000) == b"", "turned away"
+            return
+
+
+@pytest.mark.parametrize("proof", ["", "0" * 64, ProcessSpec("a:1", 2, 1).proof("other", 1, 2, "number", ""), "\u00e9"])
+def test_who_does_not_know_the_secret_is_no_process(proof):
+    port = free_port()
+    stranger = threading.Thread(target=greet, args=(port, 1, proof))
+    stranger.start()
+
+    def late() -> None:
+        stranger.join()
+        said.extend(together(ProcessSpec(f"localhost:{port}", 2, 1, secret="secret")))
+
+    said: list[str] = []
+    other = threading.Thread(target=late)
+    other.start()
+    said += together(ProcessSpec(f"localhost:{port}", 2, 0, secret="secret"))
+    other.join()
+    assert said == ["", ""]
+
+
+def test_processes_of_two_jobs_do_not_meet():
+    address = f"localhost:{free_port()}"
+    jobs = ProcessSpec(address, 2, 0, secret="one"), ProcessSpec(address, 2, 1, secret="another")
+    first, other = together(*jobs, seconds=2)
+    assert "process 1 did not come (" in first and "others did not prove to be of this job)" in first
+    assert "who answers there has another VPAE_SECRET" in other
+    assert "another" not in repr(jobs[1])
+
+
+def test_the_secret_comes_from_the_environment():
+    secret = {"VPAE_SECRET": "word"}
+    for environment in (JAX, SLURM):
+        known, unknown = find({**environment, **secret}), find(environment)
+        assert known is not None and unknown is not None and (known.secret, unknown.secret) == ("word", "")
 
 
 @pytest.mark.parametrize("rows", [[0, 1], [2, 3], [1, 4, 5], [0, 5]])

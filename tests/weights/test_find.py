@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import diffusers
 import huggingface_hub
@@ -387,6 +389,44 @@ def test_a_revision_in_the_hubs_cache(hub, wan_folder):
         with pytest.raises(UserError, match="not in the hub's cache, and the hub cannot be asked") as error:
             locate(name)
         assert "\n" not in str(error.value)
+
+
+class Escaping(BaseHTTPRequestHandler):
+    """A hub whose repository holds a file that would lie outside of it."""
+
+    name = ""
+
+    def do_GET(self):
+        found = {"id": "owner/name", "sha": REVISION, "siblings": [{"rfilename": self.name}]}
+        file = {"type": "file", "path": self.name, "oid": REVISION, "size": 1}
+        body = json.dumps([file] if "/tree/" in self.path else found).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("name", ["../../../../evil.json", "a/../../evil.json", "/evil.json"])
+def test_a_repository_whose_files_lead_out_of_it_is_refused(hub, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with ThreadingHTTPServer(("localhost", 0), type("Hub", (Escaping,), {"name": name})) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://localhost:{server.server_port}")
+            with pytest.raises(UserError, match=r"owner/name: no such folder, and the hub says: ") as error:
+                locate("owner/name")
+        finally:
+            server.shutdown()
+            thread.join()
+    assert "\n" not in str(error.value) and name in str(error.value)
+    assert not list(tmp_path.rglob("evil.json"))
 
 
 def test_names_that_stand_for_models(hub, tmp_path, wan_folder, monkeypatch):

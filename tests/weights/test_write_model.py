@@ -95,7 +95,7 @@ def test_a_model_of_wan_needs_no_more_than_wan_writes(wan_folder, tmp_path, imag
 
 
 def test_diffusers_loads_what_was_wans(wan_folder, tmp_path):
-    contents = Contents(find_model(wan_folder), provenance=Provenance("some | where", {"step": 3}))
+    contents = Contents(find_model(wan_folder), provenance=Provenance("some | <b>where</b> [x](y)", {"step": 3}))
     write_model(tmp_path / "out", contents)
     loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")
     assert isinstance(loaded, diffusers.WanImageToVideoPipeline)
@@ -105,7 +105,9 @@ def test_diffusers_loads_what_was_wans(wan_folder, tmp_path):
     assert loaded.image_processor.crop_size["height"] == side == 32
     assert read_image_processor(tmp_path / "out" / "image_processor", side).crop_size == (32, 32)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "some \\| where" in card and "image-to-video" in card and "| step | 3 |" in card
+    assert (
+        "| some \\| &lt;b&gt;where&lt;/b&gt; \\[x](y) |" in card and "image-to-video" in card and "| step | 3 |" in card
+    )
 
 
 def test_pieces_of_several_models(wan_folder, diffusers_folder, tmp_path):

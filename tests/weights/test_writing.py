@@ -3,11 +3,9 @@
 import dataclasses
 import errno
 import os
-import resource
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import diffusers
@@ -18,6 +16,7 @@ import pytest
 import torch
 import transformers
 from folders import PARTS, bits, edit, files, read, tensors, values
+from full_disk import limited
 
 from vpae_jax.files import write_text
 from vpae_jax.types import UserError
@@ -327,17 +326,6 @@ def test_extras_are_read_one_at_a_time(wan_folder, tmp_path):
 
 
 # What the system refuses.
-
-
-@contextmanager
-def limited(size):
-    """No file may grow beyond `size`, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("form", ["diffusers", "wan"])

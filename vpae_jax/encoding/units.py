@@ -14,10 +14,9 @@ import os
 import re
 import secrets
 import shutil
-import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ from vpae_jax.data.records import (
 from vpae_jax.encoding.clip_source import Reject
 from vpae_jax.encoding.identity import Identity, differences
 from vpae_jax.encoding.unit_writer import UnitWriter
-from vpae_jax.files import refused_writes
+from vpae_jax.files import here, lives, refused_writes
 from vpae_jax.types import UserError
 
 # What reading JSON that has been damaged, and using it, ends in.
@@ -240,7 +239,7 @@ class Units:
     @contextmanager
     def _workspace(self, label: str) -> Iterator[Path]:
         """A hidden folder of this process, which is removed in the end. The system's refusals become `UserError`s."""
-        hidden = self.folder / f".{label}.{_host()}.{os.getpid()}.{self._token}.tmp"
+        hidden = self.folder / f".{label}.{here()}.{os.getpid()}.{self._token}.tmp"
         with refused_writes(self.folder):
             hidden.mkdir(parents=True)
             try:
@@ -256,36 +255,15 @@ class Units:
 
     def _sweep(self, everything: bool) -> None:
         """Removes what killed processes left: those of this host, and when all is done the other hosts' units too.
-        Whether a process lives can be told of those that this one can see, see `_host`."""
+        Whether a process lives can be told of those that this one can see, see `files.here`."""
         for entry in self.folder.iterdir():
             if (name := _HIDDEN.fullmatch(entry.name)) is None:
                 continue
-            if name["host"] != _host():
+            if name["host"] != here():
                 dead = everything and name["label"] != "finish"
             elif int(name["pid"]) == os.getpid():  # one of the same number before this one, in a restarted container
                 dead = name["token"] != self._token
             else:
-                dead = not _lives(int(name["pid"]))
+                dead = not lives(int(name["pid"]))
             if dead:
                 shutil.rmtree(entry, ignore_errors=True)
-
-
-def _host() -> str:
-    """Where process numbers mean what they mean here: the machine's name, and of which of its starts and process
-    namespaces this is. Containers may share the first, and machines may have the same; systems without /proc tell no
-    more."""
-    here = socket.gethostname()
-    with suppress(OSError):
-        boot, namespace = Path("/proc/sys/kernel/random/boot_id").read_text(), os.stat("/proc/self/ns/pid").st_ino
-        here += "-" + hashlib.sha256(f"{boot} {namespace}".encode()).hexdigest()[:8]
-    return here
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True

@@ -5,7 +5,8 @@
         ...
 
 Flags come first, then JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, then SLURM's variables of a step.
-`AUTOMATIC` leaves it to JAX, which asks a TPU pod's own services.
+`AUTOMATIC` leaves it to JAX, which asks a TPU pod's own services. VPAE_SECRET is what launchers give all processes of a
+job, so that they know each other.
 
 A process that dies takes the others down: each leaves a sign of life with the coordination service every `BEAT` seconds
 and looks at the others'. JAX does the same, but ends with a page of text; so we look more closely, and say in one line
@@ -45,6 +46,7 @@ LINGER = 3 * BEAT  # the coordinator goes last, or JAX would end the others with
 EXIT_LOST = 75  # "try again later" (sysexits.h)
 AGAIN = "start the same command again: it continues from its newest checkpoint"
 SIGNS = "vpae/signs/"
+SECRET = "VPAE_SECRET"
 DONE, FAILED = "done", "failed: "
 
 Where = ProcessSpec | Literal["automatic"] | None
@@ -71,7 +73,8 @@ def find(
     if missing:
         raise UserError(f"{', '.join(missing)}: missing; give {', '.join(given)} together, or none of them")
     (_, address), (count_name, count), (index_name, index) = given.items()
-    process = ProcessSpec(str(address), _number(count_name, count), _number(index_name, index))
+    secret = environment.get(SECRET, "")
+    process = ProcessSpec(str(address), _number(count_name, count), _number(index_name, index), secret=secret)
     return process if process.count > 1 else None
 
 
@@ -88,7 +91,7 @@ def _slurm(environment: Mapping[str, str]) -> ProcessSpec | None:
     port = environment.get("VPAE_PORT") or 61440 + job % 4096  # the same on all nodes, another one for each job
     local = environment.get("SLURM_LOCALID") if tasks > nodes else None
     devices = None if local is None else (_number("SLURM_LOCALID", local),)
-    return ProcessSpec(f"{found[1]}{found[2] or ''}:{port}", tasks, index, devices)
+    return ProcessSpec(f"{found[1]}{found[2] or ''}:{port}", tasks, index, devices, environment.get(SECRET, ""))
 
 
 def _number(name: str, value: str | int | None) -> int:

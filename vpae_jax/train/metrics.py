@@ -1,24 +1,32 @@
 """Where numbers go: a JSONL file, TensorBoard, and the terminal.
 
 `metrics.jsonl` is the record that the report is drawn from: one object a logged step, `{"step": 10, "generator/loss":
-...}`. A restart drops the lines of steps that are run again.
+...}`. A restart drops the lines of steps that are run again, and those that a fault of the disk has made unreadable.
+TensorBoard's files are a copy for looking at: a run goes on without them where they cannot be written.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import socket
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.record_writer import RecordWriter
+from tensorboardX.summary import scalar
 from tqdm import tqdm
 
-from vpae_jax.files import write_text
-from vpae_jax.runtime.processes import is_first
+from vpae_jax.files import refused_writes, write_text
+from vpae_jax.runtime.processes import is_first, say
 
 JSONL = "metrics.jsonl"
+FLUSH_SECONDS = 30.0  # after which numbers can be seen in TensorBoard
 
 
 class MetricsLog:
@@ -28,25 +36,30 @@ class MetricsLog:
       workdir: the run's folder.
       start: the step that the run continues from; later records of an interrupted run are dropped.
       steps: the last step, for the progress bar.
+
+    Raises:
+      UserError: metrics.jsonl cannot be written.
     """
 
     def __init__(self, workdir: Path, start: int, steps: int):
         self.writes, self.file = is_first(), workdir / JSONL
         if not self.writes:
             return
-        kept = [record for record in read_metrics(workdir) if record["step"] <= start] if start else []
+        lines = _lines(self.file) if start else []
+        if bad := lines.count(None):
+            say(f"{self.file}: {bad} line{'s' if bad > 1 else ''} cannot be read, and left out")
+        kept = [record for record in lines if record is not None and record["step"] <= start]
         write_text(self.file, "".join(json.dumps(record) + "\n" for record in kept))
-        self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start)
+        self.board = _Board(workdir / "tensorboard", start)
         self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Records one step's scalars everywhere; the terminal shows the losses."""
         if not self.writes:
             return
-        with self.file.open("a") as file:
+        with refused_writes(self.file), self.file.open("a") as file:
             file.write(json.dumps({"step": step, **scalars}) + "\n")
-        for name, value in scalars.items():
-            self.board.add_scalar(name, value, step)
+        self.board.write(step, scalars)
         losses = {n.removesuffix("/loss"): v for n, v in scalars.items() if n.endswith("/loss")}
         text = "  ".join(f"{name} {value:.4g}" for name, value in losses.items())
         if self.bar.disable:
@@ -65,10 +78,65 @@ class MetricsLog:
             self.board.close()
 
 
+class _Board:
+    """TensorBoard's files, in a folder. Where they cannot be written, a line says so, and nothing more is tried.
+
+    Writes by itself: the library's own writer has a thread, which dies of a full disk, and then the training waits for
+    it for ever.
+    """
+
+    def __init__(self, folder: Path, start: int):
+        self.folder, self.file, self.flushed = folder, None, time.monotonic()
+        with self._or_without():
+            folder.mkdir(exist_ok=True)
+            name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+            self.file = RecordWriter(str(folder / name))
+        self._write(Event(step=start, file_version="brain.Event:2"))
+        self._write(Event(step=start, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            self._write(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+        with self._or_without():
+            if self.file is not None and time.monotonic() - self.flushed > FLUSH_SECONDS:
+                self.file.flush()
+                self.flushed = time.monotonic()
+
+    def close(self) -> None:
+        with self._or_without():
+            if self.file is not None:
+                self.file.close()
+
+    def _write(self, event: Any) -> None:
+        with self._or_without():
+            if self.file is not None:
+                self.file.write(event.SerializeToString())
+
+    @contextmanager
+    def _or_without(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            say(f"{self.folder}: cannot be written: {error.strerror}; the run goes on without TensorBoard's files")
+            file, self.file = self.file, None
+            if file is not None:
+                with suppress(OSError):
+                    file.close()
+
+
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The records of a run, in order; a last line cut short by a kill is left out."""
-    file = workdir / JSONL
-    if not file.exists():
-        return []
-    lines = file.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    """The records of a run, in order, without lines that cannot be read."""
+    return [record for record in _lines(workdir / JSONL) if record is not None]
+
+
+def _lines(file: Path) -> list[dict[str, Any] | None]:
+    """Each line's record, None for one that is none; without a last line that a kill cut short."""
+    return [_record(line) for line in file.read_bytes().split(b"\n")[:-1] if line] if file.exists() else []
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and type(record.get("step")) is int else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -136,6 +137,6 @@ def _remarks(card: Card) -> list[str]:
 
 
 def _cell(value: Any) -> str:
-    """A table cell: no line ends and no bars."""
+    """A table cell: plain text, with no line ends, no bars, no HTML and no links."""
     text = value if isinstance(value, str) else json.dumps(value)
-    return " ".join(text.split()).replace("|", "\\|")
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|").replace("[", "\\[")

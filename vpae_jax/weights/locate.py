@@ -25,7 +25,8 @@ def locate(name: str | Path | None) -> Path:
         which is fetched from the Hugging Face hub, or found in its cache (with HF_HUB_OFFLINE=1 nowhere else).
 
     Raises:
-      UserError: no such path, and no such repository; or a hub that does not answer about one that is not in the cache.
+      UserError: no such path, and no such repository; or a hub that does not answer about one that is not in the cache,
+        or that names files outside of it.
     """
     if name is None or str(name) == EMBEDDED:
         return embedded_model()
@@ -56,6 +57,6 @@ def _fetch(repository: str, revision: str | None) -> Path:
             f"{repository}: no such folder, not in the hub's cache, and the hub cannot be asked; fetch it where there "
             "is a network, or correct the path"
         ) from error
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+    except (errors.HfHubHTTPError, OSError, ValueError) as error:  # the last for a name that leads out of the folder
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"{repository}: no such folder, and the hub says: {reason}") from error

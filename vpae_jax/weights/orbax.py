@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from jaxtyping import PyTree, Shaped
 
-from vpae_jax.files import REMEDY, shown
+from vpae_jax.files import refused_writes
 from vpae_jax.types import UserError
 from vpae_jax.weights.safetensors_file import one_line, parse_json
 
@@ -34,14 +34,8 @@ def is_checkpoint(folder: Path) -> bool:
 
 def save(folder: Path, params: PyTree[Any]) -> None:
     """Writes nested dicts of arrays into a new folder. Raises `UserError` when the system refuses to write them."""
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(folder.absolute(), params)
-    except ValueError as error:  # tensorstore's for everything; what the system said comes last
-        if "writing" not in str(error):
-            raise
-        reason = one_line(str(error).splitlines()[0].rsplit(": ", 1)[-1].split(" [")[0])
-        raise UserError(f"{shown(folder)}: cannot be written: {reason}; {REMEDY}") from error
+    with refused_writes(folder), ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder.absolute(), params)
 
 
 def restore(folder: Path, abstract: PyTree[Any]) -> PyTree[jax.Array]:

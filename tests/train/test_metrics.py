@@ -1,0 +1,117 @@
+"""Numbers of a run on disk, and what becomes of them when the disk fails."""
+
+import json
+import struct
+
+import pytest
+from full_disk import limited
+from tensorboardX.proto.event_pb2 import Event
+
+from vpae_jax.train import metrics
+from vpae_jax.train.metrics import MetricsLog, read_metrics
+from vpae_jax.types import UserError
+
+MANY = {name: 1.0 for name in "abcdefghijklmnopqrst"}  # which take more room in TensorBoard's files than in JSON
+
+
+def logged(workdir, start, *steps):
+    log = MetricsLog(workdir, start, 10)
+    for step in steps:
+        log.write(step, {"loss": 1.0 / step})
+    log.close()
+
+
+def steps(workdir):
+    return [record["step"] for record in read_metrics(workdir)]
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    logged(tmp_path, 0, 1, 2, 3, 4)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("damage", "left"),
+    [
+        (lambda raw: raw[:-5], [1, 2, 3]),
+        (lambda raw: raw[:-1], [1, 2, 3]),
+        (lambda raw: raw.replace(b'"step": 2', b'"st\xffp": 2'), [1, 3, 4]),
+        (lambda raw: raw.replace(b'"step": 2', b'"step": x'), [1, 3, 4]),
+        (lambda raw: raw.replace(b'{"step": 2', b"[" * 100_000), [1, 3, 4]),
+        (lambda raw: raw.replace(b'"step": 2', b'"stop": 2'), [1, 3, 4]),
+        (lambda raw: raw[:40] + bytes(len(raw) - 41) + b"\n", [1]),
+        (lambda raw: bytes(len(raw)), []),
+        (lambda raw: b"", []),
+        (lambda raw: b"7\n[]\n\n" + raw, [1, 2, 3, 4]),
+    ],
+    ids=[
+        "half a line",
+        "no line end",
+        "garbage",
+        "no JSON",
+        "too deep",
+        "no step",
+        "zeros",
+        "all zeros",
+        "empty",
+        "other",
+    ],
+)
+def test_lines_that_cannot_be_read_are_left_out_and_the_run_goes_on(workdir, damage, left):
+    file = workdir / "metrics.jsonl"
+    file.write_bytes(damage(file.read_bytes()))
+    assert steps(workdir) == left
+    logged(workdir, 3, 4, 5)
+    assert steps(workdir) == [*(step for step in left if step <= 3), 4, 5]
+    for line in file.read_text().splitlines():
+        json.loads(line)
+
+
+def test_how_many_lines_are_lost_is_said(workdir, capsys):
+    file = workdir / "metrics.jsonl"
+    file.write_bytes(b"\xff\n" + file.read_bytes() + b'{"step": 5')
+    logged(workdir, 4)
+    assert capsys.readouterr().out == f"{file}: 1 line cannot be read, and left out\n"
+
+
+def test_tensorboards_files_hold_the_same(workdir):
+    events = []
+    (file,) = (workdir / "tensorboard").iterdir()
+    raw = file.read_bytes()
+    while raw:
+        (size,) = struct.unpack("<Q", raw[:8])
+        events.append(Event.FromString(raw[12 : 12 + size]))
+        raw = raw[16 + size :]
+    assert events[0].file_version == "brain.Event:2"
+    shown = [(event.step, value.tag, value.simple_value) for event in events for value in event.summary.value]
+    assert shown == [(step, "loss", pytest.approx(1 / step)) for step in (1, 2, 3, 4)]
+
+
+def test_without_room_for_tensorboard_a_run_goes_on(tmp_path, capsys):
+    (tmp_path / "tensorboard").touch()
+    logged(tmp_path, 0, 1, 2)
+    assert steps(tmp_path) == [1, 2]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == (
+        f"{tmp_path}/tensorboard: cannot be written: File exists; the run goes on without TensorBoard's files"
+    )
+    assert [line.split("/")[0] for line in lines[1:]] == ["step 1", "step 2"]
+
+
+def test_a_disk_that_gets_full_ends_tensorboard_first_and_then_the_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(metrics, "FLUSH_SECONDS", -1.0)
+    log, step = MetricsLog(tmp_path, 0, 100), 0
+    with (
+        limited(3000),
+        pytest.raises(UserError, match=rf"^{tmp_path}/metrics.jsonl: cannot be written: File too large; make room"),
+    ):
+        while True:
+            step += 1
+            log.write(step, MANY)
+    log.close()
+    said = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("step ")]
+    assert said == [
+        f"{tmp_path}/tensorboard: cannot be written: File too large; the run goes on without TensorBoard's files"
+    ]
+    assert step > 5 and steps(tmp_path) == list(range(1, step))
