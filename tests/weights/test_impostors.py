@@ -8,6 +8,7 @@ from folders import PARTS, edit_json, write
 
 from vpae_jax.types import UserError
 from vpae_jax.weights.find import find_model
+from vpae_jax.weights.spiece import check_files
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 135\n"
 IMPOSTORS = {
@@ -40,6 +41,13 @@ def test_a_zip_that_is_no_checkpoint(tmp_path):
 def test_impostors_of_json(theirs, name):
     (theirs / name).write_bytes(POINTER)
     assert refused(theirs).startswith(f"{theirs / name}: is a Git LFS pointer")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "spiece.model"])
+def test_impostors_of_a_tokenizer(theirs, name):
+    (theirs / "tokenizer" / name).write_bytes(POINTER)
+    with pytest.raises(UserError, match=f"{name}: is a Git LFS pointer"):
+        check_files(theirs / "tokenizer")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import numpy as np
 from vpae_jax.types import UserError
 from vpae_jax.weights import dialects
 from vpae_jax.weights.filenames import MAX_JSON
+from vpae_jax.weights.impostors import HEAD, impostor
 from vpae_jax.weights.tensors import Tensors
 
 MAX_FILE = 2**26  # bytes; the largest of UMT5's has 2**24
@@ -20,7 +21,7 @@ _START = 0x0A  # the first byte of a serialised model: its first field, of bytes
 
 
 def check_files(folder: Path) -> None:
-    """Raises `UserError` for files of a tokenizer's folder that are no files, or far larger than a tokenizer's are."""
+    """Raises `UserError` for what is no file of a tokenizer in its folder: something else, or far larger."""
     for path in folder.rglob("*"):
         if path.is_dir():
             continue
@@ -28,6 +29,9 @@ def check_files(folder: Path) -> None:
             raise UserError(f"{path}: is not a regular file, expected a tokenizer's; remove it or fetch it again")
         if (size := path.stat().st_size) > MAX_FILE:
             raise UserError(f"{path}: has {size} bytes, expected a tokenizer's, of at most {MAX_FILE}; fetch it again")
+        with path.open("rb") as file:
+            if (what := impostor(file.read(HEAD))) is not None:
+                raise UserError(f"{path}: {what}")
 
 
 def find_tokenizer(tensors: Tensors) -> str | None:
