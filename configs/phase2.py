@@ -34,7 +34,7 @@ def paper(preset: str) -> ConfigDict:
             "backbone": adam(2e-6, b1=0.5),  # for method.backbone = full_copy
         },
         steps=1000,
-        previous={"workdir": "../phase1", "command": PREVIOUS.format(preset=preset)},
+        previous={"workdir": "{workdir}/../phase1", "command": PREVIOUS.format(preset=preset)},
     )
 
 
@@ -67,6 +67,6 @@ def tiny() -> ConfigDict:
         sample_guidance=3.0,
         model={"remat": "dots"},
         data={"clips": 4096},
-        previous={"workdir": "../phase1", "command": PREVIOUS.format(preset="tiny")},
+        previous={"workdir": "{workdir}/../phase1", "command": PREVIOUS.format(preset="tiny")},
         guard={"clips": 128, "every": 200},
     )

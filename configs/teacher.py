@@ -38,7 +38,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         checkpoint_every=1000,
         model={
             "preset": preset,
-            "path": "../encoders/model",
+            "path": "{workdir}/../encoders/model",
             "remat": "dots",  # faster on a CPU: less is written to memory
             # Ten words stand among five hundred tokens of padding: cross-attention has to be able to single them out.
             "init_scale": {r"attn2/norm_[qk]/": 2.0},

@@ -104,3 +104,20 @@ def test_bad_input_is_one_line(run, tmp_path, more, options, message):
     assert error.count("\n") == 1
     assert error.startswith("error: ") and message in error
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("decision", "names"),
+    [
+        ({"kept": True, "reason": "it fell"}, ["phase 2", "phase 2, four steps"]),
+        ({"kept": False, "reason": "it rose"}, ["start of phase 2", "start of phase 2, four steps"]),
+        ({}, ["phase 2", "phase 2, four steps"]),
+    ],
+)
+def test_what_a_phase_leaves_that_was_turned_down_is_called_what_it_is(tmp_path, decision, names):
+    (tmp_path / "config.json").write_text(json.dumps({"guard": {"enabled": True}}))
+    (tmp_path / "guard.json").write_text(json.dumps({"scores": {}, **decision}))
+    given = evaluate.parser().parse_args([f"--phase2={tmp_path}", "--output=out"])
+    rows = evaluate.entries(given)
+    assert [row.name for row in rows] == ["teacher", "teacher, one step", *names]
+    assert evaluate.read_run("phase 2", tmp_path).note == (f"Guard: {decision['reason']}." if decision else "")

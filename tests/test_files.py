@@ -1,11 +1,12 @@
 """Files that are there whole or not at all, and what killed processes leave of them."""
 
 import os
+from pathlib import Path
 
 import pytest
 
 from vpae_jax import files
-from vpae_jax.files import atomically, put_aside, remove_leftovers, temporary_beside, write_text
+from vpae_jax.files import atomically, put_aside, remove_leftovers, resolve, temporary_beside, write_text
 from vpae_jax.types import UserError
 
 DEAD = 2**22 + 1  # more than Linux gives
@@ -81,3 +82,14 @@ def test_damaged_files_are_put_aside_under_names_of_their_own(tmp_path):
         (tmp_path / "a.json").touch()
         assert put_aside(tmp_path / "a.json") == tmp_path / f"damaged-a.json{number}"
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_path_of_a_config_is_what_a_shell_makes_of_it_unless_it_leads_from_the_workdir(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    workdir = tmp_path / "runs" / "phase2"
+    assert resolve("{workdir}/../phase1", workdir) == tmp_path / "runs" / "phase1"
+    assert resolve("{workdir}/data", workdir) == workdir / "data"
+    for typed in ("../elsewhere", "data", "./data", "/data", "..", "{workdir}"):
+        assert resolve(typed, workdir) == Path(typed)
+    with pytest.raises(UserError, match="gs://b/x: an address"):
+        resolve("gs://b/x", workdir)

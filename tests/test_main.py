@@ -22,7 +22,17 @@ def train(*arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--config=configs/phase1.py", "--config.stepps=3"], ["stepps", "steps"]),
+        (["--config=configs/phase1.py", "--config.stepps=3"], ["config.stepps: unknown key; did you mean 'steps'?"]),
+        (["--config=configs/phase1.py", "--config.method.lambda=5"], ["config.method.lambda: unknown key", "ema"]),
+        (["--config", "configs/phase1.py", "--config.data.clip", "5"], ["config.data.clip: unknown key", "'clips'"]),
+        (["--config=configs/phase1.py", "--config.optimizers.generater.b1=0"], ["did you mean 'generator'?"]),
+        (["--config=configs/phase1.py", "--config.steps.x=5"], ["config.steps: is a value, and has no key 'x'"]),
+        (["--config=configs/phase1.py", "--config.method=lcm"], ["config.method: is a part", "give one of these"]),
+        (["--config=configs/phase1.py", "--config.=3"], ["config.: unknown key"]),
+        (["--config=configs/phase1.py", "--config.seed=-1"], ["config: seed is -1, expected a number from 0 to 429"]),
+        (["--config=configs/phase1.py", "--config.data.seed=4294967296"], ["config.data: seed is 4294967296"]),
+        (["--config=configs/phase2.py", "--config.steps=10"], ["raise config.steps, or lower config.method.disc_warm"]),
+        (["--config=configs/phase1.py", "--config.sample_guidance=inf"], ["config.sample_guidance", "inf"]),
         (["--config=configs/phase1.py:tinny"], ["tinny", "tiny"]),
         (["--config=configs/phase9.py"], ["configs/phase9.py"]),
         (["--config=configs/phase1.py", "--config.steps=many"], ["steps", "many"]),
@@ -35,7 +45,9 @@ def train(*arguments: str) -> subprocess.CompletedProcess:
         (["--config=configs/phase1.py", "--workdir=gs://bucket/run"], ["gs://bucket/run: an address", "mounted path"]),
     ],
     ids=[
-        *("misspelt key", "unknown preset", "no such config", "ill-typed value", "preset is no key"),
+        *("misspelt key", "Python's word", "misspelt key of a part", "misspelt role", "key of a value", "a part"),
+        *("no key", "negative seed", "large seed", "shorter than the warm-up", "infinite"),
+        *("unknown preset", "no such config", "ill-typed value", "preset is no key"),
         *("key of another kind", "value out of range", "no path"),
     ],
 )
@@ -82,3 +94,40 @@ def test_heads_that_do_not_fit_are_named(tmp_path, key, value, message):
     with pytest.raises(UserError, match=message):
         run(parse(config), tmp_path / "phase2")
     assert not (tmp_path / "phase2").exists()
+
+
+@pytest.mark.parametrize("preset", ["", ":i2v-14b-720p"])
+def test_help_lists_every_key_of_the_config_with_its_value_and_meaning(preset):
+    result = train(f"--config=configs/phase2.py{preset}", "--help")
+    assert result.returncode == 0 and not result.stderr
+    text = " ".join(result.stdout.split())
+    assert "Trains one phase." in text and "--workdir" in text
+    expected = {
+        "steps": "length, clips a step over all devices, root of all randomness.",
+        "method.disc_warmup": "steps in which the discriminator alone is trained",
+        "method.ema": "decay of the generator's average",
+        "method.csds.guidance": "of the teacher",
+        "optimizers.generator.learning_rate": "peak step size.",
+        "networks.heads.width": "",
+        "data.max_bad": "share of damaged records that is put up with",
+    }
+    values = config_dict_values(phase2.get_config(*([preset[1:]] if preset else [])))
+    for key, value in values.items():
+        assert f" {key} = {value!r} " in text
+    for key, meaning in expected.items():
+        assert f" {key} = {values[key]!r} {meaning}" in text, key
+
+
+def config_dict_values(config, prefix=""):
+    found = {}
+    for name, value in config.items():
+        if hasattr(value, "items"):
+            found |= config_dict_values(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def test_help_without_a_config_says_how_to_see_its_keys():
+    result = train("--help")
+    assert result.returncode == 0 and "With --config=FILE.py[:PRESET] --help lists the config's keys" in result.stdout

@@ -63,6 +63,18 @@ def test_says_how_the_author_samples_it(model, run, tmp_path):
     assert run(**options, steps=3)[1] == ""
 
 
+def test_says_that_the_picture_decides_the_size(model, run, tmp_path):
+    options = dict(model=model, prompt="a three moves up", output=tmp_path / "clip.png", image=tmp_path / "first.png")
+    Image.new("RGB", (50, 40)).save(tmp_path / "first.png")
+    note = (
+        "note: the video is 16x32, as the image's shape has it; --height=32 --width=32 makes the model's own size of it"
+    )
+    assert run(**options)[1].splitlines() == [note]
+    assert run(**options, height=32, width=32)[1] == ""
+    Image.new("RGB", (40, 40)).save(tmp_path / "first.png")
+    assert run(**options)[1] == ""
+
+
 def test_flags_reach_the_pipeline(model, run, tmp_path):
     def frames(**options):
         code, err = run(model=model, prompt="a three moves up", output=tmp_path / "clip.png", **options)
@@ -90,6 +102,13 @@ def test_flags_reach_the_pipeline(model, run, tmp_path):
         ({"solver": "heun"}, "heun"),
         ({"shift": 0}, "shift is 0.0, expected a positive number"),
         ({"guidance": 0}, "guidance is 0.0, expected at least 1"),
+        ({"guidance": "inf"}, "--guidance: 'inf' is no finite number"),
+        ({"guidance": "nan"}, "--guidance: 'nan' is no finite number"),
+        ({"shift": "1e999"}, "--shift: '1e999' is no finite number"),
+        ({"shift": "three"}, "--shift: 'three' is no finite number"),
+        ({"seed": -1}, "--seed is -1, expected a number from 0 to 4294967295"),
+        ({"seed": 2**32}, "--seed is 4294967296, expected a number from 0 to 4294967295"),
+        ({"seed": 2**64}, "--seed is 18446744073709551616, expected a number from 0 to 4294967295"),
         ({"num_frames": 8}, "num_frames is 8, expected 1 + a multiple of 4, such as 9"),
         ({"height": 40}, "height is 40, expected a multiple of 16, such as 32"),
         ({"guidance": 2, "negative_prompt": "a three " * 17}, "negative_prompt: prompt too long"),

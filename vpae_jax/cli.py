@@ -6,6 +6,7 @@ Training reads its config through absl's flags, as `ml_collections` asks; the ot
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -22,12 +23,14 @@ EXIT_INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended
 # Precisions that networks run in and that weights are written in.
 DTYPES = ("float32", "bfloat16")
 
+HELP = {"--help", "-h", "-help", "--helpfull", "--helpshort"}
+
 Main = Callable[[list[str]], None]
 
 
 class Parser(argparse.ArgumentParser):
     """Reports a bad command line as any other bad input; takes no abbreviations and keeps the docstring's lines. Its
-    arguments of type `Path` are no addresses.
+    arguments of type `Path` are no addresses, those of type `float` no infinities.
 
     Args:
       prog: the command, for the help.
@@ -38,9 +41,21 @@ class Parser(argparse.ArgumentParser):
         kept: Any = argparse.RawDescriptionHelpFormatter
         super().__init__(prog, description=description, formatter_class=kept, allow_abbrev=False)
         self.register("type", Path, local_path)
+        self.register("type", float, finite)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+
+def finite(text: str) -> float:
+    """A number. Raises `ArgumentTypeError` for one that is infinite, or none."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is no finite number")
+    return value
 
 
 def run(main: Main, argv: list[str] | None = None) -> None:
@@ -54,11 +69,24 @@ def run(main: Main, argv: list[str] | None = None) -> None:
         _end_interrupted()
 
 
-def launch(main: Main) -> None:
-    """Runs a program under absl; `UserError`, and a flag that does not parse, end it with one line."""
+def launch(main: Main, check: Callable[[list[str]], None], page: Callable[[list[str]], str]) -> None:
+    """Runs a program under absl; `UserError`, and a flag that does not parse, end it with one line.
+
+    Args:
+      check: raises `UserError` for arguments that name no key of their config.
+      page: what --help shows of the config that the arguments name, after the program's flags.
+    """
     _show_notes()
+
+    def parse(argv: list[str]) -> list[str]:
+        if HELP & set(argv):
+            print(f"{sys.modules['__main__'].__doc__}\n{flags.FLAGS.main_module_help()}\n{page(argv)}")
+            sys.exit(0)
+        check(argv)
+        return _parse(argv)
+
     try:
-        app.run(_without_trace(main), flags_parser=_parse)
+        app.run(_without_trace(main), flags_parser=parse)
     except UserError as error:
         _fail(str(error))
     except KeyboardInterrupt:
@@ -81,11 +109,6 @@ def _parse(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
         _fail(str(error))
-    # `ml_collections` reads the config file and its overrides while parsing: a key that does not exist ends here.
-    except (AttributeError, KeyError) as error:
-        _fail(f"config key {' '.join(str(error.args[0]).split())}")
-    except OSError as error:
-        _fail(" ".join(str(error).split()))
     if len(rest) > 1:
         _fail(f"unexpected argument {rest[1]!r}; options are written --name=value")
     return rest

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeGuard
 
 from ml_collections import ConfigDict, FieldReference
 
+from vpae_jax.flow.draws import check_seed
 from vpae_jax.types import UserError
 
 
@@ -66,8 +67,9 @@ class ModelConfig:
     """Where weights come from and how they run.
 
     Attributes:
-      path: model directory in the Diffusers layout; "tiny" is the embedded one; relative to the workdir when it starts
-        with "../", else to the current folder.
+      path: model directory in any layout, or its id on the Hugging Face hub; "tiny" is the embedded one. This and every
+        other path of a config is relative to the folder in which the command is given, but for "{workdir}/...", which
+        leads from the run's own folder.
       preset: sizes of the parts that start from random weights (a key of `vpae_jax.models.presets.PRESETS`).
       dtype: compute precision; trained weights are float32 always.
       frozen_dtype: storage precision of weights that are not trained.
@@ -92,13 +94,12 @@ class DataConfig:
     Attributes:
       clips: how many distinct clips are rendered.
       seed: decides the clips and their order.
-      folder: where encoded clips are kept between runs; relative to the workdir when it starts with "../", else to the
-        current folder.
+      folder: where encoded clips are kept between runs.
       workers: processes that prepare batches; 0 prepares them in the training process.
-      records: folders of latent records, "DIR,DIR" or "DIR=WEIGHT,DIR=WEIGHT"; each is relative as `folder` is, or
-        an address in an object store, gs://BUCKET/FOLDER or s3://BUCKET/FOLDER. A weight is the share of training clips
-        that come from there, up to a common factor; without weights all clips are seen equally often. Empty: clips are
-        encoded from `videos`, or rendered.
+      records: folders of latent records, "DIR,DIR" or "DIR=WEIGHT,DIR=WEIGHT"; each a path, or an address in an object
+        store, gs://BUCKET/FOLDER or s3://BUCKET/FOLDER. A weight is the share of training clips that come from there,
+        up to a common factor; without weights all clips are seen equally often. Empty: clips are encoded from `videos`,
+        or rendered.
       videos: a folder of videos that are encoded before the run. Empty: there is none.
       max_bad: share of damaged records that is put up with; the run stops beyond.
       held_out: clips of each folder that are never trained on, at most a fifth of them: for previews, the guard and
@@ -109,7 +110,7 @@ class DataConfig:
 
     clips: int = 2048
     seed: int = 0
-    folder: str = "../data"
+    folder: str = "{workdir}/../data"
     workers: int = 0
     records: str = ""
     videos: str = ""
@@ -119,7 +120,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "clips")
-        _at_least(self, 0, "seed", "workers", "max_bad", "held_out")
+        _at_least(self, 0, "workers", "max_bad", "held_out")
+        check_seed(self.seed)
         if self.max_bad >= 1:
             raise UserError(f"max_bad is {self.max_bad}, expected less than 1")
         if self.records and self.videos:
@@ -172,7 +174,7 @@ class PreviousConfig:
     """The phase before, whose checkpoint this one starts from.
 
     Attributes:
-      workdir: its workdir; relative to this run's workdir when it starts with "../". Empty: there is none.
+      workdir: its workdir. Empty: there is none.
       weights: whether the generator starts from the trained weights or from their average.
       command: the config to run when that checkpoint is missing, for the message.
     """
@@ -243,7 +245,8 @@ class Experiment:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "steps", "batch_size", "log_every", "checkpoint_every", "keep", "sample_steps")
-        _at_least(self, 0, "seed", "sample_every")
+        _at_least(self, 0, "sample_every")
+        check_seed(self.seed)
         if self.accumulation < 1 and self.accumulation != -1:
             raise UserError(f"accumulation is {self.accumulation}, expected at least 1, or -1 for one clip at a time")
         if self.sample_shift <= 0:

@@ -34,12 +34,13 @@ from vpae_jax.files import local_path
 from vpae_jax.methods import make_method
 from vpae_jax.methods.base import Method, all_views
 from vpae_jax.run.first_weights import resolve_model
+from vpae_jax.run.guard import verdict
 from vpae_jax.train.checkpoint import CONFIG_FILE, FOLDER, read_state
 from vpae_jax.types import Note, UserError
 from vpae_jax.weights.card import Provenance
 from vpae_jax.weights.directory import ModelDirectory
 from vpae_jax.weights.extraction import extract, format_energies
-from vpae_jax.weights.filenames import SETTINGS, read_json
+from vpae_jax.weights.filenames import PRODUCT, SETTINGS, read_json
 from vpae_jax.weights.find import find_model
 from vpae_jax.weights.layout import Contents, write_model
 from vpae_jax.weights.loading import read_part
@@ -107,15 +108,24 @@ def read_model(source: str, base: str | None, weights: str | None = None) -> Inp
     return Input(model, Provenance(source, {} if base is None else {"base": base}))
 
 
-def read_run(workdir: Path, weights: str | None, base: str | None) -> Input:
+def read_run(workdir: Path, weights: str | None, base: str | None, refused: bool = False) -> Input:
     """The model that a run started from, the transformer that it trained, and how to sample that.
 
+    Args:
+      refused: whether weights that the run's guard turned down are wanted all the same.
+
     Raises:
-      UserError: a role or average that the checkpoint lacks.
+      UserError: a role or average that the checkpoint lacks, or weights that the guard turned down.
     """
     if weights not in (None, *WEIGHTS):
         raise UserError(f"--weights={weights}: expected one of {', '.join(WEIGHTS)}")
     run = read_json(workdir / CONFIG_FILE)
+    decided = verdict(workdir, run)
+    if decided is not None and not decided.kept and not refused:
+        raise UserError(
+            f"{workdir}: its guard turned the trained weights down ({decided.reason}); {workdir / PRODUCT} holds those, "
+            "and converts as any model; --refused converts the trained ones"
+        )
     model = find_model(resolve_model(run["model"]["path"], workdir) if base is None else base)
     method, state = make_method(run["method"]), read_state(workdir)
     student, averages = method.student, state["averages"]
@@ -135,6 +145,7 @@ def read_run(workdir: Path, weights: str | None, base: str | None) -> Input:
         "step": int(state["step"]),
         "weights": "the generator's average" if averaged else "the generator",
         "started from": str(run["model"]["path"]),
+        **({} if decided is None else {"guard": decided.reason}),
     }
     boundary = None if student.low is None else student.boundary
     return Input(
@@ -264,6 +275,7 @@ def parser() -> cli.Parser:
         help="of a run: generator, or ema (by default, if kept), with --as-lora also a role with adapters; of a file "
         "with several sets, such as generator and generator_ema: one of them",
     )
+    add("--refused", action="store_true", help="of a run whose guard turned its trained weights down: these weights")
     add("--base", help="model that gives what SRC lacks; with --as-lora, the teacher")
     add(
         "--lora",
@@ -307,7 +319,7 @@ def main(argv: list[str]) -> None:
         print(given.target)
         return
     if run:
-        source = read_run(Path(given.source), given.weights, None if given.as_lora else given.base)
+        source = read_run(Path(given.source), given.weights, None if given.as_lora else given.base, given.refused)
     else:
         source = read_model(given.source, given.base, given.weights)
     if given.as_lora:
@@ -323,6 +335,8 @@ def _check(given: argparse.Namespace, role: str | None) -> None:
     if given.target.exists():
         raise UserError(f"{given.target}: already exists; remove it or choose another destination")
     source = Path(given.source)
+    if given.refused and not (source / FOLDER).is_dir():
+        raise UserError(f"--refused: {source} is no training run, whose guard could have turned weights down")
     if source.is_dir() and not (source / FOLDER).is_dir() and given.target.resolve().is_relative_to(source.resolve()):
         raise UserError(f"{given.target}: lies in {source}; choose a destination outside")
     if not given.as_lora:

@@ -33,6 +33,7 @@ from vpae_jax.encoding.summary import PAGE, rejected, report
 from vpae_jax.encoding.synthetic import Recipe
 from vpae_jax.encoding.units import Units
 from vpae_jax.encoding.videos import VideoClips
+from vpae_jax.flow.draws import check_seed
 from vpae_jax.inference.pipeline import Pipeline, load_pipeline
 from vpae_jax.runtime import distributed
 from vpae_jax.types import UserError
@@ -109,6 +110,7 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--{name} belongs to --{other}; leave it out with --{own}")
     if given.batch < 1:
         raise UserError(f"--batch is {given.batch}; expected 1 or more")
+    check_seed(given.seed or 0, "--seed")
     share = place(given)
     # What is listed is looked at before a model is loaded, which may take minutes.
     if given.videos is None:

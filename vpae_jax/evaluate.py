@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import platform
 import shlex
 from collections.abc import Iterator, Mapping
@@ -39,10 +38,12 @@ from vpae_jax.metrics.report import Report, Row, Run, write_report
 from vpae_jax.metrics.results import NAIVE, headline, table, write_metrics, write_samples
 from vpae_jax.run import guard
 from vpae_jax.run.generation import Generation, Made, scores_of
+from vpae_jax.runtime.progress import working
 from vpae_jax.tasks.base import HeldOut, Task
 from vpae_jax.train.checkpoint import CONFIG_FILE
 from vpae_jax.train.metrics import read_metrics
 from vpae_jax.types import UserError
+from vpae_jax.weights.filenames import PRODUCT, read_json
 
 
 def parser() -> cli.Parser:
@@ -119,7 +120,8 @@ def parse_entry(text: str) -> Entry:
 
 
 def entries(given: argparse.Namespace) -> list[Entry]:
-    """The rows that the command line asks for."""
+    """The rows that the command line asks for. What a phase 2 leaves whose guard turned its trained weights down is
+    called by what it is: the start of phase 2."""
     guidance = given.guidance
     if guidance is None and given.phase1:
         guidance = read_config(given.phase1).get("sample_guidance", 1.0)
@@ -128,10 +130,12 @@ def entries(given: argparse.Namespace) -> list[Entry]:
     if given.steps != 1:
         rows.append(Entry(teacher + NAIVE, given.model, 1, 1.0))
     if given.phase1:
-        rows.append(Entry("phase 1", str(given.phase1 / "model")))
+        rows.append(Entry("phase 1", str(given.phase1 / PRODUCT)))
     if given.phase2:
-        rows.append(Entry("phase 2", str(given.phase2 / "model")))
-        rows.append(Entry("phase 2, four steps", str(given.phase2 / "model"), 4, 1.0))
+        decided = guard.verdict(given.phase2, read_config(given.phase2))
+        name = "phase 2" if decided is None or decided.kept else "start of phase 2"
+        rows.append(Entry(name, str(given.phase2 / PRODUCT)))
+        rows.append(Entry(f"{name}, four steps", str(given.phase2 / PRODUCT), 4, 1.0))
     rows += [parse_entry(text) for text in given.compare]
     names = [row.name for row in rows]
     for name in names:
@@ -145,14 +149,14 @@ def read_config(workdir: Path) -> dict[str, Any]:
     path = workdir / CONFIG_FILE
     if not path.is_file():
         raise UserError(f"{workdir} holds no run ({path.name} is missing); train the phase first")
-    return json.loads(path.read_text())
+    return read_json(path)
 
 
 def read_run(name: str, workdir: Path) -> Run:
     """A phase's curves and settings, and what its guard decided."""
-    config, path = read_config(workdir), workdir / guard.FILE
-    decided = json.loads(path.read_text()) if path.is_file() and config["guard"]["enabled"] else {}
-    note = f"Guard: {decided['reason']}." if "reason" in decided else ""
+    config = read_config(workdir)
+    decided = guard.verdict(workdir, config)
+    note = "" if decided is None else f"Guard: {decided.reason}."
     return Run(name, read_metrics(workdir), config, note)
 
 
@@ -219,8 +223,8 @@ def evaluate(
         pipeline = pipelines[row.model]
         encoders = fingerprint(pipeline)
         if encoders not in asked:
-            say(f"held-out clips: reading and measuring them, for the encoders of {row.model}")
-            asked[encoders] = task.held_out(pipeline, "evaluation", count)
+            with working(f"reading and measuring held-out clips, for the encoders of {row.model}", say):
+                asked[encoders] = task.held_out(pipeline, "evaluation", count)
         held_out = asked[encoders]
         if first is None:
             first, real = held_out, task.real(held_out)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from vpae_jax.types import UserError
 
+IN_WORKDIR = "{workdir}/"  # begins a path that a preset gives relative to wherever its runs are
 REMEDY = "make room there, or choose another destination"
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # What the system says of a write without naming the file; reading never fails so.
@@ -39,9 +40,11 @@ def local_path(text: str) -> Path:
 
 
 def resolve(path: str, workdir: Path) -> Path:
-    """A path of a config: relative to the workdir when it starts with "../", else to the current folder. Raises
-    `UserError` for an address."""
-    return (workdir / path).resolve() if path.startswith("../") else local_path(path)
+    """A path of a config: "{workdir}/..." leads from the run's own folder, any other is what a shell makes of it.
+    Raises `UserError` for an address."""
+    if path.startswith(IN_WORKDIR):
+        return (workdir / path.removeprefix(IN_WORKDIR)).resolve()
+    return local_path(path)
 
 
 def atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -18,9 +18,9 @@ from ml_collections import config_flags
 
 from vpae_jax import cli, config
 from vpae_jax.files import local_path
+from vpae_jax.run import keys
 from vpae_jax.run.experiment import run
 from vpae_jax.runtime import distributed, preemption
-from vpae_jax.types import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with a preset after a colon.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, samples, the model it makes.")
@@ -35,10 +35,7 @@ START_TIMEOUT = flags.DEFINE_integer(
 
 def main(argv: list[str]) -> None:
     del argv
-    try:
-        experiment = config.parse(CONFIG.value)
-    except OSError as error:  # how ml_collections says that there is no such config file
-        raise UserError(" ".join(str(error).split())) from error
+    experiment = config.parse(CONFIG.value)
     workdir = local_path(str(WORKDIR.value))
     where: distributed.Where = distributed.AUTOMATIC
     if not DETECT_CLUSTER.value:
@@ -49,4 +46,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    cli.launch(main)
+    cli.launch(main, keys.check, keys.page)

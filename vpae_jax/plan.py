@@ -38,7 +38,7 @@ from vpae_jax import cli, config
 from vpae_jax.planning import clips, report, topology
 from vpae_jax.planning.compiling import make_plan
 from vpae_jax.planning.search import search
-from vpae_jax.types import UserError
+from vpae_jax.run import keys
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with a preset after a colon.", lock_config=True)
 TOPOLOGY = flags.DEFINE_string("topology", None, "Devices: v5p:2x2x4, v6e:16x16, tpu7x:2x2x4, h100:8, h20:32, ...")
@@ -50,10 +50,7 @@ JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 
 def main(argv: list[str]) -> None:
     del argv
-    try:
-        experiment = config.parse(CONFIG.value)
-    except OSError as error:  # how ml_collections says that there is no such config file
-        raise UserError(" ".join(str(error).split())) from error
+    experiment = config.parse(CONFIG.value)
     path = config_flags.get_config_filename(flags.FLAGS["config"])
     clip = clips.size_of(path.partition(":")[2] or "tiny", FRAMES.value)
     named = topology.parse(str(TOPOLOGY.value))
@@ -79,4 +76,4 @@ def _say(message: str) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "topology"])
-    cli.launch(main)
+    cli.launch(main, keys.check, keys.page)

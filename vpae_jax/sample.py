@@ -17,6 +17,7 @@ from typing import cast
 import jax.numpy as jnp
 
 from vpae_jax import cli
+from vpae_jax.flow.draws import check_seed
 from vpae_jax.flow.sampler import SOLVERS, Solver
 from vpae_jax.inference.pipeline import load_pipeline
 from vpae_jax.media import read_image, write_contact_sheet, write_video
@@ -54,12 +55,22 @@ def main(argv: list[str]) -> None:
     kind = output.suffix.lower()
     if kind not in (".mp4", ".png"):
         raise UserError(f"--output={output}: expected a name that ends in .mp4 or .png")
+    check_seed(given.seed, "--seed")
     image = None if given.image is None else read_image(given.image)
     pipeline = load_pipeline(given.model, jnp.dtype(given.dtype))
     advised = pipeline.scheduler
     if given.steps not in (None, advised.steps):
         advice = f"--steps={advised.steps} --guidance={advised.guidance}"
         print(f"note: this model's author samples it with {advice}", file=sys.stderr)
+    own = pipeline.defaults
+    if image is not None and given.height is None and given.width is None:
+        height, width = pipeline.fit(*image.shape[:2])
+        if (height, width) != (own.height, own.width):
+            print(
+                f"note: the video is {height}x{width}, as the image's shape has it; --height={own.height} "
+                f"--width={own.width} makes the model's own size of it",
+                file=sys.stderr,
+            )
     frames = pipeline(
         given.prompt,
         image=image,
@@ -75,7 +86,7 @@ def main(argv: list[str]) -> None:
     )
     try:
         if kind == ".mp4":
-            write_video(output, frames, pipeline.defaults.fps)
+            write_video(output, frames, own.fps)
         else:
             write_contact_sheet(output, frames)
     except OSError as error:

@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
     state = create(0, {"generator": params}, method.roles, optimizers)
     batches = latent_batches([(LatentRecords(folder), 1.0)], SIZE, seed=0, max_bad=0.2)
     workdir.mkdir(parents=True, exist_ok=True)
-    wait = Hook(1, lambda step, state: time.sleep(pause) or {})
+    wait = Hook(1, lambda step, state: time.sleep(pause) or {}, "waiting")
     models = RoleModels(method.roles, all_views(method), {"generator": graph})
     train(experiment, method, models, optimizers, state, {}, batches, lambda batch: batch, workdir, (wait,))
 

@@ -153,7 +153,10 @@ def test_headline_compares_the_newest_phase_or_the_last_student(report):
     assert headline([*report.rows, phases[0], phases[3]], METRICS[0])[0][1].endswith("phase 1")
     numbers = dict((meaning, number) for number, meaning in headline(report.rows, METRICS[0]))
     assert numbers["less network time a clip, measured in this run"].startswith("100 ")
-    assert any(number.startswith("900 ") and number.endswith(" 40") for number in numbers.values())
+    against_one = next(meaning for meaning, number in numbers.items() if number.startswith("900 "))
+    assert numbers[against_one].endswith(" 40")
+    first = report.rows[0]
+    assert against_one.endswith(f"; {first.name} in {first.evaluations}: {first.scores['t2v/kvd']:.0f}")
     assert headline(report.rows[:2], METRICS[0]) == []
 
 

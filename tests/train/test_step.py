@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Mapping
 from typing import ClassVar
@@ -287,7 +288,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, stop):
         return {}
 
     with pytest.raises(Killed):
-        run(tmp_path / "cut", hooks=(Hook(1, kill),))
+        run(tmp_path / "cut", hooks=(Hook(1, kill, "killing"),))
     resumed = run(tmp_path / "cut")
     for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(resumed.params), strict=True):
         assert a.tobytes() == b.tobytes()
@@ -367,15 +368,32 @@ def test_frozen_weights_are_in_no_checkpoint(tmp_path):
 
 def test_not_finite_stops_with_the_culprit_and_keeps_the_last_checkpoint(tmp_path):
     run(tmp_path, steps=3)
-    with pytest.raises(UserError, match=r"is not finite; the last good checkpoint is kept"):
+    with pytest.raises(UserError, match=r"is not finite; the checkpoint of step 3 is kept; lower that role's"):
         run(tmp_path, steps=6, scale=1e30)
     assert Checkpoints(tmp_path).latest() == 3
 
 
 def test_every_step_is_checked_not_only_the_logged_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "EXPERIMENT", dataclasses.replace(EXPERIMENT, log_every=100))
-    with pytest.raises(UserError, match=r"^step [12]: .* is not finite"):
+    with pytest.raises(UserError, match=r"^step [12]: .* is not finite; there is no checkpoint yet; lower"):
         run(tmp_path, steps=6, scale=1e30)
+
+
+def test_a_run_shorter_than_the_interval_of_its_log_leaves_its_last_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "EXPERIMENT", dataclasses.replace(EXPERIMENT, log_every=100))
+    run(tmp_path, steps=3)
+    (record,) = read_metrics(tmp_path)
+    assert record["step"] == 3 and record["leader/loss"] >= 0
+
+
+def test_what_is_compiled_is_said_once_and_how_long_it_took(tmp_path, capsys):
+    run(tmp_path, steps=4, hooks=(Hook(1, lambda step, state: {"score": 1.0}, "scoring"),))
+    lines = capsys.readouterr().out.splitlines()
+    for what in ("compiling the leader's update", "compiling the follower's update", "scoring"):
+        begun, ended = (line for line in lines if line.startswith(what))
+        assert begun == f"{what} ..." and re.fullmatch(rf"{what}: [\d.]+ s", ended)
+    logged = [line for line in lines if line.startswith("step ")]
+    assert len(logged) == 4 and not any("0 s/step" in line for line in logged)
 
 
 def test_missing_checkpoint_is_one_line(tmp_path):

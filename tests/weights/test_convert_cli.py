@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import diffusers
 import jax
@@ -309,3 +310,63 @@ def test_a_disk_that_garbles_is_noticed_before_anything_appears(source, tmp_path
     line = fails([source, target, "--format=diffusers", "--verify"], capsys)
     assert line.startswith(f"error: {target}: transformer's ") and line.endswith("Is the disk sound?\n")
     assert not list(tmp_path.iterdir())
+
+
+def decided(workdir, source, tmp_path, **guard):
+    """The same run, with a guard that has decided."""
+    folder = tmp_path / "run"
+    shutil.copytree(workdir, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "guard": {"enabled": True}}))
+    found = json.loads((folder / "guard.json").read_text())
+    (folder / "guard.json").write_text(json.dumps({**found, **guard}))
+    return folder
+
+
+REASON = "held-out KVD rose from 3.0 to 9.0 (real clips: 0.1): the weights that it started from are kept"
+
+
+@pytest.mark.parametrize("more", [(), ("--weights=ema",), ("--weights=generator",), ("--as-lora", "--rank=2")])
+def test_weights_that_the_guard_turned_down_are_written_only_when_asked_for_by_name(
+    workdir, source, tmp_path, capsys, more
+):
+    folder, target = decided(workdir, source, tmp_path, kept=False, reason=REASON), tmp_path / "out.safetensors"
+    message = fails([folder, target, "--format=diffusers", *more], capsys)
+    assert f"its guard turned the trained weights down ({REASON}); {folder / 'model'} holds those" in message
+    assert not target.exists()
+    run(folder, target, "--format=diffusers", "--refused", *more)
+    assert target.exists()
+    if target.is_dir():
+        assert f"| guard | {REASON} |" in (target / "README.md").read_text()
+
+
+def test_the_card_of_weights_that_the_guard_kept_says_so(workdir, source, tmp_path):
+    run(decided(workdir, source, tmp_path, kept=True, reason="it fell"), tmp_path / "out", "--format=diffusers")
+    assert "| guard | it fell |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_guard_that_was_switched_off_since_decides_nothing(workdir, source, tmp_path):
+    folder = decided(workdir, source, tmp_path, kept=False, reason=REASON)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "guard": {"enabled": False}}))
+    run(folder, tmp_path / "out", "--format=diffusers")
+    assert "guard" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_refused_weights_are_those_of_a_run(source, tmp_path, capsys):
+    message = fails([source, tmp_path / "out", "--format=diffusers", "--refused"], capsys)
+    assert f"--refused: {source} is no training run" in message
+
+
+def test_a_layout_that_needs_pytorch_says_so_before_anything_is_written(source, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(layout, "write_part", None)
+    message = fails([source, tmp_path / "out", "--format=wan"], capsys)
+    assert "a PyTorch checkpoint needs PyTorch: pip install torch" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_difference_is_told_in_a_screenful(workdir, source, tmp_path, capsys):
+    run(workdir, tmp_path / "x.safetensors", "--format=diffusers", "--as-lora", "--rank=4")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 24 and any("squared change" in line for line in lines)

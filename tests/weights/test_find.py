@@ -445,3 +445,15 @@ def test_the_embedded_model_is_one():
     assert tuple(model.parts) == PARTS and model.tokenizer is not None
     for part in PARTS:
         opened(embedded_model(), part)
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_the_workdir_of_a_run_is_no_model_and_says_where_that_is(tmp_path, ended):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    there = "the model that it leaves when it has ended will be"
+    if ended:
+        (tmp_path / "model").mkdir()
+        there = "its model is"
+    with pytest.raises(UserError, match=f"^{tmp_path}: the workdir of a training run; {there} {tmp_path}/model$"):
+        find_model(tmp_path)

@@ -32,11 +32,9 @@ from vpae_jax.encoding.encoder import (
     write_units,
 )
 from vpae_jax.encoding.units import Units
-from vpae_jax.flow.draws import noise_of_seed
+from vpae_jax.flow.draws import SEEDS, check_seed, noise_of_seed
 from vpae_jax.flow.sampler import Sampler, Solver
 from vpae_jax.types import UserError
-
-SEEDS = 2**31  # JAX takes seeds of 32 bits with a sign
 
 
 @runtime_checkable
@@ -78,8 +76,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _ = self.sampler  # refuses what no sampler is
-        if not 0 <= self.seed < SEEDS:
-            raise UserError(f"seed is {self.seed}; expected a number from 0 to 2^31 - 1")
+        check_seed(self.seed)
 
     @property
     def sampler(self) -> Sampler:
@@ -100,7 +97,7 @@ def describe(captions: Captions, encoders: Encoders, teacher: Teacher, recipe: R
     teacher.latent_shape(1, *recipe.size)
     if recipe.seed + captions.rows > SEEDS:
         raise UserError(
-            f"seed is {recipe.seed}: too high for {captions.rows} captions, each has the next one up to 2^31"
+            f"seed is {recipe.seed}: too high for {captions.rows} captions, each has the next one, up to {SEEDS - 1}"
         )
     prints = []
     for model in (encoders.vae, teacher.vae, teacher.transformer):

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
-from vpae_jax.types import PRNGKey
+from vpae_jax.types import PRNGKey, UserError
+
+SEEDS = 2**32  # of a larger number JAX drops bits, so that it would repeat another
 
 
 def clip_keys(key: PRNGKey, clips: int) -> Key[Array, "b"]:
@@ -46,7 +48,18 @@ def bernoulli(key: PRNGKey, probability: float, clips: int) -> Bool[Array, "b"]:
     return uniform(key, clips) < probability
 
 
+def check_seed(seed: int, name: str = "seed") -> None:
+    """Raises `UserError` for a seed whose numbers would be another one's."""
+    if not 0 <= seed < SEEDS:
+        raise UserError(f"{name} is {seed}, expected a number from 0 to {SEEDS - 1}")
+
+
 def noise_of_seed(seed: int, shape: tuple[int, ...]) -> tuple[Float[Array, "..."], PRNGKey]:
-    """The noise that a clip of this seed is sampled from, and the key of solvers that draw more."""
+    """The noise that a clip of this seed is sampled from, and the key of solvers that draw more.
+
+    Raises:
+      UserError: a seed that is negative or 2^32 or more.
+    """
+    check_seed(seed)
     noise, key = jax.random.split(jax.random.key(seed))
     return jax.random.normal(noise, shape), key

@@ -301,6 +301,8 @@ class Pipeline:
         shape = self.latent_shape(1, num_frames, height, width)
         if noise is not None and noise.shape != shape:
             raise UserError(f"noise has shape {noise.shape}, expected {shape}: one clip's latents, channels last")
+        drawn, key = noise_of_seed(seed, shape)
+        noise = drawn if noise is None else noise
         pictures = None if image is None else image[None]
         sampler = self.sampler(steps, guidance, solver, shift)
         condition = self.condition([prompt], pictures, num_frames, height, width)
@@ -308,8 +310,6 @@ class Pipeline:
         if sampler.guidance > 1:
             text, mask = self._encode_negative_prompt(negative_prompt)
             unconditional = dataclasses.replace(condition, text=text, text_mask=mask)
-        drawn, key = noise_of_seed(seed, shape)
-        noise = drawn if noise is None else noise
         latents = self.sample(noise, condition, unconditional, sampler, key)
         return np.asarray(self.decode(latents)[0])
 

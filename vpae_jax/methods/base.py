@@ -177,6 +177,7 @@ class Update:
       every: it runs every so many steps, counted from `starts`.
       repeats: how many times in a row it runs, each on a batch of its own.
       starts: the first step on which it runs (a discriminator's head start delays the generator).
+      delay: the method's field that `starts` comes from, for messages.
     """
 
     trains: tuple[str, ...]
@@ -184,6 +185,7 @@ class Update:
     every: int = 1
     repeats: int = 1
     starts: int = 0
+    delay: str = ""
 
     @property
     def name(self) -> str:

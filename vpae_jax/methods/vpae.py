@@ -159,7 +159,7 @@ class PhaseOne(Distillation):
     def updates(self) -> tuple[Update, ...]:
         if self.count == "all":
             last = self.fake_updates - 1
-            generator = Update(("generator",), self.generator_loss, every=self.fake_updates, starts=last)
+            generator = Update(("generator",), self.generator_loss, every=self.fake_updates, starts=last, delay="fake_updates")
             return Update(("fake_score",), self.fake_score_loss), generator
         return (
             Update(("fake_score",), self.fake_score_loss, repeats=self.fake_updates),
@@ -279,7 +279,7 @@ class PhaseTwo(Distillation):
         trained = ("heads", "backbone") if self.backbone == "full_copy" else ("heads",)
         return (
             Update(trained, self.discriminator_loss, repeats=self.disc_updates),
-            Update(("generator",), self.generator_loss, starts=self.disc_warmup),
+            Update(("generator",), self.generator_loss, starts=self.disc_warmup, delay="disc_warmup"),
         )
 
     @property

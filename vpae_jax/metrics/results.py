@@ -85,7 +85,10 @@ def headline(rows: Sequence[Row], compared: Metric) -> list[tuple[str, str]]:
         key = f"{half}/{compared.name}"
         if naive and key in naive[0].scores and key in student.scores:
             change = f"{naive[0].scores[key]:.0f} {ARROW} {student.scores[key]:.0f}"
-            found.append((change, f"{compared.label}, {name.lower()}: {naive[0].name} {ARROW} {student.name}"))
+            label = f"{compared.label}, {name.lower()}: {naive[0].name} {ARROW} {student.name}"
+            if key in first.scores:
+                label += f"; {first.name} in {first.evaluations}: {first.scores[key]:.0f}"
+            found.append((change, label))
     return found
 
 

@@ -14,6 +14,7 @@ from vpae_jax.planning.clips import ClipSize
 from vpae_jax.planning.programs import Program, Programs, draw_up, setting_of
 from vpae_jax.planning.result import Plan, ProgramPlan
 from vpae_jax.planning.topology import Topology
+from vpae_jax.runtime.progress import working
 from vpae_jax.train.state import TrainState
 from vpae_jax.types import UserError
 
@@ -42,8 +43,8 @@ def make_plan(
     kept = memory.persistent(programs)
     made: list[ProgramPlan] = []
     for program in programs.updates:
-        say(f"compiling {program.name} for {topology.name}")
-        made.append(_compile(program, programs, topology))
+        with working(f"compiling {program.name} for {topology.name}", say):
+            made.append(_compile(program, programs, topology))
         held = sizes(kept, made)
         if fail_fast and (None in held.values() or sum(s or 0 for s in held.values()) > topology.chip.capacity):
             break

@@ -42,6 +42,7 @@ from vpae_jax.train.roles import check_roles
 from vpae_jax.train.state import abstract, create
 from vpae_jax.types import Params, PixelBatch, UserError
 from vpae_jax.weights.directory import ModelDirectory
+from vpae_jax.weights.filenames import PRODUCT
 from vpae_jax.weights.find import find_model
 from vpae_jax.weights.settings import Scheduler
 
@@ -127,7 +128,8 @@ def run(experiment: Experiment, workdir: Path, devices: Sequence[Any] | None = N
 
         if not guard.decide(int(state.step), maker.judged(state), lambda: maker.of_start(begin())):
             params, averages = begin(), None
-    folder = write_product(experiment, workdir, task, source, maker, params, averages)
+    facts = {} if guard is None else {"guard": guard.read()["reason"]}
+    folder = write_student(experiment, workdir, task, source, maker, params, averages, facts)
     say(f"model directory: {folder}")
 
 
@@ -152,7 +154,7 @@ def check_settings(experiment: Experiment, method: Method) -> None:
         if update.starts >= experiment.steps:
             raise UserError(
                 f"config.steps is {experiment.steps}, but the {update.name} is trained from step {update.starts} on; "
-                "raise config.steps or shorten the warm-up"
+                f"raise config.steps, or lower config.method.{update.delay}"
             )
 
 
@@ -185,7 +187,10 @@ def make_hooks(
     if maker is None or pipeline is None:
         return ()
     if guard is not None:
-        hooks.append(Hook(experiment.guard.every, lambda step, state: guard.score(step, maker.judged(state))))
+        score = Hook(
+            experiment.guard.every, lambda step, state: guard.score(step, maker.judged(state)), "scoring held-out clips"
+        )
+        hooks.append(score)
     if experiment.sample_every:
         teacher = None
         if "teacher" in maker.frozen:
@@ -196,11 +201,11 @@ def make_hooks(
         except TooFew as error:
             say(f"previews: off, since {error}")
         else:
-            hooks.append(Hook(experiment.sample_every, previews))
+            hooks.append(Hook(experiment.sample_every, previews, "making previews"))
     return tuple(hooks)
 
 
-def write_product(
+def write_student(
     experiment: Experiment,
     workdir: Path,
     task: Task,
@@ -208,19 +213,22 @@ def write_product(
     maker: Maker | None,
     params: Mapping[str, Params],
     averages: Mapping[str, Params] | None,
+    facts: Mapping[str, str],
 ) -> Path:
     """The model directory of a finished run, from its roles' final weights. All processes call this; one writes.
 
     Args:
       averages: None where they are equal to the weights.
+      facts: what its card says of the run.
     """
-    folder = workdir / export.FOLDER
+    folder = workdir / PRODUCT
     if maker is not None and source is not None:
         student = maker.student
         trained, low = maker.exported(params, averages)
         boundary = None if low is None else student.boundary
         if is_first():
-            export.write_student(workdir, source, trained, student.sampler, experiment.sample_shift, low, boundary)
+            shift = experiment.sample_shift
+            export.write_student(workdir, source, trained, student.sampler, shift, low, boundary, facts)
         return folder
     final = {name: to_host((averages or {}).get(f"{name}_{EMA}", tree)) for name, tree in params.items()}
     if is_first():

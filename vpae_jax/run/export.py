@@ -8,23 +8,23 @@ writes it (`tasks.base.Task.write_model`).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from vpae_jax.flow.sampler import Sampler
 from vpae_jax.models.wan_dit import WanTransformerConfig
 from vpae_jax.types import Params
-from vpae_jax.weights.card import Provenance
 from vpae_jax.weights.directory import ModelDirectory
-from vpae_jax.weights.layout import Contents, write_model
+from vpae_jax.weights.layout import Contents, write_product
 from vpae_jax.weights.lora import Lora, Merged
 from vpae_jax.weights.parts import LOW
 from vpae_jax.weights.settings import Scheduler
 from vpae_jax.weights.writing import Values, from_tree
 
-FOLDER = "model"
 APART = 1e-4  # between two experts' boundary and the nearest time
 
 
@@ -54,6 +54,7 @@ def write_student(
     shift: float = 1.0,
     low: Trained | None = None,
     boundary: float | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> Path:
     """The model directory of a student.
 
@@ -66,6 +67,7 @@ def write_student(
       shift: of even times, for other numbers of steps than the sampler's (`Scheduler.of`).
       low: the second expert.
       boundary: time in (0, 1) between two experts; given if `low` is.
+      facts: what the directory's card says of the run.
     """
     if (low is None) != (boundary is None):
         raise ValueError("a second expert and a boundary belong together")
@@ -75,17 +77,10 @@ def write_student(
     if low is not None and boundary is not None:
         parts[LOW], boundary = low.values(config), _apart(boundary, sampler)
     lora = trained.lora if low is None else None
-    return _write(workdir, Contents(others, parts, Scheduler.of(sampler, shift), boundary=boundary, lora=lora))
+    contents = Contents(others, parts, Scheduler.of(sampler, shift), boundary=boundary, lora=lora)
+    return write_product(workdir, contents, facts)
 
 
 def _apart(boundary: float, sampler: Sampler) -> float:
     """The boundary, a little lower where it is one of the times, which in float32 may fall on either side of it."""
     return boundary - APART if any(abs(t - boundary) < APART for t in sampler.times) else boundary
-
-
-def _write(workdir: Path, contents: Contents) -> Path:
-    folder, base = workdir / FOLDER, contents.base
-    contents.base.require_whole(contents.parts)
-    given = Provenance(str(workdir), {"started from": str(base.path)} if base.parts else {})
-    write_model(folder, dataclasses.replace(contents, provenance=given), overwrite=True)
-    return folder

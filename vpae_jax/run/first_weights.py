@@ -9,7 +9,7 @@ import jax
 
 from vpae_jax import sharding
 from vpae_jax.config import Experiment
-from vpae_jax.files import resolve
+from vpae_jax.files import IN_WORKDIR, resolve
 from vpae_jax.methods.base import EMA
 from vpae_jax.train.blueprint import Blueprint
 from vpae_jax.train.checkpoint import latest_step, read_state
@@ -22,7 +22,7 @@ from vpae_jax.weights.locate import locate
 
 def resolve_model(path: str, workdir: Path) -> Path:
     """`files.resolve` for a model, which may be "tiny" or an id of the Hugging Face hub, too."""
-    return resolve(path, workdir) if path.startswith("../") else locate(path)
+    return resolve(path, workdir) if path.startswith(IN_WORKDIR) else locate(path)
 
 
 def make_weights(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,30 @@ from vpae_jax.methods.base import Method, all_views
 from vpae_jax.run.generation import Generation, scores_of
 from vpae_jax.runtime.processes import as_first_says, is_first, say
 from vpae_jax.tasks.base import Task
+from vpae_jax.weights.filenames import read_json
 
 FILE = "guard.json"
 # How many times as far from real clips as at the start a single mode may end.
 MOST = 1.5
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a finished run's guard decided: whether its trained weights are kept, and why."""
+
+    kept: bool
+    reason: str
+
+
+def verdict(workdir: Path, config: Mapping[str, Any]) -> Verdict | None:
+    """What the guard of a run decided, None where it has not, or was switched off (the run's `config.json` says).
+
+    Raises:
+      UserError: guard.json cannot be read.
+    """
+    file = workdir / FILE
+    found = read_json(file) if config.get("guard", {}).get("enabled") and file.is_file() else {}
+    return Verdict(bool(found["kept"]), str(found.get("reason", ""))) if "kept" in found else None
 
 
 def obstacle(method: Method) -> str | None:
@@ -76,6 +97,8 @@ class Guard:
         scores = {name: value for name, value in scores.items() if math.isfinite(value)}
         kept = self.read()
         self._write({**kept, "scores": {**kept["scores"], str(step): scores}})
+        shown = ", ".join(f"{part} {scores[part]:.1f}" for part in self._names if part in scores)
+        say(f"step {step}: held-out {self.metric.label}: {shown or 'none, since the clips are not finite'}")
         return {f"held_out/{name}": value for name, value in scores.items()}
 
     def decide(self, last: int, final: Denoiser, start: Callable[[], Denoiser]) -> bool:

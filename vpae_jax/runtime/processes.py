@@ -16,6 +16,7 @@ from jax._src import distributed  # no public name gives a key-value store, or a
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float
+from tqdm import tqdm
 
 from vpae_jax.types import UserError
 
@@ -37,9 +38,10 @@ def is_first() -> bool:
 
 
 def say(text: str) -> None:
-    """Prints a line once, not once a process."""
+    """Prints a line once, not once a process, and above a progress bar if there is one."""
     if is_first():
-        print(text, flush=True)
+        with tqdm.external_write_mode():
+            print(text, flush=True)
 
 
 def wait_for_all(name: str, seconds: int = PATIENCE) -> None:

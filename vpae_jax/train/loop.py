@@ -55,10 +55,12 @@ class Hook:
       every: interval in steps; it also runs before the first and after the last step.
       run: receives the number of completed steps and the state (whose buffers the next step consumes); returns scalars
         to record.
+      name: what it does, as in "scoring held-out clips".
     """
 
     every: int
     run: Callable[[int, TrainState], Mapping[str, float]]
+    name: str
 
     def due(self, step: int, last: int) -> bool:
         return step in (0, last) or (self.every > 0 and step % self.every == 0)
@@ -113,16 +115,17 @@ def train(
                 for repeat in range(update.repeats):
                     with clock.waiting(scalars_of_update):
                         batch = next(batches)
-                    state, scalars_of_update = programs[index](state, frozen, put(batch), jnp.int32(repeat))
+                    with metrics.first_time(f"compiling the {update.name}'s update"):
+                        state, scalars_of_update = programs[index](state, frozen, put(batch), jnp.int32(repeat))
                     scalars |= scalars_of_update
             state = replace(state, step=state.step + 1)
             if pending is not None:
-                _record(metrics, *pending, clock, batches, experiment.log_every, workdir)
+                _record(metrics, *pending, clock, batches, experiment, checkpoints)
             pending = (step + 1, scalars)
             metrics.advance()
             last, stopping = step + 1 == experiment.steps, stop(step + 1)
             if last or stopping or (step + 1) % experiment.checkpoint_every == 0:
-                _record(metrics, *pending, clock, batches, experiment.log_every, workdir)
+                _record(metrics, *pending, clock, batches, experiment, checkpoints)
                 pending = None
                 checkpoints.save(state, batches)
             if stopping and not last:
@@ -159,16 +162,26 @@ class Clock:
         return result
 
 
-def _record(metrics: MetricsLog, step: int, scalars: dict, clock: Clock, data: Data, every: int, workdir: Path) -> None:
-    """Waits for one step's metrics, checks them, and writes them when due, with what slowed any of the processes."""
+def _record(
+    metrics: MetricsLog,
+    step: int,
+    scalars: dict,
+    clock: Clock,
+    data: Data,
+    experiment: Experiment,
+    checkpoints: Checkpoints,
+) -> None:
+    """Waits for one step's metrics, checks them, and writes them when due, and the last ones, with what slowed any of the
+    processes."""
     values = {name: float(value) for name, value in jax.device_get(scalars).items()}
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if bad:
+        saved = checkpoints.latest()
+        kept = "there is no checkpoint yet" if saved is None else f"the checkpoint of step {saved} is kept"
         raise UserError(
-            f"step {step}: {bad[0]} is not finite; the last good checkpoint is kept in {workdir}; "
-            "lower that role's learning_rate or clip_norm and start again"
+            f"step {step}: {bad[0]} is not finite; {kept}; lower that role's learning_rate or clip_norm and start again"
         )
-    if step % every == 0:
+    if step % experiment.log_every == 0 or step == experiment.steps:
         times = clock.read(step)
         waits, bad = processes.of_all(np.array([times["data_wait"], data.bad])).T
         metrics.write(step, {**values, **times, "data_wait": float(waits.max()), "bad_records": float(bad.sum())})
@@ -177,6 +190,7 @@ def _record(metrics: MetricsLog, step: int, scalars: dict, clock: Clock, data: D
 def _run_hooks(hooks: tuple[Hook, ...], step: int, last: int, state: TrainState, metrics: MetricsLog) -> None:
     for hook in hooks:
         if hook.due(step, last):
-            scalars = hook.run(step, state)
+            with metrics.first_time(hook.name):
+                scalars = hook.run(step, state)
             if scalars:
                 metrics.write(step, scalars)

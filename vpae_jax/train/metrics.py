@@ -23,9 +23,14 @@ from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from vpae_jax.files import refused_writes, write_text
+from vpae_jax.runtime import progress
 from vpae_jax.runtime.processes import is_first, say
 
 JSONL = "metrics.jsonl"
+# The bar says what time is left once so many steps have been timed.
+MEASURED = 4
+UNTIMED = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+TIMED = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 FLUSH_SECONDS = 30.0  # after which numbers can be seen in TensorBoard
 
 
@@ -42,7 +47,7 @@ class MetricsLog:
     """
 
     def __init__(self, workdir: Path, start: int, steps: int):
-        self.writes, self.file = is_first(), workdir / JSONL
+        self.writes, self.file, self.begun = is_first(), workdir / JSONL, set[str]()
         if not self.writes:
             return
         lines = _lines(self.file) if start else []
@@ -51,7 +56,15 @@ class MetricsLog:
         kept = [record for record in lines if record is not None and record["step"] <= start]
         write_text(self.file, "".join(json.dumps(record) + "\n" for record in kept))
         self.board = _Board(workdir / "tensorboard", start)
-        self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
+        self.steps, self.timed = steps, 0
+        self.bar = tqdm(
+            total=steps,
+            initial=start,
+            unit="step",
+            dynamic_ncols=True,
+            bar_format=UNTIMED,
+            disable=not sys.stderr.isatty(),
+        )
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Records one step's scalars everywhere; the terminal shows the losses."""
@@ -61,16 +74,36 @@ class MetricsLog:
             file.write(json.dumps({"step": step, **scalars}) + "\n")
         self.board.write(step, scalars)
         losses = {n.removesuffix("/loss"): v for n, v in scalars.items() if n.endswith("/loss")}
+        if not losses:  # scores, which what made them shows
+            return
         text = "  ".join(f"{name} {value:.4g}" for name, value in losses.items())
+        self.bar.set_postfix_str(text)
         if self.bar.disable:
-            print(f"step {step}/{self.bar.total}  {text}  {scalars.get('seconds_per_step', 0):.3g} s/step", flush=True)
-        else:
-            self.bar.set_postfix_str(text)
+            seconds = scalars.get("seconds_per_step")
+            pace = f"  {seconds:.3g} s/step" if seconds else ""
+            print(f"step {step}/{self.steps}  {text}{pace}", flush=True)
 
     def advance(self) -> None:
         """One more step is done."""
+        if not self.writes:
+            return
+        self.timed += 1
+        if self.timed == MEASURED:
+            self.bar.bar_format = TIMED
+        self.bar.update()
+
+    @contextmanager
+    def first_time(self, what: str) -> Iterator[None]:
+        """Around what takes long when it first runs, since it is compiled then: says so, and leaves it out of the time
+        that a step takes."""
+        if what in self.begun:
+            yield
+            return
+        self.begun.add(what)
+        with progress.working(what, say):
+            yield
         if self.writes:
-            self.bar.update()
+            self.bar.unpause()
 
     def close(self) -> None:
         if self.writes:

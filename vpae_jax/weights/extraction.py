@@ -145,18 +145,13 @@ def low_rank(change: Float32[np.ndarray, "d_in d_out"], rank: int, seed: int = 0
 
 
 def format_energies(extraction: Extraction) -> str:
-    """The retained energies as text: a line a layer, then one a kind of layer, then all together."""
+    """The retained energies as text: a line for each kind of layer, then all together."""
     energies = extraction.energies
     kinds: dict[str, list[Energy]] = defaultdict(list)
     for energy in energies:
         kinds[energy.path].append(energy)
     width = max(len("linear layer"), *(len(path) for path in kinds))
-    lines = [f"{'linear layer':{width}}  layer  rank  ‖change‖  retained"]
-    lines += [
-        f"{energy.path:{width}}  {energy.layer:5}  {energy.rank:4}  {energy.change:8.3g}  {energy.retained:8.4f}"
-        for energy in energies
-    ]
-    lines += ["", f"{'linear layer':{width}}  layers  min retained  mean retained"]
+    lines = [f"{'linear layer':{width}}  layers  min retained  mean retained"]
     lines += [_summary(path, group, width) for path, group in kinds.items()]
     lines += [_summary("all", energies, width), *_totals(extraction)]
     return "\n".join(lines)

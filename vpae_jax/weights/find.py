@@ -21,10 +21,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from vpae_jax.train.checkpoint import CONFIG_FILE, FOLDER
 from vpae_jax.types import Note, UserError
 from vpae_jax.weights import dialects, infer
 from vpae_jax.weights.directory import EXTRAS, ModelDirectory, StoredPart, canonical, marks, open_files
-from vpae_jax.weights.filenames import CONFIG, INDEX, SETTINGS, read_json
+from vpae_jax.weights.filenames import CONFIG, INDEX, PRODUCT, SETTINGS, read_json
 from vpae_jax.weights.locate import locate
 from vpae_jax.weights.names import Layout
 from vpae_jax.weights.orbax import is_checkpoint
@@ -83,11 +84,14 @@ def find_model(
 
     Raises:
       UserError: as `locate`; a file that cannot be read, given alone; no such set of weights; a pipeline other than
-        Wan's. A part that cannot be read, or is there twice, is refused by `ModelDirectory.part`.
+        Wan's; the workdir of a training run. A part that cannot be read, or is there twice, is refused by `ModelDirectory.part`.
     """
     if isinstance(name, ModelDirectory):
         return name
     path = locate(name)
+    if (path / FOLDER).is_dir() and (path / CONFIG_FILE).is_file():
+        there = "its model is" if (path / PRODUCT).is_dir() else "the model that it leaves when it has ended will be"
+        raise UserError(f"{path}: the workdir of a training run; {there} {path / PRODUCT}")
     folder = path if path.is_dir() else path.parent
     settings = folder / SETTINGS
     configs = (_json(settings) or {}).get("parts", {})

@@ -15,14 +15,15 @@ from jax.typing import DTypeLike
 from vpae_jax.types import UserError
 from vpae_jax.weights.card import Card, Provenance, write_card
 from vpae_jax.weights.directory import ModelDirectory
-from vpae_jax.weights.filenames import INDEX, SCHEDULER, SETTINGS, VERSION, read_json, write_json
+from vpae_jax.weights.filenames import INDEX, PRODUCT, SCHEDULER, SETTINGS, VERSION, read_json, write_json
 from vpae_jax.weights.find import HIGH_FOLDER, LOW_FOLDER, find_model
 from vpae_jax.weights.image_processor import IMAGE_PROCESSOR_FILE, ImageProcessor
 from vpae_jax.weights.lora import Lora, write_lora
+from vpae_jax.weights.pickles import require_torch
 from vpae_jax.weights.parts import LOW, PARTS, check_fit, kind_of, makes_from_image, untold
 from vpae_jax.weights.settings import Defaults, Scheduler, read_defaults, read_scheduler
 from vpae_jax.weights.spiece import check_files
-from vpae_jax.weights.writing import Format, Values, open_values, replacing, verify_part, write_part
+from vpae_jax.weights.writing import Format, Values, is_pickled, open_values, replacing, verify_part, write_part
 
 WAN_TOKENIZER = Path("google/umt5-xxl")  # where Wan's own code looks
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what Diffusers' `load_lora_weights` looks for in a folder
@@ -93,6 +94,23 @@ class Contents:
         )
 
 
+def write_product(workdir: Path, contents: Contents, facts: Mapping[str, Any] | None = None) -> Path:
+    """Writes the model directory that a run leaves in its workdir, in place of an earlier one, and returns its path.
+
+    Args:
+      facts: what its card says of the run.
+
+    Raises:
+      UserError: a part is missing, or as `write_model`.
+    """
+    base, folder = contents.base, workdir / PRODUCT
+    base.require_whole(contents.parts)
+    begun = {"started from": str(base.path)} if base.parts else {}
+    provenance = Provenance(str(workdir), {**begun, **(facts or {})})
+    write_model(folder, dataclasses.replace(contents, provenance=provenance), overwrite=True)
+    return folder
+
+
 def write_model(
     folder: Path,
     contents: Contents,
@@ -119,11 +137,15 @@ def write_model(
       how many parameters and layers of each part were compared; nothing without `verify`.
 
     Raises:
-      UserError: `folder` exists, parts do not fit together, or do not read back as they were written.
+      UserError: `folder` exists, parts do not fit together, or do not read back as they were written; the layout needs
+        PyTorch, which is not installed.
     """
     if folder.exists() and not (overwrite and (folder / INDEX).is_file()):
         raise UserError(f"{folder}: already exists; remove it or choose another destination")
     card = contents.card(form)
+    for name in card.parts:
+        if is_pickled(name, form):  # said before the transformer is written, which takes minutes
+            require_torch(folder / PARTS[name].wan_file)
     with replacing(folder) as temporary:
         temporary.mkdir()
         for name in card.parts:

@@ -93,7 +93,7 @@ def write_pickle(path: Path, values: Iterable[tuple[str, HostArray]]) -> None:
     Raises:
       UserError: PyTorch is not installed.
     """
-    torch = _torch(path)
+    torch = require_torch(path)
     tensors = {}
     for name, value in values:
         # PyTorch warns of memory that it may not write to.
@@ -107,7 +107,8 @@ def write_pickle(path: Path, values: Iterable[tuple[str, HostArray]]) -> None:
     atomically(path, write)
 
 
-def _torch(path: Path) -> Any:
+def require_torch(path: Path) -> Any:
+    """PyTorch. Raises `UserError` where it is not installed, since a checkpoint needs it."""
     try:
         import torch
     except ImportError as error:
@@ -117,7 +118,7 @@ def _torch(path: Path) -> Any:
 
 def _load(path: Path, file: BinaryIO) -> dict[str, Any]:
     """The tensors as plain dense `torch.Tensor`s on the CPU; errors as `Checkpoint`."""
-    torch = _torch(path)
+    torch = require_torch(path)
     try:
         records = _records(path, file)
         with warnings.catch_warnings():

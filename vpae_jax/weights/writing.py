@@ -169,6 +169,11 @@ def open_values(model: ModelDirectory, part: str) -> Iterator[Values]:
             yield FromFiles(source, tensors, stack.enter_context(source.open_extras()))
 
 
+def is_pickled(part: str, form: Format) -> bool:
+    """Whether a layout keeps a part in a PyTorch checkpoint."""
+    return form == "wan" and kind_of(part) != "transformer"
+
+
 def write_part(
     folder: Path,
     part: str,
@@ -202,7 +207,7 @@ def write_part(
     prefix = spec.prefix[form]
     tensors = _tensors(part, parameters, values, prefix, stored)
     extras = tuple(values.extras(form))
-    if form == "wan" and kind_of(part) != "transformer":
+    if is_pickled(part, form):
         write_pickle(folder / spec.wan_file, chain(tensors, _read(extras)))
         return
     infos = _infos(parameters, prefix, stored) + _announced(extras)

@@ -24,12 +24,11 @@ from vpae_jax.types import Params
 from vpae_jax.weights.card import Provenance
 from vpae_jax.weights.directory import ModelDirectory
 from vpae_jax.weights.find import find_model
-from vpae_jax.weights.layout import Contents, write_model
+from vpae_jax.weights.layout import Contents, write_product
 from vpae_jax.weights.loading import build as build_part
 from vpae_jax.weights.settings import Defaults, Scheduler
 from vpae_jax.weights.writing import from_tree
 
-FOLDER = "model"
 STATISTICS_CLIPS = 256
 # The tiny clip: 9 frames of 48x48, shown slowly enough to be followed.
 TINY_CLIP = Defaults(num_frames=9, height=48, width=48, fps=8.0)
@@ -53,7 +52,7 @@ def write_autoencoder(workdir: Path, preset: str, params: Params, clips: MovingD
     parts["vae"] = from_tree("vae", vae, params)
     with tempfile.TemporaryDirectory() as source:
         build_tokenizer(Path(source) / "tokenizer")
-        return _write(workdir, Contents(find_model(Path(source)), parts, scheduler, TINY_CLIP))
+        return write_product(workdir, Contents(find_model(Path(source)), parts, scheduler, TINY_CLIP))
 
 
 def write_encoders(workdir: Path, preset: str, params: Params, source: ModelDirectory) -> Path:
@@ -61,15 +60,7 @@ def write_encoders(workdir: Path, preset: str, params: Params, source: ModelDire
     sizes = presets.find(preset)
     names = ("text_encoder", "image_encoder")
     parts = {name: from_tree(name, getattr(sizes, name), params[name]) for name in names}
-    return _write(workdir, Contents(source, parts))
-
-
-def _write(workdir: Path, contents: Contents) -> Path:
-    folder, base = workdir / FOLDER, contents.base
-    base.require_whole(contents.parts)
-    given = Provenance(str(workdir), {"started from": str(base.path)} if base.parts else {})
-    write_model(folder, dataclasses.replace(contents, provenance=given), overwrite=True)
-    return folder
+    return write_product(workdir, Contents(source, parts))
 
 
 def latent_statistics(config: Any, params: Params, clips: MovingDigits) -> dict[str, tuple[float, ...]]:

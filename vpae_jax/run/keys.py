@@ -1,0 +1,144 @@
+"""The keys of a config, as `--help` lists them and a mistyped one is answered.
+
+A key's meaning stands in the docstring of the dataclass that it becomes a field of, and is read from there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import re
+import textwrap
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict, FieldReference
+
+from vpae_jax.config import Experiment, nearest
+from vpae_jax.methods import METHODS
+from vpae_jax.models.heads import HeadsConfig
+from vpae_jax.types import UserError
+
+PREFIX = "--config."
+# "      name, other: what they are", and lines that go on, indented further.
+_ATTRIBUTE = re.compile(r"^ {2}(?P<names>\w+(?:, \w+)*): (?P<text>.*(?:\n {4,}.*)*)", re.M)
+
+
+def load(path: str) -> ConfigDict:
+    """A config as a file makes it, "FILE.py" or "FILE.py:PRESET".
+
+    Raises:
+      UserError: there is no such file, or no such preset.
+    """
+    file, *preset = path.split(":", 1)
+    if not Path(file).is_file():
+        raise UserError(f"--config={path}: no such file; configs/ holds one for each method")
+    spec = importlib.util.spec_from_file_location("config_file", file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config={path}: expected a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*preset)
+
+
+def given(argv: Sequence[str]) -> str | None:
+    """What a command line gives as --config."""
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and name == "config":
+            return value if equals else following
+    return None
+
+
+def check(argv: Sequence[str]) -> None:
+    """Raises `UserError` for the first override on a command line of a key that its config does not have."""
+    path = given(argv)
+    if path is None:
+        return
+    config = load(path)
+    for argument in argv:
+        if argument.startswith(PREFIX):
+            key = argument.removeprefix(PREFIX).partition("=")[0]
+            if "[" not in key:  # which leads to a key that is no name, such as a pattern
+                _find(config, key)
+
+
+def _find(config: ConfigDict, key: str) -> None:
+    """Raises `UserError` for a key that a config does not have, or that names a part of it."""
+    holder: Any = config
+    path = "config"
+    for name in key.split("."):
+        if not isinstance(holder, ConfigDict):
+            raise UserError(f"{path}: is a value, and has no key {name!r}")
+        if name not in holder:
+            raise UserError(f"{path}.{name}: unknown key{nearest(name, holder)}")
+        holder, path = holder[name], f"{path}.{name}"
+    if isinstance(holder, ConfigDict):
+        raise UserError(f"{path}: is a part with keys of its own; give one of these: {', '.join(sorted(holder))}")
+
+
+def page(argv: Sequence[str]) -> str:
+    """Every key of the config that a command line names, with its value and meaning; how to see them if it names none.
+
+    Raises:
+      UserError: as `load`.
+    """
+    path = given(argv)
+    if path is None:
+        return f"With --config=FILE.py[:PRESET] --help lists the config's keys, each given as {PREFIX}KEY=VALUE."
+    config = load(path)
+    lines = [f"Keys of {path}, each given as {PREFIX}KEY=VALUE:", ""]
+    for key, value, meaning in _keys(config, Experiment, ""):
+        lines.append(f"  {key} = {value!r}" if isinstance(value, str) else f"  {key} = {value}")
+        lines += textwrap.wrap(meaning, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+def _keys(config: Mapping[str, Any], owner: Any, prefix: str) -> Iterator[tuple[str, Any, str]]:
+    """Each key below a part of a config: its path, its value and its meaning.
+
+    Args:
+      owner: the dataclass that the part becomes; None if it becomes none.
+    """
+    known = meanings(owner) if owner is not None else {}
+    for name in config:
+        value, path = config[name], f"{prefix}{name}"
+        if isinstance(value, FieldReference):
+            value = value.get()
+        if isinstance(value, Mapping | ConfigDict):
+            yield from _keys(value, _type_of(owner, name, config), f"{path}.")
+        else:
+            yield path, value, known.get(name, "")
+
+
+def _type_of(owner: Any, name: str, config: Mapping[str, Any]) -> Any:
+    """The dataclass that a part of a config becomes; None if it becomes none."""
+    if owner is Experiment and name == "method":
+        return METHODS[config[name]["name"]]
+    if owner is Experiment and name == "networks":
+        return Mapping[str, HeadsConfig]
+    if typing.get_origin(owner) is not None:  # a mapping of names to parts of one kind
+        return _dataclass_in(typing.get_args(owner)[-1])
+    return _dataclass_in(typing.get_type_hints(owner).get(name)) if is_dataclass(owner) else None
+
+
+def _dataclass_in(hint: Any) -> Any:
+    """The dataclass that a hint is, or is a choice or a mapping of."""
+    if is_dataclass(hint):
+        return hint
+    inner = [found for found in map(_dataclass_in, typing.get_args(hint)) if found is not None]
+    mapped = isinstance(typing.get_origin(hint), type) and issubclass(typing.get_origin(hint), Mapping)
+    return (hint if mapped else inner[0]) if inner else None
+
+
+def meanings(owner: Any) -> dict[str, str]:
+    """What the docstrings of a dataclass, and of those it derives from, say of its fields."""
+    found: dict[str, str] = {}
+    for cls in reversed(owner.__mro__ if inspect.isclass(owner) else ()):
+        _, _, attributes = inspect.cleandoc(cls.__dict__.get("__doc__") or "").partition("Attributes:\n")
+        for match in _ATTRIBUTE.finditer(attributes.partition("\n\n")[0]):
+            found |= dict.fromkeys(match["names"].split(", "), " ".join(match["text"].split()))
+    return found
