@@ -206,7 +206,18 @@ def step_times(batches: Any, steps: int) -> tuple[float, float, float]:
         return {}
 
     with tempfile.TemporaryDirectory() as workdir:
-        train(experiment, method, models, optimizers, state, {}, batches, lambda x: x, Path(workdir), (Hook(1, note, "noting"),))
+        train(
+            experiment,
+            method,
+            models,
+            optimizers,
+            state,
+            {},
+            batches,
+            lambda x: x,
+            Path(workdir),
+            (Hook(1, note, "noting"),),
+        )
         # The last one is read together with the one before, and saves a checkpoint.
         found = read_metrics(Path(workdir))[WARM_UP:-1]
     seconds, waits = ([record[name] for record in found] for name in ("seconds_per_step", "data_wait"))

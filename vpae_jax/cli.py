@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 
 from vpae_jax.files import local_path
+from vpae_jax.runtime.platforms import skip_absent_tpus
 from vpae_jax.types import Note, UserError
 
 EXIT_BAD_INPUT = 2
@@ -60,7 +61,7 @@ def finite(text: str) -> float:
 
 def run(main: Main, argv: list[str] | None = None) -> None:
     """Runs a program on its arguments, by default the command line's; `UserError` ends it with one line."""
-    _show_notes()
+    _begin()
     try:
         main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
@@ -76,7 +77,7 @@ def launch(main: Main, check: Callable[[list[str]], None], page: Callable[[list[
       check: raises `UserError` for arguments that name no key of their config.
       page: what --help shows of the config that the arguments name, after the program's flags.
     """
-    _show_notes()
+    _begin()
 
     def parse(argv: list[str]) -> list[str]:
         if HELP & set(argv):
@@ -114,8 +115,9 @@ def _parse(argv: list[str]) -> list[str]:
     return rest
 
 
-def _show_notes() -> None:
-    """Shows every `Note` in one line; other warnings stay as they are."""
+def _begin() -> None:
+    """Looks for no TPU where none can be, and shows every `Note` in one line; other warnings stay as they are."""
+    skip_absent_tpus()
     others = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:

@@ -123,8 +123,8 @@ def read_run(workdir: Path, weights: str | None, base: str | None, refused: bool
     decided = verdict(workdir, run)
     if decided is not None and not decided.kept and not refused:
         raise UserError(
-            f"{workdir}: its guard turned the trained weights down ({decided.reason}); {workdir / PRODUCT} holds those, "
-            "and converts as any model; --refused converts the trained ones"
+            f"{workdir}: its guard turned the trained weights down ({decided.reason}); {workdir / PRODUCT} holds "
+            "those, and converts as any model; --refused converts the trained ones"
         )
     model = find_model(resolve_model(run["model"]["path"], workdir) if base is None else base)
     method, state = make_method(run["method"]), read_state(workdir)

@@ -311,7 +311,10 @@ def test_no_clip_is_an_error(run, tmp_path):
         ({"videos": None, "captions": "captions.txt", "guidance": 0.5}, "guidance is 0.5, expected at least 1"),
         ({"videos": None, "captions": "captions.txt", "guidance": "inf"}, "guidance is inf, expected at least 1"),
         ({"videos": None, "captions": "captions.txt", "shift": 0}, "shift is 0.0, expected a positive number"),
-        ({"videos": None, "captions": "captions.txt", "seed": -1}, "--seed is -1, expected a number from 0 to 4294967295"),
+        (
+            {"videos": None, "captions": "captions.txt", "seed": -1},
+            "--seed is -1, expected a number from 0 to 4294967295",
+        ),
         ({"videos": None, "captions": "captions.txt", "seed": 2**32 - 1}, "too high for 2 captions"),
         ({"videos": None, "captions": "captions.txt", "num_frames": 8}, "num_frames is 8, expected 1 + a multiple"),
         ({"videos": None, "captions": "captions.txt", "num_frames": 0}, "num_frames is 0, expected 1 + a multiple"),

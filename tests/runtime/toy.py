@@ -102,7 +102,9 @@ def main(argv: list[str]) -> None:
             return {}
 
         models = RoleModels(method.roles, all_views(method), {"vae": graph})
-        last = train(experiment, method, models, optimizers, state, {}, batches, put, workdir, (Hook(1, wait, "waiting"),), stop)
+        last = train(
+            experiment, method, models, optimizers, state, {}, batches, put, workdir, (Hook(1, wait, "waiting"),), stop
+        )
         say(f"ended at step {int(last.step)} of {steps}")
 
 

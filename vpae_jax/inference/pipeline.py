@@ -29,14 +29,13 @@ from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 from PIL import Image
-from transformers import PreTrainedTokenizerBase
 
 from vpae_jax import sharding
 from vpae_jax.flow.draws import noise_of_seed
 from vpae_jax.flow.sampler import Sampler, Solver
 from vpae_jax.inference import samplers
 from vpae_jax.inference.samplers import MASK_CHANNELS, Denoiser
-from vpae_jax.inference.tokenizer import check_ids, load_tokenizer, tokenize
+from vpae_jax.inference.tokenizer import PreTrainedTokenizerBase, check_ids, load_tokenizer, tokenize
 from vpae_jax.models.clip import CLIPVision
 from vpae_jax.models.parallel import MeshLayout
 from vpae_jax.models.umt5 import UMT5Encoder

@@ -7,15 +7,20 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Int
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from vpae_jax.types import UserError
-from vpae_jax.weights.spiece import check_files
+from vpae_jax.weights.spiece import check_files, import_transformers
+
+# Transformers is imported when a tokenizer is loaded (`weights.spiece.import_transformers`).
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+else:
+    PreTrainedTokenizerBase = Any
 
 SHOWN = 80  # characters of a text that is too long
 # Characters that these steps make of one at most: of Unicode's normal forms, and bytes as characters.
@@ -42,7 +47,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     check_files(folder)
     try:
         _check_content(folder)
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer: Any = import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
         backend = tokenizer.backend_tokenizer
         _check_growth(_state(backend.normalizer), _state(backend.pre_tokenizer))
         limit = tokenizer.model_max_length

@@ -159,7 +159,9 @@ class PhaseOne(Distillation):
     def updates(self) -> tuple[Update, ...]:
         if self.count == "all":
             last = self.fake_updates - 1
-            generator = Update(("generator",), self.generator_loss, every=self.fake_updates, starts=last, delay="fake_updates")
+            generator = Update(
+                ("generator",), self.generator_loss, every=self.fake_updates, starts=last, delay="fake_updates"
+            )
             return Update(("fake_score",), self.fake_score_loss), generator
         return (
             Update(("fake_score",), self.fake_score_loss, repeats=self.fake_updates),

@@ -171,8 +171,8 @@ def _record(
     experiment: Experiment,
     checkpoints: Checkpoints,
 ) -> None:
-    """Waits for one step's metrics, checks them, and writes them when due, and the last ones, with what slowed any of the
-    processes."""
+    """Waits for one step's metrics, checks them, and writes them when due, and those of the last step, with what slowed
+    any of the processes."""
     values = {name: float(value) for name, value in jax.device_get(scalars).items()}
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if bad:

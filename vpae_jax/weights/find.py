@@ -84,7 +84,8 @@ def find_model(
 
     Raises:
       UserError: as `locate`; a file that cannot be read, given alone; no such set of weights; a pipeline other than
-        Wan's; the workdir of a training run. A part that cannot be read, or is there twice, is refused by `ModelDirectory.part`.
+        Wan's; the workdir of a training run. A part that cannot be read, or is there twice, is refused by
+        `ModelDirectory.part`.
     """
     if isinstance(name, ModelDirectory):
         return name

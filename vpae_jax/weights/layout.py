@@ -19,8 +19,8 @@ from vpae_jax.weights.filenames import INDEX, PRODUCT, SCHEDULER, SETTINGS, VERS
 from vpae_jax.weights.find import HIGH_FOLDER, LOW_FOLDER, find_model
 from vpae_jax.weights.image_processor import IMAGE_PROCESSOR_FILE, ImageProcessor
 from vpae_jax.weights.lora import Lora, write_lora
-from vpae_jax.weights.pickles import require_torch
 from vpae_jax.weights.parts import LOW, PARTS, check_fit, kind_of, makes_from_image, untold
+from vpae_jax.weights.pickles import require_torch
 from vpae_jax.weights.settings import Defaults, Scheduler, read_defaults, read_scheduler
 from vpae_jax.weights.spiece import check_files
 from vpae_jax.weights.writing import Format, Values, is_pickled, open_values, replacing, verify_part, write_part

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +20,15 @@ MAX_FILE = 2**26  # bytes; the largest of UMT5's has 2**24
 TEXT_LENGTH = 512  # what Wan pads prompts to
 _SPECIAL = {"pad": 0, "eos": 1, "unk": 2}  # UMT5's
 _START = 0x0A  # the first byte of a serialised model: its first field, of bytes
+
+
+def import_transformers() -> Any:
+    """The library, imported when it is needed, since it imports PyTorch where that is installed, which takes seconds;
+    without its remark that PyTorch is missing where it is not, since tokenizers do not need it."""
+    logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in str(record.msg))
+    import transformers
+
+    return transformers
 
 
 def check_files(folder: Path) -> None:
@@ -57,7 +68,6 @@ def write_tokenizer(model: bytes, where: str, folder: Path) -> None:
     # Imported here, as few need them.
     from google.protobuf.message import DecodeError
     from sentencepiece import SentencePieceProcessor
-    from transformers import T5Tokenizer
 
     try:
         processor = SentencePieceProcessor(model_proto=model)
@@ -68,7 +78,7 @@ def write_tokenizer(model: bytes, where: str, folder: Path) -> None:
             (Path(temporary) / "spiece.model").write_bytes(model)
             settings = {"tokenizer_class": "T5Tokenizer", "model_max_length": TEXT_LENGTH, "extra_ids": 0}
             (Path(temporary) / "tokenizer_config.json").write_text(json.dumps(settings))
-            T5Tokenizer.from_pretrained(temporary, local_files_only=True).save_pretrained(folder)
+            import_transformers().T5Tokenizer.from_pretrained(temporary, local_files_only=True).save_pretrained(folder)
     except (RuntimeError, ValueError, TypeError, LookupError, OSError, DecodeError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{where} is no tokenizer ({reason}); fetch the file again") from error

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from vpae_jax.data.batches import OwnRows, iterate, to_float
 from vpae_jax.data.loader import Batches
 from vpae_jax.data.order import ClipStream
-from vpae_jax.inference.tokenizer import tokenize
+from vpae_jax.inference.tokenizer import PreTrainedTokenizerBase, tokenize
 from vpae_jax.tasks.digits.clips import MovingDigits
 from vpae_jax.types import CaptionedFrames, PixelBatch
 

@@ -21,7 +21,6 @@ from vpae_jax.tasks.digits.clips import MovingDigits
 from vpae_jax.tasks.digits.words import build_tokenizer
 from vpae_jax.train.roles import split
 from vpae_jax.types import Params
-from vpae_jax.weights.card import Provenance
 from vpae_jax.weights.directory import ModelDirectory
 from vpae_jax.weights.find import find_model
 from vpae_jax.weights.layout import Contents, write_product

@@ -14,9 +14,8 @@ from collections import Counter
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerBase
 
-from vpae_jax.inference.tokenizer import load_tokenizer
+from vpae_jax.inference.tokenizer import PreTrainedTokenizerBase, load_tokenizer
 from vpae_jax.tasks.digits.clips import captions
 
 MAX_LENGTH = 16
