@@ -1,7 +1,9 @@
 """Numbers of a run on disk, and what becomes of them when the disk fails."""
 
+import io
 import json
 import struct
+import sys
 
 import pytest
 from full_disk import limited
@@ -115,3 +117,52 @@ def test_a_disk_that_gets_full_ends_tensorboard_first_and_then_the_run(tmp_path,
         f"{tmp_path}/tensorboard: cannot be written: File too large; the run goes on without TensorBoard's files"
     ]
     assert step > 5 and steps(tmp_path) == list(range(1, step))
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_bar_tells_what_time_is_left_once_steps_have_been_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    log = MetricsLog(tmp_path, 0, 100)
+    log.bar.mininterval = 0
+    shown = []
+    for step in range(1, 8):
+        log.write(step, {"generator/loss": 0.5})
+        log.advance()
+        shown.append(sys.stderr.getvalue().split("\r")[-1])
+    log.close()
+    assert all(f"{step}/100" in line and "generator 0.5" in line for step, line in enumerate(shown, 1))
+    assert not any("<" in line for line in shown[: metrics.MEASURED - 1])
+    assert all("<" in line for line in shown[metrics.MEASURED - 1 :])
+
+
+def test_what_is_compiled_is_no_part_of_the_time_that_steps_take(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    log, now = MetricsLog(tmp_path, 0, 100), [0.0]
+    monkeypatch.setattr(log.bar, "_time", lambda: now[0])
+    log.bar.start_t = log.bar.last_print_t = 0.0
+    log.bar.mininterval = 0
+    with log.first_time("compiling"):
+        now[0] += 1000
+    for _ in range(5):
+        now[0] += 2
+        log.advance()
+    elapsed, rate = log.bar.format_dict["elapsed"], log.bar.format_dict["rate"]
+    log.close()
+    assert elapsed == pytest.approx(10) and rate == pytest.approx(0.5)
+
+
+def test_scores_make_no_line_without_losses(tmp_path, capsys):
+    log = MetricsLog(tmp_path, 0, 100)
+    log.write(3, {"held_out/t2v/kvd": 5.0})
+    log.write(4, {"generator/loss": 0.25, "seconds_per_step": 0.0})
+    log.write(5, {"generator/loss": 0.125, "seconds_per_step": 1.5})
+    log.close()
+    assert capsys.readouterr().out.splitlines() == [
+        "step 4/100  generator 0.25",
+        "step 5/100  generator 0.125  1.5 s/step",
+    ]
+    assert steps(tmp_path) == [3, 4, 5]
