@@ -156,6 +156,7 @@ def from_captions(given: argparse.Namespace, listed: Captions, process: int, pro
     if given.teacher not in (None, given.model):
         pipeline = load_pipeline(given.model, jnp.dtype(given.dtype), with_transformer=False)
     advised, own = teacher.scheduler, pipeline.defaults
+    even = None if advised.times else advised.shift
     sizes = buckets.parse(given.buckets, max(pipeline.units)) if given.buckets else ((own.height, own.width),)
     if len(sizes) != 1:
         raise UserError(f"--buckets={given.buckets} names {len(sizes)} sizes; with --captions give one, as 480x832")
@@ -163,7 +164,7 @@ def from_captions(given: argparse.Namespace, listed: Captions, process: int, pro
         steps=advised.steps if given.steps is None else given.steps,
         guidance=advised.guidance if given.guidance is None else given.guidance,
         solver=given.solver or advised.solver,
-        shift=advised.shift if given.shift is None else given.shift,
+        shift=even if given.shift is None else given.shift,
         seed=given.seed or 0,
         num_frames=own.num_frames if given.num_frames is None else given.num_frames,
         height=sizes[0][0],

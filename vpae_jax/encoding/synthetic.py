@@ -46,6 +46,8 @@ class Teacher(Encoders, Protocol):
     def latent_shape(self, batch: int, num_frames: int | None, height: int | None, width: int | None) -> Any: ...
     @property
     def sample(self) -> Callable[..., Any]: ...
+    @property
+    def sampler(self) -> Callable[..., Sampler]: ...
     def decode(self, latents: Any) -> Any: ...
 
 
@@ -57,7 +59,7 @@ class Recipe:
       steps: network evaluations, twice as many with guidance.
       guidance: w of `v_u + w (v_c - v_u)`, at least 1.
       solver: see `flow.sampler.Sampler`.
-      shift: of the time grid.
+      shift: of even times; None for the teacher's own.
       seed: of the first caption; each has the next one.
       num_frames, height, width: of a clip.
 
@@ -68,19 +70,18 @@ class Recipe:
     steps: int
     guidance: float
     solver: Solver
-    shift: float
+    shift: float | None
     seed: int
     num_frames: int
     height: int
     width: int
 
     def __post_init__(self) -> None:
-        _ = self.sampler  # refuses what no sampler is
         check_seed(self.seed)
 
-    @property
-    def sampler(self) -> Sampler:
-        return Sampler.even(self.steps, self.shift, self.guidance, self.solver)
+    def sampler(self, teacher: Teacher) -> Sampler:
+        """How a teacher is sampled. Raises `UserError` for numbers that make no sampler."""
+        return teacher.sampler(self.steps, self.guidance, self.solver, self.shift)
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -113,7 +114,7 @@ def describe(captions: Captions, encoders: Encoders, teacher: Teacher, recipe: R
         "encoders": fingerprint(encoders),
         "dtype": dtype_of(encoders.text_encoder),
         "teacher": {"weights": prints[2], "dtype": dtype_of(teacher.transformer)},
-        "recipe": asdict(recipe),
+        "recipe": {**asdict(recipe), "times": list(recipe.sampler(teacher).times)},
         "negative_prompt": teacher.defaults.negative_prompt,
     }
 
@@ -171,7 +172,7 @@ def _make(
         unconditional = dataclasses.replace(condition, text=text, text_mask=mask)
     noise = jnp.concatenate([noise_of_seed(seed, teacher.latent_shape(1, *recipe.size))[0] for seed in seeds])
     inputs = sharding.beside((noise, condition, unconditional), mesh)
-    latents = teacher.sample(*inputs, recipe.sampler)
+    latents = teacher.sample(*inputs, recipe.sampler(teacher))
     latents = jnp.asarray(np.asarray(latents))  # the decoder is on one device
     videos = np.asarray(teacher.decode(latents))
     pictures = videos[:, 0] if encoders.takes_image else None
