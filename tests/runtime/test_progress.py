@@ -33,7 +33,7 @@ def test_what_fails_is_not_said_to_have_ended():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.04, "0.0 s"), (9.94, "9.9 s"), (12.4, "12 s"), (59.6, "1 min 0 s"), (754, "12 min 34 s")]
+    ("seconds", "text"), [(0.04, "0.0 s"), (9.94, "9.9 s"), (12.4, "12 s"), (59.6, "1 min 0 s"), (754.4, "12 min 34 s")]
 )
 def test_durations_are_read_at_a_glance(seconds, text):
     assert duration(seconds) == text

@@ -19,7 +19,7 @@ MANY = {name: 1.0 for name in "abcdefghijklmnopqrst"}  # which take more room in
 def logged(workdir, start, *steps):
     log = MetricsLog(workdir, start, 10)
     for step in steps:
-        log.write(step, {"loss": 1.0 / step})
+        log.write(step, {"a/loss": 1.0 / step})
     log.close()
 
 
@@ -87,7 +87,7 @@ def test_tensorboards_files_hold_the_same(workdir):
         raw = raw[16 + size :]
     assert events[0].file_version == "brain.Event:2"
     shown = [(event.step, value.tag, value.simple_value) for event in events for value in event.summary.value]
-    assert shown == [(step, "loss", pytest.approx(1 / step)) for step in (1, 2, 3, 4)]
+    assert shown == [(step, "a/loss", pytest.approx(1 / step)) for step in (1, 2, 3, 4)]
 
 
 def test_without_room_for_tensorboard_a_run_goes_on(tmp_path, capsys):

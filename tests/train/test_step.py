@@ -383,7 +383,7 @@ def test_a_run_shorter_than_the_interval_of_its_log_leaves_its_last_step(tmp_pat
     monkeypatch.setattr(sys.modules[__name__], "EXPERIMENT", dataclasses.replace(EXPERIMENT, log_every=100))
     run(tmp_path, steps=3)
     (record,) = read_metrics(tmp_path)
-    assert record["step"] == 3 and record["leader/loss"] >= 0
+    assert record["step"] == 3 and any(name.endswith("/loss") for name in record)
 
 
 def test_what_is_compiled_is_said_once_and_how_long_it_took(tmp_path, capsys):

@@ -326,15 +326,23 @@ def decided(workdir, source, tmp_path, **guard):
 REASON = "held-out KVD rose from 3.0 to 9.0 (real clips: 0.1): the weights that it started from are kept"
 
 
-@pytest.mark.parametrize("more", [(), ("--weights=ema",), ("--weights=generator",), ("--as-lora", "--rank=2")])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--format=diffusers",),
+        ("--format=diffusers", "--weights=ema"),
+        ("--format=diffusers", "--weights=generator"),
+        ("--format=wan", "--as-lora", "--rank=2"),
+    ],
+)
 def test_weights_that_the_guard_turned_down_are_written_only_when_asked_for_by_name(
     workdir, source, tmp_path, capsys, more
 ):
     folder, target = decided(workdir, source, tmp_path, kept=False, reason=REASON), tmp_path / "out.safetensors"
-    message = fails([folder, target, "--format=diffusers", *more], capsys)
+    message = fails([folder, target, *more], capsys)
     assert f"its guard turned the trained weights down ({REASON}); {folder / 'model'} holds those" in message
     assert not target.exists()
-    run(folder, target, "--format=diffusers", "--refused", *more)
+    run(folder, target, "--refused", *more)
     assert target.exists()
     if target.is_dir():
         assert f"| guard | {REASON} |" in (target / "README.md").read_text()
@@ -350,7 +358,7 @@ def test_a_guard_that_was_switched_off_since_decides_nothing(workdir, source, tm
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "guard": {"enabled": False}}))
     run(folder, tmp_path / "out", "--format=diffusers")
-    assert "guard" not in (tmp_path / "out" / "README.md").read_text()
+    assert "| guard |" not in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_refused_weights_are_those_of_a_run(source, tmp_path, capsys):
@@ -367,6 +375,6 @@ def test_a_layout_that_needs_pytorch_says_so_before_anything_is_written(source, 
 
 
 def test_a_difference_is_told_in_a_screenful(workdir, source, tmp_path, capsys):
-    run(workdir, tmp_path / "x.safetensors", "--format=diffusers", "--as-lora", "--rank=4")
+    run(workdir, tmp_path / "x.safetensors", "--format=wan", "--as-lora", "--rank=4")
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) < 24 and any("squared change" in line for line in lines)

@@ -88,11 +88,7 @@ def test_energies_as_text(t2v):
     of_layers = [line.split() for line in lines if line.startswith("blocks/attn1/to_q ")]
     first, second = [e for e in found.energies if e.path == "blocks/attn1/to_q"]
     low, mean = min(first.retained, second.retained), (first.retained + second.retained) / 2
-    assert of_layers == [
-        ["blocks/attn1/to_q", "0", "5", f"{first.change:.3g}", f"{first.retained:.4f}"],
-        ["blocks/attn1/to_q", "1", "5", f"{second.change:.3g}", f"{second.retained:.4f}"],
-        ["blocks/attn1/to_q", "2", f"{low:.4f}", f"{mean:.4f}"],
-    ]
+    assert of_layers == [["blocks/attn1/to_q", "2", f"{low:.4f}", f"{mean:.4f}"]]
     assert any(line.split()[:2] == ["all", "26"] for line in lines)
     assert lines[-1].startswith(f"{found.outside:.2%} of the squared change")
 
