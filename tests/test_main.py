@@ -103,10 +103,10 @@ def test_help_lists_every_key_of_the_config_with_its_value_and_meaning(preset):
     text = " ".join(result.stdout.split())
     assert "Trains one phase." in text and "--workdir" in text
     expected = {
-        "steps": "length, clips a step over all devices, root of all randomness.",
-        "method.disc_warmup": "steps in which the discriminator alone is trained",
+        "steps": "how long the run is.",
+        "method.disc_warmup": "steps during which only the discriminator is trained.",
         "method.ema": "decay of the generator's average",
-        "method.csds.guidance": "of the teacher",
+        "method.csds.guidance": "of the teacher; 1 saves an evaluation.",
         "optimizers.generator.learning_rate": "peak step size.",
         "networks.heads.width": "",
         "data.max_bad": "share of damaged records that is put up with",

@@ -213,12 +213,17 @@ class Experiment:
       method: `name` of a method and its hyper-parameters.
       optimizers: one for each trained role.
       networks: discriminator heads (`models.heads.HeadsConfig`), by role; empty when the method has none.
-      steps, batch_size, seed: length, clips a step over all devices, root of all randomness.
+      steps: how long the run is.
+      batch_size: clips a step, over all devices.
       accumulation: parts that a batch is processed in, one after the other, to save memory; the result is the same. -1
         makes parts of one clip a device (along `data` and `fsdp`).
-      log_every, sample_every, checkpoint_every: intervals in steps; `sample_every` = 0 makes no previews.
+      seed: root of all randomness.
+      log_every: steps between two records of metrics.
+      sample_every: steps between two previews; 0 makes none.
+      checkpoint_every: steps between two checkpoints.
       keep: how many checkpoints are kept.
-      sample_steps, sample_guidance: how the teacher's previews are sampled: Euler steps, and guidance.
+      sample_steps: Euler steps of the teacher's previews.
+      sample_guidance: guidance of the teacher's previews.
       sample_shift: shift of the teacher's time grid, and of a one-step student's where it is sampled in more.
     """
 

@@ -83,6 +83,7 @@ def survive(tmp_path, kills: int, videos: int, unit: int) -> list[str]:
     return deaths
 
 
+@pytest.mark.long
 def test_a_kill_loses_and_doubles_nothing(tmp_path):
     assert len(survive(tmp_path, kills=1, videos=3, unit=2)) == 1
 

@@ -101,6 +101,7 @@ def test_training_on_records_sees_only_their_clips(workdir, tmp_path):
     assert not (tmp_path / "data").exists()
 
 
+@pytest.mark.long
 def test_a_phase_on_records_is_guarded_by_clips_that_it_holds_out(workdir, videos, tmp_path, capsys):
     """Of 12 clips too few are held out; with a folder of their own for judging there are enough."""
     (records,) = (workdir.parent / "data").iterdir()

@@ -80,6 +80,7 @@ def test_lcm_is_sampled_alike_in_diffusers(tmp_path, monkeypatch, steps, solver)
     assert_same_clip(folder, monkeypatch)
 
 
+@pytest.mark.long
 def test_low_rank_phases_share_one_teacher(tmp_path, monkeypatch):
     """Phase one and phase two of adapters: trained, judged, and written merged and as a LoRA for the teacher."""
     small = {"generator": "lora", "generator_rank": 4, "generator_scale": 2.0}

@@ -83,6 +83,7 @@ def test_a_run_continues_on_other_numbers_of_processes_and_devices(one, two, tmp
     close(one, folder)
 
 
+@pytest.mark.long
 def test_a_process_that_is_killed_takes_the_other_down_and_a_restart_ends_with_the_same_bits(two, tmp_path):
     folder = tmp_path / "run"
     with started(2, folder, STEPS, "fsdp", 0, TOY_HOLDS="1 at 5") as running:
@@ -152,7 +153,8 @@ def test_a_process_that_hangs_takes_the_other_down(tmp_path):
     assert err.splitlines()[-1].startswith("error: process 1 of 2 is gone: no sign of life for "), err
 
 
-@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.long), 2])
+@pytest.mark.long
+@pytest.mark.parametrize("count", [1, 2])
 def test_sigterm_to_one_saves_and_ends_all_well(count, tmp_path):
     folder = tmp_path / "run"
     with started(count, folder, LONG, "fsdp", 0.05, devices=2 // count) as running:

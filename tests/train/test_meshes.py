@@ -168,7 +168,7 @@ def assert_same(found, expected):
 
 
 # Compiling takes half a minute each. Each phase and each mesh is among the short ones, which `long` completes.
-SHORT = ("one-fsdp 8", "two-ring 2 x ulysses 4")
+SHORT = ("one-fsdp 8",)
 
 
 @pytest.mark.parametrize(

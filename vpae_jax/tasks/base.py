@@ -185,7 +185,9 @@ def clips_at_once(shape: tuple[int, ...]) -> int:
 
 
 def in_batches(count: int, size: int) -> Iterator[tuple[slice, Int[np.ndarray, "b"]]]:
-    """Rows in batches of one size, so that one program serves all: each batch's rows, and these filled up."""
+    """Rows in batches of one size, so that one program serves all: each batch's rows, and these filled up. Fewer rows
+    than that are one batch."""
+    size = min(size, max(count, 1))
     for start in range(0, count, size):
         yield slice(start, min(start + size, count)), np.minimum(np.arange(start, start + size), count - 1)
 
