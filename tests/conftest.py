@@ -24,6 +24,5 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 
 def pytest_collection_modifyitems(items):
-    """The file whose programs most others need comes first, and so alone: those that ran beside it would compile the same
-    programs once more."""
+    """The file whose programs most others need comes first: those that ran beside it would compile them once more."""
     items.sort(key=lambda item: item.path.name != "test_experiment.py")
