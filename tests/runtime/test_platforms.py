@@ -60,7 +60,7 @@ def test_a_program_begins_without_a_word_of_the_libraries(tmp_path):
 
 
 def test_help_imports_neither_transformers_nor_pytorch():
-    programs = ["sample", "main", "encode", "evaluate", "convert", "plan"]
+    programs = ["sample", "main", "encode", "evaluate", "convert"]
     imports = ", ".join(f"vpae_jax.{name}" for name in programs)
     code = f"import sys, {imports}; print({{'torch', 'transformers'}} & set(sys.modules))"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=True)
