@@ -29,7 +29,7 @@ from vpae_jax.encoding.datasets import parse_columns
 from vpae_jax.encoding.encoder import describe, encode
 from vpae_jax.encoding.filters import Filters
 from vpae_jax.encoding.manifest import Columns, Manifest
-from vpae_jax.encoding.summary import PAGE, rejected, report
+from vpae_jax.encoding.summary import PAGE, first_reject, rejected, report
 from vpae_jax.encoding.synthetic import Recipe
 from vpae_jax.encoding.units import Units
 from vpae_jax.encoding.videos import VideoClips
@@ -132,8 +132,10 @@ def say_what_there_is(folder: Path) -> None:
     index = read_index(folder)
     lines = report(folder, index)
     if not index["count"]:
-        kinds = rejected(index)
-        raise UserError(f"{folder}: none of what was given makes a clip; rejected: {kinds}; {folder / PAGE} says why")
+        raise UserError(
+            f"{folder}: none of what was given makes a clip; rejected: {rejected(index)}, the first being "
+            f"{first_reject(folder)}; {folder / PAGE} has them all"
+        )
     print("\n".join(lines))
 
 

@@ -217,6 +217,11 @@ def test_another_setting_needs_another_folder(videos, run, tmp_path):
     ):
         code, _, err = run(videos=videos, output=output, workers=0, **change)
         assert (code, err) == (2, [f"error: {output} holds other records: {what}; choose another folder"])
+    shutil.copytree(videos, tmp_path / "recaptioned")
+    next((tmp_path / "recaptioned").glob("*.txt")).write_text("another caption")
+    code, _, err = run(videos=tmp_path / "recaptioned", output=output, workers=0)
+    what = "the list of videos, or their captions, have changed"
+    assert (code, err) == (2, [f"error: {output} holds other records: {what}; choose another folder"])
     (captions := tmp_path / "captions.txt").write_text("a three")
     code, _, err = run(captions=captions, output=output)
     assert code == 2 and len(err) == 1
@@ -233,11 +238,18 @@ def test_no_clip_is_an_error(run, tmp_path):
     for _ in range(2):
         code, _, err = run(videos=videos, output=output, workers=0)
         assert code == 2 and len(err) == 1
-        assert err[0] == (
-            f"error: {output}: none of what was given makes a clip; rejected: 2 unreadable; "
-            f"{output / 'summary.html'} says why"
+        assert err[0].startswith(
+            f"error: {output}: none of what was given makes a clip; rejected: 2 unreadable, the first"
         )
+        assert " being v000.mp4: " in err[0] and err[0].endswith(f"; {output / 'summary.html'} has them all")
         assert "v001.mp4" in (output / "summary.html").read_text()
+
+
+def test_captions_that_the_encoder_does_not_take_are_said_to_be_too_long(run, tmp_path):
+    (tmp_path / "captions.txt").write_text("a three moves up " * 9)
+    code, _, err = run(captions=tmp_path / "captions.txt", output=tmp_path / "records")
+    assert code == 2 and len(err) == 1
+    assert "rejected: 1 caption, the first being row 1: " in err[0] and "reads at most 16; " in err[0]
 
 
 @pytest.mark.parametrize(

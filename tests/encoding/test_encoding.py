@@ -322,7 +322,7 @@ def test_other_clips_or_encoders_have_a_folder_of_their_own(pipeline, clips, tok
     folders = {encode_into(tmp_path, InUnits(source), encoders, BATCH) for source, encoders in sources}
     assert folders == set(tmp_path.iterdir()) and len(folders) == 3
     one, *_ = folders
-    with pytest.raises(UserError, match=r"holds other records: encoders is '.*' there, 'others' here; choose"):
+    with pytest.raises(UserError, match=r"holds other records: the model has other encoders; choose"):
         Units(one, {**LatentRecords(one).index["identity"], "encoders": "others"}, 1)
 
 

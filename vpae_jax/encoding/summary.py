@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from vpae_jax.data.records import INDEX, read_index
+from vpae_jax.data.records import INDEX, REJECTS, read_index
 from vpae_jax.encoding.units import Units
 from vpae_jax.pages import page_template
 
@@ -79,6 +80,13 @@ def report(folder: Path, index: Mapping[str, Any]) -> list[str]:
 def rejected(index: Mapping[str, Any]) -> str:
     """How many rejects of which kind: "3 static, 1 unreadable"."""
     return ", ".join(f"{count} {kind}" for kind, count in index["rejects"].items())
+
+
+def first_reject(folder: Path) -> str:
+    """The first reject of a complete folder, of which there are some, and why: "b.mp4: no caption"."""
+    with (folder / REJECTS).open(encoding="utf-8") as file:
+        found = json.loads(next(file))
+    return f"{found['id']}: {found['reason']}"
 
 
 def write_summary(folder: Path) -> Path:
