@@ -110,7 +110,7 @@ def test_a_slice_that_does_not_exist_is_one_line():
         (["--topology=v9:2"], "error: topology 'v9:2': chip 'v9' is not known"),
         (["--topology=v5e:2x2", "--frames=10"], "error: --frames is 10, expected one more than a multiple of 4"),
         (["--topology=v5e:2x2", "--config.mesh.fsdp=3"], "error: config.mesh: "),
-        (["--topology=v5e:2x2", "--config.nothing=3"], "error: config key "),
+        (["--topology=v5e:2x2", "--config.nothing=3"], "error: config.nothing: unknown key"),
     ],
 )
 def test_bad_input_is_one_line(arguments, line):

@@ -97,7 +97,7 @@ class Guard:
         scores = {name: value for name, value in scores.items() if math.isfinite(value)}
         kept = self.read()
         self._write({**kept, "scores": {**kept["scores"], str(step): scores}})
-        shown = ", ".join(f"{part} {scores[part]:.1f}" for part in self._names if part in scores)
+        shown = ", ".join(f"{n.partition('/')[0]} {scores[n]:.1f}" for n in self._names if n in scores)
         say(f"step {step}: held-out {self.metric.label}: {shown or 'none, since the clips are not finite'}")
         return {f"held_out/{name}": value for name, value in scores.items()}
 
