@@ -15,17 +15,18 @@ import numpy as np
 import pytest
 
 from configs import encoders, phase1, phase2, teacher, vae
-from vpae_jax import tasks
+from vpae_jax import cli, convert, tasks
 from vpae_jax.config import parse
 from vpae_jax.inference.pipeline import load_pipeline
 from vpae_jax.media import read_image
 from vpae_jax.methods import make_method
 from vpae_jax.run import experiment, previews
-from vpae_jax.run.first_weights import read_previous
+from vpae_jax.run.first_weights import previous_step, read_previous
 from vpae_jax.tasks.digits.clips import MovingDigits
 from vpae_jax.train.checkpoint import read_state
 from vpae_jax.train.metrics import read_metrics
-from vpae_jax.types import UserError
+from vpae_jax.train.newest import FOLDER
+from vpae_jax.types import Note, UserError
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -161,11 +162,39 @@ def test_a_failed_phase_goes_back_to_the_very_step_that_it_started_from(workdir)
     for step in (1, 2):
         expected = read_state(workdir / "phase1", step)["averages"]["generator_ema"]
         like = jax.tree.map(lambda x: jax.device_put(x, jax.devices()[0]), expected)
-        found, of_step = read_previous(experiment_, workdir / "phase2", "generator", like, step)
-        assert of_step == step
+        assert previous_step(experiment_, workdir / "phase2", step) == step
+        found = read_previous(experiment_, workdir / "phase2", "generator", like, step)
         assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True))
     with pytest.raises(UserError, match=r"no checkpoint of step 7 in .*, the newest is of step 2"):
-        read_previous(experiment_, workdir / "phase2", "generator", like, 7)
+        previous_step(experiment_, workdir / "phase2", 7)
+
+
+def test_a_phase_starts_from_the_newest_whole_checkpoint_of_the_one_before(workdir, tmp_path):
+    shutil.copytree(workdir / "phase1" / FOLDER, tmp_path / "phase1" / FOLDER)
+    newest = tmp_path / "phase1" / FOLDER / "2"
+    (newest / "state" / "manifest.ocdbt").write_bytes(b"")
+    experiment_ = parse(small(phase2))
+    with pytest.warns(Note, match=r"/checkpoints/2 is damaged \(state/manifest.ocdbt has 0 bytes.*of step 1 takes its"):
+        assert previous_step(experiment_, tmp_path / "phase2") == 1
+    assert newest.is_dir(), "another run's folder is left alone"
+    with pytest.raises(UserError, match=r"phase1/checkpoints/2 is damaged .*, and needed; copy it here again"):
+        previous_step(experiment_, tmp_path / "phase2", 2)
+
+
+def test_convert_reads_the_newest_whole_checkpoint(workdir, tmp_path, capsys):
+    run_ = Path(shutil.copytree(workdir / "phase1", tmp_path / "phase1"))
+    cli.run(convert.main, [str(run_), str(tmp_path / "whole"), "--format=diffusers"])
+    shutil.rmtree(run_ / FOLDER / "2" / "state")
+    cli.run(convert.main, [str(run_), str(tmp_path / "older"), "--format=diffusers"])
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert any("checkpoints/2 is damaged (" in note and "of step 1 takes its place" in note for note in notes), notes
+    files = [tmp_path / name / "transformer" / "diffusion_pytorch_model.safetensors" for name in ("whole", "older")]
+    assert files[0].read_bytes() != files[1].read_bytes()
+    shutil.rmtree(run_ / FOLDER / "1" / "state")
+    with pytest.raises(SystemExit) as caught:
+        cli.run(convert.main, [str(run_), str(tmp_path / "none"), "--format=diffusers"])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert caught.value.code == 2 and "no checkpoint is whole: 2 (" in line and not (tmp_path / "none").exists()
 
 
 @pytest.mark.long

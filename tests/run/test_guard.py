@@ -176,6 +176,19 @@ def test_scores_outlive_a_kill_but_not_another_number_of_clips(tmp_path):
     assert guard(tmp_path, clips=5).read()["previous_step"] == 7
 
 
+@pytest.mark.parametrize(
+    "damage", [b"", b'{"task": "far"', b'{"ta\xffsk": 1}', b"\0" * 100, b"[]", b"{}", b'{"scores": 7}']
+)
+def test_scores_that_cannot_be_read_are_put_aside(damage, tmp_path, capsys):
+    (tmp_path / "guard.json").write_bytes(damage)
+    made = guard(tmp_path)
+    said = f"{tmp_path}/guard.json cannot be read, and is now called damaged-guard.json; scores are made anew\n"
+    assert capsys.readouterr().out == said
+    assert (tmp_path / "damaged-guard.json").read_bytes() == damage
+    assert made.read()["scores"] == {} and made.read()["previous_step"] is None
+    assert made.decide(40, denoiser(1.2), lambda: denoiser(3.0))
+
+
 def test_it_samples_as_the_student_is_sampled(tmp_path):
     sampler = Sampler.even(4, 3.0, 2.0)
     made = guard(tmp_path, sampler=sampler)

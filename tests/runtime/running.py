@@ -5,9 +5,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 from vpae_jax.train.metrics import read_metrics
 
@@ -33,9 +34,20 @@ def environment(devices: int = 1, **more: str) -> dict[str, str]:
 
 @contextmanager
 def started(
-    count: int, *arguments: object, devices: int = 1, only: tuple[int, ...] = (), **more: str
+    count: int,
+    *arguments: object,
+    devices: int = 1,
+    only: tuple[int, ...] = (),
+    program: Sequence[str] = (str(TOY),),
+    own: Mapping[int, Sequence[object]] = MappingProxyType({}),
+    **more: str,
 ) -> Iterator[list[subprocess.Popen]]:
-    """`count` processes of toy.py, or those of them that `only` names, which are killed in the end."""
+    """`count` processes of toy.py, or those of them that `only` names, which are killed in the end.
+
+    Args:
+      program: another one, as Python is given it.
+      own: arguments of single processes, after those of all.
+    """
     port = free_port()
     running = []
     try:
@@ -47,7 +59,7 @@ def started(
                     "JAX_NUM_PROCESSES": str(count),
                     "JAX_PROCESS_ID": str(index),
                 }
-            command = [sys.executable, str(TOY), *map(str, arguments)]
+            command = [sys.executable, *program, *map(str, (*arguments, *own.get(index, ())))]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
             running.append(subprocess.Popen(command, env=environment(devices, **where, **more), cwd=ROOT, **pipes))
         yield running

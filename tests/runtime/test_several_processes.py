@@ -1,5 +1,6 @@
 """Real processes on this machine: the same training whatever their number, and none that outlives another."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,13 +10,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from record_files import SMALL, write_folder
 from running import HANGS, finish, run, started, wait_for_step, wait_until
 
 from vpae_jax.runtime import preemption, processes
-from vpae_jax.train.checkpoint import latest_step, read_state
+from vpae_jax.train.checkpoint import read_state
 from vpae_jax.train.metrics import read_metrics
+from vpae_jax.train.newest import FOLDER, latest_step
 
 STEPS = 10
+AGREEING = Path(__file__).with_name("agreeing.py")
+CLIPS = {"one": range(8), "copy": range(8), "other": range(9)}
 LONG = 100_000  # steps of a run that only a signal ends
 
 
@@ -203,3 +208,74 @@ def test_one_that_fails_alone_takes_the_other_down_with_its_reason(tmp_path):
     assert written[1][1].splitlines() == ["error: the toy is broken"]
     last = written[0][1].splitlines()[-1]
     assert last.startswith("error: process 1 of 2 failed (the toy is broken); process 0 stops too; "), written[0][1]
+
+
+def test_processes_go_back_to_the_same_whole_checkpoint(two, tmp_path):
+    """The newest one is damaged in a file that one of them has written, and the other one looks at."""
+    folder = tmp_path / "run"
+    shutil.copytree(two, folder)
+    newest = folder / FOLDER / str(STEPS)
+    for number in range(2):
+        assert list(newest.glob(f"state/ocdbt.process_{number}/d/*")), "both have written"
+    path = max(newest.glob("state/ocdbt.process_1/d/*"), key=lambda path: path.stat().st_size)
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 4
+    path.write_bytes(raw)
+    out, err = zip(*run(2, folder, STEPS, "fsdp", 0), strict=True)
+    assert out[0].count("is damaged (state/ocdbt.process_1/d/") == 1 and "the run goes back to step 8" in out[0]
+    assert "continuing from step 8" in out[0] and "damaged" not in out[1]
+    assert not any("Traceback" in text for text in err)
+    assert records(folder) == records(two) and same_bits(folder, two)
+    assert (folder / FOLDER / f"damaged-{STEPS}").is_dir()
+
+
+PHASE1 = ("-m", "vpae_jax.main", "--config=configs/phase1.py")
+
+
+def stopped(running: list[subprocess.Popen]) -> list[str]:
+    """The only line that each process has written to stderr before it ended as bad input does."""
+    lines = [err.splitlines() for _, err in finish(running, 2)]
+    assert all(len(some) == 1 for some in lines), lines
+    return [line for (line,) in lines]
+
+
+def test_processes_of_other_configs_end_at_once_with_the_same_line(tmp_path):
+    own = {0: ["--config.steps=100"], 1: ["--config.steps=70", "--config.log_every=7"]}
+    begun = time.monotonic()
+    with started(2, f"--workdir={tmp_path / 'run'}", program=PHASE1, own=own) as running:
+        first, second = stopped(running)
+    assert (
+        first
+        == second
+        == (
+            "error: the processes of this run differ: config.steps is 100 in process 0, 70 in process 1 (and 1 more "
+            "difference); start the same program in the same way on all"
+        )
+    )
+    assert not (tmp_path / "run").exists()
+    assert time.monotonic() - begun < 120, "most of it is Python's start"
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ({2: ["log_every=7"]}, "config.log_every is 10 in processes 0 and 1, 7 in process 2"),
+        ({0: ["version=0.0.9"]}, "the version of vpae_jax is 0.0.9 in process 0, 0.1.0 in processes 1 and 2"),
+    ],
+    ids=["config", "code"],
+)
+def test_the_one_of_three_that_differs_is_named(own, expected):
+    with started(3, program=(str(AGREEING),), own=own) as running:
+        lines = stopped(running)
+    assert len(set(lines)) == 1 and f"differ: {expected}; start" in lines[0], lines
+
+
+def test_processes_of_other_clips_end_at_once(tmp_path):
+    """Where clips lie is a host's own, which they are is not."""
+    folders = [write_folder(tmp_path / name, [[(n, SMALL) for n in some]]) for name, some in CLIPS.items()]
+    own = {index: [f"records={folder}"] for index, folder in enumerate(folders)}
+    with started(2, program=(str(AGREEING),), own={0: own[0], 1: own[1]}) as running:
+        assert [process.stdout.readline() for process in running] == ["agreed\n", "agreed\n"]
+    with started(2, program=(str(AGREEING),), own={0: own[0], 1: own[2]}) as running:
+        lines = stopped(running)
+    assert "differ: the digest of config.data.records is " in lines[0] and lines[0] == lines[1]

@@ -1,9 +1,10 @@
 """Steps, the loop and its checkpoints on a toy method whose every number is known."""
 
 import dataclasses
-import json
+import errno
 import re
 import sys
+import time
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -20,9 +21,11 @@ from vpae_jax.data.order import ClipStream, Order
 from vpae_jax.flow import draws
 from vpae_jax.methods.base import Average, Method, Role, Update, all_views
 from vpae_jax.methods.common import Ratio, drift
-from vpae_jax.train.checkpoint import Checkpoints, guard_config, read_state
+from vpae_jax.train import checksums
+from vpae_jax.train.checkpoint import read_state
 from vpae_jax.train.loop import Clock, Hook, train
 from vpae_jax.train.metrics import read_metrics
+from vpae_jax.train.newest import FOLDER, latest_step
 from vpae_jax.train.optim import make_optimizer
 from vpae_jax.train.roles import RoleModels, merge_trees, split
 from vpae_jax.train.state import create
@@ -366,11 +369,41 @@ def test_frozen_weights_are_in_no_checkpoint(tmp_path):
     assert set(state["averages"]) == {"leader_ema", "leader_late"}
 
 
+def test_a_run_whose_newest_checkpoint_is_damaged_ends_with_the_same_bits(tmp_path, capsys):
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "cut", steps=7)
+    (tmp_path / "cut" / FOLDER / "7" / "data" / "metadata").write_bytes(b"")
+    last = run(tmp_path / "cut")
+    assert slopes(whole) == slopes(last)
+    out = capsys.readouterr().out
+    assert "7 is damaged (data/metadata has 0 bytes" in out and "continuing from step 6 of" in out
+    for name in ("whole", "cut"):
+        records = read_metrics(tmp_path / name)
+        assert [record["step"] for record in records] == [*range(1, 9)]
+    seen = [[record["follower/seen"] for record in read_metrics(tmp_path / name)] for name in ("whole", "cut")]
+    assert seen[0] == seen[1], "the same batches"
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_before_the_next_one(tmp_path, monkeypatch):
+    write = checksums.write
+
+    def refused(folder, told):
+        if folder.name != "3":
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+        write(folder, told)
+
+    monkeypatch.setattr(checksums, "write", refused)
+    wait = Hook(1, lambda step, state: time.sleep(0.2 if step > 6 else 0) or {}, "waiting")
+    with pytest.raises(UserError, match=r"checkpoints: cannot be written: No space left on device"):
+        run(tmp_path, steps=100, hooks=(wait,), checkpoint_every=3)
+    assert 6 <= read_metrics(tmp_path)[-1]["step"] <= 8 and latest_step(tmp_path) == 3
+
+
 def test_not_finite_stops_with_the_culprit_and_keeps_the_last_checkpoint(tmp_path):
     run(tmp_path, steps=3)
     with pytest.raises(UserError, match=r"is not finite; the checkpoint of step 3 is kept; lower that role's"):
         run(tmp_path, steps=6, scale=1e30)
-    assert Checkpoints(tmp_path).latest() == 3
+    assert latest_step(tmp_path) == 3
 
 
 def test_every_step_is_checked_not_only_the_logged_ones(tmp_path, monkeypatch):
@@ -399,22 +432,6 @@ def test_what_is_compiled_is_said_once_and_how_long_it_took(tmp_path, capsys):
 def test_missing_checkpoint_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"no checkpoint in"):
         read_state(tmp_path / "nothing")
-
-
-def test_a_workdir_belongs_to_one_config(tmp_path):
-    guard_config(tmp_path, {"steps": 1, "method": {"rate": 1.0}}, ("steps",))
-    guard_config(tmp_path, {"steps": 2, "method": {"rate": 1.0}}, ("steps",))
-    with pytest.raises(UserError, match=r"belongs to another config: method.rate is 1.0 there, 2.0 here"):
-        guard_config(tmp_path, {"steps": 2, "method": {"rate": 2.0}}, ("steps",))
-    assert json.loads((tmp_path / "config.json").read_text())["method"]["rate"] == 1.0
-
-
-def test_single_keys_may_be_free_within_a_part(tmp_path):
-    free = ("steps", "data.workers")
-    for workers in (2, 0):
-        guard_config(tmp_path, {"data": {"seed": 0, "workers": workers}}, free)
-    with pytest.raises(UserError, match=r"data.seed is 0 there, 1 here"):
-        guard_config(tmp_path, {"data": {"seed": 1, "workers": 0}}, free)
 
 
 def test_merged_trees_do_not_overlap():

@@ -26,17 +26,19 @@ from vpae_jax.methods import make_method
 from vpae_jax.methods.base import EMA, Method
 from vpae_jax.models import presets
 from vpae_jax.run import export
-from vpae_jax.run.first_weights import make_weights, resolve_model
+from vpae_jax.run.agreement import reads, require_same, started_with
+from vpae_jax.run.first_weights import make_weights, previous_step, resolve_model
 from vpae_jax.run.guard import Guard, obstacle
 from vpae_jax.run.overview import overview
 from vpae_jax.run.previews import Previews
 from vpae_jax.run.student import Maker
+from vpae_jax.run.workdir import Lock, claim, require_config
 from vpae_jax.runtime.preemption import Stop, never
-from vpae_jax.runtime.processes import as_first_says, first_alone, is_first, say, to_host
+from vpae_jax.runtime.processes import as_first_says, is_first, say, to_host
 from vpae_jax.tasks.base import Feed, Task, TooFew
 from vpae_jax.train.blueprint import draw_up
-from vpae_jax.train.checkpoint import CONFIG_FILE, guard_config, latest_step
 from vpae_jax.train.loop import Hook, train
+from vpae_jax.train.newest import latest_step
 from vpae_jax.train.optim import make_optimizer
 from vpae_jax.train.roles import check_roles
 from vpae_jax.train.state import abstract, create
@@ -46,34 +48,28 @@ from vpae_jax.weights.filenames import PRODUCT
 from vpae_jax.weights.find import find_model
 from vpae_jax.weights.settings import Scheduler
 
-# What may differ between two runs in one workdir: how long and how often, never what is computed. Where records lie
-# may; a checkpoint's position says which they are.
-FREE = (
-    "steps",
-    "accumulation",
-    "mesh",
-    "log_every",
-    "sample_every",
-    "sample_steps",
-    "checkpoint_every",
-    "keep",
-    "guard",
-)
-FREE_DATA = ("data.folder", "data.records", "data.videos", "data.workers", "data.max_bad", "data.held_out_records")
-
 
 def run(experiment: Experiment, workdir: Path, devices: Sequence[Any] | None = None, stop: Stop = never) -> None:
     """Trains one phase in `workdir`, or continues it, and writes the resulting model directory to `workdir/model`.
 
-    Of several processes, all call this; the first one writes what is not a checkpoint.
+    Of several processes, all call this, with the same; the first one writes what is not a checkpoint. One run at a time
+    works in a workdir.
 
     Args:
       devices: JAX's devices that the mesh is laid over; all devices of all processes by default.
       stop: whether to stop after a step, with a checkpoint and no model directory.
 
     Raises:
-      UserError: for a config that does not fit itself, the method, the devices, the model directory or the workdir.
+      UserError: for a config that does not fit itself, the method, the devices, the model directory, the workdir or the
+        other processes'; for a workdir where another run works; for what cannot be read or written.
     """
+    require_same("what they were started with", partial(started_with, experiment))
+    require_config(workdir, experiment)
+    with Lock(workdir) as lock:
+        _run(experiment, workdir, lock, devices, stop)
+
+
+def _run(experiment: Experiment, workdir: Path, lock: Lock, devices: Sequence[Any] | None, stop: Stop) -> None:
     method = make_method(experiment.method)
     check_roles(method, experiment.optimizers)
     check_settings(experiment, method)
@@ -84,6 +80,8 @@ def run(experiment: Experiment, workdir: Path, devices: Sequence[Any] | None = N
     transformer = presets.find(experiment.model.preset).transformer
     if method.batch is not PixelBatch:
         source = find_model(resolve_model(experiment.model.path, workdir))
+    require_same("what they read", lambda: reads(source, tasks.digests(experiment.data, workdir)))
+    if source is not None:
         pipeline = load_pipeline(source, jnp.dtype(experiment.model.dtype), with_transformer=False)
         transformer = pipeline.transformer.config
     tasks.check(experiment, method.batch, pipeline)
@@ -92,19 +90,21 @@ def run(experiment: Experiment, workdir: Path, devices: Sequence[Any] | None = N
     optimizers = {role: make_optimizer(experiment.optimizers[role]) for role in blueprint.trained}
     # A run that continues has its trained weights in its checkpoint; so the phase before may be gone by then.
     needed = [name for name in method.roles if name in blueprint.frozen or not continuing]
-    weights, previous_step = make_weights(blueprint, experiment, workdir, source, needed)
+    weights, begun = make_weights(blueprint, experiment, workdir, source, needed)
     frozen = {name: weights.pop(name) for name in blueprint.frozen}
-    if previous_step is not None:
+    if begun is not None:
         folder, kind = resolve(experiment.previous.workdir, workdir), experiment.previous.weights
-        say(f"{experiment.name} starts from step {previous_step} of {folder} ({kind} weights)")
-    first_alone("config", partial(claim, experiment, workdir))
+        say(f"{experiment.name} starts from step {begun} of {folder} ({kind} weights)")
+    claim(experiment, workdir, lock)
     say(overview(blueprint))
 
     task = tasks.open_task(experiment.data, workdir, experiment.model.path, experiment.method)
     maker = None if method.student is None else Maker(blueprint.models, method.student, frozen)
     guard = make_guard(experiment, method, maker, workdir, task, pipeline)
     if guard is not None and not continuing:
-        guard.begin(previous_step)
+        guard.begin(begun)
+    elif guard is not None and guard.read()["previous_step"] is None:  # its file was damaged
+        guard.begin(previous_step(experiment, workdir) if begun is None else begun)
     hooks = make_hooks(experiment, workdir, task, pipeline, guard, maker)
     rows = sharding.own_rows(mesh, experiment.batch_size)
     feed = Feed(experiment.batch_size, experiment.seed, experiment.data.workers, rows, experiment.data.max_bad)
@@ -124,23 +124,16 @@ def run(experiment: Experiment, workdir: Path, devices: Sequence[Any] | None = N
 
         def begin() -> dict[str, Params]:
             step = guard.read()["previous_step"]
-            return make_weights(blueprint, experiment, workdir, source, maker.roles, step)[0]
+            try:
+                return make_weights(blueprint, experiment, workdir, source, maker.roles, step)[0]
+            except UserError as error:
+                raise UserError(f"{error}; --config.guard.enabled=False keeps the trained weights instead") from error
 
         if not guard.decide(int(state.step), maker.judged(state), lambda: maker.of_start(begin())):
             params, averages = begin(), None
     facts = {} if guard is None else {"guard": guard.read()["reason"]}
     folder = write_student(experiment, workdir, task, source, maker, params, averages, facts)
     say(f"model directory: {folder}")
-
-
-def claim(experiment: Experiment, workdir: Path) -> None:
-    """Makes the workdir and ties it to this config. Raises `UserError` if it is tied to another, or not shared."""
-    if not is_first() and not (workdir / CONFIG_FILE).is_file():
-        raise UserError(
-            f"{workdir}: what process 0 wrote there is not seen here; choose a --workdir that all hosts share"
-        )
-    workdir.mkdir(parents=True, exist_ok=True)
-    guard_config(workdir, dataclasses.asdict(experiment), FREE + FREE_DATA)
 
 
 def check_settings(experiment: Experiment, method: Method) -> None:

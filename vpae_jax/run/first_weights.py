@@ -12,7 +12,8 @@ from vpae_jax.config import Experiment
 from vpae_jax.files import IN_WORKDIR, resolve
 from vpae_jax.methods.base import EMA
 from vpae_jax.train.blueprint import Blueprint
-from vpae_jax.train.checkpoint import latest_step, read_state
+from vpae_jax.train.checkpoint import read_state
+from vpae_jax.train.newest import latest_step, whole_step
 from vpae_jax.train.state import places_of
 from vpae_jax.types import Params, UserError
 from vpae_jax.weights.directory import ModelDirectory
@@ -38,21 +39,24 @@ def make_weights(
     Args:
       source: the model directory, for roles that start from it.
       names: which roles.
-      step: of the phase before; by default the newest.
+      step: of the phase before; by default that of its newest whole checkpoint.
 
     Returns:
       the weights by role, and the step of the phase before that they start from (None when they do not).
 
     Raises:
-      UserError: when the previous phase's checkpoint is missing, or lacks a role; says which command makes it.
+      UserError: when the previous phase's checkpoint is missing, damaged, or lacks a role.
     """
     roles = {name: blueprint.models.roles[name] for name in names}
     like = blueprint.held
+    continued = any(role.previous(name) is not None for name, role in roles.items())
+    start = previous_step(experiment, workdir, step) if continued else None
     result: dict[str, Params] = {}
     for name, role in roles.items():
         earlier = role.previous(name)
         if earlier is not None:
-            result[name], step = read_previous(experiment, workdir, earlier, like[name], step)
+            assert start is not None
+            result[name] = read_previous(experiment, workdir, earlier, like[name], start)
         elif role.start == "pretrained":
             if source is None:
                 raise UserError(f"role {name} starts from a model directory; set config.model.path")
@@ -61,7 +65,7 @@ def make_weights(
             index = list(blueprint.models.roles).index(name)
             key = jax.random.fold_in(jax.random.key(experiment.seed), 1000 + index)
             result[name] = jax.jit(blueprint.makers[name], out_shardings=places_of(like[name]))(key)
-    return result, step
+    return result, start
 
 
 def read_pretrained(source: ModelDirectory, like: Params) -> Params:
@@ -71,17 +75,11 @@ def read_pretrained(source: ModelDirectory, like: Params) -> Params:
     return read_part(source, "transformer", dtype, lambda path, _: leaves[path].sharding)[1]
 
 
-def read_previous(
-    experiment: Experiment, workdir: Path, role: str, like: Params, step: int | None = None
-) -> tuple[Params, int]:
-    """A role's weights in the phase before, and the step that they are from (by default the newest).
-
-    Args:
-      role: its name there.
-      like: shapes with places.
+def previous_step(experiment: Experiment, workdir: Path, step: int | None = None) -> int:
+    """The step of the phase before that a run starts from: of its newest whole checkpoint, or `step`, if that is whole.
 
     Raises:
-      UserError: when there is no such checkpoint, which says how to make one, or it lacks the role.
+      UserError: there is no such checkpoint, which says how to make one, or it is damaged.
     """
     previous = experiment.previous
     if not previous.workdir:
@@ -92,9 +90,25 @@ def read_previous(
             f"{experiment.name} starts from the previous phase, but there is no checkpoint in {folder}; run: "
             f"{previous.command} --workdir={folder}, or set --config.previous.workdir"
         )
+    return whole_step(folder, step)
+
+
+def read_previous(experiment: Experiment, workdir: Path, role: str, like: Params, step: int) -> Params:
+    """A role's weights in the phase before.
+
+    Args:
+      role: its name there.
+      like: shapes with places.
+      step: as `previous_step` gives it.
+
+    Raises:
+      UserError: the phase before has no such role, or one of other sizes.
+    """
+    previous = experiment.previous
+    folder = resolve(previous.workdir, workdir)
     places = [("averages", f"{role}_{EMA}"), ("params", role)]
     for item, name in places if previous.weights == "ema" else places[1:]:
-        state = read_state(folder, step, ("step", item), {item: {name: like}})
+        state = read_state(folder, step, (item,), {item: {name: like}})
         if name in state[item]:
-            return state[item][name], int(state["step"])
+            return state[item][name]
     raise UserError(f"{folder} holds no {role} to start from; config.previous.workdir names another method's")

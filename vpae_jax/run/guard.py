@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from vpae_jax.config import GuardConfig
-from vpae_jax.files import write_text
+from vpae_jax.files import put_aside, write_text
 from vpae_jax.flow.sampler import Sampler
 from vpae_jax.inference.pipeline import Pipeline
 from vpae_jax.inference.samplers import Denoiser
 from vpae_jax.methods.base import Method, all_views
 from vpae_jax.run.generation import Generation, scores_of
+from vpae_jax.run.workdir import read_object
 from vpae_jax.runtime.processes import as_first_says, is_first, say
 from vpae_jax.tasks.base import Task
 from vpae_jax.weights.filenames import read_json
@@ -85,7 +86,7 @@ class Guard:
         self.generation = Generation(pipeline, self.held_out)
         self.metric = next(metric for metric in task.metrics if metric.name == task.compared)
         self.about = {"task": task.name, "clips": config.clips, "compared": task.compared}
-        self.known = as_first_says("guard", self._load())
+        self.known = as_first_says("guard", self._load() if is_first() else None)
 
     def begin(self, previous_step: int | None) -> None:
         """A run at its first step: what an earlier one left is forgotten."""
@@ -152,9 +153,13 @@ class Guard:
         return {**self.about, "previous_step": None, "scores": {}}
 
     def _load(self) -> dict[str, Any]:
-        found = json.loads(self.file.read_text()) if self.file.exists() else self._empty()
+        found = read_object(self.file)
+        if found is None or not isinstance(found.get("scores"), dict):
+            if self.file.exists():
+                say(f"{self.file} cannot be read, and is now called {put_aside(self.file).name}; scores are made anew")
+            return self._empty()
         if {name: found.get(name) for name in self.about} != self.about:
-            return {**self._empty(), "previous_step": found["previous_step"]}
+            return {**self._empty(), "previous_step": found.get("previous_step")}
         return found
 
     def _write(self, content: dict[str, Any]) -> None:

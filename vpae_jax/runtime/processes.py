@@ -66,7 +66,7 @@ def wait_for_all(name: str, seconds: int = PATIENCE) -> None:
 
 
 def as_first_says(name: str, value: Any) -> Any:
-    """What the first process gives as `value`, which is plain JSON; another `name` each time."""
+    """What the first process gives as `value`, which is plain JSON; another `name` each time. Others' is not used."""
     service, key = client(), f"vpae/said/{name}"
     if service is None:
         return value
@@ -74,6 +74,26 @@ def as_first_says(name: str, value: Any) -> Any:
         service.key_value_set(key, json.dumps(value))
         return value
     return json.loads(service.blocking_key_value_get(key, PATIENCE * 1000))
+
+
+def first_decides(name: str, value: Any, decide: Callable[[list[Any]], Any]) -> Any:
+    """What the first process makes of what each gives, told to all of them, which all call this.
+
+    Args:
+      name: another one each time.
+      value: plain JSON.
+      decide: called by the first process with the values in the processes' order; what it returns is plain JSON, too.
+    """
+    service, key = client(), f"vpae/given/{name}"
+    if service is None:
+        return decide([value])
+    service.key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
+    result = None
+    if is_first():
+        keys = [f"{key}/{index}" for index in range(jax.process_count())]
+        result = decide([json.loads(service.blocking_key_value_get(one, PATIENCE * 1000)) for one in keys])
+        service.key_value_delete(f"{key}/")  # all of them: the service would keep them to the end
+    return as_first_says(name, result)
 
 
 def first_alone(name: str, action: Callable[[], T]) -> T:

@@ -31,6 +31,20 @@ def check(experiment: Experiment, batch: type, pipeline: Pipeline | None) -> Non
         )
 
 
+def digests(data: DataConfig, workdir: Path) -> dict[str, tuple[str, ...]]:
+    """Digests of the folders of records that a run names, by the config's key: of what is in them, wherever they lie.
+
+    Raises:
+      UserError: a folder that is missing, or holds no records.
+    """
+    named = {key: names for key in ("records", "held_out_records") if (names := getattr(data, key))}
+    if not named:
+        return {}
+    from vpae_jax.tasks.video.sources import digests
+
+    return {f"config.data.{key}": digests(names, workdir) for key, names in named.items()}
+
+
 def open_task(data: DataConfig, workdir: Path, model: str, method: Mapping[str, Any]) -> Task:
     """The task of a run. Folders are read when clips are first asked for.
 

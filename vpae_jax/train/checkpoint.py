@@ -1,12 +1,16 @@
 """Checkpoints: the whole train state and the data iterator's position, written by Orbax.
 
+    checkpoints/200, checkpoints/300   complete, each called by its step, with checksums of all files (`checksums.py`)
+    checkpoints/unfinished             what is being written or removed; worth nothing once its run has ended
+    checkpoints/damaged-300            not what was written, and put aside
+
 All processes write, each the shards that it holds, while training goes on. Neither the devices nor the number of
-processes matters to who reads it.
+processes matters to who reads it. Nothing is read whose checksums were not compared.
 
 A run looks for its start in this order:
 
-    1. its own workdir's newest checkpoint (a restart continues);
-    2. the previous phase's newest checkpoint (`config.previous`);
+    1. its own workdir's newest whole checkpoint (a restart continues);
+    2. the previous phase's newest whole checkpoint (`config.previous`);
     3. the model directory (`config.model.path`);
     4. random weights (roles that start "fresh").
 """
@@ -14,7 +18,11 @@ A run looks for its start in this order:
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,67 +31,131 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from vpae_jax.files import write_text
+from vpae_jax.files import put_aside, refused_writes
 from vpae_jax.runtime import processes
+from vpae_jax.runtime.processes import first_decides, is_first, say
 from vpae_jax.sharding import param_path
+from vpae_jax.train import checksums
+from vpae_jax.train.async_writer import AsyncWriter
+from vpae_jax.train.newest import FOLDER, newest_whole, steps_in, whole_step
 from vpae_jax.train.state import TrainState
 from vpae_jax.types import Params, UserError
 
 CONFIG_FILE = "config.json"
-FOLDER = "checkpoints"
+UNFINISHED = "unfinished"
 
 
 class Checkpoints:
-    """A workdir's checkpoints.
+    """A workdir's checkpoints, for the run that trains there; all of its processes call each method.
+
+    As a context manager it waits in the end for the checkpoint that is being written.
 
     Args:
       workdir: the run's folder; checkpoints go to its `checkpoints/`.
       keep: how many are kept; older ones are removed once a newer one is complete.
+
+    Raises:
+      UserError: what a killed run has left half-written cannot be removed.
     """
 
     def __init__(self, workdir: Path, keep: int = 2):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
-        self.manager = ocp.CheckpointManager((workdir / FOLDER).absolute(), options=options)
+        self.folder, self.keep = (workdir / FOLDER).absolute(), keep
+        self.writer = AsyncWriter(state=ocp.StandardCheckpointHandler(), data=ocp.JsonCheckpointHandler())
+        self.thread, self.entered = ThreadPoolExecutor(1, "checkpoint"), ExitStack()
+        self.saving: Future[None] | None = None
+        if is_first() and (self.folder / UNFINISHED).exists():
+            with refused_writes(self.folder):
+                shutil.rmtree(self.folder / UNFINISHED)
 
     def save(self, state: TrainState, data: Any) -> None:
         """Writes the state (at its own step) and the data iterator's position; complete or not there at all.
 
-        Returns when the state is copied, and may be given up; writing goes on, and is waited for at the end. What went
-        wrong with it is raised by the next call.
+        Returns when the state is copied, and may be given up; writing goes on. Waits for the one before.
+
+        Raises:
+          UserError: this one, or the one before, cannot be written.
         """
-        step = int(state.step)
+        self.wait()
+        step, unfinished = int(state.step), self.folder / UNFINISHED
         position = json.loads(json.dumps(data.get_state()))
-        args = ocp.args.Composite(state=ocp.args.StandardSave(_plain(state)), data=ocp.args.JsonSave(position))
-        self.manager.save(step, args=args, force=True)
+        items = {"state": ocp.args.StandardSave(_plain(state)), "data": ocp.args.JsonSave(position)}
+        with refused_writes(self.folder):
+            if is_first():
+                unfinished.mkdir(parents=True, exist_ok=True)
+            self.writer.save(unfinished / str(step), **items)
+        self.saving = self.thread.submit(self._finish, step)
+
+    def check(self) -> None:
+        """Raises `UserError` when the last checkpoint could not be written, as far as that is known."""
+        if self.saving is not None and self.saving.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when the last checkpoint is complete. Raises `UserError` when it could not be written."""
+        saving, self.saving = self.saving, None
+        if saving is not None:
+            saving.result()
 
     def latest(self) -> int | None:
-        return self.manager.latest_step()
+        """The step of the last complete checkpoint, which is waited for; None if there is none."""
+        self.wait()
+        return max(steps_in(self.folder), default=None)
 
-    def restore(self, like: TrainState, data: Any) -> tuple[TrainState, Any]:
-        """The newest checkpoint, in the shapes and shardings of `like`, which may be no more than these; the iterator
-        continues after its last batch."""
+    def newest(self) -> int | None:
+        """The step of the newest whole checkpoint; damaged ones that are newer are put aside. None if there is none.
+
+        Raises:
+          UserError: none of them is whole.
+        """
+        step, faults = newest_whole(self.folder)
+        for damaged, fault in faults.items() if is_first() else ():
+            path = self.folder / str(damaged)
+            aside = put_aside(path)
+            say(f"{path} is damaged ({fault}), and now called {aside.name}; the run goes back to step {step}")
+        return step
+
+    def restore(self, step: int, like: TrainState, data: Any) -> tuple[TrainState, Any]:
+        """A checkpoint, in the shapes and shardings of `like`, which may be no more than these; the iterator continues
+        after its last batch."""
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _plain(like, _abstract_key_data))
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
-        restored = self.manager.restore(self.latest(), args=args)
+        items = {"state": ocp.args.StandardRestore(abstract), "data": ocp.args.JsonRestore()}
+        restored = self.writer.restore(self.folder / str(step), **items)
         data.set_state(restored["data"])
         return _state(restored["state"]), data
 
     def __enter__(self) -> Checkpoints:
+        self.entered.enter_context(self.writer)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        # Completing a checkpoint takes all processes. After an error one of them may be gone; it would be waited for.
-        if error is None or isinstance(error, UserError) or processes.client() is None:
-            self.manager.close()
+        with self.entered:
+            # Completing a checkpoint takes all processes. After an error one may be gone; it would be waited for.
+            if error is None or isinstance(error, UserError) or processes.client() is None:
+                self._close()
 
+    def _close(self) -> None:
+        try:
+            self.wait()
+        finally:
+            self.writer.close()
+            self.thread.shutdown()
+            if is_first():
+                shutil.rmtree(self.folder / UNFINISHED, ignore_errors=True)
 
-def latest_step(workdir: Path) -> int | None:
-    """The step of a run's newest checkpoint; None when it has none."""
-    folder = workdir / FOLDER
-    # Orbax renames a folder to its bare number when it is complete. Its own manager would have to be opened by all
-    # processes together.
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return max((int(name) for name in names if name.isdecimal()), default=None)
+    def _finish(self, step: int) -> None:
+        """Sums what is written; then the checkpoint gets its name. In a thread of its own, on all processes."""
+        with refused_writes(self.folder):
+            self.writer.finish()
+            own = checksums.of_process(self.folder / UNFINISHED / str(step), jax.process_index())
+            first_decides(f"{self.folder}/{step} is written", own, partial(self._complete, step))
+
+    def _complete(self, step: int, sums: list[checksums.Sums]) -> None:
+        unfinished = self.folder / UNFINISHED
+        checksums.write(unfinished / str(step), sums)
+        (unfinished / str(step)).rename(self.folder / str(step))
+        for old in steps_in(self.folder)[: -self.keep]:
+            (self.folder / str(old)).rename(unfinished / str(old))
+        shutil.rmtree(unfinished, ignore_errors=True)  # what another host still reads goes the next time
 
 
 def read_state(
@@ -96,31 +168,25 @@ def read_state(
 
     Args:
       workdir: the run's folder.
-      step: which checkpoint; the newest by default.
+      step: which checkpoint, as `whole_step` has given it; by default that is asked.
       items: of "step", "key", "params", "opt", "averages".
       like: of "params" and "averages", shapes with places of what is wanted, by name. They then hold these alone, as
         far as they are there, on their devices.
 
     Raises:
-      UserError: when the workdir has no such checkpoint, or one of other shapes.
+      UserError: as `whole_step`, or for a checkpoint of other shapes.
     """
-    folder, newest = (workdir / FOLDER).absolute(), latest_step(workdir)
-    if newest is None:
-        raise UserError(f"no checkpoint in {workdir}")
-    step = newest if step is None else step
-    handlers = {"state": ocp.PyTreeCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
-    with ocp.CheckpointManager(folder, item_handlers=handlers) as manager:
-        if step not in manager.all_steps():
-            raise UserError(f"no checkpoint of step {step} in {workdir}, the newest is of step {newest}")
-        tree = manager.item_metadata(step)["state"].tree
+    step = whole_step(workdir) if step is None else step
+    folder = (workdir / FOLDER).absolute() / str(step) / "state"
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        tree = reader.metadata(folder).item_metadata.tree
         wanted = {item: tree[item] for item in items}
         how: Any = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         for item in like or ():
             held = {role: places for role, places in (like or {})[item].items() if role in tree[item]}
             wanted[item] = {role: tree[item][role] for role in held}
             how[item] = {role: _into(wanted[item][role], places, folder, role) for role, places in held.items()}
-        restore = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True)
-        return manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
+        return reader.restore(folder, args=ocp.args.PyTreeRestore(wanted, how, partial_restore=True))
 
 
 def _into(stored: Any, places: Params, folder: Path, role: str) -> Any:
@@ -140,30 +206,6 @@ def _into(stored: Any, places: Params, folder: Path, role: str) -> Any:
     return jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype), places)
 
 
-def guard_config(workdir: Path, config: dict[str, Any], free: tuple[str, ...]) -> None:
-    """Ties a workdir to one config: the first run writes it, a later one must agree.
-
-    Args:
-      config: the config as plain JSON values.
-      free: keys, or whole parts, that may change between runs (how long, how often); all else decides the weights.
-
-    Raises:
-      UserError: naming the first key that differs.
-    """
-    file = workdir / CONFIG_FILE
-    if file.exists():
-        found = _flatten(json.loads(file.read_text()))
-        given = _flatten(json.loads(json.dumps(config)))
-        for key in sorted(set(found) | set(given)):
-            if not {key, key.split(".")[0]} & set(free) and found.get(key) != given.get(key):
-                raise UserError(
-                    f"{workdir} belongs to another config: {key} is {found.get(key)!r} there, {given.get(key)!r} here; "
-                    "choose another --workdir, or the same config"
-                )
-    if processes.is_first():
-        write_text(file, json.dumps(config, indent=1))
-
-
 def _plain(state: TrainState, key_data: Callable[[Any], Any] = jax.random.key_data) -> dict[str, Any]:
     return {
         "step": state.step,
@@ -181,9 +223,3 @@ def _abstract_key_data(key: Any) -> jax.ShapeDtypeStruct:
 
 def _state(plain: dict[str, Any]) -> TrainState:
     return TrainState(**{**plain, "key": jax.random.wrap_key_data(plain["key"])})
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix[:-1]: tree}
-    return {k: v for name, sub in tree.items() for k, v in _flatten(sub, f"{prefix}{name}.").items()}

@@ -79,7 +79,7 @@ def train(
     hooks: tuple[Hook, ...] = (),
     stop: Stop = never,
 ) -> TrainState:
-    """Trains from the workdir's newest checkpoint, or from `state`, to `experiment.steps`, or until it is to stop.
+    """Trains from the workdir's newest whole checkpoint, or `state`, to `experiment.steps`, or until it is to stop.
 
     Args:
       batches: their position is part of every checkpoint.
@@ -90,12 +90,13 @@ def train(
       The last state, which is also the newest checkpoint.
 
     Raises:
-      UserError: when a loss or gradient is not finite; the last good checkpoint stays.
+      UserError: when a loss or gradient is not finite, or a checkpoint cannot be written; the last good checkpoint
+        stays. When there are checkpoints, but none is whole.
     """
     with Checkpoints(workdir, experiment.keep) as checkpoints, ExitStack() as stack:
-        start = checkpoints.latest()
+        start = checkpoints.newest()
         if start is not None:
-            state, batches = checkpoints.restore(state, batches)
+            state, batches = checkpoints.restore(start, state, batches)
             say(f"continuing from step {start} of {workdir}")
         start = int(state.step)
         places = places_of(state)
@@ -123,6 +124,7 @@ def train(
                 _record(metrics, *pending, clock, batches, experiment, checkpoints)
             pending = (step + 1, scalars)
             metrics.advance()
+            checkpoints.check()
             last, stopping = step + 1 == experiment.steps, stop(step + 1)
             if last or stopping or (step + 1) % experiment.checkpoint_every == 0:
                 _record(metrics, *pending, clock, batches, experiment, checkpoints)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from vpae_jax.config import DataConfig, parse_sources
-from vpae_jax.data.records import REJECTS, LatentRecords
-from vpae_jax.data.stores import Address
+from vpae_jax.data.records import REJECTS, LatentRecords, read_index
+from vpae_jax.data.stores import Address, Location
 from vpae_jax.encoding.encoder import encode_into, fingerprint
 from vpae_jax.encoding.manifest import Manifest
 from vpae_jax.encoding.summary import rejected, report
@@ -47,7 +51,7 @@ def open_records(names: str, key: str, workdir: Path, pipeline: Pipeline, model:
     """Folders of records, "DIR,DIR" or "DIR=WEIGHT,...". Raises `UserError` as `open_sources`, naming `key`."""
     found, expected = [], fingerprint(pipeline)
     for name, weight in parse_sources(names):
-        records = LatentRecords(Address(name) if is_address(name) else resolve(name, workdir))
+        records = LatentRecords(_location(name, workdir))
         if records.index["identity"]["encoders"] != expected:
             raise UserError(
                 f"{key}: {records.folder} was encoded with other encoders than those of {model}; encode its clips "
@@ -55,6 +59,23 @@ def open_records(names: str, key: str, workdir: Path, pipeline: Pipeline, model:
             )
         found.append((records, float(len(records)) if weight is None else weight))
     return tuple(found)
+
+
+def digests(names: str, workdir: Path) -> tuple[str, ...]:
+    """Of each of the folders of records, "DIR,DIR" or "DIR=WEIGHT,...", a digest of its index, which has the clips'
+    checksums, and its weight. Raises `UserError` for a folder that is missing, or not complete."""
+    return tuple(
+        f"{_digest(read_index(_location(name, workdir)))}{'' if weight is None else f' at weight {weight:g}'}"
+        for name, weight in parse_sources(names)
+    )
+
+
+def _digest(index: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _location(name: str, workdir: Path) -> Location:
+    return Address(name) if is_address(name) else resolve(name, workdir)
 
 
 def _encoded(data: DataConfig, workdir: Path, pipeline: Pipeline) -> LatentRecords:

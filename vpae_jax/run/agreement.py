@@ -1,0 +1,132 @@
+"""Processes of one run compare what each was started with before they build anything together.
+
+What differs would otherwise show as a computation that one of them waits for in vain, or as weights that none of them
+was meant to have.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import vpae_jax
+from vpae_jax.config import Experiment
+from vpae_jax.runtime import processes
+from vpae_jax.types import UserError
+from vpae_jax.weights.directory import ModelDirectory
+
+# Whose programs and numbers a run is made of.
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+# What a process may have of its own: where its host keeps the clips, and how they are read.
+OWN = ("data.folder", "data.records", "data.videos", "data.held_out_records", "data.workers")
+ENDS_BYTES = 2**16  # of a file of weights, at its beginning and its end: headers, and some values
+
+Facts = Mapping[str, Any]
+
+
+def require_same(name: str, facts: Callable[[], Facts]) -> None:
+    """Compares facts of all processes, which all call this. A run of one process need not look for any.
+
+    Args:
+      name: another one each time.
+      facts: makes this process's: plain JSON by what it is called.
+
+    Raises:
+      UserError: in every process, when one of them differs from the first: in what, with the values.
+    """
+    if processes.client() is None:
+        return
+    own: Facts = json.loads(json.dumps(facts()))
+    first: Facts = processes.as_first_says(f"{name} of the first", own)
+    others = {key: own.get(key) for key in {**first, **own} if own.get(key) != first.get(key)}
+    if wrong := processes.first_decides(name, others, partial(difference, first)):
+        raise UserError(wrong)
+
+
+def difference(first: Facts, others: Sequence[Facts]) -> str | None:
+    """The first fact that differs, in one line; None if none does.
+
+    Args:
+      first: facts of process 0.
+      others: of each process, those that differ from these; a value of None stands for a fact that it does not have.
+    """
+    keys = [key for key in dict.fromkeys([*first, *(key for one in others for key in one)])]
+    differing = [key for key in keys if any(key in one for one in others)]
+    if not differing:
+        return None
+    key, *more = differing
+    who: dict[str, list[int]] = {}
+    for index, one in enumerate(others):
+        value = one[key] if key in one else first.get(key)
+        who.setdefault("not given" if value is None else _shown(value), []).append(index)
+    values = ", ".join(f"{value} in {_processes(indices)}" for value, indices in who.items())
+    also = f" (and {len(more)} more difference{'s' if len(more) > 1 else ''})" if more else ""
+    return f"the processes of this run differ: {key} is {values}{also}; start the same program in the same way on all"
+
+
+def started_with(experiment: Experiment) -> Facts:
+    """What a process is: its code, its libraries, and its config but for what is its own."""
+    versions = {name: version(name) for name in LIBRARIES}
+    config = flat(dataclasses.asdict(experiment))
+    return {
+        "the version of vpae_jax": vpae_jax.__version__,
+        "the digest of vpae_jax": _digest_of_code(),
+        **{f"the version of {name}": found for name, found in versions.items()},
+        **{f"config.{key}": value for key, value in config.items() if key not in OWN},
+    }
+
+
+def reads(model: ModelDirectory | None, clips: Mapping[str, Sequence[str]]) -> Facts:
+    """What a process reads, wherever that lies: the model's files, and digests of the clips by the config's key."""
+    parts = {} if model is None else {name: _digest_of_files(part.files) for name, part in model.parts.items()}
+    return {
+        **{f"the digest of the model's {name}": digest for name, digest in parts.items()},
+        **{f"the digest of {key}": " and ".join(found) for key, found in clips.items()},
+    }
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested dict's values by their keys, joined by dots."""
+    if not isinstance(tree, Mapping):
+        return {prefix[:-1]: tree}
+    return {k: v for name, sub in tree.items() for k, v in flat(sub, f"{prefix}{name}.").items()}
+
+
+def _digest_of_code() -> str:
+    digest, folder = hashlib.sha256(), Path(vpae_jax.__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder)} ".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _digest_of_files(files: Sequence[Path]) -> str:
+    """Of names, sizes and ends: a whole model would take minutes to read."""
+    digest = hashlib.sha256()
+    for path in _within(files):
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            digest.update(f"{path.name} {size} ".encode())
+            for start in (0, max(0, size - ENDS_BYTES)):
+                file.seek(start)
+                digest.update(file.read(ENDS_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _within(files: Sequence[Path]) -> Iterator[Path]:
+    for path in files:
+        yield from sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) and value else repr(value)
+
+
+def _processes(indices: Sequence[int]) -> str:
+    *some, last = map(str, indices)
+    return f"processes {', '.join(some)} and {last}" if some else f"process {last}"

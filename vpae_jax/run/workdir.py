@@ -1,0 +1,173 @@
+"""A run's folder: one run at a time, and always the same config.
+
+`run.lock` says which process works there. The lock itself is the system's (`flock`): it ends with the process, however
+that ends, and the file stays. File systems that know no locks between hosts let a second host in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from vpae_jax.config import Experiment
+from vpae_jax.encoding.identity import differences
+from vpae_jax.files import put_aside, refused_writes, write_text
+from vpae_jax.runtime.processes import as_first_says, first_alone, is_first, say
+from vpae_jax.train.checkpoint import CONFIG_FILE
+from vpae_jax.types import UserError
+from vpae_jax.weights.filenames import read_json
+
+LOCK = "run.lock"
+# What may differ between two runs in one workdir: how long and how often, never what is computed. Where records lie
+# may; a checkpoint's position says which they are.
+FREE = (
+    "steps",
+    "accumulation",
+    "mesh",
+    "log_every",
+    "sample_every",
+    "sample_steps",
+    "checkpoint_every",
+    "keep",
+    "guard",
+)
+FREE_DATA = ("data.folder", "data.records", "data.videos", "data.workers", "data.max_bad", "data.held_out_records")
+
+
+class Lock:
+    """Keeps other runs out of a workdir; of several processes, the first one does. A context manager, which takes it
+    at once where the workdir is there already.
+
+    Args:
+      workdir: the run's folder.
+    """
+
+    def __init__(self, workdir: Path):
+        self.workdir, self.file, self._descriptor = workdir, workdir / LOCK, None
+
+    def take(self) -> str:
+        """Takes the lock, if it is not held yet; who holds it. Makes the workdir.
+
+        Raises:
+          UserError: another run works there, or the file cannot be written.
+        """
+        holder = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S %z')}"
+        if self._descriptor is not None:
+            return os.pread(self._descriptor, 1000, 0).decode()
+        with refused_writes(self.file), ExitStack() as stack:
+            self.workdir.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o666)
+            stack.callback(os.close, descriptor)
+            self._lock(descriptor)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, holder.encode(), 0)
+            os.fsync(descriptor)
+            stack.pop_all()
+        self._descriptor = descriptor
+        return holder
+
+    def _lock(self, descriptor: int) -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                say(
+                    f"{self.file}: cannot be locked here ({error.strerror}); see to it that no other run uses "
+                    f"{self.workdir}"
+                )
+                return
+            holder = os.pread(descriptor, 1000, 0).decode("utf-8", "replace") or "a process that does not say so"
+            raise UserError(
+                f"{self.workdir}: another run works there: {holder}, says {self.file}; end it, wait for its end, or "
+                "choose another --workdir"
+            ) from error
+
+    def __enter__(self) -> Lock:
+        if is_first() and self.workdir.is_dir():
+            self.take()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def claim(experiment: Experiment, workdir: Path, lock: Lock) -> None:
+    """Makes the workdir and ties it to this run and its config. All processes call this.
+
+    Raises:
+      UserError: another run works there, it is tied to another config, or the processes do not share it.
+    """
+
+    def first() -> None:
+        if is_first():
+            as_first_says("lock", lock.take())
+            require_config(workdir, experiment)
+            write_config(workdir, experiment)
+        elif _text(lock.file) != as_first_says("lock", None):
+            raise UserError(
+                f"{workdir}: what process 0 wrote there is not seen here; choose a --workdir that all hosts share"
+            )
+
+    first_alone("workdir", first)
+
+
+def require_config(workdir: Path, experiment: Experiment, free: Iterable[str] = FREE + FREE_DATA) -> None:
+    """Raises `UserError` for a workdir that belongs to another config, naming the first key that differs.
+
+    Args:
+      free: keys, or whole parts, that may change between runs in one workdir.
+    """
+    found = read_object(workdir / CONFIG_FILE)
+    given = json.loads(json.dumps(dataclasses.asdict(experiment)))
+    if found is None:
+        return
+    for key in free:
+        for config in (found, given):
+            _drop(config, key.split("."))
+    if (differing := next(differences(found, given), None)) is not None:
+        raise UserError(
+            f"{workdir} belongs to another config: {differing}; choose another --workdir, or the same config"
+        )
+
+
+def write_config(workdir: Path, experiment: Experiment) -> None:
+    """Ties the workdir to a config. One that a fault of the disk has made unreadable is put aside."""
+    file = workdir / CONFIG_FILE
+    if file.exists() and read_object(file) is None:
+        say(f"{file} cannot be read, and is now called {put_aside(file).name}; the run goes on with the config given")
+    write_text(file, json.dumps(dataclasses.asdict(experiment), indent=1))
+
+
+def read_object(file: Path) -> dict[str, Any] | None:
+    """A JSON object that a run has left in its workdir; None when there is none that can be read."""
+    if not file.exists():
+        return None
+    try:
+        return read_json(file)
+    except UserError:
+        return None
+
+
+def _drop(config: dict[str, Any], keys: list[str]) -> None:
+    *parts, last = keys
+    inner: Any = config
+    for part in parts:
+        inner = inner.get(part) if isinstance(inner, Mapping) else None
+    if isinstance(inner, dict):
+        inner.pop(last, None)
+
+
+def _text(file: Path) -> str:
+    return file.read_text(errors="replace") if file.is_file() else ""
