@@ -89,13 +89,14 @@ class Address:
     def __truediv__(self, name: str) -> Address:
         return Address(f"{self.url}/{name}")
 
-    def is_file(self) -> bool:
-        """Whether there is such a file."""
+    def size(self) -> int | None:
+        """Bytes of the file; None when there is none."""
         try:
             with self._opened() as system:
-                return system.info(self.url)["type"] == "file"
+                found = system.info(self.url)
+                return found["size"] if found["type"] == "file" else None
         except FileNotFoundError:
-            return False
+            return None
 
     def read_bytes(self) -> bytes:
         """The whole file. Raises `FileNotFoundError`."""

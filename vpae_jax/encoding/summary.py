@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from vpae_jax.data.records import INDEX, read_index
+from vpae_jax.data.index import INDEX, read_index
 from vpae_jax.encoding.units import Units
 from vpae_jax.pages import page_template
 
