@@ -159,7 +159,7 @@ def test_a_sparse_file_is_not_read(folder, name):
         file.truncate(8 << 30)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     message = refusal(folder)
-    assert f"{name}: " in message and f"has {8 << 30} bytes, at most {2**28} are read" in message
+    assert f"{name}: " in message and f"it has {8 << 30} bytes, at most {2**28} are read" in message
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 100_000
 
 
@@ -167,7 +167,7 @@ def test_a_sparse_file_is_not_read(folder, name):
 def test_a_file_that_is_a_folder_or_a_pipe(folder, name):
     (folder / name).unlink()
     (folder / name).mkdir()
-    assert ("has not ended" if name == "index.json" else "null.safetensors: is missing") in refusal(folder)
+    assert ("has not ended" if name == "index.json" else "null.safetensors: it is missing") in refusal(folder)
 
 
 def write_null(folder, **arrays):

@@ -1,7 +1,9 @@
 """How long a video, a part of one or a shot must be: its last frame is to be shown when the clip's last one is due."""
 
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from test_videos import BUCKETS, Listed, entry, of_unit
@@ -156,3 +158,45 @@ def test_what_a_tag_of_matroska_means_does_not_matter(tmp_path, said, kind):
     path.write_bytes(data.replace(tag, said.encode()))
     assert probe(path).seconds == pytest.approx(11.0, abs=0.002)
     assert len(clips_of(entry(path), clips_per_video=9)) == 2
+
+
+def write_late(path, first, codec, sound):
+    """A video of 11 s that begins after `first` seconds of sound, which goes on beside it."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=16, options={"g": "24", "cpu-used": "8", "deadline": "realtime"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        beside = container.add_stream(sound, rate=48000, layout="mono")
+        packets = []
+        for number, picture in enumerate(numbered(176)):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = 16 * first + number, Fraction(1, 16)
+            packets += stream.encode(frame)
+        for number in range(50 * (first + 11)):
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 960), np.float32), format="fltp", layout="mono")
+            silence.sample_rate, silence.pts, silence.time_base = 48000, 960 * number, Fraction(1, 48000)
+            packets += beside.encode(silence)
+        packets += stream.encode() + beside.encode()
+        for packet in sorted(packets, key=lambda packet: packet.dts * packet.time_base):
+            container.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "sound", "first"),
+    [
+        ("clip.mkv", "libx264", "aac", 3),
+        ("clip.mkv", "libx264", "aac", 30),
+        ("clip.mkv", "libx264", "aac", 600),
+        ("clip.webm", "libvpx", "libopus", 30),
+        ("clip.mp4", "libx264", "aac", 30),
+    ],
+)
+def test_a_video_that_begins_long_after_its_sound(tmp_path, first, name, codec, sound):
+    """FFmpeg stops looking before it has come to the video, and gives the file's beginning and length for its own."""
+    path = write_late(tmp_path / name, first, codec, sound)
+    assert probe(path).seconds == pytest.approx(11.0, abs=0.01)
+    one, two = clips_of(entry(path), clips_per_video=9)
+    for clip in (one, two):
+        assert isinstance(clip, Clip), clip
+        begins = round(clip.about["start"] * 16)
+        assert np.abs(np.array(numbers(clip.video)) - np.arange(begins, begins + 81)).max() <= 1

@@ -81,12 +81,10 @@ def read_index(folder: Location) -> dict[str, Any]:
     """
     path = folder / INDEX
     try:
-        size = file_size(path)
-        if size is None:
+        data = read_small(path, MAX_INDEX)
+        if data is None:
             _say_why_there_is_none(folder)
-        elif size > MAX_INDEX:
-            raise ValueError(f"it has {size} bytes, at most {MAX_INDEX} are read")
-        index = json.loads(path.read_bytes())
+        index = json.loads(data)
         _check(index, {"schema": _OF_INDEX["schema"]}, "")
         if index["schema"] == SCHEMA:
             _check(index, _OF_INDEX, "")
@@ -134,6 +132,21 @@ def file_size(path: Location) -> int | None:
     if isinstance(path, Address):
         return path.size()
     return path.stat().st_size if path.is_file() else None
+
+
+def read_small(path: Location, most: int) -> bytes | None:
+    """A file whole; None when there is none.
+
+    Raises:
+      ValueError: it has more than `most` bytes.
+      OSError, UserError: what the system says of a file, and when a store cannot be read.
+    """
+    size = file_size(path)
+    if size is None:
+        return None
+    if size > most:
+        raise ValueError(f"it has {size} bytes, at most {most} are read")
+    return path.read_range(0, size) if isinstance(path, Address) else path.read_bytes()
 
 
 def again(folder: Location) -> str:

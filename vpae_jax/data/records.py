@@ -27,7 +27,7 @@ import safetensors.numpy
 import xxhash
 from jaxtyping import Float, Shaped, UInt8
 
-from vpae_jax.data.index import NULL, again, check_shard, file_size, read_index
+from vpae_jax.data.index import NULL, again, check_shard, file_size, read_index, read_small
 from vpae_jax.data.shards import read_record, starts
 from vpae_jax.data.stores import Address, Location
 from vpae_jax.types import MASK_CHANNELS, UserError
@@ -246,10 +246,10 @@ def read_null(folder: Location, index: Mapping[str, Any]) -> tuple[Value, Value]
     """
     path = folder / NULL
     try:
-        size = file_size(path)
-        if size is None or size > MAX_NULL:
-            raise BadRecord("is missing" if size is None else f"has {size} bytes, at most {MAX_NULL} are read")
-        arrays, _ = from_safetensors(path.read_bytes())
+        data = read_small(path, MAX_NULL)
+        if data is None:
+            raise BadRecord("it is missing")
+        arrays, _ = from_safetensors(data)
         for name, dtype in (("text", BFLOAT16), ("text_mask", np.dtype(bool))):
             if name not in arrays or arrays[name].dtype != dtype or not is_finite(arrays[name]):
                 raise BadRecord(f"its {name} is missing, not of {dtype}, or not finite")
@@ -258,7 +258,7 @@ def read_null(folder: Location, index: Mapping[str, Any]) -> tuple[Value, Value]
         if text.ndim != 2 or list(text.shape) != [index["text_tokens"], *width] or mask.shape != text.shape[:1]:
             expected = [index["text_tokens"], *width]
             raise BadRecord(f"its text is of {list(text.shape)} and mask {list(mask.shape)}, expected {expected}")
-    except (OSError, BadRecord) as error:
+    except (OSError, ValueError, BadRecord) as error:
         raise UserError(f"{path}: {error}; {again(folder)}") from error
     return text, mask
 

@@ -98,13 +98,10 @@ class Address:
         except FileNotFoundError:
             return None
 
-    def read_bytes(self) -> bytes:
-        """The whole file. Raises `FileNotFoundError`."""
-        with self._opened() as system:
-            return system.cat_file(self.url)
-
     def read_range(self, start: int, end: int) -> bytes:
         """Bytes `start` to `end` of a file that is known to be there and to have them, by one request."""
+        if start == end:
+            return b""
         try:
             with self._opened() as system:
                 found = system.cat_file(self.url, start=start, end=end)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +100,9 @@ def _probe(path: Path) -> Probe:
             raise Unreadable("unreadable", "has no more than one frame")
         for _, frame in _frames(container, stream):
             height, width = _upright_size(frame, _turn(frame), _aspect(stream))
-            seconds = headers.seconds(container, stream)
-            if seconds is None or container.format.name == "mpeg":  # whose headers do not say it
-                seconds = _seconds_of_packets(path, from_last_keyframe=bool(stream.start_time))
+            seconds, origin = headers.seconds(container, stream), headers.origin(stream, frame)
+            if seconds is None or origin != (stream.start_time or 0) or container.format.name == "mpeg":
+                seconds = _seconds_of_packets(path, from_last_keyframe=origin != 0)
             if not 0 <= seconds <= LONGEST:
                 raise Unreadable("unreadable", f"claims to last {seconds:g} s; at most {LONGEST:g} s are read")
             slack = max(headers.slack(stream), SLACK)
@@ -141,14 +142,15 @@ def read_frames(
         if target > 0:
             try:
                 with _opened(path) as (container, stream), _decoding():
-                    container.seek(math.floor(target / stream.time_base) + (stream.start_time or 0), stream=stream)
-                    if _fill(out, container, stream, start, fps, until, from_beginning=False):
+                    origin = headers.origin(stream, next(container.demux(stream)))
+                    container.seek(math.floor(target / stream.time_base) + origin, stream=stream)
+                    if _fill(out, container, stream, start, fps, until, origin):
                         return out
             except Unreadable as error:
                 if error.kind not in FOR_SEEKING:
                     raise
     with _opened(path) as (container, stream), _decoding():
-        _fill(out, container, stream, start, fps, until, from_beginning=True)
+        _fill(out, container, stream, start, fps, until)
     return out
 
 
@@ -159,9 +161,11 @@ def _fill(
     start: float,
     fps: float,
     until: float,
-    from_beginning: bool,
+    origin: int | None = None,
 ) -> bool:
-    """Fills `out`; False when decoding began after `start`, or nowhere, so that a frame is missing before it."""
+    """Fills `out`; False when decoding began after `start`, or nowhere, so that a frame is missing before it. It may do
+    so where the video's origin on the file's clock is given; else the file is at its beginning."""
+    from_beginning = origin is None
     slack = headers.slack(stream)
     near = max(slack, SLACK)  # of times that a manifest gave: where the clip begins, and where the shot ends
     write = _Writer(out, _aspect(stream))
@@ -173,7 +177,7 @@ def _fill(
         """Whether something that begins at this time is no longer due."""
         return start + due / fps + (slack if due else near) < time
 
-    for time, frame in _frames(container, stream):
+    for time, frame in _frames(container, stream, origin):
         if held is None and time > start + slack and not from_beginning:
             return False
         if held is not None and time >= until - SLACK:
@@ -342,6 +346,8 @@ def _decoding() -> Iterator[None]:
     """FFmpeg's errors and the system's become `Unreadable`."""
     try:
         yield
+    except IndexError as error:  # PyAV's, when a damaged file announces another stream in its middle
+        raise Unreadable("unreadable", "cannot be decoded: its streams change") from error
     except (FFmpegError, OSError) as error:
         why = (error.strerror or str(error)).lower()
         # FFmpeg passes on the system's numbers, and uses two of them as its own: EPERM for anything, and EIO for a file
@@ -351,26 +357,20 @@ def _decoding() -> Iterator[None]:
         raise Unreadable("unreadable", f"cannot be decoded: {why}") from error
 
 
-def _frames(container: Any, stream: Any) -> Iterator[tuple[float, VideoFrame]]:
-    """Frames with their times in seconds, which never run backwards."""
-    origin = stream.start_time or 0
+def _frames(container: Any, stream: Any, origin: int | None = None) -> Iterator[tuple[float, VideoFrame]]:
+    """Frames with their times in seconds, which never run backwards. The video begins at `origin` on the file's clock,
+    by default where the first packet says."""
     step = 1 / headers.rate(stream)
     last = -math.inf
-    decoded = container.decode(stream)
-    while frame := _next(decoded):
-        if frame.pts is None:
-            time = 0.0 if last == -math.inf else last + step
-        else:
-            time = float((frame.pts - origin) * stream.time_base)
-        last = max(time, last)
-        yield last, frame
-
-
-def _next(decoded: Iterator[VideoFrame]) -> VideoFrame | None:
-    try:
-        return next(decoded, None)
-    except IndexError as error:  # PyAV's, when a damaged file announces another stream in its middle
-        raise Unreadable("unreadable", "cannot be decoded: its streams change") from error
+    for packet in container.demux(stream):
+        origin = headers.origin(stream, packet) if origin is None else origin
+        for frame in packet.decode():
+            if frame.pts is None:
+                time = 0.0 if last == -math.inf else last + step
+            else:
+                time = float((frame.pts - origin) * stream.time_base)
+            last = max(time, last)
+            yield last, frame
 
 
 def _seconds_of_packets(path: Path, from_last_keyframe: bool) -> float:
@@ -378,14 +378,16 @@ def _seconds_of_packets(path: Path, from_last_keyframe: bool) -> float:
     the last ones."""
     end, number = 0.0, 0
     with _opened(path) as (container, stream):
+        packets = container.demux(stream)
+        first = next(packets)
+        origin = headers.origin(stream, first)
         if from_last_keyframe:
             with suppress(FFmpegError):
                 container.seek(LATEST, stream=stream)
-        for packet in container.demux(stream):
+        for packet in container.demux(stream) if from_last_keyframe else chain([first], packets):
             number += packet.size > 0
             if packet.pts is not None:
-                begin = float((packet.pts - (stream.start_time or 0)) * stream.time_base)
-                end = max(end, begin + headers.duration(packet, stream))
+                end = max(end, float((packet.pts - origin) * stream.time_base) + headers.duration(packet, stream))
         if not from_last_keyframe:
             # Some formats give few packets a time.
             return max(end, 0 if stream.duration else number / headers.rate(stream))

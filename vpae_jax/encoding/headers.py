@@ -9,6 +9,7 @@ from typing import Any
 
 import av
 
+LATE = 1.0  # seconds: so long a video's first frames may be missing, or come in another order
 TICK = 5e-3  # seconds: times are rounded to a container's ticks, but no more than this is forgiven
 # How files begin that hold one picture.
 IMAGES = {
@@ -38,11 +39,8 @@ def image_kind(path: Path) -> str | None:
 
 
 def seconds(container: Any, stream: Any) -> float | None:
-    """How long the video is, as far as the header says.
-
-    Where the first frame is not at 0, a header may give the end on the file's clock, as FFmpeg writes it into Matroska,
-    or the length, as mkvmerge does: it says nothing.
-    """
+    """How long the video is, as far as the header says. Where it does not begin at 0 on the file's clock, that may be
+    the end on this clock, as FFmpeg writes it into Matroska, or the length, as mkvmerge does: then it says nothing."""
     if stream.duration:
         return float(stream.duration * stream.time_base)
     if stream.start_time:
@@ -54,6 +52,13 @@ def seconds(container: Any, stream: Any) -> float | None:
         except ValueError:
             return None
     return container.duration / av.time_base if container.duration else None
+
+
+def origin(stream: Any, first: Any) -> int:
+    """When the video begins, in ticks of the file's clock. Where its first packet, or frame, is far from what FFmpeg
+    says, FFmpeg has not read so far, and taken the file's beginning for that of the video."""
+    said = stream.start_time or 0
+    return said if first.pts is None or abs(first.pts - said) * stream.time_base < LATE else first.pts
 
 
 def rate(stream: Any, length: float | None = None) -> float:

@@ -78,8 +78,8 @@ class TableFile:
 
     CSV is read strictly (RFC 4180), but for what separates its columns, which its header tells: a quoted field may hold
     line breaks and doubled quotes, and a row whose quotes are broken, or whose number of fields is not the header's, is
-    refused. An open quote hides no more than Python's limit on a field, 128 KiB. Of a Parquet file's columns, those that
-    are needed are read, and those of text and of numbers.
+    refused. An open quote hides no more than Python's limit on a field, 128 KiB. Of a Parquet file's columns, those are
+    read that are needed, and those of text and of numbers.
 
     Args:
       path: one of `FORMATS` by its suffix.
