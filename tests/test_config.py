@@ -10,7 +10,7 @@ from ml_collections import ConfigDict, config_flags
 
 from configs import encoders, phase1, phase2, teacher, vae
 from configs.common import PRESETS
-from vpae_jax.config import build, complete, parse
+from vpae_jax.config import build, complete, parse, parse_sources
 from vpae_jax.flow.times import VALUES_720P, TimeDistribution
 from vpae_jax.methods import make_method
 from vpae_jax.methods.adversarial import DISC_TIMES
@@ -257,3 +257,25 @@ def test_a_trained_backbone_has_its_optimizer():
     config.method.backbone = "full_copy"
     experiment = parse(config)
     check_roles(make_method(experiment.method), experiment.optimizers)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a", [("a", None)]),
+        ("a=0.5, b = 2", [("a", 0.5), ("b", 2.0)]),
+        ("/data/lr=x", [("/data/lr=x", None)]),
+        ("/data/lr=x=3", [("/data/lr=x", 3.0)]),
+        ("/data/size=48/", [("/data/size=48/", None)]),
+        ("/data/size=48=3,b=1", [("/data/size=48", 3.0), ("b", 1.0)]),
+        ("gs://bucket/a=b/c", [("gs://bucket/a=b/c", None)]),
+    ],
+)
+def test_a_folder_of_records_may_hold_an_equals_sign(text, expected):
+    assert list(parse_sources(text)) == expected
+
+
+@pytest.mark.parametrize("text", ["a=", "=1", "=", "a=0", "a=-1", "a=inf", "a=nan", "a,,b", "a,"])
+def test_weights_that_are_none(text):
+    with pytest.raises(UserError, match="is not a folder, or a folder and its weight"):
+        parse_sources(text)

@@ -1,6 +1,7 @@
 """Videos and images on disk."""
 
 import struct
+import warnings
 import zlib
 
 import av
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 from vpae_jax.media import read_image, write_contact_sheet, write_video
-from vpae_jax.types import UserError
+from vpae_jax.types import Note, UserError
 
 
 def frames(t=9, height=48, width=64):
@@ -72,6 +73,174 @@ def test_images_are_read_upright_and_in_colour(tmp_path):
     assert (found[:10] == (255, 0, 0)).all() and (found[10:] == 0).all()
     Image.fromarray(picture[..., 0]).save(tmp_path / "grey.png")
     assert read_image(tmp_path / "grey.png").shape == (10, 20, 3)
+
+
+RAMP = np.arange(256, dtype=np.uint8).reshape(8, 32)
+
+
+def tiff(path, values, bits, sample_format=1, photometric=1):
+    """A TIFF of one channel as no library of ours writes it."""
+    data = values.astype(values.dtype.newbyteorder("<")).tobytes()
+    tags = [
+        (256, 3, 1, values.shape[1] if bits != 12 else values.shape[1] * 2 // 3),
+        (257, 3, 1, values.shape[0]),
+        (258, 3, 1, bits),
+        (259, 3, 1, 1),
+        (262, 3, 1, photometric),
+        (273, 4, 1, 8),
+        (277, 3, 1, 1),
+        (278, 3, 1, values.shape[0]),
+        (279, 4, 1, len(data)),
+        (339, 3, 1, sample_format),
+    ]
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    ifd = struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
+    path.write_bytes(b"II*\0" + struct.pack("<I", 8 + len(data)) + data + ifd)
+    return path
+
+
+def deep(name, values, tmp_path):
+    path = tmp_path / name
+    Image.fromarray(values).save(path)
+    return path
+
+
+def test_grey_of_16_bits_is_scaled(tmp_path):
+    wide = RAMP.astype(np.uint16) * 257
+    for path in (
+        deep("grey.png", wide, tmp_path),
+        deep("grey.tif", wide, tmp_path),
+        deep("grey.pgm", wide, tmp_path),
+        deep("big.tif", wide.astype(">u2"), tmp_path),
+        tiff(tmp_path / "own.tif", wide, 16),
+    ):
+        with Image.open(path) as opened:
+            assert opened.mode.startswith("I"), path
+        np.testing.assert_array_equal(read_image(path), RAMP[..., None].repeat(3, -1), err_msg=path.name)
+    np.testing.assert_array_equal(
+        read_image(tiff(tmp_path / "negative.tif", wide, 16, photometric=0))[..., 0], 255 - RAMP
+    )
+
+
+def test_grey_of_12_bits_is_scaled_by_what_12_bits_hold(tmp_path):
+    packed = np.tile(np.array([0xFF, 0xF8, 0x00], np.uint8), (2, 8))  # 4095, 2048
+    found = read_image(tiff(tmp_path / "twelve.tif", packed, 12))[..., 0]
+    assert found.shape == (2, 16) and set(found[:, ::2].flat) == {255} and set(found[:, 1::2].flat) == {128}
+
+
+def test_floats_from_0_to_1_are_scaled(tmp_path):
+    values = RAMP.astype(np.float32) / 255
+    for path in (deep("float.tif", values, tmp_path), deep("float.pfm", values, tmp_path)):
+        np.testing.assert_array_equal(read_image(path), RAMP[..., None].repeat(3, -1), err_msg=path.name)
+    assert (read_image(tiff(tmp_path / "negative.tif", values, 32, 3, photometric=0))[..., 0] == 255 - RAMP).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "bits", "kind", "reason"),
+    [
+        (RAMP.astype(np.float32), 32, 3, "holds numbers from 0 to 255, expected 0 to 1"),
+        (RAMP.astype(np.float32) - 1, 32, 3, "holds numbers from -1 to 254, expected 0 to 1"),
+        (np.full((2, 2), np.nan, np.float32), 32, 3, "holds numbers from nan to nan"),
+        (np.full((2, 2), np.inf, np.float32), 32, 3, "holds numbers from inf to inf"),
+        (RAMP.astype(np.uint32), 32, 1, "holds integers of 32 bits"),
+        (RAMP.astype(np.int32), 32, 2, "holds numbers with a sign"),
+        (RAMP.astype(np.int16), 16, 2, "holds numbers with a sign"),
+        (RAMP.astype(np.int8), 8, 2, "holds numbers with a sign"),
+    ],
+)
+def test_numbers_that_do_not_say_what_is_white_are_refused(tmp_path, values, bits, kind, reason):
+    with pytest.raises(UserError, match=f"^image .*odd.tif: {reason}.*; save it as PNG with 8 bits a channel$"):
+        read_image(tiff(tmp_path / "odd.tif", values, bits, kind))
+
+
+def test_colours_as_lab_are_refused(tmp_path):
+    Image.new("LAB", (4, 4), (200, 10, 10)).save(tmp_path / "lab.tif")
+    with pytest.raises(UserError, match=r"lab.tif: holds colours as LAB; save it as PNG with 8 bits a channel"):
+        read_image(tmp_path / "lab.tif")
+
+
+def test_images_of_every_mode_are_what_they_show(tmp_path):
+    """Half of each is white, half a colour that the mode can hold."""
+    for mode, kinds in {
+        "1": ("PNG", "TIFF", "BMP", "PPM"),
+        "L": ("PNG", "TIFF", "BMP", "PPM", "JPEG", "WEBP", "GIF"),
+        "P": ("PNG", "TIFF", "BMP", "GIF"),
+        "RGB": ("PNG", "TIFF", "BMP", "PPM", "JPEG", "WEBP"),
+        "CMYK": ("TIFF", "JPEG"),
+        "YCbCr": ("TIFF", "JPEG"),
+    }.items():
+        shown = Image.new("RGB", (32, 16), "white")
+        shown.paste((0, 0, 0) if mode in ("1", "L") else (200, 40, 40), (0, 0, 16, 16))
+        for kind in kinds:
+            path = tmp_path / f"{mode}.{kind.lower()}"
+            kept = shown.quantize(8) if mode == "P" else shown.convert(mode)
+            kept.save(path, format=kind, **({"lossless": True} if kind == "WEBP" else {}))
+            off = np.abs(read_image(path).astype(int) - np.asarray(shown))
+            assert off[:, :12].max() <= 12 and off[:, 20:].max() <= 12, (mode, kind, off.max())
+
+
+def clear_half(mode):
+    """An opaque red half, and a clear white one."""
+    picture = Image.new("RGBA", (32, 16), (255, 255, 255, 0))
+    picture.paste((200, 40, 40, 255), (0, 0, 16, 16))
+    return picture.convert(mode)
+
+
+def keyed(mode, key):
+    picture = Image.new(mode, (32, 16), key)
+    if mode == "P":
+        picture.putpalette([value for grey in range(256) for value in (grey, 128, 255 - grey)])
+    picture.paste(80 if mode != "RGB" else (80, 80, 80), (0, 0, 16, 16))
+    return picture
+
+
+TRANSPARENT = {
+    "rgba.png": lambda path: clear_half("RGBA").save(path),
+    "rgba.webp": lambda path: clear_half("RGBA").save(path, lossless=True),
+    "rgba.tif": lambda path: clear_half("RGBA").save(path),
+    "la.png": lambda path: clear_half("LA").save(path),
+    "la.tif": lambda path: clear_half("LA").save(path),
+    "pa.png": lambda path: clear_half("RGBA").quantize(8).save(path),
+    "p.png": lambda path: keyed("P", 3).save(path, transparency=3),
+    "p.gif": lambda path: keyed("P", 3).save(path, transparency=3),
+    "pa.tif": lambda path: clear_half("RGBA").convert("PA").save(path),
+    "l.png": lambda path: keyed("L", 250).save(path, transparency=250),
+    "rgb.png": lambda path: keyed("RGB", (250, 250, 250)).save(path, transparency=(250, 250, 250)),
+    "deep.png": lambda path: keyed("I;16", 65000).save(path, transparency=65000),
+}
+
+
+@pytest.mark.parametrize("name", TRANSPARENT)
+def test_what_is_transparent_becomes_black_and_that_is_said(tmp_path, name):
+    path = tmp_path / name
+    TRANSPARENT[name](path)
+    with pytest.warns(Note, match=f"^image {path}: what is transparent becomes black$"):
+        found = read_image(path)
+    assert (found[:, 16:] == 0).all()
+    if name != "deep.png":
+        assert found[:, :16].any()
+
+
+def test_half_transparent_parts_are_half_as_bright(tmp_path):
+    Image.new("RGBA", (4, 4), (200, 100, 50, 128)).save(tmp_path / "half.png")
+    with pytest.warns(Note):
+        assert np.abs(read_image(tmp_path / "half.png").astype(int) - (100, 50, 25)).max() <= 1
+    Image.new("RGBA", (4, 4), (200, 100, 50, 255)).save(tmp_path / "whole.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (read_image(tmp_path / "whole.png") == (200, 100, 50)).all()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_tiffs_and_deep_images_are_turned_upright_too(tmp_path, dtype):
+    turned = Image.Exif()
+    turned[274] = 6
+    values = np.zeros((10, 20), dtype)
+    values[:, :10] = {np.uint8: 255, np.uint16: 65535, np.float32: 1}[dtype]
+    for kind in ("png", "tif") if dtype is not np.float32 else ("tif",):
+        Image.fromarray(values).save(tmp_path / f"turned.{kind}", exif=turned)
+        found = read_image(tmp_path / f"turned.{kind}")
+        assert found.shape == (20, 10, 3) and (found[:10] == 255).all() and (found[10:] == 0).all()
 
 
 def test_bad_images_are_one_line(tmp_path):

@@ -146,17 +146,17 @@ def parse_sources(records: str) -> tuple[tuple[str, float | None], ...]:
 
 
 def _source(text: str) -> tuple[str, float | None]:
-    """ "DIR=WEIGHT" or "DIR", taken apart. Raises `UserError` for a weight that is none."""
+    """ "DIR=WEIGHT" or "DIR", taken apart. A "=" that no number follows is part of the name, as in "size=48/". Raises
+    `UserError` for a weight that is none."""
     folder, equals, weight = (part.strip() for part in text.rpartition("="))
-    if not equals:
-        folder, weight = weight, "1"
     try:
-        value = float(weight)
+        value = float(weight) if equals else None
     except ValueError:
-        value = math.nan
-    if not folder or not 0 < value < math.inf:
+        folder, value = text.strip(), None if weight else math.nan
+    folder = folder if equals else weight
+    if not folder or not (value is None or 0 < value < math.inf):
         raise UserError(f"records: {text!r} is not a folder, or a folder and its weight (DIR=0.5), a positive number")
-    return folder, value if equals else None
+    return folder, value
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -22,11 +23,11 @@ import jax.numpy as jnp
 
 from vpae_jax import cli, sharding
 from vpae_jax.config import MeshConfig
-from vpae_jax.data.records import read_index
+from vpae_jax.data.index import read_index
 from vpae_jax.encoding import buckets, synthetic
 from vpae_jax.encoding.captions import Captions
 from vpae_jax.encoding.datasets import parse_columns
-from vpae_jax.encoding.encoder import describe, encode
+from vpae_jax.encoding.encoder import describe, encode, too_long
 from vpae_jax.encoding.filters import Filters
 from vpae_jax.encoding.manifest import Columns, Manifest
 from vpae_jax.encoding.summary import PAGE, first_reject, rejected, report
@@ -242,6 +243,7 @@ def clips(given: argparse.Namespace, listed: Manifest, pipeline: Pipeline) -> Vi
         clips_per_video=1 if given.clips_per_video is None else given.clips_per_video,
         workers=os.cpu_count() or 1 if given.workers is None else given.workers,
         timeout=TIMEOUT if given.timeout is None else given.timeout,
+        unfit=partial(too_long, pipeline),
     )
 
 

@@ -6,6 +6,7 @@ import math
 import warnings
 from fractions import Fraction
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
@@ -13,7 +14,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vpae_jax.files import atomically
-from vpae_jax.types import UserError
+from vpae_jax.types import Note, UserError
 
 Frames = UInt8[np.ndarray, "t height width 3"]
 Picture = UInt8[np.ndarray, "height width 3"]
@@ -22,6 +23,9 @@ CRF = 14  # H.264 quality: visually lossless
 # What images are read as, whatever they are called: not what hands them to another program, as EPS does.
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MOST_PIXELS = 2**26  # 8192x8192, some 200 MB
+# Tags of TIFF; of the first, 2 is for numbers with a sign, and of the second, 0 for white is zero.
+SAMPLE_FORMAT, PHOTOMETRIC, BITS_PER_SAMPLE = 339, 262, 258
+STRAIGHT = {"La": "LA", "RGBa": "RGBA"}  # colours that are multiplied with their transparency, and those that are not
 
 
 def write_video(path: Path, frames: Frames, fps: float) -> None:
@@ -72,24 +76,84 @@ def write_contact_sheet(path: Path, frames: Frames, columns: int | None = None) 
 
 
 def read_image(path: Path) -> Picture:
-    """An image as RGB, turned upright as its EXIF data say.
+    """An image as RGB, its first one where it has several, turned upright as its EXIF data say.
+
+    Grey of 16 bits, and of floats from 0 to 1, is scaled to 8 bits. Transparent parts become black, as those of videos
+    do; that is a `Note`.
 
     Raises:
-      UserError: no such file, not an image that Pillow reads whole, another format, or more than `MOST_PIXELS`.
+      UserError: no such file, not an image that Pillow reads whole, another format, more than `MOST_PIXELS`, or numbers
+        that do not say what is white.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of larger ones than are allowed here
-            opened = Image.open(path, formats=IMAGE_FORMATS)
-        with opened as image:
+        # Given a path, Pillow turns TIFFs upright twice.
+        with path.open("rb") as file, _opened(file) as image:
             if image.width * image.height > MOST_PIXELS:
-                raise UserError(
-                    f"image {path}: has {image.width}x{image.height} pixels; make it smaller, {MOST_PIXELS} at most"
-                )
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+                size = f"{image.width}x{image.height}"
+                raise UserError(f"image {path}: has {size} pixels; make it smaller, {MOST_PIXELS} at most")
+            white, negative = _white(image)
+            upright = _in_8_bits(ImageOps.exif_transpose(image), white, negative)
+            return np.array(_opaque(upright, path))
+    except _Unclear as error:
+        raise UserError(f"image {path}: {error}; save it as PNG with 8 bits a channel") from error
     except FileNotFoundError as error:
         raise UserError(f"image {path}: no such file") from error
     except UnidentifiedImageError as error:
         raise UserError(f"image {path}: not an image of a known format; expected {', '.join(IMAGE_FORMATS)}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"image {path}: cannot be read: {error}") from error
+
+
+def _opened(file: BinaryIO) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of larger ones than are allowed here
+        return Image.open(file, formats=IMAGE_FORMATS)
+
+
+class _Unclear(Exception):
+    """Pixels of which nothing says what is white."""
+
+
+def _white(image: Image.Image) -> tuple[float | None, bool]:
+    """Which number stands for white in an image of more than 8 bits, and whether it stands for black instead; None for
+    images that Pillow reads in 8 bits."""
+    tags: Any = getattr(image, "tag_v2", {})  # a TIFF's
+    if 2 in tags.get(SAMPLE_FORMAT, ()):
+        raise _Unclear("holds numbers with a sign")
+    if image.mode == "LAB":
+        raise _Unclear("holds colours as LAB")
+    if not image.mode.startswith(("I", "F")):
+        return None, False
+    bits = tags.get(BITS_PER_SAMPLE, (16,))[0]  # a PNG's and PPM's are scaled to 16
+    if image.mode == "I" and bits > 16:
+        raise _Unclear(f"holds integers of {bits} bits")
+    return 1.0 if image.mode == "F" else 2.0**bits - 1, tags.get(PHOTOMETRIC) == 0
+
+
+def _in_8_bits(image: Image.Image, white: float | None, negative: bool) -> Image.Image:
+    """Grey that is scaled from 0 to `white`; other images as they are."""
+    if white is None:
+        return image
+    values = np.asarray(image)
+    low, high = float(values.min()), float(values.max())
+    if not 0 <= low <= high <= white:
+        raise _Unclear(f"holds numbers from {low:g} to {high:g}, expected 0 to {white:g}")
+    scaled = values.astype(np.float32)
+    scaled *= 255 / white
+    grey = np.rint(scaled, out=scaled).astype(np.uint8)
+    result = Image.fromarray(255 - grey if negative else grey)
+    if (clear := image.info.get("transparency")) is not None:
+        result.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return result
+
+
+def _opaque(image: Image.Image, path: Path) -> Image.Image:
+    """RGB, transparent parts on black."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    plain = image.convert(STRAIGHT[image.mode]) if image.mode in STRAIGHT else image
+    clear = plain.convert("RGBA")
+    if clear.getextrema()[3][0] == 255:
+        return clear.convert("RGB")
+    warnings.warn(f"image {path}: what is transparent becomes black", Note, stacklevel=3)
+    return Image.alpha_composite(Image.new("RGBA", clear.size, "black"), clear).convert("RGB")

@@ -296,7 +296,10 @@ def test_captions_that_the_encoder_does_not_take_are_said_to_be_too_long(run, tm
         ({"process_id": 2, "num_processes": 2}, "--process_id is 2 of --num_processes=2; expected 0 to 1"),
         ({"process_id": 0, "num_processes": 0}, "--num_processes is 0; expected 1 or more"),
         ({"vidoes": "videos"}, "unrecognized arguments: --vidoes=videos"),
-        ({"videos": None, "captions": "none.txt"}, "none.txt: No such file"),
+        (
+            {"videos": None, "captions": "none.txt"},
+            "none.txt: No such file or directory; give another with --captions=",
+        ),
         ({"videos": None, "captions": "empty"}, "a file of captions ends in one of .txt"),
         (
             {"videos": None, "captions": "captions.txt", "manifest": "table.csv"},

@@ -19,7 +19,7 @@ def test_measures_of_flat_clips():
     assert measure(flat(3))["black"] == 1.0
     half = np.concatenate([flat(0, 4), flat(100, 4)])
     assert measure(half)["black"] == 0.5 and measure(half)["motion"] == pytest.approx(100 / 7, abs=1e-3)
-    assert measure(flat(100, t=1))["motion"] == 0.0
+    assert "motion" not in measure(flat(100, t=1))
 
 
 def test_motion_of_a_known_change():
@@ -76,6 +76,14 @@ def test_clips(filters, refused, passed, kind, reason):
     assert filters.clip({**usual, **passed}) is None
     found = filters.clip({**usual, **refused})
     assert found and found[0] == kind and reason in found[1]
+
+
+def test_a_single_frame_has_no_motion_to_be_refused_for():
+    assert Filters(min_motion=200.0).clip(measure(flat(100, t=1))) is None
+    assert Filters(min_motion=200.0).clip(measure(flat(100, t=2))) == (
+        "static",
+        "motion is 0.000; at least 200 is asked for",
+    )
 
 
 def test_videos():

@@ -4,6 +4,7 @@ import errno
 import inspect
 import json
 import os
+import shutil
 import sys
 
 import pytest
@@ -99,8 +100,96 @@ def test_a_folder_in_which_no_video_has_a_caption(tmp_path, beside, why):
 
 
 def test_suffixes_may_be_in_capitals(tmp_path):
-    files = {"A.MP4": "", "A.TXT": "one", "B.MOV": "", "B.JSON": '{"caption": "two"}'}
-    assert [one.caption for one in read(Manifest(folder(tmp_path, files)))] == ["one", "two"]
+    files = {"A.MP4": "", "A.TXT": "one", "B.MOV": "", "B.JSON": '{"caption": "two"}', "C.Mp4": "", "C.Txt": "three"}
+    assert [one.caption for one in read(Manifest(folder(tmp_path, files)))] == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_a_caption_in_another_encoding_says_which(tmp_path, encoding):
+    files = {"a.mp4": "", "a.txt": "a caption".encode(encoding), "b.mp4": "", "b.txt": "c"}
+    found, _ = read(Manifest(folder(tmp_path, files)))
+    name = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
+    assert found.kind == "caption"
+    assert found.reason == f"'a.txt' is {name}, expected UTF-8; convert it with `iconv -f {name} -t UTF-8`"
+
+
+def hub_cache(root):
+    """As a client of the hub leaves it: names that link to contents in a folder beside."""
+    blobs, snapshot = root / "blobs", root / "snapshots" / "0a1b"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number in range(3):
+        for suffix, content in (("mp4", b"no video"), ("txt", b"a caption")):
+            blob = blobs / f"{number}{suffix}"
+            blob.write_bytes(content)
+            (snapshot / f"v{number}.{suffix}").symlink_to(f"../../blobs/{blob.name}")
+    return snapshot
+
+
+@pytest.mark.parametrize("captions", ["links", "files", "none"])
+def test_a_folder_of_links_says_where_they_lead_and_what_to_do(tmp_path, captions):
+    snapshot = hub_cache(tmp_path / "cache")
+    for path in snapshot.glob("*.txt") if captions != "links" else ():
+        path.unlink()
+        if captions == "files":
+            path.write_text("a caption")
+    message = refusal(Manifest, snapshot)
+    assert message == (
+        f"{snapshot}: none of its 3 videos can be read: 'v0.mp4' is a link to '{tmp_path / 'cache/blobs/0mp4'}', "
+        "outside the folder of the videos; give a folder that holds both, or a copy with its links followed (`cp -rL`)"
+    )
+    if captions != "none":
+        found = read(Manifest(tmp_path / "cache"))  # as it says
+        assert [one.caption for one in found] == ["a caption"] * 3
+        shutil.copytree(snapshot, tmp_path / "copy")
+        assert [one.caption for one in read(Manifest(tmp_path / "copy"))] == ["a caption"] * 3
+
+
+def test_captions_that_are_links_say_so(tmp_path):
+    snapshot = hub_cache(tmp_path / "cache")
+    for path in snapshot.glob("*.mp4"):
+        path.unlink()
+        path.touch()
+    message = refusal(Manifest, snapshot)
+    assert f"none of its 3 videos can be read: 'v0.txt' is a link to '{tmp_path / 'cache/blobs/0txt'}', out" in message
+    assert "NAME.txt" not in message
+
+
+@pytest.mark.parametrize("where", ["inside", "outside", "nowhere"])
+def test_a_folder_of_links_to_folders(tmp_path, where):
+    root = tmp_path / "root"
+    root.mkdir()
+    target = {"inside": root / ".more", "outside": tmp_path / "more", "nowhere": tmp_path / "root" / "gone.mp4"}[where]
+    if where != "nowhere":
+        folder(target, {"a.mp4": "", "a.txt": "c"})
+    (root / "part.mp4").symlink_to(target)
+    message = refusal(Manifest, root)
+    assert "none of its 1 videos can be read: 'part.mp4' is a link to " in message and str(target) in message
+    assert ("cp -rL" in message) == (where != "nowhere")
+
+
+def test_a_table_of_links_says_where_they_lead(tmp_path):
+    snapshot = hub_cache(tmp_path / "cache")
+    (table := tmp_path / "t.csv").write_text("path,caption\nv0.mp4,one\nv1,two\n../x.mp4,three\n")
+    one, two, three = read(Manifest(snapshot, table))
+    assert one.reason.startswith(f"'v0.mp4' is a link to '{tmp_path / 'cache/blobs/0mp4'}', outside the folder of the")
+    assert two.kind == "path" and "'v1' " in two.reason
+    assert three.reason == "'../x.mp4' lies outside the folder of the videos"
+
+
+def test_a_folder_of_images(tmp_path):
+    folder(tmp_path, {"a/b.JPG": "", "a/b.txt": "a caption"})
+    assert "but images, as 'a/b.JPG', which are no videos" in refusal(Manifest, tmp_path)
+
+
+def test_messages_name_the_setting_that_gave_the_folder(tmp_path):
+    flag = "--config.data.videos"
+    empty = folder(tmp_path / "empty", {"a.txt": ""})
+    unreadable = folder(tmp_path / "unreadable", {"a.txt": "c"})
+    os.mkfifo(unreadable / "a.mp4")
+    for root in (tmp_path / "none", empty, unreadable):
+        message = refusal(Manifest, root, flag=flag)
+        assert f"with {flag}=FOLDER" in message and "--videos" not in message.replace(flag, "")
 
 
 def test_bad_times_beside_a_video(tmp_path):
@@ -137,6 +226,11 @@ def test_links_pipes_and_odd_names_in_a_folder(tmp_path):
         "gone.mp4": "missing",
         "row 11": "path",
     }
+    reasons = {name: one.reason for name, one in found.items() if isinstance(one, Reject)}
+    assert f"'link.mp4' is a link to '{tmp_path / 'out.mp4'}', outside the folder" in reasons["link.mp4"]
+    assert f"'gone.mp4' is a link to '{root / 'nowhere'}', which is not there" in reasons["gone.mp4"]
+    assert f"'inner' is a link to the folder '{root / 'dir.mp4'}', which is not followed" in reasons["inner"]
+    assert f"'s.txt' is a link to '{tmp_path / 'secret.txt'}', outside" in reasons["s.mp4"]
     assert "secret" not in found["s.mp4"].reason.replace("secret.txt", "")
 
 

@@ -300,14 +300,61 @@ def test_line_ends_a_mark_and_blank_lines(videos):
     assert [one.caption for one in rows_of(videos, text, "t.jsonl")] == ["one", "two"]
 
 
-def test_semicolons_separate_where_there_are_no_commas(videos):
-    assert [one.caption for one in rows_of(videos, "path;caption\nv0.mp4;one, two\n")] == ["one, two"]
-    assert [one.caption for one in rows_of(videos, "path,caption\nv0.mp4,one; two\n")] == ["one; two"]
+@pytest.mark.parametrize(
+    ("text", "captions"),
+    [
+        ("path;caption\nv0.mp4;one, two\n", ["one, two"]),
+        ("path,caption\nv0.mp4,one; two\n", ["one; two"]),
+        ('path;"width, height";caption\nv0.mp4;16, 9;one\n', ["one"]),
+        ('"size; mb",path,caption\n1;2,v0.mp4,one\n', ["one"]),
+        ("\ufeffpath;caption\r\nv0.mp4;one\r\nv1.mp4;two\r\n", ["one", "two"]),
+        ('\n\npath;caption;"a long\nname"\nv0.mp4;"one; ""two""";\n', ['one; "two"']),
+        ("path\tcaption\nv0.mp4\tone, two; three\n", ["one, two; three"]),
+        ("path|caption\nv0.mp4|one\n", ["one"]),
+    ],
+)
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv"])
+def test_what_separates_columns_is_told_by_the_header(videos, text, captions, name):
+    assert [one.caption for one in rows_of(videos, text, name)] == captions
 
 
-def test_a_path_is_the_same_with_a_dot_before_it(videos):
-    good, again = rows_of(videos, "path,caption\n./v0.mp4,one\nv0.mp4,two\n")
-    assert (good.id, good.caption, again.kind) == ("v0.mp4", "one", "duplicate")
+def test_a_header_without_what_is_needed_is_shown_in_its_columns(videos):
+    (table := videos.parent / "t.csv").write_text("video;text;size\nv0.mp4;one, two;3\n")
+    assert "it has 'video', 'text', 'size'" in refusal(Manifest, videos, table)
+
+
+@pytest.mark.parametrize("name", ["./v0.mp4", ".//v0.mp4", "x/../v0.mp4", "{root}/v0.mp4", "{link}/v0.mp4"])
+def test_a_path_is_the_same_however_it_is_written(videos, name):
+    (videos / "x").mkdir()
+    (link := videos.parent / "link").symlink_to(videos)
+    name = name.format(root=videos, link=link)
+    table = videos.parent / "t.csv"
+    for first, second in (("v0.mp4", name), (name, "v0.mp4")):
+        table.write_text(f"path,caption\n{first},one\n{second},two\n")
+        good, again = read(Manifest(link, table))
+        assert (good.id, good.caption, again.id, again.kind) == ("v0.mp4", "one", "v0.mp4", "duplicate")
+
+
+def test_parts_of_a_path_are_the_same_however_it_is_written(videos):
+    text = "path,caption,from,to\n./v0.mp4,one,1,2\nv0.mp4,two,1,2\nv0.mp4,three,2,3\n"
+    found = rows_of(videos, text, columns=Columns(start="from", end="to"))
+    assert [getattr(one, "kind", one.id) for one in found] == ["v0.mp4@1-2", "duplicate", "v0.mp4@2-3"]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text"), [("utf-16", "日本"), ("utf-16-le", "日本"), ("utf-16-be", "é"), ("cp1252", "“é”")]
+)
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
+def test_the_advised_conversion_gives_what_was_written(videos, encoding, text, name):
+    row = {"path": "v0.mp4", "caption": text}
+    content = f"path,caption\nv0.mp4,{text}\n" if name == "t.csv" else json.dumps(row, ensure_ascii=False)
+    table = videos.parent / name
+    table.write_bytes(content.encode(encoding))
+    message = refusal(Manifest, videos, table)
+    command = message.partition("`")[2].partition("`")[0].split()
+    assert command[0] == "iconv" and message.endswith("and give that with --manifest=FILE")
+    table.write_bytes(table.read_bytes().decode(command[2]).encode(command[4]))  # what iconv does
+    assert [one.caption for one in read(Manifest(videos, table))] == [text]
 
 
 def test_rows_of_other_lengths_and_broken_quotes_are_refused(videos):
@@ -373,12 +420,20 @@ def test_json_columns_may_be_there_in_some_rows(videos):
         ("t.csv", "path,caption\nv0.mp4,caf\u00e9\n".encode("latin1"), "line 2 is not UTF-8 (byte 0xe9)"),
         ("t.jsonl", b'{"path": "v0.mp4", "caption": "\xff"}', "line 1 is not UTF-8"),
         ("t.csv", "path,caption\nv0.mp4,c\n".encode("utf-16"), "`iconv -f UTF-16 -t UTF-8`"),
-        ("t.csv", "path,caption\nv0.mp4,c\n".encode("utf-16-le"), "no column 'path'"),
+        ("t.csv", "path,caption\nv0.mp4,c\n".encode("utf-16-le"), "`iconv -f UTF-16LE -t UTF-8`"),
+        ("t.tsv", "path\tcaption\nv0.mp4\tc\n".encode("utf-16-be"), "`iconv -f UTF-16BE -t UTF-8`"),
+        ("t.jsonl", '{"path": "v0.mp4", "caption": "c"}'.encode("utf-32"), "`iconv -f UTF-32 -t UTF-8`"),
+        ("t.csv", "path,caption\nv0.mp4,\u201ccaf\u00e9\u201d\n".encode("cp1252"), "`iconv -f WINDOWS-1252 -t UTF-8`"),
         ("t.csv", b'"path,caption\nv0.mp4,c\n', "no header"),
         ("t.csv", b"\x00" * 300_000, "no header"),
         ("t.csv", b"a" * 300_000, "no header"),
         ("t.jsonl", b'"a"\n2\n', "no column 'path'"),
         ("t.jsonl", b'[\n  {"path": "v0.mp4", "caption": "c"}\n]\n', "JSON array, expected an object a line"),
+        (
+            "t.jsonl",
+            b'{\n  "path": "v0.mp4",\n  "caption": "c"\n}\n',
+            "JSON of several lines an object, expected an ob",
+        ),
         ("t.parquet", b"PAR1 no parquet", "damaged"),
         ("t.parquet", b"path,caption\nv0.mp4,c\n", "damaged"),
         ("t.txt", b"path,caption\n", ".csv .tsv .jsonl"),

@@ -107,23 +107,46 @@ def test_clips_and_rejects_in_order(folder, workers):
                 ("short", "too short"),
                 ("still#0", "static"),
                 ("cut#0", ""),
+                ("cut#1", ""),
                 ("no caption", "caption"),
                 ("black#0", "black"),
             ]
-            first, tall, cut = found[0], found[5], found[8]
-            assert isinstance(first, Clip) and isinstance(tall, Clip) and isinstance(cut, Clip)
+            first, tall, cut, last = found[0], found[5], found[8], found[9]
+            assert all(isinstance(item, Clip) for item in (first, tall, cut, last))
             assert first.video.shape == (17, 48, 64, 3) and tall.video.shape == (17, 64, 48, 3)
             start = first.about["start"]
             np.testing.assert_array_equal(first.video, read_frames(folder / "long.mp4", start, 17, 16.0, 48, 64))
-            assert numbers(cut.video) == list(range(19, 36))  # in the shot from 1 to 2.5 s, the middle
+            assert numbers(cut.video) == list(range(20, 37))  # in the shot from 1 to 2.5 s, the middle
+            assert numbers(last.video) == [*range(48, 64), 63]  # the shot from 3 to 4 s, and nothing of what follows
             assert first.caption == "ein Bär 🐻"
             assert isinstance(found[7], Reject) and found[7].picture is not None
-            assert "short.mp4" not in found[6].reason and "lasts 0.312 s; a clip needs 1.062 s" in found[6].reason
+            assert "short.mp4" not in found[6].reason and "lasts 0.312 s; a clip needs 1.000 s" in found[6].reason
             about = json.loads(json.dumps(first.about))
             assert about.items() >= {"video": "long.mp4", "bucket": [48, 64], "fps": 16.0}.items()
             assert about["row"] == {"score": 0.5} and "row" not in tall.about
             assert about["source"] == {"height": 48, "width": 64, "fps": 16.0, "codec": "h264"}
             assert about["motion"] > 1 and set(about) >= {"brightness", "contrast", "black"}
+
+
+def test_a_caption_that_does_not_fit_is_refused_before_its_video_is_looked_at(folder, monkeypatch):
+    looked = []
+    tasks = videos.worker_tasks
+    look = lambda path: looked.append(path.name) or tasks.look(path)  # noqa: E731
+    monkeypatch.setattr(videos, "worker_tasks", SimpleNamespace(look=look, read=tasks.read))
+    listed = Listed(
+        entry(folder / "long.mp4", caption="far too long"),
+        entry(folder / "tall.mp4"),
+        entry(folder / "none.mp4", caption=""),
+    )
+    unfit = lambda caption: ("caption", "too many words") if len(caption.split()) > 2 else None  # noqa: E731
+    with VideoClips(listed, BUCKETS, 9, clips_per_video=3, workers=0, unfit=unfit) as clips:
+        assert [(item.id, getattr(item, "reason", "")) for item in of_unit(clips, 0)] == [
+            ("long", "too many words"),
+            ("tall#0", ""),
+            ("tall#1", ""),
+            ("none", "caption has 0 characters; at least 1 are asked for"),
+        ]
+    assert looked == ["tall.mp4"]
 
 
 def test_units_are_read_by_themselves(folder):

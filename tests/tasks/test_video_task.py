@@ -141,6 +141,25 @@ def test_a_folder_of_its_own_leaves_all_others_to_training(pipeline, folders):
     assert trained(apart, pipeline, 200) == {*range(120)}
 
 
+def test_a_folder_whose_name_holds_an_equals_sign(pipeline, folders, tmp_path):
+    for name in ("lr=x", "size=48"):
+        (tmp_path / name).symlink_to(folders[0])
+    for given in ("lr=x", "lr=x=2", "size=48/", "size=48=2"):
+        video = Video(DataConfig(records=f"{tmp_path}/{given}"), tmp_path, "tiny")
+        assert video.held_out(pipeline, "preview", 4).shape[-1] == 16
+    with pytest.raises(
+        UserError, match=r"^config.data.records: .*/size: no such folder, of which 48 would be the weight;"
+    ):
+        task(tmp_path / "size=48").held_out(pipeline, "preview", 4)
+
+
+def test_a_folder_of_videos_that_is_not_there_is_named_by_its_setting(pipeline, tmp_path):
+    for folder, what in ((tmp_path / "none", "no such folder"), (tmp_path, "holds no videos")):
+        video = Video(DataConfig(videos=str(folder)), tmp_path, "tiny")
+        with pytest.raises(UserError, match=rf"{folder}.*{what}.* with --config.data.videos=FOLDER"):
+            video.held_out(pipeline, "preview", 4)
+
+
 def test_too_few_are_said_to_be_too_few(pipeline, folders):
     few = task(folders[2])
     assert len(few.held_out(pipeline, "preview", 4)) == 1

@@ -287,6 +287,9 @@ def test_a_process_sums_what_it_has_written(tmp_path):
         (tmp_path / checksums.FILE).unlink()
 
 
+# Orbax leaves coroutines behind, of which Python tells when it collects them; a run has ended by then.
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("size", [0, 300, 3000, 30_000, 100_000])
 def test_a_full_disk_is_one_line_and_the_older_checkpoint_stays(size, workdir, caplog, capfd):
     """`size` decides which of the files is the first that does not fit."""
@@ -304,6 +307,8 @@ def test_a_full_disk_is_one_line_and_the_older_checkpoint_stays(size, workdir, c
         assert checkpoints.newest() == NEW
 
 
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_checkpoint_that_could_not_be_written_is_known_before_the_next_one(workdir):
     state = state_at(9, width=400)
     with Checkpoints(workdir) as checkpoints:

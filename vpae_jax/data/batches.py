@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from vpae_jax.data.index import common
 from vpae_jax.data.loader import Batches, RecordsOf
 from vpae_jax.data.order import ClipStream, Order, held_out
 from vpae_jax.data.records import LatentRecords, LatentShape
@@ -82,11 +83,10 @@ def _check_source(records: LatentRecords, weight: float, first: LatentRecords) -
         raise UserError(f"{records.folder} holds no clips, only rejects (rejects.jsonl says why); leave it out")
     if not weight > 0:
         raise UserError(f"{records.folder} has weight {weight}, expected more than 0; leave it out instead")
-    kinds = []
-    for one in (first, records):
-        shapes = {name: tuple(shape) for name, shape in one.index["shards"][0]["shapes"].items()}
-        kinds.append({name: shape[-1:] if len(shape) == 4 else shape for name, shape in shapes.items()})
-        kinds[-1]["text_tokens"] = (one.index["text_tokens"],)
+    kinds = [
+        common(one.index["shards"][0]["shapes"]) | {"text_tokens": [one.index["text_tokens"]]}
+        for one in (first, records)
+    ]
     for name in sorted({*kinds[0], *kinds[1]}):
         if kinds[0].get(name) != kinds[1].get(name):
             raise UserError(

@@ -19,7 +19,6 @@ import errno
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -28,14 +27,14 @@ import safetensors.numpy
 import xxhash
 from jaxtyping import Float, Shaped, UInt8
 
+from vpae_jax.data.index import NULL, again, check_shard, file_size, read_index, read_small
 from vpae_jax.data.shards import read_record, starts
 from vpae_jax.data.stores import Address, Location
 from vpae_jax.types import MASK_CHANNELS, UserError
 from vpae_jax.weights.safetensors_file import DTYPES
 
-SCHEMA = 2
-INDEX, NULL, REJECTS, IDENTITY = "index.json", "null.safetensors", "rejects.jsonl", "identity.json"
 TAG_BYTES = 8
+MAX_NULL = 2**28  # bytes of the negative prompt's states, a hundred times those of Wan's text encoder
 # What the system says of a file that is lost or damaged. All else is said of the network, of permissions, of too many
 # open files: it passes, and must not decide what is trained on.
 LOST = (errno.EIO, errno.ENOENT)
@@ -70,8 +69,8 @@ class LatentRecords:
       null_text, null_mask: the negative prompt's states [s, d] and mask [s].
 
     Raises:
-      UserError: no such folder, an encoding that has not ended, another schema, a shard that is missing or cut short,
-        a store that cannot be read.
+      UserError: no such folder, an encoding that has not ended, an index that is damaged or of another schema, a shard
+        that is missing or cut short, a negative prompt that is damaged or not finite, a store that cannot be read.
     """
 
     def __init__(self, folder: Location) -> None:
@@ -90,11 +89,7 @@ class LatentRecords:
         for shard, count, end in zip(self._shards, counts, self._ends, strict=True):
             parts.setdefault(tuple(shard["shapes"]["latents"]), []).append(np.arange(end - count, end))
         self.shapes: Mapping[LatentShape, np.ndarray] = {shape: np.concatenate(part) for shape, part in parts.items()}
-        try:
-            null = from_safetensors((folder / NULL).read_bytes())[0]
-        except (OSError, BadRecord) as error:
-            raise UserError(f"{folder / NULL}: {error}; {again(folder)}") from error
-        self.null_text, self.null_mask = null["text"], null["text_mask"]
+        self.null_text, self.null_mask = read_null(folder, self.index)
 
     def __len__(self) -> int:
         return len(self._sizes)
@@ -109,6 +104,8 @@ class LatentRecords:
             found = {name: value.shape for name, value in arrays.items()}
             raise BadRecord(f"{self._name(index)}: its arrays are {found}, not as the index says")
         for name, value in arrays.items():
+            if value.dtype != BFLOAT16:
+                raise BadRecord(f"{self._name(index)}: {name} is of {value.dtype}, expected {BFLOAT16}")
             if not is_finite(value):
                 raise BadRecord(f"{self._name(index)}: {name} is not finite")
         tokens, width = arrays["text"].shape
@@ -121,7 +118,10 @@ class LatentRecords:
 
     def about(self, index: int) -> dict[str, Any]:
         """What else is known of a clip: its id and caption, where it comes from. Raises `BadRecord`."""
-        return self._read(index)[2]
+        about = self._read(index)[2]
+        if not isinstance(about.get("caption", ""), str):
+            raise BadRecord(f"{self._name(index)}: its caption is no text")
+        return about
 
     def verify(self) -> None:
         """Reads every shard and compares checksums. Raises `UserError` for one that was damaged."""
@@ -226,14 +226,41 @@ def from_safetensors(payload: bytes | memoryview) -> tuple[dict[str, Value], dic
         start = 8 + int.from_bytes(payload[:8], "little")
         header = json.loads(bytes(payload[8:start]))
         about = json.loads(header.pop("__metadata__")["about"])
+        if not isinstance(about, dict):
+            raise ValueError("what it knows of its clip is no object")
         arrays = {}
         for name, entry in header.items():
             first, last = entry["data_offsets"]
             flat = np.frombuffer(payload[start + first : start + last], DTYPES[entry["dtype"]])
             arrays[name] = flat.reshape(entry["shape"])
         return arrays, about
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadRecord(f"not a record: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise BadRecord(f"not a record: {' '.join(str(error).split())}") from error
+
+
+def read_null(folder: Location, index: Mapping[str, Any]) -> tuple[Value, Value]:
+    """The negative prompt's states [s, d] and mask [s] in a folder of records with this index.
+
+    Raises:
+      UserError: they are missing, damaged, not finite, or not of as many tokens and channels as the index says.
+    """
+    path = folder / NULL
+    try:
+        data = read_small(path, MAX_NULL)
+        if data is None:
+            raise BadRecord("it is missing")
+        arrays, _ = from_safetensors(data)
+        for name, dtype in (("text", BFLOAT16), ("text_mask", np.dtype(bool))):
+            if name not in arrays or arrays[name].dtype != dtype or not is_finite(arrays[name]):
+                raise BadRecord(f"its {name} is missing, not of {dtype}, or not finite")
+        text, mask = arrays["text"], arrays["text_mask"]
+        width = index["shards"][0]["shapes"]["text"] if index["shards"] else list(text.shape[1:])
+        if text.ndim != 2 or list(text.shape) != [index["text_tokens"], *width] or mask.shape != text.shape[:1]:
+            expected = [index["text_tokens"], *width]
+            raise BadRecord(f"its text is of {list(text.shape)} and mask {list(mask.shape)}, expected {expected}")
+    except (OSError, ValueError, BadRecord) as error:
+        raise UserError(f"{path}: {error}; {again(folder)}") from error
+    return text, mask
 
 
 def with_mask(frames: Float[np.ndarray, "f h w c"]) -> Float[np.ndarray, "f h w c_frames"]:
@@ -254,40 +281,6 @@ def is_finite(value: Value) -> bool:
 def shapes_of(arrays: Arrays) -> dict[str, list[int]]:
     """The shapes that all records of a shard have in common; of text states that is their width."""
     return {name: list(value.shape[1:] if name == "text" else value.shape) for name, value in sorted(arrays.items())}
-
-
-def read_index(folder: Location) -> dict[str, Any]:
-    """A record folder's index. Raises `UserError` when there is none, or one of another schema."""
-    path = folder / INDEX
-    if not path.is_file():
-        if (folder / IDENTITY).is_file():
-            raise UserError(f"{folder}: its encoding has not ended; {again(folder)} to continue it")
-        raise UserError(f"{folder} holds no encoded clips ({INDEX} is missing); encode some, or choose another folder")
-    try:
-        index = json.loads(path.read_bytes())
-        schema = index["schema"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not an index of records ({error}); {again(folder)}") from error
-    if schema != SCHEMA:
-        raise UserError(f"{path}: schema {schema}, expected {SCHEMA}; encode the clips again into another folder")
-    return index
-
-
-def check_shard(folder: Location, shard: Mapping[str, Any], size: int | None) -> None:
-    """Raises `UserError` for a shard that is missing (None) or has another size than its index says."""
-    if size != shard["bytes"]:
-        path, found = folder / shard["file"], "is missing" if size is None else f"has {size} bytes"
-        raise UserError(f"{path} {found}, expected {shard['bytes']} bytes; {again(folder)}")
-
-
-def file_size(path: Path) -> int | None:
-    """Bytes of a file; None when there is none."""
-    return path.stat().st_size if path.is_file() else None
-
-
-def again(folder: Location) -> str:
-    """What to do about a folder that is not whole."""
-    return "run the same encode command again" + (", then copy the folder again" if isinstance(folder, Address) else "")
 
 
 def sha256(path: Location) -> str:

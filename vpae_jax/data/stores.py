@@ -89,21 +89,19 @@ class Address:
     def __truediv__(self, name: str) -> Address:
         return Address(f"{self.url}/{name}")
 
-    def is_file(self) -> bool:
-        """Whether there is such a file."""
+    def size(self) -> int | None:
+        """Bytes of the file; None when there is none."""
         try:
             with self._opened() as system:
-                return system.info(self.url)["type"] == "file"
+                found = system.info(self.url)
+                return found["size"] if found["type"] == "file" else None
         except FileNotFoundError:
-            return False
-
-    def read_bytes(self) -> bytes:
-        """The whole file. Raises `FileNotFoundError`."""
-        with self._opened() as system:
-            return system.cat_file(self.url)
+            return None
 
     def read_range(self, start: int, end: int) -> bytes:
         """Bytes `start` to `end` of a file that is known to be there and to have them, by one request."""
+        if start == end:
+            return b""
         try:
             with self._opened() as system:
                 found = system.cat_file(self.url, start=start, end=end)

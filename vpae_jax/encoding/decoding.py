@@ -12,9 +12,10 @@ from __future__ import annotations
 import errno
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import ColorPrimaries, Colorspace, ColorTrc, Interpolation, VideoReformatter
 from jaxtyping import UInt8
 
+from vpae_jax.encoding import headers
+from vpae_jax.encoding.cutting import SLACK
+
 # Containers of one video in one file. Playlists are not among them: they name other files.
 CONTAINERS = (
     "3g2,3gp,apng,asf,avi,dv,flv,gif,h264,hevc,ivf,live_flv,m4v,matroska,mj2,mov,mp4,mpeg,mpegts,mpegvideo,mxf,nut,ogg,"
@@ -32,13 +36,14 @@ CONTAINERS = (
 )
 # Metadata that is no UTF-8 is to be no error; from version 19 on PyAV reads it so by itself.
 READABLE: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
-MAX_PIXELS = 2**26  # of a decoded frame: 8192 x 8192; one takes 100 MB, and decoders hold up to 16
-TICK = 5e-3  # seconds: times are rounded to a container's ticks, but no more than this is forgiven
+MAX_PIXELS = 2**25  # of a frame, 8192 x 4096: of a GIF it takes 134 MB, and other decoders hold up to 16 of 50 MB
+LONGEST = 1e7  # seconds, four months
 SEEKS = (0.0, 2.0)  # seconds before the start; then the file is read from its beginning
 FOR_SEEKING = {"damaged", "unreadable"}  # what may be so because decoding began at a frame that depends on others
 EXACT = Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND  # without it greys come out 2 of 255 too dark
 HDR = {ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67}
 UNSPECIFIED = 2  # FFmpeg's number for a matrix of colours that the file does not say
+LATEST = 2**62  # of a container's ticks: later than any frame
 
 
 class Unreadable(Exception):
@@ -62,6 +67,7 @@ class Probe:
     Attributes:
       height, width: as shown: turned upright, pixels made square.
       seconds: from the first frame to the last one's end.
+      slack: seconds by which a clip's last frame may begin later than that, and yet be read.
       fps: frames a second on average.
       codec: FFmpeg's name.
     """
@@ -69,6 +75,7 @@ class Probe:
     height: int
     width: int
     seconds: float
+    slack: float
     fps: float
     codec: str
 
@@ -77,15 +84,29 @@ def probe(path: Path) -> Probe:
     """Reads a file's header and decodes its first frame.
 
     Raises:
-      Unreadable: no video that can be decoded, or an absurd size.
+      Unreadable: no video that can be decoded, or an absurd size or length.
     """
+    try:
+        return _probe(path)
+    except Unreadable as error:
+        if error.kind == "unreadable" and not error.passing and (kind := headers.image_kind(path)):
+            raise Unreadable("image", f"is an image ({kind}), not a video") from error
+        raise
+
+
+def _probe(path: Path) -> Probe:
     with _opened(path) as (container, stream), _decoding():
+        if container.metadata.get("major_brand") in headers.IMAGE_BRANDS:
+            raise Unreadable("unreadable", "has no more than one frame")
         for _, frame in _frames(container, stream):
             height, width = _upright_size(frame, _turn(frame), _aspect(stream))
-            seconds = _seconds(container, stream)
-            if seconds is None or container.format.name == "mpeg":  # whose headers do not say it
-                seconds = _seconds_of_packets(path)
-            return Probe(height, width, seconds, _rate(stream, seconds), stream.codec_context.name)
+            seconds, origin = headers.seconds(container, stream), headers.origin(stream, frame)
+            if seconds is None or origin != (stream.start_time or 0) or container.format.name == "mpeg":
+                seconds = _seconds_of_packets(path, from_last_keyframe=origin != 0)
+            if not 0 <= seconds <= LONGEST:
+                raise Unreadable("unreadable", f"claims to last {seconds:g} s; at most {LONGEST:g} s are read")
+            slack = max(headers.slack(stream), SLACK)
+            return Probe(height, width, seconds, slack, headers.rate(stream, seconds), stream.codec_context.name)
     raise Unreadable("unreadable", "has no frame that can be decoded")
 
 
@@ -97,6 +118,7 @@ def read_frames(
     height: int,
     width: int,
     out: UInt8[np.ndarray, "{count} {height} {width} 3"] | None = None,
+    until: float = math.inf,
 ) -> UInt8[np.ndarray, "{count} {height} {width} 3"]:
     """`count` frames from `start` on, `1 / fps` seconds apart, scaled to cover `height` x `width` and cropped to it.
 
@@ -107,6 +129,8 @@ def read_frames(
       fps: frames a second.
       height, width: of the result; the centre of what is shown is kept.
       out: where the frames go; new memory by default.
+      until: seconds after the stream's start, where the shot ends: what begins then is not shown, and what is shown
+        then stays.
 
     Raises:
       Unreadable: the file has no such frames, or they are damaged.
@@ -118,14 +142,15 @@ def read_frames(
         if target > 0:
             try:
                 with _opened(path) as (container, stream), _decoding():
-                    container.seek(math.floor(target / stream.time_base) + (stream.start_time or 0), stream=stream)
-                    if _fill(out, container, stream, start, fps, from_beginning=False):
+                    origin = headers.origin(stream, next(container.demux(stream)))
+                    container.seek(math.floor(target / stream.time_base) + origin, stream=stream)
+                    if _fill(out, container, stream, start, fps, until, origin):
                         return out
             except Unreadable as error:
                 if error.kind not in FOR_SEEKING:
                     raise
     with _opened(path) as (container, stream), _decoding():
-        _fill(out, container, stream, start, fps, from_beginning=True)
+        _fill(out, container, stream, start, fps, until)
     return out
 
 
@@ -135,32 +160,44 @@ def _fill(
     stream: Any,
     start: float,
     fps: float,
-    from_beginning: bool,
+    until: float,
+    origin: int | None = None,
 ) -> bool:
-    """Fills `out`; False when decoding began after `start`, or nowhere, so that a frame is missing before it."""
-    slack = min(float(stream.time_base) / 2, TICK) + 1e-6
+    """Fills `out`; False when decoding began after `start`, or nowhere, so that a frame is missing before it. It may do
+    so where the video's origin on the file's clock is given; else the file is at its beginning."""
+    from_beginning = origin is None
+    slack = headers.slack(stream)
+    near = max(slack, SLACK)  # of times that a manifest gave: where the clip begins, and where the shot ends
     write = _Writer(out, _aspect(stream))
     held: VideoFrame | None = None
     end = 0.0
     due = 0
-    for time, frame in _frames(container, stream):
+
+    def past(time: float) -> bool:
+        """Whether something that begins at this time is no longer due."""
+        return start + due / fps + (slack if due else near) < time
+
+    for time, frame in _frames(container, stream, origin):
         if held is None and time > start + slack and not from_beginning:
             return False
+        if held is not None and time >= until - SLACK:
+            end = until
+            break
         # What is held shows until this frame begins. The first frame also stands for the times before it.
-        while held is not None and due < len(out) and start + due / fps + slack < time:
+        while held is not None and due < len(out) and past(time):
             write(held, due)
             due += 1
         if due == len(out):
             return True
         held = frame
-        end = time + _duration(frame, stream)
+        end = time + headers.duration(frame, stream)
     if held is None and not from_beginning:
         return False
-    while held is not None and due < len(out) and start + due / fps < end + slack:
+    while held is not None and due < len(out) and start + due / fps < end + near:
         write(held, due)
         due += 1
     if due < len(out):
-        needed, said = start + (len(out) - 1) / fps, _seconds(container, stream)
+        needed, said = start + (len(out) - 1) / fps, headers.seconds(container, stream)
         if said is not None and said > needed:
             raise Unreadable("truncated", f"should last {said:.2f} s, but its frames end at {end:.2f} s")
         raise Unreadable("too short", f"ends at {end:.2f} s; the clip needs {needed:.2f} s")
@@ -175,6 +212,7 @@ class _Writer:
         self.aspect = aspect
         self.to_rgb = _ToRGB()
         self.last: VideoFrame | None = None
+        self.turn: _Turn | None = None
 
     def __call__(self, frame: VideoFrame, index: int) -> None:
         if frame is self.last:
@@ -183,11 +221,16 @@ class _Writer:
         if frame.is_corrupt:
             raise Unreadable("damaged", "a frame cannot be decoded whole")
         self.last = frame
-        turn = _turn(frame)
+        # Asked once: a frame that was asked for it refers to itself, and stays until Python looks for such.
+        turn = self.turn = self.turn or _turn(frame)
         rows, columns = self.out.shape[1:3]
         shown_height, shown_width = _upright_size(frame, turn, self.aspect)
         scale = max(rows / shown_height, columns / shown_width)
         height, width = (max(math.ceil(n * scale - 1e-6), 1) for n in (shown_height, shown_width))
+        if height * width > MAX_PIXELS:  # of one that is very long
+            raise Unreadable(
+                "too large", f"{width}x{height} pixels before it is cropped; at most {MAX_PIXELS} are made"
+            )
         picture = turn.apply(self.to_rgb(frame, *((width, height) if turn.swap else (height, width))))
         top, left = (height - rows) // 2, (width - columns) // 2
         self.out[index] = picture[top : top + rows, left : left + columns]
@@ -292,7 +335,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
             raise Unreadable("unreadable", "is of a codec that FFmpeg does not decode")
         if context.width * context.height > MAX_PIXELS:
             raise Unreadable("too large", f"{context.width}x{context.height} pixels; at most {MAX_PIXELS} are decoded")
-        context.options = {"max_pixels": str(MAX_PIXELS)}
+        # Decoders count columns in multiples of 64.
+        context.options = {"max_pixels": str(MAX_PIXELS + 64 * 2**16)}
         context.thread_count = 1
         yield container, stream
 
@@ -302,6 +346,8 @@ def _decoding() -> Iterator[None]:
     """FFmpeg's errors and the system's become `Unreadable`."""
     try:
         yield
+    except IndexError as error:  # PyAV's, when a damaged file announces another stream in its middle
+        raise Unreadable("unreadable", "cannot be decoded: its streams change") from error
     except (FFmpegError, OSError) as error:
         why = (error.strerror or str(error)).lower()
         # FFmpeg passes on the system's numbers, and uses two of them as its own: EPERM for anything, and EIO for a file
@@ -311,59 +357,38 @@ def _decoding() -> Iterator[None]:
         raise Unreadable("unreadable", f"cannot be decoded: {why}") from error
 
 
-def _frames(container: Any, stream: Any) -> Iterator[tuple[float, VideoFrame]]:
-    """Frames with their times in seconds, which never run backwards."""
-    origin = stream.start_time or 0
-    step = 1 / _rate(stream, None)
+def _frames(container: Any, stream: Any, origin: int | None = None) -> Iterator[tuple[float, VideoFrame]]:
+    """Frames with their times in seconds, which never run backwards. The video begins at `origin` on the file's clock,
+    by default where the first packet says."""
+    step = 1 / headers.rate(stream)
     last = -math.inf
-    decoded = container.decode(stream)
-    while frame := _next(decoded):
-        if frame.pts is None:
-            time = 0.0 if last == -math.inf else last + step
-        else:
-            time = float((frame.pts - origin) * stream.time_base)
-        last = max(time, last)
-        yield last, frame
+    for packet in container.demux(stream):
+        origin = headers.origin(stream, packet) if origin is None else origin
+        for frame in packet.decode():
+            if frame.pts is None:
+                time = 0.0 if last == -math.inf else last + step
+            else:
+                time = float((frame.pts - origin) * stream.time_base)
+            last = max(time, last)
+            yield last, frame
 
 
-def _next(decoded: Iterator[VideoFrame]) -> VideoFrame | None:
-    try:
-        return next(decoded, None)
-    except IndexError as error:  # PyAV's, when a damaged file announces another stream in its middle
-        raise Unreadable("unreadable", "cannot be decoded: its streams change") from error
-
-
-def _duration(frame: VideoFrame, stream: Any) -> float:
-    return float(frame.duration * stream.time_base) if frame.duration else 1 / _rate(stream, None)
-
-
-def _rate(stream: Any, seconds: float | None) -> float:
-    """Frames a second on average; 25 where nothing says it."""
-    if seconds and stream.frames > 1:
-        return stream.frames / seconds
-    return float(stream.average_rate or stream.guessed_rate or 25)
-
-
-def _seconds(container: Any, stream: Any) -> float | None:
-    """How long the video is, as far as the header says."""
-    if stream.duration:
-        return float(stream.duration * stream.time_base)
-    tag = stream.metadata.get("DURATION", "").split(":")  # Matroska: 00:01:02.345000000
-    if len(tag) == 3:
-        try:
-            return sum(float(part) * unit for part, unit in zip(tag, (3600, 60, 1), strict=True))
-        except ValueError:
-            return None
-    return container.duration / av.time_base if container.duration else None
-
-
-def _seconds_of_packets(path: Path) -> float:
-    """How long the video is, from the times of its packets, which are read but not decoded."""
-    end, number = 0, 0
+def _seconds_of_packets(path: Path, from_last_keyframe: bool) -> float:
+    """How long the video is, from the times of its packets, which are read but not decoded: those of the whole file, or
+    the last ones."""
+    end, number = 0.0, 0
     with _opened(path) as (container, stream):
-        for packet in container.demux(stream):
+        packets = container.demux(stream)
+        first = next(packets)
+        origin = headers.origin(stream, first)
+        if from_last_keyframe:
+            with suppress(FFmpegError):
+                container.seek(LATEST, stream=stream)
+        for packet in container.demux(stream) if from_last_keyframe else chain([first], packets):
             number += packet.size > 0
             if packet.pts is not None:
-                end = max(end, packet.pts + (packet.duration or 0) - (stream.start_time or 0))
-        # Some formats give few packets a time.
-        return max(float(end * stream.time_base), 0 if stream.duration else number / _rate(stream, None))
+                end = max(end, float((packet.pts - origin) * stream.time_base) + headers.duration(packet, stream))
+        if not from_last_keyframe:
+            # Some formats give few packets a time.
+            return max(end, 0 if stream.duration else number / headers.rate(stream))
+    return end if end else _seconds_of_packets(path, from_last_keyframe=False)

@@ -32,6 +32,7 @@ from PIL import Image
 
 from vpae_jax.data.records import NotFinite
 from vpae_jax.encoding.clip_source import Clip, ClipSource, Reject
+from vpae_jax.encoding.filters import Refusal
 from vpae_jax.encoding.progress import Progress
 from vpae_jax.encoding.unit_writer import UnitWriter
 from vpae_jax.encoding.units import Units
@@ -322,16 +323,20 @@ def _encode(clips: list[Clip], encoders: Encoders, batch_size: int) -> list[Enco
     return result
 
 
+def too_long(encoders: Encoders, caption: str) -> Refusal | None:
+    """Why a caption is not used that has more tokens than the text encoder reads."""
+    try:
+        encoders.tokenize([caption])
+    except TooLong as error:
+        return "caption", f"{error.tokens} tokens, the text encoder reads at most {error.limit}"
+    return None
+
+
 def fitting(items: Iterable[C | Reject | None], encoders: Encoders) -> Iterator[C | Reject | None]:
-    """The items; those with more tokens than the text encoder reads as rejects."""
+    """The items; those whose captions are too long as rejects."""
     for item in items:
-        if item is not None and not isinstance(item, Reject):
-            try:
-                encoders.tokenize([item.caption])
-            except TooLong as error:
-                yield Reject(item.id, "caption", f"{error.tokens} tokens, the text encoder reads at most {error.limit}")
-                continue
-        yield item
+        refusal = None if item is None or isinstance(item, Reject) else too_long(encoders, item.caption)
+        yield item if item is None or refusal is None else Reject(item.id, *refusal)
 
 
 def arrays_of(latents: Any, condition: Any) -> dict[str, np.ndarray]:

@@ -21,7 +21,7 @@ class Filters:
       min_side: pixels of the shorter side as shown.
       max_crop: share of the picture that is lost when it is cropped to its bucket.
       min_motion: mean absolute difference of successive frames, on a scale of 0..255. The default refuses what stands
-        still but for noise of compression.
+        still but for noise of compression; a single frame has none.
       max_black: share of a clip's frames that are black.
       min_caption, max_caption: characters of the caption.
     """
@@ -73,8 +73,8 @@ class Filters:
         return next(self._of_frames(measures), None)
 
     def _of_frames(self, measures: Measures) -> Iterator[Refusal]:
-        black, motion = measures["black"], measures["motion"]
+        black, motion = measures["black"], measures.get("motion")
         if black > self.max_black:
             yield "black", f"{black:.1%} of the frames are black; at most {self.max_black:.0%} may be"
-        if motion < self.min_motion:
+        if motion is not None and motion < self.min_motion:
             yield "static", f"motion is {motion:.3f}; at least {self.min_motion:g} is asked for"

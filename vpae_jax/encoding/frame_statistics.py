@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -14,13 +14,13 @@ BLACK = 24  # a frame's mean grey value below which it is black, of 0..255
 class Measures(TypedDict):
     """Plain numbers, as they are kept with a clip.
 
-    motion: mean absolute difference of successive frames, 0..255.
+    motion: mean absolute difference of successive frames, 0..255; not there for a single frame.
     brightness: mean grey value, 0..255.
     contrast: standard deviation of grey values over pixels, averaged over frames.
     black: share of frames that are black.
     """
 
-    motion: float
+    motion: NotRequired[float]
     brightness: float
     contrast: float
     black: float
@@ -30,13 +30,14 @@ def measure(video: UInt8[np.ndarray, "t height width 3"]) -> Measures:
     """A clip's measures."""
     grey = small_grey(video)
     means = grey.mean((1, 2))
-    motion = np.abs(np.diff(grey, axis=0)).mean() if len(grey) > 1 else 0.0
-    return Measures(
-        motion=round(float(motion), 3),
+    found = Measures(
         brightness=round(float(means.mean()), 3),
         contrast=round(float(grey.std((1, 2)).mean()), 3),
         black=round(float((means < BLACK).mean()), 3),
     )
+    if len(grey) > 1:
+        found["motion"] = round(float(np.abs(np.diff(grey, axis=0)).mean()), 3)
+    return found
 
 
 def small_grey(video: UInt8[np.ndarray, "t height width 3"]) -> Float32[np.ndarray, "t h w"]:

@@ -7,12 +7,12 @@ import json
 import os
 import stat
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vpae_jax.encoding.cells import printable, text_of
-from vpae_jax.encoding.tables import Digest, Refused, TableRow
+from vpae_jax.encoding.cells import printable, shown, text_of
+from vpae_jax.encoding.tables import Digest, Refused, TableRow, not_utf8
 from vpae_jax.types import UserError
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".gif")
@@ -20,6 +20,14 @@ SUFFIXES += (".wmv", ".flv", ".ts", ".mts", ".m2ts", ".ogv", ".3gp", ".y4m")
 CAPTION_KEYS = ("caption", "text", "prompt")
 TIME_KEYS = ("start", "end", "cuts")
 SIDECAR_BYTES = 1 << 17
+SIDECARS = (".json", ".JSON", ".Json", ".txt", ".TXT", ".Txt")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic")
+IN_A_TABLE = "list videos and captions in a table, with --manifest=FILE of python -m vpae_jax.encode"
+FOLLOWED = "give a folder that holds both, or a copy with its links followed (`cp -rL`)"
+
+
+class Linked(Refused):
+    """A link that is not followed; the reason says where it leads and what to do."""
 
 
 class FolderTable:
@@ -29,24 +37,32 @@ class FolderTable:
     that has none, NAME.txt beside the video NAME.mp4; and what NAME.json says of `start`, `end` and `cuts`, and more.
     Links to folders are not followed; each is a row that is refused. Names are kept as bytes, one after the other.
 
+    Args:
+      root: the folder.
+      flag: by which it was given, for messages.
+
     Raises:
-      UserError: no videos in it; or, when it is scanned, none with a caption.
+      UserError: no videos in it; or, when it is scanned, none that can be read and has a caption.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = os.path.realpath(root)
+    def __init__(self, root: Path, flag: str = "--videos") -> None:
+        self.root, self.flag = os.path.realpath(root), flag
         self.names, self.ends = bytearray(), array("q", [0])
         for name in _walk(self.root):
             self.names += os.fsencode(name)
             self.ends.append(len(self.names))
         if len(self.ends) == 1:
+            image = next(_walk(self.root, IMAGES), None)
+            images = f", but images, as {image!r}, which are no videos" if image else ""
             raise UserError(
-                f"{root} holds no videos ({' '.join(SUFFIXES)}); give another folder with --videos=FOLDER, "
-                f"or list its videos in a table with --manifest=FILE"
+                printable(
+                    f"{root} holds no videos ({' '.join(SUFFIXES)}){images}; give another folder with {flag}=FOLDER, "
+                    f"or {IN_A_TABLE}"
+                )
             )
 
     def scan(self, digest: Digest) -> Iterator[TableRow | Refused]:
-        captioned, why = False, ""
+        usable, first = False, ("", Refused("", ""))
         for number in range(len(self.ends) - 1):
             name = self._name(number)
             digest.update(os.fsencode(name) + b"\0")
@@ -56,17 +72,32 @@ class FolderTable:
                     digest.update(suffix.encode() + b"%d\0" % len(data) + data)
             except Refused as refused:
                 digest.update(refused.kind.encode() + b"\0")
-            if not captioned:
-                captioned, reason = self._captioned(name)
-                why = why or f"{name!r}: {reason}"
+            if not usable:
+                why = self._unused(name)
+                usable = why is None
+                first = first if first[0] or why is None else (name, why)
             yield {"path": name}
-        if not captioned:
-            raise UserError(
-                printable(
-                    f"{self.root}: none of its {len(self.ends) - 1} videos has a caption ({why}); put captions into "
-                    f"NAME.txt beside NAME.mp4, or into a table with --manifest=FILE"
-                )
-            )
+        if not usable:
+            raise UserError(printable(f"{self.root}: {self._none_used(*first)}"))
+
+    def _unused(self, name: str) -> Refused | None:
+        """Why a video is not used, as far as its name and what stands beside it tell."""
+        try:
+            regular_file(self.root, name)
+            text_of(self._described(name), "caption", "caption")
+        except Refused as refused:
+            return refused
+        return None
+
+    def _none_used(self, name: str, why: Refused) -> str:
+        """That no video is used, by what there is to say of the first."""
+        none = f"none of its {len(self.ends) - 1} videos"
+        if isinstance(why, Linked):
+            return f"{none} can be read: {'' if why.kind == 'caption' else repr(name) + ' '}{why.reason}"
+        if why.kind != "caption":
+            return f"{none} can be read: {name!r} {why.reason}; give another folder with {self.flag}=FOLDER"
+        remedy = f"put captions into NAME.txt beside NAME.mp4, or {IN_A_TABLE}"
+        return f"{none} has a caption ({name!r}: {why.reason}); {remedy}"
 
     def read(self, first: int, count: int) -> list[TableRow | Refused]:
         names = map(self._name, range(first, first + count))
@@ -89,30 +120,23 @@ class FolderTable:
             found["caption"] = refused
         return found
 
-    def _captioned(self, name: str) -> tuple[bool, str]:
-        """Whether a video has a caption, or why not."""
-        try:
-            text_of(self._described(name), "caption", "caption")
-        except Refused as refused:
-            return False, refused.reason
-        return True, ""
-
     def _sidecars(self, name: str) -> Iterator[tuple[str, bytes]]:
-        for suffix in (".json", ".JSON", ".txt", ".TXT"):
+        for suffix in SIDECARS:
             path = os.path.splitext(name)[0] + suffix
+            beside = os.path.basename(path)
             try:
                 size = regular_file(self.root, path).st_size
             except Refused as refused:
-                if refused.kind == "missing":
+                if refused.kind == "missing" and not isinstance(refused, Linked):
                     continue
-                raise Refused("caption", f"{suffix} file beside it: {refused.reason}") from refused
+                raise type(refused)("caption", f"{beside!r} {refused.reason}") from refused
             if size > SIDECAR_BYTES:
-                raise Refused("caption", f"{suffix} file beside it has {size} bytes, {SIDECAR_BYTES} at most")
+                raise Refused("caption", f"{beside!r} has {size} bytes, {SIDECAR_BYTES} at most")
             try:
                 with open(os.path.join(self.root, path), "rb") as file:
                     yield suffix.lower(), file.read(SIDECAR_BYTES)
             except OSError as error:
-                raise Refused("caption", f"{suffix} file beside it cannot be read: {error.strerror}") from error
+                raise Refused("caption", f"{beside!r} cannot be read: {error.strerror}") from error
 
 
 def regular_file(root: str, name: str) -> os.stat_result:
@@ -123,30 +147,42 @@ def regular_file(root: str, name: str) -> os.stat_result:
       name: relative to it, or absolute.
 
     Raises:
-      Refused: "path" for one that lies elsewhere, is no file, or cannot be looked at; "missing" for none.
+      Refused: "path" for one that lies elsewhere, is no file, or cannot be looked at; "missing" for none. It is
+        `Linked` where a link is to blame.
     """
+    path = os.path.join(root, name)
     try:
-        real = os.path.realpath(os.path.join(root, name))
-        if os.path.commonpath([root, real]) != root:
-            raise Refused("path", "lies outside the folder of the videos")
+        real = os.path.realpath(path)
+        if not _within(root, real):
+            if not _within(root, os.path.normpath(path)):
+                raise Refused("path", "lies outside the folder of the videos")
+            raise Linked("path", f"is a link to {shown(real)}, outside the folder of the videos; {FOLLOWED}")
         found = os.stat(real)
     except (FileNotFoundError, NotADirectoryError) as error:
+        if os.path.islink(path):
+            raise Linked("missing", f"is a link to {shown(real)}, which is not there; fetch or copy it") from error
         raise Refused("missing", "no such file in the folder of the videos") from error
     except (OSError, ValueError) as error:  # not allowed, a disk that is gone; a NUL or half a character
         why = getattr(error, "strerror", None) or str(error)
         names = isinstance(error, ValueError) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
         raise Refused("path", why if names else f"cannot be read: {why}") from error
+    if stat.S_ISDIR(found.st_mode) and os.path.islink(path):
+        raise Linked("path", f"is a link to the folder {shown(real)}, which is not followed; {FOLLOWED}")
     if not stat.S_ISREG(found.st_mode):
         raise Refused("path", "is a folder" if stat.S_ISDIR(found.st_mode) else "is no regular file")
     return found
+
+
+def _within(root: str, path: str) -> bool:
+    return os.path.commonpath([root, path]) == root
 
 
 def is_video(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
-def _walk(root: str) -> Iterator[str]:
-    """Names of videos, of links to folders, and of folders that cannot be read."""
+def _walk(root: str, suffixes: Sequence[str] = SUFFIXES) -> Iterator[str]:
+    """Names of videos, or of files with other suffixes, of links to folders, and of folders that cannot be read."""
     waiting = ["/"]  # a folder's name ends in a slash
     while waiting:
         name = waiting.pop()
@@ -155,24 +191,27 @@ def _walk(root: str) -> Iterator[str]:
             continue
         try:
             with os.scandir(os.path.join(root, name.lstrip("/"))) as entries:
-                found = [_named(name.lstrip("/"), entry) for entry in entries if not entry.name.startswith(".")]
+                visible = [entry for entry in entries if not entry.name.startswith(".")]
+                found = [_named(name.lstrip("/"), entry, suffixes) for entry in visible]
         except OSError:
             yield name.rstrip("/") or "."
             continue
         waiting += sorted((name for name in found if name), reverse=True)
 
 
-def _named(folder: str, entry: os.DirEntry) -> str | None:
+def _named(folder: str, entry: os.DirEntry, suffixes: Sequence[str]) -> str | None:
     name = folder + entry.name
     try:
         if entry.is_dir():
             return name if entry.is_symlink() else name + "/"
     except OSError:
         return name
-    return name if is_video(name) else None
+    return name if os.path.splitext(name)[1].lower() in suffixes else None
 
 
 def _decoded(beside: str, data: bytes) -> str:
+    if wide := not_utf8(data):
+        raise Refused("caption", f"{beside!r} {wide}")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

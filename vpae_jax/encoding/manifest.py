@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 from vpae_jax.encoding.cells import id_of, printable, rest_of, shown, text_of, time_of, times_of
 from vpae_jax.encoding.clip_source import CaptionedVideo, Reject
 from vpae_jax.encoding.identity import Identity
-from vpae_jax.encoding.listing import SUFFIXES, TIME_KEYS, FolderTable, is_video, regular_file
+from vpae_jax.encoding.listing import SUFFIXES, TIME_KEYS, FolderTable, Linked, is_video, regular_file
 from vpae_jax.encoding.tables import TABLES, Refused, RowUnits, Table, TableFile, TableRow
 from vpae_jax.types import UserError
 
@@ -72,6 +72,7 @@ class Manifest:
         in the folder, at any depth, with captions beside them (see `listing.FolderTable`).
       columns: of the table.
       unit_videos: rows of a unit.
+      flag: by which the folder was given, for messages.
 
     Raises:
       UserError: no such folder or file, an unknown suffix, a file that is empty, damaged or not UTF-8, a missing
@@ -79,20 +80,26 @@ class Manifest:
     """
 
     def __init__(
-        self, root: Path, file: Path | None = None, columns: Columns | None = None, unit_videos: int = 64
+        self,
+        root: Path,
+        file: Path | None = None,
+        columns: Columns | None = None,
+        unit_videos: int = 64,
+        flag: str = "--videos",
     ) -> None:
         if not root.is_dir():
-            raise UserError(f"{root}: no such folder; give the folder of the videos with --videos=FOLDER")
+            raise UserError(f"{root}: no such folder; give the folder of the videos with {flag}=FOLDER")
         if unit_videos < 1:
             raise UserError(f"units of {unit_videos} videos; expected 1 or more")
         self.root, self.unit_videos = Path(os.path.realpath(root)), unit_videos
+        self._roots = (str(self.root), os.path.abspath(root))
         self.columns = columns = _BESIDE if file is None else columns or Columns()
         self._listed = file is not None
         self._stem = None if columns.stem is None else re.compile(columns.stem)
         times = [column for column in (columns.start, columns.end, columns.span) if column is not None]
         # A video of a folder is there once. Rows of a table may be parts of one.
         self._parts = self._listed and columns.id is None and bool(times)
-        self._rows = RowUnits(_table(self.root, file, columns), unit_videos, self._id)
+        self._rows = RowUnits(_table(self.root, file, columns, flag), unit_videos, self._id)
         if not self._rows.count:
             raise UserError(f"{file} has no rows; give another manifest with --manifest=FILE")
         self.rows, self.units, self.digest = self._rows.count, self._rows.units, self._rows.digest
@@ -133,7 +140,12 @@ class Manifest:
         """What a row says it is called. Raises `Refused` when it has no name."""
         if self.columns.id is not None:
             return id_of(row, self.columns.id)
-        return PurePath(text_of(row, self.columns.path, "path")).as_posix()  # ./v.mp4 is v.mp4
+        name = text_of(row, self.columns.path, "path")
+        for root in self._roots:  # ./v.mp4 is v.mp4, and so is FOLDER/v.mp4
+            whole = os.path.normpath(os.path.join(root, name))
+            if whole.startswith(root + "/"):
+                return whole.removeprefix(root + "/")
+        return PurePath(name).as_posix()
 
     def _id(self, row: TableRow) -> str:
         """A row's name, and the part of a video that it is, where that tells it from others. Raises `Refused`."""
@@ -180,21 +192,22 @@ class Manifest:
             if match is None:
                 raise Refused("path", f"{shown(name)} is not of the form {self.columns.stem}")
             name = match[1]
-        first: Refused | None = None
+        refusals: list[Refused] = []
         for candidate in (name,) if is_video(name) else (name, *(name + suffix for suffix in SUFFIXES)):
             try:
                 regular_file(str(self.root), candidate)
                 # An absolute one may get here by another way than the root does.
                 return Path(os.path.realpath(candidate)) if os.path.isabs(candidate) else self.root / candidate
             except Refused as refused:
-                first = first or refused
-        assert first is not None
-        raise Refused(first.kind, f"{shown(name)} {first.reason}") from first
+                refusals.append(refused)
+        # Of several names that it may stand for, what is wrong with one that is there.
+        why = next((one for one in refusals if one.kind != "missing" or isinstance(one, Linked)), refusals[0])
+        raise Refused(why.kind, f"{shown(name)} {why.reason}") from why
 
 
-def _table(root: Path, file: Path | None, columns: Columns) -> Table:
+def _table(root: Path, file: Path | None, columns: Columns, flag: str) -> Table:
     if file is None:
-        return FolderTable(root)
+        return FolderTable(root, flag)
     if file.suffix.lower() not in TABLES:
         raise UserError(
             f"{file}: a manifest's name ends in one of {' '.join(TABLES)}; give one with --manifest=FILE, "

@@ -11,11 +11,13 @@ clip of 97 MB on in 1.5 s; here that takes 0.06 s.
 
 from __future__ import annotations
 
+import gc
 import math
 import mmap
 import os
 import pickle
 import queue
+import resource
 import signal
 import socket
 import subprocess
@@ -35,11 +37,12 @@ HEADER = 8  # bytes that say how long a message is
 # A worker ends itself after this many timeouts: its parent, which should have ended it, is gone.
 ORPHAN = 2
 DYING = 5.0  # seconds that a worker which has hung up is given to end
+MEMORY = 2**32  # bytes of its own that a worker may take: a decoder of 8K holds half of that
 STARTING = 300.0  # seconds that a worker is given to import what it needs; none of them is a task's
 # Interrupts from the keyboard are the parent's to handle; libraries for matrices need no threads of their own.
 START = (
     "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.path[:] = {path!r}; "
-    "from vpae_jax.encoding.pool import serve; serve({fd}, {memory}, {limit!r})"
+    "from vpae_jax.encoding.pool import serve; serve({fd}, {memory}, {limit!r}, {most})"
 )
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
@@ -126,7 +129,7 @@ class _Worker:
         self.memory = _Memory(_anonymous_file())
         with theirs:
             fds = theirs.fileno(), self.memory.fd
-            code = START.format(path=sys.path, fd=fds[0], memory=fds[1], limit=ORPHAN * timeout)
+            code = START.format(path=sys.path, fd=fds[0], memory=fds[1], limit=ORPHAN * timeout, most=MEMORY)
             self.process = subprocess.Popen(
                 [sys.executable, "-c", code],
                 stdin=subprocess.DEVNULL,
@@ -191,8 +194,10 @@ class _Memory:
         return np.frombuffer(self.mapped, np.uint8, size).reshape(shape)
 
 
-def serve(fd: int, memory: int, limit: float) -> None:
-    """A worker's life: tasks come, results go, until the parent hangs up. A task of over `limit` seconds ends it."""
+def serve(fd: int, memory: int, limit: float, most: int) -> None:
+    """A worker's life: tasks come, results go, until the parent hangs up. A task of over `limit` seconds ends it, and
+    one fails that takes over `most` bytes of memory, not counting what is shared with the parent."""
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     parent = socket.socket(fileno=fd)  # stays open until the end, so that last words are written before it closes
     shared = _Memory(memory)
     with suppress(ConnectionError):  # what the parent sent, or that it has gone, is read below
@@ -205,6 +210,7 @@ def serve(fd: int, memory: int, limit: float) -> None:
         signal.setitimer(signal.ITIMER_REAL, limit)  # its signal ends a process that does not handle it
         _send(parent, function(*args) if shape is None else function(shared.array(shape), *args))
         signal.setitimer(signal.ITIMER_REAL, 0)
+        gc.collect()  # what a task has left may take the room of the next
 
 
 def _anonymous_file() -> int:

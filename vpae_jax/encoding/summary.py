@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from vpae_jax.data.records import INDEX, REJECTS, read_index
+from vpae_jax.data.index import INDEX, REJECTS, read_index
 from vpae_jax.encoding.units import Units
 from vpae_jax.pages import page_template
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, runtime_checkable
@@ -27,7 +28,11 @@ BATCH = 256  # rows of a Parquet file that are held at a time
 BUFFER = 1 << 20  # bytes; with it, a column of a large row group is read as a stream
 # What pyarrow raises for damaged files; for values, also what Python raises when it takes them over.
 DAMAGED = (pa.ArrowException, OSError, ValueError, OverflowError)
-UTF16 = (b"\xff\xfe", b"\xfe\xff")  # how such a file begins
+# Encodings of two and four bytes a letter, by their byte order marks, and by where the first bytes are zero.
+MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+ZEROS = {"_0_0": "UTF-16LE", "0_0_": "UTF-16BE", "_000": "UTF-32LE", "000_": "UTF-32BE"}
+DELIMITERS = ",;\t|"  # spreadsheets write semicolons in half of Europe
+HEADER = 1 << 16  # bytes in which a header is looked for
 
 TableRow = Mapping[str, Any]
 
@@ -71,9 +76,10 @@ class Table(Protocol):
 class TableFile:
     """A table in a file, in UTF-8 with or without a byte order mark where it is text; its suffix names its format.
 
-    CSV is read strictly (RFC 4180): a quoted field may hold line breaks and doubled quotes, and a row whose quotes are
-    broken, or whose number of fields is not the header's, is refused. An open quote hides no more than Python's limit
-    on a field, 128 KiB. Of a Parquet file's columns, those that are needed are read, and those of text and of numbers.
+    CSV is read strictly (RFC 4180), but for what separates its columns, which its header tells: a quoted field may hold
+    line breaks and doubled quotes, and a row whose quotes are broken, or whose number of fields is not the header's, is
+    refused. An open quote hides no more than Python's limit on a field, 128 KiB. Of a Parquet file's columns, those are
+    read that are needed, and those of text and of numbers.
 
     Args:
       path: one of `FORMATS` by its suffix.
@@ -112,7 +118,7 @@ class TableFile:
             with self._opened() as file:
                 yield from self._format(self, file)
         except UnicodeError as error:
-            raise UserError(f"{self.path}: {error} and give that with {self.flag}=FILE") from error
+            raise UserError(f"{self.path}: {error}, and give that with {self.flag}=FILE") from error
 
     def _opened(self) -> BinaryIO:
         try:
@@ -147,26 +153,42 @@ class TableFile:
             )
 
 
+def not_utf8(data: bytes) -> str | None:
+    """Why the beginning of a text is not UTF-8, or likely is not meant as such, and what to do; None if it may be."""
+    mark = next((name for mark, name in MARKS.items() if data.startswith(mark)), None)
+    wide = mark or ZEROS.get("".join("_" if byte else "0" for byte in data[:4]))
+    return wide and f"is {wide}, expected UTF-8; convert it with `iconv -f {wide} -t UTF-8`"
+
+
 def _lines(file: BinaryIO) -> Iterator[str]:
+    if wide := not_utf8(file.read(4)):
+        raise UnicodeError(wide)
+    file.seek(0)
     for number, raw in enumerate(file, 1):
         try:
             text = raw.decode()
         except UnicodeDecodeError as error:
-            encoding = "UTF-16" if number == 1 and raw.startswith(UTF16) else "LATIN1"
             raise UnicodeError(
-                f"line {number} is not UTF-8 (byte {raw[error.start]:#04x}); convert the file, for instance with "
-                f"`iconv -f {encoding} -t UTF-8`,"
+                f"line {number} is not UTF-8 (byte {raw[error.start]:#04x}); convert the file from its encoding, for "
+                "instance with `iconv -f WINDOWS-1252 -t UTF-8`"
             ) from error
         yield text.removeprefix("\ufeff") if number == 1 else text
 
 
+def _delimiter(table: TableFile, file: BinaryIO) -> str:
+    """What separates the columns, by which the header has those that are needed, or else the most."""
+    lines = file.read(HEADER).decode("utf-8-sig", errors="replace").splitlines(keepends=True)
+    file.seek(0)
+    headers: dict[str, list[str]] = {}
+    for delimiter in ("\t" if table.path.suffix.lower() == ".tsv" else ",", *DELIMITERS):
+        with suppress(csv.Error):
+            headers[delimiter] = next(filter(None, csv.reader(lines, delimiter=delimiter, strict=True)), [])
+    whole = (mark for mark, columns in headers.items() if set(columns).issuperset(table.needed.values()))
+    return next(whole, max(headers, key=lambda mark: len(headers[mark]), default=","))
+
+
 def _csv(table: TableFile, file: BinaryIO) -> Iterator[TableRow | Refused]:
-    delimiter = "\t"
-    if table.path.suffix.lower() == ".csv":
-        first = file.readline(1 << 16)
-        delimiter = ";" if b";" in first and b"," not in first else ","  # as spreadsheets write it in half of Europe
-        file.seek(0)
-    reader = csv.reader(_lines(file), delimiter=delimiter, strict=True)
+    reader = csv.reader(_lines(file), delimiter=_delimiter(table, file), strict=True)
     header: list[str] = []
     while True:
         begins = reader.line_num + 1
@@ -197,8 +219,12 @@ def _json_lines(table: TableFile, file: BinaryIO) -> Iterator[TableRow | Refused
     for number, text in enumerate(_lines(file), 1):
         if not text.strip():
             continue
-        if first is None and text.lstrip().startswith("["):
-            raise UserError(f"{table.path} is a JSON array, expected an object a line; convert it with `jq -c '.[]'`")
+        if first is None and (text.lstrip().startswith("[") or text.strip() == "{"):
+            what, how = ("a JSON array", "'.[]'") if "[" in text else ("JSON of several lines an object", ".")
+            raise UserError(
+                f"{table.path} is {what}, expected an object a line; convert it with `jq -c {how}`, and give that with "
+                f"{table.flag}=FILE"
+            )
         first = first or {}
         try:
             row = json.loads(text)

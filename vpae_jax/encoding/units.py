@@ -21,20 +21,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vpae_jax.data.records import (
+from vpae_jax.data.index import (
     IDENTITY,
     INDEX,
     NULL,
     REJECTS,
     SCHEMA,
-    Arrays,
-    BadRecord,
     check_shard,
+    check_shards,
     file_size,
-    from_safetensors,
     read_index,
-    to_safetensors,
 )
+from vpae_jax.data.records import Arrays, read_null, to_safetensors
 from vpae_jax.encoding.clip_source import Reject
 from vpae_jax.encoding.identity import Identity, differences
 from vpae_jax.encoding.unit_writer import UnitWriter
@@ -42,7 +40,7 @@ from vpae_jax.files import here, lives, refused_writes
 from vpae_jax.types import UserError
 
 # What reading JSON that has been damaged, and using it, ends in.
-MALFORMED = (ValueError, KeyError, TypeError, AttributeError)
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 TOLD = 3  # settings that differ are named, at most
 _HIDDEN = re.compile(r"\.(?P<label>unit-\d+|finish)\.(?P<host>.+)\.(?P<pid>\d+)\.(?P<token>[0-9a-f]+)\.tmp")
 
@@ -93,7 +91,7 @@ class Units:
                 (hidden / IDENTITY).replace(path)
         try:
             found = json.loads(path.read_text())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: {error}; choose another folder") from error
         if others := list(differences(found, self.identity, "" if isinstance(found, dict) else IDENTITY)):
             more = f"; {len(others) - TOLD} more differ" if len(others) > TOLD else ""
@@ -147,8 +145,8 @@ class Units:
         """Whether all units are done and the folder can be read: `finish` has nothing to add."""
         try:
             index = read_index(self.folder)
-            from_safetensors((self.folder / NULL).read_bytes())
-        except (UserError, FileNotFoundError, BadRecord):
+            read_null(self.folder, index)
+        except UserError:
             return False
         if not (self.folder / REJECTS).is_file():
             return False
@@ -224,6 +222,7 @@ class Units:
         """What a unit's file says, when the unit is done and its shards are whole."""
         try:
             facts = json.loads(self._file("units", unit).read_text())
+            check_shards(facts["shards"])
             for shard in facts["shards"]:
                 check_shard(self.folder, shard, file_size(self.folder / shard["file"]))
             for reject in facts["rejects"]:

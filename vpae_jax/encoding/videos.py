@@ -17,9 +17,9 @@ from vpae_jax.encoding import worker_tasks
 from vpae_jax.encoding.buckets import Size, choose
 from vpae_jax.encoding.cells import printable
 from vpae_jax.encoding.clip_source import CaptionedVideo, Clip, Reject, in_turn
-from vpae_jax.encoding.cutting import clip_starts
+from vpae_jax.encoding.cutting import clip_starts, shot_end
 from vpae_jax.encoding.decoding import Probe, Unreadable
-from vpae_jax.encoding.filters import Filters
+from vpae_jax.encoding.filters import Filters, Refusal
 from vpae_jax.encoding.identity import Identity
 from vpae_jax.encoding.pool import Lost, Pool
 from vpae_jax.types import UserError
@@ -56,6 +56,7 @@ class _Cut:
     probe: Probe
     bucket: Size
     start: float
+    until: float
 
 
 class VideoClips:
@@ -72,6 +73,7 @@ class VideoClips:
         clips_per_video: int = 1,
         workers: int = 2,
         timeout: float = 120.0,
+        unfit: Callable[[str], Refusal | None] = lambda caption: None,
     ):
         """
         Args:
@@ -84,6 +86,8 @@ class VideoClips:
           clips_per_video: at most.
           workers: processes that decode; 0 for none but this one, which a crash of a decoder ends and a hang stops.
           timeout: seconds after which a worker is taken to hang.
+          unfit: why a caption is not used, besides the filters; asked before its video is looked at. It decides no
+            clips of its own: what it goes by is in the encoders' identity.
 
         Raises:
           UserError: a number that makes no sense.
@@ -110,7 +114,7 @@ class VideoClips:
             raise UserError("no buckets are given; expected at least one size, as 480x832")
         self.manifest, self.buckets, self.frames, self.fps = manifest, buckets, frames, fps
         self.filters, self.stride, self.clips_per_video = filters or Filters(), stride, clips_per_video
-        self.workers, self.timeout = workers, timeout
+        self.workers, self.timeout, self.unfit = workers, timeout, unfit
         self._pool: Pool | None = None
         self._running: list[Future[Any]] = []
 
@@ -159,9 +163,12 @@ class VideoClips:
         self.close()
 
     def _look(self, entry: CaptionedVideo | Reject | None) -> Future[Any] | None:
-        if not isinstance(entry, CaptionedVideo) or self.filters.caption(entry.caption):
+        if not isinstance(entry, CaptionedVideo) or self._unused(entry.caption):
             return None
         return self._submit(worker_tasks.look, entry.path)
+
+    def _unused(self, caption: str) -> Refusal | None:
+        return self.filters.caption(caption) or self.unfit(caption)
 
     def _cut(
         self, entry: CaptionedVideo | Reject | None, found: Probe | Unreadable | Lost | None
@@ -175,19 +182,29 @@ class VideoClips:
             seconds = max(min(last, found.seconds) - first, 0.0)
             refusal = self.filters.video(seconds, found.height, found.width, bucket)
             if refusal is None:
-                length = self.frames / self.fps
+                length = (self.frames - 1) / self.fps
                 starts = clip_starts(
-                    found.seconds, length, entry.start, entry.end, entry.cuts, self.stride, self.clips_per_video
+                    seconds=found.seconds,
+                    length=length,
+                    start=entry.start,
+                    end=entry.end,
+                    cuts=entry.cuts,
+                    stride=self.stride,
+                    most=self.clips_per_video,
+                    last=1 / self.fps,
+                    slack=found.slack,
                 )
                 for number, start in enumerate(starts):
-                    yield _Cut(f"{entry.id}#{number}", entry, found, bucket, start)
+                    until = shot_end(start, entry.end, entry.cuts)
+                    yield _Cut(f"{entry.id}#{number}", entry, found, bucket, start, until)
                 if starts:
                     return
                 shot = " in one shot" if entry.cuts else ""
                 part = "" if entry.start is None and entry.end is None else "the part that is meant "
-                refusal = "too short", f"{part}lasts {seconds:.3f} s; a clip needs {length:.3f} s{shot}"
+                needed = f"{length:.3f} s" if length else "a frame"
+                refusal = "too short", f"{part}lasts {seconds:.3f} s; a clip needs {needed}{shot}"
         elif found is None:
-            refusal = self.filters.caption(entry.caption)
+            refusal = self._unused(entry.caption)
             assert refusal is not None
         else:
             refusal = found.kind, _reason(entry, found)
@@ -197,7 +214,8 @@ class VideoClips:
         if not isinstance(cut, _Cut):
             return None
         shape = (self.frames, *cut.bucket, 3)
-        return self._submit(worker_tasks.read, cut.entry.path, cut.start, self.fps, shape=shape)
+        until = () if cut.until == math.inf else (cut.until,)
+        return self._submit(worker_tasks.read, cut.entry.path, cut.start, self.fps, *until, shape=shape)
 
     def _judged(self, cut: _Cut | Reject | None, found: Any) -> Clip | Reject | None:
         if not isinstance(cut, _Cut):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +21,13 @@ def look(path: Path) -> Probe | Unreadable:
         return error
 
 
-def read(out: UInt8[np.ndarray, "t height width 3"], path: Path, start: float, fps: float) -> Measures | Unreadable:
+def read(
+    out: UInt8[np.ndarray, "t height width 3"], path: Path, start: float, fps: float, until: float = math.inf
+) -> Measures | Unreadable:
     """Fills `out` with a clip's frames and measures them, or says why they cannot be read."""
     count, height, width, _ = out.shape
     try:
-        return measure(read_frames(path, start, count, fps, height, width, out))
+        return measure(read_frames(path, start, count, fps, height, width, out, until))
     except Unreadable as error:
         return error
     finally:

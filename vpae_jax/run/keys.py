@@ -97,7 +97,7 @@ def page(argv: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _keys(config: Mapping[str, Any], owner: Any, prefix: str) -> Iterator[tuple[str, Any, str]]:
+def _keys(config: Mapping[str, Any] | ConfigDict, owner: Any, prefix: str) -> Iterator[tuple[str, Any, str]]:
     """Each key below a part of a config: its path, its value and its meaning.
 
     Args:
@@ -114,7 +114,7 @@ def _keys(config: Mapping[str, Any], owner: Any, prefix: str) -> Iterator[tuple[
             yield path, value, known.get(name, "")
 
 
-def _type_of(owner: Any, name: str, config: Mapping[str, Any]) -> Any:
+def _type_of(owner: Any, name: str, config: Mapping[str, Any] | ConfigDict) -> Any:
     """The dataclass that a part of a config becomes; None if it becomes none."""
     if owner is Experiment and name == "method":
         return METHODS[config[name]["name"]]

@@ -21,7 +21,8 @@ def skip_absent_tpus(pci: Path = PCI, gpus: tuple[Path, ...] = GPUS) -> None:
 
     What the user has set (JAX_PLATFORMS) stays. Call it before JAX touches any device.
     """
-    if jax.config.jax_platforms is not None or importlib.util.find_spec("libtpu") is None:
+    platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+    if platforms is not None or importlib.util.find_spec("libtpu") is None:
         return
     tpu = any(vendor.read_text().strip() == GOOGLE for vendor in pci.glob("*/vendor"))
     if not tpu and not any(gpu.exists() for gpu in gpus):

@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from vpae_jax.config import DataConfig, parse_sources
-from vpae_jax.data.records import REJECTS, LatentRecords, read_index
+from vpae_jax.data.index import REJECTS, read_index
+from vpae_jax.data.records import LatentRecords
 from vpae_jax.data.stores import Address, Location
-from vpae_jax.encoding.encoder import encode_into, fingerprint
+from vpae_jax.encoding.encoder import encode_into, fingerprint, too_long
 from vpae_jax.encoding.manifest import Manifest
 from vpae_jax.encoding.summary import rejected, report
 from vpae_jax.encoding.videos import VideoClips
@@ -51,8 +53,14 @@ def open_records(names: str, key: str, workdir: Path, pipeline: Pipeline, model:
     """Folders of records, "DIR,DIR" or "DIR=WEIGHT,...". Raises `UserError` as `open_sources`, naming `key`."""
     found, expected = [], fingerprint(pipeline)
     for name, weight in parse_sources(names):
-        records = LatentRecords(_location(name, workdir))
-        if records.index["identity"]["encoders"] != expected:
+        folder = _location(name, workdir)
+        if weight is not None and isinstance(folder, Path) and not folder.exists():
+            raise UserError(
+                f"{key}: {folder}: no such folder, of which {weight:g} would be the weight; where a folder's name ends "
+                "in =NUMBER, end it in /"
+            )
+        records = LatentRecords(folder)
+        if records.index["identity"].get("encoders") != expected:
             raise UserError(
                 f"{key}: {records.folder} was encoded with other encoders than those of {model}; encode its clips "
                 f"again with --model={model}"
@@ -81,9 +89,9 @@ def _location(name: str, workdir: Path) -> Location:
 def _encoded(data: DataConfig, workdir: Path, pipeline: Pipeline) -> LatentRecords:
     """Clips of the model's own size from a folder of videos, of which each process encodes its share."""
     own = pipeline.defaults
-    manifest = Manifest(resolve(data.videos, workdir))
-    sizes = ((own.height, own.width),)
-    with VideoClips(manifest, sizes, own.num_frames, own.fps, clips_per_video=RAW_CLIPS) as clips:
+    manifest = Manifest(resolve(data.videos, workdir), flag="--config.data.videos")
+    sizes, unfit = ((own.height, own.width),), partial(too_long, pipeline)
+    with VideoClips(manifest, sizes, own.num_frames, own.fps, clips_per_video=RAW_CLIPS, unfit=unfit) as clips:
         # One at a time, since they may be large.
         folder = encode_into(
             resolve(data.folder, workdir), clips, pipeline, 1, jax.process_index(), jax.process_count()

@@ -1,0 +1,178 @@
+"""What a folder of records says it holds: its index, checked whole when it is read, as others may have written it."""
+
+from __future__ import annotations
+
+import json
+import re
+import reprlib
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+from vpae_jax.data.stores import Address, Location
+from vpae_jax.types import UserError
+
+SCHEMA = 2
+INDEX, NULL, REJECTS, IDENTITY = "index.json", "null.safetensors", "rejects.jsonl", "identity.json"
+MAX_INDEX = 2**28  # bytes, of some 20 million clips
+_FINGERPRINT, _SHA256 = re.compile(r"[0-9a-f]{16}"), re.compile(r"[0-9a-f]{64}")
+_FILE = re.compile(r"shards/[\w.-]+\.array_record", re.ASCII)  # in the folder, whatever it is called
+_VIDEO_AXES = 4  # of latents and frames, whose channels alone all shards share
+
+# What must hold of a value, and how that is said.
+Rule = tuple[Callable[[Any], bool], str]
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_size(value: Any) -> bool:
+    return _is_count(value) and value > 0
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(size) is int and 0 < size < 2**63 for size in value)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable() and len(value) <= 100
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, dict) and all(_is_name(kind) and _is_count(count) for kind, count in value.items())
+
+
+def _are_shapes(value: Any) -> bool:
+    if not isinstance(value, dict) or not {"latents", "text"} <= value.keys():
+        return False
+    known = all(isinstance(shape, list) and all(map(_is_size, shape)) for shape in value.values())
+    return known and len(value["latents"]) == _VIDEO_AXES and len(value["text"]) == 1
+
+
+def _matches(pattern: re.Pattern[str]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, str) and pattern.fullmatch(value) is not None
+
+
+_OF_INDEX: Mapping[str, Rule] = {
+    "schema": (lambda value: type(value) is int, "a number"),
+    "fingerprint": (_matches(_FINGERPRINT), "16 hexadecimal digits"),
+    "identity": (lambda value: isinstance(value, dict), "an object"),
+    "count": (_is_count, "a number of clips"),
+    "rejects": (_are_counts, "numbers of rejects by kind"),
+    "text_tokens": (_is_size, "a number of tokens"),
+    "takes_image": (lambda value: isinstance(value, bool), "true or false"),
+    "shards": (lambda value: isinstance(value, list), "a list"),
+}
+_OF_SHARD: Mapping[str, Rule] = {
+    "file": (_matches(_FILE), "shards/NAME.array_record"),
+    "bytes": (_is_size, "a number of bytes"),
+    "sha256": (_matches(_SHA256), "64 hexadecimal digits"),
+    "shapes": (_are_shapes, "shapes by name, four numbers of latents and one of text among them"),
+    "sizes": (_are_sizes, "sizes of records"),
+}
+
+
+def read_index(folder: Location) -> dict[str, Any]:
+    """A record folder's index, of which every part is what it should be. Its shards lie in the folder, have records of
+    no more bytes than they have themselves, and of the same arrays.
+
+    Raises:
+      UserError: there is none, it is damaged, or of another schema; a store cannot be read.
+    """
+    path = folder / INDEX
+    try:
+        data = read_small(path, MAX_INDEX)
+        if data is None:
+            _say_why_there_is_none(folder)
+        index = json.loads(data)
+        _check(index, {"schema": _OF_INDEX["schema"]}, "")
+        if index["schema"] == SCHEMA:
+            _check(index, _OF_INDEX, "")
+            check_shards(index["shards"])
+            if (found := sum(len(shard["sizes"]) for shard in index["shards"])) != index["count"]:
+                raise ValueError(f"count is {index['count']}, its shards have {found} records")
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not an index of records ({reason}); {again(folder)}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; {again(folder)}") from error
+    if index["schema"] != SCHEMA:
+        raise UserError(
+            f"{path}: schema {index['schema']}, expected {SCHEMA}; encode the clips again into another folder"
+        )
+    return index
+
+
+def check_shards(shards: list[Any]) -> None:
+    """Raises `ValueError` for what is no shard of an index, and for shards whose records have other arrays."""
+    for number, shard in enumerate(shards):
+        where = f"shards[{number}]"
+        _check(shard, _OF_SHARD, where)
+        if (total := sum(shard["sizes"])) > shard["bytes"]:
+            raise ValueError(f"{where}.sizes are {total} bytes together, the file has {shard['bytes']}")
+        if (found := common(shard["shapes"])) != (expected := common(shards[0]["shapes"])):
+            raise ValueError(f"{where}.shapes have {_shown(found)}, those of shards[0] {_shown(expected)}")
+
+
+def common(shapes: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    """What the records of all shards have in common: the shapes of their arrays, and of those that are as long and
+    large as the clip, the channels."""
+    return {name: shape[-1:] if len(shape) == _VIDEO_AXES else shape for name, shape in sorted(shapes.items())}
+
+
+def check_shard(folder: Location, shard: Mapping[str, Any], size: int | None) -> None:
+    """Raises `UserError` for a shard that is missing (None) or has another size than its index says."""
+    if size != shard["bytes"]:
+        path, found = folder / shard["file"], "is missing" if size is None else f"has {size} bytes"
+        raise UserError(f"{path} {found}, expected {shard['bytes']} bytes; {again(folder)}")
+
+
+def file_size(path: Location) -> int | None:
+    """Bytes of a file; None when there is none. Raises `UserError` when a store cannot be read."""
+    if isinstance(path, Address):
+        return path.size()
+    return path.stat().st_size if path.is_file() else None
+
+
+def read_small(path: Location, most: int) -> bytes | None:
+    """A file whole; None when there is none.
+
+    Raises:
+      ValueError: it has more than `most` bytes.
+      OSError, UserError: what the system says of a file, and when a store cannot be read.
+    """
+    size = file_size(path)
+    if size is None:
+        return None
+    if size > most:
+        raise ValueError(f"it has {size} bytes, at most {most} are read")
+    return path.read_range(0, size) if isinstance(path, Address) else path.read_bytes()
+
+
+def again(folder: Location) -> str:
+    """What to do about a folder that is not whole."""
+    return "run the same encode command again" + (", then copy the folder again" if isinstance(folder, Address) else "")
+
+
+def _say_why_there_is_none(folder: Location) -> NoReturn:
+    if file_size(folder / IDENTITY) is not None:
+        raise UserError(f"{folder}: its encoding has not ended; {again(folder)} to continue it")
+    raise UserError(f"{folder} holds no encoded clips ({INDEX} is missing); encode some, or choose another folder")
+
+
+def _check(value: Any, rules: Mapping[str, Rule], where: str) -> None:
+    """Raises `ValueError` for a value that is no object, or without what the rules say."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{where or 'it'} is {_shown(value)}, expected an object")
+    for key, (holds, expected) in rules.items():
+        name = f"{where}.{key}" if where else key
+        if key not in value:
+            raise ValueError(f"{name} is missing")
+        if not holds(value[key]):
+            raise ValueError(f"{name} is {_shown(value[key])}, expected {expected}")
+
+
+def _shown(value: Any) -> str:
+    """A value from a file for an error's one line."""
+    text = reprlib.repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
