@@ -51,7 +51,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.lax import stop_gradient
@@ -67,10 +66,9 @@ from vpae_jax.methods.adversarial import (
     ConstantFeatures,
     DifferencePenalty,
     DiscriminatorNoise,
-    Judge,
-    Judged,
-    Logits,
+    adversarial_term,
     discriminator_loss,
+    generator_loss,
     judge,
 )
 from vpae_jax.methods.base import EMA, Adapters, Context, Nets, Role, Student, Update, Velocity, View
@@ -81,7 +79,6 @@ from vpae_jax.methods.common import (
     check_choice,
     check_fraction,
     drift,
-    example_mean,
     f32,
     inject,
     named_keys,
@@ -89,7 +86,7 @@ from vpae_jax.methods.common import (
 )
 from vpae_jax.methods.distillation import Distillation
 from vpae_jax.methods.scores import SCORE_TIMES, DistributionMatching, ScoreDistillation, fake_score_loss
-from vpae_jax.types import Batch, Latents, Metrics, PerExample, PRNGKey, Times, UserError
+from vpae_jax.types import Batch, Latents, Metrics, PerExample, PRNGKey, UserError
 
 PRIMING_TIMES = TimeDistribution(low=0.9, stated_for=VALUES_720P)
 MATCHING = DistributionMatching()
@@ -318,18 +315,17 @@ class PhaseTwo(Distillation):
         terms: dict[str, Term] = {}
         metrics = dict(drift(constant, data))
 
-        def adversarial(x: Latents) -> tuple[PerExample, tuple[Logits, Times]]:
-            return self._adversarial(judged, self.noise(x, data, keys.noise))
-
         direct = jnp.zeros(len(x0))
         if self.backbone == "online_trainable":
-            value, (logit, disc_t) = adversarial(x0)
-            direct = self.adversarial_weight * value
+            shown = self.noise(x0, data, keys.noise)
+            value, logit = generator_loss(judged, shown, self.adversarial)
+            direct, disc_t = self.adversarial_weight * value, shown.fake_t
+            metrics |= {"adversarial": value, "fake_logit": logit}
         else:
-            value, backward, (logit, disc_t) = jax.vjp(adversarial, constant, has_aux=True)
-            term = Term(value, backward(jnp.ones_like(value))[0]).scaled(self.adversarial_weight)
+            term, more, disc_t = adversarial_term(judged, self.noise, self.adversarial, constant, data, keys.noise)
+            metrics |= {"adversarial": term.value, **more}
+            term = term.scaled(self.adversarial_weight)
             metrics["adv_grad"], terms["adversarial"] = term.grad_norm, term
-        metrics |= {"adversarial": value, "fake_logit": logit}
 
         if self.csds.weight:
             term = self.csds(constant, nets["teacher"], batch.condition, batch.unconditional, keys.csds, disc_t)
@@ -340,10 +336,3 @@ class PhaseTwo(Distillation):
             above, below = (terms[name].grad_norm.sum() for name in ("adversarial", "csds"))
             metrics["adv_csds_ratio"] = Ratio(above, below)
         return (direct + inject(x0, *terms.values())) if terms else direct, metrics
-
-    def _adversarial(self, judged: Judge, shown: Judged) -> tuple[PerExample, tuple[Logits, Times]]:
-        """The generator's adversarial term of each clip, the logits of the generated clip, and its time."""
-        loss = LOSSES[self.adversarial]
-        fake = judged(shown.fake, shown.fake_t)
-        real = judged(shown.real, shown.real_t) if loss.relative else jnp.zeros_like(fake)
-        return example_mean(loss.generator(real, fake)), (fake, shown.fake_t)
