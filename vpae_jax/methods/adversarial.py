@@ -227,8 +227,21 @@ def discriminator_loss(
     Returns:
       The loss, and: logits, their gap, accuracy (of the sign, or of the order for a relative loss), the penalty.
     """
-    adversarial = LOSSES[kind]
     real, fake = judge(shown.real, shown.real_t), judge(shown.fake, shown.fake_t)
+    return loss_of_logits(judge, shown, real, fake, kind, penalty, key)
+
+
+def loss_of_logits(
+    judge: Judge,
+    shown: Judged,
+    real: Logits,
+    fake: Logits,
+    kind: AdversarialKind,
+    penalty: DifferencePenalty,
+    key: PRNGKey,
+) -> tuple[PerExample, Metrics]:
+    """`discriminator_loss` where the logits of `shown` are already there, as those of a pass that served more."""
+    adversarial = LOSSES[kind]
     loss = example_mean(adversarial.discriminator(real, fake))
     metrics = {
         "real_logit": real.mean(),
