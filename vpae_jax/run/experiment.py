@@ -86,7 +86,7 @@ def run(experiment: Experiment, workdir: Path, devices: Sequence[Any] | None = N
         source = find_model(resolve_model(experiment.model.path, workdir))
         pipeline = load_pipeline(source, jnp.dtype(experiment.model.dtype), with_transformer=False)
         transformer = pipeline.transformer.config
-    tasks.check(experiment, method.batch, pipeline)
+    tasks.check(experiment, method, pipeline)
     continuing = as_first_says("continuing", latest_step(workdir) is not None)
     blueprint = draw_up(experiment, method, mesh, transformer)
     optimizers = {role: make_optimizer(experiment.optimizers[role]) for role in blueprint.trained}
@@ -107,7 +107,8 @@ def run(experiment: Experiment, workdir: Path, devices: Sequence[Any] | None = N
         guard.begin(previous_step)
     hooks = make_hooks(experiment, workdir, task, pipeline, guard, maker)
     rows = sharding.own_rows(mesh, experiment.batch_size)
-    feed = Feed(experiment.batch_size, experiment.seed, experiment.data.workers, rows, experiment.data.max_bad)
+    data = experiment.data
+    feed = Feed(experiment.batch_size, experiment.seed, data.workers, rows, data.max_bad, method.known_noise)
     batches = task.batches(method.batch, pipeline, feed)
     del pipeline  # and with it the encoders: hooks keep what they need
     if continuing:
