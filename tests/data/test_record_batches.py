@@ -256,7 +256,7 @@ def test_seeds_are_asked_of_a_teachers_clips_alone(sources, tmp_path):
             latent_batches(chosen, SIZE, 0, seeds=True)
 
 
-@pytest.mark.parametrize("seed", [None, -1, 2**32, 1.5, "7"])
+@pytest.mark.parametrize("seed", [None, -1, 2**32, 1.5, "7", True])
 def test_a_record_without_its_seed_is_bad(seed, tmp_path, monkeypatch):
     records = LatentRecords(write_folder(tmp_path / "made", [[(0, SMALL)]], seed=0))
     read = records._read

@@ -74,7 +74,13 @@ def test_regression_on_a_teachers_clips_and_then_dmd2v(tmp_path):
     assert (pipe.scheduler.steps, pipe.scheduler.solver) == (1, "euler")
     assert metrics["fake_score+heads/adversarial"] > 0
 
+
+def test_the_regression_needs_a_teachers_clips(tmp_path):
+    """Neither rendered digits nor videos have noise of their own; said before anything is written."""
     reason = "method kd trains on clips that a teacher made of known noise; make some with `python -m vpae_jax.encode"
-    with pytest.raises(UserError, match=reason):
-        run(small(kd), tmp_path / "digits")
-    assert not (tmp_path / "digits").exists()
+    for videos in ("", str(tmp_path)):
+        config = small(kd)
+        config.data.videos = videos
+        with pytest.raises(UserError, match=reason):
+            run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

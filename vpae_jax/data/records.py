@@ -30,6 +30,7 @@ from jaxtyping import Float, Shaped, UInt8
 
 from vpae_jax.data.shards import read_record, starts
 from vpae_jax.data.stores import Address, Location
+from vpae_jax.flow.draws import SEEDS
 from vpae_jax.types import MASK_CHANNELS, UserError
 from vpae_jax.weights.safetensors_file import DTYPES
 
@@ -110,7 +111,7 @@ class LatentRecords:
         (`flow.draws.noise_of_seed`). Raises `BadRecord` as an item."""
         arrays, about = self._checked(index)
         seed = about.get("seed")
-        if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        if type(seed) is not int or not 0 <= seed < SEEDS:
             raise BadRecord(f"{self._name(index)}: its seed is {seed!r}")
         return {**arrays, "seed": np.asarray(seed, np.uint32)}
 

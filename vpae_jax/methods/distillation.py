@@ -7,9 +7,9 @@
 A student of N steps predicts a clip at each of its times 1 = t_0 > ... > t_{N-1} and noises it afresh to the next one
 (`flow.solvers.consistency`). *Backward simulation* (DMD2, 2405.14867, section 4.5) trains it on its own trajectory:
 
-    x_0     = eps_0
-    x_{k+1} = (1 - t_{k+1}) x0(sg theta, x_k, t_k) + t_{k+1} eps_{k+1}         k < i, with i uniform in 0 ... N-1
-    clip    = x0(theta, x_i, t_i)                                              the one evaluation that is differentiated
+    z_0     = eps_0
+    z_{k+1} = (1 - t_{k+1}) x0(sg theta, z_k, t_k) + t_{k+1} eps_{k+1}         k < i, with i uniform in 0 ... N-1
+    clip    = x0(theta, z_i, t_i)                                              the one evaluation that is differentiated
 
 All clips of a batch share i.
 """

@@ -22,12 +22,12 @@ def check(experiment: Experiment, method: Method, pipeline: Pipeline | None) -> 
     """Raises `UserError` for what shows before anything is written: a method, a model, or a number of clips that do not
     fit the task."""
     name = experiment.method.get("name")
+    if method.known_noise and not experiment.data.records:
+        raise UserError(
+            f"method {name} trains on clips that a teacher made of known noise; make some with `python -m "
+            "vpae_jax.encode --captions=...`, and name their folder in config.data.records"
+        )
     if name_of(experiment.data) == "digits":
-        if method.known_noise:
-            raise UserError(
-                f"method {name} trains on clips that a teacher made of known noise; make some with `python -m "
-                "vpae_jax.encode --captions=...`, and name their folder in config.data.records"
-            )
         from vpae_jax.tasks.digits import task as digits
 
         digits.check(experiment, pipeline)
