@@ -53,10 +53,11 @@ class KnowledgeDistillation(Distillation):
         Raises:
           ValueError: a batch without its clips' seeds.
         """
-        if batch.seed is None:
+        seeds = batch.seed
+        if seeds is None:
             raise ValueError("the clips' noise is not known; the batch needs their seeds")
         batch = self.drop_images(batch, named_keys(context.clips, "images").images)
         clips = f32(batch.latents)
-        noise = noise_of_seeds(batch.seed, clips.shape)
+        noise = noise_of_seeds(seeds, clips.shape)
         x0 = predict_x0(nets["generator"], noise, jnp.ones(len(clips)), batch.condition)
         return example_mean((x0 - clips) ** 2), drift(stop_gradient(x0), clips)

@@ -199,9 +199,10 @@ def check_roles(method: Method, optimizers: Mapping[str, Any]) -> None:
             )
     for update in method.updates:
         for name in update.followers:
-            pair = [method.roles.get(one) for one in (name, *update.trains)]
-            whole = all(role is not None and role.adapters is None for role in pair)
-            if len(pair) != 2 or name not in trained - {*update.trains} or not whole or pair[0].part != pair[1].part:
+            pair = [method.roles[one] for one in (name, *update.trains) if one in method.roles]
+            parts, adapters = ({getattr(role, field) for role in pair} for field in ("part", "adapters"))
+            single = len(update.trains) == 1 and name in trained - {*update.trains}
+            if not single or len(parts) > 1 or adapters != {None}:
                 raise UserError(
                     f"role {name} follows {update.name}: both have to be trained, whole, and of one part; correct the "
                     "method"
