@@ -8,6 +8,7 @@ differentiates is counted as it is, without knowing the loss.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,14 +62,16 @@ class Counter:
     def features(self, x: Latents, t: Times, condition: Condition, taps: tuple[int, ...]) -> Features:
         found = self._counted(flops.transformer(self.config, x.shape, condition, taps[-1]), x)
         (_, f, h, w, _), (pf, ph, pw) = x.shape, self.config.patch_size
+        grid = (f // pf, h // ph, w // pw)
 
         def states(tokens: int) -> Tokens:
             return jnp.broadcast_to(found[:, None, None], (len(x), tokens, self.config.width))
 
         return Features(
-            taps=(states((f // pf) * (h // ph) * (w // pw)),) * len(taps),
+            taps=(states(math.prod(grid)),) * len(taps),
             text=states(condition.text.shape[1]),
             text_mask=condition.text_mask,
+            grid=grid,
             image=None if condition.image is None else states(condition.image.shape[1]),
         )
 

@@ -29,15 +29,21 @@ def arrays_of(number: int, shape: tuple[int, ...] = SMALL) -> dict[str, np.ndarr
 
 
 def write_folder(
-    folder: Path, units: Sequence[Sequence[tuple[int, tuple[int, ...]]]], encoders: str | None = None
+    folder: Path,
+    units: Sequence[Sequence[tuple[int, tuple[int, ...]]]],
+    encoders: str | None = None,
+    seed: int | None = None,
 ) -> Path:
-    """A finished folder; a unit is a list of clips, each a number and its shape of latents."""
+    """A finished folder; a unit is a list of clips, each a number and its shape of latents. With `seed` they are said
+    to be a teacher's, each of noise of the seed plus its number."""
     identity = {"clips": "numbers"} if encoders is None else {"encoders": encoders}
+    identity |= {} if seed is None else {"recipe": {"seed": seed}}
     made = Units(folder, identity, len(units))
     for unit in made.pending():
         with made.write(unit) as writer:
             for number, shape in units[unit]:
-                writer.add(f"clip {number}", arrays_of(number, shape), {"caption": f"number {number}"})
+                about = {"caption": f"number {number}"} | ({} if seed is None else {"seed": seed + number})
+                writer.add(f"clip {number}", arrays_of(number, shape), about)
     assert made.finish(NULL, FACTS)
     return folder
 

@@ -55,7 +55,7 @@ def test_a_parameter_that_two_rules_match_is_named():
         param_shardings({"a": {"kernel": ARRAY}}, [("kernel$", P()), ("^a/", P())], make_mesh(MeshConfig()))
 
 
-@pytest.mark.parametrize("kind", ["ca_mm", "ca", "conv"])
+@pytest.mark.parametrize("kind", ["ca_mm", "ca", "conv", "conv3d"])
 @pytest.mark.parametrize("name", ["tiny", "i2v-14b"])
 def test_every_parameter_of_the_heads_has_a_rule_and_the_large_ones_are_sharded(name, kind):
     config = dataclasses.replace(PRESETS[name].heads, kind=kind)

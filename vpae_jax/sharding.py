@@ -60,6 +60,7 @@ HEADS_RULES: Rules = (
     (r"^heads/mixer/(image|text)_proj/kernel$", P(SPLIT, None)),
     (r"^heads/(taps/\d+/|)proj_in/kernel$", P(SPLIT, None)),
     (r"^heads/(taps/\d+/proj_out|projs_in/\d+)/kernel$", P(SPLIT, None)),
+    (r"^heads/convs/\d+/kernel$", P(None, None, None, SPLIT, None)),
     (r"^heads/(proj_out|projs_out/\d+)/kernel$", P()),
     (r"/(bias|scale)$", P()),
     (r"^heads/(query|mixer/type_embedding)$", P()),

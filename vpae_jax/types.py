@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from clu.metrics import Metric
 from jax import Array
-from jaxtyping import Bool, Float, Int, Key, PyTree, Shaped, UInt8
+from jaxtyping import Bool, Float, Int, Key, PyTree, Shaped, UInt8, UInt32
 
 # Of batches: numpy arrays on the host, JAX arrays once they are put on the devices.
 if TYPE_CHECKING:
@@ -65,27 +65,36 @@ class Note(UserWarning):
 T = TypeVar("T")
 
 
-@dataclass_transform(frozen_default=True)
+def static() -> Any:
+    """A field of a `pytree` that is no array but part of its structure: programs are compiled for its value."""
+    return dataclasses.field(metadata={"static": True})
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(static,))
 def pytree(cls: type[T]) -> type[T]:
-    """A frozen dataclass that JAX takes apart and puts together; every field is a tree of arrays.
+    """A frozen dataclass that JAX takes apart and puts together; every field is a tree of arrays, or `static`.
 
     JAX also puts such a class together from what stands for arrays (shapes, places, None), so that its annotations,
     which the tests check, hold for what a caller builds.
     """
     made: Any = dataclasses.dataclass(frozen=True)(cls)
-    names = [f.name for f in dataclasses.fields(made)]
+    fixed = [f.name for f in dataclasses.fields(made) if f.metadata.get("static")]
+    names = [f.name for f in dataclasses.fields(made) if f.name not in fixed]
 
-    def put_together(_: None, values: Iterable[Any]) -> T:
+    def structure(tree: T) -> tuple[Any, ...]:
+        return tuple(getattr(tree, name) for name in fixed)
+
+    def put_together(structure: tuple[Any, ...], values: Iterable[Any]) -> T:
         result = object.__new__(made)
-        for name, value in zip(names, values, strict=True):
+        for name, value in zip([*fixed, *names], [*structure, *values], strict=True):
             object.__setattr__(result, name, value)
         return result
 
     jax.tree_util.register_pytree_with_keys(
         made,
-        lambda tree: ([(jax.tree_util.GetAttrKey(name), getattr(tree, name)) for name in names], None),
+        lambda tree: ([(jax.tree_util.GetAttrKey(name), getattr(tree, name)) for name in names], structure(tree)),
         put_together,
-        lambda tree: ([getattr(tree, name) for name in names], None),
+        lambda tree: ([getattr(tree, name) for name in names], structure(tree)),
     )
     return made
 
@@ -117,12 +126,15 @@ class Batch:
       condition: the clips' own conditions.
       null_text: text-encoder states of the negative prompt, one for all clips.
       null_mask: true at the negative prompt's tokens.
+      seed: of clips that a teacher made, of the noise that each was sampled from (`flow.draws.noise_of_seeds`). None
+        where the method does not ask for it (`Method.known_noise`).
     """
 
     latents: Float[AnyArray, "b f h w c"]
     condition: Condition
     null_text: Float[AnyArray, "s d_text"]
     null_mask: Bool[AnyArray, "s"]
+    seed: UInt32[AnyArray, "b"] | None = None
 
     @property
     def unconditional(self) -> Condition:
@@ -143,12 +155,14 @@ class Features:
       taps: hidden states after the tapped blocks, in order.
       text: projected text tokens, of the transformer's width.
       text_mask: true at the prompt's tokens.
+      grid: how the n tokens of a tap lie in frames, rows and columns; the last varies fastest.
       image: projected image tokens, of the transformer's width; None for a text-to-video model.
     """
 
     taps: tuple[Float[Array, "b n d"], ...]
     text: Float[Array, "b s d"]
     text_mask: Bool[Array, "b s"]
+    grid: tuple[int, int, int] = static()
     image: Float[Array, "b n_image d"] | None = None
 
 

@@ -124,7 +124,8 @@ def test_updates_are_counted_as_what_they_evaluate(module):
     features = flops.transformer(size.transformer, shape, condition, tap)
     assert 0 < features < once
     rows = (1, 27, size.transformer.width)
-    seen = Features((jnp.zeros(rows),), jnp.zeros((1, 16, rows[2])), condition.text_mask, jnp.zeros((1, 257, rows[2])))
+    text, image = jnp.zeros((1, 16, rows[2])), jnp.zeros((1, 257, rows[2]))
+    seen = Features((jnp.zeros(rows),), text, condition.text_mask, (3, 3, 3), image)
     config = HeadsConfig(width=rows[2], taps=(tap,), num_heads=size.transformer.num_attention_heads)
     graph, weights = nnx.split(nnx.eval_shape(lambda: DiscriminatorHeads(config, rngs=nnx.Rngs(0))))
     heads = flops.products(lambda w, seen: nnx.merge(graph, w)(seen), weights, seen)

@@ -14,7 +14,7 @@ from record_files import SMALL, WIDE, arrays_of, number_of, write_folder
 
 from vpae_jax.config import DataConfig
 from vpae_jax.data.batches import latent_batches
-from vpae_jax.data.records import LatentRecords
+from vpae_jax.data.records import BadRecord, LatentRecords
 from vpae_jax.types import Batch, UserError
 
 SIZE = 4
@@ -231,6 +231,44 @@ def test_sources_that_do_not_fit_together_are_named(sources):
         other.index["shards"][0][field] = change
         with pytest.raises(UserError, match=f"do not fit together: {reason}"):
             latent_batches([(real, 1.0), (other, 1.0)], SIZE, seed=0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_may_have_the_seeds_of_their_noise(tmp_path, workers):
+    """Each clip its own, of any 32 bits."""
+    first = 2**32 - 20
+    made = write_folder(tmp_path / "made", [[(n, SMALL) for n in range(20)]], seed=first)
+    batches = latent_batches([(LatentRecords(made), 1.0)], SIZE, 0, workers, seeds=True)
+    seen = take(batches, 5)
+    batches.close()
+    for batch in seen:
+        assert batch.seed.dtype == np.uint32
+        assert [int(seed) - first for seed in batch.seed] == numbers(batch)
+    (batch,) = take(latent_batches([(LatentRecords(made), 1.0)], SIZE, 0), 1)
+    assert batch.seed is None
+
+
+def test_seeds_are_asked_of_a_teachers_clips_alone(sources, tmp_path):
+    made = write_folder(tmp_path / "made", [[(n, SMALL) for n in range(8)]], seed=0)
+    for chosen in (sources, [(LatentRecords(made), 1.0), sources[1]]):
+        culprit = next(records.folder for records, _ in chosen if not records.from_teacher)
+        with pytest.raises(UserError, match=f"^{culprit}: the noise of its clips is not known, .* alone$"):
+            latent_batches(chosen, SIZE, 0, seeds=True)
+
+
+@pytest.mark.parametrize("seed", [None, -1, 2**32, 1.5, "7", True])
+def test_a_record_without_its_seed_is_bad(seed, tmp_path, monkeypatch):
+    records = LatentRecords(write_folder(tmp_path / "made", [[(0, SMALL)]], seed=0))
+    read = records._read
+
+    def changed(index):
+        shard, arrays, about = read(index)
+        return shard, arrays, {**about, "seed": seed}
+
+    monkeypatch.setattr(records, "_read", changed)
+    with pytest.raises(BadRecord, match="record 0: its seed is"):
+        records.with_seed(0)
+    assert "seed" not in records[0]
 
 
 def test_memory_stays_flat(sources):

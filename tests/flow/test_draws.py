@@ -1,9 +1,11 @@
 """Seeds: each its own numbers, or refused."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vpae_jax.flow.draws import SEEDS, noise_of_seed
+from vpae_jax.flow.draws import SEEDS, noise_of_seed, noise_of_seeds
 from vpae_jax.types import UserError
 
 
@@ -17,3 +19,11 @@ def test_every_seed_has_noise_of_its_own():
 def test_a_seed_that_would_repeat_another_is_refused(seed):
     with pytest.raises(UserError, match=f"^seed is {seed}, expected a number from 0 to 4294967295$"):
         noise_of_seed(seed, (8,))
+
+
+def test_seeds_of_a_batch_have_the_same_noise():
+    """In a program, for which they are numbers like any other."""
+    seeds, shape = [7, 2**31 - 1, 2**31, SEEDS - 1], (2, 3, 5)
+    found = jax.jit(lambda seeds: noise_of_seeds(seeds, (len(seeds), *shape)))(jnp.array(seeds, jnp.uint32))
+    for row, seed in enumerate(seeds):
+        np.testing.assert_array_equal(found[row], noise_of_seed(seed, (1, *shape))[0][0])

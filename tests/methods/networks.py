@@ -42,16 +42,16 @@ class Net:
     def hidden(self, x, t, condition):
         c = x.shape[-1]
         mixed = jnp.tanh(x @ self.w[:c] + expand(t, x) * self.w[c])
-        return (
-            mixed + condition.text.mean(1)[:, None, None, None] + 0.1 * condition.frames + 0.1 * condition.image.mean()
-        )
+        text, image = condition.text.mean(1), condition.image.mean((1, 2), keepdims=True)
+        return mixed + text[:, None, None, None] + 0.1 * condition.frames + 0.1 * image[..., None, None]
 
     def __call__(self, x, t, condition):
         return self.hidden(x, t, condition) @ self.w[: x.shape[-1]]
 
     def features(self, x, t, condition, taps):
         tokens = self.hidden(x, t, condition).reshape(len(x), -1, x.shape[-1])
-        return Features(taps=(tokens,) * len(taps), text=condition.text, text_mask=condition.text_mask)
+        grid = x.shape[1:4]
+        return Features(taps=(tokens,) * len(taps), text=condition.text, text_mask=condition.text_mask, grid=grid)
 
     def velocity_and_features(self, x, t, condition, taps):
         return self(x, t, condition), self.features(x, t, condition, taps)
@@ -211,6 +211,17 @@ def record(method, loss, batch=None, key=KEY, step=0, weights=None):
     }
     found.values = np.asarray(loss(nets, batch, context(step, key))[0])
     return found
+
+
+def softplus(x):
+    return np.log1p(np.exp(np.asarray(x, np.float64)))
+
+
+def logits_of(method, call, batch):
+    """What the heads say, with `weights_of(method)`, of the hidden states that a call asked for."""
+    nets = nets_of(method, weights_of(method))
+    seen = nets[call.net].features(jnp.asarray(call.x), jnp.asarray(call.t), batch.condition, nets["heads"].taps)
+    return np.asarray(nets["heads"](seen))[:, 0]
 
 
 def assert_independent(*noises):

@@ -56,6 +56,20 @@ def test_ratio_order_and_full_fake_are_data():
     assert PhaseOne(fake_rank=16, fake_scale=2.0).roles["fake_score"].adapters == Adapters("teacher", 16, 32.0)
 
 
+def test_a_full_fake_score_may_be_aligned():
+    """With the generator, after each of its updates, whatever the steps count."""
+    assert [u.followers for u in PhaseOne().updates] == [{}, {}]
+    for count in ("generator", "all"):
+        updates = PhaseOne(fake="full", ida=0.97, count=count).updates
+        assert [u.followers for u in updates] == [{}, {"fake_score": 0.97}]
+    with pytest.raises(UserError, match=r"PhaseOne\.ida is 0.97, but fake is 'lora': .* set fake='full', or ida=0"):
+        PhaseOne(ida=0.97)
+    with pytest.raises(UserError, match=r"PhaseOne\.ida is 0.97, but generator is 'lora'"):
+        PhaseOne(fake="full", ida=0.97, generator="lora")
+    with pytest.raises(UserError, match=r"PhaseOne\.ida is -0.5, expected a share below 1"):
+        PhaseOne(fake="full", ida=-0.5)
+
+
 def test_a_low_rank_generator_shares_the_teacher():
     method = PhaseOne(generator="lora", generator_rank=8, generator_scale=1.0)
     assert method.roles["generator"] == Role(

@@ -83,6 +83,9 @@ def test_batches_are_those_of_the_data():
     assert batch.condition.image is not None and batch.condition.image.shape == (32, 257, 1280)
     assert batch.condition.frames is not None and batch.condition.frames.shape == (32, 21, 90, 160, 20)
     assert batch.latents.sharding.shard_shape(batch.latents.shape)[0] == 32  # all eight devices share each clip
+    assert batch.seed is None
+    pairs = abstract_batch(experiment, size_of("i2v-14b-720p"), mesh, seeds=True)
+    assert pairs.seed is not None and (pairs.seed.shape, pairs.seed.dtype) == ((32,), jnp.uint32)
     text_only = abstract_batch(config.parse(phase2.get_config("t2v-1.3b-480p")), size_of("t2v-1.3b-480p"), mesh)
     assert text_only.condition.image is None and text_only.condition.frames is None
 

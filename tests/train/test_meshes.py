@@ -1,6 +1,8 @@
-"""A step of both phases gives the same numbers on one device and on every kind of mesh, in one piece and in parts."""
+"""A step of both phases gives the same numbers on one device and on every kind of mesh, in one piece and in parts; so
+does one of the methods that simulate steps, train two roles at once, or show a network at two scales."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -13,6 +15,8 @@ from vpae_jax import sharding
 from vpae_jax.config import Experiment, MeshConfig
 from vpae_jax.flow.times import TimeDistribution
 from vpae_jax.methods.adversarial import DiscriminatorNoise
+from vpae_jax.methods.dmd2 import DMD2
+from vpae_jax.methods.magic import Magic
 from vpae_jax.methods.scores import DistributionMatching, ScoreDistillation
 from vpae_jax.methods.vpae import PhaseOne, PhaseTwo
 from vpae_jax.models.wan_dit import WanTransformerConfig
@@ -54,12 +58,38 @@ PHASES = {
         image_dropout=0.5,
     ),
 }
+# Several simulated steps, heads that convolve, a role that follows; two scales of one set of adapters.
+OTHERS = {
+    "dmd2": DMD2(
+        matching=DistributionMatching(t=SCORES),
+        fake_t=SCORES,
+        fake_updates=1,
+        steps=3,
+        shift=1.0,
+        ida=0.9,
+        adversarial_weight=1.0,
+        disc_weight=1.0,
+        image_dropout=0.5,
+    ),
+    "magic": Magic(
+        matching=DistributionMatching(t=SCORES),
+        fake_t=SCORES,
+        fake_rank=4,
+        fake_updates=1,
+        noise=DiscriminatorNoise(t=TimeDistribution()),
+        adversarial_weight=1.0,
+        shift=1.0,
+        image_dropout=0.5,
+    ),
+}
+KINDS = {"dmd2": "conv3d"}  # of heads
 MESHES = {
     "fsdp 8": MeshConfig(fsdp=8),
     "ring 2 x ulysses 4": MeshConfig(fsdp=1, context=8),
     "fsdp 2 x context 2 x tensor 2": MeshConfig(fsdp=2, context=2, tensor=2),
 }
 ONE = MeshConfig(fsdp=1)
+METHODS = PHASES | OTHERS
 REFERENCE = Path(__file__).with_name("reference_vpae.json")
 # How far numbers may lie apart, relative to the largest of their kind.
 TOLERANCE = 1e-5
@@ -80,16 +110,16 @@ def make_batch(seed=0):
     return Batch(normal(CLIPS, f, h, w, 16), condition, normal(TOKENS, 16), jnp.arange(TOKENS) < 2)
 
 
-def start_weights(method):
+def start_weights(name):
     """The same weights for every mesh, far from the initial ones: output projections start at zero."""
     mesh = sharding.make_mesh(ONE, jax.devices()[:1])
-    blueprint = draw_up(experiment_of(ONE, 1), method, mesh, SIZES)
+    blueprint = draw_up(experiment_of(name, ONE, 1), METHODS[name], mesh, SIZES)
     shapes = blueprint.held
     rng = np.random.default_rng(1)
     return jax.tree.map(lambda leaf: (0.2 * rng.normal(size=leaf.shape)).astype(leaf.dtype), shapes)
 
 
-def experiment_of(mesh, accumulation):
+def experiment_of(name, mesh, accumulation):
     return Experiment(
         name="mesh",
         method={},
@@ -97,18 +127,18 @@ def experiment_of(mesh, accumulation):
         steps=1,
         batch_size=CLIPS,
         accumulation=accumulation,
-        networks={"heads": HEADS},
+        networks={"heads": {**HEADS, "kind": KINDS.get(name, "ca_mm")}},
         mesh=mesh,
     )
 
 
 def step(phase, mesh_config, accumulation=1):
     """Every update of one step with plain gradient descent: metrics, and how the weights have changed."""
-    method = PHASES[phase]
+    method = METHODS[phase]
     count = 1 if mesh_config is ONE else 8
     mesh = sharding.make_mesh(mesh_config, jax.devices()[:count])
-    blueprint = draw_up(experiment_of(mesh_config, accumulation), method, mesh, SIZES)
-    begin = start_weights(method)
+    blueprint = draw_up(experiment_of(phase, mesh_config, accumulation), method, mesh, SIZES)
+    begin = start_weights(phase)
     weights, frozen = (
         {role: jax.tree.map(jax.device_put, begin[role], places_of(tree)) for role, tree in trees.items()}
         for trees in (blueprint.trained, blueprint.frozen)
@@ -131,7 +161,7 @@ def step(phase, mesh_config, accumulation=1):
 
 @pytest.fixture(scope="module")
 def alone():
-    return {phase: step(phase, ONE) for phase in PHASES}
+    return cache(lambda phase: step(phase, ONE))
 
 
 def projected(tree):
@@ -148,7 +178,7 @@ def projected(tree):
 def test_numbers_are_those_of_the_first_implementation(alone, phase):
     """Losses, metrics and gradients of every update, recorded before methods became roles, views and updates."""
     expected = json.loads(REFERENCE.read_text())[phase]
-    metrics, moved = alone[phase]
+    metrics, moved = alone(phase)
     assert metrics == pytest.approx(expected["metrics"], rel=1e-4, abs=1e-6)
     for role, numbers in expected["moved"].items():
         found = projected(moved[role])
@@ -180,18 +210,21 @@ SHORT = ("one-fsdp 8",)
     ],
 )
 def test_a_step_is_the_same_on_every_mesh(alone, phase, mesh):
-    assert_same(step(phase, MESHES[mesh]), alone[phase])
+    assert_same(step(phase, MESHES[mesh]), alone(phase))
 
 
-@pytest.mark.parametrize("phase", [pytest.param("one", marks=pytest.mark.long), "two"])
+LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("one", *OTHERS)]
+
+
+@pytest.mark.parametrize("phase", [*LONG, "two"])
 def test_a_step_in_parts_is_the_same(alone, phase):
-    assert_same(step(phase, MeshConfig(fsdp=2, context=2, tensor=2), accumulation=4), alone[phase])
+    assert_same(step(phase, MeshConfig(fsdp=2, context=2, tensor=2), accumulation=4), alone(phase))
 
 
-def test_everything_moves(alone):
+@pytest.mark.parametrize("phase", [*PHASES, *LONG[1:]])
+def test_everything_moves(alone, phase):
     """Else the comparison would say nothing. Under the hinge loss the logit's bias is pulled both ways alike."""
-    for _, moved in alone.values():
-        for role, tree in moved.items():
-            leaves = {sharding.param_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-            still = {name for name, leaf in leaves.items() if not np.abs(leaf).max() > 0}
-            assert still <= {"heads/proj_out/bias"}, (role, still)
+    for role, tree in alone(phase)[1].items():
+        leaves = {sharding.param_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        still = {name for name, leaf in leaves.items() if not np.abs(leaf).max() > 0}
+        assert still <= {"heads/proj_out/bias"}, (role, still)

@@ -182,6 +182,39 @@ def test_adapters_sit_on_a_whole_network():
             check_roles(Wrong(), rates)
 
 
+@pytest.mark.parametrize(
+    ("trains", "follower"),
+    [
+        (("student",), "low"),  # adapters
+        (("low",), "student"),
+        (("student",), "base"),  # frozen
+        (("student",), "nobody"),
+        (("student",), "student"),
+        (("student", "other"), "low"),  # two to follow
+    ],
+)
+def test_only_whole_trained_roles_follow_each_other(trains, follower):
+    class Following(Everything):
+        trains = ("student",)
+        follower = "other"
+
+        @property
+        def roles(self):
+            return {**super().roles, "other": Role("pretrained", True)}
+
+        @property
+        def updates(self):
+            rest = tuple(name for name, role in self.roles.items() if role.trains and name not in self.trains)
+            loss = super().updates[0].loss
+            return Update(self.trains, loss, followers={self.follower: 0.97}), Update(rest, loss)
+
+    rates = dict.fromkeys(("student", "low", "on_top", "other"))
+    check_roles(Following(), rates)
+    Following.trains, Following.follower = trains, follower
+    with pytest.raises(UserError, match=rf"role {follower} follows {'.'.join(trains)}: both have to be trained, whole"):
+        check_roles(Following(), rates)
+
+
 @pytest.mark.parametrize("start", ["random", "fresh:low", ":x"])
 def test_starts_are_checked(start):
     with pytest.raises(UserError, match=r"Role\.start is"):

@@ -28,7 +28,7 @@ from vpae_jax.train.metrics import read_metrics
 from vpae_jax.train.newest import FOLDER, latest_step
 from vpae_jax.train.optim import make_optimizer
 from vpae_jax.train.roles import RoleModels, merge_trees, split
-from vpae_jax.train.state import create
+from vpae_jax.train.state import create, places_of
 from vpae_jax.train.step import due, make_update
 from vpae_jax.types import UserError
 
@@ -176,6 +176,40 @@ def test_one_update_trains_several_roles_by_one_loss():
     assert float(metrics["leader/update_norm"]) == pytest.approx(0.2)
     assert float(metrics["follower/update_norm"]) == pytest.approx(0.4)
     assert float(state.averages["leader_ema"]["slope"]) == pytest.approx(0.9 + 0.1 * 1.2)
+
+
+def test_a_role_may_follow_the_one_that_is_trained():
+    """SenseFlow's alignment: after each update of the leader, .97 of the follower's own weights and .03 of the leader's
+    new ones; nothing else of the follower changes."""
+    method, models, _, state, frozen = parts()
+    update = dataclasses.replace(method.updates[1], followers={"follower": 0.97})
+    sgd = optax.sgd(RATE)
+    state = dataclasses.replace(state, opt={**state.opt, "leader": sgd.init(state.params["leader"])})
+    moments = jax.tree.map(np.asarray, state.opt["follower"])
+    run = make_update(update, 1, models, {"leader": sgd})
+    # d/da (a - 3)^2 = 2 (a - 3), at a rate of .1: the leader goes from 1 to 1.4, 1.72 and 1.976.
+    for leader, follower in ((1.4, 1.982), (1.72, 1.97414), (1.976, 1.9741958)):
+        state, metrics = run(state, frozen, jnp.ones(2), jnp.int32(0))
+        assert slopes(state) == {
+            "leader": pytest.approx(leader, rel=1e-6),
+            "follower": pytest.approx(follower, rel=1e-6),
+        }
+    for before, after in zip(jax.tree.leaves(moments), jax.tree.leaves(state.opt["follower"]), strict=True):
+        np.testing.assert_array_equal(before, after)
+    assert not any(name.startswith("follower/") for name in metrics)
+
+
+def test_a_followers_weights_go_where_they_lay():
+    """Also in parts, and on places that are given."""
+    method, models, optimizers, _, frozen = parts()
+    update = dataclasses.replace(method.updates[1], followers={"follower": 0.5})
+    found = []
+    for count in (1, 4):
+        state = parts()[3]
+        run = make_update(update, 1, models, optimizers, count, places_of(state))
+        state, _ = run(state, frozen, jnp.arange(1.0, 9.0), jnp.int32(0))
+        found.append(slopes(state))
+    assert found[0] == found[1] == {"leader": pytest.approx(1.1), "follower": pytest.approx(1.55)}
 
 
 def test_the_batch_has_a_key_of_its_own():

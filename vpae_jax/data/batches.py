@@ -37,6 +37,7 @@ def latent_batches(
     rows: OwnRows = None,
     max_bad: float = 0.01,
     most_held_out: int = 0,
+    seeds: bool = False,
 ) -> Batches:
     """Endless iterator of `Batch`, in bfloat16, as records are. The clips of a batch have latents of one shape.
 
@@ -49,6 +50,7 @@ def latent_batches(
       rows: which clips of each batch are read here, in order; None for all.
       max_bad: share of bad records that is put up with; a bad one is replaced by another one of its source and shape.
       most_held_out: clips of each source that are left out (`data.order.held_out`).
+      seeds: whether batches have the seeds of their clips' noise. All sources are a teacher's clips then.
 
     Raises:
       UserError: fewer clips than a batch has, or sources that do not fit together.
@@ -56,6 +58,11 @@ def latent_batches(
     first = sources[0][0]
     for records, weight in sources:
         _check_source(records, weight, first)
+        if seeds and not records.from_teacher:
+            raise UserError(
+                f"{records.folder}: the noise of its clips is not known, since no teacher made them; give folders of "
+                "`python -m vpae_jax.encode --captions=...` alone"
+            )
     buckets: dict[LatentShape, list[ClipStream]] = {}
     named = []
     for number, (records, weight) in enumerate(sources):
@@ -65,13 +72,14 @@ def latent_batches(
             if len(kept := np.setdiff1d(clips, left_out)):
                 buckets.setdefault(shape, []).append(ClipStream(number, kept, weight * len(kept) / trained))
         named.append(f"{trained} of {len(records)} clips of {records.index['fingerprint']} at weight {weight:g}")
-    load = RecordsOf(tuple(records for records, _ in sources))
+    load = RecordsOf(tuple(records for records, _ in sources), seeds)
 
     def finish(batch: Any) -> Batch:
         condition = Condition(
             text=batch["text"], text_mask=batch["text_mask"], image=batch.get("image"), frames=batch.get("frames")
         )
-        return Batch(batch["latents"], condition, null_text=first.null_text, null_mask=first.null_mask)
+        null = {"null_text": first.null_text, "null_mask": first.null_mask}
+        return Batch(batch["latents"], condition, **null, seed=batch.get("seed"))
 
     parts = [parts for _, parts in sorted(buckets.items())]
     return iterate(parts, load, finish, " and ".join(named), batch_size, seed, workers, rows, max_bad)

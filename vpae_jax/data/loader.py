@@ -34,12 +34,14 @@ Load = Callable[[int, int], Mapping[str, Value]]
 
 @dataclass(frozen=True)
 class RecordsOf:
-    """Loads clips from folders of records, of which `source` names one."""
+    """Loads clips from folders of records, of which `source` names one; with the seeds of their noise, or without."""
 
     folders: tuple[LatentRecords, ...]
+    seeds: bool = False
 
     def __call__(self, source: int, clip: int) -> Mapping[str, Value]:
-        return self.folders[source][clip]
+        folder = self.folders[source]
+        return folder.with_seed(clip) if self.seeds else folder[clip]
 
 
 class _Batches(grain.MapDataset):

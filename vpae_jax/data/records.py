@@ -30,6 +30,7 @@ from jaxtyping import Float, Shaped, UInt8
 from vpae_jax.data.index import NULL, again, check_shard, file_size, read_index, read_small
 from vpae_jax.data.shards import read_record, starts
 from vpae_jax.data.stores import Address, Location
+from vpae_jax.flow.draws import SEEDS
 from vpae_jax.types import MASK_CHANNELS, UserError
 from vpae_jax.weights.safetensors_file import DTYPES
 
@@ -98,7 +99,20 @@ class LatentRecords:
         return f"LatentRecords({str(self.folder)!r}, fingerprint={self.index['fingerprint']})"
 
     def __getitem__(self, index: int) -> dict[str, Value]:
-        shard, arrays, _ = self._read(index)
+        return self._checked(index)[0]
+
+    def with_seed(self, index: int) -> dict[str, Value]:
+        """An item of `from_teacher` records, with `seed`, uint32: of the noise that its clip was sampled from
+        (`flow.draws.noise_of_seed`). Raises `BadRecord` as an item."""
+        arrays, about = self._checked(index)
+        seed = about.get("seed")
+        if type(seed) is not int or not 0 <= seed < SEEDS:
+            raise BadRecord(f"{self._name(index)}: its seed is {seed!r}")
+        return {**arrays, "seed": np.asarray(seed, np.uint32)}
+
+    def _checked(self, index: int) -> tuple[dict[str, Value], dict[str, Any]]:
+        """An item, and what else is known of it."""
+        shard, arrays, about = self._read(index)
         limit = self.index["text_tokens"]
         if shapes_of(arrays) != shard["shapes"] or len(arrays["text"]) > limit:
             found = {name: value.shape for name, value in arrays.items()}
@@ -114,7 +128,12 @@ class LatentRecords:
         result = {**arrays, "text": text, "text_mask": np.arange(limit) < tokens}
         if "frames" in result:
             result["frames"] = with_mask(result["frames"])
-        return result
+        return result, about
+
+    @property
+    def from_teacher(self) -> bool:
+        """Whether a teacher made the clips, each of noise whose seed its record keeps (`encoding.synthetic`)."""
+        return "recipe" in self.index["identity"]
 
     def about(self, index: int) -> dict[str, Any]:
         """What else is known of a clip: its id and caption, where it comes from. Raises `BadRecord`."""

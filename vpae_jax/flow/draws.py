@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Key, UInt32
 
 from vpae_jax.types import PRNGKey, UserError
 
@@ -63,3 +63,12 @@ def noise_of_seed(seed: int, shape: tuple[int, ...]) -> tuple[Float[Array, "..."
     check_seed(seed)
     noise, key = jax.random.split(jax.random.key(seed))
     return jax.random.normal(noise, shape), key
+
+
+def noise_of_seeds(seeds: UInt32[Array, "b"], shape: Sequence[int]) -> Float[Array, "b *shape"]:
+    """The noise of `noise_of_seed` for each clip of latents of this shape, `[b, ...]`, in a program."""
+
+    def own(seed: UInt32[Array, ""]) -> Float[Array, "..."]:
+        return jax.random.normal(jax.random.split(jax.random.key(seed))[0], tuple(shape[1:]))
+
+    return jax.vmap(own)(seeds)

@@ -7,16 +7,22 @@ from vpae_jax.config import build, nearest
 from vpae_jax.methods.autoencoder import Autoencoder
 from vpae_jax.methods.base import Method
 from vpae_jax.methods.contrastive import Contrastive
+from vpae_jax.methods.dmd2 import DMD2
 from vpae_jax.methods.flow_matching import FlowMatching
+from vpae_jax.methods.kd import KnowledgeDistillation
 from vpae_jax.methods.lcm import LCM
+from vpae_jax.methods.magic import Magic
 from vpae_jax.methods.vpae import PhaseOne, PhaseTwo
 from vpae_jax.types import UserError
 
 METHODS: Mapping[str, type] = {
     "autoencoder": Autoencoder,
     "contrastive": Contrastive,
+    "dmd2": DMD2,
     "flow_matching": FlowMatching,
+    "kd": KnowledgeDistillation,
     "lcm": LCM,
+    "magic": Magic,
     "vpae_phase1": PhaseOne,
     "vpae_phase2": PhaseTwo,
 }

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.lax import stop_gradient
@@ -31,7 +32,7 @@ from vpae_jax.flow import draws
 from vpae_jax.flow.schedule import add_noise
 from vpae_jax.flow.times import VALUES_720P, TimeDistribution
 from vpae_jax.methods.base import Backbone, Heads
-from vpae_jax.methods.common import check_at_least, check_choice, example_mean, example_sum, f32, named_keys
+from vpae_jax.methods.common import Term, check_at_least, check_choice, example_mean, example_sum, f32, named_keys
 from vpae_jax.types import Condition, Features, Latents, Metrics, PerExample, PRNGKey, Times, UserError
 
 Logits = Float[Array, "b k"]
@@ -226,8 +227,21 @@ def discriminator_loss(
     Returns:
       The loss, and: logits, their gap, accuracy (of the sign, or of the order for a relative loss), the penalty.
     """
-    adversarial = LOSSES[kind]
     real, fake = judge(shown.real, shown.real_t), judge(shown.fake, shown.fake_t)
+    return loss_of_logits(judge, shown, real, fake, kind, penalty, key)
+
+
+def loss_of_logits(
+    judge: Judge,
+    shown: Judged,
+    real: Logits,
+    fake: Logits,
+    kind: AdversarialKind,
+    penalty: DifferencePenalty,
+    key: PRNGKey,
+) -> tuple[PerExample, Metrics]:
+    """`discriminator_loss` where the logits of `shown` are already there, as those of a pass that served more."""
+    adversarial = LOSSES[kind]
     loss = example_mean(adversarial.discriminator(real, fake))
     metrics = {
         "real_logit": real.mean(),
@@ -241,6 +255,41 @@ def discriminator_loss(
         loss = loss + penalty.weight * value
         metrics["penalty"] = value.mean()
     return loss, metrics
+
+
+def generator_loss(judge: Judge, shown: Judged, kind: AdversarialKind) -> tuple[PerExample, Logits]:
+    """The generator's adversarial loss of each clip, differentiable in the generated clips of `shown`, and their
+    logits. A relative loss asks for those of the real clips, too."""
+    loss = LOSSES[kind]
+    fake = judge(shown.fake, shown.fake_t)
+    real = judge(shown.real, shown.real_t) if loss.relative else jnp.zeros_like(fake)
+    return example_mean(loss.generator(real, fake)), fake
+
+
+def adversarial_term(
+    judge: Judge, noise: DiscriminatorNoise, kind: AdversarialKind, x0: Latents, data: Latents, key: PRNGKey
+) -> tuple[Term, Metrics, Times]:
+    """The generator's unweighted adversarial term of each clip.
+
+    Args:
+      judge: the discriminator, none of whose weights is being trained.
+      noise: how clips are noised for it.
+      kind: the adversarial loss.
+      x0: generated clips, constants.
+      data: real clips.
+      key: for the noise.
+
+    Returns:
+      the term, the logits as a metric, and the times that the discriminator was told of the generated clips.
+    """
+
+    def loss(x: Latents) -> tuple[PerExample, tuple[Logits, Times]]:
+        shown = noise(x, data, key)
+        value, logit = generator_loss(judge, shown, kind)
+        return value, (logit, shown.fake_t)
+
+    value, backward, (logit, t) = jax.vjp(loss, x0, has_aux=True)
+    return Term(value, backward(jnp.ones_like(value))[0]), {"fake_logit": logit}, t
 
 
 def accuracy(real: Logits, fake: Logits, relative: bool) -> Float[Array, ""]:

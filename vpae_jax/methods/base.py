@@ -178,6 +178,8 @@ class Update:
       repeats: how many times in a row it runs, each on a batch of its own.
       starts: the first step on which it runs (a discriminator's head start delays the generator).
       delay: the method's field that `starts` comes from, for messages.
+      followers: other trained roles, which after each update move towards the one that it trains: by name, the share of
+        their own weights that they keep, in [0, 1).
     """
 
     trains: tuple[str, ...]
@@ -186,6 +188,7 @@ class Update:
     repeats: int = 1
     starts: int = 0
     delay: str = ""
+    followers: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -221,10 +224,12 @@ class Method(ABC):
       batch: what it trains on: `Batch`, `PixelBatch` or `CaptionedFrames`.
       whole_batch: whether its loss compares the clips of a batch with each other, so that a batch cannot be processed
         in parts.
+      known_noise: whether it needs `Batch.seed`: clips that a teacher made, with the noise that it started from.
     """
 
     batch: ClassVar[type]
     whole_batch: ClassVar[bool] = False
+    known_noise: ClassVar[bool] = False
 
     @property
     @abstractmethod

@@ -1,14 +1,51 @@
-"""What every method has that makes a generator out of a frozen teacher."""
+"""What methods share that make a generator out of a frozen teacher.
+
+    Distillation             where the generator starts, what of it is trained, its average
+    FakeScoreDistillation    and a fake score, which follows the distribution of its clips
+    FewStepDistillation      and a generator of one or of several steps, trained on what it meets when it is sampled
+
+A student of N steps predicts a clip at each of its times 1 = t_0 > ... > t_{N-1} and noises it afresh to the next one
+(`flow.solvers.consistency`). *Backward simulation* (DMD2, 2405.14867, section 4.5) trains it on its own trajectory:
+
+    z_0     = eps_0
+    z_{k+1} = (1 - t_{k+1}) x0(sg theta, z_k, t_k) + t_{k+1} eps_{k+1}         k < i, with i uniform in 0 ... N-1
+    clip    = x0(theta, z_i, t_i)                                              the one evaluation that is differentiated
+
+All clips of a batch share i.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.lax import stop_gradient
+from jaxtyping import Int
+
+from vpae_jax.flow import draws
 from vpae_jax.flow.sampler import Sampler
-from vpae_jax.methods.base import EMA, Adapters, Method, Role, Student, averages
-from vpae_jax.methods.common import check_at_least, check_choice, check_decay, check_fraction, drop_conditions
-from vpae_jax.types import Batch, PRNGKey
+from vpae_jax.flow.schedule import add_noise
+from vpae_jax.flow.times import TimeDistribution
+from vpae_jax.methods.base import EMA, Adapters, Context, Method, Nets, Role, Student, View, averages
+from vpae_jax.methods.common import (
+    check_at_least,
+    check_choice,
+    check_decay,
+    check_fraction,
+    drop_conditions,
+    f32,
+    named_keys,
+    predict_x0,
+)
+from vpae_jax.methods.scores import SCORE_TIMES, DistributionMatching
+from vpae_jax.types import Batch, Latents, PRNGKey, Times, UserError
+
+MATCHING = DistributionMatching()
+Step = Int[Array, ""] | int
 
 
 @dataclass(frozen=True)
@@ -54,8 +91,123 @@ class Distillation(Method):
         """The generator as the student: its average where one is kept."""
         return Student("generator", sampler, average=EMA if self.ema else None)
 
+    def sampled_in(self, steps: int, shift: float) -> Student:
+        """The generator as a student of one Euler step, or of several, each of which predicts a clip and noises it
+        afresh to the next of the times that are even on the raw axis of this shift."""
+        return self.sampled_by(Sampler.even(steps, shift, solver="consistency" if steps > 1 else "euler"))
+
     def drop_images(self, batch: Batch, key: PRNGKey) -> Batch:
         """The batch with images and first frames withheld at random."""
         if self.image_dropout == 0:
             return batch
         return replace(batch, condition=drop_conditions(batch, key, 0.0, self.image_dropout))
+
+
+@dataclass(frozen=True)
+class FakeScoreDistillation(Distillation):
+    """A method that matches distributions by a role "fake_score", which is trained on the generator's clips.
+
+    Attributes:
+      matching: the distribution-matching gradient.
+      fake_rank, fake_scale: rank of the fake score's adapters, where it has such, and alpha / rank.
+      fake_loss: space of the fake score's error.
+      fake_t: distribution of t' in the fake score's loss.
+      fake_updates: updates of the fake score for one of the generator.
+    """
+
+    matching: DistributionMatching = MATCHING
+    fake_rank: int = 128
+    fake_scale: float = 0.5
+    fake_loss: Literal["velocity", "x0"] = "velocity"
+    fake_t: TimeDistribution = SCORE_TIMES
+    fake_updates: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        owner = type(self).__name__
+        check_choice(owner, {"fake_loss": ("velocity", "x0")}, self)
+        check_at_least(owner, 1, fake_rank=self.fake_rank, fake_updates=self.fake_updates)
+
+    def fake_score_role(self, kind: Literal["lora", "full"]) -> Role:
+        """The role "fake_score": adapters on the teacher, which change nothing of it at first, or a copy of it."""
+        if kind == "full":
+            return Role("pretrained", True)
+        return Role("fresh", True, adapters=Adapters("teacher", self.fake_rank, self.fake_rank * self.fake_scale))
+
+    def aligned(self, kind: Literal["lora", "full"], ida: float) -> Mapping[str, float]:
+        """Implicit distribution alignment (SenseFlow, 2506.00523): after each update of the generator, the fake score
+        is moved towards it and keeps the share `ida` of its own weights. As `Update.followers`.
+
+        Raises:
+          UserError: `ida` is no such share, or the two are no networks of one shape.
+        """
+        owner = type(self).__name__
+        if not 0 <= ida < 1:
+            raise UserError(f"{owner}.ida is {ida}, expected a share below 1 (SenseFlow's is .97), or 0 for none")
+        if not ida:
+            return {}
+        for name, value in {"fake": kind, "generator": self.generator}.items():
+            if value != "full":
+                raise UserError(
+                    f"{owner}.ida is {ida}, but {name} is {value!r}: only whole networks move towards each other; set "
+                    f"{name}='full', or ida=0"
+                )
+        return {"fake_score": ida}
+
+
+@dataclass(frozen=True)
+class FewStepDistillation(FakeScoreDistillation):
+    """One whose generator makes a clip in one evaluation or in a few.
+
+    Attributes:
+      steps, shift: evaluations of the student, at times that are even on the raw axis of this shift.
+      inputs: what the generator denoises in training, at one of those times. "simulated": what it meets there when it
+        is sampled, from its own earlier steps (see the module's docstring). "noised_real": a noised real clip. One
+        step starts from pure noise either way.
+    """
+
+    steps: int = 4
+    shift: float = 5.0
+    inputs: Literal["simulated", "noised_real"] = "simulated"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(type(self).__name__, {"inputs": ("simulated", "noised_real")}, self)
+        _ = self.student  # refuses what no sampler is
+
+    @property
+    def views(self) -> Mapping[str, View]:
+        simulates = self.steps > 1 and self.inputs == "simulated"
+        return {"simulator": View("generator", constant=True)} if simulates else {}
+
+    @property
+    def student(self) -> Student:
+        return self.sampled_in(self.steps, self.shift)
+
+    def generate(self, nets: Nets, batch: Batch, context: Context, key: PRNGKey) -> Latents:
+        """The generator's clips, float32, differentiable in its last evaluation alone.
+
+        Args:
+          key: of what clips draw; what they share comes from `context`.
+        """
+        keys = named_keys(key, "t", "noise")
+        data, times = f32(batch.latents), self.student.sampler.times[:-1]
+        if self.steps > 1 and self.inputs == "noised_real":
+            t = TimeDistribution("list", values=times)(keys.t, data.shape)
+            x = add_noise(data, draws.normal(keys.noise, data.shape, data.dtype), t)
+            return predict_x0(nets["generator"], x, t, batch.condition)
+        clips, *size = data.shape
+        noise = jnp.moveaxis(draws.normal(keys.noise, (clips, self.steps, *size), data.dtype), 1, 0)
+        grid, x, last = jnp.asarray(times, jnp.float32), noise[0], jnp.int32(0)
+
+        def at(step: Step) -> Times:
+            return jnp.broadcast_to(grid[step], (clips,))
+
+        def earlier(step: Step, x: Latents) -> Latents:
+            x0 = predict_x0(nets["simulator"], x, at(step), batch.condition)
+            return add_noise(x0, noise[step + 1], at(step + 1))
+
+        if self.steps > 1:
+            last = jax.random.randint(named_keys(context.batch, "last").last, (), 0, self.steps)
+            x = stop_gradient(jax.lax.fori_loop(0, last, earlier, x))
+        return predict_x0(nets["generator"], x, at(last), batch.condition)

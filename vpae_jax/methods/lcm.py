@@ -28,7 +28,6 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 
 from vpae_jax.flow import draws
-from vpae_jax.flow.sampler import Sampler
 from vpae_jax.flow.schedule import add_noise, expand, velocity_to_x0
 from vpae_jax.flow.times import VALUES_720P, TimeDistribution
 from vpae_jax.methods.base import Average, Context, Nets, Role, Student, Update, View
@@ -104,8 +103,7 @@ class LCM(Distillation):
 
     @property
     def student(self) -> Student:
-        sampler = Sampler.even(self.steps, self.shift, solver="consistency" if self.steps > 1 else "euler")
-        return self.sampled_by(sampler)
+        return self.sampled_in(self.steps, self.shift)
 
     def loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
         """Eq. 2."""

@@ -35,7 +35,7 @@ from vpae_jax.methods.common import (
     named_keys,
     predict_x0,
 )
-from vpae_jax.types import Condition, Latents, Metrics, PerExample, PRNGKey
+from vpae_jax.types import Condition, Latents, Metrics, PerExample, PRNGKey, Times
 
 # Self-Forcing's I2V-14B draw of t': uniform on Wan's raw axis, shifted for 720p, clipped.
 SCORE_TIMES = TimeDistribution(low=0.02, high=0.98, shift=5.0, clip=(0.02, 0.98), stated_for=VALUES_720P)
@@ -80,12 +80,19 @@ class DistributionMatching:
           condition, unconditional: with the prompt and with the negative prompt.
           key: random key.
         """
-        keys = named_keys(key, "t", "noise")
-        x0 = stop_gradient(x0)
-        t = self.t(keys.t, x0.shape)
-        x = add_noise(x0, draws.normal(keys.noise, x0.shape, x0.dtype), t)
+        x, t = self.noised(x0, key)
         x0_real = predict_x0(real, x, t, condition, unconditional, self.guidance)
-        gap = predict_x0(fake, x, t, condition) - x0_real
+        return self.term(x0, x0_real, predict_x0(fake, x, t, condition), t)
+
+    def noised(self, x0: Latents, key: PRNGKey) -> tuple[Latents, Times]:
+        """x_t' and t' at which generated clips are judged."""
+        keys = named_keys(key, "t", "noise")
+        t = self.t(keys.t, x0.shape)
+        return add_noise(stop_gradient(x0), draws.normal(keys.noise, x0.shape, x0.dtype), t), t
+
+    def term(self, x0: Latents, x0_real: Latents, x0_fake: Latents, t: Times) -> tuple[Term, Metrics]:
+        """The term of clean predictions that are already there; see `__call__`."""
+        x0, gap = stop_gradient(x0), x0_fake - x0_real
         normaliser = example_mean(jnp.abs(x0 - x0_real))
         if self.weighting == "x0_norm":
             g = gap / expand(jnp.maximum(normaliser, self.floor), gap)
@@ -129,9 +136,16 @@ def fake_score_loss(
     x0 = stop_gradient(x0)
     times = t(keys.t, x0.shape)
     noise = draws.normal(keys.noise, x0.shape, x0.dtype)
-    v = f32(fake(add_noise(x0, noise, times), times, condition))
-    loss = example_mean((v - (noise - x0)) ** 2)
-    return loss if space == "velocity" else times**2 * loss
+    v = fake(add_noise(x0, noise, times), times, condition)
+    return velocity_error(v, x0, noise, times, space)
+
+
+def velocity_error(
+    v: Latents, x0: Latents, noise: Latents, t: Times, space: Literal["velocity", "x0"] = "velocity"
+) -> PerExample:
+    """Mean squared error of a predicted velocity, or of the x0 that it means, for each clip."""
+    loss = example_mean((f32(v) - (noise - x0)) ** 2)
+    return loss if space == "velocity" else t**2 * loss
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ Where the text is open, the default and the alternatives:
     t' in (0, T]                   matching.t, fake_t: U(.02, .98) raw, shift 5, clipped | unshifted | (.001, .999)
     guidance of s_real             matching.guidance = 5 | 1 | 3.5 to 7
     Eq. 2's nu                     fake_loss = velocity | x0
-    how the fake score trains      fake = lora (rank, scale) | full
+    how the fake score trains      fake = lora (rank, scale) | full, which ida may move towards the generator, too
     how the generator trains       generator = full | lora (rank, scale)
     updates a generator step       fake_updates = 5;  count = generator | all (are 500 steps the generator's, or all?)
     Eq. 3's form                   adversarial = hinge | ns_logistic | rpgan | pcm_hinge | literal
@@ -48,10 +48,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.lax import stop_gradient
@@ -67,13 +66,12 @@ from vpae_jax.methods.adversarial import (
     ConstantFeatures,
     DifferencePenalty,
     DiscriminatorNoise,
-    Judge,
-    Judged,
-    Logits,
+    adversarial_term,
     discriminator_loss,
+    generator_loss,
     judge,
 )
-from vpae_jax.methods.base import EMA, Adapters, Context, Nets, Role, Student, Update, Velocity, View
+from vpae_jax.methods.base import EMA, Context, Nets, Role, Student, Update, Velocity, View
 from vpae_jax.methods.common import (
     Ratio,
     Term,
@@ -81,25 +79,23 @@ from vpae_jax.methods.common import (
     check_choice,
     check_fraction,
     drift,
-    example_mean,
     f32,
     inject,
     named_keys,
     predict_x0,
 )
-from vpae_jax.methods.distillation import Distillation
-from vpae_jax.methods.scores import SCORE_TIMES, DistributionMatching, ScoreDistillation, fake_score_loss
-from vpae_jax.types import Batch, Latents, Metrics, PerExample, PRNGKey, Times, UserError
+from vpae_jax.methods.distillation import Distillation, FakeScoreDistillation
+from vpae_jax.methods.scores import ScoreDistillation, fake_score_loss
+from vpae_jax.types import Batch, Latents, Metrics, PerExample, PRNGKey, UserError
 
 PRIMING_TIMES = TimeDistribution(low=0.9, stated_for=VALUES_720P)
-MATCHING = DistributionMatching()
 SHARED_NOISE = DiscriminatorNoise()
 STR1 = DifferencePenalty()
 CSDS = ScoreDistillation()
 
 
 @dataclass(frozen=True)
-class PhaseOne(Distillation):
+class PhaseOne(FakeScoreDistillation):
     """Stability priming.
 
     Attributes:
@@ -108,12 +104,9 @@ class PhaseOne(Distillation):
       t: distribution of the generator's time; for "anneal" of kind "uniform".
       anneal_from: lower end of t at step 0, on the axis on which `t` is stated.
       anneal_steps: steps until the lower end is that of `t`.
-      matching: the distribution-matching gradient.
       fake: what of the fake score is trained: low-rank adapters on the teacher, or a full copy.
-      fake_rank, fake_scale: rank of the adapters, and alpha / rank.
-      fake_loss: space of the fake score's error.
-      fake_t: distribution of t' in the fake score's loss.
-      fake_updates: updates of the fake score for one of the generator.
+      ida: share of its own weights that a full fake score keeps after each update of the generator, towards which it
+        moves (SenseFlow: .97); 0 leaves it to its own updates.
       count: what a step counts: "generator" updates, each after `fake_updates` of the fake score, or "all": updates of
         the fake score, the generator following every `fake_updates`-th.
     """
@@ -122,13 +115,8 @@ class PhaseOne(Distillation):
     t: TimeDistribution = PRIMING_TIMES
     anneal_from: float = 0.5
     anneal_steps: int = 500
-    matching: DistributionMatching = MATCHING
     fake: Literal["lora", "full"] = "lora"
-    fake_rank: int = 128
-    fake_scale: float = 0.5
-    fake_loss: Literal["velocity", "x0"] = "velocity"
-    fake_t: TimeDistribution = SCORE_TIMES
-    fake_updates: int = 5
+    ida: float = 0.0
     count: Literal["generator", "all"] = "generator"
 
     def __post_init__(self) -> None:
@@ -136,37 +124,31 @@ class PhaseOne(Distillation):
         choices = {
             "input": ("noised_real", "pure_noise", "anneal"),
             "fake": ("lora", "full"),
-            "fake_loss": ("velocity", "x0"),
             "count": ("generator", "all"),
         }
         check_choice("PhaseOne", choices, self)
         check_fraction("PhaseOne", anneal_from=self.anneal_from)
-        counts = {name: getattr(self, name) for name in ("fake_rank", "fake_updates", "anneal_steps")}
-        check_at_least("PhaseOne", 1, **counts)
+        check_at_least("PhaseOne", 1, anneal_steps=self.anneal_steps)
+        _ = self.updates  # refuses an alignment of networks of two shapes
         if self.input == "anneal" and self.t.kind != "uniform":
             raise UserError(f"PhaseOne.t is {self.t.kind!r}, without a lower end to anneal; set t.kind='uniform'")
 
     @property
     def roles(self) -> Mapping[str, Role]:
-        adapters = Adapters("teacher", self.fake_rank, self.fake_rank * self.fake_scale)
         return {
             "generator": self.generator_role,
             "teacher": Role("pretrained"),
-            "fake_score": Role("fresh", True, adapters=adapters) if self.fake == "lora" else Role("pretrained", True),
+            "fake_score": self.fake_score_role(self.fake),
         }
 
     @property
     def updates(self) -> tuple[Update, ...]:
+        fake_score = Update(("fake_score",), self.fake_score_loss)
+        generator = Update(("generator",), self.generator_loss, followers=self.aligned(self.fake, self.ida))
         if self.count == "all":
             last = self.fake_updates - 1
-            generator = Update(
-                ("generator",), self.generator_loss, every=self.fake_updates, starts=last, delay="fake_updates"
-            )
-            return Update(("fake_score",), self.fake_score_loss), generator
-        return (
-            Update(("fake_score",), self.fake_score_loss, repeats=self.fake_updates),
-            Update(("generator",), self.generator_loss),
-        )
+            return fake_score, replace(generator, every=self.fake_updates, starts=last, delay="fake_updates")
+        return replace(fake_score, repeats=self.fake_updates), generator
 
     @property
     def student(self) -> Student:
@@ -318,18 +300,17 @@ class PhaseTwo(Distillation):
         terms: dict[str, Term] = {}
         metrics = dict(drift(constant, data))
 
-        def adversarial(x: Latents) -> tuple[PerExample, tuple[Logits, Times]]:
-            return self._adversarial(judged, self.noise(x, data, keys.noise))
-
         direct = jnp.zeros(len(x0))
         if self.backbone == "online_trainable":
-            value, (logit, disc_t) = adversarial(x0)
-            direct = self.adversarial_weight * value
+            shown = self.noise(x0, data, keys.noise)
+            value, logit = generator_loss(judged, shown, self.adversarial)
+            direct, disc_t = self.adversarial_weight * value, shown.fake_t
+            metrics |= {"adversarial": value, "fake_logit": logit}
         else:
-            value, backward, (logit, disc_t) = jax.vjp(adversarial, constant, has_aux=True)
-            term = Term(value, backward(jnp.ones_like(value))[0]).scaled(self.adversarial_weight)
+            term, more, disc_t = adversarial_term(judged, self.noise, self.adversarial, constant, data, keys.noise)
+            metrics |= {"adversarial": term.value, **more}
+            term = term.scaled(self.adversarial_weight)
             metrics["adv_grad"], terms["adversarial"] = term.grad_norm, term
-        metrics |= {"adversarial": value, "fake_logit": logit}
 
         if self.csds.weight:
             term = self.csds(constant, nets["teacher"], batch.condition, batch.unconditional, keys.csds, disc_t)
@@ -340,10 +321,3 @@ class PhaseTwo(Distillation):
             above, below = (terms[name].grad_norm.sum() for name in ("adversarial", "csds"))
             metrics["adv_csds_ratio"] = Ratio(above, below)
         return (direct + inject(x0, *terms.values())) if terms else direct, metrics
-
-    def _adversarial(self, judged: Judge, shown: Judged) -> tuple[PerExample, tuple[Logits, Times]]:
-        """The generator's adversarial term of each clip, the logits of the generated clip, and its time."""
-        loss = LOSSES[self.adversarial]
-        fake = judged(shown.fake, shown.fake_t)
-        real = judged(shown.real, shown.real_t) if loss.relative else jnp.zeros_like(fake)
-        return example_mean(loss.generator(real, fake)), (fake, shown.fake_t)

@@ -1,7 +1,8 @@
 """Discriminator heads: hidden states of a transformer's tapped blocks to logits of a clip, high for real.
 
-V-PAE's multi-modal cross-attention head (arXiv 2508.21019v2, section 3.3), with APT's head (arXiv 2501.08316) and
-per-tap 1x1 convolutions (PCM, LADD) for comparison. What the paper leaves open follows methods.md 3.3, rows 23 to 27:
+V-PAE's multi-modal cross-attention head (arXiv 2508.21019v2, section 3.3), with APT's head (arXiv 2501.08316), per-tap
+1x1 convolutions (PCM, LADD) and per-tap convolutions over space and time (DMD2-v in arXiv 2601.09881) for comparison.
+What the paper leaves open follows methods.md 3.3, rows 23 to 27:
 
     z       = [q; W_i e_img; W_t e_text] + type embedding        learnable queries, projected condition of the backbone
     q       = q + SelfAttention(RMSNorm(z))                      only the queries' rows; padded text is hidden
@@ -16,6 +17,7 @@ float32, because the discriminator's penalty takes differences of nearby logits.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,7 +45,8 @@ class HeadsConfig:
     Attributes:
       width: width of the backbone's hidden states.
       kind: "ca_mm" attends to image and text before the hidden states, "ca" does not; both give one logit. "conv" gives
-        a logit for each token of each tap by 1x1 convolutions.
+        a logit for each token of each tap by 1x1 convolutions; "conv3d" gives one for every second token along frames,
+        rows and columns, which also sees that token's neighbours.
       taps: the backbone's blocks whose hidden states are read, counted from 1, rising.
       hidden: width inside the heads; None takes the backbone's.
       num_heads: attention heads; must divide the width inside.
@@ -58,7 +61,7 @@ class HeadsConfig:
     """
 
     width: int
-    kind: Literal["ca_mm", "ca", "conv"] = "ca_mm"
+    kind: Literal["ca_mm", "ca", "conv", "conv3d"] = "ca_mm"
     taps: tuple[int, ...] = (18, 29, 40)
     hidden: int | None = None
     num_heads: int = 4
@@ -72,7 +75,7 @@ class HeadsConfig:
 
     def __post_init__(self) -> None:
         choices = {
-            "kind": ("ca_mm", "ca", "conv"),
+            "kind": ("ca_mm", "ca", "conv", "conv3d"),
             "queries": ("per_tap", "shared"),
             "modality": ("type_embedding", "sinusoid"),
             "condition": ("tokens", "pooled"),
@@ -86,7 +89,7 @@ class HeadsConfig:
                 raise UserError(f"heads: {name} is {getattr(self, name)}, expected at least 1")
         if not self.taps or list(self.taps) != sorted(set(self.taps)) or self.taps[0] < 1:
             raise UserError(f"heads: taps are {self.taps}, expected rising block numbers, counted from 1")
-        if self.kind != "conv" and self.inner % self.num_heads:
+        if self.kind in ("ca_mm", "ca") and self.inner % self.num_heads:
             raise UserError(
                 f"heads: num_heads {self.num_heads} does not divide the inner width {self.inner}; change one"
             )
@@ -244,6 +247,50 @@ class ConvHeads(nnx.Module):
         return rearrange(jnp.stack(logits), "taps b n 1 -> b (taps n)")
 
 
+class Conv3d(nnx.Module):
+    """A 3 x 3 x 3 convolution over frames, rows and columns with stride 2: half of each is left, rounded up."""
+
+    def __init__(self, d: int, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
+        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (3, 3, 3, d, d), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((d,), param_dtype))
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "b f h w d"]) -> Float[Array, "b _ _ _ d"]:
+        kernel, layout = self.kernel[...].astype(self.dtype), ("NDHWC", "DHWIO", "NDHWC")
+        out = jax.lax.conv_general_dilated(x, kernel, (2, 2, 2), ((1, 1),) * 3, dimension_numbers=layout)
+        return out + self.bias[...].astype(self.dtype)
+
+
+class Conv3dHeads(nnx.Module):
+    """`conv3d`: for each tap a projection, a convolution over space and time, and a logit at each of its places."""
+
+    def __init__(self, config: HeadsConfig, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
+        d, init, taps = config.inner, nnx.initializers.normal(0.02), config.taps
+        given = {"rngs": rngs, "param_dtype": param_dtype}
+        self.norms = nnx.List([RMSNorm(config.width, eps=config.eps, param_dtype=param_dtype) for _ in taps])
+        self.projs_in = nnx.List([Linear(config.width, d, dtype=dtype, **given) for _ in taps])
+        self.convs = nnx.List([Conv3d(d, rngs, dtype, param_dtype) for _ in taps])
+        self.norms_out = nnx.List([RMSNorm(d, eps=config.eps, param_dtype=param_dtype) for _ in taps])
+        self.projs_out = nnx.List([Linear(d, 1, kernel_init=init, **given) for _ in taps])
+
+    def __call__(self, features: Features) -> Float[Array, "b k"]:
+        f, h, w = features.grid
+        parts = zip(self.norms, self.projs_in, self.convs, self.norms_out, self.projs_out, features.taps, strict=True)
+        logits = []
+        for norm, proj_in, conv, norm_out, proj_out, hidden in parts:
+            tokens = rearrange(proj_in(norm(hidden)), "b (f h w) d -> b f h w d", f=f, h=h, w=w)
+            logits.append(proj_out(jax.nn.gelu(norm_out(conv(jax.nn.gelu(tokens))))))
+        return rearrange(jnp.stack(logits), "taps b f h w 1 -> b (taps f h w)")
+
+
+KINDS: Mapping[str, Callable[..., nnx.Module]] = {
+    "ca_mm": QueryHeads,
+    "ca": QueryHeads,
+    "conv": ConvHeads,
+    "conv3d": Conv3dHeads,
+}
+
+
 class DiscriminatorHeads(nnx.Module):
     """Float32 logits of a clip from a transformer's features.
 
@@ -264,8 +311,7 @@ class DiscriminatorHeads(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         mesh: Mesh | None = None,
     ):
-        kind = ConvHeads if config.kind == "conv" else QueryHeads
-        self.heads = kind(config, rngs, dtype, param_dtype)
+        self.heads = KINDS[config.kind](config, rngs, dtype, param_dtype)
         self.config = config
         self.mesh = mesh
 

@@ -132,7 +132,7 @@ class WanTransformer(nnx.Module):
         """
         hidden, _, context = self._enter(x, t, condition)
         states, _ = self._tapped(hidden, context, taps, trained)
-        return _features(states, context, condition)
+        return _features(states, context, condition, self._grid(x))
 
     def velocity_and_features(
         self, x: Latents, t: Times, condition: Condition, taps: tuple[int, ...], trained: bool = False
@@ -142,7 +142,7 @@ class WanTransformer(nnx.Module):
         states, hidden = self._tapped(hidden, context, taps, trained)
         if taps[-1] < self.config.num_layers:
             hidden = self._run(hidden, context, taps[-1], self.config.num_layers, copied=trained)
-        return self._leave(hidden, embedding, x), _features(states, context, condition)
+        return self._leave(hidden, embedding, x), _features(states, context, condition, self._grid(x))
 
     def _tapped(
         self, hidden: Float[Array, "b padded d"], context: Context, taps: tuple[int, ...], trained: bool
@@ -230,9 +230,11 @@ class WanTransformer(nnx.Module):
         return jax.lax.scan(body, hidden, weights if copied else jnp.arange(start, stop))[0]
 
 
-def _features(states: tuple[Tokens, ...], context: Context, condition: Condition) -> Features:
+def _features(
+    states: tuple[Tokens, ...], context: Context, condition: Condition, grid: tuple[int, int, int]
+) -> Features:
     text = context.text[:, : condition.text.shape[1]]
-    return Features(taps=states, text=text, text_mask=condition.text_mask, image=context.image)
+    return Features(taps=states, text=text, text_mask=condition.text_mask, grid=grid, image=context.image)
 
 
 def _cast(layer: Params, dtype: DTypeLike) -> Params:

@@ -84,7 +84,7 @@ def _run(experiment: Experiment, workdir: Path, lock: Lock, devices: Sequence[An
     if source is not None:
         pipeline = load_pipeline(source, jnp.dtype(experiment.model.dtype), with_transformer=False)
         transformer = pipeline.transformer.config
-    tasks.check(experiment, method.batch, pipeline)
+    tasks.check(experiment, method, pipeline)
     continuing = as_first_says("continuing", latest_step(workdir) is not None)
     blueprint = draw_up(experiment, method, mesh, transformer)
     optimizers = {role: make_optimizer(experiment.optimizers[role]) for role in blueprint.trained}
@@ -107,7 +107,8 @@ def _run(experiment: Experiment, workdir: Path, lock: Lock, devices: Sequence[An
         guard.begin(previous_step(experiment, workdir) if begun is None else begun)
     hooks = make_hooks(experiment, workdir, task, pipeline, guard, maker)
     rows = sharding.own_rows(mesh, experiment.batch_size)
-    feed = Feed(experiment.batch_size, experiment.seed, experiment.data.workers, rows, experiment.data.max_bad)
+    data = experiment.data
+    feed = Feed(experiment.batch_size, experiment.seed, data.workers, rows, data.max_bad, method.known_noise)
     batches = task.batches(method.batch, pipeline, feed)
     del pipeline  # and with it the encoders: hooks keep what they need
     if continuing:

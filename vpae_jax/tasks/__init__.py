@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from vpae_jax.config import DataConfig, Experiment
 from vpae_jax.inference.pipeline import Pipeline
+from vpae_jax.methods.base import Method
 from vpae_jax.tasks.base import Mode, Task
 from vpae_jax.types import Batch, UserError
 
@@ -17,15 +18,20 @@ def name_of(data: DataConfig) -> Literal["digits", "video"]:
     return "video" if data.records or data.videos else "digits"
 
 
-def check(experiment: Experiment, batch: type, pipeline: Pipeline | None) -> None:
+def check(experiment: Experiment, method: Method, pipeline: Pipeline | None) -> None:
     """Raises `UserError` for what shows before anything is written: a method, a model, or a number of clips that do not
     fit the task."""
+    name = experiment.method.get("name")
+    if method.known_noise and not experiment.data.records:
+        raise UserError(
+            f"method {name} trains on clips that a teacher made of known noise; make some with `python -m "
+            "vpae_jax.encode --captions=...`, and name their folder in config.data.records"
+        )
     if name_of(experiment.data) == "digits":
         from vpae_jax.tasks.digits import task as digits
 
         digits.check(experiment, pipeline)
-    elif batch is not Batch:
-        name = experiment.method.get("name")
+    elif method.batch is not Batch:
         raise UserError(
             f"method {name} trains on rendered digits alone; leave config.data.records and config.data.videos out"
         )

@@ -56,6 +56,7 @@ class Feed:
     workers: int
     rows: OwnRows
     max_bad: float
+    seeds: bool = False
 
 
 @dataclass(frozen=True)

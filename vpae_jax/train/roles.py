@@ -179,7 +179,7 @@ def merge_trees(base: Mapping[Any, Any], extra: Mapping[Any, Any]) -> dict[Any, 
 
 def check_roles(method: Method, optimizers: Mapping[str, Any]) -> None:
     """Every trained role needs an update and an optimizer, and updates are for trained roles; adapters sit on a whole
-    transformer. Raises `UserError` naming the role.
+    transformer; a whole role follows a whole one. Raises `UserError` naming the role.
 
     An optimizer may lie unused: a config holds one for every role that some setting of its method trains.
     """
@@ -197,6 +197,16 @@ def check_roles(method: Method, optimizers: Mapping[str, Any]) -> None:
             raise UserError(
                 f"role {name} holds adapters on {role.adapters.on!r}, which is no whole {role.part}; correct the method"
             )
+    for update in method.updates:
+        for name in update.followers:
+            pair = [method.roles[one] for one in (name, *update.trains) if one in method.roles]
+            parts, adapters = ({getattr(role, field) for role in pair} for field in ("part", "adapters"))
+            single = len(update.trains) == 1 and name in trained - {*update.trains}
+            if not single or len(parts) > 1 or adapters != {None}:
+                raise UserError(
+                    f"role {name} follows {update.name}: both have to be trained, whole, and of one part; correct the "
+                    "method"
+                )
     for name in sorted(trained):
         if name not in optimizers:
             raise UserError(f"config.optimizers.{name}: missing; the method trains this role")

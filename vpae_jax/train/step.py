@@ -3,9 +3,9 @@
     run(state, frozen, batch, repeat) -> (state, metrics)
 
 It differentiates the update's loss with respect to the weights of the roles that it trains and nothing else, applies
-each role's optimizer and averages, and leaves everything else in the state as it is. Records come as they are stored,
-in bfloat16, and are computed with in float32. The state's buffers are donated; frozen weights are an argument, never a
-constant of the program.
+each role's optimizer and averages, moves the roles that follow it, and leaves everything else in the state as it is.
+Records come as they are stored, in bfloat16, and are computed with in float32. The state's buffers are donated; frozen
+weights are an argument, never a constant of the program.
 """
 
 from __future__ import annotations
@@ -106,6 +106,8 @@ def make_update(
                 averages[name] = ema.update(averages[name], params[role], decay)
             norms = {"grad_norm": grads[role], "update_norm": steps, "param_norm": params[role]}
             scalars |= {f"{role}/{name}": optax.tree.norm(tree) for name, tree in norms.items()}
+        for role, kept in update.followers.items():
+            params[role] = ema.update(params[role], params[update.trains[0]], kept)
         return replace(state, params=params, opt=opt, averages=averages), scalars
 
     if places is None:

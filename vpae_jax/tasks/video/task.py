@@ -77,7 +77,7 @@ class Video:
         assert pipeline is not None  # `tasks.check` refuses methods without one
         sources = self._open(pipeline)
         how = (feed.batch_size, feed.seed, feed.workers, feed.rows, feed.max_bad)
-        return latent_batches(sources, *how, most_held_out=self._most)
+        return latent_batches(sources, *how, most_held_out=self._most, seeds=feed.seeds)
 
     def held_out(self, pipeline: Pipeline, purpose: Purpose, count: int) -> HeldOut:
         first, second = self._halves(pipeline)
