@@ -1,9 +1,10 @@
-"""Seeds: each its own numbers, or refused."""
+"""Seeds and keys: each its own numbers, or refused."""
 
+import jax
 import numpy as np
 import pytest
 
-from vpae_jax.flow.draws import SEEDS, noise_of_seed
+from vpae_jax.flow.draws import SEEDS, clip_keys, noise_of_seed, split
 from vpae_jax.types import UserError
 
 
@@ -17,3 +18,14 @@ def test_every_seed_has_noise_of_its_own():
 def test_a_seed_that_would_repeat_another_is_refused(seed):
     with pytest.raises(UserError, match=f"^seed is {seed}, expected a number from 0 to 4294967295$"):
         noise_of_seed(seed, (8,))
+
+
+def test_split_keys_are_independent_and_stay_with_their_clips():
+    one = jax.random.split(jax.random.key(0), 3)
+    np.testing.assert_array_equal(jax.random.key_data(split(jax.random.key(0), 3)), jax.random.key_data(one))
+    keys = clip_keys(jax.random.key(1), 4)
+    parts = split(keys, 2)
+    assert parts.shape == (2, 4)
+    assert len({np.asarray(jax.random.key_data(key)).tobytes() for key in [*parts[0], *parts[1], *keys]}) == 12
+    alone = split(keys[2:3], 2)
+    np.testing.assert_array_equal(jax.random.key_data(parts[:, 2:3]), jax.random.key_data(alone))

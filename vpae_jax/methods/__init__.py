@@ -7,16 +7,21 @@ from vpae_jax.config import build, nearest
 from vpae_jax.methods.autoencoder import Autoencoder
 from vpae_jax.methods.base import Method
 from vpae_jax.methods.contrastive import Contrastive
+from vpae_jax.methods.dcm import DCMDetail, DCMSemantic
 from vpae_jax.methods.flow_matching import FlowMatching
 from vpae_jax.methods.lcm import LCM
+from vpae_jax.methods.pcm import PCM
 from vpae_jax.methods.vpae import PhaseOne, PhaseTwo
 from vpae_jax.types import UserError
 
 METHODS: Mapping[str, type] = {
     "autoencoder": Autoencoder,
     "contrastive": Contrastive,
+    "dcm_detail": DCMDetail,
+    "dcm_semantic": DCMSemantic,
     "flow_matching": FlowMatching,
     "lcm": LCM,
+    "pcm": PCM,
     "vpae_phase1": PhaseOne,
     "vpae_phase2": PhaseTwo,
 }

@@ -26,7 +26,7 @@ from vpae_jax.methods import make_method
 from vpae_jax.methods.base import EMA, Method
 from vpae_jax.models import presets
 from vpae_jax.run import export
-from vpae_jax.run.first_weights import make_weights, resolve_model
+from vpae_jax.run.first_weights import make_weights, remember, remembered, resolve_model
 from vpae_jax.run.guard import Guard, obstacle
 from vpae_jax.run.overview import overview
 from vpae_jax.run.previews import Previews
@@ -90,14 +90,20 @@ def run(experiment: Experiment, workdir: Path, devices: Sequence[Any] | None = N
     continuing = as_first_says("continuing", latest_step(workdir) is not None)
     blueprint = draw_up(experiment, method, mesh, transformer)
     optimizers = {role: make_optimizer(experiment.optimizers[role]) for role in blueprint.trained}
-    # A run that continues has its trained weights in its checkpoint; so the phase before may be gone by then.
+    # A run that continues has its trained weights in its checkpoint; so the phase before may be gone by then, unless a
+    # frozen role starts from it.
     needed = [name for name in method.roles if name in blueprint.frozen or not continuing]
-    weights, previous_step = make_weights(blueprint, experiment, workdir, source, needed)
+    begun = as_first_says("start", remembered(workdir)) if continuing else None
+    weights, previous_step = make_weights(blueprint, experiment, workdir, source, needed, begun)
     frozen = {name: weights.pop(name) for name in blueprint.frozen}
     if previous_step is not None:
         folder, kind = resolve(experiment.previous.workdir, workdir), experiment.previous.weights
         say(f"{experiment.name} starts from step {previous_step} of {folder} ({kind} weights)")
     first_alone("config", partial(claim, experiment, workdir))
+    if not continuing:
+        begun = previous_step
+        if is_first():
+            remember(workdir, begun)
     say(overview(blueprint))
 
     task = tasks.open_task(experiment.data, workdir, experiment.model.path, experiment.method)
@@ -123,8 +129,7 @@ def run(experiment: Experiment, workdir: Path, devices: Sequence[Any] | None = N
     if maker is not None and guard is not None:
 
         def begin() -> dict[str, Params]:
-            step = guard.read()["previous_step"]
-            return make_weights(blueprint, experiment, workdir, source, maker.roles, step)[0]
+            return make_weights(blueprint, experiment, workdir, source, maker.roles, begun)[0]
 
         if not guard.decide(int(state.step), maker.judged(state), lambda: maker.of_start(begin())):
             params, averages = begin(), None
