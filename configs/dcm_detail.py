@@ -6,9 +6,9 @@
 
 Starts from the semantic expert, by default in the folder `dcm_semantic` beside this run's workdir, which stays as it is
 and is read again when the run continues. The presets of 1.3B and 14B hold the settings of the authors' code for Wan
-(adapters of rank 128 and alpha 256 at 5e-6 with Adam (.9, .999), heads on every second block at 1e-5 with Adam (0, .999),
-decay .001, norms clipped at 1, 1,000 steps), with the paper's batch of 32. The tiny preset has its own values, with
-reasons beside them.
+(adapters of rank 128 and alpha 256 at 5e-6 with Adam (.9, .999), heads on every second block at 1e-5 with Adam
+(0, .999), decay .001, norms clipped at 1, 1,000 steps), with the paper's batch of 32. The tiny preset has its own
+values, with reasons beside them.
 """
 
 from ml_collections import ConfigDict

@@ -5,12 +5,12 @@
     python -m vpae_jax.main --config=configs/pcm.py:i2v-14b-720p --workdir=... --config.model.path=... \\
         --config.data.records=...
 
-V-PAE's paper gives no settings for its baselines, and PCM's authors none for Wan. The presets of 1.3B and 14B hold those
-of their code for SD3 (rank 32 at 5e-6 with Adam (.9, .999), heads on every block at 1e-5 with Adam (0, .999), decay .001,
-norms clipped at 1, 100 points, w = 4, adversarial weight .1) at Wan's own shift, with the paper's batch of 32, and 1,500
-steps, the sum of its two phases, where the authors take 10,000 of small batches. A head's width is DCM's, 1,024; the
-authors' is as wide as their transformer. The student is sampled in as many evaluations as `method.phases` says. The tiny
-preset has its own values, with reasons beside them.
+V-PAE's paper gives no settings for its baselines, and PCM's authors none for Wan. The presets of 1.3B and 14B hold
+those of their code for SD3 (rank 32 at 5e-6 with Adam (.9, .999), heads on every block at 1e-5 with Adam (0, .999),
+decay .001, norms clipped at 1, 100 points, w = 4, adversarial weight .1) at Wan's own shift, with the paper's batch of
+32, and 1,500 steps, the sum of its two phases, where the authors take 10,000 of small batches. A head's width is DCM's,
+1,024; the authors' is as wide as their transformer. The student is sampled in as many evaluations as `method.phases`
+says. The tiny preset has its own values, with reasons beside them.
 """
 
 from ml_collections import ConfigDict

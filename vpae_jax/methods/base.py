@@ -72,6 +72,11 @@ class Backbone(Velocity, Protocol):
         """Both by one forward pass."""
         ...
 
+
+@runtime_checkable
+class Reader(Backbone, Protocol):
+    """A backbone whose last layer can be applied to the hidden states of any block."""
+
     def readings(self, features: Features, x: Latents, t: Times) -> tuple[Latents, ...]:
         """What the network's last layer makes of each tap's hidden states: the velocity at (x, t) if the tapped block
         were the last one."""
