@@ -8,7 +8,7 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from configs import encoders, phase1, phase2, teacher, vae
+from configs import dcm_detail, dcm_semantic, encoders, pcm, phase1, phase2, teacher, vae
 from configs.common import PRESETS
 from vpae_jax.config import build, complete, parse, parse_sources
 from vpae_jax.flow.times import VALUES_720P, TimeDistribution
@@ -130,7 +130,7 @@ def test_other_defaults_are_reached_from_the_command_line():
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("module", [phase1, phase2])
+@pytest.mark.parametrize("module", [phase1, phase2, pcm, dcm_semantic, dcm_detail])
 def test_a_parsed_config_is_plain_json(module, preset):
     values = dataclasses.asdict(parse(module.get_config(preset)))
     again = json.loads(json.dumps(values))
@@ -167,7 +167,7 @@ def test_a_method_names_the_key_of_a_bad_value():
         method_of(phase2, "tiny", "method.csds.t.low=.95")
 
 
-@pytest.mark.parametrize("module", [vae, encoders, teacher, phase1, phase2])
+@pytest.mark.parametrize("module", [vae, encoders, teacher, phase1, phase2, pcm, dcm_semantic, dcm_detail])
 def test_the_preset_is_no_key(module):
     assert "preset" not in module.get_config()
     with pytest.raises(UserError, match=r"config\.preset: unknown key"):
@@ -175,8 +175,8 @@ def test_the_preset_is_no_key(module):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("module", [phase1, phase2])
-def test_every_preset_of_both_phases_parses(module, preset):
+@pytest.mark.parametrize("module", [phase1, phase2, pcm, dcm_semantic, dcm_detail])
+def test_every_preset_parses(module, preset):
     experiment = parse(module.get_config(preset))
     check_roles(make_method(experiment.method), experiment.optimizers)
 

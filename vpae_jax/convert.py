@@ -30,11 +30,13 @@ from typing import Any, get_args
 import numpy as np
 
 from vpae_jax import cli
+from vpae_jax.config import parse
 from vpae_jax.files import local_path
 from vpae_jax.methods import make_method
 from vpae_jax.methods.base import Method, all_views
-from vpae_jax.run.first_weights import resolve_model
+from vpae_jax.run.first_weights import previous_step, read_previous, remembered, resolve_model
 from vpae_jax.run.guard import verdict
+from vpae_jax.run.student import averaged_view
 from vpae_jax.train.checkpoint import CONFIG_FILE, FOLDER, read_state
 from vpae_jax.types import Note, UserError
 from vpae_jax.weights.card import Provenance
@@ -131,15 +133,13 @@ def read_run(workdir: Path, weights: str | None, base: str | None, refused: bool
     student, averages = method.student, state["averages"]
     if student is None:
         raise UserError(f"{workdir}: its method {run['method'].get('name')} makes no generator to convert")
-    kept = f"{student.view}_{student.average}"
-    averaged = weights == "ema" or (weights is None and kept in averages)
-    if averaged and kept not in averages:
-        raise UserError(f"{workdir}: the checkpoint has no average of the generator; use --weights=generator")
     names = {"transformer": student.view} | ({} if student.low is None else {LOW: student.low})
-    parts = {
-        part: _trained(method, f"{name}_{student.average}" if averaged else name, state["params"], averages, model)
-        for part, name in names.items()
-    }
+    judged = {part: averaged_view(averages, student, name) for part, name in names.items()}
+    if weights == "ema" and judged == names:
+        raise UserError(f"{workdir}: the checkpoint has no average of the generator; use --weights=generator")
+    averaged = weights != "generator" and judged != names
+    held = _Held(method, run, workdir, state["params"], averages, model)
+    parts = {part: held.transformer(name) for part, name in (judged if averaged else names).items()}
     facts = {
         "run": run.get("name", ""),
         "step": int(state["step"]),
@@ -156,18 +156,46 @@ def read_run(workdir: Path, weights: str | None, base: str | None, refused: bool
     )
 
 
-def _trained(
-    method: Method, name: str, params: Mapping[str, Any], averages: Mapping[str, Any], model: ModelDirectory
-) -> Values:
-    """A view's transformer from a checkpoint; adapters are added to the weights that they were trained on."""
-    view, config = all_views(method)[name], model.part("transformer").config
-    adapters = method.roles[view.role].adapters
-    own = params[view.role] if view.average is None else averages[f"{view.role}_{view.average}"]
-    if adapters is None:
-        return from_tree("transformer", config, own)
-    base = params.get(adapters.on) or read_part(model, "transformer", None)[1]
-    lora = from_adapters(own, adapters.alpha * view.scale, adapters.rank)
-    return Merged(from_tree("transformer", config, base), lora, changed_dtype=np.dtype(np.float32))
+@dataclass(frozen=True)
+class _Held:
+    """What a run holds.
+
+    Attributes:
+      method: its method.
+      run: its config.
+      workdir: its folder.
+      params, averages: of its checkpoint.
+      model: what it started from.
+    """
+
+    method: Method
+    run: Mapping[str, Any]
+    workdir: Path
+    params: Mapping[str, Any]
+    averages: Mapping[str, Any]
+    model: ModelDirectory
+
+    def transformer(self, name: str) -> Values:
+        """A view's transformer; adapters are added to the weights that they were trained on."""
+        view, config = all_views(self.method)[name], self.model.part("transformer").config
+        adapters = self.method.roles[view.role].adapters
+        own = self._weights(view.role) if view.average is None else self.averages[f"{view.role}_{view.average}"]
+        if adapters is None:
+            return from_tree("transformer", config, own)
+        lora = from_adapters(own, adapters.alpha * view.scale, adapters.rank)
+        base = from_tree("transformer", config, self._weights(adapters.on))
+        return Merged(base, lora, changed_dtype=np.dtype(np.float32))
+
+    def _weights(self, role: str) -> Any:
+        """A role's weights: trained ones from the checkpoint, frozen ones from where the run took them."""
+        if role in self.params:
+            return self.params[role]
+        earlier = self.method.roles[role].previous(role)
+        if earlier is None:
+            return read_part(self.model, "transformer", None)[1]
+        experiment = parse(self.run)
+        step = previous_step(experiment, self.workdir, remembered(self.workdir))
+        return read_previous(experiment, self.workdir, earlier, None, step)
 
 
 def read_adapters(workdir: Path, name: str) -> Lora:

@@ -1,11 +1,11 @@
-"""Seeds: each its own numbers, or refused."""
+"""Seeds and keys: each its own numbers, or refused."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vpae_jax.flow.draws import SEEDS, noise_of_seed, noise_of_seeds
+from vpae_jax.flow.draws import SEEDS, clip_keys, noise_of_seed, noise_of_seeds, split
 from vpae_jax.types import UserError
 
 
@@ -27,3 +27,14 @@ def test_seeds_of_a_batch_have_the_same_noise():
     found = jax.jit(lambda seeds: noise_of_seeds(seeds, (len(seeds), *shape)))(jnp.array(seeds, jnp.uint32))
     for row, seed in enumerate(seeds):
         np.testing.assert_array_equal(found[row], noise_of_seed(seed, (1, *shape))[0][0])
+
+
+def test_split_keys_are_independent_and_stay_with_their_clips():
+    one = jax.random.split(jax.random.key(0), 3)
+    np.testing.assert_array_equal(jax.random.key_data(split(jax.random.key(0), 3)), jax.random.key_data(one))
+    keys = clip_keys(jax.random.key(1), 4)
+    parts = split(keys, 2)
+    assert parts.shape == (2, 4)
+    assert len({np.asarray(jax.random.key_data(key)).tobytes() for key in [*parts[0], *parts[1], *keys]}) == 12
+    alone = split(keys[2:3], 2)
+    np.testing.assert_array_equal(jax.random.key_data(parts[:, 2:3]), jax.random.key_data(alone))

@@ -167,3 +167,30 @@ def test_conditional_mean_contracts():
     x = S.add_noise(x0, jax.random.normal(jax.random.key(0), x0.shape), t)
     assert float(oracle(x, t)[1].mean()) == pytest.approx(M + k * (2.5 - M), abs=3e-3)
     assert math.isclose(2 * (2.5 - (M + k * (2.5 - M))), 2 * (1 - k) * (2.5 - M), rel_tol=1e-9)
+
+
+@pytest.mark.parametrize(("r", "t"), [(0.0, 0.3), (0.2, 0.9), (0.6, 0.8), (0.7, 0.7), (0.3, 1.0)])
+def test_what_is_noised_on_lies_where_the_path_does(point, r, t):
+    """Signal 1 - t, and independent noises whose variances add up to t^2; at the same time nothing happens."""
+    x0, eps, _, _ = point
+    r, t = jnp.full(3, r, jnp.float32), jnp.full(3, t, jnp.float32)
+    zero = jnp.zeros_like(x0)
+    assert_close(S.renoise(S.add_noise(x0, zero, r), zero, r, t), S.add_noise(x0, zero, t))
+    old, new = (np.asarray(S.renoise(*two, r, t) / eps) for two in ((S.add_noise(zero, eps, r), zero), (zero, eps)))
+    assert_close(old**2 + new**2, np.broadcast_to(np.asarray(t).reshape(3, 1, 1, 1, 1) ** 2, SHAPE))
+    if r[0] == t[0]:
+        assert_close(S.renoise(x0, eps, r, t), x0)
+
+
+def test_noise_that_takes_a_clip_from_time_6_to_8():
+    r, t = jnp.full(3, 0.6), jnp.full(3, 0.8)
+    one = jnp.ones(SHAPE)
+    assert_close(S.renoise(0 * one, one, r, t), 0.741620 * np.ones(SHAPE))
+    assert_close(S.renoise(one, 0 * one, r, t), 0.5 * np.ones(SHAPE))
+
+
+def test_noising_on_between_near_times_is_finite():
+    times = jnp.linspace(0.0, 0.999, 300)
+    near = jnp.minimum(times * (1 + 2e-7), 1.0)
+    one = jnp.ones((300, 1))
+    assert bool(jnp.isfinite(S.renoise(one, one, times, near)).all())

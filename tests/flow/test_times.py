@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vpae_jax.flow import draws
-from vpae_jax.flow.schedule import shift, translate
+from vpae_jax.flow.schedule import shift, translate, unshift
 from vpae_jax.flow.times import OWN, VALUES_720P, TimeDistribution
 from vpae_jax.types import UserError
 
@@ -119,6 +119,80 @@ def test_a_pair_of_a_list_is_a_time_and_the_one_after():
 def test_continuous_times_have_no_pairs(kind):
     with pytest.raises(UserError, match=rf"kind is '{kind}', expected 'grid' or 'list'"):
         TimeDistribution(kind).pair(KEY, MANY)
+
+
+GRID = TimeDistribution("grid", points=100, shift=3.0)
+
+
+@pytest.mark.parametrize("phases", [1, 2, 3, 4, 7, 100])
+def test_phases_of_a_grid(phases):
+    """PCM's: phase m holds points floor(m N / M) + 1 to floor((m + 1) N / M), and ends at the point below."""
+    found = GRID.phased(KEY, (20_000, 1), phases)
+    t, before, end, inside = (np.round(unshift(np.asarray(one), 3.0) * 100, 3) for one in found)
+    starts = np.floor(np.linspace(0, 100, phases, endpoint=False))
+    own = np.searchsorted(starts, t, side="left") - 1
+    np.testing.assert_allclose(t, np.round(t), atol=2e-3)
+    assert len(np.unique(t)) == 100
+    np.testing.assert_allclose(before, t - 1, atol=2e-3)
+    np.testing.assert_allclose(end, starts[own], atol=2e-3)
+    tops = np.append(starts, 100)[own + 1]
+    assert (inside > end - 0.1).all() and (inside < tops - 0.5).all()
+    if phases in (1, 4):  # every point of the lowest phase, its end among them, and each as often
+        shares = np.unique(np.round(inside[own == 0]), return_counts=True)
+        np.testing.assert_array_equal(shares[0], np.arange(100 // phases))
+        assert shares[1].min() > 0.6 * shares[1].mean()
+
+
+def test_the_two_times_of_a_phase_are_drawn_apart():
+    found = GRID.phased(KEY, (20_000, 1))
+    assert abs(np.corrcoef(found.t, found.inside)[0, 1]) < 0.03
+    np.testing.assert_array_equal(found.t, GRID.phased(draws.clip_keys(KEY, 20_000), (20_000, 1)).t)
+
+
+def test_parts_of_a_grid_end_where_the_next_begins():
+    """DCM's experts: 50 points of shift 17, parted after the 35th."""
+    semantic, detail = (
+        TimeDistribution("grid", low=low, high=high, shift=17.0) for low, high in ((0.7, 1.0), (0.0, 0.7))
+    )
+    assert semantic.ends() == pytest.approx((1, 0.975410), abs=1e-6)
+    assert detail.ends() == pytest.approx((0.975410, 0), abs=1e-6)
+    for part, low, high in ((semantic, 0.977636, 1.0), (detail, 0.257576, 0.975410)):
+        found = part.phased(KEY, MANY)
+        assert found.t.min() == pytest.approx(low, abs=1e-5) and found.t.max() == pytest.approx(high, abs=1e-5)
+        assert_close(found.end, np.full(10_000, part.ends()[-1]))
+        assert (found.before >= found.end).all() and (found.inside >= found.end).all()
+        assert found.before.min() == found.end[0] == found.inside.min()
+        assert found.inside.max() < found.t.max()
+
+
+def test_where_phases_end():
+    assert GRID.ends(4) == pytest.approx((1, 0.9, 0.75, 0.5, 0), abs=1e-9)
+    assert changed(GRID, shift=1.0).ends(3) == pytest.approx((1, 0.66, 0.33, 0), abs=1e-9)
+    assert changed(GRID, shift=1.0, clip=(0.1, 0.9)).ends(2) == pytest.approx((0.9, 0.5, 0.1), abs=1e-9)
+
+
+def test_a_clip_keeps_its_phase_in_a_part_of_the_batch():
+    keys, distribution = draws.clip_keys(KEY, 8), changed(GRID, stated_for=72)
+    whole = distribution.phased(keys, (8, 18), 4)
+    parts = [distribution.phased(keys[i : i + 2], (2, 18), 4) for i in (0, 2, 4, 6)]
+    for one, *pieces in zip(whole, *parts, strict=True):
+        np.testing.assert_array_equal(np.concatenate(pieces), one)
+    assert_close(whole.end, translate(np.asarray(GRID.phased(keys, (8, 18), 4).end), 72, 18))
+
+
+@pytest.mark.parametrize(
+    ("distribution", "phases", "message"),
+    [
+        (TimeDistribution("list"), 1, "kind is 'list', expected 'grid': times in phases"),
+        (TimeDistribution(), 1, "kind is 'uniform', expected 'grid': times in phases"),
+        (GRID, 0, "phases are 0, expected 1 to 100"),
+        (changed(GRID, low=0.9), 11, "phases are 11, expected 1 to 10"),
+    ],
+)
+def test_phases_that_no_grid_has_are_refused(distribution, phases, message):
+    for call in (lambda: distribution.ends(phases), lambda: distribution.phased(KEY, MANY, phases)):
+        with pytest.raises(UserError, match=message):
+            call()
 
 
 @pytest.mark.parametrize("plain", KINDS, ids=lambda one: one.kind)

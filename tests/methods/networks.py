@@ -56,6 +56,10 @@ class Net:
     def velocity_and_features(self, x, t, condition, taps):
         return self(x, t, condition), self.features(x, t, condition, taps)
 
+    def readings(self, features, x, t):
+        c = x.shape[-1]
+        return tuple(jnp.tanh(tap @ self.w[:c] + t[:, None, None]).reshape(x.shape) for tap in features.taps)
+
 
 @dataclass(frozen=True)
 class Heads:
@@ -125,9 +129,9 @@ class Call:
 
     Attributes:
       net: the view's name.
-      kind: "velocity", "features" or "both".
+      kind: "velocity", "features", "both", or "readings", of features that it gave before.
       x, t: what it was shown and told.
-      prompt: "own" or "negative".
+      prompt: "own" or "negative"; "" for readings.
       picture: whether image and first frame were given, for each clip.
       v: the velocity that it gave, if it did.
     """
@@ -181,6 +185,10 @@ class Recorder:
     def velocity_and_features(self, x, t, condition, taps):
         self._note("both", x, t, condition, self.net(x, t, condition))
         return self.net.velocity_and_features(x, t, condition, taps)
+
+    def readings(self, features, x, t):
+        self.calls.append(Call(self.name, "readings", concrete(x), concrete(t), "", (), None))
+        return self.net.readings(features, x, t)
 
 
 @dataclass

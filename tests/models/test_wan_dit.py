@@ -189,6 +189,65 @@ def test_features_run_no_block_after_the_last_tap():
     assert all(len(scan.outvars) == 1 for scan in scans)  # the hidden states, and no layer's kept beside them
 
 
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("taps", [(1, 2, 3, 4, 5, 6), (1, 3, 5, 7), (2, 4, 6, 8)])
+def test_many_evenly_spaced_taps_compile_as_one_block_and_are_the_same(taps, trained):
+    """Also in the gradient, to the input and to the weights."""
+    config = dataclasses.replace(T2V, num_layers=8)
+    model = WanTransformer(config, rngs=nnx.Rngs(0), remat="full")
+    graph, params = nnx.split(model)
+    given = inputs(config, (1, 4, 4))
+
+    def states(params, x, taps):
+        return nnx.merge(graph, params).features(x, *given[1:], taps, trained).taps
+
+    together = states(params, given[0], taps)
+    alone = [states(params, given[0], (tap,))[0] for tap in taps]
+    for one, other in zip(together, alone, strict=True):
+        assert error(one, other) <= 1e-5
+
+    def loss(params, x, each):
+        found = [state for one in each for state in states(params, x, one)]
+        return sum((n + 1) * (state**2).mean() for n, state in enumerate(found))
+
+    one, other = (jax.grad(loss, argnums=(0, 1))(params, given[0], each) for each in ((taps,), [(t,) for t in taps]))
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * float(jnp.abs(b).max()) + 1e-9)
+    text = str(jax.make_jaxpr(lambda x: states(params, x, taps))(given[0]))
+    assert text.count("scan[") == 3, "up to the first tap, and turns of the strides that follow"
+
+
+def test_velocity_beside_many_taps():
+    config = dataclasses.replace(T2V, num_layers=6)
+    model = WanTransformer(config, rngs=nnx.Rngs(0))
+    nnx.update(model, jax.tree.map(lambda p: p + 0.01, nnx.state(model, nnx.Param)))
+    given = inputs(config, (1, 4, 4))
+    v, features = model.velocity_and_features(*given, (1, 2, 3, 4, 5))
+    assert error(v, model(*given)) <= 1e-5 and len(features.taps) == 5
+
+
+def test_readings_are_velocities_of_a_shorter_model():
+    """The last layer on the states after each block: of the last one, the model's own velocity."""
+    config = dataclasses.replace(T2V, num_layers=4)
+    model = WanTransformer(config, rngs=nnx.Rngs(0))
+    nnx.update(model, jax.tree.map(lambda p: p + 0.01, nnx.state(model, nnx.Param)))
+    x, t, condition = inputs(config, (3, 4, 6))
+    found = model.readings(model.features(x, t, condition, (2, 4)), x, t)
+    assert [one.shape for one in found] == [x.shape, x.shape]
+    np.testing.assert_array_equal(found[1], model(x, t, condition))
+    weights = {name: value for name, value in flat_weights(model).items()}
+    weights |= {name: value[:2] for name, value in weights.items() if name.startswith("blocks/")}
+    short = load(dataclasses.replace(config, num_layers=2), weights)
+    assert error(found[0], short(x, t, condition)) <= 1e-5 and error(found[0], found[1]) > 1e-3
+    other = model.readings(model.features(x, t, condition, (4,)), x, 0.5 * t)
+    assert error(other[0], found[1]) > 1e-3, "the last layer is told the time"
+
+
+def flat_weights(model):
+    found = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {"/".join(map(str, path)): np.asarray(value[...]) for path, value in found}
+
+
 @pytest.mark.parametrize("remat", ["none", "dots", "attention", "full"])
 def test_training_memory_grows_with_the_tokens_and_not_with_their_square(remat):
     """Four times the tokens: more than twice as many would be kept for each if tiles of logits were among it."""

@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import encoders, phase1, phase2, teacher, vae
+from configs import dcm_detail, dcm_semantic, encoders, pcm, phase1, phase2, teacher, vae
 from vpae_jax.config import GuardConfig, parse
 from vpae_jax.flow.sampler import Sampler
 from vpae_jax.inference.pipeline import Pipeline
 from vpae_jax.inference.samplers import Denoiser
 from vpae_jax.media import read_image
 from vpae_jax.methods import make_method
+from vpae_jax.methods.base import Role
+from vpae_jax.methods.dcm import DCMDetail
+from vpae_jax.methods.vpae import PhaseTwo
 from vpae_jax.metrics.base import Metric
 from vpae_jax.run.generation import Generation, scores_of
 from vpae_jax.run.guard import Guard, obstacle
@@ -205,11 +208,30 @@ def test_it_samples_as_the_student_is_sampled(tmp_path):
         (teacher, "starts from random weights"),
         (phase1, "starts from a teacher"),
         (phase2, None),
+        (pcm, "starts from a teacher"),
+        (dcm_semantic, "starts from a teacher"),
+        (dcm_detail, None),
     ],
 )
 def test_it_judges_students_of_students(config, reason):
     found = obstacle(make_method(parse(config.get_config()).method))
     assert found is None if reason is None else reason in found
+
+
+def test_it_looks_at_both_experts():
+    """Of adapters that are fresh, at what they sit on."""
+    assert obstacle(DCMDetail()) is None and obstacle(DCMDetail(generator="full")) is None
+    for method in (DCMDetail(init="pretrained"), DCMDetail(init="pretrained", generator="full")):
+        assert "starts from a teacher" in obstacle(method)
+
+    class Mixed(DCMDetail):
+        @property
+        def roles(self):
+            return {**super().roles, "generator": Role("fresh", True)}
+
+    assert "starts from random weights" in obstacle(Mixed())
+    assert "starts from a teacher" in obstacle(PhaseTwo(init="pretrained", generator="lora"))
+    assert obstacle(PhaseTwo(generator="lora")) is None
 
 
 def test_clips_do_not_depend_on_how_many_are_made_at_once():

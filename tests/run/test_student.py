@@ -19,6 +19,7 @@ from vpae_jax.types import Batch
 SIZES = WanTransformerConfig(
     num_attention_heads=2, attention_head_dim=8, in_channels=16, text_dim=8, freq_dim=8, ffn_dim=16, num_layers=2
 )
+FEW = "^blocks/attn1/to_q$|^proj_out$"
 EMA = {"ema": Average(0.9)}
 
 
@@ -34,6 +35,8 @@ class Three(Method):
             "generator": Role("previous", True, averages=EMA),
             "low": Role("previous", True, adapters=Adapters("teacher", 2, 4.0), averages=EMA),
             "detail": Role("previous", True, adapters=Adapters("generator", 2, 4.0)),
+            "still": Role("previous:generator"),
+            "fine": Role("fresh", True, adapters=Adapters("still", 2, 4.0, FEW), averages=EMA),
         }
 
     @property
@@ -42,7 +45,7 @@ class Three(Method):
 
     @property
     def updates(self):
-        return (Update(("generator", "low", "detail"), lambda nets, batch, context: (jnp.zeros(1), {})),)
+        return (Update(("generator", "low", "detail", "fine"), lambda nets, batch, context: (jnp.zeros(1), {})),)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,7 @@ def setting():
         return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape), jnp.float32), tree)
 
     params, frozen = draw(blueprint.trained), draw(blueprint.frozen)
-    averages = {f"{name}_ema": draw(blueprint.trained[name]) for name in ("generator", "low")}
+    averages = {f"{name}_ema": draw(blueprint.trained[name]) for name in ("generator", "low", "fine")}
     state = TrainState(jnp.int32(1), jax.random.key(0), params, {}, averages)
     return blueprint.models, frozen, state
 
@@ -131,3 +134,22 @@ def test_two_experts(setting):
     full = maker(setting, Student("detail", Sampler(), average=None)).exported(state.params)[0].lora
     change = full.change(path + "/kernel", layer)
     np.testing.assert_allclose(low.lora.change(path + "/kernel", layer), 0.5 * change, rtol=1e-5, atol=1e-6)
+
+
+def test_two_experts_of_which_one_is_frozen(setting):
+    """It is neither in a checkpoint nor averaged: the other one's average is judged beside it, and so exported."""
+    _, frozen, state = setting
+    made = maker(setting, Student("still", Sampler(), low="fine", boundary=0.6))
+    assert made.roles == ("fine",)
+    shown = made.shown(state)
+    assert all(same(one.weights, frozen["still"]) for one in shown.values())
+    assert same(shown["generator"].low[1], merge_trees(frozen["still"], state.params["fine"]))
+    assert same(made.judged(state).low[1], merge_trees(frozen["still"], state.averages["fine_ema"]))
+    trained, low = made.exported(state.params, state.averages)
+    assert same(trained.params, frozen["still"]) and same(low.params, frozen["still"]) and trained.lora is None
+    assert {path for path, _ in low.lora.adapters} == {"blocks/attn1/to_q", "proj_out"}
+    begin = {"fine": jax.tree.map(jnp.zeros_like, state.params["fine"])}
+    trained, low = made.exported(begin)
+    assert same(trained.params, frozen["still"])
+    assert not any(adapter.product().any() for adapter in low.lora.adapters.values())
+    assert same(made.of_start(begin).low[1], merge_trees(frozen["still"], begin["fine"]))

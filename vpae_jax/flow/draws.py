@@ -27,6 +27,13 @@ def clip_keys(key: PRNGKey, clips: int) -> Key[Array, "b"]:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(clips))
 
 
+def split(key: PRNGKey, count: int) -> PRNGKey:
+    """Independent keys of a key, on the leading axis; keys of clips give keys of clips."""
+    if not key.ndim:
+        return jax.random.split(key, count)
+    return jax.vmap(lambda own: jax.random.split(own, count), out_axes=1)(key)
+
+
 def batch_key(key: PRNGKey) -> PRNGKey:
     """A key for what all clips of a batch share, independent of every clip's own key."""
     return jax.random.fold_in(key, jnp.uint32(2**32 - 1))  # no clip has this number

@@ -20,6 +20,10 @@ values corresponds, for clips of n values, to the time of equal signal after ave
 
     (9)  t_n = t / (a - (a - 1) t),      a = sqrt(N / n)                  the inverse of (8) with s = a
 
+A state of the path at time r is noised on to a later one by
+
+    (10) x_t = a x_r + sqrt(t^2 - a^2 r^2) eps,   a = (1 - t) / (1 - r),   with (1)'s signal and noise
+
 Arrays are `[b, ...]` with one time an example. The time is cast to the array's dtype: pass float32 arrays where
 (1 - t) is small.
 """
@@ -48,6 +52,14 @@ def add_noise(x0: Signal, eps: Signal, t: Times) -> Signal:
     """Eq. 1: x_t on the straight path from data to noise."""
     t = expand(t, x0)
     return (1 - t) * x0 + t * eps
+
+
+def renoise(x: Signal, eps: Signal, r: Times, t: Times) -> Signal:
+    """Eq. 10: from x_r to x_t, for r <= t, r < 1."""
+    r, t = expand(r, x), expand(t, x)
+    kept = (1 - t) / (1 - r)
+    # t^2 - a^2 r^2 in factors, of which the first is t - a r: never below 0.
+    return kept * x + ((t - r) / (1 - r) * (t + kept * r)) ** 0.5 * eps
 
 
 def velocity_to_x0(v: Signal, x: Signal, t: Times) -> Signal:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from vpae_jax.flow import draws
 from vpae_jax.flow.schedule import shift, translate
@@ -41,6 +41,22 @@ class _Points(NamedTuple):
     times: Float[np.ndarray, "n"]
     before: Float[np.ndarray, "n"]
     probabilities: Float[np.ndarray, "n"]
+
+
+class Phased(NamedTuple):
+    """Times of a grid that is parted into phases.
+
+    Attributes:
+      t: as drawn.
+      before: the next lower time of the whole grid.
+      end: the lower end of the phase that t is in; 0, or a point of the phase below.
+      inside: another time of this phase, from its end on and below its top.
+    """
+
+    t: Times
+    before: Times
+    end: Times
+    inside: Times
 
 
 @dataclass(frozen=True)
@@ -140,6 +156,45 @@ class TimeDistribution:
         index = jnp.searchsorted(cumulative, draws.uniform(key, shape[0]), side="right")
         drawn, before = (jnp.asarray(table, jnp.float32)[index] for table in (points.times, points.before))
         return self._placed(drawn, shape), self._placed(before, shape)
+
+    def phased(self, key: PRNGKey, shape: Sequence[int], phases: int = 1) -> Phased:
+        """The times of a call on a grid, with the phase that each is in and another time of it, drawn independently.
+
+        The points of (low, high] are parted into phases as equal as whole numbers allow; a phase reaches down to the
+        highest point of the one below, the lowest one to the point below `low`, or to 0.
+
+        Raises:
+          UserError: no grid, or more phases than points.
+        """
+        starts, points = self._starts(phases), self._points
+        sizes = np.diff(starts, append=len(points.times))
+        point, other = draws.split(draws.clip_keys(key, shape[0]), 2)
+        index = (draws.uniform(point, shape[0]) * len(points.times)).astype(jnp.int32)
+        start, size = (jnp.asarray(np.repeat(table, sizes), jnp.int32)[index] for table in (starts, sizes))
+        inside = start + (draws.uniform(other, shape[0]) * size.astype(jnp.float32)).astype(jnp.int32)
+        times, before = (jnp.asarray(table, jnp.float32) for table in (points.times, points.before))
+        raw = (times[index], before[index], before[start], before[inside])
+        return Phased(*(self._placed(one, shape) for one in raw))
+
+    def ends(self, phases: int = 1) -> tuple[float, ...]:
+        """The ends of the phases of `phased` on the sigma axis, falling, from the top of the highest to the end of the
+        lowest, as stated: a student that jumps from each to the next is sampled at them.
+
+        Raises:
+          UserError: as `phased`.
+        """
+        starts, points = self._starts(phases), self._points
+        raw = np.array([points.times[-1], *points.before[starts[::-1]]])
+        return tuple(np.clip(shift(raw, self.shift), *self.clip).tolist())
+
+    def _starts(self, phases: int) -> Int[np.ndarray, "phases"]:
+        """The lowest point of each phase, counted from the lowest of all."""
+        if self.kind != "grid":
+            raise UserError(f"kind is {self.kind!r}, expected 'grid': times in phases")
+        points = len(self._points.times)
+        if not 1 <= phases <= points:
+            raise UserError(f"phases are {phases}, expected 1 to {points}, as many as the grid has points")
+        return np.arange(phases) * points // phases
 
     @property
     def _points(self) -> _Points:

@@ -7,11 +7,13 @@ from vpae_jax.config import build, nearest
 from vpae_jax.methods.autoencoder import Autoencoder
 from vpae_jax.methods.base import Method
 from vpae_jax.methods.contrastive import Contrastive
+from vpae_jax.methods.dcm import DCMDetail, DCMSemantic
 from vpae_jax.methods.dmd2 import DMD2
 from vpae_jax.methods.flow_matching import FlowMatching
 from vpae_jax.methods.kd import KnowledgeDistillation
 from vpae_jax.methods.lcm import LCM
 from vpae_jax.methods.magic import Magic
+from vpae_jax.methods.pcm import PCM
 from vpae_jax.methods.vpae import PhaseOne, PhaseTwo
 from vpae_jax.types import UserError
 
@@ -19,10 +21,13 @@ METHODS: Mapping[str, type] = {
     "autoencoder": Autoencoder,
     "contrastive": Contrastive,
     "dmd2": DMD2,
+    "dcm_detail": DCMDetail,
+    "dcm_semantic": DCMSemantic,
     "flow_matching": FlowMatching,
     "kd": KnowledgeDistillation,
     "lcm": LCM,
     "magic": Magic,
+    "pcm": PCM,
     "vpae_phase1": PhaseOne,
     "vpae_phase2": PhaseTwo,
 }

@@ -21,7 +21,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.lax import stop_gradient
@@ -32,7 +31,16 @@ from vpae_jax.flow import draws
 from vpae_jax.flow.schedule import add_noise
 from vpae_jax.flow.times import VALUES_720P, TimeDistribution
 from vpae_jax.methods.base import Backbone, Heads
-from vpae_jax.methods.common import Term, check_at_least, check_choice, example_mean, example_sum, f32, named_keys
+from vpae_jax.methods.common import (
+    Term,
+    check_at_least,
+    check_choice,
+    example_mean,
+    example_sum,
+    f32,
+    named_keys,
+    term_of,
+)
 from vpae_jax.types import Condition, Features, Latents, Metrics, PerExample, PRNGKey, Times, UserError
 
 Logits = Float[Array, "b k"]
@@ -212,6 +220,9 @@ class DifferencePenalty:
         return total
 
 
+NO_PENALTY = DifferencePenalty(weight=0.0)
+
+
 def discriminator_loss(
     judge: Judge, shown: Judged, kind: AdversarialKind, penalty: DifferencePenalty, key: PRNGKey
 ) -> tuple[PerExample, Metrics]:
@@ -288,8 +299,8 @@ def adversarial_term(
         value, logit = generator_loss(judge, shown, kind)
         return value, (logit, shown.fake_t)
 
-    value, backward, (logit, t) = jax.vjp(loss, x0, has_aux=True)
-    return Term(value, backward(jnp.ones_like(value))[0]), {"fake_logit": logit}, t
+    term, (logit, t) = term_of(loss, x0)
+    return term, {"fake_logit": logit}, t
 
 
 def accuracy(real: Logits, fake: Logits, relative: bool) -> Float[Array, ""]:

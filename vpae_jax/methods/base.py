@@ -74,6 +74,16 @@ class Backbone(Velocity, Protocol):
 
 
 @runtime_checkable
+class Reader(Backbone, Protocol):
+    """A backbone whose last layer can be applied to the hidden states of any block."""
+
+    def readings(self, features: Features, x: Latents, t: Times) -> tuple[Latents, ...]:
+        """What the network's last layer makes of each tap's hidden states: the velocity at (x, t) if the tapped block
+        were the last one."""
+        ...
+
+
+@runtime_checkable
 class Heads(Protocol):
     """Discriminator heads: hidden states to k logits a clip, high for real.
 
@@ -95,11 +105,14 @@ class Adapters:
       on: the role whose linear layers they sit on, frozen or trained.
       rank: of each pair of matrices.
       alpha: numerator of their scale, alpha / rank.
+      targets: regular expression, searched in the paths of linear layers, of those that get them; None for all of the
+        blocks, attention and feed-forward.
     """
 
     on: str
     rank: int
     alpha: float
+    targets: str | None = None
 
 
 @dataclass(frozen=True)
@@ -203,7 +216,8 @@ class Student:
     Attributes:
       view: the network; of two experts the one for times from `boundary` on.
       sampler: solver, times and guidance.
-      average: the average that is judged and exported in place of the weights; None for the weights themselves.
+      average: the average that is judged and exported in place of the weights; None for the weights themselves. Of two
+        experts it stands for those that keep one.
       low: the view of the expert for times below `boundary`; None for one network.
       boundary: see `low`.
     """

@@ -8,7 +8,7 @@ begins, and the reported norm costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -35,14 +35,7 @@ def named_keys(key: PRNGKey, *names: str) -> SimpleNamespace:
     """
     if len(set(names)) != len(names):
         raise ValueError(f"a name is repeated in {names}: two draws would share one key")
-    count = len(names)
-    # Clips stay on the leading axis only within each name's keys.
-    keys = (
-        jax.vmap(lambda own: jax.random.split(own, count), out_axes=1)(key)
-        if key.ndim
-        else jax.random.split(key, count)
-    )
-    return SimpleNamespace(**dict(zip(names, keys, strict=True)))
+    return SimpleNamespace(**dict(zip(names, draws.split(key, len(names)), strict=True)))
 
 
 def f32(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -79,6 +72,17 @@ class Term(NamedTuple):
     def grad_norm(self) -> PerExample:
         """L2 norm of each clip's gradient."""
         return jnp.sqrt(example_sum(self.grad**2))
+
+
+def term_of(loss: Callable[[Latents], tuple[PerExample, Any]], x0: Latents) -> tuple[Term, Any]:
+    """The term of a loss of each clip, and what else the loss returns.
+
+    Args:
+      loss: of which no weight is being trained.
+      x0: constants.
+    """
+    value, backward, more = jax.vjp(loss, x0, has_aux=True)
+    return Term(value, backward(jnp.ones_like(value))[0]), more
 
 
 def inject(x0: Latents, *terms: Term) -> PerExample:

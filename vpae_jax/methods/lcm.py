@@ -25,23 +25,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import jax.numpy as jnp
-from jax.lax import stop_gradient
 
-from vpae_jax.flow import draws
-from vpae_jax.flow.schedule import add_noise, expand, velocity_to_x0
 from vpae_jax.flow.times import VALUES_720P, TimeDistribution
 from vpae_jax.methods.base import Average, Context, Nets, Role, Student, Update, View
-from vpae_jax.methods.common import (
-    check_at_least,
-    check_choice,
-    check_fraction,
-    drift,
-    example_mean,
-    f32,
-    guided_velocity,
-    named_keys,
-    predict_x0,
-)
+from vpae_jax.methods.common import check_at_least, check_choice, check_fraction, example_mean, named_keys
+from vpae_jax.methods.consistency import check_huber, jumps, pseudo_huber
 from vpae_jax.methods.distillation import Distillation
 from vpae_jax.types import Batch, Latents, Metrics, PerExample, UserError
 
@@ -77,8 +65,7 @@ class LCM(Distillation):
         check_choice("LCM", {"distance": ("huber", "squared"), "target": ("student", "average")}, self)
         check_fraction("LCM", target_decay=self.target_decay)
         check_at_least("LCM", 0, guidance=self.guidance)
-        if not self.huber > 0:
-            raise UserError(f"LCM.huber is {self.huber}, expected a positive number")
+        check_huber("LCM", self.huber)
         if self.t.kind not in ("grid", "list"):
             raise UserError(f"LCM.t is of kind {self.t.kind!r}, expected 'grid' or 'list': a point before each time")
         _ = self.student  # refuses what no sampler is
@@ -109,22 +96,11 @@ class LCM(Distillation):
         """Eq. 2."""
         keys = named_keys(context.clips, "images", "t", "noise")
         batch = self.drop_images(batch, keys.images)
-        data = f32(batch.latents)
-        t, before = self.t.pair(keys.t, data.shape)
-        x = add_noise(data, draws.normal(keys.noise, data.shape, data.dtype), t)
-        v = guided_velocity(nets["teacher"], x, t, batch.condition, batch.unconditional, self.guidance)
-        x_before = stop_gradient(x + expand(before - t, x) * v)
-        target = stop_gradient(predict_x0(nets["target"], x_before, before, batch.condition))
-        x0 = predict_x0(nets["generator"], x, t, batch.condition)
-        step = velocity_to_x0(v, x, t)
-        metrics = {
-            **drift(stop_gradient(x0), data),
-            # How far the student is from the teacher's own prediction, and from its target.
-            "teacher_gap": example_mean(jnp.abs(stop_gradient(x0) - step)),
-            "consistency_gap": example_mean(jnp.abs(stop_gradient(x0) - target)),
-        }
-        return example_mean(self._distance(x0 - target)), metrics
+        t, before = self.t.pair(keys.t, batch.latents.shape)
+        end = jnp.zeros_like(t)
+        found = jumps(nets, batch, t, before, end, self.guidance, keys.noise)
+        return example_mean(self._distance(found.reached - found.target)), found.metrics
 
     def _distance(self, z: Latents) -> Latents:
         """Eq. 3."""
-        return z**2 if self.distance == "squared" else jnp.sqrt(z**2 + self.huber**2) - self.huber
+        return z**2 if self.distance == "squared" else pseudo_huber(z, self.huber)

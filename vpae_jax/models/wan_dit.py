@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
@@ -32,6 +33,7 @@ from vpae_jax.sharding import TRANSFORMER_RULES, param_path
 from vpae_jax.types import Condition, Features, Latents, Params, Times, Tokens, UserError
 
 CARRY = "carry"  # a block's input
+MANY_TAPS = 3  # more of them, if evenly spaced, are read in a scan: each tap on its own is compiled on its own
 REMAT_POLICIES: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
         "full": jax.checkpoint_policies.nothing_saveable,
@@ -144,6 +146,16 @@ class WanTransformer(nnx.Module):
             hidden = self._run(hidden, context, taps[-1], self.config.num_layers, copied=trained)
         return self._leave(hidden, embedding, x), _features(states, context, condition, self._grid(x))
 
+    def readings(self, features: Features, x: Latents, t: Times) -> tuple[Latents, ...]:
+        """What the last layer makes of each tap's hidden states, with the modulation of `t`: the velocity as if the
+        tapped block were the last one. That of the last block's states is `__call__`'s.
+
+        Args:
+          features: of `x`, at `t`.
+        """
+        embedding, _ = self.condition_embedder.time(t)
+        return tuple(self._leave(states, embedding, x) for states in features.taps)
+
     def _tapped(
         self, hidden: Float[Array, "b padded d"], context: Context, taps: tuple[int, ...], trained: bool
     ) -> tuple[tuple[Tokens, ...], Float[Array, "b padded d"]]:
@@ -152,11 +164,16 @@ class WanTransformer(nnx.Module):
         if not taps or list(taps) != sorted(set(taps)) or taps[0] < 1 or taps[-1] > layers:
             raise UserError(f"taps are {taps}, expected rising block numbers from 1 to {layers}; correct them")
         states, start = [], 0
-        for tap in taps:
+        strides = {later - earlier for earlier, later in pairwise(taps)}
+        unrolled = taps[:1] if len(taps) > MANY_TAPS and len(strides) == 1 else taps
+        for tap in unrolled:
             hidden = self._run(hidden, context, start, tap, copied=trained)
-            states.append(hidden[:, : context.tokens])
+            states.append(hidden)
             start = tap
-        return tuple(states), hidden
+        if len(unrolled) < len(taps):
+            hidden, more = self._run_in_turns(hidden, context, start, *strides, len(taps) - 1, trained)
+            states.extend(more)
+        return tuple(state[:, : context.tokens] for state in states), hidden
 
     def _grid(self, x: Latents) -> tuple[int, int, int]:
         (f, h, w), (pf, ph, pw) = x.shape[1:4], self.config.patch_size
@@ -214,9 +231,33 @@ class WanTransformer(nnx.Module):
 
     def _run(self, hidden: Tokens, context: Context, start: int, stop: int, copied: bool = True) -> Tokens:
         """Blocks start to stop - 1 in one scan over their stacked weights, sliced, or read in place by number."""
+        return jax.lax.scan(self._block(context, copied), hidden, self._layers(start, stop, copied))[0]
+
+    def _run_in_turns(
+        self, hidden: Tokens, context: Context, start: int, stride: int, turns: int, copied: bool
+    ) -> tuple[Tokens, Float[Array, "turns b padded d"]]:
+        """`stride` blocks from `start` on, so many times, and the hidden states after each turn: a scan of scans, which
+        compiles as one block does."""
+        block, layers = self._block(context, copied), self._layers(start, start + stride * turns, copied)
+
+        def turn(carry: Tokens, own: Any) -> tuple[Tokens, Tokens]:
+            carry = jax.lax.scan(block, carry, own)[0]
+            return carry, carry
+
+        return jax.lax.scan(turn, hidden, jax.tree.map(lambda x: x.reshape(turns, stride, *x.shape[1:]), layers))
+
+    def _layers(self, start: int, stop: int, copied: bool) -> Any:
+        """What `_block` is given of blocks start to stop - 1: their weights, or their numbers."""
+        if not copied:
+            return jnp.arange(start, stop)
+        weights = nnx.split(self.blocks)[1]
+        if (start, stop) == (0, self.config.num_layers):
+            return weights
+        return jax.tree.map(lambda weight: weight[start:stop], weights)
+
+    def _block(self, context: Context, copied: bool) -> Callable[[Tokens, Any], tuple[Tokens, None]]:
+        """The body of a scan over blocks, given the weights of each, or its number."""
         graph, weights = nnx.split(self.blocks)
-        if copied and (start, stop) != (0, self.config.num_layers):
-            weights = jax.tree.map(lambda weight: weight[start:stop], weights)
 
         def body(carry: Tokens, layer: Any) -> tuple[Tokens, None]:
             if not copied:
@@ -227,7 +268,7 @@ class WanTransformer(nnx.Module):
 
         if self.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        return jax.lax.scan(body, hidden, weights if copied else jnp.arange(start, stop))[0]
+        return body
 
 
 def _features(

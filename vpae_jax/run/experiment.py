@@ -27,7 +27,7 @@ from vpae_jax.methods.base import EMA, Method
 from vpae_jax.models import presets
 from vpae_jax.run import export
 from vpae_jax.run.agreement import reads, require_same, started_with
-from vpae_jax.run.first_weights import make_weights, previous_step, resolve_model
+from vpae_jax.run.first_weights import make_weights, previous_step, remember, remembered, resolve_model
 from vpae_jax.run.guard import Guard, obstacle
 from vpae_jax.run.overview import overview
 from vpae_jax.run.previews import Previews
@@ -88,14 +88,19 @@ def _run(experiment: Experiment, workdir: Path, lock: Lock, devices: Sequence[An
     continuing = as_first_says("continuing", latest_step(workdir) is not None)
     blueprint = draw_up(experiment, method, mesh, transformer)
     optimizers = {role: make_optimizer(experiment.optimizers[role]) for role in blueprint.trained}
-    # A run that continues has its trained weights in its checkpoint; so the phase before may be gone by then.
+    # A run that continues has its trained weights in its checkpoint; so the phase before may be gone by then, unless a
+    # frozen role starts from it.
     needed = [name for name in method.roles if name in blueprint.frozen or not continuing]
-    weights, begun = make_weights(blueprint, experiment, workdir, source, needed)
+    begun = as_first_says("start", remembered(workdir)) if continuing else None
+    weights, first_step = make_weights(blueprint, experiment, workdir, source, needed, begun)
     frozen = {name: weights.pop(name) for name in blueprint.frozen}
-    if begun is not None:
+    begun = first_step if begun is None else begun
+    if begun is not None and not continuing:
         folder, kind = resolve(experiment.previous.workdir, workdir), experiment.previous.weights
         say(f"{experiment.name} starts from step {begun} of {folder} ({kind} weights)")
     claim(experiment, workdir, lock)
+    if not continuing and is_first():
+        remember(workdir, begun)
     say(overview(blueprint))
 
     task = tasks.open_task(experiment.data, workdir, experiment.model.path, experiment.method)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import jax
 
 from vpae_jax import sharding
 from vpae_jax.config import Experiment
-from vpae_jax.files import IN_WORKDIR, resolve
+from vpae_jax.files import IN_WORKDIR, resolve, write_text
 from vpae_jax.methods.base import EMA
 from vpae_jax.train.blueprint import Blueprint
 from vpae_jax.train.checkpoint import read_state
@@ -17,8 +18,32 @@ from vpae_jax.train.newest import latest_step, whole_step
 from vpae_jax.train.state import places_of
 from vpae_jax.types import Params, UserError
 from vpae_jax.weights.directory import ModelDirectory
+from vpae_jax.weights.filenames import read_json
 from vpae_jax.weights.loading import read_part
 from vpae_jax.weights.locate import locate
+
+START = "start.json"
+
+
+def remember(workdir: Path, step: int | None) -> None:
+    """Writes down which step of the phase before a run starts from; None for a run that starts from none."""
+    if step is not None:
+        write_text(workdir / START, json.dumps({"previous_step": step}))
+
+
+def remembered(workdir: Path) -> int | None:
+    """The step of the phase before that a run has started from; None where it is not written down.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    file = workdir / START
+    if not file.is_file():
+        return None
+    step = read_json(file).get("previous_step")
+    if type(step) is not int:
+        raise UserError(f"{file}: previous_step is {step!r}, expected a whole number; start again in another --workdir")
+    return step
 
 
 def resolve_model(path: str, workdir: Path) -> Path:
@@ -39,7 +64,8 @@ def make_weights(
     Args:
       source: the model directory, for roles that start from it.
       names: which roles.
-      step: of the phase before; by default that of its newest whole checkpoint.
+      step: of the phase before; by default that of its newest whole checkpoint. A run that continues names the one
+        that it has started from, since roles that are frozen are read again.
 
     Returns:
       the weights by role, and the step of the phase before that they start from (None when they do not).
@@ -93,12 +119,12 @@ def previous_step(experiment: Experiment, workdir: Path, step: int | None = None
     return whole_step(folder, step)
 
 
-def read_previous(experiment: Experiment, workdir: Path, role: str, like: Params, step: int) -> Params:
+def read_previous(experiment: Experiment, workdir: Path, role: str, like: Params | None, step: int) -> Params:
     """A role's weights in the phase before.
 
     Args:
       role: its name there.
-      like: shapes with places.
+      like: shapes with places; None for arrays on the host, as they are stored.
       step: as `previous_step` gives it.
 
     Raises:
@@ -108,7 +134,7 @@ def read_previous(experiment: Experiment, workdir: Path, role: str, like: Params
     folder = resolve(previous.workdir, workdir)
     places = [("averages", f"{role}_{EMA}"), ("params", role)]
     for item, name in places if previous.weights == "ema" else places[1:]:
-        state = read_state(folder, step, (item,), {item: {name: like}})
+        state = read_state(folder, step, (item,), None if like is None else {item: {name: like}})
         if name in state[item]:
             return state[item][name]
     raise UserError(f"{folder} holds no {role} to start from; config.previous.workdir names another method's")

@@ -56,14 +56,21 @@ def verdict(workdir: Path, config: Mapping[str, Any]) -> Verdict | None:
 
 def obstacle(method: Method) -> str | None:
     """Why a method's student cannot be judged; None where it can."""
-    if method.student is None:
+    student = method.student
+    if student is None:
         return "the method trains no student"
-    view = all_views(method)[method.student.view]
-    role = method.roles[view.role]
-    if role.previous(view.role) is not None:
-        return None
-    begun = "a teacher" if role.start == "pretrained" or role.adapters is not None else "random weights"
-    return f"the student starts from {begun}, and not from the student of a phase before"
+    for view in (student.view, student.low):
+        if view is None:
+            continue
+        name = all_views(method)[view].role
+        role = method.roles[name]
+        if role.adapters is not None and role.start == "fresh":  # and so, at first, what they sit on
+            name = role.adapters.on
+            role = method.roles[name]
+        if role.previous(name) is None:
+            begun = "a teacher" if role.start == "pretrained" else "random weights"
+            return f"the student starts from {begun}, and not from the student of a phase before"
+    return None
 
 
 class Guard:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from vpae_jax.inference.samplers import Denoiser
@@ -67,7 +67,7 @@ class Maker:
 
     def _views(self, averaged: bool) -> list[str]:
         names = [self.student.view] if self.student.low is None else [self.student.view, self.student.low]
-        return [f"{name}_{self.student.average}" for name in names] if averaged and self.student.average else names
+        return [averaged_view(self.models.views, self.student, name) for name in names] if averaged else names
 
     def _averages(self, params: Weights) -> dict[str, Params]:
         roles = self.models.roles
@@ -81,9 +81,19 @@ class Maker:
     def _trained(self, name: str, params: Weights, averages: Weights) -> Trained:
         view = self.models.views[name]
         role = self.models.roles[view.role]
-        own = params[view.role] if view.average is None else averages[f"{view.role}_{view.average}"]
+        held = {**self.frozen, **params}
+        own = held[view.role] if view.average is None else averages[f"{view.role}_{view.average}"]
         if role.adapters is None:
             return Trained(to_host(own))
-        base = {**self.frozen, **params}[role.adapters.on]
         lora = from_adapters(to_host(own), role.adapters.alpha * view.scale, role.adapters.rank)
-        return Trained(to_host(base), lora)
+        return Trained(to_host(held[role.adapters.on]), lora)
+
+
+def averaged_view(views: Collection[str], student: Student, name: str) -> str:
+    """The view that is judged and exported in place of one of the student's: its average, where it keeps one.
+
+    Args:
+      views: names of all that there are.
+    """
+    average = f"{name}_{student.average}"
+    return average if student.average is not None and average in views else name

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from vpae_jax import sharding
 from vpae_jax.config import Experiment, build
-from vpae_jax.methods.base import Method, Role, all_views
+from vpae_jax.methods.base import Adapters, Method, Role, all_views
 from vpae_jax.models import presets
 from vpae_jax.models.heads import DiscriminatorHeads, HeadsConfig
 from vpae_jax.models.lora import LoRASpec
@@ -77,7 +77,7 @@ def _network(
     rngs, model = nnx.Rngs(key), experiment.model
     dtype = jnp.dtype(model.dtype)
     if role.part == "transformer":
-        lora = None if role.adapters is None else LoRASpec(rank=role.adapters.rank, alpha=role.adapters.alpha)
+        lora = None if role.adapters is None else _lora(role.adapters)
         return WanTransformer(transformer, rngs=rngs, dtype=dtype, remat=model.remat, lora=lora, mesh=mesh)
     if role.part == "heads":
         return DiscriminatorHeads(_heads(experiment, name, transformer), rngs=rngs, dtype=dtype, mesh=mesh)
@@ -87,6 +87,11 @@ def _network(
     if preset.image_encoder is None:
         raise UserError(f"preset {model.preset!r} has no image encoder to train; choose another")
     return PairEncoder(preset.text_encoder, preset.image_encoder, rngs=rngs)
+
+
+def _lora(adapters: Adapters) -> LoRASpec:
+    chosen = {} if adapters.targets is None else {"targets": adapters.targets}
+    return LoRASpec(adapters.rank, adapters.alpha, **chosen)
 
 
 def _split(model: nnx.Module, role: Role) -> tuple[nnx.GraphDef, Params]:

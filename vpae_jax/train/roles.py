@@ -43,6 +43,9 @@ class TransformerNetwork:
     ) -> tuple[Latents, Features]:
         return nnx.merge(self.graph, self.params).velocity_and_features(x, t, condition, taps, self.trained)
 
+    def readings(self, features: Features, x: Latents, t: Times) -> tuple[Latents, ...]:
+        return nnx.merge(self.graph, self.params).readings(features, x, t)
+
 
 @dataclass(frozen=True)
 class HeadsNetwork:

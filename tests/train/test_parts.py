@@ -1,0 +1,32 @@
+"""A step of the methods that the paper compares with is the same in one piece and in parts, and on a mesh."""
+
+import pytest
+from test_meshes import MESHES, ONE, PHASES, assert_same, step
+
+from vpae_jax.flow.times import TimeDistribution
+from vpae_jax.methods.dcm import DCMDetail, DCMSemantic
+from vpae_jax.methods.pcm import PCM
+
+DCM = {"points": 10, "shift": 3.0, "split": 6, "image_dropout": 0.5}
+METHODS = {
+    "pcm": PCM(t=TimeDistribution("grid", points=12, shift=3.0), generator_rank=4, image_dropout=0.5, ema=0.9),
+    "dcm_semantic": DCMSemantic(**DCM, coherence_frames=1),
+    "dcm_detail": DCMDetail(**DCM, generator_rank=4),
+}
+
+
+@pytest.fixture(params=METHODS)
+def method(request, monkeypatch):
+    """A method's name, by which `step` finds it."""
+    monkeypatch.setitem(PHASES, request.param, METHODS[request.param])
+    return request.param
+
+
+def test_a_step_in_parts_is_the_same(method):
+    assert_same(step(method, ONE, accumulation=4), step(method, ONE))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_step_is_the_same_on_every_mesh(method, mesh):
+    assert_same(step(method, MESHES[mesh]), step(method, ONE))
