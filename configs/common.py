@@ -45,7 +45,7 @@ def experiment(preset: str, **values) -> ConfigDict:
 
 
 def wan(preset: str) -> dict:
-    """What both phases set for 1.3B and 14B besides the method, its optimizers and the number of steps."""
+    """What all distillations set for 1.3B and 14B besides the method, its optimizers and the number of steps."""
     return {
         "preset": preset,
         "batch_size": 32,
@@ -67,6 +67,11 @@ def wan(preset: str) -> dict:
         },
         "data": {"folder": f"data/{preset}"},
     }
+
+
+def every_block(preset: str) -> tuple[int, ...]:
+    """Taps of discriminator heads that read every block of a model."""
+    return tuple(range(1, presets.find(preset).transformer.num_layers + 1))
 
 
 def adam(learning_rate: float, b1: float, b2: float = 0.999, **options) -> dict:
