@@ -319,7 +319,8 @@ def test_trainable_backbone_adds_the_gradient_through_its_weights():
 
 def test_pure_noise_gives_the_generator_no_adversarial_gradient():
     """At discriminator noise t = 1 the input does not depend on the generator."""
-    method = PhaseTwo(noise=DiscriminatorNoise(t=TimeDistribution(low=1.0)), csds=ScoreDistillation(weight=0.0))
+    with pytest.warns(UserWarning, match=r"PhaseTwo\.noise\.t is always 1: .* the generator learns nothing from it"):
+        method = PhaseTwo(noise=DiscriminatorNoise(t=TimeDistribution(low=1.0)), csds=ScoreDistillation(weight=0.0))
     _, metrics, grads = evaluate(method, method.generator_loss)
     assert touched(grads) == set() and metrics["adv_grad"] == 0
 
@@ -358,7 +359,7 @@ def test_the_generator_starts_from_pure_noise():
         seen.append((np.asarray(x), np.asarray(t)))
         return jnp.zeros_like(x)
 
-    x0 = PhaseTwo().generate(record, BATCH, KEY)
+    x0 = PhaseTwo().generate({"generator": record}, BATCH, context(), KEY)
     np.testing.assert_array_equal(seen[0][1], 1)
     np.testing.assert_array_equal(seen[0][0], x0)
     assert abs(np.corrcoef(np.ravel(x0), np.ravel(BATCH.latents))[0, 1]) < 0.5

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from vpae_jax.config import build, nearest
+from vpae_jax.methods.add import ADD
+from vpae_jax.methods.apt import APT
 from vpae_jax.methods.autoencoder import Autoencoder
 from vpae_jax.methods.base import Method
 from vpae_jax.methods.contrastive import Contrastive
@@ -18,6 +20,8 @@ from vpae_jax.methods.vpae import PhaseOne, PhaseTwo
 from vpae_jax.types import UserError
 
 METHODS: Mapping[str, type] = {
+    "add": ADD,
+    "apt": APT,
     "autoencoder": Autoencoder,
     "contrastive": Contrastive,
     "dmd2": DMD2,

@@ -138,6 +138,11 @@ class DiscriminatorNoise:
         if self.kind == "clean" and self.real == "clean":
             raise UserError("DiscriminatorNoise.real is 'clean', but kind 'clean' noises no clip; leave real='noised'")
 
+    @property
+    def hides_clips(self) -> bool:
+        """Whether generated clips are always replaced by pure noise."""
+        return self.kind != "clean" and self.t.kind == "uniform" and self.t.low == 1
+
     def __call__(self, fake: Latents, real: Latents, key: PRNGKey) -> Judged:
         """Noises generated clips (differentiably) and real ones."""
         keys = named_keys(key, "t", "real_t", "fake_noise", "real_noise")

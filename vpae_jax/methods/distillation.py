@@ -2,7 +2,7 @@
 
     Distillation             where the generator starts, what of it is trained, its average
     FakeScoreDistillation    and a fake score, which follows the distribution of its clips
-    FewStepDistillation      and a generator of one or of several steps, trained on what it meets when it is sampled
+    FewStepDistillation      and a generator of one or of several steps, trained at the times at which it is sampled
 
 A student of N steps predicts a clip at each of its times 1 = t_0 > ... > t_{N-1} and noises it afresh to the next one
 (`flow.solvers.consistency`). *Backward simulation* (DMD2, 2405.14867, section 4.5) trains it on its own trajectory:
@@ -11,7 +11,7 @@ A student of N steps predicts a clip at each of its times 1 = t_0 > ... > t_{N-1
     z_{k+1} = (1 - t_{k+1}) x0(sg theta, z_k, t_k) + t_{k+1} eps_{k+1}         k < i, with i uniform in 0 ... N-1
     clip    = x0(theta, z_i, t_i)                                              the one evaluation that is differentiated
 
-All clips of a batch share i.
+All clips of a batch share i. Or, more simply, a noised real clip stands for x_i, and each clip has an i of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.lax import stop_gradient
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from vpae_jax.flow import draws
 from vpae_jax.flow.sampler import Sampler
@@ -156,7 +156,7 @@ class FakeScoreDistillation(Distillation):
 
 
 @dataclass(frozen=True)
-class FewStepDistillation(FakeScoreDistillation):
+class FewStepDistillation(Distillation):
     """One whose generator makes a clip in one evaluation or in a few.
 
     Attributes:
@@ -184,6 +184,20 @@ class FewStepDistillation(FakeScoreDistillation):
     def student(self) -> Student:
         return self.sampled_in(self.steps, self.shift)
 
+    def chances(self, step: Step) -> Float[Array, "steps"]:
+        """How likely each of the student's times is at a step of the training, the noisiest first."""
+        return jnp.full(self.steps, 1 / self.steps)
+
+    def last(self, context: Context) -> Step:
+        """The number of earlier steps that are simulated for the batch's clips."""
+        key = named_keys(context.batch, "last").last
+        return self._chosen(jax.random.uniform(key), context) if self.steps > 1 else 0
+
+    def _chosen(self, uniform: Float[Array, "*b"], context: Context) -> Int[Array, "*b"]:
+        """Which of the student's times numbers in [0, 1) stand for."""
+        ends = jnp.cumsum(self.chances(context.step))
+        return jnp.minimum(jnp.searchsorted(ends, uniform, side="right"), self.steps - 1)
+
     def generate(self, nets: Nets, batch: Batch, context: Context, key: PRNGKey) -> Latents:
         """The generator's clips, float32, differentiable in its last evaluation alone.
 
@@ -191,14 +205,13 @@ class FewStepDistillation(FakeScoreDistillation):
           key: of what clips draw; what they share comes from `context`.
         """
         keys = named_keys(key, "t", "noise")
-        data, times = f32(batch.latents), self.student.sampler.times[:-1]
+        data, grid = f32(batch.latents), jnp.asarray(self.student.sampler.times[:-1], jnp.float32)
+        clips, *size = data.shape
         if self.steps > 1 and self.inputs == "noised_real":
-            t = TimeDistribution("list", values=times)(keys.t, data.shape)
+            t = grid[self._chosen(draws.uniform(keys.t, clips), context)]
             x = add_noise(data, draws.normal(keys.noise, data.shape, data.dtype), t)
             return predict_x0(nets["generator"], x, t, batch.condition)
-        clips, *size = data.shape
         noise = jnp.moveaxis(draws.normal(keys.noise, (clips, self.steps, *size), data.dtype), 1, 0)
-        grid, x, last = jnp.asarray(times, jnp.float32), noise[0], jnp.int32(0)
 
         def at(step: Step) -> Times:
             return jnp.broadcast_to(grid[step], (clips,))
@@ -207,7 +220,7 @@ class FewStepDistillation(FakeScoreDistillation):
             x0 = predict_x0(nets["simulator"], x, at(step), batch.condition)
             return add_noise(x0, noise[step + 1], at(step + 1))
 
+        last, x = self.last(context), noise[0]
         if self.steps > 1:
-            last = jax.random.randint(named_keys(context.batch, "last").last, (), 0, self.steps)
             x = stop_gradient(jax.lax.fori_loop(0, last, earlier, x))
         return predict_x0(nets["generator"], x, at(last), batch.condition)

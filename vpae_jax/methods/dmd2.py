@@ -57,7 +57,7 @@ from vpae_jax.methods.adversarial import (
 )
 from vpae_jax.methods.base import Context, Nets, Role, Update
 from vpae_jax.methods.common import Ratio, check_at_least, check_choice, drift, f32, inject, named_keys
-from vpae_jax.methods.distillation import FewStepDistillation
+from vpae_jax.methods.distillation import FakeScoreDistillation, FewStepDistillation
 from vpae_jax.methods.scores import velocity_error
 from vpae_jax.types import Batch, Metrics, PerExample, UserError
 
@@ -66,7 +66,7 @@ PENALTY = DifferencePenalty(weight=0.0, on="real", sigma_s=0.1, sigma_t=0.0, nor
 
 
 @dataclass(frozen=True)
-class DMD2(FewStepDistillation):
+class DMD2(FewStepDistillation, FakeScoreDistillation):
     """Distribution matching with a discriminator on the fake score.
 
     Attributes:

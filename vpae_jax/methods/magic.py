@@ -58,7 +58,7 @@ from vpae_jax.methods.common import (
     named_keys,
     predict_x0,
 )
-from vpae_jax.methods.distillation import FewStepDistillation
+from vpae_jax.methods.distillation import FakeScoreDistillation, FewStepDistillation
 from vpae_jax.methods.scores import SCORE_TIMES, fake_score_loss
 from vpae_jax.types import Batch, Metrics, PerExample
 
@@ -67,7 +67,7 @@ NO_PENALTY = DifferencePenalty(weight=0.0)
 
 
 @dataclass(frozen=True)
-class Magic(FewStepDistillation):
+class Magic(FewStepDistillation, FakeScoreDistillation):
     """Weak-to-strong distribution matching. "Unstated" is what no public source of the paper says.
 
     Attributes:

@@ -60,21 +60,9 @@ from vpae_jax.flow import draws
 from vpae_jax.flow.sampler import ONE_STEP
 from vpae_jax.flow.schedule import add_noise
 from vpae_jax.flow.times import VALUES_720P, TimeDistribution
-from vpae_jax.methods.adversarial import (
-    LOSSES,
-    AdversarialKind,
-    ConstantFeatures,
-    DifferencePenalty,
-    DiscriminatorNoise,
-    adversarial_term,
-    discriminator_loss,
-    generator_loss,
-    judge,
-)
+from vpae_jax.methods.adversarial import generator_loss, judge
 from vpae_jax.methods.base import EMA, Context, Nets, Role, Student, Update, Velocity, View
 from vpae_jax.methods.common import (
-    Ratio,
-    Term,
     check_at_least,
     check_choice,
     check_fraction,
@@ -84,13 +72,12 @@ from vpae_jax.methods.common import (
     named_keys,
     predict_x0,
 )
-from vpae_jax.methods.distillation import Distillation, FakeScoreDistillation
+from vpae_jax.methods.distillation import FakeScoreDistillation
+from vpae_jax.methods.judged import JudgedDistillation, with_distance
 from vpae_jax.methods.scores import ScoreDistillation, fake_score_loss
 from vpae_jax.types import Batch, Latents, Metrics, PerExample, PRNGKey, UserError
 
 PRIMING_TIMES = TimeDistribution(low=0.9, stated_for=VALUES_720P)
-SHARED_NOISE = DiscriminatorNoise()
-STR1 = DifferencePenalty()
 CSDS = ScoreDistillation()
 
 
@@ -198,7 +185,7 @@ BACKBONES: Mapping[str, View | None] = {
 
 
 @dataclass(frozen=True)
-class PhaseTwo(Distillation):
+class PhaseTwo(JudgedDistillation):
     """Unified adversarial equilibrium.
 
     Attributes:
@@ -211,36 +198,23 @@ class PhaseTwo(Distillation):
       noise: how clips are noised for the discriminator.
       penalty: Eq. 4; its weight is Eq. 7's 1.
       csds: Eq. 5; its weight is lambda.
-      disc_updates: updates of the discriminator for one of the generator.
-      disc_warmup: steps during which only the discriminator is trained.
       init: where the generator starts; "pretrained" is the ablation without phase one.
     """
 
-    adversarial: AdversarialKind = "hinge"
     adversarial_weight: float = 1.0
     backbone: BackboneKind = "ema"
-    noise: DiscriminatorNoise = SHARED_NOISE
-    penalty: DifferencePenalty = STR1
     csds: ScoreDistillation = CSDS
-    disc_updates: int = 1
-    disc_warmup: int = 0
     init: Literal["pretrained", "previous"] = "previous"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("PhaseTwo", {"adversarial": tuple(LOSSES), "backbone": tuple(BACKBONES)}, self)
-        check_at_least("PhaseTwo", 0, adversarial_weight=self.adversarial_weight, disc_warmup=self.disc_warmup)
-        check_at_least("PhaseTwo", 1, disc_updates=self.disc_updates)
+        check_choice("PhaseTwo", {"backbone": tuple(BACKBONES)}, self)
+        check_at_least("PhaseTwo", 0, adversarial_weight=self.adversarial_weight)
         if self.backbone == "ema" and not self.ema:
             raise UserError("PhaseTwo.backbone is 'ema', but ema is 0, which keeps no average; set a decay below 1")
         if self.backbone == "online_trainable":
             warnings.warn(
                 "PhaseTwo.backbone is 'online_trainable': the generator can lower its loss by blinding its own judge",
-                stacklevel=3,
-            )
-        if self.noise.kind == "fig_literal":
-            warnings.warn(
-                "PhaseTwo.noise.kind is 'fig_literal': real and generated clips differ by their noise level alone",
                 stacklevel=3,
             )
 
@@ -259,65 +233,26 @@ class PhaseTwo(Distillation):
         return {} if judged is None else {"backbone": judged}
 
     @property
-    def updates(self) -> tuple[Update, ...]:
-        trained = ("heads", "backbone") if self.backbone == "full_copy" else ("heads",)
-        return (
-            Update(trained, self.discriminator_loss, repeats=self.disc_updates),
-            Update(("generator",), self.generator_loss, starts=self.disc_warmup, delay="disc_warmup"),
-        )
-
-    @property
     def student(self) -> Student:
         return self.sampled_by(ONE_STEP)
 
-    def generate(self, generator: Velocity, batch: Batch, key: PRNGKey) -> Latents:
-        """x0 = eps - mu(eps, 1) in float32."""
-        shape = batch.latents.shape
-        noise = draws.normal(key, shape, jnp.float32)
-        return predict_x0(generator, noise, jnp.ones(shape[0]), batch.condition)
-
-    def discriminator_loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
-        """Eq. 7, for the heads and, where it is trained, the backbone."""
-        keys = named_keys(context.clips, "images", "generate", "noise", "penalty")
-        batch = self.drop_images(batch, keys.images)
-        x0 = stop_gradient(self.generate(nets["generator"], batch, keys.generate))
-        shown = self.noise(x0, f32(batch.latents), keys.noise)
-        backbone = nets["backbone"] if self.backbone == "full_copy" else ConstantFeatures(nets["backbone"])
-        judged = judge(backbone, nets["heads"], batch.condition)
-        return discriminator_loss(judged, shown, self.adversarial, self.penalty, keys.penalty)
-
     def generator_loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
-        """Eq. 6.
+        """Eq. 6; Eq. 7 is `discriminator_loss`.
 
         Metrics besides `common.drift`: both terms' values and, for a clip, the L2 norms of their weighted gradients
         with respect to x0 and the ratio of these. "online_trainable" has no separate adversarial gradient to report.
         """
         keys = named_keys(context.clips, "images", "generate", "noise", "csds")
         batch = self.drop_images(batch, keys.images)
-        x0 = self.generate(nets["generator"], batch, keys.generate)
-        constant, data = stop_gradient(x0), f32(batch.latents)
-        judged = judge(nets["backbone"], nets["heads"], batch.condition)
-        terms: dict[str, Term] = {}
-        metrics = dict(drift(constant, data))
-
-        direct = jnp.zeros(len(x0))
+        x0 = self.generate(nets, batch, context, keys.generate)
         if self.backbone == "online_trainable":
-            shown = self.noise(x0, data, keys.noise)
-            value, logit = generator_loss(judged, shown, self.adversarial)
-            direct, disc_t = self.adversarial_weight * value, shown.fake_t
-            metrics |= {"adversarial": value, "fake_logit": logit}
+            shown = self.noise(x0, f32(batch.latents), keys.noise)
+            judged = judge(nets["backbone"], nets["heads"], batch.condition)
+            direct, logit = generator_loss(judged, shown, self.adversarial)
+            metrics = {"adversarial": direct, "fake_logit": logit, **drift(stop_gradient(x0), f32(batch.latents))}
+            term, disc_t = None, shown.fake_t
         else:
-            term, more, disc_t = adversarial_term(judged, self.noise, self.adversarial, constant, data, keys.noise)
-            metrics |= {"adversarial": term.value, **more}
-            term = term.scaled(self.adversarial_weight)
-            metrics["adv_grad"], terms["adversarial"] = term.grad_norm, term
-
-        if self.csds.weight:
-            term = self.csds(constant, nets["teacher"], batch.condition, batch.unconditional, keys.csds, disc_t)
-            metrics["csds"] = term.value
-            term = term.scaled(self.csds.weight)
-            metrics["csds_grad"], terms["csds"] = term.grad_norm, term
-        if len(terms) == 2:
-            above, below = (terms[name].grad_norm.sum() for name in ("adversarial", "csds"))
-            metrics["adv_csds_ratio"] = Ratio(above, below)
-        return (direct + inject(x0, *terms.values())) if terms else direct, metrics
+            term, metrics, disc_t = self.judged_term(nets, batch, x0, keys.noise)
+            direct, term = 0.0, term.scaled(self.adversarial_weight)
+        loss, more = with_distance(x0, term, self.csds, nets, batch, disc_t, keys.csds)
+        return self.adversarial_weight * direct + loss, {**metrics, **more}

@@ -1,0 +1,93 @@
+"""Commands that documents, configs and messages give are read by the programs that they name: no key, flag, config or
+value in them is unknown."""
+
+import importlib
+import re
+import shlex
+import warnings
+from pathlib import Path
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from configs.common import PRESETS
+from vpae_jax import evaluate, sample
+from vpae_jax.config import parse
+from vpae_jax.methods import make_method
+from vpae_jax.train.roles import check_roles
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "common")
+COMMAND = re.compile(r"python -m vpae_jax\.(main|evaluate|sample) [^`\n#]*")
+PARSERS = {"evaluate": evaluate.parser, "sample": sample.parser}
+
+
+def commands(text):
+    """Every command in a text, as its words; a line that ends in a backslash goes on."""
+    joined = re.sub(r"\\\n\s*", "", text)
+    return [(match[1], shlex.split(match[0])[3:]) for match in COMMAND.finditer(joined)]
+
+
+def configs_of(module):
+    return importlib.import_module(f"configs.{module}")
+
+
+def opened(words):
+    """What a training program makes of its words: an experiment and its method."""
+    (chosen,) = [word for word in words if word.startswith("--config=")]
+    module, _, preset = chosen.removeprefix("--config=configs/").partition(".py")
+    preset = preset.removeprefix(":")
+    config = configs_of(module).get_config(*([preset] if preset not in ("", "[:PRESET]") else []))
+    changes = [word for word in words if word.startswith("--config.") and not word.endswith(("KEY=VALUE", "..."))]
+    values = flags.FlagValues()
+    argv = ["main", *changes]
+    holder = config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+    values(argv)
+    experiment = parse(holder.value)
+    return experiment, make_method(experiment.method)
+
+
+def check(program, words):
+    if program == "main":
+        experiment, method = opened(words)
+        check_roles(method, experiment.optimizers)
+    else:
+        PARSERS[program]().parse_args([word for word in words if not word.startswith("[")])
+
+
+def found():
+    for path in [ROOT / "docs" / "methods.md"]:
+        for number, command in enumerate(commands(path.read_text())):
+            yield pytest.param(*command, id=f"{path.name} {number}")
+    for name in CONFIGS:
+        for number, command in enumerate(commands(configs_of(name).__doc__)):
+            yield pytest.param(*command, id=f"configs/{name}.py {number}")
+
+
+@pytest.mark.parametrize(("program", "words"), found())
+def test_written_commands_are_understood(program, words):
+    check(program, words)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_command_for_a_phase_before_is_understood(name, preset):
+    module = configs_of(name)
+    if name in ("vae", "encoders", "teacher"):  # of the tiny model alone
+        module, preset = module, "tiny"
+    command = parse(module.get_config(preset)).previous.command
+    if command:
+        ((program, words),) = commands(command)
+        first, _ = opened(words)
+        assert program == "main" and first.model.path == parse(module.get_config(preset)).model.path
+
+
+def test_a_command_that_is_wrong_is_found():
+    with warnings.catch_warnings(), pytest.raises(Exception, match="bckbone"):
+        check(*commands("`python -m vpae_jax.main --config=configs/phase2.py --config.method.bckbone=ema`")[0])
+    with pytest.raises(SystemExit):
+        check(*commands("python -m vpae_jax.sample --modle=tiny")[0])
+    assert [
+        words for _, words in commands("python -m vpae_jax.main --config=configs/lcm.py \\\n   --config.steps=2")
+    ] == [["--config=configs/lcm.py", "--config.steps=2"]]

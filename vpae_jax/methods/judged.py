@@ -1,0 +1,157 @@
+"""What methods share that train a generator against a discriminator of its own.
+
+    JudgedDistillation    the two updates of the game, and the discriminator's loss
+    with_distance         the generator's adversarial term with its distance to the teacher beside it
+
+The discriminator is heads on the hidden states of "backbone". A role of this name is trained with the heads, by one
+loss; a view of it is constant in theirs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+
+from vpae_jax.flow import draws
+from vpae_jax.methods.adversarial import (
+    LOSSES,
+    AdversarialKind,
+    ConstantFeatures,
+    DifferencePenalty,
+    DiscriminatorNoise,
+    adversarial_term,
+    discriminator_loss,
+    judge,
+)
+from vpae_jax.methods.base import Context, Nets, Update
+from vpae_jax.methods.common import (
+    Ratio,
+    Term,
+    check_at_least,
+    check_choice,
+    drift,
+    f32,
+    inject,
+    named_keys,
+    predict_x0,
+)
+from vpae_jax.methods.distillation import Distillation
+from vpae_jax.methods.scores import ScoreDistillation
+from vpae_jax.types import Batch, Latents, Metrics, PerExample, PRNGKey, Times
+
+SHARED_NOISE = DiscriminatorNoise()
+STR1 = DifferencePenalty()
+
+
+@dataclass(frozen=True)
+class JudgedDistillation(Distillation):
+    """A method with roles "generator" and "heads", and a network "backbone".
+
+    Attributes:
+      adversarial: the pair of adversarial losses.
+      noise: how clips are noised for the discriminator.
+      penalty: the discriminator's gradient penalty.
+      disc_updates: updates of the discriminator for one of the generator.
+      disc_warmup: steps during which only the discriminator is trained.
+    """
+
+    adversarial: AdversarialKind = "hinge"
+    noise: DiscriminatorNoise = SHARED_NOISE
+    penalty: DifferencePenalty = STR1
+    disc_updates: int = 1
+    disc_warmup: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        owner = type(self).__name__
+        check_choice(owner, {"adversarial": tuple(LOSSES)}, self)
+        check_at_least(owner, 0, disc_warmup=self.disc_warmup)
+        check_at_least(owner, 1, disc_updates=self.disc_updates)
+        if self.noise.kind == "fig_literal":
+            warnings.warn(
+                f"{owner}.noise.kind is 'fig_literal': real and generated clips differ by their noise level alone",
+                stacklevel=4,
+            )
+        if self.noise.hides_clips:
+            warnings.warn(
+                f"{owner}.noise.t is always 1: the discriminator is shown pure noise, and the generator learns nothing "
+                "from it",
+                stacklevel=4,
+            )
+
+    @property
+    def trains_backbone(self) -> bool:
+        """Whether the discriminator's loss trains its backbone, too."""
+        return "backbone" in self.roles
+
+    @property
+    def updates(self) -> tuple[Update, ...]:
+        trained = ("heads", "backbone") if self.trains_backbone else ("heads",)
+        return (
+            Update(trained, self.discriminator_loss, repeats=self.disc_updates),
+            Update(("generator",), self.generator_loss, starts=self.disc_warmup, delay="disc_warmup"),
+        )
+
+    def generate(self, nets: Nets, batch: Batch, context: Context, key: PRNGKey) -> Latents:
+        """x0 = eps - v(eps, 1) in float32: one evaluation, from pure noise.
+
+        Args:
+          key: of what clips draw.
+        """
+        noise = draws.normal(key, batch.latents.shape, jnp.float32)
+        return predict_x0(nets["generator"], noise, jnp.ones(len(noise)), batch.condition)
+
+    def discriminator_loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
+        """The adversarial loss of a generated and a real clip, and the penalty."""
+        keys = named_keys(context.clips, "images", "generate", "noise", "penalty")
+        batch = self.drop_images(batch, keys.images)
+        x0 = stop_gradient(self.generate(nets, batch, context, keys.generate))
+        shown = self.noise(x0, f32(batch.latents), keys.noise)
+        backbone = nets["backbone"] if self.trains_backbone else ConstantFeatures(nets["backbone"])
+        judged = judge(backbone, nets["heads"], batch.condition)
+        return discriminator_loss(judged, shown, self.adversarial, self.penalty, keys.penalty)
+
+    @abstractmethod
+    def generator_loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
+        """The generator's loss, of which `judged_term` is a part."""
+
+    def judged_term(self, nets: Nets, batch: Batch, x0: Latents, key: PRNGKey) -> tuple[Term, Metrics, Times]:
+        """The generator's unweighted adversarial term, metrics, and the times that the discriminator was told of x0."""
+        constant, data = stop_gradient(x0), f32(batch.latents)
+        judged = judge(nets["backbone"], nets["heads"], batch.condition)
+        term, metrics, t = adversarial_term(judged, self.noise, self.adversarial, constant, data, key)
+        return term, {"adversarial": term.value, **metrics, **drift(constant, data)}, t
+
+
+def with_distance(
+    x0: Latents,
+    adversarial: Term | None,
+    distance: ScoreDistillation,
+    nets: Nets,
+    batch: Batch,
+    disc_t: Times,
+    key: PRNGKey,
+) -> tuple[PerExample, Metrics]:
+    """The generator's loss of clips: a weighted adversarial term, if any, and the weighted distance to the teacher.
+
+    Args:
+      x0: the clips, attached to the generator.
+      disc_t: the times that the discriminator was told.
+
+    Returns:
+      their sum, and as metrics the distance and, for a clip, the L2 norms of both weighted gradients with respect to x0
+      and the ratio of these.
+    """
+    terms: dict[str, Term] = {} if adversarial is None else {"adv": adversarial}
+    metrics = {}
+    if distance.weight:
+        term = distance(x0, nets["teacher"], batch.condition, batch.unconditional, key, disc_t)
+        metrics["csds"], terms["csds"] = term.value, term.scaled(distance.weight)
+    metrics |= {f"{name}_grad": term.grad_norm for name, term in terms.items()}
+    if len(terms) == 2:
+        metrics["adv_csds_ratio"] = Ratio(*(term.grad_norm.sum() for term in terms.values()))
+    return inject(x0, *terms.values()) if terms else jnp.zeros(len(x0)), metrics
