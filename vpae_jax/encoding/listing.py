@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vpae_jax.encoding.cells import printable, shown, text_of
+from vpae_jax.encoding.cells import printable, text_of
 from vpae_jax.encoding.tables import Digest, Refused, TableRow, not_utf8
 from vpae_jax.types import UserError
 
@@ -156,18 +156,18 @@ def regular_file(root: str, name: str) -> os.stat_result:
         if not _within(root, real):
             if not _within(root, os.path.normpath(path)):
                 raise Refused("path", "lies outside the folder of the videos")
-            raise Linked("path", f"is a link to {shown(real)}, outside the folder of the videos; {FOLLOWED}")
+            raise Linked("path", f"is a link to {real!r}, outside the folder of the videos; {FOLLOWED}")
         found = os.stat(real)
     except (FileNotFoundError, NotADirectoryError) as error:
         if os.path.islink(path):
-            raise Linked("missing", f"is a link to {shown(real)}, which is not there; fetch or copy it") from error
+            raise Linked("missing", f"is a link to {real!r}, which is not there; fetch or copy it") from error
         raise Refused("missing", "no such file in the folder of the videos") from error
     except (OSError, ValueError) as error:  # not allowed, a disk that is gone; a NUL or half a character
         why = getattr(error, "strerror", None) or str(error)
         names = isinstance(error, ValueError) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
         raise Refused("path", why if names else f"cannot be read: {why}") from error
     if stat.S_ISDIR(found.st_mode) and os.path.islink(path):
-        raise Linked("path", f"is a link to the folder {shown(real)}, which is not followed; {FOLLOWED}")
+        raise Linked("path", f"is a link to the folder {real!r}, which is not followed; {FOLLOWED}")
     if not stat.S_ISREG(found.st_mode):
         raise Refused("path", "is a folder" if stat.S_ISDIR(found.st_mode) else "is no regular file")
     return found
