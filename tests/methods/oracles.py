@@ -25,16 +25,18 @@ def constant(value):
 
 
 class Backbone:
-    """A network of velocity 0 whose hidden states are its input, and whose last layer reads `gain` times them."""
+    """A network of velocity 0 whose hidden states are its input times `weight`, and whose last layer reads `gain` times
+    them."""
 
-    def __init__(self, gain=1.0):
-        self.gain = gain
+    def __init__(self, gain=1.0, weight=1.0):
+        self.gain, self.weight = gain, weight
 
     def __call__(self, x, t, condition):
         return jnp.zeros_like(x)
 
     def features(self, x, t, condition, taps):
-        return Features((x.reshape(len(x), -1, x.shape[-1]),) * len(taps), condition.text, condition.text_mask)
+        tokens = (x * self.weight).reshape(len(x), -1, x.shape[-1])
+        return Features((tokens,) * len(taps), condition.text, condition.text_mask, grid=x.shape[1:4])
 
     def velocity_and_features(self, x, t, condition, taps):
         return self(x, t, condition), self.features(x, t, condition, taps)

@@ -20,6 +20,7 @@ from networks import (
     touched,
     weights_of,
 )
+from oracles import Backbone, LinearHeads
 
 from vpae_jax.flow.sampler import Sampler
 from vpae_jax.flow.schedule import expand
@@ -215,7 +216,7 @@ def test_times_are_drawn_as_likely_as_said(inputs, step, expected):
 
     drawn = np.array([times(jax.random.key(number)) for number in range(200)])
     if inputs == "simulated":
-        np.testing.assert_array_equal(drawn, np.broadcast_to(drawn[:, :1], drawn.shape))
+        np.testing.assert_allclose(drawn, np.broadcast_to(drawn[:, :1], drawn.shape), atol=1e-6)
         drawn = drawn[:, 0]
     else:
         assert (drawn.std(1) > 0).any(), "each clip has its own"
@@ -231,16 +232,8 @@ def at(place):
     return lambda x, t, condition: (x - place) / expand(t, x)
 
 
-class Sums:
-    """A judge that is linear in what it is shown: the sum of a clip's values."""
-
-    taps = (1,)
-
-    def features(self, x, t, condition, taps):
-        return x
-
-    def __call__(self, features):
-        return features.sum(AXES)[:, None]
+# A judge that is linear in what it is shown: the sum of a clip's values.
+SUM = {"backbone": Backbone(), "heads": LinearHeads(BATCH.latents[0].size)}
 
 
 @pytest.mark.parametrize("inputs", ["noised_real", "simulated"])
@@ -252,7 +245,7 @@ def test_the_distance_to_the_teacher_is_known(inputs):
 
     def loss(offset, place):
         nets = {"generator": at(offset), "simulator": at(jax.lax.stop_gradient(offset)), "teacher": at(place)}
-        return method.generator_loss(nets | {"backbone": Sums(), "heads": Sums()}, BATCH, context())[0].mean()
+        return method.generator_loss(nets | SUM, BATCH, context())[0].mean()
 
     for place in (1.0, 3.5):
         value, grad = jax.jit(jax.value_and_grad(loss))(jnp.float32(2.0), place)
@@ -287,7 +280,7 @@ def test_a_judges_gradient_reaches_a_clip_by_one_minus_t(t, weight):
     method = replace(METHOD, noise=noise, adversarial_weight=weight, csds=replace(TEACHER, weight=0.0))
 
     def loss(offset):
-        nets = {"generator": at(offset), "teacher": at(0.0), "backbone": Sums(), "heads": Sums()}
+        nets = {"generator": at(offset), "teacher": at(0.0), **SUM}
         values, metrics = method.generator_loss(nets, BATCH, context())
         return values.mean(), metrics
 
@@ -346,7 +339,8 @@ def test_injected_gradients_equal_direct_ones(adversarial):
 
 
 @pytest.mark.parametrize("adversarial", ["hinge", "ns_logistic", "rpgan"])
-def test_a_step_of_the_heads_raises_real_minus_fake(adversarial):
+def test_steps_of_the_heads_raise_real_minus_fake(adversarial):
+    """One alone need not under a logistic loss, whose slopes at the two logits differ."""
     method = replace(METHOD, adversarial=adversarial, penalty=DifferencePenalty(weight=0.0))
     clips = replace(CLIPS, latents=CLIPS.latents * 0 + 1.5)
     for seed in range(3):
@@ -358,9 +352,11 @@ def test_a_step_of_the_heads_raises_real_minus_fake(adversarial):
             return values.mean(), metrics["logit_gap"].mean()
 
         step = jax.jit(jax.value_and_grad(loss, has_aux=True))
-        (_, before), grad = step(weights["heads"])
-        (_, after), _ = step(weights["heads"] - 0.003 * grad)
-        assert after > before
+        heads, gaps = weights["heads"], []
+        for _ in range(100):
+            (_, gap), grad = step(heads)
+            heads, gaps = heads - 0.03 * grad, [*gaps, gap]
+        assert gaps[-1] > gaps[0]
 
 
 @pytest.mark.parametrize(

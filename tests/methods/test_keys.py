@@ -29,7 +29,7 @@ CASES = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:PhaseTwo.noise.kind")
+@pytest.mark.filterwarnings("ignore:.*noise.kind is .fig_literal.:UserWarning")
 @pytest.mark.parametrize(("cls", "options", "number"), CASES)
 def test_no_key_serves_two_draws(cls, options, number, monkeypatch):
     used, method = [], cls(**options)
