@@ -339,24 +339,22 @@ def test_injected_gradients_equal_direct_ones(adversarial):
 
 
 @pytest.mark.parametrize("adversarial", ["hinge", "ns_logistic", "rpgan"])
-def test_steps_of_the_heads_raise_real_minus_fake(adversarial):
-    """One alone need not under a logistic loss, whose slopes at the two logits differ."""
+def test_a_step_of_the_heads_raises_real_minus_fake(adversarial):
+    """Of logits near 0, at which a logistic loss has the same slope for both, too."""
     method = replace(METHOD, adversarial=adversarial, penalty=DifferencePenalty(weight=0.0))
     clips = replace(CLIPS, latents=CLIPS.latents * 0 + 1.5)
     for seed in range(3):
         weights = weights_of(method, seed)
-        weights["heads"] *= 0.1
+        weights["heads"] *= 0.01
 
         def loss(heads, weights=weights):
             values, metrics = method.discriminator_loss(nets_of(method, weights | {"heads": heads}), clips, context())
             return values.mean(), metrics["logit_gap"].mean()
 
         step = jax.jit(jax.value_and_grad(loss, has_aux=True))
-        heads, gaps = weights["heads"], []
-        for _ in range(100):
-            (_, gap), grad = step(heads)
-            heads, gaps = heads - 0.03 * grad, [*gaps, gap]
-        assert gaps[-1] > gaps[0]
+        (_, before), grad = step(weights["heads"])
+        (_, after), _ = step(weights["heads"] - 0.003 * grad)
+        assert after > before
 
 
 @pytest.mark.parametrize(

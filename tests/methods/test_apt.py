@@ -240,24 +240,22 @@ def test_one_loss_trains_heads_and_backbone(method):
 
 @pytest.mark.parametrize("role", ["heads", "backbone"])
 @pytest.mark.parametrize("method", [APT(), AAD, AAPT], ids=["apt", "aad", "aapt"])
-def test_steps_of_either_half_of_the_discriminator_raise_real_minus_fake(method, role):
-    """One alone need not under a logistic loss, whose slopes at the two logits differ."""
+def test_a_step_of_either_half_of_the_discriminator_raises_real_minus_fake(method, role):
+    """Of logits near 0, at which a logistic loss has the same slope for both, too."""
     method = replace(method, penalty=DifferencePenalty(weight=0.0))
     clips = replace(CLIPS, latents=CLIPS.latents * 0 + 1.5)
     for seed in range(2):
         weights = weights_of(method, seed)
+        weights["heads"] *= 0.01
 
         def loss(own, weights=weights):
             values, metrics = method.discriminator_loss(nets_of(method, weights | {role: own}), clips, context())
-            return values.mean(), (values.mean(), metrics["logit_gap"].mean())
+            return values.mean(), metrics["logit_gap"].mean()
 
         step = jax.jit(jax.grad(loss, has_aux=True))
-        trained, seen = weights[role], []
-        for _ in range(300):
-            grad, found = step(trained)
-            trained, seen = trained - 0.1 * grad, [*seen, found]
-        (value, before), (lower, after) = seen[0], seen[-1]
-        assert lower < value and after > before
+        grad, before = step(weights[role])
+        _, after = step(weights[role] - {"heads": 0.003, "backbone": 1.0}[role] * grad)
+        assert after > before
 
 
 def test_a_step_of_the_generator_raises_its_logit():
