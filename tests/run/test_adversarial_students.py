@@ -40,10 +40,11 @@ def test_add_of_four_steps(tmp_path):
     assert set(state["params"]) == set(state["opt"]) == {"generator", "heads"}
 
 
+@pytest.mark.long
 def test_apt_after_a_consistency_distillation(tmp_path):
     """The discriminator, backbone and all, is trained by optimizers of its own, and no part of what is left behind."""
     with pytest.raises(UserError, match=r"run: python -m vpae_jax\.main --config=configs/lcm\.py:tiny .*=squared"):
-        run(small(apt), tmp_path / "apt")
+        run(small(apt, disc_warmup=0), tmp_path / "apt")
     run(small(lcm, distance="squared"), tmp_path / "apt_init")
     metrics, pipe = run(small(apt, disc_warmup=0, disc_updates=1), tmp_path / "apt")
     assert (pipe.scheduler.steps, pipe.scheduler.solver, pipe.scheduler.guidance) == (1, "euler", 1.0)
