@@ -49,6 +49,7 @@ def test_dmd2_of_four_steps_with_its_fake_score_aligned(tmp_path):
     assert 0 < distance(state["params"]["generator"], state["params"]["fake_score"]) < 0.1
 
 
+@pytest.mark.long
 def test_magic_of_one_step(tmp_path):
     metrics, pipe = run(small(magic, steps=1), tmp_path / "magic")
     assert (pipe.scheduler.steps, pipe.scheduler.solver, pipe.scheduler.guidance) == (1, "euler", 1.0)
@@ -57,6 +58,7 @@ def test_magic_of_one_step(tmp_path):
     assert {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(adapters)} == {"lora_a", "lora_b"}
 
 
+@pytest.mark.long
 def test_regression_on_a_teachers_clips_and_then_dmd2v(tmp_path):
     """A teacher that takes one step is where the regression starts: at its goal, if each clip meets its own noise."""
     captions = tmp_path / "captions.txt"
