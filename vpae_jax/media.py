@@ -153,7 +153,7 @@ def _opaque(image: Image.Image, path: Path) -> Image.Image:
         return image.convert("RGB")
     plain = image.convert(STRAIGHT[image.mode]) if image.mode in STRAIGHT else image
     clear = plain.convert("RGBA")
-    if clear.getextrema()[3][0] == 255:
+    if np.asarray(clear.getchannel("A")).min() == 255:
         return clear.convert("RGB")
     warnings.warn(f"image {path}: what is transparent becomes black", Note, stacklevel=3)
     return Image.alpha_composite(Image.new("RGBA", clear.size, "black"), clear).convert("RGB")

@@ -229,7 +229,7 @@ class _Writer:
         height, width = (max(math.ceil(n * scale - 1e-6), 1) for n in (shown_height, shown_width))
         if height * width > MAX_PIXELS:  # of one that is very long
             raise Unreadable(
-                "too large", f"{width}x{height} pixels before it is cropped; at most {MAX_PIXELS} are made"
+                "too large", f"has {width}x{height} pixels before it is cropped; at most {MAX_PIXELS} are made"
             )
         picture = turn.apply(self.to_rgb(frame, *((width, height) if turn.swap else (height, width))))
         top, left = (height - rows) // 2, (width - columns) // 2
@@ -334,7 +334,9 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
         if context is None:
             raise Unreadable("unreadable", "is of a codec that FFmpeg does not decode")
         if context.width * context.height > MAX_PIXELS:
-            raise Unreadable("too large", f"{context.width}x{context.height} pixels; at most {MAX_PIXELS} are decoded")
+            raise Unreadable(
+                "too large", f"has {context.width}x{context.height} pixels; at most {MAX_PIXELS} are decoded"
+            )
         # Decoders count columns in multiples of 64.
         context.options = {"max_pixels": str(MAX_PIXELS + 64 * 2**16)}
         context.thread_count = 1

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vpae_jax.encoding.cells import printable, text_of
-from vpae_jax.encoding.tables import Digest, Refused, TableRow, not_utf8
+from vpae_jax.encoding.tables import CONVERT, Digest, Refused, TableRow, not_utf8
 from vpae_jax.types import UserError
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".gif")
@@ -215,7 +215,7 @@ def _decoded(beside: str, data: bytes) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise Refused("caption", f"{beside!r} is not UTF-8") from error
+        raise Refused("caption", f"{beside!r} is not UTF-8; {CONVERT}") from error
 
 
 def _parsed(beside: str, text: str) -> dict[str, Any]:

@@ -31,6 +31,7 @@ DAMAGED = (pa.ArrowException, OSError, ValueError, OverflowError)
 # Encodings of two and four bytes a letter, by their byte order marks, and by where the first bytes are zero.
 MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 ZEROS = {"_0_0": "UTF-16LE", "0_0_": "UTF-16BE", "_000": "UTF-32LE", "000_": "UTF-32BE"}
+CONVERT = "convert it from its encoding, for instance with `iconv -f WINDOWS-1252 -t UTF-8`"
 DELIMITERS = ",;\t|"  # spreadsheets write semicolons in half of Europe
 HEADER = 1 << 16  # bytes in which a header is looked for
 
@@ -162,16 +163,13 @@ def not_utf8(data: bytes) -> str | None:
 
 def _lines(file: BinaryIO) -> Iterator[str]:
     if wide := not_utf8(file.read(4)):
-        raise UnicodeError(wide)
+        raise UnicodeError(f"the file {wide}")
     file.seek(0)
     for number, raw in enumerate(file, 1):
         try:
             text = raw.decode()
         except UnicodeDecodeError as error:
-            raise UnicodeError(
-                f"line {number} is not UTF-8 (byte {raw[error.start]:#04x}); convert the file from its encoding, for "
-                "instance with `iconv -f WINDOWS-1252 -t UTF-8`"
-            ) from error
+            raise UnicodeError(f"line {number} is not UTF-8 (byte {raw[error.start]:#04x}); {CONVERT}") from error
         yield text.removeprefix("\ufeff") if number == 1 else text
 
 
