@@ -15,7 +15,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict, FieldReference
+from ml_collections import ConfigDict
 
 from vpae_jax.config import Experiment, nearest
 from vpae_jax.methods import METHODS
@@ -91,13 +91,13 @@ def page(argv: Sequence[str]) -> str:
         return f"With --config=FILE.py[:PRESET] --help lists the config's keys, each given as {PREFIX}KEY=VALUE."
     config = load(path)
     lines = [f"Keys of {path}, each given as {PREFIX}KEY=VALUE:", ""]
-    for key, value, meaning in _keys(config, Experiment, ""):
+    for key, value, meaning in _keys(config.to_dict(), Experiment, ""):
         lines.append(f"  {key} = {value!r}" if isinstance(value, str) else f"  {key} = {value}")
         lines += textwrap.wrap(meaning, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
 
 
-def _keys(config: Mapping[str, Any] | ConfigDict, owner: Any, prefix: str) -> Iterator[tuple[str, Any, str]]:
+def _keys(config: Mapping[str, Any], owner: Any, prefix: str) -> Iterator[tuple[str, Any, str]]:
     """Each key below a part of a config: its path, its value and its meaning.
 
     Args:
@@ -106,15 +106,13 @@ def _keys(config: Mapping[str, Any] | ConfigDict, owner: Any, prefix: str) -> It
     known = meanings(owner) if owner is not None else {}
     for name in config:
         value, path = config[name], f"{prefix}{name}"
-        if isinstance(value, FieldReference):
-            value = value.get()
-        if isinstance(value, Mapping | ConfigDict):
+        if isinstance(value, Mapping):
             yield from _keys(value, _type_of(owner, name, config), f"{path}.")
         else:
             yield path, value, known.get(name, "")
 
 
-def _type_of(owner: Any, name: str, config: Mapping[str, Any] | ConfigDict) -> Any:
+def _type_of(owner: Any, name: str, config: Mapping[str, Any]) -> Any:
     """The dataclass that a part of a config becomes; None if it becomes none."""
     if owner is Experiment and name == "method":
         return METHODS[config[name]["name"]]
