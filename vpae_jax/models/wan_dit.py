@@ -171,7 +171,8 @@ class WanTransformer(nnx.Module):
             states.append(hidden)
             start = tap
         if len(unrolled) < len(taps):
-            hidden, more = self._run_in_turns(hidden, context, start, *strides, len(taps) - 1, trained)
+            (stride,) = strides
+            hidden, more = self._run_in_turns(hidden, context, start, stride, len(taps) - 1, trained)
             states.extend(more)
         return tuple(state[:, : context.tokens] for state in states), hidden
 
