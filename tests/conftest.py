@@ -18,7 +18,10 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+MEMORY = 3 * 2**30  # bytes that a worker holds before it lets go of what it has compiled
+
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -26,3 +29,12 @@ jax.config.update("jax_num_cpu_devices", 8)
 def pytest_collection_modifyitems(items):
     """The file whose programs most others need comes first: those that ran beside it would compile them once more."""
     items.sort(key=lambda item: item.path.name != "test_experiment.py")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bounded_memory():
+    """Compiled programs stay in memory, of which the tests of all rooms together would need more than there is."""
+    yield
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if resident > MEMORY:
+        jax.clear_caches()

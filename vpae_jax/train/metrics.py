@@ -17,9 +17,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
-from tensorboardX.record_writer import RecordWriter
-from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from vpae_jax.files import refused_writes, write_text
@@ -119,6 +116,12 @@ class _Board:
     """
 
     def __init__(self, folder: Path, start: int):
+        # Imported when a run begins, since the library imports PyTorch where that is installed.
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboardX.record_writer import RecordWriter
+        from tensorboardX.summary import scalar
+
+        self.event, self.scalar = Event, scalar
         self.folder, self.file, self.flushed = folder, None, time.monotonic()
         with self._or_without():
             folder.mkdir(exist_ok=True)
@@ -129,7 +132,7 @@ class _Board:
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         for name, value in scalars.items():
-            self._write(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+            self._write(self.event(wall_time=time.time(), step=step, summary=self.scalar(name, value)))
         with self._or_without():
             if self.file is not None and time.monotonic() - self.flushed > FLUSH_SECONDS:
                 self.file.flush()
