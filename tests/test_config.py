@@ -112,8 +112,8 @@ def test_distributions_of_times_are_reached_from_the_command_line():
     assert grid == TimeDistribution("grid", 0.02, 0.98, points=9, shift=5.0, stated_for=VALUES_720P)
     listed = method_of(teacher, "tiny", "method.t.kind=list", "method.t.values=(1.,.5)", "method.t.weights=(3.,1.)").t
     assert listed == TimeDistribution("list", values=(1.0, 0.5), weights=(3.0, 1.0))
-    noise = method_of(phase2, "tiny", "method.noise.t.low=1", "method.csds.times=discriminator")
-    assert noise.noise.t == TimeDistribution(low=1.0) and noise.csds.times == "discriminator"
+    noise = method_of(phase2, "tiny", "method.noise.t.low=.8", "method.csds.times=discriminator")
+    assert noise.noise.t == TimeDistribution(low=0.8) and noise.csds.times == "discriminator"
 
 
 def test_a_key_of_times_without_effect_is_refused():
