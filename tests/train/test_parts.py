@@ -1,7 +1,8 @@
 """A step of the methods that the paper compares with is the same in one piece and in parts, and on a mesh."""
 
 import pytest
-from test_meshes import MESHES, ONE, PHASES, assert_same, step
+from test_meshes import MESHES, ONE, assert_same, step
+from test_meshes import METHODS as KNOWN
 
 from vpae_jax.flow.times import TimeDistribution
 from vpae_jax.methods.dcm import DCMDetail, DCMSemantic
@@ -18,7 +19,7 @@ METHODS = {
 @pytest.fixture(params=METHODS)
 def method(request, monkeypatch):
     """A method's name, by which `step` finds it."""
-    monkeypatch.setitem(PHASES, request.param, METHODS[request.param])
+    monkeypatch.setitem(KNOWN, request.param, METHODS[request.param])
     return request.param
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -43,6 +44,7 @@ from vpae_jax.types import Params, UserError
 
 CONFIG_FILE = "config.json"
 UNFINISHED = "unfinished"
+LINGERING = 2.0  # seconds in which threads whose writes fail may still put something there
 
 
 class Checkpoints:
@@ -139,8 +141,10 @@ class Checkpoints:
         finally:
             self.writer.close()
             self.thread.shutdown()
-            if is_first():
+            deadline = time.monotonic() + LINGERING
+            while is_first() and (self.folder / UNFINISHED).exists() and time.monotonic() < deadline:
                 shutil.rmtree(self.folder / UNFINISHED, ignore_errors=True)
+                time.sleep(0.01)
 
     def _finish(self, step: int) -> None:
         """Sums what is written; then the checkpoint gets its name. In a thread of its own, on all processes."""
