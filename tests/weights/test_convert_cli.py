@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from vpae_jax import cli
 from vpae_jax.convert import main
+from vpae_jax.train import checksums
 from vpae_jax.weights import layout
 from vpae_jax.weights.find import find_model
 from vpae_jax.weights.loading import read_part
@@ -57,6 +58,8 @@ def workdir(source, tmp_path_factory):
     state["params"]["fake_score"] = {"blocks": {"attn1": {"to_q": {"lora_a": a, "lora_b": b}}}}
     with ocp.CheckpointManager((folder / "checkpoints").absolute()) as manager:
         manager.save(3, args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
+    written = folder / "checkpoints" / "3"
+    checksums.write(written, [checksums.of_process(written, 0)])
     found = {"t2v/kvd": 12.5, "t2v/sharpness": 0.9}
     scores = {"clips": 4, "compared": "kvd", "previous_step": None, "scores": {"3": found}}
     (folder / "guard.json").write_text(json.dumps(scores))
@@ -289,6 +292,8 @@ def test_a_run_that_trained_no_generator(source, tmp_path, capsys):
             "averages": {"vae_ema": {"a": jnp.ones(2)}},
         }
         manager.save(1, args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
+    written = tmp_path / "run" / "checkpoints" / "1"
+    checksums.write(written, [checksums.of_process(written, 0)])
     message = fails([tmp_path / "run", tmp_path / "out", "--format=diffusers"], capsys)
     assert "its method autoencoder makes no generator to convert" in message and not (tmp_path / "out").exists()
 
