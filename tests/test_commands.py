@@ -65,7 +65,7 @@ def found():
             yield pytest.param(*command, id=f"configs/{name}.py {number}")
 
 
-@pytest.mark.parametrize(("program", "words"), found())
+@pytest.mark.parametrize(("program", "words"), list(found()))
 def test_written_commands_are_understood(program, words):
     check(program, words)
 
