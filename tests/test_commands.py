@@ -16,6 +16,7 @@ from vpae_jax import evaluate, sample
 from vpae_jax.config import parse
 from vpae_jax.methods import make_method
 from vpae_jax.train.roles import check_roles
+from vpae_jax.types import UserError
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "common")
@@ -86,7 +87,7 @@ def test_the_command_for_a_phase_before_is_understood(name, preset):
 def test_a_command_that_is_wrong_is_found():
     with warnings.catch_warnings(), pytest.raises(Exception, match="bckbone"):
         check(*commands("`python -m vpae_jax.main --config=configs/phase2.py --config.method.bckbone=ema`")[0])
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="--prompt"):
         check(*commands("python -m vpae_jax.sample --modle=tiny")[0])
     assert [
         words for _, words in commands("python -m vpae_jax.main --config=configs/lcm.py \\\n   --config.steps=2")
