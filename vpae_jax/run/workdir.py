@@ -61,9 +61,9 @@ class Lock:
         Raises:
           UserError: another run works there, or the file cannot be written.
         """
-        holder = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S %z')}"
         if self._descriptor is not None:
             return os.pread(self._descriptor, 1000, 0).decode()
+        holder = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S %z')}"
         with refused_writes(self.file), ExitStack() as stack:
             self.workdir.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o666)
@@ -110,7 +110,7 @@ def claim(experiment: Experiment, workdir: Path, lock: Lock) -> None:
       UserError: another run works there, it is tied to another config, or the processes do not share it.
     """
 
-    def first() -> None:
+    def tie() -> None:
         if is_first():
             as_first_says("lock", lock.take())
             require_config(workdir, experiment)
@@ -120,7 +120,7 @@ def claim(experiment: Experiment, workdir: Path, lock: Lock) -> None:
                 f"{workdir}: what process 0 wrote there is not seen here; choose a --workdir that all hosts share"
             )
 
-    first_alone("workdir", first)
+    first_alone("workdir", tie)
 
 
 def require_config(workdir: Path, experiment: Experiment, free: Iterable[str] = FREE + FREE_DATA) -> None:

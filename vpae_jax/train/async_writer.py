@@ -2,7 +2,7 @@
 
 Orbax writes in many threads. When one fails, it logs its trace, raises the failure, and leaves the others at work:
 these fail too, log theirs, and report to an event loop that is closed by then; asyncio logs what nobody asked for,
-Python prints the rest. All of it says what has been raised already.
+Python warns of what was never begun, and prints the rest. All of it says what has been raised already.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ class AsyncWriter:
         if not self._failed:
             self.orbax.close()
             return
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         deadline = time.monotonic() + AFTER_FAILURE
         for thread in threading.enumerate():
             if type(thread).__module__.startswith("orbax."):
