@@ -431,6 +431,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_before_the_next_one(tm
     with pytest.raises(UserError, match=r"checkpoints: cannot be written: No space left on device"):
         run(tmp_path, steps=100, hooks=(wait,), checkpoint_every=3)
     assert 6 <= read_metrics(tmp_path)[-1]["step"] <= 8 and latest_step(tmp_path) == 3
+    assert [path.name for path in (tmp_path / FOLDER).iterdir()] == ["3"]
 
 
 def test_not_finite_stops_with_the_culprit_and_keeps_the_last_checkpoint(tmp_path):

@@ -8,6 +8,7 @@ Python warns of what was never begun, and prints the rest. All of it says what h
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 import threading
 import time
@@ -30,6 +31,9 @@ class AsyncWriter:
 
     Args:
       items: a handler for each part of a checkpoint.
+
+    Attributes:
+      failed: whether what was begun last has not ended well, as far as is known.
     """
 
     def __init__(self, **items: Any):
@@ -37,17 +41,17 @@ class AsyncWriter:
         options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
         handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(async_options=options), **items)
         self.orbax = ocp.AsyncCheckpointer(handler, async_options=options)
-        self._failed, self._hook = False, None
+        self.failed, self._hook = False, None
 
     def save(self, folder: Path, **items: Any) -> None:
         """Begins to write Orbax's arguments for each part; returns when they are copied."""
-        self._failed = True
+        self.failed = True
         self.orbax.save(folder, args=ocp.args.Composite(**items))
 
     def finish(self) -> None:
         """Returns when all is written. Raises what went wrong with it: `OSError`, or tensorstore's `ValueError`."""
         self.orbax.wait_until_finished()
-        self._failed = False
+        self.failed = False
 
     def restore(self, folder: Path, **items: Any) -> Any:
         """What Orbax's arguments for each part ask for."""
@@ -55,7 +59,7 @@ class AsyncWriter:
 
     def close(self) -> None:
         """Ends the threads, as far as they end."""
-        if not self._failed:
+        if not self.failed:
             self.orbax.close()
             return
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
@@ -72,10 +76,19 @@ class AsyncWriter:
 
     def __exit__(self, *_: object) -> None:
         # After a failure some write may be under way yet, and be heard of later; the process is about to end.
-        if not self._failed and self._hook is not None:
+        if not self.failed and self._hook is not None:
             for name in LOGS:
                 logging.getLogger(name).removeFilter(_is_news)
             sys.unraisablehook = self._hook
+
+
+def remove_what_is_written(folder: Path) -> None:
+    """Removes a folder that threads of a failed writer may make anew: until none has for half a second."""
+    deadline, still = time.monotonic() + AFTER_FAILURE, 0
+    while still < 5 and time.monotonic() < deadline:
+        still = 0 if folder.exists() else still + 1
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.1)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

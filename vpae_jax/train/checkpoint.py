@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -37,14 +36,13 @@ from vpae_jax.runtime import processes
 from vpae_jax.runtime.processes import first_decides, is_first, say
 from vpae_jax.sharding import param_path
 from vpae_jax.train import checksums
-from vpae_jax.train.async_writer import AsyncWriter
+from vpae_jax.train.async_writer import AsyncWriter, remove_what_is_written
 from vpae_jax.train.newest import FOLDER, newest_whole, steps_in, whole_step
 from vpae_jax.train.state import TrainState
 from vpae_jax.types import Params, UserError
 
 CONFIG_FILE = "config.json"
 UNFINISHED = "unfinished"
-LINGERING = 2.0  # seconds in which threads whose writes fail may still put something there
 
 
 class Checkpoints:
@@ -141,10 +139,8 @@ class Checkpoints:
         finally:
             self.writer.close()
             self.thread.shutdown()
-            deadline = time.monotonic() + LINGERING
-            while is_first() and (self.folder / UNFINISHED).exists() and time.monotonic() < deadline:
-                shutil.rmtree(self.folder / UNFINISHED, ignore_errors=True)
-                time.sleep(0.01)
+            if is_first() and (self.writer.failed or (self.folder / UNFINISHED).exists()):
+                remove_what_is_written(self.folder / UNFINISHED)
 
     def _finish(self, step: int) -> None:
         """Sums what is written; then the checkpoint gets its name. In a thread of its own, on all processes."""
