@@ -1,6 +1,7 @@
 """The recorded table: rows in order of importance, each kept once, and a stopped run continues."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -32,20 +33,23 @@ def plan(fits=True, seconds=4.0, **more):
 def test_rows_are_presets_on_machines_that_exist():
     rows = list(survey.rows())
     assert rows[0] == ("i2v-14b-720p", "phase2", "h100:8") and rows[1][1] == "phase1"
-    assert len(rows) == len(set(rows)) == 5 * 7 * 2
+    assert len(rows) == len(set(rows)) == 5 * 7 * 2 + len(survey.OTHERS) * 3
+    configs = {path.stem for path in (Path(__file__).parents[2] / "configs").glob("*.py")}
+    others = configs - {"common", "vae", "encoders", "teacher"}
+    assert set(survey.OTHERS) | set(survey.PHASES) == others
     assert {preset for preset, _, _ in rows} == set(SIZES) - {"tiny"}
     assert all(parse(name) for _, _, name in rows)
 
 
 def test_a_row_shows_what_the_search_found():
-    line = survey.line(plan(), "i2v-14b-720p")
+    line = survey.line(plan(), "i2v-14b-720p", "phase2")
     assert line == (
         "| i2v-14b-720p | phase2 | 16 x v5p (v5p:2x2x4) | fsdp 8 x context 2, 1 part(s), remat full "
         "| 40.0 of 95.0 GiB, fits | 4.0 to 4.0 s | 30% to 40% |\n"
     )
-    found = survey.line(plan(fits=False, search={"plan": plan(seconds=9.0)}), "i2v-14b-720p")
+    found = survey.line(plan(fits=False, search={"plan": plan(seconds=9.0)}), "i2v-14b-720p", "phase2")
     assert "fits | 9.0 to 9.0 s" in found
-    refused = survey.line(plan(fits=False, seconds=None, search={"plan": None}), "i2v-14b-720p")
+    refused = survey.line(plan(fits=False, seconds=None, search={"plan": None}), "i2v-14b-720p", "phase2")
     assert "does not fit | - | - |" in refused
 
 
