@@ -41,8 +41,15 @@ def clips_of(*entries, **settings) -> list[Clip | Reject]:
         return of_unit(clips, 0)
 
 
-@pytest.mark.parametrize("name", CONTAINERS)
-@pytest.mark.parametrize(("rate", "count"), FIVE_SECONDS)
+@pytest.mark.parametrize(
+    ("rate", "count", "name"),
+    [
+        # Every rate, and every container.
+        pytest.param(*length, name, marks=[] if name == "clip.mp4" or length == (NTSC, 151) else pytest.mark.long)
+        for length in FIVE_SECONDS
+        for name in CONTAINERS
+    ],
+)
 def test_five_seconds_are_a_clip_of_81_frames_at_16(tmp_path, rate, count, name):
     path = write(tmp_path / name, numbered(count), fps=rate, g="24", **CONTAINERS[name])
     (found,) = clips_of(entry(path))
@@ -61,7 +68,13 @@ def test_what_is_a_frame_too_short_is_refused_before_it_is_read(tmp_path, name):
     assert "s; a clip needs 5.000 s" in found.reason
 
 
-@pytest.fixture(scope="module", params=FIVE_SECONDS[:5], ids=lambda pair: f"{pair[0]:g}x{pair[1]}")
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(pair, id=f"{pair[0]:g}x{pair[1]}", marks=[] if pair == (NTSC, 151) else pytest.mark.long)
+        for pair in FIVE_SECONDS[:5]
+    ],
+)
 def three_shots(request, tmp_path_factory) -> tuple[Path, float, int]:
     """A video of three shots of five seconds; its name, frame rate, and frames of a shot."""
     rate, count = request.param
@@ -130,7 +143,7 @@ def test_clips_of_years_are_counted_and_not_listed(seconds):
 # --- Files whose first frame is not at 0
 
 
-@pytest.mark.parametrize("first", [3, 600])
+@pytest.mark.parametrize("first", [pytest.param(3, marks=pytest.mark.long), 600])
 @pytest.mark.parametrize("name", ["clip.mkv", "clip.webm", "clip.mp4", "clip.ts", "clip.flv"])
 def test_a_file_whose_clock_does_not_begin_at_0(tmp_path, name, first):
     settings = {**CONTAINERS[name], "bf": "0"}

@@ -102,7 +102,7 @@ def test_bits_that_flip_in_a_folder_are_no_crash(videos, run, tmp_path):
     assert run(videos=videos, output=whole, unit=4, workers=0)[0] == 0
     paths = sorted(path for path in files(whole) if "shards" not in path)
     ended = []
-    for number in range(12):
+    for number in range(6):
         rng = random.Random(number)
         shutil.copytree(whole, output)
         for _ in range(rng.randint(1, 3)):

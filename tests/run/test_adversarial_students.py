@@ -32,6 +32,7 @@ def run(config, folder):
     return records[-1], load_pipeline(folder / "model")
 
 
+@pytest.mark.long
 def test_add_of_four_steps(tmp_path):
     metrics, pipe = run(small(add, disc_warmup=0), tmp_path / "add")
     assert (pipe.scheduler.steps, pipe.scheduler.solver, pipe.scheduler.guidance) == (4, "consistency", 1.0)

@@ -39,6 +39,7 @@ def distance(one, other):
     return max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True))
 
 
+@pytest.mark.long
 def test_dmd2_of_four_steps_with_its_fake_score_aligned(tmp_path):
     """Trained on its own simulated steps, and sampled in the same by the directory that it leaves."""
     metrics, pipe = run(small(dmd2, ida=0.9), tmp_path / "dmd2")

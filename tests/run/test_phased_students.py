@@ -32,7 +32,12 @@ def bound(folder):
 
 
 @pytest.mark.parametrize(
-    ("phases", "times"), [(1, (1, 0)), (3, (1, 0.66, 0.33, 0)), (4, (1, 0.75, 0.5, 0.25, 0))], ids=["1", "3", "4"]
+    ("phases", "times"),
+    [
+        pytest.param(1, (1, 0), id="1", marks=pytest.mark.long),
+        pytest.param(3, (1, 0.66, 0.33, 0), id="3"),
+        pytest.param(4, (1, 0.75, 0.5, 0.25, 0), id="4", marks=pytest.mark.long),
+    ],
 )
 def test_pcm_is_sampled_where_its_phases_end_in_diffusers_too(tmp_path, monkeypatch, phases, times):
     folder = run(pcm, tmp_path / "pcm", phases=phases)
@@ -82,6 +87,7 @@ def assert_equal(one, other):
         np.testing.assert_array_equal(leaf, other[name])
 
 
+@pytest.mark.long
 def test_the_semantic_expert_is_trained_alone_and_sampled_alone(workdir):
     state = read_state(workdir / "dcm_semantic", 2, items=("params", "averages"))
     assert set(state["params"]) == {"generator"}
@@ -90,6 +96,7 @@ def test_the_semantic_expert_is_trained_alone_and_sampled_alone(workdir):
     assert not (workdir / "dcm_semantic" / "start.json").exists()
 
 
+@pytest.mark.long
 def test_a_frozen_role_of_the_phase_before_is_in_no_checkpoint(workdir):
     state = read_state(workdir / "dcm_detail", items=("params", "opt", "averages"))
     assert set(state["params"]) == set(state["opt"]) == {"generator", "heads"}
@@ -99,11 +106,13 @@ def test_a_frozen_role_of_the_phase_before_is_in_no_checkpoint(workdir):
     assert json.loads((workdir / "dcm_detail" / "start.json").read_text()) == {"previous_step": 2}
 
 
+@pytest.mark.long
 def test_the_guard_judges_both_experts_against_the_semantic_one(workdir):
     found = json.loads((workdir / "dcm_detail" / "guard.json").read_text())
     assert set(found["scores"]) == {"0", "2"} and found["previous_step"] == 2 and found["reason"]
 
 
+@pytest.mark.long
 def test_the_model_directory_holds_both_experts(workdir):
     """The frozen one as it was at the step that the run started from, the other one with its adapters merged."""
     folder = workdir / "dcm_detail" / "model"
@@ -119,11 +128,13 @@ def test_the_model_directory_holds_both_experts(workdir):
     assert "transformer from t = 0.72 on, transformer_2 below" in (folder / "README.md").read_text()
 
 
+@pytest.mark.long
 def test_both_experts_make_the_same_clip_in_diffusers(workdir, monkeypatch):
     folder = workdir / "dcm_detail" / "model"
     assert_same_clip(folder, monkeypatch, bound(folder))
 
 
+@pytest.mark.long
 def test_a_run_of_two_experts_is_converted_as_it_was_written(workdir, tmp_path):
     """The frozen expert is read from where the run took it: neither the model's transformer nor a later step's."""
     convert.main([str(workdir / "dcm_detail"), str(tmp_path / "out"), "--format=diffusers", "--refused"])
@@ -142,6 +153,7 @@ def test_a_run_of_two_experts_is_converted_as_it_was_written(workdir, tmp_path):
     assert (experts(tmp_path / "raw")[1][kernel] != low[kernel]).any()
 
 
+@pytest.mark.long
 def test_a_run_continues_from_the_step_that_it_started_from(workdir, tmp_path):
     """Although the phase before has been trained on since; and says so in one line when that step is gone."""
     for name in ("dcm_semantic", "dcm_detail"):

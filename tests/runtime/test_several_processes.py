@@ -259,7 +259,9 @@ def test_processes_of_other_configs_end_at_once_with_the_same_line(tmp_path):
 @pytest.mark.parametrize(
     ("own", "expected"),
     [
-        ({2: ["log_every=7"]}, "config.log_every is 10 in processes 0 and 1, 7 in process 2"),
+        pytest.param(
+            {2: ["log_every=7"]}, "config.log_every is 10 in processes 0 and 1, 7 in process 2", marks=pytest.mark.long
+        ),
         ({0: ["version=0.0.9"]}, "the version of vpae_jax is 0.0.9 in process 0, 0.1.0 in processes 1 and 2"),
     ],
     ids=["config", "code"],

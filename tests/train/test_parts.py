@@ -23,6 +23,7 @@ def method(request, monkeypatch):
     return request.param
 
 
+@pytest.mark.long
 def test_a_step_in_parts_is_the_same(method):
     assert_same(step(method, ONE, accumulation=4), step(method, ONE))
 
