@@ -57,8 +57,8 @@ def test_both_jumps_and_the_guided_step_between_them():
 
 
 def test_the_teachers_step_is_an_exact_turn_from_noise_to_signal():
-    """In TrigFlow's coordinates, z = x / |(1 - t, t)| at the angle whose tangent is t / (1 - t), Euler's step on a rectified
-    flow is z cos d - F sin d; rCM takes z - d F."""
+    """In TrigFlow's coordinates, z = x / |(1 - t, t)| at the angle whose tangent is t / (1 - t), Euler's step on a
+    rectified flow is z cos d - F sin d; rCM takes z - d F."""
     velocity = lambda x, t, condition: jnp.sin(3 * x) + expand(t, x)  # noqa: E731
     found = jumps(
         {"teacher": velocity, "target": constant(0.0), "generator": constant(0.0)}, BATCH, T, BEFORE, END, 1.0, KEY
