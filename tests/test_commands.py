@@ -1,7 +1,6 @@
 """Commands that documents, configs and messages give are read by the programs that they name: no key, flag, config or
 value in them is unknown."""
 
-import importlib
 import re
 import shlex
 import warnings
@@ -9,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from absl import flags
+from config_files import CONFIGS, OPENINGS
 from ml_collections import config_flags
 
-from configs.common import PRESETS
 from vpae_jax import evaluate, sample
 from vpae_jax.config import parse
 from vpae_jax.methods import make_method
@@ -19,7 +18,6 @@ from vpae_jax.train.roles import check_roles
 from vpae_jax.types import UserError
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "common")
 COMMAND = re.compile(r"python -m vpae_jax\.(main|evaluate|sample) [^`\n#]*")
 PARSERS = {"evaluate": evaluate.parser, "sample": sample.parser}
 
@@ -30,16 +28,12 @@ def commands(text):
     return [(match[1], shlex.split(match[0])[3:]) for match in COMMAND.finditer(joined)]
 
 
-def configs_of(module):
-    return importlib.import_module(f"configs.{module}")
-
-
 def opened(words):
     """What a training program makes of its words: an experiment and its method."""
     (chosen,) = [word for word in words if word.startswith("--config=")]
     module, _, preset = chosen.removeprefix("--config=configs/").partition(".py")
     preset = preset.removeprefix(":")
-    config = configs_of(module).get_config(*([preset] if preset not in ("", "[:PRESET]") else []))
+    config = CONFIGS[module].get_config(*([preset] if preset not in ("", "[:PRESET]") else []))
     changes = [word for word in words if word.startswith("--config.") and not word.endswith(("KEY=VALUE", "..."))]
     values = flags.FlagValues()
     argv = ["main", *changes]
@@ -61,8 +55,8 @@ def found():
     for path in [ROOT / "docs" / "methods.md"]:
         for number, command in enumerate(commands(path.read_text())):
             yield pytest.param(*command, id=f"{path.name} {number}")
-    for name in CONFIGS:
-        for number, command in enumerate(commands(configs_of(name).__doc__)):
+    for name, module in CONFIGS.items():
+        for number, command in enumerate(commands(module.__doc__)):
             yield pytest.param(*command, id=f"configs/{name}.py {number}")
 
 
@@ -71,17 +65,13 @@ def test_written_commands_are_understood(program, words):
     check(program, words)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("name", "preset"), OPENINGS)
 def test_the_command_for_a_phase_before_is_understood(name, preset):
-    module = configs_of(name)
-    if name in ("vae", "encoders", "teacher"):  # of the tiny model alone
-        module, preset = module, "tiny"
-    command = parse(module.get_config(preset)).previous.command
-    if command:
-        ((program, words),) = commands(command)
+    experiment = parse(CONFIGS[name].get_config(preset))
+    if experiment.previous.command:
+        ((program, words),) = commands(experiment.previous.command)
         first, _ = opened(words)
-        assert program == "main" and first.model.path == parse(module.get_config(preset)).model.path
+        assert program == "main" and first.model.path == experiment.model.path
 
 
 def test_a_command_that_is_wrong_is_found():

@@ -6,13 +6,14 @@ from typing import Literal
 
 import pytest
 from absl import flags
+from config_files import CONFIGS, OPENINGS
 from ml_collections import ConfigDict, config_flags
 
-from configs import dcm_detail, dcm_semantic, encoders, pcm, phase1, phase2, teacher, vae
+from configs import phase1, phase2, teacher, vae
 from configs.common import PRESETS
 from vpae_jax.config import build, complete, parse, parse_sources
 from vpae_jax.flow.times import VALUES_720P, TimeDistribution
-from vpae_jax.methods import make_method
+from vpae_jax.methods import METHODS, make_method
 from vpae_jax.methods.adversarial import DISC_TIMES
 from vpae_jax.methods.scores import SCORE_TIMES
 from vpae_jax.train.roles import check_roles
@@ -129,10 +130,9 @@ def test_other_defaults_are_reached_from_the_command_line():
     assert parse(overridden(phase2.get_config(), "networks.heads.hidden=96")).networks["heads"]["hidden"] == 96
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("module", [phase1, phase2, pcm, dcm_semantic, dcm_detail])
-def test_a_parsed_config_is_plain_json(module, preset):
-    values = dataclasses.asdict(parse(module.get_config(preset)))
+@pytest.mark.parametrize(("name", "preset"), OPENINGS)
+def test_a_parsed_config_is_plain_json(name, preset):
+    values = dataclasses.asdict(parse(CONFIGS[name].get_config(preset)))
     again = json.loads(json.dumps(values))
     assert parse(again) == parse(json.loads(json.dumps(dataclasses.asdict(parse(again)))))
     assert make_method(again["method"]) == make_method(values["method"])
@@ -167,24 +167,23 @@ def test_a_method_names_the_key_of_a_bad_value():
         method_of(phase2, "tiny", "method.csds.t.low=.95")
 
 
-@pytest.mark.parametrize("module", [vae, encoders, teacher, phase1, phase2, pcm, dcm_semantic, dcm_detail])
-def test_the_preset_is_no_key(module):
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_preset_is_no_key(name):
+    module = CONFIGS[name]
     assert "preset" not in module.get_config()
     with pytest.raises(UserError, match=r"config\.preset: unknown key"):
         parse({**module.get_config().to_dict(), "preset": "tiny"})
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("module", [phase1, phase2, pcm, dcm_semantic, dcm_detail])
-def test_every_preset_parses(module, preset):
-    experiment = parse(module.get_config(preset))
+@pytest.mark.parametrize(("name", "preset"), OPENINGS)
+def test_every_preset_fits_its_method(name, preset):
+    experiment = parse(CONFIGS[name].get_config(preset))
     check_roles(make_method(experiment.method), experiment.optimizers)
+    assert experiment.name == name
 
 
-@pytest.mark.parametrize("module", [vae, encoders, teacher])
-def test_the_tiny_models_own_trainings_parse(module):
-    experiment = parse(module.get_config())
-    check_roles(make_method(experiment.method), experiment.optimizers)
+def test_every_method_has_a_config():
+    assert {module.get_config().method.name for module in CONFIGS.values()} == set(METHODS)
 
 
 def test_the_presets_of_14b_hold_the_papers_values():

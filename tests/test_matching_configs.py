@@ -1,8 +1,5 @@
 """The configs of DMD2, its video form, the regression before it, and MagicDistillation."""
 
-import dataclasses
-import json
-
 import pytest
 
 from configs import dmd2, dmd2v, kd, magic
@@ -27,11 +24,8 @@ def opened(module, preset, **changes):
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("module", MODULES)
-def test_every_preset_fits_its_method_and_is_plain_json(module, preset):
-    experiment, method = opened(module, preset)
-    check_roles(method, experiment.optimizers)
-    again = json.loads(json.dumps(dataclasses.asdict(experiment)))
-    assert make_method(parse(again).method) == method
+def test_heads_are_as_wide_as_the_transformer(module, preset):
+    experiment, _ = opened(module, preset)
     width = presets.find(experiment.model.preset).transformer.width
     assert {heads["width"] for heads in experiment.networks.values()} <= {width}
 

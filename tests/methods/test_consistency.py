@@ -56,6 +56,24 @@ def test_both_jumps_and_the_guided_step_between_them():
     assert number(found.metrics["x0_mean_drift"]) == pytest.approx(float(drift), rel=1e-4)
 
 
+def test_the_teachers_step_is_an_exact_turn_from_noise_to_signal():
+    """In TrigFlow's coordinates, z = x / |(1 - t, t)| at the angle whose tangent is t / (1 - t), Euler's step on a
+    rectified flow is z cos d - F sin d; rCM takes z - d F."""
+    velocity = lambda x, t, condition: jnp.sin(3 * x) + expand(t, x)  # noqa: E731
+    found = jumps(
+        {"teacher": velocity, "target": constant(0.0), "generator": constant(0.0)}, BATCH, T, BEFORE, END, 1.0, KEY
+    )
+    x = np.asarray(add_noise(BATCH.latents, draws.normal(KEY, SHAPE), T))
+    t, before = (np.asarray(times).reshape(-1, 1, 1, 1, 1) for times in (T, BEFORE))
+    v, length = np.sin(3 * x) + t, np.hypot(1 - t, t)
+    angle, after = np.arctan2(t, 1 - t), np.arctan2(before, 1 - before)
+    clean, noise = x - t * v, x + (1 - t) * v
+    turned = np.cos(angle - after) * x / length - np.sin(angle - after) * (
+        np.cos(angle) * noise - np.sin(angle) * clean
+    )
+    np.testing.assert_allclose(found.target, turned * np.hypot(1 - before, before), rtol=1e-4, atol=1e-5)
+
+
 def test_only_the_jump_of_the_student_is_differentiated():
     def loss(weights):
         nets = {name: lambda x, t, condition, w=w: jnp.full_like(x, 1.0) * w for name, w in weights.items()}

@@ -20,7 +20,8 @@ Where sources differ, the default and the alternatives:
                   not shifted; in clips of few values the mean has to fall, as this one's does | uniform (FastGen)
     L_D, L_G      "hinge" | "ns_logistic" (FastGen)
     heads         after every block, of 1x1 convolutions (LADD: of 2-D ones) | FastGen: three blocks
-    gamma, sigma  .1, .1 (FastGen, which adds n before the noise) | ADD: R1 on the heads' inputs, 1e-5
+    gamma, sigma  .1, .1 (FastGen, whose code sets D(r + sigma n, t), not noised, against D(r_t, t)) | ADD: R1 on the
+                  heads' inputs, 1e-5
     lambda        2.5 (ADD) | 0 (LADD, on the teacher's clips). ADD sums the square, csds.reduction="sum": millions of
                   values, beside which no logit is heard; here it is their mean
     c, t', guidance of the teacher    1 - t' (ADD) | "one"; V-PAE's U(.02, .98), shift 5, and 1: unstated

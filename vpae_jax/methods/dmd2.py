@@ -23,8 +23,9 @@ the alternatives:
     N                  5
     w_G, w_D           .03, .03 (One-Forcing; FastGen: .03, 1) | .005, .01 (SDXL) | 0, 0 (Self-Forcing: no heads)
     D's features       "fake_score" (DMD2) | "teacher" (FastGen)
-    D's noise          (3) has one t' for both clips and both halves (One-Forcing); DMD2 draws one for each
-    real_noise         "own" (DMD2, One-Forcing) | "shared": both clips have the same (FastGen)
+    D's noise          (3) has one t' for both clips and both halves (FastGen); One-Forcing draws another for both,
+                       DMD2 one for each clip
+    real_noise         "own" (DMD2) | "shared": both clips have the same (FastGen, One-Forcing)
     D's penalty        none | FastGen's optional one on real clips, weight 100 to 1000, sigma .1 (APT's)
     ida                none | .97 (SenseFlow)
 
