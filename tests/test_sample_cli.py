@@ -103,6 +103,7 @@ def test_flags_reach_the_pipeline(model, run, tmp_path):
         ({"shift": 0}, "shift is 0.0, expected a positive number"),
         ({"guidance": 0}, "guidance is 0.0, expected at least 1"),
         ({"guidance": "inf"}, "--guidance: 'inf' is no finite number"),
+        ({"guidance": 1e39}, "guidance is 1e+39, expected at most 1000"),
         ({"guidance": "nan"}, "--guidance: 'nan' is no finite number"),
         ({"shift": "1e999"}, "--shift: '1e999' is no finite number"),
         ({"shift": "three"}, "--shift: 'three' is no finite number"),

@@ -279,6 +279,7 @@ def test_captions_that_the_encoder_does_not_take_are_said_to_be_too_long(run, tm
         ({"fps": 0}, "fps is 0.0; expected a positive number"),
         ({"fps": "inf"}, "--fps: 'inf' is no finite number"),
         ({"fps": 1e9}, "fps is 1e+09; expected 1000 at most"),
+        ({"fps": 1e-320}, "fps is 9.99989e-321; expected 0.01 at least"),
         ({"stride": 1e-9}, "stride is 1e-09 s, less than a frame; expected 0.125 s at least"),
         ({"clips_per_video": 0}, "clips_per_video is 0; expected a positive number"),
         ({"timeout": "nan"}, "--timeout: 'nan' is no finite number"),
