@@ -160,9 +160,7 @@ def choose(given: argparse.Namespace) -> Task:
       UserError: flags that exclude each other, no clips to choose from, or some that were trained on.
     """
     runs = {workdir: read_past_run(workdir) for workdir in (given.phase1, given.phase2) if workdir}
-    clips = {
-        workdir: build(DataConfig, run.data, f"{workdir / CONFIG_FILE}: data") for workdir, run in runs.items()
-    }
+    clips = {workdir: build(DataConfig, run.data, f"{workdir / CONFIG_FILE}: data") for workdir, run in runs.items()}
     workdir, data = [*clips.items()][-1] if clips else (Path(), DataConfig())
     method = runs[workdir].method if runs else {}
     if given.task == "digits" and given.records:

@@ -365,7 +365,9 @@ def test_a_guards_file_that_cannot_be_read_stops_no_conversion(workdir, source, 
     assert "| guard |" not in (target / "README.md").read_text()
 
 
-@pytest.mark.parametrize("found", ["[]", '{"scores": 7}', '{"scores": {"1": []}, "compared": 3}', '{"scores": {"1": {"a/None": "x"}}}'])
+@pytest.mark.parametrize(
+    "found", ["[]", '{"scores": 7}', '{"scores": {"1": []}, "compared": 3}', '{"scores": {"1": {"a/None": "x"}}}']
+)
 def test_scores_of_another_kind_are_not_on_the_card(workdir, tmp_path, found):
     folder = tmp_path / "run"
     shutil.copytree(workdir, folder)

@@ -50,7 +50,9 @@ def test_a_distributed_checkpoint_is_named_with_what_makes_one_file_of_it(tmp_pa
     for given in (folder, tmp_path, file):
         with pytest.raises(UserError) as error:
             read_model(str(given), None)
-        assert str(error.value).startswith(f"{file}: is a part of a PyTorch distributed checkpoint; make one file of its")
+        assert str(error.value).startswith(
+            f"{file}: is a part of a PyTorch distributed checkpoint; make one file of its"
+        )
         assert f"format_utils dcp_to_torch {folder} FILE.pt`" in str(error.value)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -45,7 +45,7 @@ class Sampler:
         falling = all(later < earlier for earlier, later in pairwise(times))
         if len(times) < 2 or not falling or times[-1] != 0 or not 0.99 < times[0] <= 1:
             raise UserError(f"times are {reprlib.repr(times)}, expected numbers that fall from 1 to 0")
-        if not 1 <= self.guidance:
+        if not self.guidance >= 1:
             raise UserError(f"guidance is {self.guidance}, expected at least 1 (1 is no guidance)")
         if self.guidance > MAX_GUIDANCE:
             raise UserError(f"guidance is {self.guidance}, expected at most {MAX_GUIDANCE:g}")

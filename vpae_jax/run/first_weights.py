@@ -44,8 +44,8 @@ def forget_damaged(workdir: Path) -> None:
     if (file := workdir / START).exists():
         aside = put_aside(file)
         say(
-            f"{file} cannot be read, and is now called {aside.name}; where the run needs the phase before, it takes its "
-            "newest checkpoint"
+            f"{file} cannot be read, and is now called {aside.name}; where the run needs the phase before, it takes "
+            "its newest checkpoint"
         )
 
 

@@ -284,8 +284,8 @@ def _kind(path: Path, file: BinaryIO) -> Literal["safetensors", "index", "pickle
     is known to be something else."""
     if path.suffix == DISTRIBUTED:
         raise UserError(
-            f"{path}: is a part of a PyTorch distributed checkpoint; make one file of its folder first, with `python -m "
-            f"torch.distributed.checkpoint.format_utils dcp_to_torch {path.parent} FILE.pt`, and give that"
+            f"{path}: is a part of a PyTorch distributed checkpoint; make one file of its folder first, with `python "
+            f"-m torch.distributed.checkpoint.format_utils dcp_to_torch {path.parent} FILE.pt`, and give that"
         )
     try:
         head = os.pread(file.fileno(), HEAD, 0)
