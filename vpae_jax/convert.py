@@ -39,6 +39,7 @@ from vpae_jax.run.guard import Verdict, compared_scores, verdict
 from vpae_jax.run.student import averaged_view
 from vpae_jax.run.workdir import PastRun
 from vpae_jax.run.workdir import read_run as read_past_run
+from vpae_jax.runtime.progress import working
 from vpae_jax.train.checkpoint import read_state
 from vpae_jax.types import Note, UserError
 from vpae_jax.weights.card import Provenance
@@ -257,7 +258,8 @@ def convert(
         for name, reason in without.items():
             warnings.warn(f"the {name} is left out: {reason}", Note, stacklevel=2)
         contents = Contents(given.base, parts, given.scheduler, provenance=provenance, without=without)
-        counts = write_model(target, contents, form, dtype=dtype, verify=verify)
+        with working(f"writing {target}"):
+            counts = write_model(target, contents, form, dtype=dtype, verify=verify)
         if lacking := [name for name in given.base.lacks(parts) if name not in without]:
             print(f"note: no {', '.join(lacking)} in the source; --base=MODEL makes {target} a whole model")
         for name, count in counts.items():
@@ -281,7 +283,8 @@ def write_difference(
     with ExitStack() as stack:
         student = given.parts.get("transformer") or stack.enter_context(open_values(given.base, "transformer"))
         values = stack.enter_context(open_values(base, "transformer"))
-        found = extract(student, values, rank, differences=form == "wan")
+        with working("comparing each layer with the teacher's"):
+            found = extract(student, values, rank, differences=form == "wan")
     write_lora(target, found.lora, form, dtype, {"base": str(base.path), "command": command})
     print(format_energies(found))
 

@@ -39,7 +39,7 @@ from vpae_jax.metrics.results import NAIVE, headline, table, write_metrics, writ
 from vpae_jax.run import guard
 from vpae_jax.run.generation import Generation, Made, scores_of
 from vpae_jax.run.workdir import read_run as read_past_run
-from vpae_jax.runtime.progress import working
+from vpae_jax.runtime.progress import say, working
 from vpae_jax.tasks.base import HeldOut, Task
 from vpae_jax.train.checkpoint import CONFIG_FILE
 from vpae_jax.train.metrics import read_metrics
@@ -199,7 +199,8 @@ def load(rows: list[Entry], dtype: str) -> dict[str, Pipeline]:
     found: dict[str, Pipeline] = {}
     for row in rows:
         if row.model not in found:
-            found[row.model] = load_pipeline(row.model, jnp.dtype(dtype))
+            with working(f"reading {row.model}"):
+                found[row.model] = load_pipeline(row.model, jnp.dtype(dtype))
     return found
 
 
@@ -217,7 +218,7 @@ def evaluate(
         pipeline = pipelines[row.model]
         encoders = fingerprint(pipeline)
         if encoders not in asked:
-            with working(f"reading and measuring held-out clips, for the encoders of {row.model}", say):
+            with working(f"reading and measuring held-out clips, for the encoders of {row.model}"):
                 asked[encoders] = task.held_out(pipeline, "evaluation", count)
         held_out = asked[encoders]
         if first is None:
@@ -253,11 +254,6 @@ def _scored(row: Entry, pipeline: Pipeline, task: Task, held_out: HeldOut, batch
     sampling, whole = np.median(seconds[1:], 0).tolist() if seconds[1:] else (0.0, 0.0)
     settings = {"model": row.model, "steps": sampler.steps, "guidance": sampler.guidance, "solver": sampler.solver}
     return Row(row.name, sampler.evaluations, scores, clips, settings, whole, sampling)
-
-
-def say(text: str) -> None:
-    """A line at once: an evaluation takes minutes."""
-    print(text, flush=True)
 
 
 def versions() -> dict[str, str]:

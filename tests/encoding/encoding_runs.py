@@ -112,9 +112,9 @@ def contents(folder: Path) -> dict[str, dict]:
 
 def same(one: Path, two: Path) -> bool:
     """Whether two folders hold the same, whatever process wrote them."""
-    one, two = contents(one), contents(two)
-    assert one.keys() == two.keys()
-    for id, record in one.items():
+    found, expected = contents(one), contents(two)
+    assert found.keys() == expected.keys()
+    for id, record in found.items():
         for name, value in record.items():
-            assert np.array_equal(value, two[id][name]), (id, name)
+            assert np.array_equal(value, expected[id][name]), (id, name)
     return True

@@ -21,7 +21,7 @@ from vpae_jax.methods.dcm import DCMDetail
 from vpae_jax.methods.vpae import PhaseTwo
 from vpae_jax.metrics.base import Metric
 from vpae_jax.run.generation import Generation, scores_of
-from vpae_jax.run.guard import Guard, obstacle
+from vpae_jax.run.guard import Guard, doubt, obstacle
 from vpae_jax.run.previews import Previews
 from vpae_jax.tasks.base import HeldOut, TooFew, mode_parts, rows_of
 from vpae_jax.train.state import TrainState
@@ -189,6 +189,24 @@ def test_scores_that_cannot_be_read_are_put_aside(damage, tmp_path, capsys):
     assert (tmp_path / "damaged-guard.json").read_bytes() == damage
     assert made.read()["scores"] == {}
     assert made.decide(40, denoiser(1.2), lambda: denoiser(3.0))
+
+
+@pytest.mark.parametrize(
+    ("enabled", "found", "said"),
+    [
+        (True, '{"kept": false, "reason": "it rose"}', "its guard turned these weights down (it rose)"),
+        (True, '{"kept": true, "reason": "it fell"}', ""),
+        (True, '{"scores": {}}', ""),
+        (True, '{"kept": fal', "guard.json: cannot be read, so what the guard has decided is not known"),
+        (False, '{"kept": false, "reason": "it rose"}', ""),
+        (True, None, ""),
+    ],
+)
+def test_whoever_starts_from_weights_that_were_turned_down_is_told(tmp_path, enabled, found, said):
+    (tmp_path / "config.json").write_text(json.dumps({"guard": {"enabled": enabled}}))
+    if found is not None:
+        (tmp_path / "guard.json").write_text(found)
+    assert said in doubt(tmp_path) and bool(said) == bool(doubt(tmp_path))
 
 
 def test_it_samples_as_the_student_is_sampled(tmp_path):

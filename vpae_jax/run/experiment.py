@@ -28,7 +28,7 @@ from vpae_jax.models import presets
 from vpae_jax.run import export
 from vpae_jax.run.agreement import reads, require_same, started_with
 from vpae_jax.run.first_weights import forget_damaged, make_weights, remember, remembered, resolve_model
-from vpae_jax.run.guard import Guard, obstacle
+from vpae_jax.run.guard import Guard, doubt, obstacle
 from vpae_jax.run.overview import overview
 from vpae_jax.run.previews import Previews
 from vpae_jax.run.student import Maker
@@ -98,7 +98,8 @@ def _run(experiment: Experiment, workdir: Path, lock: Lock, devices: Sequence[An
     begun = first_step if begun is None else begun
     if begun is not None and not continuing:
         folder, kind = resolve(experiment.previous.workdir, workdir), experiment.previous.weights
-        say(f"{experiment.name} starts from step {begun} of {folder} ({kind} weights)")
+        doubted = f"; {doubts}" if (doubts := doubt(folder)) else ""
+        say(f"{experiment.name} starts from step {begun} of {folder} ({kind} weights){doubted}")
     claim(experiment, workdir, lock)
     if is_first() and not known:
         if continuing:

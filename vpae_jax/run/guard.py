@@ -25,7 +25,7 @@ from vpae_jax.inference.pipeline import Pipeline
 from vpae_jax.inference.samplers import Denoiser
 from vpae_jax.methods.base import Method, all_views
 from vpae_jax.run.generation import Generation, scores_of
-from vpae_jax.run.workdir import PastRun, read_object
+from vpae_jax.run.workdir import PastRun, read_object, read_run
 from vpae_jax.runtime.processes import as_first_says, is_first, say
 from vpae_jax.tasks.base import Task
 from vpae_jax.types import UserError
@@ -58,6 +58,16 @@ def verdict(workdir: Path, run: PastRun) -> Verdict | None:
             "decides anew"
         )
     return Verdict(bool(found["kept"]), str(found.get("reason", ""))) if "kept" in found else None
+
+
+def doubt(workdir: Path) -> str:
+    """What is to be said of a run's trained weights where its guard turned them down, or it cannot be told whether it
+    did; nothing of others."""
+    try:
+        decided = verdict(workdir, read_run(workdir))
+    except UserError as error:
+        return str(error)
+    return "" if decided is None or decided.kept else f"its guard turned these weights down ({decided.reason})"
 
 
 def compared_scores(workdir: Path) -> dict[str, float]:
