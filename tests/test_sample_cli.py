@@ -68,7 +68,7 @@ def test_says_what_takes_long(model, tmp_path, capsys):
     out = capsys.readouterr().out.splitlines()
     assert out[0] == f"reading {model} ..." and out[1].startswith(f"reading {model}: ")
     assert out[2] == "compiling, and making the video ..." and out[3].startswith("compiling, and making the video: ")
-    assert out[4:] == [f"{tmp_path / 'a.png'}: 1 frames of 32x32"]
+    assert out[4:] == [f"{tmp_path / 'a.png'}: 1 frame of 32x32"]
 
 
 def test_says_that_the_picture_decides_the_size(model, run, tmp_path):

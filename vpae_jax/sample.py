@@ -94,7 +94,7 @@ def main(argv: list[str]) -> None:
             write_contact_sheet(output, frames)
     except OSError as error:
         raise UserError(f"--output={output}: cannot be written: {error}; choose another place") from error
-    print(f"{output}: {len(frames)} frames of {frames.shape[1]}x{frames.shape[2]}")
+    print(f"{output}: {len(frames)} frame{'s' if len(frames) > 1 else ''} of {frames.shape[1]}x{frames.shape[2]}")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from vpae_jax.run.generation import Generation, scores_of
 from vpae_jax.run.workdir import PastRun, read_object, read_run
 from vpae_jax.runtime.processes import as_first_says, is_first, say
 from vpae_jax.tasks.base import Task
+from vpae_jax.train.checkpoint import CONFIG_FILE
 from vpae_jax.types import UserError
 
 FILE = "guard.json"
@@ -63,6 +64,8 @@ def verdict(workdir: Path, run: PastRun) -> Verdict | None:
 def doubt(workdir: Path) -> str:
     """What is to be said of a run's trained weights where its guard turned them down, or it cannot be told whether it
     did; nothing of others."""
+    if not (workdir / CONFIG_FILE).is_file():
+        return ""
     try:
         decided = verdict(workdir, read_run(workdir))
     except UserError as error:
