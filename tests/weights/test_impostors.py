@@ -4,11 +4,9 @@ import shutil
 import warnings
 
 import pytest
-import torch
 import torch.distributed.checkpoint as dcp
 from finding import opened, refused
-from folders import PARTS, edit_json, write
-from safetensors.numpy import load_file
+from folders import PARTS, edit_json, same, values, write
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from vpae_jax.convert import read_model
@@ -38,26 +36,23 @@ def test_what_is_no_file_of_weights_is_named(tmp_path, content, suffix):
     assert "fetch it again" not in refused(path)
 
 
-def test_a_distributed_checkpoint_is_named_with_what_makes_one_file_of_it(tmp_path, theirs):
+def test_a_distributed_checkpoint_is_named_with_what_makes_one_file_of_it(tmp_path, wide):
     """Which is then read."""
-    part = theirs / "transformer" / "diffusion_pytorch_model.safetensors"
-    state = {"model": {name: torch.from_numpy(value) for name, value in load_file(part).items()}}
-    folder = tmp_path / "step_100"
+    folder = tmp_path / "run" / "step_100"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch's, of a process that is alone
-        dcp.save(state, checkpoint_id=folder)
-    (file,) = folder.glob("*.distcp")
-    for given in (folder, tmp_path, file):
-        with pytest.raises(UserError) as error:
-            read_model(str(given), None)
-        assert str(error.value).startswith(
-            f"{file}: is a part of a PyTorch distributed checkpoint; make one file of its"
-        )
-        assert f"format_utils dcp_to_torch {folder} FILE.pt`" in str(error.value)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp_to_torch_save(folder, tmp_path / "whole.pt")
-    assert set(read_model(str(tmp_path / "whole.pt"), None).base.parts) == {"transformer"}
+        dcp.save({"model": wide}, checkpoint_id=folder)
+        (file,) = folder.glob("*.distcp")
+        for given in (folder, folder.parent, file):
+            with pytest.raises(UserError) as error:
+                read_model(str(given), None)
+            line = f"{file}: is a part of a PyTorch distributed checkpoint; make one file of its folder first, with `"
+            assert str(error.value).startswith(line)
+            assert f"format_utils dcp_to_torch {folder} FILE.pt`" in str(error.value)
+        (tmp_path / "whole").mkdir()
+        dcp_to_torch_save(folder, tmp_path / "whole" / "x.pt")
+    found = values(tmp_path / "whole" / "x.pt", "transformer")
+    assert same(found, values(write(tmp_path / "plain" / "x.pt", wide), "transformer"))
 
 
 def test_weights_are_seen_whatever_letters_their_suffix_has(theirs):
