@@ -137,7 +137,7 @@ def test_a_folder_whose_name_holds_an_equals_sign(pipeline, folders, tmp_path):
         ({"image": None}, r"its image are of None, those of the model's encoders of \["),
         ({"frames": None}, r"its frames are of None, those of the model's encoders of \[16\]"),
         ({"more": (2,)}, r"its more are of \[2\], those of the model's encoders of None"),
-        ({"latents": (3, 6, 8, 12), "frames": (3, 6, 8, 16)}, r"its latents are of \[12\], those .* of \[16\]"),
+        ({"latents": (3, 6, 8, 12), "frames": (3, 6, 8, 20)}, r"its latents are of \[12\], those .* of \[16\]"),
         ({"frames": (3, 8, 6, 20)}, r"its frames are of \[3, 8, 6, 16\], its latents of \[3, 6, 8, 16\]"),
         (
             {"latents": (3, 5, 8, 16), "frames": (3, 5, 8, 20)},
