@@ -283,8 +283,7 @@ def write_difference(
     with ExitStack() as stack:
         student = given.parts.get("transformer") or stack.enter_context(open_values(given.base, "transformer"))
         values = stack.enter_context(open_values(base, "transformer"))
-        with working("comparing each layer with the teacher's"):
-            found = extract(student, values, rank, differences=form == "wan")
+        found = extract(student, values, rank, differences=form == "wan")
     write_lora(target, found.lora, form, dtype, {"base": str(base.path), "command": command})
     print(format_energies(found))
 
