@@ -63,6 +63,14 @@ def test_says_how_the_author_samples_it(model, run, tmp_path):
     assert run(**options, steps=3)[1] == ""
 
 
+def test_says_what_takes_long(model, tmp_path, capsys):
+    cli.run(sample.main, [f"--model={model}", "--prompt=a three", "--num_frames=1", f"--output={tmp_path / 'a.png'}"])
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == f"reading {model} ..." and out[1].startswith(f"reading {model}: ")
+    assert out[2] == "compiling, and making the video ..." and out[3].startswith("compiling, and making the video: ")
+    assert out[4:] == [f"{tmp_path / 'a.png'}: 1 frame of 32x32"]
+
+
 def test_says_that_the_picture_decides_the_size(model, run, tmp_path):
     options = dict(model=model, prompt="a three moves up", output=tmp_path / "clip.png", image=tmp_path / "first.png")
     Image.new("RGB", (50, 40)).save(tmp_path / "first.png")
@@ -103,6 +111,7 @@ def test_flags_reach_the_pipeline(model, run, tmp_path):
         ({"shift": 0}, "shift is 0.0, expected a positive number"),
         ({"guidance": 0}, "guidance is 0.0, expected at least 1"),
         ({"guidance": "inf"}, "--guidance: 'inf' is no finite number"),
+        ({"guidance": 1e39}, "guidance is 1e+39, expected at most 1000"),
         ({"guidance": "nan"}, "--guidance: 'nan' is no finite number"),
         ({"shift": "1e999"}, "--shift: '1e999' is no finite number"),
         ({"shift": "three"}, "--shift: 'three' is no finite number"),

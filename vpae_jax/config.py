@@ -150,10 +150,9 @@ def _source(text: str) -> tuple[str, float | None]:
     `UserError` for a weight that is none."""
     folder, equals, weight = (part.strip() for part in text.rpartition("="))
     try:
-        value = float(weight) if equals else None
+        folder, value = (folder, float(weight or math.nan)) if equals else (weight, None)
     except ValueError:
-        folder, value = text.strip(), None if weight else math.nan
-    folder = folder if equals else weight
+        folder, value = text.strip(), None
     if not folder or not (value is None or 0 < value < math.inf):
         raise UserError(f"records: {text!r} is not a folder, or a folder and its weight (DIR=0.5), a positive number")
     return folder, value

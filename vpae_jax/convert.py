@@ -35,15 +35,18 @@ from vpae_jax.files import local_path
 from vpae_jax.methods import make_method
 from vpae_jax.methods.base import Method, all_views
 from vpae_jax.run.first_weights import previous_step, read_previous, remembered, resolve_model
-from vpae_jax.run.guard import verdict
+from vpae_jax.run.guard import Verdict, compared_scores, verdict
 from vpae_jax.run.student import averaged_view
-from vpae_jax.train.checkpoint import CONFIG_FILE, FOLDER, read_state
+from vpae_jax.run.workdir import PastRun
+from vpae_jax.run.workdir import read_run as read_past_run
+from vpae_jax.runtime.progress import working
+from vpae_jax.train.checkpoint import read_state
 from vpae_jax.types import Note, UserError
 from vpae_jax.weights.card import Provenance
 from vpae_jax.weights.directory import ModelDirectory
 from vpae_jax.weights.extraction import extract, format_energies
-from vpae_jax.weights.filenames import PRODUCT, SETTINGS, read_json
-from vpae_jax.weights.find import find_model
+from vpae_jax.weights.filenames import PRODUCT, SETTINGS
+from vpae_jax.weights.find import find_model, is_workdir
 from vpae_jax.weights.layout import Contents, write_model
 from vpae_jax.weights.loading import read_part
 from vpae_jax.weights.lora import Lora, Merged, from_adapters, write_lora
@@ -121,18 +124,13 @@ def read_run(workdir: Path, weights: str | None, base: str | None, refused: bool
     """
     if weights not in (None, *WEIGHTS):
         raise UserError(f"--weights={weights}: expected one of {', '.join(WEIGHTS)}")
-    run = read_json(workdir / CONFIG_FILE)
-    decided = verdict(workdir, run)
-    if decided is not None and not decided.kept and not refused:
-        raise UserError(
-            f"{workdir}: its guard turned the trained weights down ({decided.reason}); {workdir / PRODUCT} holds "
-            "those, and converts as any model; --refused converts the trained ones"
-        )
-    model = find_model(resolve_model(run["model"]["path"], workdir) if base is None else base)
-    method, state = make_method(run["method"]), read_state(workdir)
+    run = read_past_run(workdir)
+    decided = _decision(workdir, run, refused)
+    model = find_model(resolve_model(run.model_path, workdir) if base is None else base)
+    method, state = make_method(run.method), read_state(workdir)
     student, averages = method.student, state["averages"]
     if student is None:
-        raise UserError(f"{workdir}: its method {run['method'].get('name')} makes no generator to convert")
+        raise UserError(f"{workdir}: its method {run.method.get('name')} makes no generator to convert")
     names = {"transformer": student.view} | ({} if student.low is None else {LOW: student.low})
     judged = {part: averaged_view(averages, student, name) for part, name in names.items()}
     if weights == "ema" and judged == names:
@@ -141,19 +139,36 @@ def read_run(workdir: Path, weights: str | None, base: str | None, refused: bool
     held = _Held(method, run, workdir, state["params"], averages, model)
     parts = {part: held.transformer(name) for part, name in (judged if averaged else names).items()}
     facts = {
-        "run": run.get("name", ""),
+        "run": run.name,
         "step": int(state["step"]),
         "weights": "the generator's average" if averaged else "the generator",
-        "started from": str(run["model"]["path"]),
+        "started from": run.model.get("path", ""),
         **({} if decided is None else {"guard": decided.reason}),
     }
     boundary = None if student.low is None else student.boundary
     return Input(
         dataclasses.replace(model, boundary=boundary),
-        Provenance(str(workdir), facts, _scores(workdir)),
+        Provenance(str(workdir), facts, compared_scores(workdir)),
         parts,
-        Scheduler.of(student.sampler, run["sample_shift"]),
+        Scheduler.of(student.sampler, run.sample_shift),
     )
+
+
+def _decision(workdir: Path, run: PastRun, refused: bool) -> Verdict | None:
+    """What a run's guard decided. Raises `UserError` where it turned the weights down, or cannot be asked, unless
+    `refused` says that they are wanted all the same."""
+    try:
+        decided = verdict(workdir, run)
+    except UserError as error:
+        if refused:
+            return None
+        raise UserError(f"{error}; --refused converts the trained weights, whatever that was") from error
+    if decided is not None and not decided.kept and not refused:
+        raise UserError(
+            f"{workdir}: its guard turned the trained weights down ({decided.reason}); {workdir / PRODUCT} holds the "
+            "weights that were kept, and converts as any model; --refused converts the trained ones"
+        )
+    return decided
 
 
 @dataclass(frozen=True)
@@ -169,7 +184,7 @@ class _Held:
     """
 
     method: Method
-    run: Mapping[str, Any]
+    run: PastRun
     workdir: Path
     params: Mapping[str, Any]
     averages: Mapping[str, Any]
@@ -193,25 +208,26 @@ class _Held:
         earlier = self.method.roles[role].previous(role)
         if earlier is None:
             return read_part(self.model, "transformer", None)[1]
-        experiment = parse(self.run)
+        experiment = parse(self.run.whole)
         step = previous_step(experiment, self.workdir, remembered(self.workdir))
         return read_previous(experiment, self.workdir, earlier, None, step)
 
 
-def read_adapters(workdir: Path, name: str) -> Lora:
-    """The adapters that a run trained for a role.
+def read_adapters(workdir: Path, name: str) -> tuple[Lora, str]:
+    """The adapters that a run trained for a role, and the model that they are for.
 
     Raises:
       UserError: the run has no such role, or it trains no adapters.
     """
-    roles = make_method(read_json(workdir / CONFIG_FILE)["method"]).roles
+    run = read_past_run(workdir)
+    roles = make_method(run.method).roles
     trained = [role for role, spec in roles.items() if spec.trains and spec.adapters is not None]
     if name not in trained:
         raise UserError(f"--weights={name}: {workdir} trains adapters of {', '.join(trained) or 'no role'} only")
     params = read_state(workdir, items=("params",))["params"][name]
     adapters = roles[name].adapters
     assert adapters is not None
-    return from_adapters(params, adapters.alpha, adapters.rank)
+    return from_adapters(params, adapters.alpha, adapters.rank), run.model_path
 
 
 def convert(
@@ -242,7 +258,8 @@ def convert(
         for name, reason in without.items():
             warnings.warn(f"the {name} is left out: {reason}", Note, stacklevel=2)
         contents = Contents(given.base, parts, given.scheduler, provenance=provenance, without=without)
-        counts = write_model(target, contents, form, dtype=dtype, verify=verify)
+        with working(f"writing {target}"):
+            counts = write_model(target, contents, form, dtype=dtype, verify=verify)
         if lacking := [name for name in given.base.lacks(parts) if name not in without]:
             print(f"note: no {', '.join(lacking)} in the source; --base=MODEL makes {target} a whole model")
         for name, count in counts.items():
@@ -275,20 +292,6 @@ def _one_transformer(model: ModelDirectory, option: str) -> None:
     """Raises `UserError` for a model of two experts, each of which would have a LoRA of its own."""
     if model.boundary is not None:
         raise UserError(f"{option}: {model.path} has two experts; convert the folder of one of them")
-
-
-def _scores(workdir: Path) -> dict[str, float]:
-    """What a run's guard measured of the weights that it exported."""
-    path = workdir / "guard.json"
-    if not path.is_file():
-        return {}
-    known = read_json(path)
-    return {
-        f"held-out {name}, step {step}": value
-        for step, found in known["scores"].items()
-        for name, value in found.items()
-        if name.endswith(f"/{known['compared']}")
-    }
 
 
 def parser() -> cli.Parser:
@@ -336,14 +339,13 @@ def _lora(text: str) -> tuple[Path, float]:
 
 def main(argv: list[str]) -> None:
     given, command = parser().parse_args(argv), shlex.join(["python", "-m", "vpae_jax.convert", *argv])
-    run = (Path(given.source) / FOLDER).is_dir()
+    run = is_workdir(Path(given.source))
     role = given.weights if given.as_lora and run and given.weights not in (None, *WEIGHTS) else None
     _check(given, role)
     dtype = None if given.dtype is None else np.dtype(given.dtype)
     if role is not None:
-        base = read_json(Path(given.source) / CONFIG_FILE)["model"]["path"]
-        lora, about = read_adapters(Path(given.source), role), {"base": str(base), "command": command}
-        write_lora(given.target, lora, given.format, dtype, about)
+        lora, base = read_adapters(Path(given.source), role)
+        write_lora(given.target, lora, given.format, dtype, {"base": base, "command": command})
         print(given.target)
         return
     if run:
@@ -363,9 +365,9 @@ def _check(given: argparse.Namespace, role: str | None) -> None:
     if given.target.exists():
         raise UserError(f"{given.target}: already exists; remove it or choose another destination")
     source = Path(given.source)
-    if given.refused and not (source / FOLDER).is_dir():
+    if given.refused and not is_workdir(source):
         raise UserError(f"--refused: {source} is no training run, whose guard could have turned weights down")
-    if source.is_dir() and not (source / FOLDER).is_dir() and given.target.resolve().is_relative_to(source.resolve()):
+    if source.is_dir() and not is_workdir(source) and given.target.resolve().is_relative_to(source.resolve()):
         raise UserError(f"{given.target}: lies in {source}; choose a destination outside")
     if not given.as_lora:
         if given.rank is not None:

@@ -38,12 +38,13 @@ from vpae_jax.metrics.report import Report, Row, Run, write_report
 from vpae_jax.metrics.results import NAIVE, headline, table, write_metrics, write_samples
 from vpae_jax.run import guard
 from vpae_jax.run.generation import Generation, Made, scores_of
-from vpae_jax.runtime.progress import working
+from vpae_jax.run.workdir import read_run as read_past_run
+from vpae_jax.runtime.progress import say, working
 from vpae_jax.tasks.base import HeldOut, Task
 from vpae_jax.train.checkpoint import CONFIG_FILE
 from vpae_jax.train.metrics import read_metrics
 from vpae_jax.types import UserError
-from vpae_jax.weights.filenames import PRODUCT, read_json
+from vpae_jax.weights.filenames import PRODUCT
 
 
 def parser() -> cli.Parser:
@@ -124,7 +125,7 @@ def entries(given: argparse.Namespace) -> list[Entry]:
     called by what it is: the start of phase 2."""
     guidance = given.guidance
     if guidance is None and given.phase1:
-        guidance = read_config(given.phase1).get("sample_guidance", 1.0)
+        guidance = read_past_run(given.phase1).sample_guidance
     teacher = "teacher" if given.phase1 or given.phase2 or given.compare else "model"
     rows = [Entry(teacher, given.model, given.steps, guidance)]
     if given.steps != 1:
@@ -132,7 +133,7 @@ def entries(given: argparse.Namespace) -> list[Entry]:
     if given.phase1:
         rows.append(Entry("phase 1", str(given.phase1 / PRODUCT)))
     if given.phase2:
-        decided = guard.verdict(given.phase2, read_config(given.phase2))
+        decided = guard.verdict(given.phase2, read_past_run(given.phase2))
         name = "phase 2" if decided is None or decided.kept else "start of phase 2"
         rows.append(Entry(name, str(given.phase2 / PRODUCT)))
         rows.append(Entry(f"{name}, four steps", str(given.phase2 / PRODUCT), 4, 1.0))
@@ -144,20 +145,12 @@ def entries(given: argparse.Namespace) -> list[Entry]:
     return rows
 
 
-def read_config(workdir: Path) -> dict[str, Any]:
-    """A run's config as plain values. Raises `UserError` when there was no run."""
-    path = workdir / CONFIG_FILE
-    if not path.is_file():
-        raise UserError(f"{workdir} holds no run ({path.name} is missing); train the phase first")
-    return read_json(path)
-
-
 def read_run(name: str, workdir: Path) -> Run:
     """A phase's curves and settings, and what its guard decided."""
-    config = read_config(workdir)
-    decided = guard.verdict(workdir, config)
+    run = read_past_run(workdir)
+    decided = guard.verdict(workdir, run)
     note = "" if decided is None else f"Guard: {decided.reason}."
-    return Run(name, read_metrics(workdir), config, note)
+    return Run(name, read_metrics(workdir), run.whole, note)
 
 
 def choose(given: argparse.Namespace) -> Task:
@@ -166,9 +159,10 @@ def choose(given: argparse.Namespace) -> Task:
     Raises:
       UserError: flags that exclude each other, no clips to choose from, or some that were trained on.
     """
-    runs = [(workdir, read_config(workdir)) for workdir in (given.phase1, given.phase2) if workdir]
-    workdir, config = runs[-1] if runs else (Path(), {"data": {}, "method": {}})
-    data = build(DataConfig, config["data"], f"{workdir / CONFIG_FILE}: data")
+    runs = {workdir: read_past_run(workdir) for workdir in (given.phase1, given.phase2) if workdir}
+    clips = {workdir: build(DataConfig, run.data, f"{workdir / CONFIG_FILE}: data") for workdir, run in runs.items()}
+    workdir, data = [*clips.items()][-1] if clips else (Path(), DataConfig())
+    method = runs[workdir].method if runs else {}
     if given.task == "digits" and given.records:
         raise UserError("--task=digits renders its clips; leave --records out")
     if given.task == "video" and not (given.records or data.records or data.videos):
@@ -176,16 +170,16 @@ def choose(given: argparse.Namespace) -> Task:
     if given.task == "digits":
         data = DataConfig()
     if given.records:
-        _check_untrained(given.records, runs)
+        _check_untrained(given.records, clips)
         # All clips of these may be asked for.
         workdir, data = Path(), DataConfig(records=given.records, held_out_records=given.records)
-    return tasks.open_task(data, workdir, given.model, config["method"])
+    return tasks.open_task(data, workdir, given.model, method)
 
 
-def _check_untrained(records: str, runs: list[tuple[Path, dict[str, Any]]]) -> None:
+def _check_untrained(records: str, runs: Mapping[Path, DataConfig]) -> None:
     """Raises `UserError` for a folder that a phase was trained on."""
-    for workdir, config in runs:
-        trained = {name: workdir for name, _ in parse_sources(config["data"].get("records", ""))}
+    for workdir, data in runs.items():
+        trained = {name for name, _ in data.sources}
         for name, _ in parse_sources(records):
             if is_address(name):
                 found = name in trained
@@ -205,7 +199,8 @@ def load(rows: list[Entry], dtype: str) -> dict[str, Pipeline]:
     found: dict[str, Pipeline] = {}
     for row in rows:
         if row.model not in found:
-            found[row.model] = load_pipeline(row.model, jnp.dtype(dtype))
+            with working(f"reading {row.model}"):
+                found[row.model] = load_pipeline(row.model, jnp.dtype(dtype))
     return found
 
 
@@ -223,7 +218,7 @@ def evaluate(
         pipeline = pipelines[row.model]
         encoders = fingerprint(pipeline)
         if encoders not in asked:
-            with working(f"reading and measuring held-out clips, for the encoders of {row.model}", say):
+            with working(f"reading and measuring held-out clips, for the encoders of {row.model}"):
                 asked[encoders] = task.held_out(pipeline, "evaluation", count)
         held_out = asked[encoders]
         if first is None:
@@ -259,11 +254,6 @@ def _scored(row: Entry, pipeline: Pipeline, task: Task, held_out: HeldOut, batch
     sampling, whole = np.median(seconds[1:], 0).tolist() if seconds[1:] else (0.0, 0.0)
     settings = {"model": row.model, "steps": sampler.steps, "guidance": sampler.guidance, "solver": sampler.solver}
     return Row(row.name, sampler.evaluations, scores, clips, settings, whole, sampling)
-
-
-def say(text: str) -> None:
-    """A line at once: an evaluation takes minutes."""
-    print(text, flush=True)
 
 
 def versions() -> dict[str, str]:

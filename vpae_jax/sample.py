@@ -21,6 +21,7 @@ from vpae_jax.flow.draws import check_seed
 from vpae_jax.flow.sampler import SOLVERS, Solver
 from vpae_jax.inference.pipeline import load_pipeline
 from vpae_jax.media import read_image, write_contact_sheet, write_video
+from vpae_jax.runtime.progress import working
 from vpae_jax.types import UserError
 
 
@@ -57,7 +58,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--output={output}: expected a name that ends in .mp4 or .png")
     check_seed(given.seed, "--seed")
     image = None if given.image is None else read_image(given.image)
-    pipeline = load_pipeline(given.model, jnp.dtype(given.dtype))
+    with working(f"reading {given.model}"):
+        pipeline = load_pipeline(given.model, jnp.dtype(given.dtype))
     advised = pipeline.scheduler
     if given.steps not in (None, advised.steps):
         advice = f"--steps={advised.steps} --guidance={advised.guidance}"
@@ -71,19 +73,20 @@ def main(argv: list[str]) -> None:
                 f"--width={own.width} makes the model's own size of it",
                 file=sys.stderr,
             )
-    frames = pipeline(
-        given.prompt,
-        image=image,
-        steps=given.steps,
-        guidance=given.guidance,
-        seed=given.seed,
-        negative_prompt=given.negative_prompt,
-        solver=cast(Solver | None, given.solver),
-        shift=given.shift,
-        num_frames=given.num_frames,
-        height=given.height,
-        width=given.width,
-    )
+    with working("compiling, and making the video"):
+        frames = pipeline(
+            given.prompt,
+            image=image,
+            steps=given.steps,
+            guidance=given.guidance,
+            seed=given.seed,
+            negative_prompt=given.negative_prompt,
+            solver=cast(Solver | None, given.solver),
+            shift=given.shift,
+            num_frames=given.num_frames,
+            height=given.height,
+            width=given.width,
+        )
     try:
         if kind == ".mp4":
             write_video(output, frames, own.fps)
@@ -91,7 +94,7 @@ def main(argv: list[str]) -> None:
             write_contact_sheet(output, frames)
     except OSError as error:
         raise UserError(f"--output={output}: cannot be written: {error}; choose another place") from error
-    print(f"{output}: {len(frames)} frames of {frames.shape[1]}x{frames.shape[2]}")
+    print(f"{output}: {len(frames)} frame{'s' if len(frames) > 1 else ''} of {frames.shape[1]}x{frames.shape[2]}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from absl import flags
 from object_stores import HOST, S3, BadNetwork, google
-from record_files import SMALL, WIDE, write_folder
+from record_files import SMALL, WIDE, write_fitting, write_folder
 from s3fs.core import S3FileSystem
 
 from configs import phase1
@@ -21,7 +21,6 @@ from vpae_jax.data import stores
 from vpae_jax.data.batches import latent_batches
 from vpae_jax.data.records import LatentRecords
 from vpae_jax.data.stores import Address
-from vpae_jax.encoding.encoder import fingerprint
 from vpae_jax.inference.pipeline import load_pipeline
 from vpae_jax.tasks.video.sources import open_sources
 from vpae_jax.types import UserError
@@ -177,7 +176,7 @@ def test_a_store_that_goes_while_it_is_read_ends_the_run(folder, one_try, monkey
 def test_a_run_mixes_addresses_by_weight_and_writes_to_paths(s3, tmp_path):
     pipeline = load_pipeline("tiny", with_transformer=False)
     for name in ("real", "made"):
-        s3.put(write_folder(tmp_path / name, CLIPS[:1], fingerprint(pipeline)), name)
+        s3.put(write_fitting(pipeline, tmp_path / name, 2), name)
     given = phase1.get_config()
     given.data.records = f"s3://bucket/real/=0.7,{tmp_path / 'made'}=0.2,s3://bucket/made=0.1"
     found = open_sources(parse(given).data, tmp_path, pipeline, "tiny")

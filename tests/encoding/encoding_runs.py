@@ -16,6 +16,7 @@ from vpae_jax.data.records import LatentRecords
 
 ROOT = Path(__file__).parents[2]
 FPS = 8  # the tiny model's; its clips have 9 frames, so last 1.125 s
+COUNT = 5  # videos that become clips
 WAIT = 300  # seconds, on a machine that does much else
 
 
@@ -107,3 +108,13 @@ def contents(folder: Path) -> dict[str, dict]:
         assert about["id"] not in found, f"{about['id']} is there twice"
         found[about["id"]] = {**records[i], "about": about}
     return found
+
+
+def same(one: Path, two: Path) -> bool:
+    """Whether two folders hold the same, whatever process wrote them."""
+    found, expected = contents(one), contents(two)
+    assert found.keys() == expected.keys()
+    for id, record in found.items():
+        for name, value in record.items():
+            assert np.array_equal(value, expected[id][name]), (id, name)
+    return True

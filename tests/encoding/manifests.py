@@ -7,7 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from vpae_jax.encoding.manifest import Manifest
 from vpae_jax.types import UserError
+
+GOOD_ROW = {"path": "v0.mp4", "caption": "c", "id": "one", "start": "", "end": "", "cuts": ""}
 
 CAPTIONS = (
     "a plain caption",
@@ -49,3 +52,10 @@ def refusal(call, *args, **options):
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+def rows_of(videos, text, name="t.csv", **options):
+    """What a table with this content gives."""
+    path = videos.parent / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return read(Manifest(videos, path, **options))

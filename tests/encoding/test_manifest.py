@@ -1,6 +1,5 @@
-"""Manifests: CSV, TSV and JSON Lines, every kind of bad row, places that hold, memory that does not grow."""
+"""Manifests: every format of tables, every kind of bad row, places that hold, memory that does not grow."""
 
-import csv
 import json
 import os
 import random
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from manifests import CAPTIONS, read, refusal, write
+from manifests import CAPTIONS, GOOD_ROW, read, refusal, rows_of, write
 
 from vpae_jax.encoding.clip_source import CaptionedVideo, Reject
 from vpae_jax.encoding.manifest import Columns, Manifest
@@ -90,7 +89,6 @@ BAD_ROWS = {
     "cuts": ({"cuts": "1, two"}, "time"),
     "too many cuts": ({"cuts": "1 " * 10_001}, "time"),
 }
-GOOD_ROW = {"path": "v0.mp4", "caption": "c", "id": "one", "start": "", "end": "", "cuts": ""}
 ALL = Columns(id="id", start="start", end="end", cuts="cuts")
 
 
@@ -152,17 +150,6 @@ def test_json_numbers_and_lists_are_times_and_ids(videos):
     found = only(videos, "t.jsonl", [GOOD_ROW | {"id": 7, "start": 1, "end": 2.5, "cuts": [2, 1.5, "0:02"]}], ALL)
     assert (found.id, found.start, found.end, found.cuts) == ("7", 1.0, 2.5, (1.5, 2.0))
     assert only(videos, "t.jsonl", [GOOD_ROW | {"cuts": 3}], ALL).cuts == (3.0,)
-
-
-@pytest.mark.parametrize(
-    "line", ["[" * 100_000, "9" * 5000, '{"path": ', '"path"', "[1]", "null", "{'path': 1}", "\x00"]
-)
-def test_json_lines_that_are_no_objects(videos, line):
-    path = videos.parent / "t.jsonl"
-    path.write_text(json.dumps(GOOD_ROW) + "\n" + line + "\n\n  \n" + json.dumps(GOOD_ROW | {"id": "two"}))
-    good, bad, after = read(Manifest(videos, path, Columns(id="id")))
-    assert (good.id, after.id) == ("one", "two")
-    assert (bad.id, bad.kind) == ("row 2", "row") and "line 2" in bad.reason
 
 
 def test_what_is_kept_about_a_video_is_plain_json(videos):
@@ -283,46 +270,6 @@ def test_absolute_paths_and_links_within_the_folder_are_taken(videos):
         assert [str(path.relative_to(manifest.root)) for path in found] == ["v0.mp4", "link.mp4", "v2.mp4"]
 
 
-def rows_of(videos, text, name="t.csv", **options):
-    path = videos.parent / name
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return read(Manifest(videos, path, **options))
-
-
-def test_line_ends_a_mark_and_blank_lines(videos):
-    for text in (
-        "\ufeffpath,caption\r\nv0.mp4,one\r\n\r\n\r\nv1.mp4,two",
-        "\n\npath,caption\nv0.mp4,one\n\nv1.mp4,two\n\n\n",
-        '"path","caption"\n"v0.mp4","one"\n"v1.mp4","two"\n',
-    ):
-        assert [one.caption for one in rows_of(videos, text)] == ["one", "two"]
-    text = '\ufeff{"path": "v0.mp4", "caption": "one"}\r\n\r\n{"path": "v1.mp4", "caption": "two"}'
-    assert [one.caption for one in rows_of(videos, text, "t.jsonl")] == ["one", "two"]
-
-
-@pytest.mark.parametrize(
-    ("text", "captions"),
-    [
-        ("path;caption\nv0.mp4;one, two\n", ["one, two"]),
-        ("path,caption\nv0.mp4,one; two\n", ["one; two"]),
-        ('path;"width, height";caption\nv0.mp4;16, 9;one\n', ["one"]),
-        ('"size; mb",path,caption\n1;2,v0.mp4,one\n', ["one"]),
-        ("\ufeffpath;caption\r\nv0.mp4;one\r\nv1.mp4;two\r\n", ["one", "two"]),
-        ('\n\npath;caption;"a long\nname"\nv0.mp4;"one; ""two""";\n', ['one; "two"']),
-        ("path\tcaption\nv0.mp4\tone, two; three\n", ["one, two; three"]),
-        ("path|caption\nv0.mp4|one\n", ["one"]),
-    ],
-)
-@pytest.mark.parametrize("name", ["t.csv", "t.tsv"])
-def test_what_separates_columns_is_told_by_the_header(videos, text, captions, name):
-    assert [one.caption for one in rows_of(videos, text, name)] == captions
-
-
-def test_a_header_without_what_is_needed_is_shown_in_its_columns(videos):
-    (table := videos.parent / "t.csv").write_text("video;text;size\nv0.mp4;one, two;3\n")
-    assert "it has 'video', 'text', 'size'" in refusal(Manifest, videos, table)
-
-
 @pytest.mark.parametrize("name", ["./v0.mp4", ".//v0.mp4", "x/../v0.mp4", "{root}/v0.mp4", "{link}/v0.mp4"])
 def test_a_path_is_the_same_however_it_is_written(videos, name):
     (videos / "x").mkdir()
@@ -339,57 +286,6 @@ def test_parts_of_a_path_are_the_same_however_it_is_written(videos):
     text = "path,caption,from,to\n./v0.mp4,one,1,2\nv0.mp4,two,1,2\nv0.mp4,three,2,3\n"
     found = rows_of(videos, text, columns=Columns(start="from", end="to"))
     assert [getattr(one, "kind", one.id) for one in found] == ["v0.mp4@1-2", "duplicate", "v0.mp4@2-3"]
-
-
-@pytest.mark.parametrize(
-    ("encoding", "text"), [("utf-16", "日本"), ("utf-16-le", "日本"), ("utf-16-be", "é"), ("cp1252", "“é”")]
-)
-@pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
-def test_the_advised_conversion_gives_what_was_written(videos, encoding, text, name):
-    row = {"path": "v0.mp4", "caption": text}
-    content = f"path,caption\nv0.mp4,{text}\n" if name == "t.csv" else json.dumps(row, ensure_ascii=False)
-    table = videos.parent / name
-    table.write_bytes(content.encode(encoding))
-    message = refusal(Manifest, videos, table)
-    command = message.partition("`")[2].partition("`")[0].split()
-    assert command[0] == "iconv" and message.endswith("and give that with --manifest=FILE")
-    table.write_bytes(table.read_bytes().decode(command[2]).encode(command[4]))  # what iconv does
-    assert [one.caption for one in read(Manifest(videos, table))] == [text]
-
-
-def test_rows_of_other_lengths_and_broken_quotes_are_refused(videos):
-    text = (
-        "path,caption\n"
-        "v0.mp4,one\n"
-        "v1.mp4\n"
-        "v2.mp4,unquoted, comma\n"
-        'v3.mp4,"an end" too early\n'
-        "v4.mp4,a carriage\rreturn\n"
-        'v5.mp4,"two\nlines"\n'
-        'v6.mp4,"an open quote\nv7.mp4,swallowed\n'
-    )
-    found = rows_of(videos, text, unit_videos=2)
-    assert [one.id for one in found] == ["v0.mp4", "row 2", "row 3", "row 4", "row 5", "v5.mp4", "row 7"]
-    assert [one.kind for one in found if isinstance(one, Reject)] == ["row"] * 5
-    assert "line 3: 1 fields, expected 2" in found[1].reason
-    assert "lines 9 to 10" in found[-1].reason
-
-
-def test_an_open_quote_hides_no_more_than_the_limit(videos):
-    lines = [f"v{i % 10}.mp4,{i:0100}\n" for i in range(3000)]
-    lines[3] = 'v3.mp4,"never closed\n'
-    found = rows_of(videos, "path,caption\n" + "".join(lines))
-    assert [one.kind for one in found[:4] if isinstance(one, Reject)] == ["row"]
-    assert "are its quotes closed?" in found[3].reason
-    assert found[-1].id == "v9.mp4" and 3000 - len(found) < csv.field_size_limit() / 100
-
-
-def test_fields_that_are_too_long_are_refused(videos):
-    rows = [{"path": "v0.mp4", "caption": "a" * 1000}, {"path": "v1.mp4", "caption": "b" * 300_000}]
-    rows += [{"path": "v2.mp4", "caption": "c"}, {"path": "v3.mp4", "caption": "d" * 300_000}]
-    found = read(Manifest(videos, write(videos.parent / "t.csv", rows), unit_videos=1))
-    assert [one.id for one in found] == ["v0.mp4", "row 2", "v2.mp4", "row 4"]
-    assert str(csv.field_size_limit()) in found[1].reason
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -437,7 +333,7 @@ def test_json_columns_may_be_there_in_some_rows(videos):
         ("t.parquet", b"PAR1 no parquet", "damaged"),
         ("t.parquet", b"path,caption\nv0.mp4,c\n", "damaged"),
         ("t.txt", b"path,caption\n", ".csv .tsv .jsonl"),
-        ("t.json", b"[]", "--manifest=FILE"),
+        ("t.json", b"[]", "`jq -c '.[]' FILE.json` makes JSON Lines of a JSON array"),
         ("t", b"path,caption\n", "--videos=FOLDER"),
     ],
 )
@@ -451,6 +347,7 @@ def test_files_that_are_no_manifests(videos, name, data, hint):
 
 def test_files_that_are_not_there(videos, tmp_path):
     assert "no such folder" in refusal(Manifest, tmp_path / "none")
+    assert "v0.mp4: is a file; give the folder of the videos" in refusal(Manifest, videos / "v0.mp4")
     assert "--manifest=FILE" in refusal(Manifest, videos, tmp_path / "none.csv")
     (tmp_path / "folder.csv").mkdir()
     assert "is no file" in refusal(Manifest, videos, tmp_path / "folder.csv")

@@ -30,6 +30,24 @@ def test_an_image_is_called_one(tmp_path, kind, called, frames):
     assert (found.kind, found.reason) == ("image", f"{path.name} is an image ({said}), not a video")
 
 
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        ("SVG", b"<?xml version='1.0'?>\n<!-- a drawing -->\n<svg xmlns='http://www.w3.org/2000/svg'/>"),
+        ("SVG", b"<svg/>"),
+        ("PPM", b"P6\n8 8\n255\n" + bytes(192)),
+        ("OpenEXR", b"\x76\x2f\x31\x01\2\0\0\0" + bytes(100)),
+        ("JPEG 2000", b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(100)),
+        ("HEIC", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)),
+    ],
+)
+def test_an_image_that_nobody_here_reads_is_called_one_too(tmp_path, kind, content):
+    (tmp_path / "clip.mp4").write_bytes(content)
+    with pytest.raises(Unreadable) as error:
+        probe(tmp_path / "clip.mp4")
+    assert (error.value.kind, error.value.reason) == ("image", f"is an image ({kind}), not a video")
+
+
 def test_pictures_that_move_are_none(tmp_path):
     frames = [Image.fromarray(frame) for frame in numbered(20)]
     for kind in ("PNG", "GIF", "WEBP"):

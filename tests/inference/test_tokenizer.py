@@ -156,6 +156,23 @@ def test_usual_steps_do_not_grow(folder, tmp_path):
     assert load_tokenizer(copy)("a  three")["input_ids"]
 
 
+@pytest.mark.parametrize("step", ["normalizer", "pre_tokenizer"])
+def test_a_regular_expression_that_backtracks_for_ever_is_one_line(folder, tmp_path, step):
+    """It is given up after a number of steps, which the library takes for a panic."""
+    shutil.copytree(folder, tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer.json"
+    replace = {"type": "Replace", "content": "x"}
+    split = {"type": "Split", "behavior": "Isolated", "invert": False}
+    change = {"pattern": {"Regex": "(a+)+$"}, **(replace if step == "normalizer" else split)}
+    path.write_text(json.dumps({**json.loads(path.read_text()), step: change}))
+    tokenizer = load_tokenizer(tmp_path / "model")
+    assert tokenize(tokenizer, ["b"])[0].any()
+    with pytest.raises(UserError) as error:
+        tokenize(tokenizer, ["a" * 40 + "b"])
+    message = str(error.value)
+    assert message.startswith("the tokenizer gives a text up (") and "retry-limit" in message and "\n" not in message
+
+
 def test_tokens_that_have_no_embedding_are_refused():
     check_ids(383, 384)
     with pytest.raises(

@@ -21,7 +21,7 @@ from vpae_jax.methods.dcm import DCMDetail
 from vpae_jax.methods.vpae import PhaseTwo
 from vpae_jax.metrics.base import Metric
 from vpae_jax.run.generation import Generation, scores_of
-from vpae_jax.run.guard import Guard, obstacle
+from vpae_jax.run.guard import Guard, doubt, obstacle
 from vpae_jax.run.previews import Previews
 from vpae_jax.tasks.base import HeldOut, TooFew, mode_parts, rows_of
 from vpae_jax.train.state import TrainState
@@ -112,12 +112,12 @@ def read(folder):
 
 def test_better_weights_are_kept_and_everything_is_written_down(tmp_path, capsys):
     made = guard(tmp_path)
-    made.begin(12)
+    made.begin()
     recorded = made.score(0, denoiser(3.0))
     assert recorded["held_out/t2v/distance"] == pytest.approx(2, abs=0.3)
     assert made.decide(40, denoiser(1.2), lambda: pytest.fail("the first score is known"))
     found = read(tmp_path)
-    assert found["kept"] and found["previous_step"] == 12 and found["task"] == "far"
+    assert found["kept"] and found["task"] == "far"
     assert set(found["scores"]) == {"0", "40"}
     assert set(found["scores"]["40"]) == {f"{mode}/{name}" for mode in ("t2v", "i2v") for name in ("distance", "mean")}
     halves = found["scores"]["0"]
@@ -136,7 +136,7 @@ def test_better_weights_are_kept_and_everything_is_written_down(tmp_path, capsys
 
 def test_worse_weights_are_turned_down_with_the_reason(tmp_path, capsys):
     made = guard(tmp_path)
-    made.begin(None)
+    made.begin()
     assert not made.decide(40, denoiser(9.0), lambda: denoiser(1.0))
     assert not read(tmp_path)["kept"]
     line = capsys.readouterr().out.splitlines()[-1]
@@ -146,7 +146,7 @@ def test_worse_weights_are_turned_down_with_the_reason(tmp_path, capsys):
 
 def test_one_mode_does_not_pay_for_the_others_gain(tmp_path):
     made = guard(tmp_path)
-    made.begin(None)
+    made.begin()
     for step, (t2v, i2v) in ((0, (30.0, 4.0)), (10, (10.0, 9.0)), (20, (10.0, 5.0))):
         scores = {"t2v/distance": t2v, "i2v/distance": i2v}
         made._write({**made.read(), "scores": {**made.read()["scores"], str(step): scores}})
@@ -162,7 +162,7 @@ def test_one_mode_does_not_pay_for_the_others_gain(tmp_path):
 @pytest.mark.parametrize("first, last, kept", [(1.0, np.nan, False), (np.nan, 1.0, True), (np.inf, np.inf, False)])
 def test_what_is_not_finite_is_worse_than_anything(tmp_path, first, last, kept):
     made = guard(tmp_path)
-    made.begin(None)
+    made.begin()
     assert made.decide(3, denoiser(last), lambda: denoiser(first)) is kept
     found = read(tmp_path)
     assert "are not finite" in found["reason"]
@@ -171,12 +171,11 @@ def test_what_is_not_finite_is_worse_than_anything(tmp_path, first, last, kept):
 
 def test_scores_outlive_a_kill_but_not_another_number_of_clips(tmp_path):
     made = guard(tmp_path)
-    made.begin(7)
+    made.begin()
     made.score(0, denoiser(2.0))
     again = guard(tmp_path)
-    assert again.read() == made.read() and again.read()["previous_step"] == 7
+    assert again.read() == made.read() and set(again.read()["scores"]) == {"0"}
     assert guard(tmp_path, clips=5).read()["scores"] == {}
-    assert guard(tmp_path, clips=5).read()["previous_step"] == 7
 
 
 @pytest.mark.parametrize(
@@ -188,14 +187,32 @@ def test_scores_that_cannot_be_read_are_put_aside(damage, tmp_path, capsys):
     said = f"{tmp_path}/guard.json cannot be read, and is now called damaged-guard.json; scores are made anew\n"
     assert capsys.readouterr().out == said
     assert (tmp_path / "damaged-guard.json").read_bytes() == damage
-    assert made.read()["scores"] == {} and made.read()["previous_step"] is None
+    assert made.read()["scores"] == {}
     assert made.decide(40, denoiser(1.2), lambda: denoiser(3.0))
+
+
+@pytest.mark.parametrize(
+    ("enabled", "found", "said"),
+    [
+        (True, '{"kept": false, "reason": "it rose"}', "its guard turned these weights down (it rose)"),
+        (True, '{"kept": true, "reason": "it fell"}', ""),
+        (True, '{"scores": {}}', ""),
+        (True, '{"kept": fal', "guard.json: cannot be read, so what the guard has decided is not known"),
+        (False, '{"kept": false, "reason": "it rose"}', ""),
+        (True, None, ""),
+    ],
+)
+def test_whoever_starts_from_weights_that_were_turned_down_is_told(tmp_path, enabled, found, said):
+    (tmp_path / "config.json").write_text(json.dumps({"guard": {"enabled": enabled}}))
+    if found is not None:
+        (tmp_path / "guard.json").write_text(found)
+    assert said in doubt(tmp_path) and bool(said) == bool(doubt(tmp_path))
 
 
 def test_it_samples_as_the_student_is_sampled(tmp_path):
     sampler = Sampler.even(4, 3.0, 2.0)
     made = guard(tmp_path, sampler=sampler)
-    made.begin(None)
+    made.begin()
     made.score(0, denoiser(1.0))
     assert {(how, guided) for how, guided, _ in made.generation.pipeline.samplers} == {(sampler, True)}
 

@@ -2,18 +2,16 @@
 
 import numpy as np
 import pytest
+from record_files import FITTING, write_fitting
 
 from vpae_jax.config import DataConfig
 from vpae_jax.data.order import held_out
 from vpae_jax.data.records import LatentRecords
-from vpae_jax.encoding.encoder import fingerprint
-from vpae_jax.encoding.units import Units
 from vpae_jax.inference.pipeline import load_pipeline
 from vpae_jax.tasks.base import Feed, TooFew, rows_of
 from vpae_jax.tasks.video.task import FEWEST, Video
 from vpae_jax.types import Batch, UserError
 
-WIDE, HIGH = (3, 6, 8), (3, 8, 6)
 FEED = Feed(batch_size=4, seed=0, workers=0, rows=None, max_bad=0.0)
 
 
@@ -22,36 +20,13 @@ def pipeline():
     return load_pipeline("tiny", with_transformer=False)
 
 
-def write(pipeline, folder, clips, first=0):
-    """Records of noise that fit the tiny model; of each, the first latent is its number."""
-    tokens, width = pipeline.tokenizer.model_max_length, pipeline.text_encoder.config.d_model
-    image = pipeline.image_encoder.config
-    made = Units(folder, {"encoders": fingerprint(pipeline), "clips": f"{first} {clips}"}, 1)
-    with made.write(0) as writer:
-        for number in range(first, first + clips):
-            rng = np.random.default_rng(number)
-            size = HIGH if number % 6 == 0 else WIDE
-            latents = rng.standard_normal((*size, 16)).astype(np.float32)
-            latents.flat[0] = number
-            frames = np.concatenate([np.zeros((*size, 4)), rng.standard_normal((*size, 16))], -1).astype(np.float32)
-            frames[0, ..., :4] = 1
-            text, mask = np.zeros((tokens, width), np.float32), np.arange(tokens) < 3
-            text[:3] = rng.standard_normal((3, width))
-            picture = rng.standard_normal((image.num_tokens, image.hidden_size)).astype(np.float32)
-            arrays = {"latents": latents, "text": text, "text_mask": mask, "frames": frames, "image": picture}
-            writer.add(f"clip {number}", arrays, {"caption": f"number {number}"})
-    null = {"text": np.zeros((tokens, width), np.float32), "text_mask": np.arange(tokens) < 1}
-    assert made.finish(null, {"text_tokens": tokens, "takes_image": True})
-    return folder
-
-
 @pytest.fixture(scope="module")
 def folders(pipeline, tmp_path_factory):
     root = tmp_path_factory.mktemp("records")
     return (
-        write(pipeline, root / "many", 120),
-        write(pipeline, root / "more", 60, 200),
-        write(pipeline, root / "few", 12, 400),
+        write_fitting(pipeline, root / "many", 120),
+        write_fitting(pipeline, root / "more", 60, 200),
+        write_fitting(pipeline, root / "few", 12, 400),
     )
 
 
@@ -88,7 +63,7 @@ def test_each_purpose_has_clips_of_its_own_that_no_batch_has(pipeline, folders, 
 
 def test_what_is_asked_for_is_what_the_record_says(pipeline, folders):
     found = task(folders[0], ("t2v", "i2v")).held_out(pipeline, "guard", 9)
-    assert found.shape == (*WIDE, 16), "the size that most clips have"
+    assert found.shape == (*FITTING, 16), "the size that most clips have"
     first, second = found.parts
     assert (first.rows, first.again, second.rows, second.again) == (
         slice(0, 9),
@@ -151,6 +126,32 @@ def test_a_folder_whose_name_holds_an_equals_sign(pipeline, folders, tmp_path):
         UserError, match=r"^config.data.records: .*/size: no such folder, of which 48 would be the weight;"
     ):
         task(tmp_path / "size=48").held_out(pipeline, "preview", 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"text": (16, 12)}, r"its text are of \[12\], those of the model's encoders of \[64\]"),
+        ({"text": (9, 64)}, r"its text_tokens are of \[9\], those of the model's encoders of \[16\]"),
+        ({"image": (5, 3)}, r"its image are of \[5, 3\], those of the model's encoders of \["),
+        ({"image": None}, r"its image are of None, those of the model's encoders of \["),
+        ({"frames": None}, r"its frames are of None, those of the model's encoders of \[16\]"),
+        ({"more": (2,)}, r"its more are of \[2\], those of the model's encoders of None"),
+        ({"latents": (3, 6, 8, 12), "frames": (3, 6, 8, 20)}, r"its latents are of \[12\], those .* of \[16\]"),
+        ({"frames": (3, 8, 6, 20)}, r"its frames are of \[3, 8, 6, 16\], its latents of \[3, 6, 8, 16\]"),
+        (
+            {"latents": (3, 5, 8, 16), "frames": (3, 5, 8, 20)},
+            r"its latents are of \[3, 5, 8, 16\], which the model does not make \(height is 40, expected a multiple",
+        ),
+    ],
+)
+def test_records_that_are_not_what_they_say(pipeline, tmp_path, changes, reason):
+    """Their index names the model's encoders; their arrays are others'."""
+    folder = write_fitting(pipeline, tmp_path / "records", 1, first=1, shapes=changes)
+    with pytest.raises(
+        UserError, match=rf"^config.data.records: {folder}: {reason}.*; encode its clips again with --model=tiny$"
+    ):
+        task(folder).held_out(pipeline, "preview", 4)
 
 
 def test_a_folder_of_videos_that_is_not_there_is_named_by_its_setting(pipeline, tmp_path):

@@ -61,7 +61,7 @@ def workdir(source, tmp_path_factory):
     written = folder / "checkpoints" / "3"
     checksums.write(written, [checksums.of_process(written, 0)])
     found = {"t2v/kvd": 12.5, "t2v/sharpness": 0.9}
-    scores = {"clips": 4, "compared": "kvd", "previous_step": None, "scores": {"3": found}}
+    scores = {"clips": 4, "compared": "kvd", "scores": {"3": found}}
     (folder / "guard.json").write_text(json.dumps(scores))
     return folder
 
@@ -345,12 +345,63 @@ def test_weights_that_the_guard_turned_down_are_written_only_when_asked_for_by_n
 ):
     folder, target = decided(workdir, source, tmp_path, kept=False, reason=REASON), tmp_path / "out.safetensors"
     message = fails([folder, target, *more], capsys)
-    assert f"its guard turned the trained weights down ({REASON}); {folder / 'model'} holds those" in message
+    assert f"its guard turned the trained weights down ({REASON}); {folder / 'model'} holds the weights that" in message
     assert not target.exists()
     run(folder, target, "--refused", *more)
     assert target.exists()
     if target.is_dir():
         assert f"| guard | {REASON} |" in (target / "README.md").read_text()
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"kept": fal', b"\0" * 50, b"[]"])
+def test_a_guards_file_that_cannot_be_read_stops_no_conversion(workdir, source, tmp_path, capsys, damage):
+    """What it decided is not guessed; weights are converted when they are asked for all the same."""
+    folder, target = decided(workdir, source, tmp_path, kept=False, reason=REASON), tmp_path / "out"
+    (folder / "guard.json").write_bytes(damage)
+    message = fails([folder, target, "--format=diffusers"], capsys)
+    assert message.startswith(f"error: {folder / 'guard.json'}: cannot be read, so what the guard has decided is not")
+    assert "--refused converts the trained weights" in message and not target.exists()
+    run(folder, target, "--format=diffusers", "--refused")
+    assert "| guard |" not in (target / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "found", ["[]", '{"scores": 7}', '{"scores": {"1": []}, "compared": 3}', '{"scores": {"1": {"a/None": "x"}}}']
+)
+def test_scores_of_another_kind_are_not_on_the_card(workdir, tmp_path, found):
+    folder = tmp_path / "run"
+    shutil.copytree(workdir, folder)
+    (folder / "guard.json").write_text(found)
+    run(folder, tmp_path / "out", "--format=diffusers")
+    assert "held-out" not in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": None}, "config.json.model: expected"),
+        ({"model": {}}, "model.path is None, expected a model; name it with --base"),
+        ({"method": 7}, "config.json.method: expected"),
+        ({"method": {}}, "config.method.name: '' does not exist"),
+        ({"sample_shift": "three"}, "config.json.sample_shift: expected float"),
+        ({"guard": []}, "config.json.guard: expected"),
+    ],
+)
+def test_a_config_that_no_run_has_written(workdir, source, tmp_path, capsys, change, message):
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    config = json.loads((workdir / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    assert message in fails([folder, tmp_path / "out", "--format=diffusers"], capsys)
+
+
+def test_a_folder_of_checkpoints_that_are_not_ours(source, tmp_path, capsys):
+    """Other programs call theirs so, too, and keep a model's config.json beside them."""
+    run(source, tmp_path / "wan", "--format=wan")
+    (tmp_path / "wan" / "checkpoints" / "step_10").mkdir(parents=True)
+    (tmp_path / "wan" / "checkpoints" / "step_10" / "optimizer.bin").write_bytes(b"state")
+    run(tmp_path / "wan", tmp_path / "out", "--format=diffusers", "--verify")
+    assert find_model(tmp_path / "out").parts.keys() == find_model(source).parts.keys()
 
 
 def test_the_card_of_weights_that_the_guard_kept_says_so(workdir, source, tmp_path):

@@ -95,8 +95,9 @@ def test_sizes_beyond_any_model(theirs, tmp_path, part, changes, message, layout
         ({"height": 10**6, "width": 10**6, "num_frames": 1}, "1 frames of 1000000x1000000 are more than"),
         ({"num_frames": -1}, "num_frames is -1, expected at least 1"),
         ({"width": 0}, "width is 0, expected at least 1"),
-        ({"fps": 1e308}, "fps is 1e+308, expected a number above 0, and at most 1000"),
-        ({"fps": -1.0}, "fps is -1.0, expected a number above 0"),
+        ({"fps": 1e308}, "fps is 1e+308, expected a number from 0.01 to 1000"),
+        ({"fps": -1.0}, "fps is -1.0, expected a number from 0.01 to 1000"),
+        ({"fps": 1e-9}, "fps is 1e-09, expected a number from 0.01 to 1000"),
     ],
 )
 def test_clips_that_nobody_can_make(tmp_path, values, message):

@@ -1,11 +1,15 @@
 """What lies in the place of a file is named for what it is; one part that cannot be read leaves the others."""
 
 import shutil
+import warnings
 
 import pytest
+import torch.distributed.checkpoint as dcp
 from finding import opened, refused
-from folders import PARTS, edit_json, write
+from folders import PARTS, edit_json, same, values, write
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from vpae_jax.convert import read_model
 from vpae_jax.types import UserError
 from vpae_jax.weights.find import find_model
 from vpae_jax.weights.spiece import check_files
@@ -30,6 +34,31 @@ def test_what_is_no_file_of_weights_is_named(tmp_path, content, suffix):
     path.write_bytes(content.encode("latin-1") + bytes(300))
     assert refused(path).startswith(f"{path}: {IMPOSTORS[content]}")
     assert "fetch it again" not in refused(path)
+
+
+def test_a_distributed_checkpoint_is_named_with_what_makes_one_file_of_it(tmp_path, wide):
+    """Which is then read."""
+    folder = tmp_path / "run" / "step_100"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's, of a process that is alone
+        dcp.save({"model": wide}, checkpoint_id=folder)
+        (file,) = folder.glob("*.distcp")
+        for given in (folder, folder.parent, file):
+            with pytest.raises(UserError) as error:
+                read_model(str(given), None)
+            line = f"{file}: is a part of a PyTorch distributed checkpoint; make one file of its folder first, with `"
+            assert str(error.value).startswith(line)
+            assert f"format_utils dcp_to_torch {folder} FILE.pt`" in str(error.value)
+        (tmp_path / "whole").mkdir()
+        dcp_to_torch_save(folder, tmp_path / "whole" / "x.pt")
+    found = values(tmp_path / "whole" / "x.pt", "transformer")
+    assert same(found, values(write(tmp_path / "plain" / "x.pt", wide), "transformer"))
+
+
+def test_weights_are_seen_whatever_letters_their_suffix_has(theirs):
+    part = theirs / "vae" / "diffusion_pytorch_model.safetensors"
+    part.rename(part.with_suffix(".SAFETENSORS"))
+    assert set(find_model(theirs).parts) == set(PARTS)
 
 
 def test_a_zip_that_is_no_checkpoint(tmp_path):

@@ -171,11 +171,25 @@ def test_image_processor_equals_transformers(tmp_path, height, width, theirs, ou
     assert read_image_processor(tmp_path, 32) == ours
 
 
+def test_a_picture_of_too_long_a_shape_is_refused():
+    with pytest.raises(UserError, match=r"the image is 1x400000, too long a shape for the image encoder; crop it"):
+        ImageProcessor()(np.zeros((1, 1, 400_000, 3), np.uint8))
+
+
 def test_unknown_image_settings_are_refused(tmp_path):
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps({**ImageProcessor().to_json(), "resample": 2}))
     with pytest.raises(UserError, match="resample is 2, only 3 is supported"):
         read_image_processor(tmp_path, 32)
+    for change, message in (
+        ({"size": {"shortest_edge": 10**6}}, "size is 1000000, crop_size"),
+        ({"size": {"shortest_edge": 0}}, "size is 0, crop_size"),
+        ({"crop_size": {"height": 24, "width": -1}}, r"crop_size \(24, -1\); expected pixels from 1 to 4096"),
+        ({"image_std": [0.5, 0.0, 0.5]}, r"image_std is \(0.5, 0.0, 0.5\), expected positive numbers"),
+    ):
+        path.write_text(json.dumps({**ImageProcessor().to_json(), **change}))
+        with pytest.raises(UserError, match=message):
+            read_image_processor(tmp_path, 32)
     path.write_text(json.dumps({**ImageProcessor().to_json(), "do_tile": True}))
     with pytest.raises(UserError, match="do_tile: unknown key"):
         read_image_processor(tmp_path, 32)

@@ -6,9 +6,11 @@ import json
 import re
 import reprlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from vpae_jax.data.stores import Address, Location
+from vpae_jax.impostors import HEAD, impostor
 from vpae_jax.types import UserError
 
 SCHEMA = 2
@@ -124,6 +126,9 @@ def check_shard(folder: Location, shard: Mapping[str, Any], size: int | None) ->
     """Raises `UserError` for a shard that is missing (None) or has another size than its index says."""
     if size != shard["bytes"]:
         path, found = folder / shard["file"], "is missing" if size is None else f"has {size} bytes"
+        with suppress(OSError):
+            if size is not None and size <= HEAD:
+                read_small(path, HEAD)  # raises for what only stands for it
         raise UserError(f"{path} {found}, expected {shard['bytes']} bytes; {again(folder)}")
 
 
@@ -139,14 +144,18 @@ def read_small(path: Location, most: int) -> bytes | None:
 
     Raises:
       ValueError: it has more than `most` bytes.
-      OSError, UserError: what the system says of a file, and when a store cannot be read.
+      OSError: what the system says of a file.
+      UserError: a store cannot be read, or something else is there in the file's place.
     """
     size = file_size(path)
     if size is None:
         return None
     if size > most:
         raise ValueError(f"it has {size} bytes, at most {most} are read")
-    return path.read_range(0, size) if isinstance(path, Address) else path.read_bytes()
+    data = path.read_range(0, size) if isinstance(path, Address) else path.read_bytes()
+    if what := impostor(data[:HEAD]):
+        raise UserError(f"{path}: {what}")
+    return data
 
 
 def again(folder: Location) -> str:

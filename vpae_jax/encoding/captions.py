@@ -11,7 +11,7 @@ from vpae_jax.encoding.cells import id_of, printable, rest_of, shown, text_of
 from vpae_jax.encoding.clip_source import Reject
 from vpae_jax.encoding.filters import Filters
 from vpae_jax.encoding.identity import Identity
-from vpae_jax.encoding.tables import FORMATS, TABLES, Refused, RowUnits, TableFile, TableRow
+from vpae_jax.encoding.tables import FORMATS, OF_JSON, TABLES, Refused, RowUnits, TableFile, TableRow
 from vpae_jax.types import UserError
 
 
@@ -60,6 +60,7 @@ class Captions:
         if file.suffix.lower() not in FORMATS:
             raise UserError(
                 f"{file}: a file of captions ends in one of {' '.join(FORMATS)}; give one with --captions=FILE"
+                f"{OF_JSON if file.suffix == '.json' else ''}"
             )
         self._used = {"caption": column} if id is None else {"caption": column, "id": id}
         if id is not None and file.suffix.lower() not in TABLES:

@@ -28,6 +28,7 @@ from jaxtyping import UInt8
 
 from vpae_jax.encoding import headers
 from vpae_jax.encoding.cutting import SLACK
+from vpae_jax.impostors import impostor
 
 # Containers of one video in one file. Playlists are not among them: they name other files.
 CONTAINERS = (
@@ -89,8 +90,12 @@ def probe(path: Path) -> Probe:
     try:
         return _probe(path)
     except Unreadable as error:
-        if error.kind == "unreadable" and not error.passing and (kind := headers.image_kind(path)):
-            raise Unreadable("image", f"is an image ({kind}), not a video") from error
+        if error.kind == "unreadable" and not error.passing:
+            head = headers.beginning(path)
+            if kind := headers.image_kind(head):
+                raise Unreadable("image", f"is an image ({kind}), not a video") from error
+            if what := impostor(head):
+                raise Unreadable("unreadable", what) from error
         raise
 
 
@@ -180,7 +185,7 @@ def _fill(
     for time, frame in _frames(container, stream, origin):
         if held is None and time > start + slack and not from_beginning:
             return False
-        if held is not None and time >= until - SLACK:
+        if held is not None and time >= until - near:
             end = until
             break
         # What is held shows until this frame begins. The first frame also stands for the times before it.

@@ -22,17 +22,26 @@ IMAGES = {
     "HEIC": rb"....ftyp(hei[cx]|mif1)",
     "JPEG XL": rb"\xff\x0a|\0\0\0\x0cJXL ",
     "PSD": rb"8BPS",
+    "JPEG 2000": rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",
+    "OpenEXR": rb"\x76\x2f\x31\x01",
+    "PPM": rb"P[1-6]\s",
+    "SVG": rb"\s*(?:<\?xml[^>]*>\s*)?(?:<![^>]*>\s*)*<svg\b",
 }
+HEAD = 4096  # bytes in which an image's kind is looked for
 IMAGE_BRANDS = ("avif", "heic", "heix", "mif1")  # what MP4s are called that hold one
 
 
-def image_kind(path: Path) -> str | None:
-    """The format of a file that holds one picture; None for other files."""
-    head = b""
+def beginning(path: Path) -> bytes:
+    """The first bytes of a file; none of what is none, or cannot be read."""
     with suppress(OSError):
         if path.is_file():  # and no pipe, which nobody may write to
             with path.open("rb") as file:
-                head = file.read(4096)
+                return file.read(HEAD)
+    return b""
+
+
+def image_kind(head: bytes) -> str | None:
+    """The format of a file that begins so and holds one picture; None for other files."""
     if b"acTL" in head or b"ANIM" in head:  # a PNG or WebP that moves
         return None
     return next((kind for kind, start in IMAGES.items() if re.match(start, head, re.DOTALL)), None)

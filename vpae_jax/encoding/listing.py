@@ -13,6 +13,7 @@ from typing import Any
 
 from vpae_jax.encoding.cells import printable, text_of
 from vpae_jax.encoding.tables import CONVERT, Digest, Refused, TableRow, not_utf8
+from vpae_jax.impostors import HEAD, impostor
 from vpae_jax.types import UserError
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".gif")
@@ -21,7 +22,7 @@ CAPTION_KEYS = ("caption", "text", "prompt")
 TIME_KEYS = ("start", "end", "cuts")
 SIDECAR_BYTES = 1 << 17
 SIDECARS = (".json", ".JSON", ".Json", ".txt", ".TXT", ".Txt")
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jp2", ".ppm", ".svg")
 IN_A_TABLE = "list videos and captions in a table, with --manifest=FILE of python -m vpae_jax.encode"
 FOLLOWED = "give a folder that holds both, or a copy with its links followed (`cp -rL`)"
 
@@ -210,6 +211,8 @@ def _named(folder: str, entry: os.DirEntry, suffixes: Sequence[str]) -> str | No
 
 
 def _decoded(beside: str, data: bytes) -> str:
+    if what := impostor(data[:HEAD]):
+        raise Refused("caption", f"{beside!r} {what}")
     if wide := not_utf8(data):
         raise Refused("caption", f"{beside!r} {wide}")
     try:

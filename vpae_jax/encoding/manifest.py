@@ -12,7 +12,7 @@ from vpae_jax.encoding.cells import id_of, printable, rest_of, shown, text_of, t
 from vpae_jax.encoding.clip_source import CaptionedVideo, Reject
 from vpae_jax.encoding.identity import Identity
 from vpae_jax.encoding.listing import SUFFIXES, TIME_KEYS, FolderTable, Linked, is_video, regular_file
-from vpae_jax.encoding.tables import TABLES, Refused, RowUnits, Table, TableFile, TableRow
+from vpae_jax.encoding.tables import OF_JSON, TABLES, Refused, RowUnits, Table, TableFile, TableRow
 from vpae_jax.types import UserError
 
 
@@ -88,7 +88,8 @@ class Manifest:
         flag: str = "--videos",
     ) -> None:
         if not root.is_dir():
-            raise UserError(f"{root}: no such folder; give the folder of the videos with {flag}=FOLDER")
+            what = "is a file" if root.exists() else "no such folder"
+            raise UserError(f"{root}: {what}; give the folder of the videos with {flag}=FOLDER")
         if unit_videos < 1:
             raise UserError(f"units of {unit_videos} videos; expected 1 or more")
         self.root, self.unit_videos = Path(os.path.realpath(root)), unit_videos
@@ -211,6 +212,6 @@ def _table(root: Path, file: Path | None, columns: Columns, flag: str) -> Table:
     if file.suffix.lower() not in TABLES:
         raise UserError(
             f"{file}: a manifest's name ends in one of {' '.join(TABLES)}; give one with --manifest=FILE, "
-            f"or a folder of videos with --videos=FOLDER"
+            f"or a folder of videos with --videos=FOLDER{OF_JSON if file.suffix == '.json' else ''}"
         )
     return TableFile(file, columns.used())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -21,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Bool, UInt64
 
+from vpae_jax.impostors import HEAD, impostor
 from vpae_jax.types import UserError
 
 COLUMNS_SHOWN = 20
@@ -32,8 +34,10 @@ DAMAGED = (pa.ArrowException, OSError, ValueError, OverflowError)
 MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 ZEROS = {"_0_0": "UTF-16LE", "0_0_": "UTF-16BE", "_000": "UTF-32LE", "000_": "UTF-32BE"}
 CONVERT = "convert it from its encoding, for instance with `iconv -f WINDOWS-1252 -t UTF-8`"
+OF_JSON = "; `jq -c '.[]' FILE.json` makes JSON Lines of a JSON array"
 DELIMITERS = ",;\t|"  # spreadsheets write semicolons in half of Europe
 HEADER = 1 << 16  # bytes in which a header is looked for
+_SAID = re.compile(r"sep=(?P<mark>.)\r?\n", re.IGNORECASE)  # a line before the header, by which Excel knows the columns
 
 TableRow = Mapping[str, Any]
 
@@ -117,6 +121,9 @@ class TableFile:
     def _all(self) -> Iterator[TableRow | Refused]:
         try:
             with self._opened() as file:
+                if what := impostor(file.read(HEAD)):
+                    raise UserError(f"{self.path}: {what}")
+                file.seek(0)
                 yield from self._format(self, file)
         except UnicodeError as error:
             raise UserError(f"{self.path}: {error}, and give that with {self.flag}=FILE") from error
@@ -173,23 +180,27 @@ def _lines(file: BinaryIO) -> Iterator[str]:
         yield text.removeprefix("\ufeff") if number == 1 else text
 
 
-def _delimiter(table: TableFile, file: BinaryIO) -> str:
-    """What separates the columns, by which the header has those that are needed, or else the most."""
+def _delimiter(table: TableFile, file: BinaryIO) -> tuple[str, int]:
+    """What separates the columns, and how many lines come before the header: what the first line says, or else by which
+    the header has the columns that are needed, or the most."""
     lines = file.read(HEADER).decode("utf-8-sig", errors="replace").splitlines(keepends=True)
     file.seek(0)
+    if lines and (said := _SAID.fullmatch(lines[0])):
+        return said["mark"], 1
     headers: dict[str, list[str]] = {}
     for delimiter in ("\t" if table.path.suffix.lower() == ".tsv" else ",", *DELIMITERS):
         with suppress(csv.Error):
             headers[delimiter] = next(filter(None, csv.reader(lines, delimiter=delimiter, strict=True)), [])
     whole = (mark for mark, columns in headers.items() if set(columns).issuperset(table.needed.values()))
-    return next(whole, max(headers, key=lambda mark: len(headers[mark]), default=","))
+    return next(whole, max(headers, key=lambda mark: len(headers[mark]), default=",")), 0
 
 
 def _csv(table: TableFile, file: BinaryIO) -> Iterator[TableRow | Refused]:
-    reader = csv.reader(_lines(file), delimiter=_delimiter(table, file), strict=True)
+    mark, before = _delimiter(table, file)
+    reader = csv.reader(islice(_lines(file), before, None), delimiter=mark, strict=True)
     header: list[str] = []
     while True:
-        begins = reader.line_num + 1
+        begins = before + reader.line_num + 1
         try:
             fields = next(reader)
         except StopIteration:
@@ -197,7 +208,7 @@ def _csv(table: TableFile, file: BinaryIO) -> Iterator[TableRow | Refused]:
         except csv.Error as error:
             if not header:
                 raise UserError(f"{table.path}: its first line is no header: {error}; write one again") from error
-            yield Refused("row", f"{_span(begins, reader.line_num)}: {error}; are its quotes closed?")
+            yield Refused("row", f"{_span(begins, before + reader.line_num)}: {error}; are its quotes closed?")
             continue
         if not fields:
             continue
@@ -205,8 +216,8 @@ def _csv(table: TableFile, file: BinaryIO) -> Iterator[TableRow | Refused]:
             header = fields
             table.require(header, table.needed)
         elif len(fields) != len(header):
-            reason = f"{_span(begins, reader.line_num)}: {len(fields)} fields, expected {len(header)} as in the header"
-            yield Refused("row", reason)
+            lines = _span(begins, before + reader.line_num)
+            yield Refused("row", f"{lines}: {len(fields)} fields, expected {len(header)} as in the header")
         else:
             yield dict(zip(header, fields, strict=True))
 

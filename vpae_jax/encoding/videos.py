@@ -25,7 +25,7 @@ from vpae_jax.encoding.pool import Lost, Pool
 from vpae_jax.types import UserError
 
 T = TypeVar("T")
-MOST_FPS, LONGEST_TIMEOUT = 1000, 86400  # a day
+LEAST_FPS, MOST_FPS, LONGEST_TIMEOUT = 0.01, 1000, 86400  # a day
 PICTURE = 160  # pixels of the longer side of a reject's picture, about
 
 
@@ -102,6 +102,8 @@ class VideoClips:
         }.items():
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"{name} is {value}; expected a positive number")
+        if fps < LEAST_FPS:
+            raise UserError(f"fps is {fps:g}; expected {LEAST_FPS} at least")
         if fps > MOST_FPS:
             raise UserError(f"fps is {fps:g}; expected {MOST_FPS} at most")
         if stride is not None and stride * fps < 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -13,7 +14,7 @@ from vpae_jax.types import UserError
 Solver = Literal["euler", "consistency", "unipc"]
 SOLVERS: tuple[Solver, ...] = ("euler", "consistency", "unipc")
 
-MAX_STEPS = 1000
+MAX_STEPS, MAX_GUIDANCE = 1000, 1000.0
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,11 @@ class Sampler:
       solver: "euler", "consistency" (predict x0, noise it afresh to the next time) or "unipc" (Wan's own for the
         teacher).
       times: falling times, one for each evaluation, from 1 (UniPC: just below it), and the last one 0.
-      guidance: w of `v_u + w (v_c - v_u)`, at least 1. 1 is no guidance; any other needs two evaluations a time.
+      guidance: w of `v_u + w (v_c - v_u)`, from 1 to `MAX_GUIDANCE`. 1 is no guidance; any other needs two evaluations
+        a time.
 
     Raises:
-      UserError: an unknown solver, times that do not fall from 1 to 0, or a guidance below 1.
+      UserError: an unknown solver, times that do not fall from 1 to 0, or a guidance out of bounds.
     """
 
     solver: Solver = "euler"
@@ -42,9 +44,11 @@ class Sampler:
             raise UserError(f"steps are {len(times) - 1}, expected at most {MAX_STEPS}")
         falling = all(later < earlier for earlier, later in pairwise(times))
         if len(times) < 2 or not falling or times[-1] != 0 or not 0.99 < times[0] <= 1:
-            raise UserError(f"times are {times}, expected numbers that fall from 1 to 0")
-        if not 1 <= self.guidance < float("inf"):
+            raise UserError(f"times are {reprlib.repr(times)}, expected numbers that fall from 1 to 0")
+        if not self.guidance >= 1:
             raise UserError(f"guidance is {self.guidance}, expected at least 1 (1 is no guidance)")
+        if self.guidance > MAX_GUIDANCE:
+            raise UserError(f"guidance is {self.guidance}, expected at most {MAX_GUIDANCE:g}")
 
     @classmethod
     def even(cls, steps: int = 1, shift: float = 1.0, guidance: float = 1.0, solver: Solver = "euler") -> Sampler:

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from jaxtyping import Bool, Int
 from tokenizers import Tokenizer
 
 from vpae_jax.types import UserError
+from vpae_jax.weights.safetensors_file import one_line
 from vpae_jax.weights.spiece import check_files, import_transformers
 
 # Transformers is imported when a tokenizer is loaded (`weights.spiece.import_transformers`).
@@ -36,6 +38,26 @@ _GROWTH = {
 MAX_GROWTH = 10_000.0
 
 
+class _Panics:
+    """As a context manager, makes a `UserError` of a panic in the tokenizer's Rust code, which has no class that Python
+    could import. A regular expression panics when a match has taken ten million steps, about half a second.
+
+    Args:
+      what: is the matter then.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if kind is not None and kind.__name__ == "PanicException":
+            reason = one_line(str(error))
+            raise UserError(f"{self.what} ({reason}); take the tokenizer that belongs to the model") from error
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a local folder.
 
@@ -46,8 +68,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise UserError(f"no tokenizer in {folder}: tokenizer_config.json is missing")
     check_files(folder)
     try:
-        _check_content(folder)
-        tokenizer: Any = import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        with _Panics(f"{folder}: the tokenizer cannot be read"):
+            _check_content(folder)
+            tokenizer: Any = import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
         backend = tokenizer.backend_tokenizer
         _check_growth(_state(backend.normalizer), _state(backend.pre_tokenizer))
         limit = tokenizer.model_max_length
@@ -142,9 +165,11 @@ def tokenize(
 
     Raises:
       TooLong: for a text with more tokens than that.
+      UserError: the tokenizer's regular expressions cannot cope with a text.
     """
     limit = tokenizer.model_max_length
-    encoded = tokenizer(list(texts), verbose=False)["input_ids"]
+    with _Panics("the tokenizer gives a text up"):
+        encoded = tokenizer(list(texts), verbose=False)["input_ids"]
     ids = np.full((len(encoded), limit), tokenizer.pad_token_id, np.int32)
     mask = np.zeros((len(encoded), limit), bool)
     for row, (text, tokens) in enumerate(zip(texts, encoded, strict=True)):

@@ -27,8 +27,8 @@ from vpae_jax.methods.base import EMA, Method
 from vpae_jax.models import presets
 from vpae_jax.run import export
 from vpae_jax.run.agreement import reads, require_same, started_with
-from vpae_jax.run.first_weights import make_weights, previous_step, remember, remembered, resolve_model
-from vpae_jax.run.guard import Guard, obstacle
+from vpae_jax.run.first_weights import forget_damaged, make_weights, remember, remembered, resolve_model
+from vpae_jax.run.guard import Guard, doubt, obstacle
 from vpae_jax.run.overview import overview
 from vpae_jax.run.previews import Previews
 from vpae_jax.run.student import Maker
@@ -92,14 +92,18 @@ def _run(experiment: Experiment, workdir: Path, lock: Lock, devices: Sequence[An
     # frozen role starts from it.
     needed = [name for name in method.roles if name in blueprint.frozen or not continuing]
     begun = as_first_says("start", remembered(workdir)) if continuing else None
+    known = begun is not None
     weights, first_step = make_weights(blueprint, experiment, workdir, source, needed, begun)
     frozen = {name: weights.pop(name) for name in blueprint.frozen}
     begun = first_step if begun is None else begun
     if begun is not None and not continuing:
         folder, kind = resolve(experiment.previous.workdir, workdir), experiment.previous.weights
-        say(f"{experiment.name} starts from step {begun} of {folder} ({kind} weights)")
+        doubted = f"; {doubts}" if (doubts := doubt(folder)) else ""
+        say(f"{experiment.name} starts from step {begun} of {folder} ({kind} weights){doubted}")
     claim(experiment, workdir, lock)
-    if not continuing and is_first():
+    if is_first() and not known:
+        if continuing:
+            forget_damaged(workdir)
         remember(workdir, begun)
     say(overview(blueprint))
 
@@ -107,9 +111,7 @@ def _run(experiment: Experiment, workdir: Path, lock: Lock, devices: Sequence[An
     maker = None if method.student is None else Maker(blueprint.models, method.student, frozen)
     guard = make_guard(experiment, method, maker, workdir, task, pipeline)
     if guard is not None and not continuing:
-        guard.begin(begun)
-    elif guard is not None and guard.read()["previous_step"] is None:  # its file was damaged
-        guard.begin(previous_step(experiment, workdir) if begun is None else begun)
+        guard.begin()
     hooks = make_hooks(experiment, workdir, task, pipeline, guard, maker)
     rows = sharding.own_rows(mesh, experiment.batch_size)
     data = experiment.data
@@ -129,9 +131,8 @@ def _run(experiment: Experiment, workdir: Path, lock: Lock, devices: Sequence[An
     if maker is not None and guard is not None:
 
         def begin() -> dict[str, Params]:
-            step = guard.read()["previous_step"]
             try:
-                return make_weights(blueprint, experiment, workdir, source, maker.roles, step)[0]
+                return make_weights(blueprint, experiment, workdir, source, maker.roles, begun)[0]
             except UserError as error:
                 raise UserError(f"{error}; --config.guard.enabled=False keeps the trained weights instead") from error
 

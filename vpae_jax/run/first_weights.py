@@ -10,15 +10,16 @@ import jax
 
 from vpae_jax import sharding
 from vpae_jax.config import Experiment
-from vpae_jax.files import IN_WORKDIR, resolve, write_text
+from vpae_jax.files import IN_WORKDIR, put_aside, resolve, write_text
 from vpae_jax.methods.base import EMA
+from vpae_jax.run.workdir import read_object
+from vpae_jax.runtime.processes import say
 from vpae_jax.train.blueprint import Blueprint
 from vpae_jax.train.checkpoint import read_state
 from vpae_jax.train.newest import latest_step, whole_step
 from vpae_jax.train.state import places_of
 from vpae_jax.types import Params, UserError
 from vpae_jax.weights.directory import ModelDirectory
-from vpae_jax.weights.filenames import read_json
 from vpae_jax.weights.loading import read_part
 from vpae_jax.weights.locate import locate
 
@@ -32,18 +33,20 @@ def remember(workdir: Path, step: int | None) -> None:
 
 
 def remembered(workdir: Path) -> int | None:
-    """The step of the phase before that a run has started from; None where it is not written down.
+    """The step of the phase before that a run has started from; None where it is not written down, or cannot be read.
+    Then that phase's newest whole checkpoint is meant."""
+    step = (read_object(workdir / START) or {}).get("previous_step")
+    return step if type(step) is int else None
 
-    Raises:
-      UserError: the file cannot be read.
-    """
-    file = workdir / START
-    if not file.is_file():
-        return None
-    step = read_json(file).get("previous_step")
-    if type(step) is not int:
-        raise UserError(f"{file}: previous_step is {step!r}, expected a whole number; start again in another --workdir")
-    return step
+
+def forget_damaged(workdir: Path) -> None:
+    """Puts the file aside that does not say any more which step a run has started from."""
+    if (file := workdir / START).exists():
+        aside = put_aside(file)
+        say(
+            f"{file} cannot be read, and is now called {aside.name}; where the run needs the phase before, it takes "
+            "its newest checkpoint"
+        )
 
 
 def resolve_model(path: str, workdir: Path) -> Path:

@@ -25,10 +25,11 @@ from vpae_jax.inference.pipeline import Pipeline
 from vpae_jax.inference.samplers import Denoiser
 from vpae_jax.methods.base import Method, all_views
 from vpae_jax.run.generation import Generation, scores_of
-from vpae_jax.run.workdir import read_object
+from vpae_jax.run.workdir import PastRun, read_object, read_run
 from vpae_jax.runtime.processes import as_first_says, is_first, say
 from vpae_jax.tasks.base import Task
-from vpae_jax.weights.filenames import read_json
+from vpae_jax.train.checkpoint import CONFIG_FILE
+from vpae_jax.types import UserError
 
 FILE = "guard.json"
 # How many times as far from real clips as at the start a single mode may end.
@@ -43,15 +44,45 @@ class Verdict:
     reason: str
 
 
-def verdict(workdir: Path, config: Mapping[str, Any]) -> Verdict | None:
-    """What the guard of a run decided, None where it has not, or was switched off (the run's `config.json` says).
+def verdict(workdir: Path, run: PastRun) -> Verdict | None:
+    """What the guard of a run decided, None where it has not, or was switched off (the run's config says).
 
     Raises:
       UserError: guard.json cannot be read.
     """
     file = workdir / FILE
-    found = read_json(file) if config.get("guard", {}).get("enabled") and file.is_file() else {}
+    if not run.guard.get("enabled") or not file.exists():
+        return None
+    if (found := read_object(file)) is None:
+        raise UserError(
+            f"{file}: cannot be read, so what the guard has decided is not known; run the phase's command again, which "
+            "decides anew"
+        )
     return Verdict(bool(found["kept"]), str(found.get("reason", ""))) if "kept" in found else None
+
+
+def doubt(workdir: Path) -> str:
+    """What is to be said of a run's trained weights where its guard turned them down, or it cannot be told whether it
+    did; nothing of others."""
+    if not (workdir / CONFIG_FILE).is_file():
+        return ""
+    try:
+        decided = verdict(workdir, read_run(workdir))
+    except UserError as error:
+        return str(error)
+    return "" if decided is None or decided.kept else f"its guard turned these weights down ({decided.reason})"
+
+
+def compared_scores(workdir: Path) -> dict[str, float]:
+    """What the guard of a run compared: its scores of the weights at each step, as far as its file can be read."""
+    found = read_object(workdir / FILE) or {}
+    steps, name = found.get("scores"), found.get("compared")
+    return {
+        f"held-out {key}, step {step}": value
+        for step, scores in (steps.items() if isinstance(steps, dict) else ())
+        for key, value in (scores.items() if isinstance(scores, dict) else ())
+        if key.endswith(f"/{name}") and isinstance(value, int | float)
+    }
 
 
 def obstacle(method: Method) -> str | None:
@@ -95,9 +126,9 @@ class Guard:
         self.about = {"task": task.name, "clips": config.clips, "compared": task.compared}
         self.known = as_first_says("guard", self._load() if is_first() else None)
 
-    def begin(self, previous_step: int | None) -> None:
+    def begin(self) -> None:
         """A run at its first step: what an earlier one left is forgotten."""
-        self._write({**self._empty(), "previous_step": previous_step})
+        self._write(self._empty())
 
     def score(self, step: int, denoiser: Denoiser) -> Mapping[str, float]:
         """Scores weights and remembers the result, which is empty if their clips are not finite."""
@@ -157,7 +188,7 @@ class Guard:
         return f"{change}{paid if after <= before else ''}: {which}"
 
     def _empty(self) -> dict[str, Any]:
-        return {**self.about, "previous_step": None, "scores": {}}
+        return {**self.about, "scores": {}}
 
     def _load(self) -> dict[str, Any]:
         found = read_object(self.file)
@@ -166,7 +197,7 @@ class Guard:
                 say(f"{self.file} cannot be read, and is now called {put_aside(self.file).name}; scores are made anew")
             return self._empty()
         if {name: found.get(name) for name in self.about} != self.about:
-            return {**self._empty(), "previous_step": found.get("previous_step")}
+            return self._empty()
         return found
 
     def _write(self, content: dict[str, Any]) -> None:

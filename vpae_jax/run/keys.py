@@ -23,6 +23,8 @@ from vpae_jax.models.heads import HeadsConfig
 from vpae_jax.types import UserError
 
 PREFIX = "--config."
+# As absl takes flags; not of a key in brackets, which is no name, such as a pattern.
+_OVERRIDE = re.compile(r"--?(?:no)?config\.(?P<key>[^=\[]*)(?:=|$)")
 # "      name, other: what they are", and lines that go on, indented further.
 _ATTRIBUTE = re.compile(r"^ {2}(?P<names>\w+(?:, \w+)*): (?P<text>.*(?:\n {4,}.*)*)", re.M)
 
@@ -31,7 +33,7 @@ def load(path: str) -> ConfigDict:
     """A config as a file makes it, "FILE.py" or "FILE.py:PRESET".
 
     Raises:
-      UserError: there is no such file, or no such preset.
+      UserError: there is no such file, it is no config file, or has no such preset.
     """
     file, *preset = path.split(":", 1)
     if not Path(file).is_file():
@@ -41,6 +43,8 @@ def load(path: str) -> ConfigDict:
         raise UserError(f"--config={path}: expected a Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if not callable(getattr(module, "get_config", None)):
+        raise UserError(f"--config={path}: defines no get_config, as the files of configs/ do")
     return module.get_config(*preset)
 
 
@@ -60,10 +64,8 @@ def check(argv: Sequence[str]) -> None:
         return
     config = load(path)
     for argument in argv:
-        if argument.startswith(PREFIX):
-            key = argument.removeprefix(PREFIX).partition("=")[0]
-            if "[" not in key:  # which leads to a key that is no name, such as a pattern
-                _find(config, key)
+        if (found := _OVERRIDE.match(argument)) is not None:
+            _find(config, found["key"])
 
 
 def _find(config: ConfigDict, key: str) -> None:

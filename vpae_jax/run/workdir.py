@@ -15,11 +15,12 @@ import socket
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from vpae_jax.config import Experiment
+from vpae_jax.config import Experiment, build
 from vpae_jax.encoding.identity import differences
 from vpae_jax.files import put_aside, refused_writes, write_text
 from vpae_jax.runtime.processes import as_first_says, first_alone, is_first, say
@@ -42,6 +43,42 @@ FREE = (
     "guard",
 )
 FREE_DATA = ("data.folder", "data.records", "data.videos", "data.workers", "data.max_bad", "data.held_out_records")
+
+
+@dataclass(frozen=True)
+class PastRun:
+    """What others read of a run's config, whichever version has written it.
+
+    Attributes:
+      name, model, method, data, guard, sample_shift, sample_guidance: as `config.Experiment` has them, as plain values.
+      whole: all of it.
+    """
+
+    name: str = ""
+    model: Mapping[str, Any] = field(default_factory=dict)
+    method: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    guard: Mapping[str, Any] = field(default_factory=dict)
+    sample_shift: float = 1.0
+    sample_guidance: float = 1.0
+    whole: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def model_path(self) -> str:
+        """What it calls the model that it started from. Raises `UserError` where it does not say."""
+        if not isinstance(path := self.model.get("path"), str):
+            raise UserError(f"the run's {CONFIG_FILE}: model.path is {path!r}, expected a model; name it with --base")
+        return path
+
+
+def read_run(workdir: Path) -> PastRun:
+    """The config of a run. Raises `UserError` when there was no run, or its config cannot be read."""
+    file = workdir / CONFIG_FILE
+    if not file.is_file():
+        raise UserError(f"{workdir} holds no run ({file.name} is missing); train the phase first")
+    found = read_json(file)
+    known = {f.name: found[f.name] for f in dataclasses.fields(PastRun) if f.name in found}
+    return build(PastRun, {**known, "whole": found}, str(file))
 
 
 class Lock:

@@ -16,8 +16,8 @@ from jax._src import distributed  # no public name gives a key-value store, or a
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float
-from tqdm import tqdm
 
+from vpae_jax.runtime import progress
 from vpae_jax.types import UserError
 
 T = TypeVar("T")
@@ -40,8 +40,7 @@ def is_first() -> bool:
 def say(text: str) -> None:
     """Prints a line once, not once a process, and above a progress bar if there is one."""
     if is_first():
-        with tqdm.external_write_mode():
-            print(text, flush=True)
+        progress.say(text)
 
 
 def wait_for_all(name: str, seconds: int = PATIENCE) -> None:

@@ -7,11 +7,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from tqdm import tqdm
+
 EVERY = 60.0  # seconds between two signs of life
 
 
+def say(text: str) -> None:
+    """Prints a line at once, above a progress bar if there is one."""
+    with tqdm.external_write_mode():
+        print(text, flush=True)
+
+
 @contextmanager
-def working(what: str, say: Callable[[str], object], every: float = EVERY) -> Iterator[None]:
+def working(what: str, say: Callable[[str], object] = say, every: float = EVERY) -> Iterator[None]:
     """Around what may take long: says what begins, every so often that it goes on, and how long it took.
 
     Args:

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vpae_jax.impostors import HEAD, impostor
 from vpae_jax.types import UserError
-from vpae_jax.weights.impostors import HEAD, impostor
 from vpae_jax.weights.safetensors_file import one_line
 
 # `SETTINGS` holds what Diffusers has no place for, and does not read.

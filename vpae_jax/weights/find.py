@@ -42,10 +42,10 @@ from vpae_jax.weights.parts import (
 )
 from vpae_jax.weights.safetensors_file import one_line, quote
 from vpae_jax.weights.spiece import find_tokenizer
-from vpae_jax.weights.tensors import Tensors
+from vpae_jax.weights.tensors import DISTRIBUTED, Tensors
 
 PARAMS = "params"  # the folder of a part's arrays in the orbax layout
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".gguf")
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".gguf", DISTRIBUTED)
 DEPTH = 2
 HIGH_FOLDER, LOW_FOLDER = "high_noise_model", "low_noise_model"  # Wan 2.2's experts
 # Its boundaries, which its code has and its folders do not: of text-to-video and of image-to-video.
@@ -90,7 +90,7 @@ def find_model(
     if isinstance(name, ModelDirectory):
         return name
     path = locate(name)
-    if (path / FOLDER).is_dir() and (path / CONFIG_FILE).is_file():
+    if is_workdir(path):
         there = "its model is" if (path / PRODUCT).is_dir() else "the model that it leaves when it has ended will be"
         raise UserError(f"{path}: the workdir of a training run; {there} {path / PRODUCT}")
     folder = path if path.is_dir() else path.parent
@@ -116,6 +116,16 @@ def find_model(
     for note in dict.fromkeys(note for source in parts.values() for note in source.notes):
         warnings.warn(note, Note, stacklevel=2)
     return dataclasses.replace(model, parts=parts, unreadable=unreadable, boundary=boundary)
+
+
+def is_workdir(folder: Path) -> bool:
+    """Whether a folder is a training run's: it holds checkpoints, and a config that is not a model's."""
+    if not (folder / FOLDER).is_dir() or not (folder / CONFIG_FILE).is_file():
+        return False
+    try:
+        return "method" in read_json(folder / CONFIG_FILE)
+    except UserError:  # as a fault of the disk leaves it; who reads it says so
+        return True
 
 
 def _in_folder(model: ModelDirectory) -> tuple[dict[str, list[_Candidate]], float | None, ModelDirectory]:
@@ -224,7 +234,7 @@ def _places(part: str, folder: Path) -> list[Path]:
 
 def _groups(paths: Sequence[Path]) -> list[tuple[Path, ...]]:
     """The files that make up one set of weights each: an index, shards without one, single files."""
-    files = [p for p in paths if p.suffix in WEIGHT_SUFFIXES and p.name != EXTRAS and p.is_file()]
+    files = [p for p in paths if p.suffix.lower() in WEIGHT_SUFFIXES and p.name != EXTRAS and p.is_file()]
     indexes = [p for p in paths if p.name.endswith(".safetensors.index.json")]
     groups: list[tuple[Path, ...]] = [(index,) for index in indexes]
     listed = {index.parent / name for index in indexes for name in _listed(index)}

@@ -22,6 +22,7 @@ from vpae_jax.weights.safetensors_file import quote
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGE_PROCESSOR_FILE = "preprocessor_config.json"
+MAX_SIDE, MAX_PIXELS = 4096, 2**26  # far beyond any encoder's, and of a resized picture
 
 # Keys that only one value is supported of, and keys that change nothing here.
 _FIXED: dict[str, Any] = {
@@ -45,12 +46,22 @@ class ImageProcessor:
       crop_size: (height, width) of the centre crop; None for no crop.
       image_mean: mean of each channel, for values in [0, 1].
       image_std: standard deviation of each channel.
+
+    Raises:
+      UserError: a size or deviation that no encoder has; when it is called, a picture of too long a shape.
     """
 
     size: int | tuple[int, int] = 224
     crop_size: tuple[int, int] | None = (224, 224)
     image_mean: tuple[float, float, float] = CLIP_MEAN
     image_std: tuple[float, float, float] = CLIP_STD
+
+    def __post_init__(self) -> None:
+        sides = (*(self.size if isinstance(self.size, tuple) else (self.size,)), *(self.crop_size or ()))
+        if not all(1 <= side <= MAX_SIDE for side in sides):
+            raise UserError(f"size is {self.size}, crop_size {self.crop_size}; expected pixels from 1 to {MAX_SIDE}")
+        if not min(self.image_std) > 0:
+            raise UserError(f"image_std is {self.image_std}, expected positive numbers")
 
     def __call__(self, pictures: UInt8[np.ndarray, "b height width 3"]) -> Float[np.ndarray, "b h w 3"]:
         pixels = np.stack([self._crop(self._resize(picture)) for picture in pictures]).astype(np.float32) / 255
@@ -77,6 +88,9 @@ class ImageProcessor:
             height, width = (long, self.size) if height > width else (self.size, long)
         else:
             height, width = self.size
+        if height * width > MAX_PIXELS:
+            given = f"{picture.shape[0]}x{picture.shape[1]}"
+            raise UserError(f"the image is {given}, too long a shape for the image encoder; crop it")
         return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
 
     def _crop(self, picture: UInt8[np.ndarray, "height width 3"]) -> UInt8[np.ndarray, "h w 3"]:

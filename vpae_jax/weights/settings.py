@@ -71,7 +71,7 @@ _REQUIRED: Mapping[Solver, Mapping[str, Any]] = {
 }
 # A key that the file leaves out has Diffusers' default, which is the required value for all but these.
 _ABSENT: Mapping[str, Any] = {"prediction_type": "epsilon", "use_flow_sigmas": False}
-MAX_GUIDANCE, MAX_FPS = 1000.0, 1000.0
+MIN_FPS, MAX_FPS = 0.01, 1000.0
 MAX_PIXELS = 2**30  # of a clip; 81 frames of 720x1280 are a fourteenth
 # Keys of `vpae_jax.json` that are no defaults: what other layouts have no place for.
 _ELSEWHERE = ("scheduler", "parts", "boundary")
@@ -120,8 +120,6 @@ class Scheduler:
     times: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.guidance <= MAX_GUIDANCE:
-            raise UserError(f"guidance is {self.guidance}, expected at most {MAX_GUIDANCE:g}")
         if self.times and len(self.times) != self.steps + 1:
             raise UserError(f"times are {len(self.times)} numbers, expected {self.steps + 1}: one a step, and 0")
         Sampler.even(self.steps, self.shift, self.guidance, self.solver)
@@ -207,8 +205,8 @@ class Defaults:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}, expected at least 1")
         check_pixels(self.num_frames, self.height, self.width)
-        if not 0 < self.fps <= MAX_FPS:
-            raise UserError(f"fps is {self.fps}, expected a number above 0, and at most {MAX_FPS:g}")
+        if not MIN_FPS <= self.fps <= MAX_FPS:
+            raise UserError(f"fps is {self.fps}, expected a number from {MIN_FPS:g} to {MAX_FPS:g}")
 
 
 def check_pixels(num_frames: int, height: int, width: int) -> None:

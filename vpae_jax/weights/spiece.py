@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from vpae_jax.impostors import impostor_at
 from vpae_jax.types import UserError
 from vpae_jax.weights import dialects
 from vpae_jax.weights.filenames import MAX_JSON
-from vpae_jax.weights.impostors import HEAD, impostor
 from vpae_jax.weights.tensors import Tensors
 
 MAX_FILE = 2**26  # bytes; the largest of UMT5's has 2**24
@@ -40,9 +40,8 @@ def check_files(folder: Path) -> None:
             raise UserError(f"{path}: is not a regular file, expected a tokenizer's; remove it or fetch it again")
         if (size := path.stat().st_size) > MAX_FILE:
             raise UserError(f"{path}: has {size} bytes, expected a tokenizer's, of at most {MAX_FILE}; fetch it again")
-        with path.open("rb") as file:
-            if (what := impostor(file.read(HEAD))) is not None:
-                raise UserError(f"{path}: {what}")
+        if (what := impostor_at(path)) is not None:
+            raise UserError(f"{path}: {what}")
 
 
 def find_tokenizer(tensors: Tensors) -> str | None:

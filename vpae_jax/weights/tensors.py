@@ -23,10 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpae_jax.files import atomically, write_text
+from vpae_jax.impostors import HEAD, impostor, kinds
 from vpae_jax.types import HostArray, UserError
 from vpae_jax.weights import dialects
 from vpae_jax.weights.filenames import MAX_JSON
-from vpae_jax.weights.impostors import HEAD, impostor
 from vpae_jax.weights.pickles import Checkpoint
 from vpae_jax.weights.safetensors_file import (
     CODES,
@@ -40,6 +40,12 @@ from vpae_jax.weights.safetensors_file import (
 )
 
 SHARD_BYTES = 5_000_000_000
+_OTHERS = kinds(
+    (rb"GGUF", "is a GGUF file, whose weights are quantised; fetch safetensors of float8 or wider"),
+    (rb"\x89HDF\r\n", "is an HDF5 file; expected safetensors or a PyTorch checkpoint"),
+    (rb"\x93NUMPY", "is a NumPy array; expected safetensors or a PyTorch checkpoint"),
+)
+DISTRIBUTED = ".distcp"  # what the files of a PyTorch distributed checkpoint are called
 CACHED_NUMBERS = 2**16
 _EXPONENTS = {"bfloat16": np.uint16(0x7F80), "float16": np.uint16(0x7C00), "float32": np.uint32(0x7F800000)}
 WeightFile = SafetensorsFile | Checkpoint
@@ -276,6 +282,11 @@ def _open_file(path: Path, stack: ExitStack) -> BinaryIO:
 def _kind(path: Path, file: BinaryIO) -> Literal["safetensors", "index", "pickle"]:
     """What a file is by its first bytes; "safetensors" when that is none of what we know. Raises `UserError` for what
     is known to be something else."""
+    if path.suffix == DISTRIBUTED:
+        raise UserError(
+            f"{path}: is a part of a PyTorch distributed checkpoint; make one file of its folder first, with `python "
+            f"-m torch.distributed.checkpoint.format_utils dcp_to_torch {path.parent} FILE.pt`, and give that"
+        )
     try:
         head = os.pread(file.fileno(), HEAD, 0)
     except OSError as error:
@@ -284,7 +295,7 @@ def _kind(path: Path, file: BinaryIO) -> Literal["safetensors", "index", "pickle
         return "safetensors"
     if head.startswith(b"PK\3\4") or (head[:1] == b"\x80" and head[1:2] <= b"\5"):
         return "pickle"  # a zip, or the first opcode of a pickle and its protocol
-    if (what := impostor(head)) is not None:
+    if (what := impostor(head, _OTHERS)) is not None:
         raise UserError(f"{path}: {what}")
     return "index" if head.lstrip().startswith(b"{") and b"\0" not in head[:64] else "safetensors"
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from vpae_jax.config import DataConfig, parse_sources
-from vpae_jax.data.index import REJECTS, read_index
+from vpae_jax.data.index import REJECTS, common, read_index
 from vpae_jax.data.records import LatentRecords
 from vpae_jax.data.stores import Address, Location
 from vpae_jax.encoding.encoder import encode_into, fingerprint, too_long
@@ -40,8 +40,8 @@ def open_sources(data: DataConfig, workdir: Path, pipeline: Pipeline, model: str
       model: its name, for messages.
 
     Raises:
-      UserError: a folder that is missing, not complete, or was encoded with other encoders than the model's; an object
-        store that cannot be read.
+      UserError: a folder that is missing, not complete, was encoded with other encoders than the model's, or has arrays
+        that these do not make; an object store that cannot be read.
     """
     if data.videos:
         records = _encoded(data, workdir, pipeline)
@@ -65,8 +65,37 @@ def open_records(names: str, key: str, workdir: Path, pipeline: Pipeline, model:
                 f"{key}: {records.folder} was encoded with other encoders than those of {model}; encode its clips "
                 f"again with --model={model}"
             )
+        if (wrong := _misfit(records, pipeline)) is not None:
+            raise UserError(f"{key}: {folder}: {wrong}; encode its clips again with --model={model}")
         found.append((records, float(len(records)) if weight is None else weight))
     return tuple(found)
+
+
+def _misfit(records: LatentRecords, pipeline: Pipeline) -> str | None:
+    """Which arrays of records are not as the model's encoders make them, whatever the records say of their encoders;
+    None if all are."""
+    vae, tokens = pipeline.vae.config, pipeline.tokenizer.model_max_length
+    made = {"latents": [vae.z_dim], "text": [pipeline.text_encoder.config.d_model], "text_tokens": [tokens]}
+    if pipeline.takes_image:
+        made["frames"] = [vae.z_dim]
+    if pipeline.image_encoder is not None:
+        image = pipeline.image_encoder.config
+        made["image"] = [image.num_tokens, image.hidden_size]
+    for shard in records.index["shards"]:
+        shapes = shard["shapes"]
+        found = common(shapes) | {"text_tokens": [records.index["text_tokens"]]}
+        for name in sorted({*found, *made}):
+            if found.get(name) != made.get(name):
+                return f"its {name} are of {found.get(name)}, those of the model's encoders of {made.get(name)}"
+        f, h, w, _ = latents = shapes["latents"]
+        if (frames := shapes.get("frames", latents))[:-1] != latents[:-1]:
+            return f"its frames are of {frames}, its latents of {latents}"
+        space = vae.scale_factor_spatial
+        try:
+            pipeline.latent_shape(1, 1 + (f - 1) * vae.scale_factor_temporal, h * space, w * space)
+        except UserError as error:
+            return f"its latents are of {latents}, which the model does not make ({error})"
+    return None
 
 
 def digests(names: str, workdir: Path) -> tuple[str, ...]:

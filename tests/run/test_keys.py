@@ -1,0 +1,48 @@
+"""A command line's keys of a config, looked up before absl and ml_collections see them."""
+
+from pathlib import Path
+
+import pytest
+
+from vpae_jax.run import keys
+from vpae_jax.types import UserError
+
+ROOT = Path(__file__).parents[2]
+CONFIG = f"--config={ROOT / 'configs' / 'phase1.py'}"
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["--config.steps=3", "-config.steps=3", "--config.steps", "--noconfig.guard.enabled", "--config.guard.enabled"],
+)
+def test_keys_that_are_there(argument):
+    keys.check([CONFIG, argument, "--workdir=x"])
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.stepz=3", r"config\.stepz: unknown key; did you mean 'steps'"),
+        ("-config.stepz=3", r"config\.stepz: unknown key; did you mean 'steps'"),
+        ("--config.stepz", r"config\.stepz: unknown key"),
+        ("--noconfig.guard.enabld", r"config\.guard\.enabld: unknown key; did you mean 'enabled'"),
+        ("-config.method=5", r"config\.method: is a part"),
+    ],
+)
+def test_a_key_that_is_not_there_however_its_flag_is_written(argument, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        keys.check([CONFIG, argument])
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "message"),
+    [
+        ("x = 1\n", "other.py", "defines no get_config"),
+        ("get_config = {}\n", "other.py", "defines no get_config"),
+        ("# a text\n", "other.md", "expected a Python file"),
+    ],
+)
+def test_a_file_that_is_no_config(tmp_path, content, name, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        keys.load(str(tmp_path / name))
