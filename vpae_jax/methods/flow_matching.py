@@ -54,8 +54,8 @@ class FlowMatching(GeneratorTraining):
         check_fraction("FlowMatching", text_dropout=self.text_dropout)
         if self.generator == "lora" and self.init == "fresh":
             raise UserError(
-                "FlowMatching.generator is 'lora', but init is 'fresh', which leaves the adapters no trained network to "
-                "sit on; set init='pretrained'"
+                "FlowMatching.generator is 'lora', but init is 'fresh', and adapters need a trained network to sit on; "
+                "set init='pretrained'"
             )
         _ = self.student  # refuses what no sampler is
 

@@ -18,8 +18,8 @@ from vpae_jax.types import HostArray, UserError
 from vpae_jax.weights import matching, orbax, stream
 from vpae_jax.weights.directory import ModelDirectory, StoredPart
 from vpae_jax.weights.find import find_model
-from vpae_jax.weights.parts import PARTS, abstract, flat
 from vpae_jax.weights.names import Index
+from vpae_jax.weights.parts import PARTS, abstract, flat
 from vpae_jax.weights.stream import Merge, Placement
 
 # A tree of weights, on devices or still on the host.

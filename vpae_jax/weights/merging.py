@@ -21,7 +21,6 @@ from vpae_jax.weights.names import Index
 from vpae_jax.weights.tensors import finite
 from vpae_jax.weights.writing import Values
 
-
 MERGED_BEFORE = "LoRA merged before training"  # what cards call it
 
 
