@@ -8,9 +8,9 @@
 
 The tiny preset is the last of the three trainings behind the embedded model: Wan's transformer at toy size, on latents
 of moving digits. One transformer serves both modes: half of the clips come with their first frame (image-to-video),
-half without (text-to-video). It starts from random weights; with --config.method.init=pretrained it starts from those of
-the model directory, and with --config.method.generator=lora as well, low-rank adapters are trained on them alone. Then
-the model directory that the run leaves has them merged, and beside it pytorch_lora_weights.safetensors, which
+half without (text-to-video). It starts from random weights, or with --config.method.init=pretrained from those of the
+model directory; with --config.method.generator=lora as well, low-rank adapters on these are all that is trained. The
+model directory that such a run leaves has them merged, and beside it pytorch_lora_weights.safetensors, which
 --config.model.lora takes in a distillation.
 
 The presets of 1.3B and 14B train a LoRA. Rank 32 and a step size of 1e-4 are starting points, not a recipe: no such run

@@ -11,9 +11,11 @@ from ml_collections import ConfigDict, config_flags
 from configs import dcm_detail, dcm_semantic, encoders, pcm, phase1, phase2, teacher, vae
 from configs.common import PRESETS
 from vpae_jax.config import build, complete, parse, parse_sources
+from vpae_jax.flow.sampler import Sampler
 from vpae_jax.flow.times import VALUES_720P, TimeDistribution
 from vpae_jax.methods import make_method
 from vpae_jax.methods.adversarial import DISC_TIMES
+from vpae_jax.methods.base import Adapters, Role
 from vpae_jax.methods.scores import SCORE_TIMES
 from vpae_jax.train.roles import check_roles
 from vpae_jax.types import UserError
@@ -179,6 +181,26 @@ def test_the_preset_is_no_key(module):
 def test_every_preset_parses(module, preset):
     experiment = parse(module.get_config(preset))
     check_roles(make_method(experiment.method), experiment.optimizers)
+
+
+@pytest.mark.parametrize("preset", PRESETS[1:])
+def test_presets_of_wan_train_a_lora_of_the_teacher(preset):
+    experiment = parse(teacher.get_config(preset))
+    method = make_method(experiment.method)
+    check_roles(method, experiment.optimizers)
+    assert (
+        method.roles["generator"].adapters == Adapters("teacher", 32, 32.0) and not method.roles["generator"].averages
+    )
+    assert method.student.sampler == Sampler.even(50, experiment.sample_shift, 5.0) and method.image_dropout == 0
+    whole = method_of(teacher, preset, "method.generator=full")
+    assert whole.roles == {"generator": Role("pretrained", True)}
+
+
+def test_a_lora_of_the_tiny_model_is_two_keys_away():
+    method = method_of(teacher, "tiny", "method.init=pretrained", "method.generator=lora", "method.generator_rank=8")
+    assert method.roles["generator"].adapters == Adapters("teacher", 8, 4.0)
+    with pytest.raises(UserError, match=r"config.method: FlowMatching.generator is 'lora', but init is 'fresh'"):
+        method_of(teacher, "tiny", "method.generator=lora")
 
 
 @pytest.mark.parametrize("module", [vae, encoders, teacher])

@@ -107,7 +107,7 @@ def make_weights(
     continued = any(role.previous(name) is not None for name, role in roles.items())
     start = previous_step(experiment, workdir, step) if continued else None
     if continued:
-        _compare_loras(experiment, workdir, blueprint.models.roles)
+        compare_loras(experiment, workdir, blueprint.models.roles)
     result: dict[str, Params] = {}
     loras, merge = lora_files(experiment.model.lora, workdir), None
     for name, role in roles.items():
@@ -143,7 +143,7 @@ def _open_loras(loras: Sequence[LoraFile], source: ModelDirectory) -> Merging:
         raise UserError(f"{LORA}: {error}") from error
 
 
-def _compare_loras(experiment: Experiment, workdir: Path, roles: Mapping[str, Role]) -> None:
+def compare_loras(experiment: Experiment, workdir: Path, roles: Mapping[str, Role]) -> None:
     """Whether the phase before had the same LoRA files merged into its model.
 
     Raises:
