@@ -44,7 +44,7 @@ def small(module, lora="", **method):
     config.steps, config.checkpoint_every, config.log_every, config.sample_every = 2, 2, 1, 0
     config.batch_size, config.data.clips = 8, 16
     config.model.path, config.model.lora = "tiny", lora
-    config.optimizers.generator = {**config.optimizers.generator, "learning_rate": 0.02, "warmup_steps": 0}
+    config.optimizers.generator.learning_rate, config.optimizers.generator.warmup_steps = 0.02, 0
     for name, value in method.items():
         config.method[name] = value
     return config
@@ -214,7 +214,7 @@ def test_a_file_that_is_no_lora_of_the_model_is_one_line(workdir, tmp_path):
 def test_a_lora_that_no_role_would_have_is_refused(workdir, tmp_path):
     config = encoders.get_config()
     config.model.path, config.model.lora = "tiny", str(workdir / "style" / "model" / LORA_FILE)
-    with pytest.raises(UserError, match="config.model.lora is .*, but no role starts from the model directory; leave"):
+    with pytest.raises(UserError, match=r"config.model.lora is .*, but no role starts from the model directory; leave"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -222,7 +222,7 @@ def test_a_lora_that_no_role_would_have_is_refused(workdir, tmp_path):
 def test_a_teacher_of_two_experts_is_refused(workdir):
     files = lora_files(str(workdir / "style" / "model" / LORA_FILE), workdir)
     two = dataclasses.replace(find_model(TINY), boundary=0.8)
-    with pytest.raises(UserError, match="config.model.lora: .* has two experts, each with LoRAs of its own; name the"):
+    with pytest.raises(UserError, match=r"config.model.lora: .* has two experts, each with LoRAs of its own; name the"):
         check_loras(files, make_method({"name": "lcm"}), two)
     check_loras([], make_method({"name": "lcm"}), two)
 

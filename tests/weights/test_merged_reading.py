@@ -1,4 +1,4 @@
-"""LoRA files merged into weights while these are read: whatever the layout, the mesh and the precision, rounded once."""
+"""LoRA files merged into weights while these are read: in every layout, on every mesh, and rounded once."""
 
 import re
 
