@@ -1,7 +1,7 @@
 """Clips of thick digits, to train a style LoRA of the tiny model on; and how much ink a model's clips have.
 
-    python docs/style/thick_digits.py write FOLDER [COUNT]      # .mp4 files, their captions beside them in .txt files
-    python docs/style/thick_digits.py ink MODEL [MODEL ...]     # folders of models, or "tiny"; each sampled as it says
+python docs/style/thick_digits.py write FOLDER [COUNT]      # .mp4 files, their captions beside them in .txt files
+python docs/style/thick_digits.py ink MODEL [MODEL ...]     # folders of models, or "tiny"; each sampled as it says
 """
 
 import sys

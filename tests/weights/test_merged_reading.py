@@ -21,7 +21,7 @@ from vpae_jax.weights.merging import LoraFile, Merging, about_base, merged, open
 from vpae_jax.weights.parts import flat
 from vpae_jax.weights.writing import from_tree
 
-MESHES = [None, dict(fsdp=4), dict(data=2, fsdp=2, tensor=2)]
+MESHES = [None, dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)]
 
 
 @pytest.fixture(scope="module")
