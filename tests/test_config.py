@@ -12,9 +12,11 @@ from ml_collections import ConfigDict, config_flags
 from configs import phase1, phase2, teacher, vae
 from configs.common import PRESETS
 from vpae_jax.config import build, complete, parse, parse_sources
+from vpae_jax.flow.sampler import Sampler
 from vpae_jax.flow.times import VALUES_720P, TimeDistribution
 from vpae_jax.methods import METHODS, make_method
 from vpae_jax.methods.adversarial import DISC_TIMES
+from vpae_jax.methods.base import Adapters, Role
 from vpae_jax.methods.scores import SCORE_TIMES
 from vpae_jax.train.roles import check_roles
 from vpae_jax.types import UserError
@@ -184,6 +186,26 @@ def test_every_preset_fits_its_method(name, preset):
 
 def test_every_method_has_a_config():
     assert {module.get_config().method.name for module in CONFIGS.values()} == set(METHODS)
+
+
+@pytest.mark.parametrize("preset", PRESETS[1:])
+def test_presets_of_wan_train_a_lora_of_the_teacher(preset):
+    experiment = parse(teacher.get_config(preset))
+    method = make_method(experiment.method)
+    check_roles(method, experiment.optimizers)
+    assert (
+        method.roles["generator"].adapters == Adapters("teacher", 32, 32.0) and not method.roles["generator"].averages
+    )
+    assert method.student.sampler == Sampler.even(50, experiment.sample_shift, 5.0) and method.image_dropout == 0
+    whole = method_of(teacher, preset, "method.generator=full")
+    assert whole.roles == {"generator": Role("pretrained", True)}
+
+
+def test_a_lora_of_the_tiny_model_is_two_keys_away():
+    method = method_of(teacher, "tiny", "method.init=pretrained", "method.generator=lora", "method.generator_rank=8")
+    assert method.roles["generator"].adapters == Adapters("teacher", 8, 4.0)
+    with pytest.raises(UserError, match=r"config.method: FlowMatching.generator is 'lora', but init is 'fresh'"):
+        method_of(teacher, "tiny", "method.generator=lora")
 
 
 def test_the_presets_of_14b_hold_the_papers_values():

@@ -70,6 +70,8 @@ class ModelConfig:
       path: model directory in any layout, or its id on the Hugging Face hub; "tiny" is the embedded one. This and every
         other path of a config is relative to the folder in which the command is given, but for "{workdir}/...", which
         leads from the run's own folder.
+      lora: LoRA files, "FILE,FILE" or "FILE:STRENGTH,FILE:STRENGTH", that are merged into the model directory's
+        transformer, in float32, wherever a role starts from it. Empty: there is none.
       preset: sizes of the parts that start from random weights (a key of `vpae_jax.models.presets.PRESETS`).
       dtype: compute precision; trained weights are float32 always.
       frozen_dtype: storage precision of weights that are not trained.
@@ -80,6 +82,7 @@ class ModelConfig:
     """
 
     path: str = "tiny"
+    lora: str = ""
     preset: str = "tiny"
     dtype: Literal["float32", "bfloat16"] = "float32"
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -10,20 +10,21 @@ transformer. Of a file with several sets of weights, --weights names one. What S
 merges a LoRA file into the transformer, times its strength; it may be given more than once.
 
 With --as-lora, DST is a LoRA file: the best approximation of rank N to what the transformer differs by from that of
---base (of a run: from that of the model that it started from). --format=diffusers writes PEFT's names, --format=wan
-ComfyUI's. --weights=ROLE of a role that trains adapters writes these as they are.
+--base (of a run: from that of the model that it started from, with the run's own config.model.lora merged).
+--format=diffusers writes PEFT's names, --format=wan ComfyUI's. --weights=ROLE of a role that trains adapters writes
+these as they are.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import shlex
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -31,10 +32,9 @@ import numpy as np
 
 from vpae_jax import cli
 from vpae_jax.config import parse
-from vpae_jax.files import local_path
 from vpae_jax.methods import make_method
 from vpae_jax.methods.base import Method, all_views
-from vpae_jax.run.first_weights import previous_step, read_previous, remembered, resolve_model
+from vpae_jax.run.first_weights import lora_files, previous_step, read_previous, remembered, resolve_model
 from vpae_jax.run.guard import Verdict, compared_scores, verdict
 from vpae_jax.run.student import averaged_view
 from vpae_jax.run.workdir import PastRun
@@ -51,6 +51,7 @@ from vpae_jax.weights.layout import Contents, write_model
 from vpae_jax.weights.loading import read_part
 from vpae_jax.weights.lora import Lora, Merged, from_adapters, write_lora
 from vpae_jax.weights.lora_reading import read_lora
+from vpae_jax.weights.merging import MERGED_BEFORE, LoraFile, about_base, merged, parse_lora, told
 from vpae_jax.weights.names import Layout
 from vpae_jax.weights.parts import LOW
 from vpae_jax.weights.settings import Scheduler
@@ -68,12 +69,14 @@ class Input:
       parts: weights in memory.
       scheduler: how to sample them; None as `base`.
       provenance: where they come from.
+      loras: LoRA files that were merged into the base's transformer before it was trained.
     """
 
     base: ModelDirectory
     provenance: Provenance
     parts: Mapping[str, Values] = field(default_factory=dict)
     scheduler: Scheduler | None = None
+    loras: tuple[LoraFile, ...] = ()
 
 
 def read_model(source: str, base: str | None, weights: str | None = None) -> Input:
@@ -136,13 +139,15 @@ def read_run(workdir: Path, weights: str | None, base: str | None, refused: bool
     if weights == "ema" and judged == names:
         raise UserError(f"{workdir}: the checkpoint has no average of the generator; use --weights=generator")
     averaged = weights != "generator" and judged != names
-    held = _Held(method, run, workdir, state["params"], averages, model)
+    loras = lora_files(run.lora, workdir)
+    held = _Held(method, run, workdir, state["params"], averages, model, loras)
     parts = {part: held.transformer(name) for part, name in (judged if averaged else names).items()}
     facts = {
         "run": run.name,
         "step": int(state["step"]),
         "weights": "the generator's average" if averaged else "the generator",
-        "started from": run.model.get("path", ""),
+        "started from": run.model_path,
+        **({MERGED_BEFORE: told(loras)} if loras else {}),
         **({} if decided is None else {"guard": decided.reason}),
     }
     boundary = None if student.low is None else student.boundary
@@ -151,6 +156,7 @@ def read_run(workdir: Path, weights: str | None, base: str | None, refused: bool
         Provenance(str(workdir), facts, compared_scores(workdir)),
         parts,
         Scheduler.of(student.sampler, run.sample_shift),
+        loras,
     )
 
 
@@ -181,6 +187,7 @@ class _Held:
       workdir: its folder.
       params, averages: of its checkpoint.
       model: what it started from.
+      loras: what was merged into that model's transformer.
     """
 
     method: Method
@@ -189,17 +196,25 @@ class _Held:
     params: Mapping[str, Any]
     averages: Mapping[str, Any]
     model: ModelDirectory
+    loras: tuple[LoraFile, ...]
 
     def transformer(self, name: str) -> Values:
         """A view's transformer; adapters are added to the weights that they were trained on."""
-        view, config = all_views(self.method)[name], self.model.part("transformer").config
+        view = all_views(self.method)[name]
         adapters = self.method.roles[view.role].adapters
+        if adapters is None and view.average is None:
+            return self._values(view.role)
         own = self._weights(view.role) if view.average is None else self.averages[f"{view.role}_{view.average}"]
         if adapters is None:
-            return from_tree("transformer", config, own)
+            return from_tree("transformer", self.model.part("transformer").config, own)
         lora = from_adapters(own, adapters.alpha * view.scale, adapters.rank)
-        base = from_tree("transformer", config, self._weights(adapters.on))
-        return Merged(base, lora, changed_dtype=np.dtype(np.float32))
+        return Merged(self._values(adapters.on), lora, changed_dtype=np.dtype(np.float32))
+
+    def _values(self, role: str) -> Values:
+        """A whole role's transformer: where that is the model's own, with the run's LoRA files merged."""
+        values = from_tree("transformer", self.model.part("transformer").config, self._weights(role))
+        of_model = role not in self.params and self.method.roles[role].previous(role) is None
+        return merged(values, self.loras) if of_model else values
 
     def _weights(self, role: str) -> Any:
         """A role's weights: trained ones from the checkpoint, frozen ones from where the run took them."""
@@ -213,8 +228,8 @@ class _Held:
         return read_previous(experiment, self.workdir, earlier, None, step)
 
 
-def read_adapters(workdir: Path, name: str) -> tuple[Lora, str]:
-    """The adapters that a run trained for a role, and the model that they are for.
+def read_adapters(workdir: Path, name: str) -> tuple[Lora, dict[str, str]]:
+    """The adapters that a run trained for a role, and what is to be known of the model that they are for.
 
     Raises:
       UserError: the run has no such role, or it trains no adapters.
@@ -227,13 +242,12 @@ def read_adapters(workdir: Path, name: str) -> tuple[Lora, str]:
     params = read_state(workdir, items=("params",))["params"][name]
     adapters = roles[name].adapters
     assert adapters is not None
-    return from_adapters(params, adapters.alpha, adapters.rank), run.model_path
+    base = about_base(run.model_path, lora_files(run.lora, workdir))
+    return from_adapters(params, adapters.alpha, adapters.rank), base
 
 
-def convert(
-    given: Input, target: Path, form: Format, dtype: Any, loras: Sequence[tuple[Path, float]], verify: bool
-) -> None:
-    """Writes `target`; see the module's docstring. `loras` are files and their strengths.
+def convert(given: Input, target: Path, form: Format, dtype: Any, loras: Sequence[LoraFile], verify: bool) -> None:
+    """Writes `target`; see the module's docstring. `loras` are merged into it.
 
     Raises:
       UserError: a target that exists, a part that neither the input nor its base has, weights that cannot be read, or
@@ -245,11 +259,11 @@ def convert(
         parts = dict(given.parts)
         for file, strength in loras:
             values = parts.get("transformer") or stack.enter_context(open_values(given.base, "transformer"))
-            parts["transformer"] = merged = Merged(values, read_lora(file, values.config), strength)
-            if dtype is None and merged.widens:
+            parts["transformer"] = result = Merged(values, read_lora(file, values.config), strength)
+            if dtype is None and result.widens:
                 warnings.warn("float8 weights that a LoRA changes are written in bfloat16", Note, stacklevel=2)
         facts = {
-            "merged LoRA": ", ".join(f"{file}:{strength:g}" for file, strength in loras) or None,
+            "merged LoRA": told(loras) or None,
             "dtype": None if dtype is None else str(dtype),
         }
         facts = {**given.provenance.facts, **{name: value for name, value in facts.items() if value is not None}}
@@ -283,8 +297,10 @@ def write_difference(
     with ExitStack() as stack:
         student = given.parts.get("transformer") or stack.enter_context(open_values(given.base, "transformer"))
         values = stack.enter_context(open_values(base, "transformer"))
+        loras = given.loras if teacher is None else ()
+        values = merged(values, loras)
         found = extract(student, values, rank, differences=form == "wan")
-    write_lora(target, found.lora, form, dtype, {"base": str(base.path), "command": command})
+    write_lora(target, found.lora, form, dtype, {**about_base(base.path, loras), "command": command})
     print(format_energies(found))
 
 
@@ -310,7 +326,7 @@ def parser() -> cli.Parser:
     add("--base", help="model that gives what SRC lacks; with --as-lora, the teacher")
     add(
         "--lora",
-        type=_lora,
+        type=partial(parse_lora, name="--lora"),
         action="append",
         default=[],
         metavar="FILE[:STRENGTH]",
@@ -323,20 +339,6 @@ def parser() -> cli.Parser:
     return result
 
 
-def _lora(text: str) -> tuple[Path, float]:
-    """A file and its strength. Raises `UserError` for a strength that is no finite number."""
-    name, colon, strength = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return local_path(text), 1.0
-    try:
-        value = float(strength)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise UserError(f"--lora={text}: the strength is {strength!r}, expected a number, such as {name}:0.8")
-    return local_path(name), value
-
-
 def main(argv: list[str]) -> None:
     given, command = parser().parse_args(argv), shlex.join(["python", "-m", "vpae_jax.convert", *argv])
     run = is_workdir(Path(given.source))
@@ -344,8 +346,8 @@ def main(argv: list[str]) -> None:
     _check(given, role)
     dtype = None if given.dtype is None else np.dtype(given.dtype)
     if role is not None:
-        lora, base = read_adapters(Path(given.source), role)
-        write_lora(given.target, lora, given.format, dtype, {"base": base, "command": command})
+        lora, about = read_adapters(Path(given.source), role)
+        write_lora(given.target, lora, given.format, dtype, {**about, "command": command})
         print(given.target)
         return
     if run:

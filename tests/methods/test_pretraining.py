@@ -13,6 +13,7 @@ from vpae_jax.flow.sampler import Sampler
 from vpae_jax.flow.schedule import expand
 from vpae_jax.flow.times import TimeDistribution
 from vpae_jax.methods.autoencoder import Autoencoder
+from vpae_jax.methods.base import Adapters, Average, Role
 from vpae_jax.methods.common import drop_conditions, named_keys
 from vpae_jax.methods.contrastive import Contrastive
 from vpae_jax.methods.flow_matching import FlowMatching
@@ -190,6 +191,18 @@ def test_the_teacher_is_sampled_as_its_method_says():
             FlowMatching(**wrong)
 
 
+def test_a_teacher_may_be_trained_by_adapters_alone(batch):
+    method = FlowMatching(init="pretrained", generator="lora", generator_rank=4, generator_scale=2.0, ema=0.9)
+    generator, teacher = method.roles["generator"], method.roles["teacher"]
+    assert generator.adapters == Adapters("teacher", 4, 8.0) and generator.start == "fresh" and generator.trains
+    assert teacher == Role("pretrained") and set(generator.averages) == {"ema"}
+    assert method.updates[0].trains == ("generator",) and method.student.view == "generator"
+    again = dataclasses.replace(method, init="previous")
+    assert again.roles["generator"].start == "previous" and again.roles["teacher"] == Role("pretrained")
+    for init in ("pretrained", "fresh", "previous"):
+        assert FlowMatching(init=init).roles == {"generator": Role(init, True, averages={"ema": Average(0.999)})}
+
+
 def test_scale_is_bounded():
     wide = lambda batch: (jnp.eye(2), jnp.eye(2), jnp.float32(50.0))  # noqa: E731
     _, metrics = Contrastive(max_scale=100.0).loss({"encoders": wide}, frames_with([[1], [2]]), context())
@@ -202,6 +215,10 @@ def test_scale_is_bounded():
         (lambda: FlowMatching(text_dropout=1.5), "text_dropout"),
         (lambda: FlowMatching(image_dropout=-0.1), "image_dropout"),
         (lambda: FlowMatching(ema=1.0), "ema"),
+        (lambda: FlowMatching(init="previous:teacher"), "FlowMatching.init is 'previous:teacher', expected one of"),
+        (lambda: FlowMatching(generator="half"), "FlowMatching.generator is 'half', expected one of"),
+        (lambda: FlowMatching(generator_rank=0), "FlowMatching.generator_rank is 0"),
+        (lambda: FlowMatching(generator="lora"), "generator is 'lora', but init is 'fresh', .*; set init='pretrained'"),
         (lambda: Autoencoder(kl_weight=-1.0), "kl_weight"),
         (lambda: Contrastive(max_scale=0.0), "max_scale"),
     ],

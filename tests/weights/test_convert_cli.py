@@ -14,6 +14,7 @@ import pytest
 import random_model
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from vpae_jax import cli
@@ -210,6 +211,17 @@ def test_adapters_of_a_run_are_written_as_they_are(source, workdir, tmp_path):
     keys = {name for name in load_file(file)}
     assert keys == {f"transformer.blocks.{i}.attn1.to_q.lora_{x}.weight" for i in range(2) for x in "AB"}
     assert found.change("blocks/attn1/to_q/kernel", 1) is not None
+
+
+def test_adapters_of_a_run_tell_of_its_teachers_lora(source, workdir, tmp_path):
+    run_ = shutil.copytree(workdir, tmp_path / "run")
+    config = json.loads((run_ / "config.json").read_text())
+    config["model"]["lora"] = "{workdir}/style.safetensors:0.8,other.safetensors"
+    (run_ / "config.json").write_text(json.dumps(config))
+    run(run_, tmp_path / "fake.safetensors", "--format=diffusers", "--as-lora", "--weights=fake_score")
+    with safe_open(tmp_path / "fake.safetensors", "np") as file:
+        told = file.metadata()
+    assert (told["base"], told["base_lora"]) == (str(source), f"{run_ / 'style.safetensors'}:0.8, other.safetensors:1")
 
 
 def test_bad_input_is_one_line_and_writes_nothing(source, workdir, tmp_path, capsys):

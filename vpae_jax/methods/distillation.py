@@ -1,6 +1,6 @@
 """What methods share that make a generator out of a frozen teacher.
 
-    Distillation             where the generator starts, what of it is trained, its average
+    Distillation             a generator (`methods/generator.py`) that starts from the teacher, or from the phase before
     FakeScoreDistillation    and a fake score, which follows the distribution of its clips
     FewStepDistillation      and a generator of one or of several steps, trained at the times at which it is sampled
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,17 +30,9 @@ from vpae_jax.flow import draws
 from vpae_jax.flow.sampler import Sampler
 from vpae_jax.flow.schedule import add_noise
 from vpae_jax.flow.times import TimeDistribution
-from vpae_jax.methods.base import EMA, Adapters, Context, Method, Nets, Role, Student, View, averages
-from vpae_jax.methods.common import (
-    check_at_least,
-    check_choice,
-    check_decay,
-    check_fraction,
-    drop_conditions,
-    f32,
-    named_keys,
-    predict_x0,
-)
+from vpae_jax.methods.base import Adapters, Context, Nets, Role, Student, View
+from vpae_jax.methods.common import check_at_least, check_choice, drop_conditions, f32, named_keys, predict_x0
+from vpae_jax.methods.generator import GeneratorTraining
 from vpae_jax.methods.scores import SCORE_TIMES, DistributionMatching
 from vpae_jax.types import Batch, Latents, PRNGKey, Times, UserError
 
@@ -49,47 +41,12 @@ Step = Int[Array, ""] | int
 
 
 @dataclass(frozen=True)
-class Distillation(Method):
-    """A method whose role "generator" is distilled from its role "teacher".
-
-    Attributes:
-      init: where the generator starts: the model directory, or the generator of the phase before.
-      generator: what of the generator is trained: all of it, or low-rank adapters on the teacher, whose weights then
-        serve both.
-      generator_rank, generator_scale: rank of the adapters, and alpha / rank.
-      ema: decay of the generator's average, which is then what is judged and exported; 0 for none.
-      image_dropout: probability that image and first frame are withheld, for a student of both tasks.
-    """
-
-    batch: ClassVar[type] = Batch
-
-    init: Literal["pretrained", "previous"] = "pretrained"
-    generator: Literal["full", "lora"] = "full"
-    generator_rank: int = 128
-    generator_scale: float = 0.5
-    ema: float = 0.995
-    image_dropout: float = 0.0
+class Distillation(GeneratorTraining):
+    """A method whose role "generator" is distilled from its role "teacher"."""
 
     def __post_init__(self) -> None:
-        owner = type(self).__name__
-        check_choice(owner, {"init": ("pretrained", "previous"), "generator": ("full", "lora")}, self)
-        check_at_least(owner, 1, generator_rank=self.generator_rank)
-        check_decay(owner, ema=self.ema)
-        check_fraction(owner, image_dropout=self.image_dropout)
-
-    @property
-    def generator_role(self) -> Role:
-        """The role "generator"; adapters change nothing of the teacher at first."""
-        kept = averages(self.ema)
-        if self.generator == "full":
-            return Role(self.init, trains=True, averages=kept)
-        rank = self.generator_rank
-        start = "fresh" if self.init == "pretrained" else self.init
-        return Role(start, True, adapters=Adapters("teacher", rank, rank * self.generator_scale), averages=kept)
-
-    def sampled_by(self, sampler: Sampler) -> Student:
-        """The generator as the student: its average where one is kept."""
-        return Student("generator", sampler, average=EMA if self.ema else None)
+        super().__post_init__()
+        check_choice(type(self).__name__, {"init": ("pretrained", "previous")}, self)
 
     def sampled_in(self, steps: int, shift: float) -> Student:
         """The generator as a student of one Euler step, or of several, each of which predicts a clip and noises it

@@ -1,4 +1,4 @@
-"""Flow matching: how a teacher is trained.
+"""Flow matching: how a teacher is trained, or fine-tuned, in full or by low-rank adapters.
 
     x_t = (1 - t) x0 + t eps,      loss = mean ||v(x_t, t, c) - (eps - x0)||^2
 
@@ -11,22 +11,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from vpae_jax.flow import draws
 from vpae_jax.flow.sampler import Sampler
 from vpae_jax.flow.schedule import add_noise
 from vpae_jax.flow.times import TimeDistribution
-from vpae_jax.methods.base import EMA, Context, Method, Nets, Role, Student, Update, averages
-from vpae_jax.methods.common import check_decay, check_fraction, drop_conditions, example_mean, f32, named_keys
-from vpae_jax.types import Batch, Metrics, PerExample
+from vpae_jax.methods.base import Context, Nets, Role, Student, Update
+from vpae_jax.methods.common import check_choice, check_fraction, drop_conditions, example_mean, f32, named_keys
+from vpae_jax.methods.generator import GeneratorTraining
+from vpae_jax.types import Batch, Metrics, PerExample, UserError
 
 # Uniform on Wan's raw axis, shifted as Wan 2.1 does for 480p.
 TEACHER_TIMES = TimeDistribution(shift=3.0)
 
 
 @dataclass(frozen=True)
-class FlowMatching(Method):
+class FlowMatching(GeneratorTraining):
     """Trains a velocity network on clips.
 
     Attributes:
@@ -35,10 +36,8 @@ class FlowMatching(Method):
       image_dropout: probability that image and first frame are withheld (1 trains text-to-video only).
       ema: decay of the averaged weights; 0 keeps no average.
       steps, shift, guidance: how the network is sampled, by Euler's steps.
-      init: where the network starts.
+      init: where the network starts; adapters need a model directory, or a phase before, to sit on.
     """
-
-    batch: ClassVar[type] = Batch
 
     t: TimeDistribution = TEACHER_TIMES
     text_dropout: float = 0.1
@@ -50,13 +49,20 @@ class FlowMatching(Method):
     guidance: float = 5.0
 
     def __post_init__(self) -> None:
-        check_fraction("FlowMatching", text_dropout=self.text_dropout, image_dropout=self.image_dropout)
-        check_decay("FlowMatching", ema=self.ema)
+        super().__post_init__()
+        check_choice("FlowMatching", {"init": ("pretrained", "fresh", "previous")}, self)
+        check_fraction("FlowMatching", text_dropout=self.text_dropout)
+        if self.generator == "lora" and self.init == "fresh":
+            raise UserError(
+                "FlowMatching.generator is 'lora', but init is 'fresh', and adapters need a trained network to sit on; "
+                "set init='pretrained'"
+            )
         _ = self.student  # refuses what no sampler is
 
     @property
     def roles(self) -> Mapping[str, Role]:
-        return {"generator": Role(self.init, trains=True, averages=averages(self.ema))}
+        roles = {"generator": self.generator_role}
+        return roles if self.generator == "full" else roles | {"teacher": Role("pretrained")}
 
     @property
     def updates(self) -> tuple[Update, ...]:
@@ -64,8 +70,7 @@ class FlowMatching(Method):
 
     @property
     def student(self) -> Student:
-        sampler = Sampler.even(self.steps, self.shift, self.guidance)
-        return Student("generator", sampler, average=EMA if self.ema else None)
+        return self.sampled_by(Sampler.even(self.steps, self.shift, self.guidance))
 
     def loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
         """Mean squared velocity error of each clip."""

@@ -27,7 +27,15 @@ from vpae_jax.methods.base import EMA, Method
 from vpae_jax.models import presets
 from vpae_jax.run import export
 from vpae_jax.run.agreement import reads, require_same, started_with
-from vpae_jax.run.first_weights import forget_damaged, make_weights, remember, remembered, resolve_model
+from vpae_jax.run.first_weights import (
+    check_loras,
+    forget_damaged,
+    lora_files,
+    make_weights,
+    remember,
+    remembered,
+    resolve_model,
+)
 from vpae_jax.run.guard import Guard, doubt, obstacle
 from vpae_jax.run.overview import overview
 from vpae_jax.run.previews import Previews
@@ -46,6 +54,7 @@ from vpae_jax.types import Params, PixelBatch, UserError
 from vpae_jax.weights.directory import ModelDirectory
 from vpae_jax.weights.filenames import PRODUCT
 from vpae_jax.weights.find import find_model
+from vpae_jax.weights.merging import LoraFile
 from vpae_jax.weights.settings import Scheduler
 
 
@@ -80,7 +89,10 @@ def _run(experiment: Experiment, workdir: Path, lock: Lock, devices: Sequence[An
     transformer = presets.find(experiment.model.preset).transformer
     if method.batch is not PixelBatch:
         source = find_model(resolve_model(experiment.model.path, workdir))
-    require_same("what they read", lambda: reads(source, tasks.digests(experiment.data, workdir)))
+    loras = lora_files(experiment.model.lora, workdir)
+    check_loras(loras, method, source)
+    clips = partial(tasks.digests, experiment.data, workdir)
+    require_same("what they read", lambda: reads(source, clips(), [file.path for file in loras]))
     if source is not None:
         pipeline = load_pipeline(source, jnp.dtype(experiment.model.dtype), with_transformer=False)
         transformer = pipeline.transformer.config
@@ -139,7 +151,7 @@ def _run(experiment: Experiment, workdir: Path, lock: Lock, devices: Sequence[An
         if not guard.decide(int(state.step), maker.judged(state), lambda: maker.of_start(begin())):
             params, averages = begin(), None
     facts = {} if guard is None else {"guard": guard.read()["reason"]}
-    folder = write_student(experiment, workdir, task, source, maker, params, averages, facts)
+    folder = write_student(experiment, workdir, task, source, maker, params, averages, facts, loras)
     say(f"model directory: {folder}")
 
 
@@ -214,12 +226,14 @@ def write_student(
     params: Mapping[str, Params],
     averages: Mapping[str, Params] | None,
     facts: Mapping[str, str],
+    loras: Sequence[LoraFile],
 ) -> Path:
     """The model directory of a finished run, from its roles' final weights. All processes call this; one writes.
 
     Args:
       averages: None where they are equal to the weights.
       facts: what its card says of the run.
+      loras: what was merged into the model that the run started from.
     """
     folder = workdir / PRODUCT
     if maker is not None and source is not None:
@@ -228,7 +242,7 @@ def write_student(
         boundary = None if low is None else student.boundary
         if is_first():
             shift = experiment.sample_shift
-            export.write_student(workdir, source, trained, student.sampler, shift, low, boundary, facts)
+            export.write_student(workdir, source, trained, student.sampler, shift, low, boundary, facts, loras)
         return folder
     final = {name: to_host((averages or {}).get(f"{name}_{EMA}", tree)) for name, tree in params.items()}
     if is_first():

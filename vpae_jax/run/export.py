@@ -8,7 +8,7 @@ writes it (`tasks.base.Task.write_model`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from vpae_jax.types import Params
 from vpae_jax.weights.directory import ModelDirectory
 from vpae_jax.weights.layout import Contents, write_product
 from vpae_jax.weights.lora import Lora, Merged
+from vpae_jax.weights.merging import LoraFile
 from vpae_jax.weights.parts import LOW
 from vpae_jax.weights.settings import Scheduler
 from vpae_jax.weights.writing import Values, from_tree
@@ -55,6 +56,7 @@ def write_student(
     low: Trained | None = None,
     boundary: float | None = None,
     facts: Mapping[str, Any] | None = None,
+    loras: Sequence[LoraFile] = (),
 ) -> Path:
     """The model directory of a student.
 
@@ -62,12 +64,13 @@ def write_student(
       workdir: the run's; the directory is `model/` in it.
       base: the model that the run started from: all parts but the transformers.
       trained: the transformer; of two experts the one for times from `boundary` on. One with adapters is written
-        merged, and if it is the only one, the adapters as a LoRA file beside it, for the base.
+        merged, and if it is the only one, the adapters as a LoRA file beside it, for the base with `loras`.
       sampler: how the student is sampled.
       shift: of even times, for other numbers of steps than the sampler's (`Scheduler.of`).
       low: the second expert.
       boundary: time in (0, 1) between two experts; given if `low` is.
       facts: what the directory's card says of the run.
+      loras: LoRA files that were merged into the base's transformer before it was trained.
     """
     if (low is None) != (boundary is None):
         raise ValueError("a second expert and a boundary belong together")
@@ -77,7 +80,8 @@ def write_student(
     if low is not None and boundary is not None:
         parts[LOW], boundary = low.values(config), _apart(boundary, sampler)
     lora = trained.lora if low is None else None
-    contents = Contents(others, parts, Scheduler.of(sampler, shift), boundary=boundary, lora=lora)
+    scheduler = Scheduler.of(sampler, shift)
+    contents = Contents(others, parts, scheduler, boundary=boundary, lora=lora, base_loras=tuple(loras))
     return write_product(workdir, contents, facts)
 
 

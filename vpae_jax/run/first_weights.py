@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -11,19 +13,21 @@ import jax
 from vpae_jax import sharding
 from vpae_jax.config import Experiment
 from vpae_jax.files import IN_WORKDIR, put_aside, resolve, write_text
-from vpae_jax.methods.base import EMA
+from vpae_jax.methods.base import EMA, Method, Role
 from vpae_jax.run.workdir import read_object
 from vpae_jax.runtime.processes import say
 from vpae_jax.train.blueprint import Blueprint
-from vpae_jax.train.checkpoint import read_state
+from vpae_jax.train.checkpoint import CONFIG_FILE, read_state
 from vpae_jax.train.newest import latest_step, whole_step
 from vpae_jax.train.state import places_of
-from vpae_jax.types import Params, UserError
+from vpae_jax.types import Note, Params, UserError
 from vpae_jax.weights.directory import ModelDirectory
 from vpae_jax.weights.loading import read_part
 from vpae_jax.weights.locate import locate
+from vpae_jax.weights.merging import LoraFile, Merging, open_merging, parse_lora, told
 
 START = "start.json"
+LORA = "config.model.lora"
 
 
 def remember(workdir: Path, step: int | None) -> None:
@@ -54,6 +58,29 @@ def resolve_model(path: str, workdir: Path) -> Path:
     return resolve(path, workdir) if path.startswith(IN_WORKDIR) else locate(path)
 
 
+def lora_files(names: str, workdir: Path) -> tuple[LoraFile, ...]:
+    """The LoRA files of `config.model.lora`. Raises `UserError` for a strength that is none."""
+    place = partial(resolve, workdir=workdir)
+    return tuple(parse_lora(name.strip(), LORA, place) for name in names.split(",")) if names else ()
+
+
+def check_loras(loras: Sequence[LoraFile], method: Method, source: ModelDirectory | None) -> None:
+    """Raises `UserError` for LoRA files that are not there, that no role would have, or that are for a model of two
+    experts, each of which has LoRAs of its own."""
+    for file in loras:
+        if not file.path.is_file():
+            raise UserError(f"{LORA}: {file.path}: no such file; expected LoRA files, as FILE or FILE:STRENGTH")
+    if not loras:
+        return
+    if source is None or not any(role.start == "pretrained" for role in method.roles.values()):
+        raise UserError(f"{LORA} is {told(loras)}, but no role starts from the model directory; leave it out")
+    if source.boundary is not None:
+        raise UserError(
+            f"{LORA}: {source.path} has two experts, each with LoRAs of its own; name the folder of one of them in "
+            "config.model.path"
+        )
+
+
 def make_weights(
     blueprint: Blueprint,
     experiment: Experiment,
@@ -74,13 +101,17 @@ def make_weights(
       the weights by role, and the step of the phase before that they start from (None when they do not).
 
     Raises:
-      UserError: when the previous phase's checkpoint is missing, damaged, or lacks a role.
+      UserError: when the previous phase's checkpoint is missing, damaged, or lacks a role, or sat on another model; for
+        a LoRA file that cannot be read, or is for another model.
     """
     roles = {name: blueprint.models.roles[name] for name in names}
     like = blueprint.held
     continued = any(role.previous(name) is not None for name, role in roles.items())
     start = previous_step(experiment, workdir, step) if continued else None
+    if continued:
+        compare_loras(experiment, workdir, blueprint.models.roles)
     result: dict[str, Params] = {}
+    loras, merge = lora_files(experiment.model.lora, workdir), None
     for name, role in roles.items():
         earlier = role.previous(name)
         if earlier is not None:
@@ -89,7 +120,9 @@ def make_weights(
         elif role.start == "pretrained":
             if source is None:
                 raise UserError(f"role {name} starts from a model directory; set config.model.path")
-            result[name] = read_pretrained(source, like[name])
+            if loras and merge is None:
+                merge = _open_loras(loras, source)
+            result[name] = read_pretrained(source, like[name], merge)
         else:
             index = list(blueprint.models.roles).index(name)
             key = jax.random.fold_in(jax.random.key(experiment.seed), 1000 + index)
@@ -97,11 +130,41 @@ def make_weights(
     return result, start
 
 
-def read_pretrained(source: ModelDirectory, like: Params) -> Params:
-    """A model directory's transformer, in the dtype and the places of `like`."""
+def read_pretrained(source: ModelDirectory, like: Params, merge: Merging | None = None) -> Params:
+    """A model directory's transformer, in the dtype and the places of `like`; with LoRA files merged before it is
+    rounded to that dtype."""
     leaves = {sharding.param_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(like)}
     dtype = next(iter(leaves.values())).dtype
-    return read_part(source, "transformer", dtype, lambda path, _: leaves[path].sharding)[1]
+    return read_part(source, "transformer", dtype, lambda path, _: leaves[path].sharding, merge)[1]
+
+
+def _open_loras(loras: Sequence[LoraFile], source: ModelDirectory) -> Merging:
+    try:
+        return open_merging(loras, source.part("transformer").config)
+    except UserError as error:
+        raise UserError(f"{LORA}: {error}") from error
+
+
+def compare_loras(experiment: Experiment, workdir: Path, roles: Mapping[str, Role]) -> None:
+    """Whether the phase before had the same LoRA files merged into its model.
+
+    Raises:
+      UserError: it had others, and adapters that were trained on its teacher would come to sit on another one.
+    """
+    folder = resolve(experiment.previous.workdir, workdir)
+    before = read_object(folder / CONFIG_FILE)
+    if before is None:
+        return
+    names = str(before.get("model", {}).get("lora", ""))
+    theirs, ours = lora_files(names, folder), lora_files(experiment.model.lora, workdir)
+    if [(file.path.absolute(), file.strength) for file in theirs] == [(f.path.absolute(), f.strength) for f in ours]:
+        return
+    wrong = f"{LORA} is {told(ours) or 'empty'}, but {told(theirs) or 'empty'} in the phase before, {folder}"
+    for name, role in roles.items():
+        sits = role.adapters is not None and roles[role.adapters.on].start == "pretrained"
+        if sits and role.previous(name) is not None:
+            raise UserError(f"{wrong}, on whose teacher the {name}'s adapters were trained; give the same")
+    warnings.warn(f"{wrong}; this run has another teacher than the phase before had", Note, stacklevel=3)
 
 
 def previous_step(experiment: Experiment, workdir: Path, step: int | None = None) -> int:

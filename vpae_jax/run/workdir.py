@@ -70,6 +70,13 @@ class PastRun:
             raise UserError(f"the run's {CONFIG_FILE}: model.path is {path!r}, expected a model; name it with --base")
         return path
 
+    @property
+    def lora(self) -> str:
+        """The LoRA files that were merged into it, "" for none. Raises `UserError` where that is no text."""
+        if not isinstance(names := self.model.get("lora", ""), str):
+            raise UserError(f"the run's {CONFIG_FILE}: model.lora is {names!r}, expected FILE or FILE:STRENGTH")
+        return names
+
 
 def read_run(workdir: Path) -> PastRun:
     """The config of a run. Raises `UserError` when there was no run, or its config cannot be read."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import vpae_jax
+from vpae_jax.weights.merging import LoraFile
 from vpae_jax.weights.settings import Defaults, Scheduler
 
 CARD_FILE = "README.md"
@@ -43,6 +44,7 @@ class Card:
       provenance: where it comes from.
       boundary: time between two experts; None for one transformer.
       lora: name of the LoRA file that makes the model that was trained this one; None for none.
+      base, base_loras: the model that was trained, and the LoRA files that were merged into it first.
     """
 
     form: str
@@ -54,6 +56,8 @@ class Card:
     provenance: Provenance
     boundary: float | None = None
     lora: str | None = None
+    base: str = ""
+    base_loras: tuple[LoraFile, ...] = ()
 
 
 def write_card(folder: Path, card: Card) -> None:
@@ -128,12 +132,30 @@ def _remarks(card: Card) -> list[str]:
             f"The scheduler's settings are for {scheduler.steps} steps. In one step, set its `shift_terminal` to null.",
         ]
     if card.lora is not None:
+        beside = ", beside what was merged into that before" if card.base_loras else ""
         lines += [
             "",
-            f"`{card.lora}` is what training changed, for `load_lora_weights` on the model that this one started from. "
-            "The transformer here has it already.",
+            f"`{card.lora}` is what training changed, for `load_lora_weights` on the model that this one started "
+            f"from{beside}. The transformer here has it already.",
+            *(_beside(card) if card.base_loras else ()),
         ]
     return lines
+
+
+def _beside(card: Card) -> list[str]:
+    """How Diffusers loads a student's LoRA with those that its teacher had."""
+    names = [f"teacher_{i}" for i, _ in enumerate(card.base_loras)]
+    files = dict(zip(names, card.base_loras, strict=True))
+    strengths = [file.strength for file in card.base_loras]
+    return [
+        "",
+        "```python",
+        f"pipe = DiffusionPipeline.from_pretrained({card.base!r})",
+        *(f"pipe.load_lora_weights({str(file.path)!r}, adapter_name={name!r})" for name, file in files.items()),
+        f'pipe.load_lora_weights(".", weight_name={card.lora!r}, adapter_name="student")',
+        f"pipe.set_adapters({[*names, 'student']}, {[*strengths, 1.0]})",
+        "```",
+    ]
 
 
 def _cell(value: Any) -> str:

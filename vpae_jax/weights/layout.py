@@ -19,6 +19,7 @@ from vpae_jax.weights.filenames import INDEX, PRODUCT, SCHEDULER, SETTINGS, VERS
 from vpae_jax.weights.find import HIGH_FOLDER, LOW_FOLDER, find_model
 from vpae_jax.weights.image_processor import IMAGE_PROCESSOR_FILE, ImageProcessor
 from vpae_jax.weights.lora import Lora, write_lora
+from vpae_jax.weights.merging import MERGED_BEFORE, LoraFile, about_base, told
 from vpae_jax.weights.parts import LOW, PARTS, check_fit, kind_of, makes_from_image, untold
 from vpae_jax.weights.pickles import require_torch
 from vpae_jax.weights.settings import Defaults, Scheduler, read_defaults, read_scheduler
@@ -40,6 +41,8 @@ class Contents:
       scheduler, defaults, boundary: in place of the base's.
       lora: changes of another model's transformer that make it the one in `parts`; written beside the parts, in the
         diffusers layout.
+      base_loras: LoRA files that were merged into the base's transformer before it was trained, so that `lora` comes on
+        top of them.
       provenance: what the model card says of where the weights come from; None for "from `base`".
       without: parts of the base that cannot be read, and may be missing; any other is refused.
     """
@@ -50,6 +53,7 @@ class Contents:
     defaults: Defaults | None = None
     boundary: float | None = None
     lora: Lora | None = None
+    base_loras: tuple[LoraFile, ...] = ()
     provenance: Provenance | None = None
     without: Collection[str] = ()
 
@@ -91,6 +95,8 @@ class Contents:
             provenance=self.provenance or Provenance(str(self.base.path)),
             boundary=boundary,
             lora=LORA_FILE if self.lora is not None and form == "diffusers" else None,
+            base=str(self.base.path),
+            base_loras=self.base_loras,
         )
 
 
@@ -106,6 +112,7 @@ def write_product(workdir: Path, contents: Contents, facts: Mapping[str, Any] | 
     base, folder = contents.base, workdir / PRODUCT
     base.require_whole(contents.parts)
     begun = {"started from": str(base.path)} if base.parts else {}
+    begun |= {MERGED_BEFORE: told(contents.base_loras)} if contents.base_loras else {}
     provenance = Provenance(str(workdir), {**begun, **(facts or {})})
     write_model(folder, dataclasses.replace(contents, provenance=provenance), overwrite=True)
     return folder
@@ -157,7 +164,7 @@ def write_model(
         else:
             _write_settings(temporary, contents, card)
         if card.lora is not None and contents.lora is not None:
-            about = {"base": str(contents.base.path)}
+            about = about_base(contents.base.path, contents.base_loras)
             write_lora(temporary / card.lora, contents.lora, "diffusers", about=about)
         write_card(temporary, card)
         written = dataclasses.replace(find_model(temporary), path=folder)  # by the name that messages are to tell

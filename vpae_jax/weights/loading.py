@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,24 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from vpae_jax.types import UserError
-from vpae_jax.weights import orbax, stream
+from vpae_jax.types import HostArray, UserError
+from vpae_jax.weights import matching, orbax, stream
 from vpae_jax.weights.directory import ModelDirectory, StoredPart
 from vpae_jax.weights.find import find_model
-from vpae_jax.weights.parts import abstract, flat
-from vpae_jax.weights.stream import Placement
+from vpae_jax.weights.names import Index
+from vpae_jax.weights.parts import PARTS, abstract, flat
+from vpae_jax.weights.stream import Merge, Placement
 
 # A tree of weights, on devices or still on the host.
 Weights = PyTree[jax.Array | np.ndarray]
 
 
 def read_part(
-    model: ModelDirectory | Path, part: str, dtype: DTypeLike | None = jnp.float32, placement: Placement | None = None
+    model: ModelDirectory | Path,
+    part: str,
+    dtype: DTypeLike | None = jnp.float32,
+    placement: Placement | None = None,
+    merge: Merge | None = None,
 ) -> tuple[Any, Weights]:
     """One part's config and weights.
 
@@ -34,6 +40,7 @@ def read_part(
       part: a key of `parts.PARTS`.
       dtype: dtype of the weights returned, whatever the file's; None keeps the file's.
       placement: where each parameter lies; None for the default device.
+      merge: what is added to weights before they are rounded to `dtype` (`merging.open_merging`).
 
     Returns:
       the config dataclass, and nested dicts of arrays as `nnx.to_pure_dict` gives them.
@@ -43,7 +50,7 @@ def read_part(
         finite or there twice.
     """
     source = _source(model, part)
-    _, state = _read(source, dtype, placement)
+    _, state = _read(source, dtype, placement, merge)
     return source.config, nnx.to_pure_dict(state)
 
 
@@ -72,20 +79,24 @@ def _source(model: ModelDirectory | Path, part: str) -> StoredPart:
     return find_model(model).part(part)
 
 
-def _read(source: StoredPart, dtype: DTypeLike | None, placement: Placement | None) -> tuple[nnx.GraphDef, nnx.State]:
+def _read(
+    source: StoredPart, dtype: DTypeLike | None, placement: Placement | None, merge: Merge | None = None
+) -> tuple[nnx.GraphDef, nnx.State]:
     """Graph and weights of a part."""
     graph, state = abstract(source.part, source.config, jnp.float32 if dtype is None else dtype)
     if source.layout == "orbax":
-        loaded = flat(_restore(source, state, dtype, placement))
+        loaded = flat(_restore(source, state, dtype, placement, merge))
     else:
         with source.open() as tensors:
-            loaded = stream.load(tensors, dtype, placement, source.part)
+            loaded = stream.load(tensors, dtype, placement, source.part, merge)
     for path, variable in flat(state).items():
         variable.set_value(loaded[path])
     return graph, state
 
 
-def _restore(source: StoredPart, state: nnx.State, dtype: DTypeLike | None, placement: Placement | None) -> Weights:
+def _restore(
+    source: StoredPart, state: nnx.State, dtype: DTypeLike | None, placement: Placement | None, merge: Merge | None
+) -> Weights:
     """An orbax part's arrays."""
     kept = orbax.stored(source.files[0])
     shapes = {path: (leaf.shape, np.dtype(dtype or leaf.dtype)) for path, leaf in flat(kept).items()}
@@ -103,7 +114,16 @@ def _restore(source: StoredPart, state: nnx.State, dtype: DTypeLike | None, plac
         sharding: Sharding = default if placement is None else placement(name, shape)
         return jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
 
-    restored = orbax.restore(source.files[0], jax.tree_util.tree_map_with_path(one, kept))
+    by_layer = None if merge is None else partial(_merge_layers, source, merge)
+    restored = orbax.restore(source.files[0], jax.tree_util.tree_map_with_path(one, kept), by_layer)
     if placement is None:  # Orbax binds arrays to a device; those read from files are not bound
         return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), restored)
     return restored
+
+
+def _merge_layers(source: StoredPart, merge: Merge, path: str, index: Index, value: HostArray) -> HostArray:
+    """`merge` for a part of a parameter that may be several layers."""
+    if "{i}" not in matching.template(PARTS[source.part].rows(source.config), path, "diffusers")[0]:
+        return merge(path, 0, index, value)
+    first, inner = index[0].start or 0 if index else 0, index[1:]
+    return np.stack([merge(path, first + i, inner, layer) for i, layer in enumerate(value)])

@@ -25,7 +25,7 @@ from vpae_jax.types import HostArray, UserError
 from vpae_jax.weights import matching
 from vpae_jax.weights.loading import Weights
 from vpae_jax.weights.matching import LayerKey
-from vpae_jax.weights.names import TRANSFORMER_ROWS, Layout, Op, Shape
+from vpae_jax.weights.names import TRANSFORMER_ROWS, Index, Layout, Op, Shape
 from vpae_jax.weights.parts import flat
 from vpae_jax.weights.safetensors_file import Info
 from vpae_jax.weights.tensors import write_safetensors
@@ -53,9 +53,10 @@ class Adapter:
     def rank(self) -> int:
         return self.a.shape[1]
 
-    def product(self) -> Change:
-        """The change in full."""
-        return np.float32(self.scale) * (self.a @ self.b)
+    def product(self, index: Index = ()) -> Change:
+        """The change in full, or a part of it, by a slice for each leading axis."""
+        rows, columns = (*index, slice(None), slice(None))[:2]
+        return np.float32(self.scale) * (self.a[rows] @ self.b[:, columns])
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,26 @@ class Lora:
     def _adapter(self, path: str, layer: int) -> Adapter | None:
         return self.adapters.get((path.removesuffix(KERNEL_SUFFIX), layer)) if path.endswith(KERNEL_SUFFIX) else None
 
-    def change(self, path: str, layer: int) -> Change | None:
-        """What is added to a parameter at full strength; None for nothing."""
+    def change(self, path: str, layer: int, index: Index = ()) -> Change | None:
+        """What is added to a parameter at full strength, or to a part of it; None for nothing.
+
+        Args:
+          index: a slice for each leading axis of the layer; axes without one are whole.
+        """
         adapter, difference = self._adapter(path, layer), self.differences.get((path, layer))
+        difference = None if difference is None else difference[index]
         if adapter is None:
             return difference
-        product = adapter.product()
+        product = adapter.product(index)
         return product if difference is None else product + difference
+
+    def added(self, value: HostArray, scale: float, path: str, layer: int, index: Index = ()) -> HostArray:
+        """A parameter, or the part of it that `index` names, with its change times `scale` added, in float32; the same
+        array where nothing is added."""
+        with np.errstate(over="ignore", invalid="ignore"):  # who takes the sum looks for what is not finite
+            if (change := self.change(path, layer, index)) is None:
+                return value
+            return value.astype(np.float32) + np.float32(scale) * change
 
     def shapes(self) -> Iterator[tuple[str, int, Shape]]:
         """Path, layer and shape of every parameter that changes."""
@@ -145,11 +159,7 @@ class Merged:
         return any(self.dtype(path, layer) != self.values.dtype(path, layer) for path, layer, _ in self.lora.shapes())
 
     def read(self, path: str, layer: int) -> HostArray:
-        value = self.values.read(path, layer)
-        with np.errstate(over="ignore", invalid="ignore"):  # `writing` sees what is not finite
-            if (change := self.lora.change(path, layer)) is None:
-                return value
-            return value.astype(np.float32) + np.float32(self.scale) * change
+        return self.lora.added(self.values.read(path, layer), self.scale, path, layer)
 
     def extras(self, layout: Layout) -> Iterator[Extra]:
         return self.values.extras(layout)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from vpae_jax.files import refused_writes
 from vpae_jax.types import UserError
 from vpae_jax.weights.safetensors_file import one_line, parse_json
 
+# Given a parameter's path, a part of it and that part's values: these with something added.
+Merge = Callable[[str, tuple[slice, ...], Shaped[np.ndarray, "..."]], Shaped[np.ndarray, "..."]]
 # What damaged checkpoints raise: found by damaging every file of one, with the bases of what was found.
 _ERRORS = (
     AttributeError,
@@ -38,8 +40,9 @@ def save(folder: Path, params: PyTree[Any]) -> None:
         checkpointer.save(folder.absolute(), params)
 
 
-def restore(folder: Path, abstract: PyTree[Any]) -> PyTree[jax.Array]:
-    """Reads arrays of the shapes, dtypes and shardings of `abstract`, a tree of `jax.ShapeDtypeStruct`.
+def restore(folder: Path, abstract: PyTree[Any], merge: Merge | None = None) -> PyTree[jax.Array]:
+    """Reads arrays of the shapes, dtypes and shardings of `abstract`, a tree of `jax.ShapeDtypeStruct`. `merge` is done
+    with what is read, before it is rounded to these dtypes.
 
     By tensorstore, as Orbax does it, but not through Orbax, whose errors have no type of their own. Every process reads
     its own shards, one at a time.
@@ -49,7 +52,7 @@ def restore(folder: Path, abstract: PyTree[Any]) -> PyTree[jax.Array]:
     """
     try:
         return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: _restore_one(folder, [key.key for key in path], leaf), abstract
+            lambda path, leaf: _restore_one(folder, [key.key for key in path], leaf, merge), abstract
         )
     except _ERRORS as error:
         raise _damaged(folder, error) from error
@@ -79,13 +82,15 @@ def _open(folder: Path, keys: Sequence[str]) -> tensorstore.TensorStore:
     return tensorstore.open(tensorstore.Spec(spec), open=True, read=True).result()
 
 
-def _restore_one(folder: Path, keys: Sequence[str], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+def _restore_one(folder: Path, keys: Sequence[str], leaf: jax.ShapeDtypeStruct, merge: Merge | None) -> jax.Array:
     array = _open(folder, keys)
     if array.shape != leaf.shape:
         raise ValueError(f"{'/'.join(keys)} has shape {list(array.shape)}, expected {list(leaf.shape)}")
 
     def read(index: tuple[slice, ...] | None) -> Shaped[np.ndarray, "..."]:
-        return np.asarray(array[index or ...].read().result()).astype(leaf.dtype, copy=False)
+        value = np.asarray(array[index or ...].read().result())
+        value = value if merge is None else merge("/".join(keys), index or (), value)
+        return value.astype(leaf.dtype, copy=False)
 
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, read, dtype=leaf.dtype)
 

@@ -30,10 +30,16 @@ CHUNK_BYTES = 4 * 2**20
 Bounds = tuple[tuple[int, int], ...]  # where an index begins and ends along each axis
 # Given a parameter's path and shape, its sharding.
 Placement = Callable[[str, Shape], Sharding]
+# Given a parameter's path, a layer, a part of that, and the part's values: these with something added (`merging.py`).
+Merge = Callable[[str, int, Index, HostArray], HostArray]
 
 
 def load(
-    tensors: PartTensors, dtype: DTypeLike | None, placement: Placement | None, label: str
+    tensors: PartTensors,
+    dtype: DTypeLike | None,
+    placement: Placement | None,
+    label: str,
+    merge: Merge | None = None,
 ) -> dict[str, jax.Array]:
     """Every parameter of a part, on its devices.
 
@@ -42,6 +48,7 @@ def load(
       dtype: of the result; None keeps the tensors' own (the widest, where layers differ).
       placement: where each parameter lies; None for the default device, to which the result is not bound.
       label: of the progress bar, which is shown on terminals.
+      merge: what is done with values before they are rounded to `dtype`.
 
     Raises:
       UserError: a tensor that cannot be read, or holds NaN or infinity.
@@ -56,7 +63,7 @@ def load(
             indices = [()] if sharding is None else sharding.addressable_devices_indices_map(shape).values()
             bounds = {_bounds(index, shape) for index in indices}
             shards = {one: np.empty([stop - start for start, stop in one], kind) for one in bounds}
-            for size in pool.map(partial(_fill, tensors, parameter, shards), _chunks(tensors, parameter)):
+            for size in pool.map(partial(_fill, tensors, parameter, shards, merge), _chunks(tensors, parameter)):
                 bar.update(size)
             result[parameter.path] = _array(shape, sharding, shards)
     return result
@@ -88,7 +95,11 @@ def _chunks(tensors: PartTensors, parameter: Parameter) -> Iterator[tuple[int, I
 
 
 def _fill(
-    tensors: PartTensors, parameter: Parameter, shards: Mapping[Bounds, HostArray], chunk: tuple[int, Index]
+    tensors: PartTensors,
+    parameter: Parameter,
+    shards: Mapping[Bounds, HostArray],
+    merge: Merge | None,
+    chunk: tuple[int, Index],
 ) -> int:
     """Writes a chunk into every shard that has some of it; returns its bytes in the file."""
     (layer, index), op = chunk, parameter.op
@@ -97,6 +108,7 @@ def _fill(
         bounds = ((layer, layer + 1), *bounds)
     if wanted := {shard: common for shard in shards if (common := _common(shard, bounds))}:
         value = op.to_ours(tensors.read(name, op.their_index(parameter.shape, index)))
+        value = value if merge is None else merge(parameter.path, layer, index, value)
         value = value[None] if parameter.stacked else value
         for shard, common in wanted.items():
             with np.errstate(over="ignore", invalid="ignore"):

@@ -1,0 +1,58 @@
+"""What methods share that train a role "generator": where it starts, what of it is trained, its average.
+
+Low-rank adapters sit on a frozen role "teacher", which the method has to have then.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from vpae_jax.flow.sampler import Sampler
+from vpae_jax.methods.base import EMA, Adapters, Method, Role, Student, averages
+from vpae_jax.methods.common import check_at_least, check_choice, check_decay, check_fraction
+from vpae_jax.types import Batch
+
+
+@dataclass(frozen=True)
+class GeneratorTraining(Method):
+    """A method that trains a role "generator".
+
+    Attributes:
+      init: where the generator starts: the model directory, or the generator of the phase before.
+      generator: what of the generator is trained: all of it, or low-rank adapters on the teacher, whose weights then
+        serve both.
+      generator_rank, generator_scale: rank of the adapters, and alpha / rank.
+      ema: decay of the generator's average, which is then what is judged and exported; 0 for none.
+      image_dropout: probability that image and first frame are withheld, for a student of both tasks.
+    """
+
+    batch: ClassVar[type] = Batch
+
+    init: Literal["pretrained", "previous"] = "pretrained"
+    generator: Literal["full", "lora"] = "full"
+    generator_rank: int = 128
+    generator_scale: float = 0.5
+    ema: float = 0.995
+    image_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        owner = type(self).__name__
+        check_choice(owner, {"generator": ("full", "lora")}, self)
+        check_at_least(owner, 1, generator_rank=self.generator_rank)
+        check_decay(owner, ema=self.ema)
+        check_fraction(owner, image_dropout=self.image_dropout)
+
+    @property
+    def generator_role(self) -> Role:
+        """The role "generator"; adapters change nothing of the teacher at first."""
+        kept = averages(self.ema)
+        if self.generator == "full":
+            return Role(self.init, trains=True, averages=kept)
+        rank = self.generator_rank
+        start = "fresh" if self.init == "pretrained" else self.init
+        return Role(start, True, adapters=Adapters("teacher", rank, rank * self.generator_scale), averages=kept)
+
+    def sampled_by(self, sampler: Sampler) -> Student:
+        """The generator as the student: its average where one is kept."""
+        return Student("generator", sampler, average=EMA if self.ema else None)
