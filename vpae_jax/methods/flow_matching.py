@@ -18,7 +18,15 @@ from vpae_jax.flow.sampler import Sampler
 from vpae_jax.flow.schedule import add_noise
 from vpae_jax.flow.times import TimeDistribution
 from vpae_jax.methods.base import EMA, Context, Method, Nets, Role, Student, Update, averages
-from vpae_jax.methods.common import check_decay, check_fraction, drop_conditions, example_mean, f32, named_keys
+from vpae_jax.methods.common import (
+    check_decay,
+    check_fraction,
+    drop_conditions,
+    example_mean,
+    f32,
+    named_keys,
+    real_clips,
+)
 from vpae_jax.types import Batch, Metrics, PerExample
 
 # Uniform on Wan's raw axis, shifted as Wan 2.1 does for 480p.
@@ -70,7 +78,7 @@ class FlowMatching(Method):
     def loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
         """Mean squared velocity error of each clip."""
         keys = named_keys(context.clips, "t", "noise", "dropout")
-        x0 = f32(batch.latents)
+        x0 = real_clips(batch)
         t = self.t(keys.t, x0.shape)
         eps = draws.normal(keys.noise, x0.shape, x0.dtype)
         condition = drop_conditions(batch, keys.dropout, self.text_dropout, self.image_dropout)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from vpae_jax.config import DataConfig, parse_sources
-from vpae_jax.data.index import REJECTS, read_index
+from vpae_jax.data.index import REJECTS, of_prompts, read_index
 from vpae_jax.data.records import LatentRecords
 from vpae_jax.data.stores import Address, Location
 from vpae_jax.encoding.encoder import encode_into, fingerprint, too_long
@@ -21,6 +21,7 @@ from vpae_jax.encoding.summary import rejected, report
 from vpae_jax.encoding.videos import VideoClips
 from vpae_jax.files import is_address, resolve
 from vpae_jax.inference.pipeline import Pipeline
+from vpae_jax.methods.base import Method
 from vpae_jax.runtime.processes import is_first, say, wait_for_all
 from vpae_jax.types import UserError
 
@@ -67,6 +68,43 @@ def open_records(names: str, key: str, workdir: Path, pipeline: Pipeline, model:
             )
         found.append((records, float(len(records)) if weight is None else weight))
     return tuple(found)
+
+
+def check_clips(data: DataConfig, workdir: Path, name: str, method: Method) -> None:
+    """Raises `UserError` for folders of which some hold prompts alone and some clips, or for prompts alone to train on
+    where a method needs clips.
+
+    Args:
+      data: where the folders are.
+      workdir: of the run.
+      name: of the phase.
+      method: what is trained.
+    """
+    _of_prompts("held_out_records", data.held_out_records, workdir)
+    prompts = _of_prompts("records", data.records, workdir)
+    if not prompts or not method.needs_clips:
+        return
+    encoded = "encode videos, or clips that a teacher makes (python -m vpae_jax.encode --captions=...)"
+    if method.without_clips is None:
+        raise UserError(f"{name} trains on real clips, but {prompts[0]} holds prompts alone; {encoded}")
+    keys = [
+        f"--config.method.{key}={value}" for key, value in method.without_clips.items() if getattr(method, key) != value
+    ]
+    raise UserError(
+        f"{name} trains on real clips as it is set, but {prompts[0]} holds prompts alone; set {' '.join(keys)}, "
+        f"or {encoded}"
+    )
+
+
+def _of_prompts(key: str, names: str, workdir: Path) -> list[Location]:
+    """The folders, if they hold prompts alone; none, if they hold clips. Raises `UserError` for both."""
+    folders = [_location(name, workdir) for name, _ in parse_sources(names)]
+    prompts = [folder for folder in folders if of_prompts(read_index(folder))]
+    if others := [folder for folder in folders if prompts and folder not in prompts]:
+        raise UserError(
+            f"config.data.{key}: {prompts[0]} holds prompts alone and {others[0]} clips; give folders of one kind"
+        )
+    return prompts
 
 
 def digests(names: str, workdir: Path) -> tuple[str, ...]:
