@@ -66,12 +66,15 @@ class Captions:
         flag: str = "--captions",
         pictures: Pictures | None = None,
     ) -> None:
+        self.kind = flag.removeprefix("--")
         if unit < 1:
-            raise UserError(f"units of {unit} captions; expected 1 or more")
+            raise UserError(f"units of {unit} {self.kind}; expected 1 or more")
         self.column, self.id, self.unit, self.filters = column, id, unit, filters or Filters()
-        self.flag, self.pictures = flag, pictures
+        self.pictures = pictures
         if file.suffix.lower() not in FORMATS:
-            raise UserError(f"{file}: a file of captions ends in one of {' '.join(FORMATS)}; give one with {flag}=FILE")
+            raise UserError(
+                f"{file}: a file of {self.kind} ends in one of {' '.join(FORMATS)}; give one with {flag}=FILE"
+            )
         uses = {"caption": column, "id": id, "image": None if pictures is None else pictures.column}
         self._used = {use: name for use, name in uses.items() if name is not None}
         for use in ("id", "image"):
@@ -80,7 +83,7 @@ class Captions:
                 raise UserError(f"{what}; leave out {use}= in --columns")
         self._rows = RowUnits(TableFile(file, self._used, flag), unit, self._id)
         if not self._rows.count:
-            raise UserError(f"{file} has no rows; give other captions with {flag}=FILE")
+            raise UserError(f"{file} has no rows; give other {self.kind} with {flag}=FILE")
         self.rows, self.units, self.digest = self._rows.count, self._rows.units, self._rows.digest
 
     @property
@@ -90,7 +93,7 @@ class Captions:
         columns: dict[str, Any] = {"column": self.column, "id": self.id}
         if self.pictures is not None:
             columns["images"] = {"column": self.pictures.column}
-        return {"kind": "captions", "digest": self.digest, **columns, "unit": self.unit, **bounds}
+        return {"kind": self.kind, "digest": self.digest, **columns, "unit": self.unit, **bounds}
 
     def rows_of(self, unit: int) -> int:
         """How many captions a unit has."""

@@ -134,7 +134,7 @@ def draw_up(experiment: Experiment, clip: ClipSize, devices: Any) -> Programs:
     blueprint = blueprints.draw_up(experiment, method, mesh, transformer_of(experiment))
     optimizers = {role: make_optimizer(experiment.optimizers[role]) for role in blueprint.trained}
     state = abstract(blueprint.trained, method.roles, optimizers)
-    batch = abstract_batch(experiment, clip, mesh, method.known_noise, method.needs_clips)
+    batch = abstract_batch(experiment, clip, mesh, method.known_noise)
     repeat = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
     places, parts = places_of(state), sharding.parts_of_batch(experiment, mesh)
     updates = tuple(
@@ -151,11 +151,9 @@ def draw_up(experiment: Experiment, clip: ClipSize, devices: Any) -> Programs:
     return Programs(updates, state, blueprint.frozen, batch, mesh)
 
 
-def abstract_batch(
-    experiment: Experiment, clip: ClipSize, mesh: Mesh, seeds: bool = False, clips: bool = True
-) -> Batch:
+def abstract_batch(experiment: Experiment, clip: ClipSize, mesh: Mesh, seeds: bool = False) -> Batch:
     """One global batch, bfloat16 as the data pipeline makes it; clips lie along `data` and `fsdp`. With the seeds of
-    their noise, or without; with real clips, or of prompts alone."""
+    their noise, or without."""
     preset, b = presets.find(experiment.model.preset), experiment.batch_size
     text, width = clip.text_tokens, preset.transformer.text_dim
     f, h, w, c = clip.latents
@@ -170,10 +168,7 @@ def abstract_batch(
             frames = floats(b, f, h, w, MASK_CHANNELS + c)
         condition = Condition(floats(b, text, width), jnp.zeros((b, text), bool), image, frames)
         seed = jnp.zeros(b, jnp.uint32) if seeds else None
-        null = floats(text, width), jnp.zeros(text, bool)
-        if not clips:
-            return Batch(None, condition, *null, seed, clip.latents)
-        return Batch(floats(b, f, h, w, c), condition, *null, seed)
+        return Batch(floats(b, f, h, w, c), condition, floats(text, width), jnp.zeros(text, bool), seed)
 
     batch = jax.eval_shape(zeros)
     return sharding.abstract(batch, sharding.batch_shardings(batch, mesh))
