@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from record_files import FACTS, NULL, SMALL, TOKENS, WIDE, arrays_of, write_folder
+from record_files import FACTS, NULL, SMALL, WIDE, arrays_of, write_folder
 
 from vpae_jax.data.batches import latent_batches
 from vpae_jax.data.records import LatentRecords
@@ -107,4 +107,3 @@ def test_prompts_and_clips_do_not_fit_together(folder, tmp_path):
     assert not LatentRecords(clips).of_prompts
     with pytest.raises(UserError, match="do not fit together: latent"):
         latent_batches([(LatentRecords(folder), 1.0), (LatentRecords(clips), 1.0)], 4, seed=0)
-    assert TOKENS == LatentRecords(folder).index["text_tokens"]

@@ -113,10 +113,10 @@ class Captions:
                 caption = text_of(row, self.column, "caption").strip()
                 if refusal := self.filters.caption(caption):
                     raise Refused(*refusal)
-                first = (None, None)
+                image = picture = None
                 if self.pictures is not None:
-                    first = self.pictures.of(row, name if self.id is not None else str(number + 1))
-                yield Prompt(name, number, caption, rest_of(row, self._used.values()), *first)
+                    image, picture = self.pictures.of(row, name if self.id is not None else str(number + 1))
+                yield Prompt(name, number, caption, rest_of(row, self._used.values()), image, picture)
             except Refused as refused:
                 yield Reject(name, refused.kind, printable(refused.reason))
 

@@ -360,10 +360,10 @@ def note(item: Encoded, shown: bool) -> dict[str, Any]:
     kept: dict[str, Any] = {name: item.about[name] for name in MEASURED if name in item.about}
     if shown:
         kept |= {"shown": True} if item.video is None else {"picture": strip(item.video)}
-    if item.size is not None:
+    if item.video is None or item.size is not None:
         size = [item.about[name] for name in ("num_frames", "height", "width")]
     else:
-        size = [] if item.video is None else list(item.video.shape)
+        size = list(item.video.shape)
     return {"id": item.id, "caption": item.about["caption"][:LONGEST], "size": size, **kept}
 
 
