@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from absl import flags
 from record_files import FACTS, NULL, SMALL, WIDE, arrays_of, write_folder
 
 from vpae_jax.data.batches import latent_batches
@@ -60,9 +61,7 @@ def test_without_a_picture_no_frame_is_given(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_batches_are_of_one_size_and_the_same_whoever_reads_them(folder, workers):
-    from absl import flags
-
-    flags.FLAGS.mark_as_parsed()
+    flags.FLAGS.mark_as_parsed()  # which grain asks for before it starts processes
     source = [(LatentRecords(folder), 1.0)]
     whole = latent_batches(source, 4, seed=2, workers=workers)
     half = latent_batches(source, 4, seed=2, rows=[1, 3])

@@ -17,7 +17,7 @@ from vpae_jax.data.records import LatentRecords
 from vpae_jax.encoding.captions import Captions
 from vpae_jax.encoding.clip_source import Reject
 from vpae_jax.encoding.pictures import Pictures
-from vpae_jax.inference.pipeline import load_pipeline
+from vpae_jax.inference.pipeline import Pipeline, load_pipeline
 from vpae_jax.media import read_image
 from vpae_jax.types import UserError
 
@@ -71,7 +71,7 @@ def assert_as_the_pipeline(record, caption, picture, size):
 def test_prompts_become_records_of_text_alone(run, tmp_path):
     (file := tmp_path / "prompts.txt").write_text("a three moves up\n\n" + "a three " * 20 + "\nthe digit seven\n")
     output = tmp_path / "records"
-    arguments = dict(prompts=file, output=output, unit=2, batch=2)
+    arguments = dict(prompts=file, output=output, unit=2)
     code, out, err = run(**arguments)
     assert code == 0 and not err, err
     assert out[0] == "no --images: the prompts are for text-to-video, where tiny is given no first frame"
@@ -104,16 +104,21 @@ def test_first_frames_are_conditions_as_the_pipeline_makes_them(run, images, tmp
         {"caption": "a five", "image": "3.PNG", "note": "kept"},
     ]
     file, output = write(tmp_path / "table.csv", rows), tmp_path / "records"
-    arguments = dict(prompts=file, images=images, output=output, unit=2, batch=2, **CLIPS, num_processes=2)
-    code, out, err = run(**arguments, process_id=1)
+    arguments = dict(prompts=file, images=images, unit=2, **CLIPS)
+    code, out, err = run(**arguments, output=output, process_id=1, num_processes=2)
     assert code == 0 and not err and "this process has done its share" in out[-1]
-    code, out, err = run(**arguments, process_id=0)
+    code, out, err = run(**arguments, output=output, process_id=0, num_processes=2)
     assert code == 0 and not err and out[-2] == f"records: {output}: 3 prompts", err
     for record, row in zip(contents(output).values(), rows, strict=True):
         assert record["about"]["image"] == row["image"] and record["about"]["row"].get("note") == row["note"]
         size = HIGH if row["image"] == "3.PNG" else WIDE
         assert_as_the_pipeline(record, row["caption"], read_image(images / row["image"]), size)
         assert (record["frames"][0, ..., :4] == 1).all() and record["image"].any()
+    assert run(**arguments, output=tmp_path / "pairs", batch=2)[0] == 0
+    for id, record in contents(tmp_path / "pairs").items():
+        for name in ("text", "image", "frames"):
+            value = np.float32(record[name])
+            np.testing.assert_allclose(value, np.float32(contents(output)[id][name]), atol=0.05 * np.abs(value).max())
     page = (output / "summary.html").read_text()
     assert page.count('alt="first frame"') == 3 and "9 frames of 48x32" in page
     index = json.loads((output / "index.json").read_text())
@@ -205,7 +210,7 @@ def test_bad_flags_are_one_line_and_status_2(run, images, tmp_path, monkeypatch,
 def test_a_text_to_video_model_takes_no_first_frames(images, tmp_path, monkeypatch):
     """Said before a folder is made."""
     (file := tmp_path / "prompts.txt").write_text("a three\n")
-    monkeypatch.setattr(type(LOADED("tiny", with_transformer=False)), "takes_image", False)
+    monkeypatch.setattr(Pipeline, "takes_image", False)
     with pytest.raises(UserError, match=r"^--images=.*images: tiny is a text-to-video model; leave it out$"):
         encode.main([f"--prompts={file}", f"--images={images}", f"--output={tmp_path / 'records'}"])
     assert not (tmp_path / "records").exists()
