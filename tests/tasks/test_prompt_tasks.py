@@ -105,7 +105,7 @@ def test_methods_that_need_clips_are_refused_by_name_of_the_keys(folders):
         (PhaseOne(), "--config.method.input=pure_noise"),
         (DMD2(), "--config.method.adversarial_weight=0.0 --config.method.disc_weight=0.0"),
         (
-            DMD2(inputs="noised_real", adversarial_weight=0, disc_weight=0),
+            DMD2(inputs="noised_real", adversarial_weight=0.0, disc_weight=0.0),
             "--config.method.inputs=simulated",
         ),
         (
