@@ -166,7 +166,8 @@ class Video:
             self._sources = open_sources(self._data, self._workdir, pipeline, self._model)
             for records, _ in self._sources if self._most else ():
                 count = len(held_out(len(records), self._most))
-                say(f"held out: {count} of {len(records)} clips of {records.folder}")
+                what = "prompts" if records.of_prompts else "clips"
+                say(f"held out: {count} of {len(records)} {what} of {records.folder}")
         return self._sources
 
     def _halves(self, pipeline: Pipeline) -> tuple[list[tuple[LatentRecords, int]], list[tuple[LatentRecords, int]]]:
