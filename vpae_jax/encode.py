@@ -2,9 +2,11 @@
 
     python -m vpae_jax.encode --videos=DIR [--manifest=FILE --columns=...] --model=DIR --output=DIR
     python -m vpae_jax.encode --captions=FILE --model=DIR [--teacher=DIR] --output=DIR [--steps=50] [--guidance=5]
+    python -m vpae_jax.encode --prompts=FILE [--images=DIR] --model=DIR --output=DIR
 
 The first encodes real videos: those of a folder, with captions beside them in .txt or .json files, or those that a
-manifest lists. The second has a teacher make a clip for each caption. Both leave a folder of records, for
+manifest lists. The second has a teacher make a clip for each caption. The third encodes prompts alone, with a first
+frame each for image-to-video, for methods that train without real clips. All leave a folder of records, for
 `config.data.records`, with a page `summary.html` of what is in it and what was refused. The same command goes on
 where it was stopped. Several processes share the work when each is told its place (--process_id and --num_processes, or
 SLURM's or JAX's variables) and all see the folder.
@@ -24,12 +26,13 @@ import jax.numpy as jnp
 from vpae_jax import cli, sharding
 from vpae_jax.config import MeshConfig
 from vpae_jax.data.index import read_index
-from vpae_jax.encoding import buckets, synthetic
+from vpae_jax.encoding import buckets, prompts, synthetic
 from vpae_jax.encoding.captions import Captions
 from vpae_jax.encoding.datasets import parse_columns
 from vpae_jax.encoding.encoder import describe, encode, too_long
 from vpae_jax.encoding.filters import Filters
 from vpae_jax.encoding.manifest import Columns, Manifest
+from vpae_jax.encoding.pictures import Pictures
 from vpae_jax.encoding.summary import PAGE, first_reject, rejected, report
 from vpae_jax.encoding.synthetic import Recipe
 from vpae_jax.encoding.units import Units
@@ -48,11 +51,13 @@ FILTERS = {
     "min_caption": "characters of a caption, at least",
     "max_caption": "characters of a caption, at most",
 }
-# Flags of one way to make clips, which say nothing in the other. Their defaults are None: it shows which were given.
+# What records are made of, and the flags that say nothing of the others. Their defaults are None: it shows which were
+# given.
 OF_VIDEOS = ("manifest", "fps", "clips_per_video", "stride", "workers", "timeout")
 OF_VIDEOS += ("min_seconds", "min_side", "max_crop", "min_motion", "max_black")
 OF_CAPTIONS = ("teacher", "steps", "guidance", "solver", "shift", "seed")
-UNIT_OF_VIDEOS, UNIT_OF_CAPTIONS = 64, 4
+SOURCES = {"videos": OF_VIDEOS, "captions": OF_CAPTIONS, "prompts": ("images",)}
+UNIT_OF_VIDEOS, UNIT_OF_CAPTIONS, UNIT_OF_PROMPTS = 64, 4, 64
 TIMEOUT = 120.0
 
 
@@ -68,7 +73,7 @@ def parser() -> cli.Parser:
     add("--output", type=Path, required=True, help="folder of the records")
     add("--videos", type=Path, help="folder of the videos")
     add("--manifest", type=Path, help="table of them: .csv, .tsv, .jsonl or .parquet; by default all below --videos")
-    add("--columns", help="USE=COLUMN,... for path, caption, id, start, end, cuts; or openvid, koala, intern4k")
+    add("--columns", help="USE=COLUMN,... for path, caption, id, start, end, cuts, image; or openvid, koala, intern4k")
     add("--buckets", help="480p, 720p or HEIGHTxWIDTH,...; by default the model's own size")
     add("--num_frames", type=int, help="frames of a clip, 1 + a multiple of 4; the model's own by default")
     add("--fps", type=float, help="frames a second of a clip; the model's own by default")
@@ -78,8 +83,8 @@ def parser() -> cli.Parser:
     add(
         "--unit",
         type=int,
-        help="videos or captions whose clips are written together, and lost together by a kill; "
-        f"{UNIT_OF_VIDEOS} videos or {UNIT_OF_CAPTIONS} captions by default",
+        help="videos, captions or prompts that are written together, and lost together by a kill; "
+        f"{UNIT_OF_VIDEOS} videos, {UNIT_OF_CAPTIONS} captions or {UNIT_OF_PROMPTS} prompts by default",
     )
     add("--workers", type=int, help="processes that decode; the processors by default")
     add("--timeout", type=float, help=f"seconds after which decoding a clip is given up; {TIMEOUT:g} by default")
@@ -87,6 +92,8 @@ def parser() -> cli.Parser:
     add(
         "--captions", type=Path, help="file of captions for the teacher: .txt with one a line, or a table as --manifest"
     )
+    add("--prompts", type=Path, help="file of prompts for clips that a student will make: as --captions")
+    add("--images", type=Path, help="folder of the first frames of --prompts: a column image, or files called by id")
     add("--teacher", help="model that makes the clips of --captions; --model by default")
     add("--steps", type=int, help="its network evaluations, twice as many with guidance; as its author samples it")
     add("--guidance", type=float, help="w of v_u + w (v_c - v_u); as its author samples it")
@@ -103,21 +110,27 @@ def parser() -> cli.Parser:
 
 def main(argv: list[str]) -> None:
     given = parser().parse_args(argv)
-    if (given.videos is None) == (given.captions is None):
-        raise UserError("give either --videos, to encode these, or --captions, for a teacher to make clips for")
-    own, other = ("videos", "captions") if given.captions is None else ("captions", "videos")
-    for name in OF_CAPTIONS if own == "videos" else OF_VIDEOS:
-        if getattr(given, name) is not None:
-            raise UserError(f"--{name} belongs to --{other}; leave it out with --{own}")
+    own, *more = [source for source in SOURCES if getattr(given, source) is not None] or [""]
+    if not own or more:
+        raise UserError(
+            "give either --videos, to encode these, or --captions, for a teacher to make clips for, or --prompts, to "
+            "encode these alone"
+        )
+    for other, flags in SOURCES.items():
+        for name in flags if other != own else ():
+            if getattr(given, name) is not None:
+                raise UserError(f"--{name} belongs to --{other}; leave it out with --{own}")
     if given.batch < 1:
         raise UserError(f"--batch is {given.batch}; expected 1 or more")
     check_seed(given.seed or 0, "--seed")
     share = place(given)
     # What is listed is looked at before a model is loaded, which may take minutes.
-    if given.videos is None:
+    if own == "videos":
+        done = from_videos(given, manifest(given), *share)
+    elif own == "captions":
         done = from_captions(given, captions(given), *share)
     else:
-        done = from_videos(given, manifest(given), *share)
+        done = from_prompts(given, prompts_of(given), *share)
     if not done:
         print(f"this process has done its share; {given.output} is complete when the others have")
         return
@@ -179,6 +192,27 @@ def from_captions(given: argparse.Namespace, listed: Captions, process: int, pro
     )
 
 
+def from_prompts(given: argparse.Namespace, listed: Captions, process: int, processes: int) -> bool:
+    """Encodes prompts and first frames; whether all units are done."""
+    pipeline = load_pipeline(given.model, jnp.dtype(given.dtype), with_transformer=False)
+    if given.images is not None and not pipeline.takes_image:
+        raise UserError(f"--images={given.images}: {given.model} is a text-to-video model; leave it out")
+    own = pipeline.defaults
+    frames = own.num_frames if given.num_frames is None else given.num_frames
+    sizes = prompts.Sizes(frames, buckets.parse(given.buckets or f"{own.height}x{own.width}", max(pipeline.units)))
+    if given.images is None and len(sizes.buckets) != 1:
+        raise UserError(
+            f"--buckets={given.buckets} names {len(sizes.buckets)} sizes, among which first frames choose; without "
+            "--images give one, as 480x832"
+        )
+    units = Units(given.output, prompts.describe(listed, pipeline, sizes), listed.units)
+    if was_complete(units):
+        return True
+    if given.images is None and pipeline.takes_image:
+        print(f"no --images: the prompts are for text-to-video, where {given.model} is given no first frame")
+    return prompts.encode_prompts(listed, pipeline, sizes, units, given.batch, process, processes)
+
+
 def was_complete(units: Units) -> bool:
     """Whether nothing is left to do, which is said."""
     if complete := units.complete():
@@ -214,14 +248,28 @@ def manifest(given: argparse.Namespace) -> Manifest:
     if given.columns is not None and given.manifest is None:
         raise UserError("--columns says how to read a manifest; give --manifest=FILE, or leave it out")
     columns = None if given.columns is None else parse_columns(given.columns)
+    if columns is not None and columns.image is not None:
+        raise UserError("--columns: image= belongs to --prompts; leave it out with --videos")
     return Manifest(given.videos, given.manifest, columns, UNIT_OF_VIDEOS if given.unit is None else given.unit)
 
 
 def captions(given: argparse.Namespace) -> Captions:
     """The captions that the flags ask for. Raises `UserError` for flags that make no sense, or no such captions."""
     columns = Columns() if given.columns is None else parse_columns(given.columns)
+    if columns.image is not None:
+        raise UserError("--columns: image= belongs to --prompts; leave it out with --captions")
     unit = UNIT_OF_CAPTIONS if given.unit is None else given.unit
     return Captions(given.captions, columns.caption, columns.id, unit, filters(given))
+
+
+def prompts_of(given: argparse.Namespace) -> Captions:
+    """The prompts that the flags ask for. Raises `UserError` for flags that make no sense, or no such prompts."""
+    columns = Columns() if given.columns is None else parse_columns(given.columns)
+    if columns.image is not None and given.images is None:
+        raise UserError("--columns: image= names files in a folder; give it with --images=FOLDER, or leave image= out")
+    unit = UNIT_OF_PROMPTS if given.unit is None else given.unit
+    pictures = None if given.images is None else Pictures(given.images, columns.image)
+    return Captions(given.prompts, columns.caption, columns.id, unit, filters(given), "--prompts", pictures)
 
 
 def filters(given: argparse.Namespace) -> Filters:

@@ -65,9 +65,10 @@ class Note(UserWarning):
 T = TypeVar("T")
 
 
-def static() -> Any:
-    """A field of a `pytree` that is no array but part of its structure: programs are compiled for its value."""
-    return dataclasses.field(metadata={"static": True})
+def static(**options: Any) -> Any:
+    """A field of a `pytree` that is no array but part of its structure: programs are compiled for its value. Options
+    are those of `dataclasses.field`."""
+    return dataclasses.field(metadata={"static": True}, **options)
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(static,))
@@ -119,22 +120,38 @@ class Condition:
 
 @pytree
 class Batch:
-    """Real clips and their conditions, as every distillation method receives them.
+    """Real clips and their conditions, as every distillation method receives them; or conditions alone.
 
     Attributes:
-      latents: clean video latents x0.
+      latents: clean video latents x0. None where there are prompts alone, of clips that are yet to be made; only a
+        method that needs no real clips is given such a batch (`Method.needs_clips`).
       condition: the clips' own conditions.
       null_text: text-encoder states of the negative prompt, one for all clips.
       null_mask: true at the negative prompt's tokens.
       seed: of clips that a teacher made, of the noise that each was sampled from (`flow.draws.noise_of_seeds`). None
         where the method does not ask for it (`Method.known_noise`).
+      size: [f, h, w, c] of the latents that are to be made, where `latents` is None; otherwise None.
     """
 
-    latents: Float[AnyArray, "b f h w c"]
+    latents: Float[AnyArray, "b f h w c"] | None
     condition: Condition
     null_text: Float[AnyArray, "s d_text"]
     null_mask: Bool[AnyArray, "s"]
     seed: UInt32[AnyArray, "b"] | None = None
+    size: tuple[int, int, int, int] | None = static(default=None)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[b, f, h, w, c] of the latents, whether they are there or are to be made.
+
+        Raises:
+          ValueError: the batch has neither latents nor their size.
+        """
+        if self.latents is not None:
+            return self.latents.shape
+        if self.size is None:
+            raise ValueError("a batch without latents has to say their size")
+        return (len(self.condition.text), *self.size)
 
     @property
     def unconditional(self) -> Condition:

@@ -39,7 +39,8 @@ def latent_batches(
     most_held_out: int = 0,
     seeds: bool = False,
 ) -> Batches:
-    """Endless iterator of `Batch`, in bfloat16, as records are. The clips of a batch have latents of one shape.
+    """Endless iterator of `Batch`, in bfloat16, as records are. The clips of a batch have latents of one shape. Of
+    prompts alone, batches have no latents.
 
     Args:
       sources: folders of records, each with its weight: the share of clips that come from it, up to a common factor
@@ -79,7 +80,8 @@ def latent_batches(
             text=batch["text"], text_mask=batch["text_mask"], image=batch.get("image"), frames=batch.get("frames")
         )
         null = {"null_text": first.null_text, "null_mask": first.null_mask}
-        return Batch(batch["latents"], condition, **null, seed=batch.get("seed"))
+        size = tuple(batch["size"][0].tolist()) if "size" in batch else None
+        return Batch(batch.get("latents"), condition, **null, seed=batch.get("seed"), size=size)
 
     parts = [parts for _, parts in sorted(buckets.items())]
     return iterate(parts, load, finish, " and ".join(named), batch_size, seed, workers, rows, max_bad)
@@ -91,10 +93,7 @@ def _check_source(records: LatentRecords, weight: float, first: LatentRecords) -
         raise UserError(f"{records.folder} holds no clips, only rejects (rejects.jsonl says why); leave it out")
     if not weight > 0:
         raise UserError(f"{records.folder} has weight {weight}, expected more than 0; leave it out instead")
-    kinds = [
-        common(one.index["shards"][0]["shapes"]) | {"text_tokens": [one.index["text_tokens"]]}
-        for one in (first, records)
-    ]
+    kinds = [common(one.index["shards"][0]) | {"text_tokens": [one.index["text_tokens"]]} for one in (first, records)]
     for name in sorted({*kinds[0], *kinds[1]}):
         if kinds[0].get(name) != kinds[1].get(name):
             raise UserError(

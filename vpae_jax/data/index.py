@@ -44,11 +44,25 @@ def _are_counts(value: Any) -> bool:
     return isinstance(value, dict) and all(_is_name(kind) and _is_count(count) for kind, count in value.items())
 
 
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_size, value))
+
+
+def _is_video_shape(value: Any) -> bool:
+    return _is_shape(value) and len(value) == _VIDEO_AXES
+
+
+def _have_text(value: Any) -> bool:
+    known = isinstance(value, dict) and "text" in value and all(map(_is_shape, value.values()))
+    return known and len(value["text"]) == 1
+
+
 def _are_shapes(value: Any) -> bool:
-    if not isinstance(value, dict) or not {"latents", "text"} <= value.keys():
-        return False
-    known = all(isinstance(shape, list) and all(map(_is_size, shape)) for shape in value.values())
-    return known and len(value["latents"]) == _VIDEO_AXES and len(value["text"]) == 1
+    return _have_text(value) and _is_video_shape(value.get("latents"))
+
+
+def _are_of_prompts(value: Any) -> bool:
+    return _have_text(value) and "latents" not in value
 
 
 def _matches(pattern: re.Pattern[str]) -> Callable[[Any], bool]:
@@ -71,6 +85,12 @@ _OF_SHARD: Mapping[str, Rule] = {
     "sha256": (_matches(_SHA256), "64 hexadecimal digits"),
     "shapes": (_are_shapes, "shapes by name, four numbers of latents and one of text among them"),
     "sizes": (_are_sizes, "sizes of records"),
+}
+# Of a shard of prompts alone, whose records are for clips of a size, and hold none.
+_OF_PROMPTS: Mapping[str, Rule] = {
+    **_OF_SHARD,
+    "latent_size": (_is_video_shape, "four numbers, the size of latents that are to be made"),
+    "shapes": (_are_of_prompts, "shapes by name, one number of text and no latents among them"),
 }
 
 
@@ -109,17 +129,33 @@ def check_shards(shards: list[Any]) -> None:
     """Raises `ValueError` for what is no shard of an index, and for shards whose records have other arrays."""
     for number, shard in enumerate(shards):
         where = f"shards[{number}]"
-        _check(shard, _OF_SHARD, where)
+        _check(shard, _OF_PROMPTS if isinstance(shard, dict) and "latent_size" in shard else _OF_SHARD, where)
         if (total := sum(shard["sizes"])) > shard["bytes"]:
             raise ValueError(f"{where}.sizes are {total} bytes together, the file has {shard['bytes']}")
-        if (found := common(shard["shapes"])) != (expected := common(shards[0]["shapes"])):
+        if (found := common(shard)) != (expected := common(shards[0])):
             raise ValueError(f"{where}.shapes have {_shown(found)}, those of shards[0] {_shown(expected)}")
 
 
-def common(shapes: Mapping[str, list[int]]) -> dict[str, list[int]]:
+def common(shard: Mapping[str, Any]) -> dict[str, list[int]]:
     """What the records of all shards have in common: the shapes of their arrays, and of those that are as long and
-    large as the clip, the channels."""
+    large as the clip, the channels. Of prompts alone, the latents that are yet to be made are `latent_size`."""
+    shapes = shard["shapes"] if has_clips(shard) else {**shard["shapes"], "latent_size": shard["latent_size"]}
     return {name: shape[-1:] if len(shape) == _VIDEO_AXES else shape for name, shape in sorted(shapes.items())}
+
+
+def has_clips(shard: Mapping[str, Any]) -> bool:
+    """Whether a shard's records hold clips, and not prompts alone."""
+    return "latent_size" not in shard
+
+
+def latent_shape(shard: Mapping[str, Any]) -> tuple[int, ...]:
+    """Shape [f, h, w, c] of the latents that a shard's records hold or, of prompts alone, are for."""
+    return tuple(shard["shapes"]["latents"] if has_clips(shard) else shard["latent_size"])
+
+
+def of_prompts(index: Mapping[str, Any]) -> bool:
+    """Whether a folder's records, of which there are some, are prompts alone."""
+    return any(not has_clips(shard) for shard in index["shards"])
 
 
 def check_shard(folder: Location, shard: Mapping[str, Any], size: int | None) -> None:

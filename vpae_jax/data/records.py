@@ -9,8 +9,10 @@ A folder of records (`encoding.units` writes it) holds
     identity.json, units/, notes/                 what the encoding goes by (`encoding.units`)
 
 A record is one clip in safetensors format, followed by the XXH3 checksum of those bytes (8 bytes). Its floats
-are bfloat16; its text states end with the prompt; the mask channels of its condition frames are left out, being always
-the same; all else that is known of the clip is JSON in the header, under "about".
+are bfloat16; its text states end with the prompt; the mask channels of its condition frames are left out, since whether
+a first frame is given shows in the frames; all else that is known of the clip is JSON in the header, under "about".
+
+Records of prompts alone hold a clip's conditions and no latents; their shards say the size of those to be made.
 """
 
 from __future__ import annotations
@@ -27,7 +29,17 @@ import safetensors.numpy
 import xxhash
 from jaxtyping import Float, Shaped, UInt8
 
-from vpae_jax.data.index import NULL, again, check_shard, file_size, read_index, read_small
+from vpae_jax.data.index import (
+    NULL,
+    again,
+    check_shard,
+    file_size,
+    has_clips,
+    latent_shape,
+    of_prompts,
+    read_index,
+    read_small,
+)
 from vpae_jax.data.shards import read_record, starts
 from vpae_jax.data.stores import Address, Location
 from vpae_jax.flow.draws import SEEDS
@@ -60,13 +72,15 @@ class LatentRecords:
     Threads may share it, and it may be sent to processes.
 
     Item i is a dict of numpy arrays, in bfloat16: `latents` [f, h, w, c], `text` [s, d] (zero beyond the prompt's end),
-    `text_mask` [s] bool, and for image-to-video `image` [n, e] and `frames` [f, h, w, 4 + c]. Reading one raises
+    `text_mask` [s] bool, and for image-to-video `image` [n, e] and `frames` [f, h, w, 4 + c]. Of prompts alone it has,
+    in place of latents, the `size` [4] of those that are to be made, int64. Reading one raises
     `BadRecord` when it is damaged: lost, of another checksum, of other shapes than the index says, or not finite; and
     `UserError` when the file system or the store fails, which says nothing of the record.
 
     Attributes:
       index: what `index.json` says, but for the records' sizes.
       shapes: indices of the clips of each shape of latents, in order.
+      of_prompts: whether they are prompts alone, without clips.
       null_text, null_mask: the negative prompt's states [s, d] and mask [s].
 
     Raises:
@@ -88,8 +102,9 @@ class LatentRecords:
         self._starts = np.array([start for some in sizes for start in starts(some)], np.int64)
         parts: dict[LatentShape, list[np.ndarray]] = {}
         for shard, count, end in zip(self._shards, counts, self._ends, strict=True):
-            parts.setdefault(tuple(shard["shapes"]["latents"]), []).append(np.arange(end - count, end))
+            parts.setdefault(latent_shape(shard), []).append(np.arange(end - count, end))
         self.shapes: Mapping[LatentShape, np.ndarray] = {shape: np.concatenate(part) for shape, part in parts.items()}
+        self.of_prompts = of_prompts(self.index)
         self.null_text, self.null_mask = read_null(folder, self.index)
 
     def __len__(self) -> int:
@@ -128,6 +143,8 @@ class LatentRecords:
         result = {**arrays, "text": text, "text_mask": np.arange(limit) < tokens}
         if "frames" in result:
             result["frames"] = with_mask(result["frames"])
+        if not has_clips(shard):
+            result["size"] = np.array(shard["latent_size"], np.int64)
         return result, about
 
     @property
@@ -178,9 +195,9 @@ def stored(id: str, arrays: Arrays) -> dict[str, Value]:
 
     Args:
       id: for messages.
-      arrays: `latents` [f, h, w, c], `text` [s, d] and what else is kept of the clip. `text_mask` [s], where it is
-        given, tells the prompt's states, which lead, from those that are left out. `frames` [f, h, w, 4 + c] come with
-        their mask channels.
+      arrays: `latents` [f, h, w, c] unless it is a prompt alone, `text` [s, d] and what else is kept of the clip.
+        `text_mask` [s], where it is given, tells the prompt's states, which lead, from those that are left out.
+        `frames` [f, h, w, 4 + c] come with their mask channels.
 
     Raises:
       ValueError: frames with another mask than the one that is put back.
@@ -283,9 +300,10 @@ def read_null(folder: Location, index: Mapping[str, Any]) -> tuple[Value, Value]
 
 
 def with_mask(frames: Float[np.ndarray, "f h w c"]) -> Float[np.ndarray, "f h w c_frames"]:
-    """Condition frames with their mask before them: 1 on the first latent frame, which is the one that is given."""
+    """Condition frames with their mask before them: 1 on the first latent frame, which is the one that is given. Where
+    that is zero throughout, as no picture's latents are, none is given, and the mask is 0."""
     result = np.zeros((*frames.shape[:-1], MASK_CHANNELS + frames.shape[-1]), frames.dtype)
-    result[:1, ..., :MASK_CHANNELS] = 1
+    result[:1, ..., :MASK_CHANNELS] = frames[:1].any()
     result[..., MASK_CHANNELS:] = frames
     return result
 

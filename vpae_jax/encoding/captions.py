@@ -1,4 +1,5 @@
-"""Captions alone, unit by unit: what a teacher makes clips for (`encoding.synthetic`)."""
+"""Captions alone, unit by unit: what clips are made for, by a teacher (`encoding.synthetic`) or by the student that is
+trained (`encoding.prompts`)."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ from vpae_jax.encoding.cells import id_of, printable, rest_of, shown, text_of
 from vpae_jax.encoding.clip_source import Reject
 from vpae_jax.encoding.filters import Filters
 from vpae_jax.encoding.identity import Identity
+from vpae_jax.encoding.pictures import Pictures
 from vpae_jax.encoding.tables import FORMATS, OF_JSON, TABLES, Refused, RowUnits, TableFile, TableRow
+from vpae_jax.media import Picture
 from vpae_jax.types import UserError
 
 
@@ -24,12 +27,16 @@ class Prompt:
       number: of its row, from 0.
       caption: what is to be shown.
       about: the other columns of its row, as plain JSON.
+      image: file of the first frame that is given, relative to its folder; None where none is.
+      picture: what that shows.
     """
 
     id: str
     number: int
     caption: str
     about: Mapping[str, Any] = field(default_factory=dict)
+    image: str | None = None
+    picture: Picture | None = None
 
 
 class Captions:
@@ -41,6 +48,9 @@ class Captions:
       id: of a table, the one that holds ids, of equal ones of which the first is kept; None for `row 1`, `row 2`, ...
       unit: rows of a unit.
       filters: of which those of captions are used.
+      flag: by which the file was given, for messages.
+      pictures: where first frames are; None where none are given. Those of rows without ids are called by the row's
+        number, from 1.
 
     Raises:
       UserError: an empty unit, an unknown suffix, a file that is empty, damaged or not UTF-8, a missing column.
@@ -53,29 +63,38 @@ class Captions:
         id: str | None = None,
         unit: int = 4,
         filters: Filters | None = None,
+        flag: str = "--captions",
+        pictures: Pictures | None = None,
     ) -> None:
+        self.kind = flag.removeprefix("--")
         if unit < 1:
-            raise UserError(f"units of {unit} captions; expected 1 or more")
+            raise UserError(f"units of {unit} {self.kind}; expected 1 or more")
         self.column, self.id, self.unit, self.filters = column, id, unit, filters or Filters()
+        self.pictures = pictures
         if file.suffix.lower() not in FORMATS:
             raise UserError(
-                f"{file}: a file of captions ends in one of {' '.join(FORMATS)}; give one with --captions=FILE"
+                f"{file}: a file of {self.kind} ends in one of {' '.join(FORMATS)}; give one with {flag}=FILE"
                 f"{OF_JSON if file.suffix == '.json' else ''}"
             )
-        self._used = {"caption": column} if id is None else {"caption": column, "id": id}
-        if id is not None and file.suffix.lower() not in TABLES:
-            raise UserError(f"{file} has a caption a line and no column {id!r}; leave out id= in --columns")
-        self._rows = RowUnits(TableFile(file, self._used, "--captions"), unit, self._id)
+        uses = {"caption": column, "id": id, "image": None if pictures is None else pictures.column}
+        self._used = {use: name for use, name in uses.items() if name is not None}
+        for use in ("id", "image"):
+            if use in self._used and file.suffix.lower() not in TABLES:
+                what = f"{file} has a caption a line and no column {self._used[use]!r}"
+                raise UserError(f"{what}; leave out {use}= in --columns")
+        self._rows = RowUnits(TableFile(file, self._used, flag), unit, self._id)
         if not self._rows.count:
-            raise UserError(f"{file} has no rows; give other captions with --captions=FILE")
+            raise UserError(f"{file} has no rows; give other {self.kind} with {flag}=FILE")
         self.rows, self.units, self.digest = self._rows.count, self._rows.units, self._rows.digest
 
     @property
     def identity(self) -> Identity:
         """All that decides them, by the names of the flags."""
         bounds = {"min_caption": self.filters.min_caption, "max_caption": self.filters.max_caption}
-        columns = {"column": self.column, "id": self.id}
-        return {"kind": "captions", "digest": self.digest, **columns, "unit": self.unit, **bounds}
+        columns: dict[str, Any] = {"column": self.column, "id": self.id}
+        if self.pictures is not None:
+            columns["images"] = {"column": self.pictures.column}
+        return {"kind": self.kind, "digest": self.digest, **columns, "unit": self.unit, **bounds}
 
     def rows_of(self, unit: int) -> int:
         """How many captions a unit has."""
@@ -95,7 +114,10 @@ class Captions:
                 caption = text_of(row, self.column, "caption").strip()
                 if refusal := self.filters.caption(caption):
                     raise Refused(*refusal)
-                yield Prompt(name, number, caption, rest_of(row, self._used.values()))
+                image = picture = None
+                if self.pictures is not None:
+                    image, picture = self.pictures.of(row, name if self.id is not None else str(number + 1))
+                yield Prompt(name, number, caption, rest_of(row, self._used.values()), image, picture)
             except Refused as refused:
                 yield Reject(name, refused.kind, printable(refused.reason))
 

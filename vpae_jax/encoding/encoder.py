@@ -30,7 +30,7 @@ from flax import nnx
 from jaxtyping import Shaped, UInt8
 from PIL import Image
 
-from vpae_jax.data.records import NotFinite
+from vpae_jax.data.records import LatentShape, NotFinite
 from vpae_jax.encoding.clip_source import Clip, ClipSource, Reject
 from vpae_jax.encoding.filters import Refusal
 from vpae_jax.encoding.progress import Progress
@@ -94,19 +94,21 @@ class Encoders(Protocol):
 
 @dataclass(frozen=True)
 class Encoded:
-    """A clip as its record keeps it.
+    """A clip, or a prompt alone, as its record keeps it.
 
     Attributes:
       id: unique in its source.
       arrays: see `UnitWriter.add`.
-      about: plain JSON; the caption is in it.
-      video: what it shows, for the summary.
+      about: plain JSON; the caption is in it, and of a prompt alone `num_frames`, `height` and `width`.
+      video: what it shows, for the summary; of a prompt alone the first frame that is given, if any.
+      size: [f, h, w, c] of the latents that are to be made, of a prompt alone.
     """
 
     id: str
     arrays: Mapping[str, Shaped[np.ndarray, "..."]]
     about: Mapping[str, Any]
-    video: UInt8[np.ndarray, "t height width 3"]
+    video: UInt8[np.ndarray, "t height width 3"] | None
+    size: LatentShape | None = None
 
 
 def describe(source: ClipSource, encoders: Encoders) -> dict[str, Any]:
@@ -183,6 +185,7 @@ def write_units(
     batch_size: int,
     size: Callable[[T], Hashable],
     expected: Callable[[int], int | None],
+    what: str = "clip",
 ) -> None:
     """Encodes units in batches of items of one unit and one size, and writes them, each while the next is encoded.
 
@@ -194,6 +197,7 @@ def write_units(
       batch_size: items of a batch; the last ones of a unit may be fewer.
       size: what the items of a batch have in common.
       expected: how many items a unit has, if that is known.
+      what: an item becomes, for people.
 
     Raises:
       UserError: the units cannot be written, or hardly anything that is encoded is finite.
@@ -204,7 +208,7 @@ def write_units(
             thread = ThreadPoolExecutor(1)
             stack.callback(thread.shutdown, cancel_futures=True)
             threads.append((thread, run))
-        progress = stack.enter_context(Progress([expected(unit) for unit in pending]))
+        progress = stack.enter_context(Progress([expected(unit) for unit in pending], what))
         encoded = _in_batches(items, threads, batch_size, size)
         spoilt: list[Reject] = []  # clips since the last one that was finite
         for unit in pending:
@@ -230,7 +234,7 @@ def _write(writer: UnitWriter, item: Encoded | Reject, shown: list[Any]) -> Reje
     """Adds a clip and what the summary shows of it, or lists why there is none, which is returned."""
     if isinstance(item, Encoded):
         try:
-            writer.add(item.id, item.arrays, item.about)
+            writer.add(item.id, item.arrays, item.about, item.size)
         except NotFinite as error:
             item = Reject(item.id, NOT_FINITE, str(error))
         else:
@@ -340,7 +344,7 @@ def fitting(items: Iterable[C | Reject | None], encoders: Encoders) -> Iterator[
 
 
 def arrays_of(latents: Any, condition: Any) -> dict[str, np.ndarray]:
-    """A batch's latents and conditions on the host, by the names that records have for them."""
+    """A batch's latents, if any, and conditions on the host, by the names that records have for them."""
     arrays = {
         "latents": latents,
         "text": condition.text,
@@ -353,24 +357,23 @@ def arrays_of(latents: Any, condition: Any) -> dict[str, np.ndarray]:
 
 def note(item: Encoded, shown: bool) -> dict[str, Any]:
     """What `encoding.summary` knows of a clip: a picture of some, and what was measured."""
-    kept = {name: item.about[name] for name in MEASURED if name in item.about}
-    picture = {"picture": strip(item.video)} if shown else {}
-    return {
-        "id": item.id,
-        "caption": item.about["caption"][:LONGEST],
-        "size": list(item.video.shape),
-        **kept,
-        **picture,
-    }
+    kept: dict[str, Any] = {name: item.about[name] for name in MEASURED if name in item.about}
+    if shown:
+        kept |= {"shown": True} if item.video is None else {"picture": strip(item.video)}
+    if item.video is None or item.size is not None:
+        size = [item.about[name] for name in ("num_frames", "height", "width")]
+    else:
+        size = list(item.video.shape)
+    return {"id": item.id, "caption": item.about["caption"][:LONGEST], "size": size, **kept}
 
 
 def strip(video: UInt8[np.ndarray, "t height width 3"]) -> str:
-    """A clip's first, middle and last frame side by side, as `pages.jpeg` makes it."""
-    frames = [Image.fromarray(video[i]) for i in (0, len(video) // 2, len(video) - 1)]
+    """A clip's first, middle and last frame side by side, or its only one, as `pages.jpeg` makes it."""
+    frames = [Image.fromarray(video[i]) for i in sorted({0, len(video) // 2, len(video) - 1})]
     for frame in frames:
         frame.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
     width, height = frames[0].size
-    sheet = Image.new("RGB", (3 * width + 4, height), "white")
+    sheet = Image.new("RGB", (len(frames) * (width + 2) - 2, height), "white")
     for i, frame in enumerate(frames):
         sheet.paste(frame, (i * (width + 2), 0))
     return jpeg(np.asarray(sheet))

@@ -140,12 +140,13 @@ class FolderTable:
                 raise Refused("caption", f"{beside!r} cannot be read: {error.strerror}") from error
 
 
-def regular_file(root: str, name: str) -> os.stat_result:
+def regular_file(root: str, name: str, what: str = "the videos") -> os.stat_result:
     """What is known of a file that lies below a folder, all links followed.
 
     Args:
       root: the folder, as `os.path.realpath` gives it.
       name: relative to it, or absolute.
+      what: the folder is one of, for messages.
 
     Raises:
       Refused: "path" for one that lies elsewhere, is no file, or cannot be looked at; "missing" for none. It is
@@ -156,13 +157,13 @@ def regular_file(root: str, name: str) -> os.stat_result:
         real = os.path.realpath(path)
         if not _within(root, real):
             if not _within(root, os.path.normpath(path)):
-                raise Refused("path", "lies outside the folder of the videos")
-            raise Linked("path", f"is a link to {real!r}, outside the folder of the videos; {FOLLOWED}")
+                raise Refused("path", f"lies outside the folder of {what}")
+            raise Linked("path", f"is a link to {real!r}, outside the folder of {what}; {FOLLOWED}")
         found = os.stat(real)
     except (FileNotFoundError, NotADirectoryError) as error:
         if os.path.islink(path):
             raise Linked("missing", f"is a link to {real!r}, which is not there; fetch or copy it") from error
-        raise Refused("missing", "no such file in the folder of the videos") from error
+        raise Refused("missing", f"no such file in the folder of {what}") from error
     except (OSError, ValueError) as error:  # not allowed, a disk that is gone; a NUL or half a character
         why = getattr(error, "strerror", None) or str(error)
         names = isinstance(error, ValueError) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP)

@@ -29,6 +29,7 @@ class Columns:
       cuts: times of shot cuts: a list, or text as "[1.5, 0:03.2]" or "1.5 3.2".
       span: start and end in one column, written like cuts.
       stem: a regular expression that matches the whole of what `path` holds; its first group is the file's name.
+      image: of prompts, the file of the first frame (`encoding.pictures`); videos have their own.
     """
 
     path: str = "path"
@@ -39,6 +40,7 @@ class Columns:
     cuts: str | None = None
     span: str | None = None
     stem: str | None = None
+    image: str | None = None
 
     def __post_init__(self) -> None:
         if self.span is not None and (self.start is not None or self.end is not None):
@@ -107,7 +109,7 @@ class Manifest:
 
     @property
     def identity(self) -> Identity:
-        columns = asdict(self.columns) if self._listed else None
+        columns = {use: name for use, name in asdict(self.columns).items() if use != "image"} if self._listed else None
         return {"digest": self.digest, "columns": columns, "unit": self.unit_videos}
 
     def rows_of(self, unit: int) -> int:

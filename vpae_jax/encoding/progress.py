@@ -21,17 +21,18 @@ class Progress:
 
     Args:
       expected: of each unit that is to be done, how many clips and rejects it has, None where that is not known.
+      what: is encoded, one of them.
     """
 
-    def __init__(self, expected: Sequence[int | None]) -> None:
-        self.units, self.done = len(expected), 0
+    def __init__(self, expected: Sequence[int | None], what: str = "clip") -> None:
+        self.units, self.done, self.what = len(expected), 0, what
         self.clips = self.rejects = 0
         known = [number for number in expected if number is not None]
         self.total = sum(known) if len(known) == len(expected) else None
         self._estimated = self.total is None
         self.start = self.said = time.monotonic()
         self.bar = (
-            tqdm(desc="encoding", unit="clip", total=self.total, dynamic_ncols=True) if sys.stderr.isatty() else None
+            tqdm(desc="encoding", unit=what, total=self.total, dynamic_ncols=True) if sys.stderr.isatty() else None
         )
 
     def __enter__(self) -> Progress:
@@ -77,12 +78,12 @@ class Progress:
         else:
             left = f"{_clock(seconds / finished * max(self.total - finished, 0))} left"
         done = f"{self.done} of {self.units} units"
-        return f"encoded {self.clips} clips{rejected}; {done}; {_rate(self.clips, seconds)}; {left}"
+        return f"encoded {self.clips} {self.what}s{rejected}; {done}; {_rate(self.clips, seconds, self.what)}; {left}"
 
 
-def _rate(clips: int, seconds: float) -> str:
+def _rate(clips: int, seconds: float, what: str) -> str:
     """Of a teacher's clips each may take minutes."""
-    return f"{seconds / clips:.0f} s a clip" if 0 < 10 * clips < seconds else f"{clips / seconds:.1f} clips/s"
+    return f"{seconds / clips:.0f} s a {what}" if 0 < 10 * clips < seconds else f"{clips / seconds:.1f} {what}s/s"
 
 
 def _clock(seconds: float) -> str:

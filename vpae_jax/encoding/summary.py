@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from vpae_jax.data.index import INDEX, REJECTS, read_index
+from vpae_jax.data.index import INDEX, REJECTS, latent_shape, of_prompts, read_index
 from vpae_jax.encoding.units import Units
 from vpae_jax.pages import page_template
 
@@ -74,7 +74,8 @@ def report(folder: Path, index: Mapping[str, Any]) -> list[str]:
     if not page.is_file() or page.stat().st_mtime_ns < (folder / INDEX).stat().st_mtime_ns:
         write_summary(folder)
     refused = f"; rejected: {rejected(index)}" if index["rejects"] else ""
-    return [f"records: {folder}: {index['count']} clips{refused}", f"summary: {page}"]
+    what = "prompts" if of_prompts(index) else "clips"
+    return [f"records: {folder}: {index['count']} {what}{refused}", f"summary: {page}"]
 
 
 def rejected(index: Mapping[str, Any]) -> str:
@@ -111,17 +112,18 @@ def write_summary(folder: Path) -> Path:
             seconds += note["size"][0] / note["fps"] if "fps" in note else 0.0
         # As many of each unit as make the page's clips over all of them.
         wanted = -(-CLIPS * (number + 1) // units.count) - len(shown)
-        shown += [note for note in unit.notes if "picture" in note][: max(wanted, 0)]
+        shown += [note for note in unit.notes if "picture" in note or note.get("shown")][: max(wanted, 0)]
         for place, reject in enumerate(unit.rejects):
             if len(rejects[reject.kind]) < EXAMPLES:
                 example = {"id": reject.id, "reason": reject.reason, "picture": unit.pictures.get(place)}
                 rejects[reject.kind].append(example)
     shapes = Counter[str]()
     for shard in index["shards"]:
-        shapes[" x ".join(map(str, shard["shapes"]["latents"][:3]))] += len(shard["sizes"])
+        shapes[" x ".join(map(str, latent_shape(shard)[:3]))] += len(shard["sizes"])
     page = page_template(TEMPLATE).render(
         folder=folder.resolve().name,
         index=index,
+        what="prompts" if of_prompts(index) else "clips",
         shapes=shapes.most_common(),
         size=_bytes(float(sum(shard["bytes"] for shard in index["shards"]))),
         duration=_duration(seconds),

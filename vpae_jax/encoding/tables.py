@@ -261,7 +261,7 @@ def _parquet(table: TableFile, file: BinaryIO) -> Iterator[TableRow | Refused]:
         names, kinds = source.schema_arrow.names, source.schema_arrow.types
         table.require(names, table.needed)
         of = dict(zip(names, kinds, strict=True))
-        for use in ("path", "caption", "id"):
+        for use in ("path", "caption", "id", "image"):
             if use in table.needed and not _is_plain(kind := of[table.needed[use]]):
                 raise UserError(
                     f"{table.path}: column {table.needed[use]!r} for the {use} holds {kind}, expected text; "

@@ -33,24 +33,25 @@ class UnitWriter:
         """How many were added."""
         return sum(len(shard.sizes) for shard in self._shards.values())
 
-    def add(self, id: str, arrays: Arrays, about: Mapping[str, Any]) -> None:
-        """Adds a clip.
+    def add(self, id: str, arrays: Arrays, about: Mapping[str, Any], size: LatentShape | None = None) -> None:
+        """Adds a clip, or a prompt alone.
 
         Args:
           id: unique in the source.
           arrays: as `LatentRecords` gives them back: `latents` [f, h, w, c], `text` [s, d], `text_mask` [s] (or trimmed
             text and no mask), and for image-to-video `image` [n, e] and `frames` [f, h, w, 4 + c]; of any float type.
           about: what else is known of it, as plain JSON.
+          size: [f, h, w, c] of the latents that are to be made, of a prompt alone, which has none.
 
         Raises:
           NotFinite: values that are not finite in bfloat16; the clip is left out.
           UserError: a disk that is full.
         """
-        shape, kept = arrays["latents"].shape, stored(id, arrays)
+        shape, kept = size or arrays["latents"].shape, stored(id, arrays)
         record = pack(id, kept, about)  # before there is a shard for it, which must not stay empty
         if shape not in self._shards:
-            size = "x".join(map(str, shape))
-            self._shards[shape] = _Shard(self._hidden / f"{self._unit:05d}-{size}.array_record", shapes_of(kept))
+            name = f"{self._unit:05d}-{'x'.join(map(str, shape))}.array_record"
+            self._shards[shape] = _Shard(self._hidden / name, shapes_of(kept), size)
         self._shards[shape].add(id, record, shapes_of(kept))
 
     def reject(self, reject: Reject) -> None:
@@ -73,10 +74,11 @@ class UnitWriter:
 
 
 class _Shard:
-    """A shard that is being written, of records with arrays of the same shapes."""
+    """A shard that is being written, of records with arrays of the same shapes; of prompts alone, for latents of one
+    size."""
 
-    def __init__(self, path: Path, shapes: dict[str, list[int]]) -> None:
-        self.path, self.shapes = path, shapes
+    def __init__(self, path: Path, shapes: dict[str, list[int]], size: LatentShape | None) -> None:
+        self.path, self.shapes, self.size = path, shapes, size
         self.sizes: list[int] = []
         self._writer = ArrayRecordWriter(str(path), WRITING)
 
@@ -109,6 +111,7 @@ class _Shard:
             "sha256": digest,
             "shapes": self.shapes,
             "sizes": self.sizes,
+            **({} if self.size is None else {"latent_size": list(self.size)}),
         }
 
     @contextmanager

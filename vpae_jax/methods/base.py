@@ -246,6 +246,18 @@ class Method(ABC):
     known_noise: ClassVar[bool] = False
 
     @property
+    def without_clips(self) -> Mapping[str, Any] | None:
+        """Values of its fields with which no loss reads a real clip, so that prompts alone are enough to train on; None
+        where its equations always have real clips."""
+        return None
+
+    @property
+    def needs_clips(self) -> bool:
+        """Whether it trains on real clips (`Batch.latents`), with the fields that it has."""
+        values = self.without_clips
+        return values is None or any(getattr(self, name) != value for name, value in values.items())
+
+    @property
     @abstractmethod
     def roles(self) -> Mapping[str, Role]: ...
 

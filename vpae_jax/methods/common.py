@@ -43,6 +43,17 @@ def f32(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return x.astype(jnp.float32)
 
 
+def real_clips(batch: Batch) -> Latents:
+    """The batch's real clips, in float32.
+
+    Raises:
+      ValueError: the batch has none, so that its method does not need them (`Method.needs_clips`).
+    """
+    if batch.latents is None:
+        raise ValueError("a loss reads real clips, but the batch has prompts alone; correct the method's needs_clips")
+    return f32(batch.latents)
+
+
 def example_mean(x: Float[Array, "b *shape"]) -> PerExample:
     """Mean over everything but the batch."""
     return jnp.mean(x, axis=tuple(range(1, x.ndim)))
@@ -175,14 +186,17 @@ class Ratio(Sums):
         return self.above / jnp.maximum(self.below, 1e-12)
 
 
-def drift(x0: Latents, data: Latents) -> Metrics:
-    """How far generated latents have moved from the data's: collapse and colour drift show here first.
+def drift(x0: Latents, data: Latents | None) -> Metrics:
+    """How far generated latents have moved from the data's: collapse and colour drift show here first. Nothing where
+    there are no real clips.
 
     Returns:
       x0_mean_drift: mean over channels of the distance between the channel's means.
       x0_std_ratio: standard deviation over that of the data.
     """
-    axes = tuple(range(x0.ndim - 1))
+    if data is None:
+        return {}
+    data, axes = f32(data), tuple(range(x0.ndim - 1))
     clips, values = jnp.float32(len(x0)), x0[0].size
 
     def per_clip(x: Latents) -> Float[Array, ""]:

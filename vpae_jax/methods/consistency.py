@@ -22,7 +22,17 @@ from jax.lax import stop_gradient
 from vpae_jax.flow import draws
 from vpae_jax.flow.schedule import add_noise, expand, velocity_to_x0
 from vpae_jax.methods.base import Nets, Velocity
-from vpae_jax.methods.common import Ratio, Term, drift, example_mean, f32, guided_velocity, inject, term_of
+from vpae_jax.methods.common import (
+    Ratio,
+    Term,
+    drift,
+    example_mean,
+    f32,
+    guided_velocity,
+    inject,
+    real_clips,
+    term_of,
+)
 from vpae_jax.types import Batch, Condition, Latents, Metrics, PerExample, PRNGKey, Times, UserError
 
 
@@ -57,7 +67,7 @@ def jumps(nets: Nets, batch: Batch, t: Times, before: Times, end: Times, guidanc
       guidance: w of the teacher's step.
       key: for the noise.
     """
-    data, condition = f32(batch.latents), batch.condition
+    data, condition = real_clips(batch), batch.condition
     x = add_noise(data, draws.normal(key, data.shape, data.dtype), t)
     v = guided_velocity(nets["teacher"], x, t, condition, batch.unconditional, guidance)
     stepped = stop_gradient(x + expand(before - t, x) * v)
@@ -65,7 +75,7 @@ def jumps(nets: Nets, batch: Batch, t: Times, before: Times, end: Times, guidanc
     reached, own = jump(nets["generator"], x, t, end, condition)
     constant = stop_gradient(reached)
     metrics = {
-        **drift(stop_gradient(velocity_to_x0(own, x, t)), data),
+        **drift(stop_gradient(velocity_to_x0(own, x, t)), batch.latents),
         "teacher_gap": example_mean(jnp.abs(constant - (x + expand(end - t, x) * v))),
         "consistency_gap": example_mean(jnp.abs(constant - target)),
     }

@@ -182,7 +182,7 @@ class DCMSemantic(DualExpert):
         """Eq. 4."""
         keys = named_keys(context.clips, "images", "t", "noise")
         batch = self.drop_images(batch, keys.images)
-        times = self.semantic_times.phased(keys.t, batch.latents.shape)
+        times = self.semantic_times.phased(keys.t, batch.shape)
         found = jumps(nets, batch, times.t, times.before, times.end, self.guidance, keys.noise)
         loss, metrics = consistency_loss(found, self.huber)
         coherence = temporal_coherence(found.reached - found.target, self.coherence_frames)
@@ -255,7 +255,7 @@ class DCMDetail(DualExpert):
         """Eq. 6."""
         keys = named_keys(context.clips, "images", "t", "noise", "judged", "penalty")
         batch = self.drop_images(batch, keys.images)
-        times = self.detail_times.phased(keys.t, batch.latents.shape)
+        times = self.detail_times.phased(keys.t, batch.shape)
         found = jumps(nets, batch, times.t, times.before, times.end, self.guidance, keys.noise)
         noise = draws.normal(keys.judged, found.target.shape, found.target.dtype)
         fake, real = (add_noise(x, noise, times.inside) for x in (stop_gradient(found.reached), found.target))
@@ -271,7 +271,7 @@ class DCMDetail(DualExpert):
         """
         keys = named_keys(context.clips, "images", "t", "noise", "judged")
         batch = self.drop_images(batch, keys.images)
-        times = self.detail_times.phased(keys.t, batch.latents.shape)
+        times = self.detail_times.phased(keys.t, batch.shape)
         found = jumps(nets, batch, times.t, times.before, times.end, self.guidance, keys.noise)
         noise = draws.normal(keys.judged, found.target.shape, found.target.dtype)
         teacher, heads, t = nets["teacher"], nets["heads"], times.inside

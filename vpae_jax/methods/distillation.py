@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ from vpae_jax.flow.sampler import Sampler
 from vpae_jax.flow.schedule import add_noise
 from vpae_jax.flow.times import TimeDistribution
 from vpae_jax.methods.base import Adapters, Context, Nets, Role, Student, View
-from vpae_jax.methods.common import check_at_least, check_choice, drop_conditions, f32, named_keys, predict_x0
+from vpae_jax.methods.common import check_at_least, check_choice, drop_conditions, named_keys, predict_x0, real_clips
 from vpae_jax.methods.generator import GeneratorTraining
 from vpae_jax.methods.scores import SCORE_TIMES, DistributionMatching
 from vpae_jax.types import Batch, Latents, PRNGKey, Times, UserError
@@ -141,6 +141,11 @@ class FewStepDistillation(Distillation):
     def student(self) -> Student:
         return self.sampled_in(self.steps, self.shift)
 
+    @property
+    def from_noise(self) -> Mapping[str, Any]:
+        """Values of its fields with which the generator starts from noise alone."""
+        return {"inputs": "simulated"} if self.steps > 1 else {}
+
     def chances(self, step: Step) -> Float[Array, "steps"]:
         """How likely each of the student's times is at a step of the training, the noisiest first."""
         return jnp.full(self.steps, 1 / self.steps)
@@ -162,13 +167,13 @@ class FewStepDistillation(Distillation):
           key: of what clips draw; what they share comes from `context`.
         """
         keys = named_keys(key, "t", "noise")
-        data, grid = f32(batch.latents), jnp.asarray(self.student.sampler.times[:-1], jnp.float32)
-        clips, *size = data.shape
+        grid = jnp.asarray(self.student.sampler.times[:-1], jnp.float32)
+        clips, *size = batch.shape
         if self.steps > 1 and self.inputs == "noised_real":
             t = grid[self._chosen(draws.uniform(keys.t, clips), context)]
-            x = add_noise(data, draws.normal(keys.noise, data.shape, data.dtype), t)
+            x = add_noise(real_clips(batch), draws.normal(keys.noise, batch.shape, jnp.float32), t)
             return predict_x0(nets["generator"], x, t, batch.condition)
-        noise = jnp.moveaxis(draws.normal(keys.noise, (clips, self.steps, *size), data.dtype), 1, 0)
+        noise = jnp.moveaxis(draws.normal(keys.noise, (clips, self.steps, *size), jnp.float32), 1, 0)
 
         def at(step: Step) -> Times:
             return jnp.broadcast_to(grid[step], (clips,))

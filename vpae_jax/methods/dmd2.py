@@ -39,7 +39,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from jax.lax import stop_gradient
 
@@ -57,7 +57,16 @@ from vpae_jax.methods.adversarial import (
     loss_of_logits,
 )
 from vpae_jax.methods.base import Context, Nets, Role, Update
-from vpae_jax.methods.common import Ratio, check_at_least, check_choice, drift, f32, inject, named_keys
+from vpae_jax.methods.common import (
+    Ratio,
+    check_at_least,
+    check_choice,
+    drift,
+    f32,
+    inject,
+    named_keys,
+    real_clips,
+)
 from vpae_jax.methods.distillation import FakeScoreDistillation, FewStepDistillation
 from vpae_jax.methods.scores import velocity_error
 from vpae_jax.types import Batch, Metrics, PerExample, UserError
@@ -116,6 +125,10 @@ class DMD2(FewStepDistillation, FakeScoreDistillation):
         return self.disc_weight > 0
 
     @property
+    def without_clips(self) -> Mapping[str, Any]:
+        return {**self.from_noise, "adversarial_weight": 0.0, "disc_weight": 0.0}
+
+    @property
     def roles(self) -> Mapping[str, Role]:
         roles = {
             "generator": self.generator_role,
@@ -141,14 +154,15 @@ class DMD2(FewStepDistillation, FakeScoreDistillation):
         keys = named_keys(context.clips, "images", "generate", "matching", "noise")
         batch = self.drop_images(batch, keys.images)
         x0 = self.generate(nets, batch, context, keys.generate)
-        constant, data, condition = stop_gradient(x0), f32(batch.latents), batch.condition
+        constant, condition = stop_gradient(x0), batch.condition
         scores = nets["teacher"], nets["fake_score"]
         matching, metrics = self.matching(constant, *scores, condition, batch.unconditional, keys.matching)
-        metrics = {**metrics, **drift(constant, data)}
+        metrics = {**metrics, **drift(constant, batch.latents)}
         if not self.judged:
             return inject(x0, matching), metrics
         discriminator = judge(nets[self.disc_backbone], nets["heads"], condition)
         noise = DiscriminatorNoise(t=self.fake_t)
+        data = real_clips(batch)
         term, more, _ = adversarial_term(discriminator, noise, self.adversarial, constant, data, keys.noise)
         weighted = term.scaled(self.adversarial_weight)
         metrics |= {"adversarial": term.value, "adv_grad": weighted.grad_norm, **more}
@@ -160,7 +174,7 @@ class DMD2(FewStepDistillation, FakeScoreDistillation):
         keys = named_keys(context.clips, "images", "generate", "t", "noise", "real_noise", "penalty")
         batch = self.drop_images(batch, keys.images)
         x0 = stop_gradient(self.generate(nets, batch, context, keys.generate))
-        data, condition, fake = f32(batch.latents), batch.condition, nets["fake_score"]
+        condition, fake = batch.condition, nets["fake_score"]
         t, noise = self.fake_t(keys.t, x0.shape), draws.normal(keys.noise, x0.shape, x0.dtype)
         x = add_noise(x0, noise, t)
         if not self.judged:
@@ -173,7 +187,7 @@ class DMD2(FewStepDistillation, FakeScoreDistillation):
             v, features = fake(x, t, condition), backbone.features(x, t, condition, heads.taps)
         own = self.real_noise == "own"
         real_noise = draws.normal(keys.real_noise, x0.shape, x0.dtype) if own else noise
-        shown = Judged(x, t, add_noise(data, real_noise, t), t)
+        shown = Judged(x, t, add_noise(real_clips(batch), real_noise, t), t)
         discriminator = judge(backbone, heads, condition)
         logits = discriminator(shown.real, t), f32(heads(features))
         followed = velocity_error(v, x0, noise, t, self.fake_loss)

@@ -18,7 +18,15 @@ from vpae_jax.flow.sampler import Sampler
 from vpae_jax.flow.schedule import add_noise
 from vpae_jax.flow.times import TimeDistribution
 from vpae_jax.methods.base import Context, Nets, Role, Student, Update
-from vpae_jax.methods.common import check_choice, check_fraction, drop_conditions, example_mean, f32, named_keys
+from vpae_jax.methods.common import (
+    check_choice,
+    check_fraction,
+    drop_conditions,
+    example_mean,
+    f32,
+    named_keys,
+    real_clips,
+)
 from vpae_jax.methods.generator import GeneratorTraining
 from vpae_jax.types import Batch, Metrics, PerExample, UserError
 
@@ -75,7 +83,7 @@ class FlowMatching(GeneratorTraining):
     def loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
         """Mean squared velocity error of each clip."""
         keys = named_keys(context.clips, "t", "noise", "dropout")
-        x0 = f32(batch.latents)
+        x0 = real_clips(batch)
         t = self.t(keys.t, x0.shape)
         eps = draws.normal(keys.noise, x0.shape, x0.dtype)
         condition = drop_conditions(batch, keys.dropout, self.text_dropout, self.image_dropout)

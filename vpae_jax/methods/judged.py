@@ -34,10 +34,10 @@ from vpae_jax.methods.common import (
     check_at_least,
     check_choice,
     drift,
-    f32,
     inject,
     named_keys,
     predict_x0,
+    real_clips,
 )
 from vpae_jax.methods.distillation import Distillation
 from vpae_jax.methods.scores import ScoreDistillation
@@ -102,7 +102,7 @@ class JudgedDistillation(Distillation):
         Args:
           key: of what clips draw.
         """
-        noise = draws.normal(key, batch.latents.shape, jnp.float32)
+        noise = draws.normal(key, batch.shape, jnp.float32)
         return predict_x0(nets["generator"], noise, jnp.ones(len(noise)), batch.condition)
 
     def discriminator_loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
@@ -110,7 +110,7 @@ class JudgedDistillation(Distillation):
         keys = named_keys(context.clips, "images", "generate", "noise", "penalty")
         batch = self.drop_images(batch, keys.images)
         x0 = stop_gradient(self.generate(nets, batch, context, keys.generate))
-        shown = self.noise(x0, f32(batch.latents), keys.noise)
+        shown = self.noise(x0, real_clips(batch), keys.noise)
         backbone = nets["backbone"] if self.trains_backbone else ConstantFeatures(nets["backbone"])
         judged = judge(backbone, nets["heads"], batch.condition)
         return discriminator_loss(judged, shown, self.adversarial, self.penalty, keys.penalty)
@@ -121,10 +121,10 @@ class JudgedDistillation(Distillation):
 
     def judged_term(self, nets: Nets, batch: Batch, x0: Latents, key: PRNGKey) -> tuple[Term, Metrics, Times]:
         """The generator's unweighted adversarial term, metrics, and the times that the discriminator was told of x0."""
-        constant, data = stop_gradient(x0), f32(batch.latents)
+        constant, data = stop_gradient(x0), real_clips(batch)
         judged = judge(nets["backbone"], nets["heads"], batch.condition)
         term, metrics, t = adversarial_term(judged, self.noise, self.adversarial, constant, data, key)
-        return term, {"adversarial": term.value, **metrics, **drift(constant, data)}, t
+        return term, {"adversarial": term.value, **metrics, **drift(constant, batch.latents)}, t
 
 
 def with_distance(

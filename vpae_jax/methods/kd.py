@@ -23,7 +23,7 @@ from jax.lax import stop_gradient
 from vpae_jax.flow.draws import noise_of_seeds
 from vpae_jax.flow.sampler import ONE_STEP
 from vpae_jax.methods.base import Context, Nets, Role, Student, Update
-from vpae_jax.methods.common import drift, example_mean, f32, named_keys, predict_x0
+from vpae_jax.methods.common import drift, example_mean, named_keys, predict_x0, real_clips
 from vpae_jax.methods.distillation import Distillation
 from vpae_jax.types import Batch, Metrics, PerExample
 
@@ -57,7 +57,7 @@ class KnowledgeDistillation(Distillation):
         if seeds is None:
             raise ValueError("the clips' noise is not known; the batch needs their seeds")
         batch = self.drop_images(batch, named_keys(context.clips, "images").images)
-        clips = f32(batch.latents)
+        clips = real_clips(batch)
         noise = noise_of_seeds(seeds, clips.shape)
         x0 = predict_x0(nets["generator"], noise, jnp.ones(len(clips)), batch.condition)
-        return example_mean((x0 - clips) ** 2), drift(stop_gradient(x0), clips)
+        return example_mean((x0 - clips) ** 2), drift(stop_gradient(x0), batch.latents)

@@ -96,7 +96,7 @@ class LCM(Distillation):
         """Eq. 2."""
         keys = named_keys(context.clips, "images", "t", "noise")
         batch = self.drop_images(batch, keys.images)
-        t, before = self.t.pair(keys.t, batch.latents.shape)
+        t, before = self.t.pair(keys.t, batch.shape)
         end = jnp.zeros_like(t)
         found = jumps(nets, batch, t, before, end, self.guidance, keys.noise)
         return example_mean(self._distance(found.reached - found.target)), found.metrics

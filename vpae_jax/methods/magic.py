@@ -33,7 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from jax.lax import stop_gradient
 
@@ -53,10 +53,10 @@ from vpae_jax.methods.common import (
     check_choice,
     check_fraction,
     drift,
-    f32,
     inject,
     named_keys,
     predict_x0,
+    real_clips,
 )
 from vpae_jax.methods.distillation import FakeScoreDistillation, FewStepDistillation
 from vpae_jax.methods.scores import SCORE_TIMES, fake_score_loss
@@ -98,6 +98,10 @@ class Magic(FewStepDistillation, FakeScoreDistillation):
         return self.adversarial_weight > 0
 
     @property
+    def without_clips(self) -> Mapping[str, Any]:
+        return {**self.from_noise, "truth_weight": 0.0, "adversarial_weight": 0.0}
+
+    @property
     def roles(self) -> Mapping[str, Role]:
         roles = {
             "generator": self.generator_role,
@@ -128,18 +132,19 @@ class Magic(FewStepDistillation, FakeScoreDistillation):
         keys = named_keys(context.clips, "images", "generate", "matching", "noise")
         batch = self.drop_images(batch, keys.images)
         x0 = self.generate(nets, batch, context, keys.generate)
-        constant, data, condition = stop_gradient(x0), f32(batch.latents), batch.condition
+        constant, condition = stop_gradient(x0), batch.condition
         x, t = self.matching.noised(constant, keys.matching)
         real = predict_x0(nets["real_score"], x, t, condition, batch.unconditional, self.matching.guidance)
         fake = predict_x0(nets["fake_score"], x, t, condition)
         matching, metrics = self.matching.term(constant, real, fake, t)
-        terms, metrics = [matching], {**metrics, **drift(constant, data)}
+        terms, metrics = [matching], {**metrics, **drift(constant, batch.latents)}
         if self.truth_weight:
-            truth, _ = self.matching.term(constant, data, fake, t)
+            truth, _ = self.matching.term(constant, real_clips(batch), fake, t)
             terms.append(truth.scaled(self.truth_weight))
             metrics |= {"truth": truth.value, "truth_grad": terms[-1].grad_norm}
         if self.judged:
             discriminator = judge(nets["backbone"], nets["heads"], condition)
+            data = real_clips(batch)
             term, more, _ = adversarial_term(discriminator, self.noise, self.adversarial, constant, data, keys.noise)
             terms.append(term.scaled(self.adversarial_weight))
             metrics |= {"adversarial": term.value, "adv_grad": terms[-1].grad_norm, **more}
@@ -153,7 +158,7 @@ class Magic(FewStepDistillation, FakeScoreDistillation):
         followed = fake_score_loss(nets["fake_score"], x0, batch.condition, self.fake_t, keys.loss, self.fake_loss)
         if not self.judged:
             return followed, {}
-        shown = self.noise(x0, f32(batch.latents), keys.noise)
+        shown = self.noise(x0, real_clips(batch), keys.noise)
         discriminator = judge(ConstantFeatures(nets["backbone"]), nets["heads"], batch.condition)
         told_apart, metrics = discriminator_loss(discriminator, shown, self.adversarial, NO_PENALTY, keys.penalty)
         return followed + told_apart, {"diffusion": followed, **metrics}

@@ -143,7 +143,7 @@ class PCM(Distillation):
         """Eq. 5."""
         keys = named_keys(context.clips, "images", "t", "noise", "judged", "penalty")
         batch = self.drop_images(batch, keys.images)
-        times = self.t.phased(keys.t, batch.latents.shape, self.phases)
+        times = self.t.phased(keys.t, batch.shape, self.phases)
         found = jumps(nets, batch, times.t, times.before, times.end, self.guidance, keys.noise)
         shown = self.shown(stop_gradient(found.reached), found.target, times, keys.judged)
         judged = judge(ConstantFeatures(nets["teacher"]), nets["heads"], batch.condition)
@@ -157,7 +157,7 @@ class PCM(Distillation):
         """
         keys = named_keys(context.clips, "images", "t", "noise", "judged")
         batch = self.drop_images(batch, keys.images)
-        times = self.t.phased(keys.t, batch.latents.shape, self.phases)
+        times = self.t.phased(keys.t, batch.shape, self.phases)
         found = jumps(nets, batch, times.t, times.before, times.end, self.guidance, keys.noise)
         if not self.adversarial_weight:
             loss, metrics = consistency_loss(found, self.huber)

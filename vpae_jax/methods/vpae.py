@@ -49,7 +49,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax import Array
@@ -67,10 +67,10 @@ from vpae_jax.methods.common import (
     check_choice,
     check_fraction,
     drift,
-    f32,
     inject,
     named_keys,
     predict_x0,
+    real_clips,
 )
 from vpae_jax.methods.distillation import FakeScoreDistillation
 from vpae_jax.methods.judged import JudgedDistillation, with_distance
@@ -121,6 +121,10 @@ class PhaseOne(FakeScoreDistillation):
             raise UserError(f"PhaseOne.t is {self.t.kind!r}, without a lower end to anneal; set t.kind='uniform'")
 
     @property
+    def without_clips(self) -> Mapping[str, Any]:
+        return {"input": "pure_noise"}
+
+    @property
     def roles(self) -> Mapping[str, Role]:
         return {
             "generator": self.generator_role,
@@ -144,16 +148,15 @@ class PhaseOne(FakeScoreDistillation):
     def generate(self, generator: Velocity, batch: Batch, step: Int[Array, ""], key: PRNGKey) -> Latents:
         """The generator's clips in one evaluation, float32, at a step of the training."""
         keys = named_keys(key, "t", "noise")
-        data = f32(batch.latents)
-        noise = draws.normal(keys.noise, data.shape, data.dtype)
+        noise = draws.normal(keys.noise, batch.shape, jnp.float32)
         if self.input == "pure_noise":
-            return predict_x0(generator, noise, jnp.ones(len(data)), batch.condition)
+            return predict_x0(generator, noise, jnp.ones(len(noise)), batch.condition)
         if self.input == "anneal":
             progress = jnp.clip(step / self.anneal_steps, 0.0, 1.0).astype(jnp.float32)
-            t = self.t(keys.t, data.shape, self.anneal_from + progress * (self.t.low - self.anneal_from))
+            t = self.t(keys.t, batch.shape, self.anneal_from + progress * (self.t.low - self.anneal_from))
         else:
-            t = self.t(keys.t, data.shape)
-        return predict_x0(generator, add_noise(data, noise, t), t, batch.condition)
+            t = self.t(keys.t, batch.shape)
+        return predict_x0(generator, add_noise(real_clips(batch), noise, t), t, batch.condition)
 
     def generator_loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
         """Eq. 1."""
@@ -163,7 +166,7 @@ class PhaseOne(FakeScoreDistillation):
         term, metrics = self.matching(
             x0, nets["teacher"], nets["fake_score"], batch.condition, batch.unconditional, keys.matching
         )
-        return inject(x0, term), {**metrics, **drift(stop_gradient(x0), f32(batch.latents))}
+        return inject(x0, term), {**metrics, **drift(stop_gradient(x0), batch.latents)}
 
     def fake_score_loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
         """Eq. 2."""
@@ -246,10 +249,10 @@ class PhaseTwo(JudgedDistillation):
         batch = self.drop_images(batch, keys.images)
         x0 = self.generate(nets, batch, context, keys.generate)
         if self.backbone == "online_trainable":
-            shown = self.noise(x0, f32(batch.latents), keys.noise)
+            shown = self.noise(x0, real_clips(batch), keys.noise)
             judged = judge(nets["backbone"], nets["heads"], batch.condition)
             direct, logit = generator_loss(judged, shown, self.adversarial)
-            metrics = {"adversarial": direct, "fake_logit": logit, **drift(stop_gradient(x0), f32(batch.latents))}
+            metrics = {"adversarial": direct, "fake_logit": logit, **drift(stop_gradient(x0), batch.latents)}
             term, disc_t = None, shown.fake_t
         else:
             term, metrics, disc_t = self.judged_term(nets, batch, x0, keys.noise)

@@ -96,7 +96,7 @@ def _run(experiment: Experiment, workdir: Path, lock: Lock, devices: Sequence[An
     if source is not None:
         pipeline = load_pipeline(source, jnp.dtype(experiment.model.dtype), with_transformer=False)
         transformer = pipeline.transformer.config
-    tasks.check(experiment, method, pipeline)
+    tasks.check(experiment, method, pipeline, workdir)
     continuing = as_first_says("continuing", latest_step(workdir) is not None)
     blueprint = draw_up(experiment, method, mesh, transformer)
     optimizers = {role: make_optimizer(experiment.optimizers[role]) for role in blueprint.trained}

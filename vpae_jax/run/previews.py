@@ -1,4 +1,4 @@
-"""Clips sampled while training: data, teacher, student and its average side by side, from the same noise.
+"""Clips sampled while training: data, if there are any, teacher, student and its average side by side, from one noise.
 
 Conditions are those of held-out clips. They and the noise are the same at every interval, so that the pictures of a
 run can be flipped through.
@@ -61,7 +61,9 @@ class Previews:
             held_out = task.held_out(pipeline, "preview", LARGE_CLIPS)
         self.generation, self.fps = Generation(pipeline, held_out), pipeline.defaults.fps
         self.folder, self.networks, self.sampler = workdir / FOLDER, networks, sampler
-        self.rows = {"data": np.concatenate([held_out.clips[part.name] for part in held_out.parts])}
+        self.rows = {}
+        if held_out.clips:  # prompts alone have none
+            self.rows["data"] = np.concatenate([held_out.clips[part.name] for part in held_out.parts])
         if teacher is not None:
             denoiser, how = teacher
             self.rows[f"teacher, {how.evaluations} evaluations"] = self.generation(denoiser, how)

@@ -18,9 +18,9 @@ def name_of(data: DataConfig) -> Literal["digits", "video"]:
     return "video" if data.records or data.videos else "digits"
 
 
-def check(experiment: Experiment, method: Method, pipeline: Pipeline | None) -> None:
+def check(experiment: Experiment, method: Method, pipeline: Pipeline | None, workdir: Path) -> None:
     """Raises `UserError` for what shows before anything is written: a method, a model, or a number of clips that do not
-    fit the task."""
+    fit the task, or prompts alone for a method that needs clips."""
     name = experiment.method.get("name")
     if method.known_noise and not experiment.data.records:
         raise UserError(
@@ -35,6 +35,10 @@ def check(experiment: Experiment, method: Method, pipeline: Pipeline | None) -> 
         raise UserError(
             f"method {name} trains on rendered digits alone; leave config.data.records and config.data.videos out"
         )
+    elif experiment.data.records:
+        from vpae_jax.tasks.video.sources import check_clips
+
+        check_clips(experiment.data, workdir, experiment.name, method)
 
 
 def digests(data: DataConfig, workdir: Path) -> dict[str, tuple[str, ...]]:

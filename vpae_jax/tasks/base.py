@@ -44,7 +44,7 @@ SMALL, AT_ONCE = 128, 64
 
 
 class TooFew(UserError):
-    """There are too few held-out clips to judge by, or none to show."""
+    """There are too few held-out clips to judge by, or none to show, or only prompts without clips."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class HeldOut:
       null_text, null_mask: the negative prompt, one for all rows.
       shape: [f, h, w, c] of a clip's latents.
       seeds: one a row; decides its noise.
-      clips: the first real clips of each part, in pixels.
+      clips: the first real clips of each part, in pixels; empty for a preview of prompts alone, which have none.
       real: measures of the real clip behind each row.
       others: measures of other real clips, which no training saw either.
     """

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from vpae_jax.config import DataConfig, parse_sources
-from vpae_jax.data.index import REJECTS, common, read_index
+from vpae_jax.data.index import REJECTS, common, has_clips, latent_shape, of_prompts, read_index
 from vpae_jax.data.records import LatentRecords
 from vpae_jax.data.stores import Address, Location
 from vpae_jax.encoding.encoder import encode_into, fingerprint, too_long
@@ -21,6 +21,7 @@ from vpae_jax.encoding.summary import rejected, report
 from vpae_jax.encoding.videos import VideoClips
 from vpae_jax.files import is_address, resolve
 from vpae_jax.inference.pipeline import Pipeline
+from vpae_jax.methods.base import Method
 from vpae_jax.runtime.processes import is_first, say, wait_for_all
 from vpae_jax.types import UserError
 
@@ -75,20 +76,20 @@ def _misfit(records: LatentRecords, pipeline: Pipeline) -> str | None:
     """Which arrays of records are not as the model's encoders make them, whatever the records say of their encoders;
     None if all are."""
     vae, tokens = pipeline.vae.config, pipeline.tokenizer.model_max_length
-    made = {"latents": [vae.z_dim], "text": [pipeline.text_encoder.config.d_model], "text_tokens": [tokens]}
+    made = {"text": [pipeline.text_encoder.config.d_model], "text_tokens": [tokens]}
     if pipeline.takes_image:
         made["frames"] = [vae.z_dim]
     if pipeline.image_encoder is not None:
         image = pipeline.image_encoder.config
         made["image"] = [image.num_tokens, image.hidden_size]
     for shard in records.index["shards"]:
-        shapes = shard["shapes"]
-        found = common(shapes) | {"text_tokens": [records.index["text_tokens"]]}
-        for name in sorted({*found, *made}):
-            if found.get(name) != made.get(name):
-                return f"its {name} are of {found.get(name)}, those of the model's encoders of {made.get(name)}"
-        f, h, w, _ = latents = shapes["latents"]
-        if (frames := shapes.get("frames", latents))[:-1] != latents[:-1]:
+        expected = made | {"latents" if has_clips(shard) else "latent_size": [vae.z_dim]}
+        found = common(shard) | {"text_tokens": [records.index["text_tokens"]]}
+        for name in sorted({*found, *expected}):
+            if found.get(name) != expected.get(name):
+                return f"its {name} are of {found.get(name)}, those of the model's encoders of {expected.get(name)}"
+        f, h, w, _ = latents = list(latent_shape(shard))
+        if (frames := shard["shapes"].get("frames", latents))[:-1] != latents[:-1]:
             return f"its frames are of {frames}, its latents of {latents}"
         space = vae.scale_factor_spatial
         try:
@@ -96,6 +97,43 @@ def _misfit(records: LatentRecords, pipeline: Pipeline) -> str | None:
         except UserError as error:
             return f"its latents are of {latents}, which the model does not make ({error})"
     return None
+
+
+def check_clips(data: DataConfig, workdir: Path, name: str, method: Method) -> None:
+    """Raises `UserError` for folders of which some hold prompts alone and some clips, or for prompts alone to train on
+    where a method needs clips.
+
+    Args:
+      data: where the folders are.
+      workdir: of the run.
+      name: of the phase.
+      method: what is trained.
+    """
+    _of_prompts("held_out_records", data.held_out_records, workdir)
+    prompts = _of_prompts("records", data.records, workdir)
+    if not prompts or not method.needs_clips:
+        return
+    encoded = "encode videos, or clips that a teacher makes (python -m vpae_jax.encode --captions=...)"
+    if method.without_clips is None:
+        raise UserError(f"{name} trains on real clips, but {prompts[0]} holds prompts alone; {encoded}")
+    keys = [
+        f"--config.method.{key}={value}" for key, value in method.without_clips.items() if getattr(method, key) != value
+    ]
+    raise UserError(
+        f"{name} trains on real clips as it is set, but {prompts[0]} holds prompts alone; set {' '.join(keys)}, "
+        f"or {encoded}"
+    )
+
+
+def _of_prompts(key: str, names: str, workdir: Path) -> list[Location]:
+    """The folders, if they hold prompts alone; none, if they hold clips. Raises `UserError` for both."""
+    folders = [_location(name, workdir) for name, _ in parse_sources(names)]
+    prompts = [folder for folder in folders if of_prompts(read_index(folder))]
+    if others := [folder for folder in folders if prompts and folder not in prompts]:
+        raise UserError(
+            f"config.data.{key}: {prompts[0]} holds prompts alone and {others[0]} clips; give folders of one kind"
+        )
+    return prompts
 
 
 def digests(names: str, workdir: Path) -> tuple[str, ...]:

@@ -81,6 +81,12 @@ class Video:
 
     def held_out(self, pipeline: Pipeline, purpose: Purpose, count: int) -> HeldOut:
         first, second = self._halves(pipeline)
+        prompts = [records.folder for records, _ in (*first, *second) if records.of_prompts]
+        if prompts and purpose != "preview":
+            raise TooFew(
+                f"{prompts[0]} holds prompts alone, without real clips to compare with; name records of clips in "
+                "config.data.held_out_records, or in --records of python -m vpae_jax.evaluate"
+            )
         asked, others = (second, first) if purpose == "evaluation" else (first, second)
         asked = list(_readable(asked, count))
         others = [] if purpose == "preview" else list(_readable(others, OTHERS))
@@ -98,8 +104,13 @@ class Video:
         conditions = [
             _condition(asked[clip], part.name) for part in parts for clip in clip_of_row[: len(asked) + again]
         ]
-        latents = np.stack([clip.arrays["latents"] for clip in asked])
-        shown, real = self._measured(pipeline, latents, purpose != "preview")
+        shown, real = {}, {}
+        if prompts:
+            shape = tuple(int(size) for size in asked[0].arrays["size"])
+        else:
+            latents = np.stack([clip.arrays["latents"] for clip in asked])
+            clips, real = self._measured(pipeline, latents, purpose != "preview")
+            shape, shown = latents.shape[1:], {mode: clips for mode in modes}
         null_text, null_mask = pipeline.encode_prompt([pipeline.defaults.negative_prompt])
         result = HeldOut(
             purpose=purpose,
@@ -108,9 +119,9 @@ class Video:
             condition=_stacked(conditions),
             null_text=np.asarray(null_text),
             null_mask=np.asarray(null_mask),
-            shape=latents.shape[1:],
+            shape=shape,
             seeds=tuple([*range(len(asked)), *range(OTHER_NOISE, OTHER_NOISE + again)] * len(modes)),
-            clips={mode: shown for mode in modes},
+            clips=shown,
         )
         if purpose == "preview":
             return result
@@ -155,7 +166,8 @@ class Video:
             self._sources = open_sources(self._data, self._workdir, pipeline, self._model)
             for records, _ in self._sources if self._most else ():
                 count = len(held_out(len(records), self._most))
-                say(f"held out: {count} of {len(records)} clips of {records.folder}")
+                what = "prompts" if records.of_prompts else "clips"
+                say(f"held out: {count} of {len(records)} {what} of {records.folder}")
         return self._sources
 
     def _halves(self, pipeline: Pipeline) -> tuple[list[tuple[LatentRecords, int]], list[tuple[LatentRecords, int]]]:
