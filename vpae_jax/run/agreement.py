@@ -82,9 +82,13 @@ def started_with(experiment: Experiment) -> Facts:
     }
 
 
-def reads(model: ModelDirectory | None, clips: Mapping[str, Sequence[str]]) -> Facts:
-    """What a process reads, wherever that lies: the model's files, and digests of the clips by the config's key."""
-    parts = {} if model is None else {name: _digest_of_files(part.files) for name, part in model.parts.items()}
+def reads(
+    model: ModelDirectory | None, clips: Mapping[str, Sequence[str]], more: Mapping[str, Sequence[Path]] | None = None
+) -> Facts:
+    """What a process reads, wherever that lies: the model's files, digests of the clips by the config's key, and files
+    of parts that may be another model's."""
+    stored = {} if model is None else {name: part.files for name, part in model.parts.items()}
+    parts = {name: _digest_of_files(files) for name, files in {**stored, **(more or {})}.items()}
     return {
         **{f"the digest of the model's {name}": digest for name, digest in parts.items()},
         **{f"the digest of {key}": " and ".join(found) for key, found in clips.items()},

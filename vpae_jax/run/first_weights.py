@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
+import numpy as np
 
 from vpae_jax import sharding
 from vpae_jax.config import Experiment
@@ -21,8 +24,11 @@ from vpae_jax.weights.directory import ModelDirectory
 from vpae_jax.weights.filenames import read_json
 from vpae_jax.weights.loading import read_part
 from vpae_jax.weights.locate import locate
+from vpae_jax.weights.stream import Placement
 
 START = "start.json"
+# Reads weights, given their dtype and where each lies.
+Reader = Callable[[np.dtype, Placement], Params]
 
 
 def remember(workdir: Path, step: int | None) -> None:
@@ -58,6 +64,7 @@ def make_weights(
     source: ModelDirectory | None,
     names: Iterable[str],
     step: int | None = None,
+    readers: Mapping[str, Reader] = MappingProxyType({}),
 ) -> tuple[dict[str, Params], int | None]:
     """First weights of some roles, read or drawn straight into their places.
 
@@ -66,6 +73,7 @@ def make_weights(
       names: which roles.
       step: of the phase before; by default that of its newest whole checkpoint. A run that continues names the one
         that it has started from, since roles that are frozen are read again.
+      readers: of pretrained parts that are not the model directory's own, by part.
 
     Returns:
       the weights by role, and the step of the phase before that they start from (None when they do not).
@@ -86,7 +94,8 @@ def make_weights(
         elif role.start == "pretrained":
             if source is None:
                 raise UserError(f"role {name} starts from a model directory; set config.model.path")
-            result[name] = read_pretrained(source, like[name])
+            read = readers.get(role.part, partial(read_pretrained, source, role.part))
+            result[name] = read(*_places(like[name]))
         else:
             index = list(blueprint.models.roles).index(name)
             key = jax.random.fold_in(jax.random.key(experiment.seed), 1000 + index)
@@ -94,11 +103,15 @@ def make_weights(
     return result, start
 
 
-def read_pretrained(source: ModelDirectory, like: Params) -> Params:
-    """A model directory's transformer, in the dtype and the places of `like`."""
+def read_pretrained(source: ModelDirectory, part: str, dtype: np.dtype, place: Placement) -> Params:
+    """A part of a model directory."""
+    return read_part(source, part, dtype, place)[1]
+
+
+def _places(like: Params) -> tuple[np.dtype, Placement]:
+    """The dtype of weights, and where each lies."""
     leaves = {sharding.param_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(like)}
-    dtype = next(iter(leaves.values())).dtype
-    return read_part(source, "transformer", dtype, lambda path, _: leaves[path].sharding)[1]
+    return next(iter(leaves.values())).dtype, lambda path, _: leaves[path].sharding
 
 
 def previous_step(experiment: Experiment, workdir: Path, step: int | None = None) -> int:
