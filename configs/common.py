@@ -84,7 +84,8 @@ def look_at_pixels(config: ConfigDict) -> ConfigDict:
     if preset.image_encoder is None:  # a text-to-video model borrows that of another one
         config.model.image_encoder = "models/i2v-14b-480p"
     heads = config.networks.heads
-    heads.width, heads.hidden, heads.num_heads = encoder.hidden_size, None, encoder.num_attention_heads
+    heads.width = heads.hidden = encoder.hidden_size
+    heads.num_heads = encoder.num_attention_heads
     heads.taps = even_taps(encoder.num_hidden_layers)
     if heads.kind == "ca_mm":  # an image encoder reads no prompt
         heads.kind = "ca"

@@ -1,5 +1,5 @@
 """A step of both phases gives the same numbers on one device and on every kind of mesh, in one piece and in parts; so
-does one of the methods that simulate steps, train two roles at once, or show a network at two scales."""
+does one of the methods that simulate steps, train two roles at once, show a network at two scales, or judge frames."""
 
 import json
 from functools import cache
@@ -58,7 +58,8 @@ PHASES = {
         image_dropout=0.5,
     ),
 }
-# Several simulated steps, heads that convolve, a role that follows; two scales of one set of adapters.
+# Several simulated steps, heads that convolve, a role that follows; two scales of one set of adapters; frames that are
+# decoded and read by an image encoder.
 OTHERS = {
     "dmd2": DMD2(
         matching=DistributionMatching(t=SCORES),
@@ -81,14 +82,22 @@ OTHERS = {
         shift=1.0,
         image_dropout=0.5,
     ),
+    "pixels": PhaseTwo(
+        init="pretrained",
+        backbone="image_encoder",
+        noise=DiscriminatorNoise("clean"),
+        csds=ScoreDistillation(t=SCORES),
+        image_dropout=0.5,
+    ),
 }
-KINDS = {"dmd2": "conv3d"}  # of heads
+KINDS = {"dmd2": {"kind": "conv3d"}, "pixels": {"kind": "ca", "width": 64, "taps": (1, 3)}}  # of heads
 MESHES = {
     "fsdp 8": MeshConfig(fsdp=8),
     "ring 2 x ulysses 4": MeshConfig(fsdp=1, context=8),
     "fsdp 2 x context 2 x tensor 2": MeshConfig(fsdp=2, context=2, tensor=2),
 }
 ONE = MeshConfig(fsdp=1)
+PIXELS = {"vae", "image_encoder"}
 METHODS = PHASES | OTHERS
 REFERENCE = Path(__file__).with_name("reference_vpae.json")
 # How far numbers may lie apart, relative to the largest of their kind.
@@ -116,7 +125,9 @@ def start_weights(name):
     blueprint = draw_up(experiment_of(name, ONE, 1), METHODS[name], mesh, SIZES)
     shapes = blueprint.held
     rng = np.random.default_rng(1)
-    return jax.tree.map(lambda leaf: (0.2 * rng.normal(size=leaf.shape)).astype(leaf.dtype), shapes)
+    drawn = jax.tree.map(lambda leaf: (0.2 * rng.normal(size=leaf.shape)).astype(leaf.dtype), shapes)
+    # What it would decode with such weights would lie beyond the range of pixels, where no gradient is.
+    return drawn | {part: jax.device_get(blueprint.makers[part](jax.random.key(2))) for part in PIXELS & {*shapes}}
 
 
 def experiment_of(name, mesh, accumulation):
@@ -127,7 +138,7 @@ def experiment_of(name, mesh, accumulation):
         steps=1,
         batch_size=CLIPS,
         accumulation=accumulation,
-        networks={"heads": {**HEADS, "kind": KINDS.get(name, "ca_mm")}},
+        networks={"heads": {**HEADS, "kind": "ca_mm", **KINDS.get(name, {})}},
         mesh=mesh,
     )
 
