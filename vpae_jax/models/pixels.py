@@ -23,6 +23,7 @@ from vpae_jax.models.clip import CLIP_MEAN, CLIP_STD, CLIPVision, CLIPVisionConf
 from vpae_jax.types import Features, UserError, Video
 
 Images = Float[Array, "n height width 3"]
+Pixels = Float[Array, "n h w 3"]  # of another size
 
 
 @runtime_checkable
@@ -60,7 +61,7 @@ class Preprocessing:
     image_mean: tuple[float, float, float] = CLIP_MEAN
     image_std: tuple[float, float, float] = CLIP_STD
 
-    def __call__(self, images: Images, place: Float[Array, ""]) -> Images:
+    def __call__(self, images: Images, place: Float[Array, ""]) -> Pixels:
         """The encoder's pixels, float32.
 
         Args:
@@ -73,7 +74,7 @@ class Preprocessing:
         pixels = self._crop(self._resize((images.astype(jnp.float32) + 1) / 2), place)
         return (pixels - jnp.asarray(self.image_mean)) / jnp.asarray(self.image_std)
 
-    def _resize(self, images: Images) -> Images:
+    def _resize(self, images: Images) -> Pixels:
         """Pillow's order: columns, then rows, each clipped to the range of pixels."""
         n, height, width, c = images.shape
         if isinstance(self.size, int):
@@ -88,7 +89,7 @@ class Preprocessing:
             images = jnp.clip(jax.image.resize(images, (n, to_height, to_width, c), "cubic"), 0.0, 1.0)
         return images
 
-    def _crop(self, images: Images, place: Float[Array, ""]) -> Images:
+    def _crop(self, images: Images, place: Float[Array, ""]) -> Pixels:
         if self.crop_size is None:
             return images
         n, height, width, c = images.shape
