@@ -123,7 +123,7 @@ def test_an_unknown_kind_is_refused():
     ],
 )
 def test_heads_have_to_fit_the_encoder(field, value, message, tmp_path):
-    config = small(add_pixels)
+    config = small(add_pixels, disc_warmup=0)
     config.networks.heads[field] = value
     with pytest.raises(UserError, match=message):
         experiment.run(parse(config), tmp_path / "run", jax.devices()[:1])

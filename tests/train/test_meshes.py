@@ -19,8 +19,11 @@ from vpae_jax.methods.dmd2 import DMD2
 from vpae_jax.methods.magic import Magic
 from vpae_jax.methods.scores import DistributionMatching, ScoreDistillation
 from vpae_jax.methods.vpae import PhaseOne, PhaseTwo
+from vpae_jax.models.clip import CLIPVisionConfig
+from vpae_jax.models.pixels import PixelCLIPConfig, Preprocessing
 from vpae_jax.models.wan_dit import WanTransformerConfig
-from vpae_jax.train.blueprint import draw_up
+from vpae_jax.models.wan_vae import WanVAEConfig
+from vpae_jax.train.blueprint import PixelParts, draw_up
 from vpae_jax.train.state import create, places_of
 from vpae_jax.train.step import make_update
 from vpae_jax.types import Batch, Condition
@@ -36,6 +39,28 @@ SIZES = WanTransformerConfig(
     num_layers=2,
     image_dim=16,
     added_kv_proj_dim=32,
+)
+# An autoencoder of two levels, and an image encoder of four patches, for a discriminator on pixels.
+LOOKED_BY = PixelParts(
+    WanVAEConfig(
+        base_dim=8,
+        dim_mult=(1, 2),
+        num_res_blocks=1,
+        temperal_downsample=(True,),
+        scale_factor_temporal=2,
+        scale_factor_spatial=2,
+    ),
+    PixelCLIPConfig(
+        CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=16,
+            patch_size=8,
+        ),
+        Preprocessing(16, (16, 16)),
+    ),
 )
 GRID, CLIPS, TOKENS = (3, 6, 10), 8, 6
 HEADS = {"width": 32, "taps": (1, 2), "num_heads": 4}
@@ -90,7 +115,7 @@ OTHERS = {
         image_dropout=0.5,
     ),
 }
-KINDS = {"dmd2": {"kind": "conv3d"}, "pixels": {"kind": "ca", "width": 64, "taps": (1, 3)}}  # of heads
+KINDS = {"dmd2": {"kind": "conv3d"}, "pixels": {"kind": "ca"}}  # of heads
 MESHES = {
     "fsdp 8": MeshConfig(fsdp=8),
     "ring 2 x ulysses 4": MeshConfig(fsdp=1, context=8),
@@ -122,7 +147,7 @@ def make_batch(seed=0):
 def start_weights(name):
     """The same weights for every mesh, far from the initial ones: output projections start at zero."""
     mesh = sharding.make_mesh(ONE, jax.devices()[:1])
-    blueprint = draw_up(experiment_of(name, ONE, 1), METHODS[name], mesh, SIZES)
+    blueprint = draw_up(experiment_of(name, ONE, 1), METHODS[name], mesh, SIZES, LOOKED_BY)
     shapes = blueprint.held
     rng = np.random.default_rng(1)
     drawn = jax.tree.map(lambda leaf: (0.2 * rng.normal(size=leaf.shape)).astype(leaf.dtype), shapes)
@@ -148,7 +173,7 @@ def step(phase, mesh_config, accumulation=1):
     method = METHODS[phase]
     count = 1 if mesh_config is ONE else 8
     mesh = sharding.make_mesh(mesh_config, jax.devices()[:count])
-    blueprint = draw_up(experiment_of(phase, mesh_config, accumulation), method, mesh, SIZES)
+    blueprint = draw_up(experiment_of(phase, mesh_config, accumulation), method, mesh, SIZES, LOOKED_BY)
     begin = start_weights(phase)
     weights, frozen = (
         {role: jax.tree.map(jax.device_put, begin[role], places_of(tree)) for role, tree in trees.items()}
