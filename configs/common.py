@@ -12,7 +12,7 @@ from vpae_jax.config import Experiment, build, complete, nearest
 from vpae_jax.flow.times import TimeDistribution
 from vpae_jax.methods import METHODS
 from vpae_jax.models import presets
-from vpae_jax.models.heads import HeadsConfig
+from vpae_jax.models.heads import HeadsConfig, even_taps
 from vpae_jax.types import UserError
 
 # In so small a clip the same noise hides more than at 720p, so the tiny presets' times are lower than Wan's.
@@ -72,6 +72,24 @@ def wan(preset: str) -> dict:
 def every_block(preset: str) -> tuple[int, ...]:
     """Taps of discriminator heads that read every block of a model."""
     return tuple(range(1, presets.find(preset).transformer.num_layers + 1))
+
+
+def look_at_pixels(config: ConfigDict) -> ConfigDict:
+    """Turns a config's discriminator into one on pixels, whose heads read the image encoder at even depths. They are as
+    wide as it: 1280 with Wan's, as the heads on transformers of 14B."""
+    preset = presets.find(config.model.preset)
+    encoder = preset.image_encoder or presets.CLIP_VIT_H
+    config.name += "_pixels"
+    config.method.backbone, config.method.noise.kind = "image_encoder", "clean"
+    if preset.image_encoder is None:  # a text-to-video model borrows that of another one
+        config.model.image_encoder = "models/i2v-14b-480p"
+    heads = config.networks.heads
+    heads.width = heads.hidden = encoder.hidden_size
+    heads.num_heads = encoder.num_attention_heads
+    heads.taps = even_taps(encoder.num_hidden_layers)
+    if heads.kind == "ca_mm":  # an image encoder reads no prompt
+        heads.kind = "ca"
+    return config
 
 
 def adam(learning_rate: float, b1: float, b2: float = 0.999, **options) -> dict:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from configs import aad, add, apt, phase1, phase2, pose1, pose2
+from configs import aad, add, add_pixels, apt, phase1, phase2, phase2_pixels, pose1, pose2
 from configs.common import PRESETS, TINY_TIMES
 from vpae_jax.config import parse
 from vpae_jax.flow.times import VALUES_720P, TimeDistribution
@@ -39,6 +39,24 @@ def test_every_preset_fits_its_method_and_is_plain_json(module, preset):
     assert make_method(parse(again).method) == method
     width = presets.find(experiment.model.preset).transformer.width
     assert {heads["width"] for heads in experiment.networks.values()} <= {width}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(("module", "latent", "kind"), [(phase2_pixels, phase2, "ca"), (add_pixels, add, "conv")])
+def test_judges_of_pixels_differ_by_what_they_look_at(module, latent, kind, preset):
+    """Heads fit the image encoder, which a text-to-video preset takes from another model."""
+    (experiment, method), (plain, judged) = opened(module, preset), opened(latent, preset)
+    check_roles(method, experiment.optimizers)
+    assert module.__name__ == f"configs.{experiment.name}" and method.sees_pixels
+    clean = dataclasses.replace(judged.noise, kind="clean")
+    assert method == dataclasses.replace(judged, backbone="image_encoder", noise=clean)
+    sizes = presets.find(experiment.model.preset)
+    width, taps = (64, (1, 2, 3)) if preset == "tiny" else (1280, (8, 16, 24, 32))
+    heads = experiment.networks["heads"]
+    assert (heads["width"], heads["hidden"], heads["taps"], heads["kind"]) == (width, width, taps, kind)
+    assert bool(experiment.model.image_encoder) == (sizes.image_encoder is None)
+    model = dataclasses.replace(plain.model, image_encoder=experiment.model.image_encoder)
+    assert experiment.model == model and experiment.optimizers == plain.optimizers
 
 
 @pytest.mark.parametrize("preset", WAN)

@@ -78,6 +78,8 @@ class ModelConfig:
       remat: what the backward pass recomputes of the transformer's blocks: nothing, all but the products of
         activations with weights ("dots"), all but self-attention ("attention"), or everything; "offload" recomputes
         everything, and keeps the blocks' inputs in the host's memory.
+      image_encoder: where a discriminator on pixels has its image encoder from: a model directory, as `path`, or
+        "KIND:PATH" of another kind (a key of `vpae_jax.run.image_encoders.KINDS`). Empty: `path` itself.
       init_scale: for a transformer that starts from random weights, factors on the parameters whose paths match.
     """
 
@@ -87,6 +89,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "full", "attention", "offload"] = "none"
+    image_encoder: str = ""
     init_scale: Mapping[str, float] = field(default_factory=dict)
 
 

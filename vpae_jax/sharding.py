@@ -68,7 +68,13 @@ HEADS_RULES: Rules = (
 REPLICATED: Rules = ((r"", P()),)
 # By the part of the pipeline that a role is.
 RULES: Mapping[str, Rules] = MappingProxyType(
-    {"transformer": TRANSFORMER_RULES, "heads": HEADS_RULES, "vae": REPLICATED, "encoders": REPLICATED}
+    {
+        "transformer": TRANSFORMER_RULES,
+        "heads": HEADS_RULES,
+        "vae": REPLICATED,
+        "encoders": REPLICATED,
+        "image_encoder": REPLICATED,
+    }
 )
 
 

@@ -166,19 +166,20 @@ class Batch:
 
 @pytree
 class Features:
-    """What discriminator heads read from a transformer.
+    """What discriminator heads read from a transformer, or from an image encoder.
 
     Attributes:
       taps: hidden states after the tapped blocks, in order.
-      text: projected text tokens, of the transformer's width.
-      text_mask: true at the prompt's tokens.
+      text: projected text tokens, of the transformer's width; None for an image encoder.
+      text_mask: true at the prompt's tokens; None without text.
       grid: how the n tokens of a tap lie in frames, rows and columns; the last varies fastest.
-      image: projected image tokens, of the transformer's width; None for a text-to-video model.
+      image: projected image tokens, of the transformer's width; None for a text-to-video model, and for an image
+        encoder.
     """
 
     taps: tuple[Float[Array, "b n d"], ...]
-    text: Float[Array, "b s d"]
-    text_mask: Bool[Array, "b s"]
+    text: Float[Array, "b s d"] | None
+    text_mask: Bool[Array, "b s"] | None
     grid: tuple[int, int, int] = static()
     image: Float[Array, "b n_image d"] | None = None
 

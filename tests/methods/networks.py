@@ -74,6 +74,32 @@ class Heads:
         return tokens.mean(1)[:, : self.logits] * 3 + tokens.mean((1, 2))[:, None]
 
 
+@dataclass(frozen=True)
+class Decoder:
+    """Latents to frames of their size: the first one, and one of the chosen latent frame."""
+
+    w: jax.Array
+
+    def decode_at(self, latents, frame):
+        chosen = jax.lax.dynamic_index_in_dim(latents, frame, 1, keepdims=False)
+        return jnp.tanh(jnp.stack([latents[:, 0], chosen], 1) @ self.w[: latents.shape[-1], :3])
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Hidden states of frames, of which a token is a pixel."""
+
+    w: jax.Array
+
+    def features(self, video, place, taps):
+        b, *grid, _ = video.shape
+        tokens = jnp.sin(2 * video @ self.w[:3] + place).reshape(b, -1, self.w.shape[1])
+        return Features((tokens,) * len(taps), None, None, grid=tuple(grid))
+
+
+STAND_INS = {"heads": Heads, "vae": Decoder, "image_encoder": Encoder}
+
+
 def weights_of(method, seed=0, c=C):
     """Random weights of every role, and of every average under `<role>_<average>`."""
     rng = np.random.default_rng(seed)
@@ -90,7 +116,8 @@ def nets_of(method, weights, logits=1):
         if role.adapters is not None:
             w = weights[role.adapters.on] + view.scale * w
         w = jax.lax.stop_gradient(w) if view.constant else w
-        result[name] = Heads(w, logits) if role.part == "heads" else Net(w)
+        made = STAND_INS.get(role.part, Net)
+        result[name] = made(w, logits) if made is Heads else made(w)
     return result
 
 
@@ -129,10 +156,11 @@ class Call:
 
     Attributes:
       net: the view's name.
-      kind: "velocity", "features", "both", or "readings", of features that it gave before.
-      x, t: what it was shown and told.
-      prompt: "own" or "negative"; "" for readings.
-      picture: whether image and first frame were given, for each clip.
+      kind: "velocity", "features", "both", or "readings", of features that it gave before; "frames" of a decoder, and
+        "looks" of an encoder of frames.
+      x, t: what it was shown and told; a decoder is told a latent frame, and an encoder of frames a place.
+      prompt: "own" or "negative"; "" for readings, frames and looks.
+      picture: whether image and first frame were given, for each clip; empty likewise.
       v: the velocity that it gave, if it did.
     """
 
@@ -192,6 +220,23 @@ class Recorder:
 
 
 @dataclass
+class PixelRecorder:
+    """A decoder, or an encoder of frames, that writes down how it is called."""
+
+    name: str
+    net: Decoder | Encoder
+    calls: list
+
+    def decode_at(self, latents, frame):
+        self.calls.append(Call(self.name, "frames", concrete(latents), concrete(frame), "", (), None))
+        return self.net.decode_at(latents, frame)
+
+    def features(self, video, place, taps):
+        self.calls.append(Call(self.name, "looks", concrete(video), concrete(place), "", (), None))
+        return self.net.features(video, place, taps)
+
+
+@dataclass
 class Record:
     """Every call of one evaluation of a loss.
 
@@ -213,10 +258,15 @@ def record(method, loss, batch=None, key=KEY, step=0, weights=None):
     tracers, of which only the values are kept."""
     batch = make_batch((B, 3, 4, 4, C)) if batch is None else batch
     found, weights = Record(), weights_of(method) if weights is None else weights
-    nets = {
-        name: net if isinstance(net, Heads) else Recorder(name, net, batch, found.calls)
-        for name, net in nets_of(method, weights).items()
-    }
+
+    def recorded(name, net):
+        if isinstance(net, Heads):
+            return net
+        if isinstance(net, Decoder | Encoder):
+            return PixelRecorder(name, net, found.calls)
+        return Recorder(name, net, batch, found.calls)
+
+    nets = {name: recorded(name, net) for name, net in nets_of(method, weights).items()}
     found.values = np.asarray(loss(nets, batch, context(step, key))[0])
     return found
 

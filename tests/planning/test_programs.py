@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import common, phase1, phase2, vae
+from configs import common, phase1, phase2, phase2_pixels, vae
 from vpae_jax import config, sharding
 from vpae_jax.flow.times import VALUES_720P
 from vpae_jax.methods import make_method
@@ -113,6 +113,20 @@ def test_every_preset_is_drawn_up(phase, preset):
     }
     expected = {"tiny": 3.8e6, "t2v-1.3b": 1.42e9, "t2v-14b": 14.3e9, "i2v-14b": 16.4e9}
     assert sizes["generator"] == pytest.approx(expected[preset.removesuffix("-480p").removesuffix("-720p")], rel=0.02)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "t2v-1.3b-480p", "i2v-14b-720p"])
+def test_what_a_judge_of_pixels_holds(preset):
+    """Decoder and image encoder, frozen, whole on every device; a text-to-video model's encoder is another model's."""
+    experiment = config.parse(phase2_pixels.get_config(preset))
+    drawn = draw_up(experiment, size_of(preset), jax.devices())
+    assert set(drawn.frozen) == {"teacher", "vae", "image_encoder"}
+    for role, wanted in {"vae": 127e6, "image_encoder": 632e6}.items():
+        leaves = jax.tree.leaves(drawn.frozen[role])
+        assert {str(leaf.dtype) for leaf in leaves} == {experiment.model.frozen_dtype}
+        assert all(leaf.sharding.is_fully_replicated for leaf in leaves)
+        if preset != "tiny":
+            assert sum(leaf.size for leaf in leaves) == pytest.approx(wanted, rel=0.01)
 
 
 def test_settings_change_the_mesh_and_the_recomputation(tiny):

@@ -87,9 +87,9 @@ def test_another_model_and_other_clips_are_other_facts(tmp_path):
 
 def test_another_lora_file_is_another_fact(tmp_path):
     one, same, other = (model(tmp_path / name, at, 1) for name, at in (("a", 0), ("b", 0), ("c", 7)))
-    facts = [reads(None, {}, [folder / "model.safetensors"]) for folder in (one, same, other)]
+    facts = [reads(None, {}, {"config.model.lora": [folder / "model.safetensors"]}) for folder in (one, same, other)]
     assert facts[0] == facts[1] != facts[2] and set(facts[0]) == {"the digest of config.model.lora"}
-    assert reads(None, {}, []) == {}
+    assert reads(None, {}, {}) == {}
 
 
 def test_the_embedded_models_parts_are_facts():

@@ -1,5 +1,5 @@
 """A step of both phases gives the same numbers on one device and on every kind of mesh, in one piece and in parts; so
-does one of the methods that simulate steps, train two roles at once, or show a network at two scales."""
+does one of the methods that simulate steps, train two roles at once, show a network at two scales, or judge frames."""
 
 import json
 from functools import cache
@@ -19,8 +19,11 @@ from vpae_jax.methods.dmd2 import DMD2
 from vpae_jax.methods.magic import Magic
 from vpae_jax.methods.scores import DistributionMatching, ScoreDistillation
 from vpae_jax.methods.vpae import PhaseOne, PhaseTwo
+from vpae_jax.models.clip import CLIPVisionConfig
+from vpae_jax.models.pixels import PixelCLIPConfig, Preprocessing
 from vpae_jax.models.wan_dit import WanTransformerConfig
-from vpae_jax.train.blueprint import draw_up
+from vpae_jax.models.wan_vae import WanVAEConfig
+from vpae_jax.train.blueprint import PixelParts, draw_up
 from vpae_jax.train.state import create, places_of
 from vpae_jax.train.step import make_update
 from vpae_jax.types import Batch, Condition
@@ -36,6 +39,28 @@ SIZES = WanTransformerConfig(
     num_layers=2,
     image_dim=16,
     added_kv_proj_dim=32,
+)
+# An autoencoder of two levels, and an image encoder of four patches, for a discriminator on pixels.
+LOOKED_BY = PixelParts(
+    WanVAEConfig(
+        base_dim=8,
+        dim_mult=(1, 2),
+        num_res_blocks=1,
+        temperal_downsample=(True,),
+        scale_factor_temporal=2,
+        scale_factor_spatial=2,
+    ),
+    PixelCLIPConfig(
+        CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=16,
+            patch_size=8,
+        ),
+        Preprocessing(16, (16, 16)),
+    ),
 )
 GRID, CLIPS, TOKENS = (3, 6, 10), 8, 6
 HEADS = {"width": 32, "taps": (1, 2), "num_heads": 4}
@@ -58,7 +83,8 @@ PHASES = {
         image_dropout=0.5,
     ),
 }
-# Several simulated steps, heads that convolve, a role that follows; two scales of one set of adapters.
+# Several simulated steps, heads that convolve, a role that follows; two scales of one set of adapters; frames that are
+# decoded and read by an image encoder.
 OTHERS = {
     "dmd2": DMD2(
         matching=DistributionMatching(t=SCORES),
@@ -81,14 +107,22 @@ OTHERS = {
         shift=1.0,
         image_dropout=0.5,
     ),
+    "pixels": PhaseTwo(
+        init="pretrained",
+        backbone="image_encoder",
+        noise=DiscriminatorNoise("clean"),
+        csds=ScoreDistillation(t=SCORES),
+        image_dropout=0.5,
+    ),
 }
-KINDS = {"dmd2": "conv3d"}  # of heads
+KINDS = {"dmd2": {"kind": "conv3d"}, "pixels": {"kind": "ca"}}  # of heads
 MESHES = {
     "fsdp 8": MeshConfig(fsdp=8),
     "ring 2 x ulysses 4": MeshConfig(fsdp=1, context=8),
     "fsdp 2 x context 2 x tensor 2": MeshConfig(fsdp=2, context=2, tensor=2),
 }
 ONE = MeshConfig(fsdp=1)
+PIXELS = {"vae", "image_encoder"}
 METHODS = PHASES | OTHERS
 REFERENCE = Path(__file__).with_name("reference_vpae.json")
 # How far numbers may lie apart, relative to the largest of their kind.
@@ -113,10 +147,12 @@ def make_batch(seed=0):
 def start_weights(name):
     """The same weights for every mesh, far from the initial ones: output projections start at zero."""
     mesh = sharding.make_mesh(ONE, jax.devices()[:1])
-    blueprint = draw_up(experiment_of(name, ONE, 1), METHODS[name], mesh, SIZES)
+    blueprint = draw_up(experiment_of(name, ONE, 1), METHODS[name], mesh, SIZES, LOOKED_BY)
     shapes = blueprint.held
     rng = np.random.default_rng(1)
-    return jax.tree.map(lambda leaf: (0.2 * rng.normal(size=leaf.shape)).astype(leaf.dtype), shapes)
+    drawn = jax.tree.map(lambda leaf: (0.2 * rng.normal(size=leaf.shape)).astype(leaf.dtype), shapes)
+    # What it would decode with such weights would lie beyond the range of pixels, where no gradient is.
+    return drawn | {part: jax.device_get(blueprint.makers[part](jax.random.key(2))) for part in PIXELS & {*shapes}}
 
 
 def experiment_of(name, mesh, accumulation):
@@ -127,7 +163,7 @@ def experiment_of(name, mesh, accumulation):
         steps=1,
         batch_size=CLIPS,
         accumulation=accumulation,
-        networks={"heads": {**HEADS, "kind": KINDS.get(name, "ca_mm")}},
+        networks={"heads": {**HEADS, "kind": "ca_mm", **KINDS.get(name, {})}},
         mesh=mesh,
     )
 
@@ -137,7 +173,7 @@ def step(phase, mesh_config, accumulation=1):
     method = METHODS[phase]
     count = 1 if mesh_config is ONE else 8
     mesh = sharding.make_mesh(mesh_config, jax.devices()[:count])
-    blueprint = draw_up(experiment_of(phase, mesh_config, accumulation), method, mesh, SIZES)
+    blueprint = draw_up(experiment_of(phase, mesh_config, accumulation), method, mesh, SIZES, LOOKED_BY)
     begin = start_weights(phase)
     weights, frozen = (
         {role: jax.tree.map(jax.device_put, begin[role], places_of(tree)) for role, tree in trees.items()}

@@ -7,8 +7,8 @@ on the hidden states of the frozen teacher:
     (1)  L_D = relu(1 - D(r_t, t)) + relu(1 + D(x_t, t)) + gamma (D(r_t + sigma n, t) - D(r_t, t))^2
     (2)  L_G = -D(x_t, t) + lambda c(t') ||x0 - x0_teacher(sg(x_t'), t')||^2,    c(t') = 1 - t'
 
-ADD's discriminator reads decoded pixels by DINOv2; LADD's the teacher's own features, and LADD has no distance to the
-teacher: its real clips are the teacher's, made with guidance (`python -m vpae_jax.encode --teacher=...`). The student
+LADD has no distance to the teacher: its real clips are the teacher's, made with guidance (`python -m vpae_jax.encode
+--teacher=...`). ADD's own discriminator looks at pixels (`methods.pixels`): clips are decoded, not noised. The student
 is sampled in a few steps, each of which predicts a clip and noises it afresh to the next time.
 
 Where sources differ, the default and the alternatives:
@@ -19,6 +19,8 @@ Where sources differ, the default and the alternatives:
     t             logit-normal (1, 1) on the raw axis, shifted by 5 for 720p, one for both clips. LADD's, for images, is
                   not shifted; in clips of few values the mean has to fall, as this one's does | uniform (FastGen)
     L_D, L_G      "hinge" | "ns_logistic" (FastGen)
+    D's backbone  "frozen_teacher" (LADD) | "image_encoder": decoded frames (ADD, by DINOv2; here by CLIP), with
+                  noise.kind = "clean"
     heads         after every block, of 1x1 convolutions (LADD: of 2-D ones) | FastGen: three blocks
     gamma, sigma  .1, .1 (FastGen, whose code sets D(r + sigma n, t), not noised, against D(r_t, t)) | ADD: R1 on the
                   heads' inputs, 1e-5
@@ -42,9 +44,10 @@ from jax import Array
 from jaxtyping import Float
 
 from vpae_jax.flow.times import VALUES_720P, TimeDistribution
+from vpae_jax.methods import pixels
 from vpae_jax.methods.adversarial import DifferencePenalty, DiscriminatorNoise
 from vpae_jax.methods.base import Context, Nets, Role, View
-from vpae_jax.methods.common import check_at_least, check_fraction, named_keys
+from vpae_jax.methods.common import check_at_least, check_choice, check_fraction, named_keys
 from vpae_jax.methods.distillation import FewStepDistillation, Step
 from vpae_jax.methods.judged import JudgedDistillation, with_distance
 from vpae_jax.methods.scores import ScoreDistillation
@@ -57,9 +60,10 @@ TEACHER = ScoreDistillation(weight=2.5, time_weight="one_minus_t")
 
 @dataclass(frozen=True)
 class ADD(FewStepDistillation, JudgedDistillation):
-    """Adversarial distillation with the frozen teacher as the discriminator's backbone.
+    """Adversarial distillation with a frozen backbone of the discriminator.
 
     Attributes:
+      backbone: what the heads read: the teacher's hidden states, or those of an image encoder of decoded frames.
       inputs: what the generator denoises in training, at one of the student's times; one step starts from pure noise.
       pure_noise: how likely the first of these times is, pure noise; the others share the rest.
       early_steps: steps of the training at whose times only the cleaner half is met, rounded up, each equally often.
@@ -67,6 +71,7 @@ class ADD(FewStepDistillation, JudgedDistillation):
       csds: the distance to the teacher; its weight is lambda.
     """
 
+    backbone: Literal["frozen_teacher", "image_encoder"] = "frozen_teacher"
     inputs: Literal["simulated", "noised_real"] = "noised_real"
     pure_noise: float = 0.7
     early_steps: int = 500
@@ -77,20 +82,24 @@ class ADD(FewStepDistillation, JudgedDistillation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choice("ADD", {"backbone": ("frozen_teacher", "image_encoder")}, self)
         check_fraction("ADD", pure_noise=self.pure_noise)
         check_at_least("ADD", 0, early_steps=self.early_steps, adversarial_weight=self.adversarial_weight)
+        if self.sees_pixels:
+            pixels.check_distance("ADD", self.csds)
 
     @property
     def roles(self) -> Mapping[str, Role]:
-        return {
+        roles = {
             "generator": self.generator_role,
             "teacher": Role("pretrained"),
             "heads": Role("fresh", True, part="heads"),
         }
+        return roles | (pixels.ROLES if self.backbone == "image_encoder" else {})
 
     @property
     def views(self) -> Mapping[str, View]:
-        return {**super().views, "backbone": View("teacher")}
+        return {**super().views, **({} if self.sees_pixels else {"backbone": View("teacher")})}
 
     def chances(self, step: Step) -> Float[Array, "steps"]:
         """How likely each of the student's times is at a step of the training, the noisiest first."""
@@ -110,7 +119,7 @@ class ADD(FewStepDistillation, JudgedDistillation):
         keys = named_keys(context.clips, "images", "generate", "noise", "csds")
         batch = self.drop_images(batch, keys.images)
         x0 = self.generate(nets, batch, context, keys.generate)
-        term, metrics, disc_t = self.judged_term(nets, batch, x0, keys.noise)
+        term, metrics, disc_t = self.judged_term(nets, batch, context, x0, keys.noise)
         judged = term.scaled(self.adversarial_weight)
         loss, more = with_distance(x0, judged, self.csds, nets, batch, disc_t, keys.csds)
         return loss, {**metrics, **more}

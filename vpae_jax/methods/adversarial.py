@@ -30,7 +30,7 @@ from jaxtyping import Float
 from vpae_jax.flow import draws
 from vpae_jax.flow.schedule import add_noise
 from vpae_jax.flow.times import VALUES_720P, TimeDistribution
-from vpae_jax.methods.base import Backbone, Heads
+from vpae_jax.methods.base import FeatureExtractor, Heads
 from vpae_jax.methods.common import (
     Term,
     check_at_least,
@@ -87,16 +87,16 @@ class ConstantFeatures:
     """A backbone whose hidden states are constants: only heads are trained on them.
 
     Attributes:
-      backbone: the network that is read.
+      backbone: what is read.
     """
 
-    backbone: Backbone
+    backbone: FeatureExtractor
 
     def features(self, x: Latents, t: Times, condition: Condition, taps: tuple[int, ...]) -> Features:
         return stop_gradient(self.backbone.features(x, t, condition, taps))
 
 
-def judge(backbone: Backbone | ConstantFeatures, heads: Heads, condition: Condition) -> Judge:
+def judge(backbone: FeatureExtractor, heads: Heads, condition: Condition) -> Judge:
     """The discriminator as a function of (clip, time), in float32."""
     return lambda x, t: f32(heads(backbone.features(x, t, condition, heads.taps)))
 

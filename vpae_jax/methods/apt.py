@@ -82,5 +82,5 @@ class APT(JudgedDistillation):
         keys = named_keys(context.clips, "images", "generate", "noise")
         batch = self.drop_images(batch, keys.images)
         x0 = self.generate(nets, batch, context, keys.generate)
-        term, metrics, _ = self.judged_term(nets, batch, x0, keys.noise)
+        term, metrics, _ = self.judged_term(nets, batch, context, x0, keys.noise)
         return inject(x0, term), {**metrics, "adv_grad": term.grad_norm}

@@ -27,7 +27,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 from jaxtyping import Array, Float, Int
 
 from vpae_jax.flow.sampler import ONE_STEP, Sampler
-from vpae_jax.types import Condition, Features, Latents, Metrics, PerExample, PRNGKey, Times, UserError, pytree
+from vpae_jax.types import Condition, Features, Latents, Metrics, PerExample, PRNGKey, Times, UserError, Video, pytree
 
 EMA = "ema"  # the usual name of the only average of a role
 Nets = Mapping[str, Any]
@@ -59,12 +59,18 @@ class Velocity(Protocol):
 
 
 @runtime_checkable
-class Backbone(Velocity, Protocol):
-    """A flow network whose hidden states can be read, after the blocks `taps`, counted from 1."""
+class FeatureExtractor(Protocol):
+    """What discriminator heads read, as a function of a clip in latents: a network's hidden states after the blocks
+    `taps`, counted from 1."""
 
     def features(self, x: Latents, t: Times, condition: Condition, taps: tuple[int, ...]) -> Features:
         """Hidden states alone; the forward pass stops at the last tapped block."""
         ...
+
+
+@runtime_checkable
+class Backbone(Velocity, FeatureExtractor, Protocol):
+    """A flow network whose hidden states can be read."""
 
     def velocity_and_features(
         self, x: Latents, t: Times, condition: Condition, taps: tuple[int, ...]
@@ -80,6 +86,29 @@ class Reader(Backbone, Protocol):
     def readings(self, features: Features, x: Latents, t: Times) -> tuple[Latents, ...]:
         """What the network's last layer makes of each tap's hidden states: the velocity at (x, t) if the tapped block
         were the last one."""
+        ...
+
+
+@runtime_checkable
+class FrameDecoder(Protocol):
+    """A video autoencoder of which a few frames can be decoded."""
+
+    def decode_at(self, latents: Latents, frame: Int[Array, ""]) -> Video:
+        """The first video frame and those of latent frame number `frame`, in [-1, 1] (`models.wan_vae`)."""
+        ...
+
+
+@runtime_checkable
+class PixelEncoder(Protocol):
+    """A network that reads pixels."""
+
+    def features(self, video: Video, place: Float[Array, ""], taps: tuple[int, ...]) -> Features:
+        """Hidden states after the blocks `taps`, counted from 1.
+
+        Args:
+          video: frames of clips, in [-1, 1], of any size.
+          place: where a square is cut out of what is not square, from 0 (top or left) to 1.
+        """
         ...
 
 
@@ -141,14 +170,15 @@ class Role:
       start: where they come from: "pretrained" (the model directory), "fresh" (random; adapters then change nothing),
         "previous" (the role of the same name in the checkpoint of the phase before) or "previous:<role>".
       trains: whether they are trained. What is frozen is in no optimizer and no checkpoint.
-      part: which part of a model directory they are, or "heads".
+      part: which part of a model directory they are, or "heads". Heads read the hidden states of a transformer; of the
+        image encoder where a method has a role that is one.
       adapters: given when the role holds low-rank weights alone, on another role's.
       averages: by name.
     """
 
     start: str
     trains: bool = False
-    part: Literal["transformer", "heads", "vae", "encoders"] = "transformer"
+    part: Literal["transformer", "heads", "vae", "encoders", "image_encoder"] = "transformer"
     adapters: Adapters | None = None
     averages: Mapping[str, Average] = field(default_factory=dict)
 

@@ -4,7 +4,8 @@
     with_distance         the generator's adversarial term with its distance to the teacher beside it
 
 The discriminator is heads on the hidden states of "backbone". A role of this name is trained with the heads, by one
-loss; a view of it is constant in theirs.
+loss; a view of it is constant in theirs. In the place of a backbone a method may have the roles of `pixels.ROLES`: then
+the discriminator is heads on an image encoder, and looks at decoded frames.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 
 from vpae_jax.flow import draws
+from vpae_jax.methods import pixels
 from vpae_jax.methods.adversarial import (
     LOSSES,
     AdversarialKind,
@@ -27,7 +29,7 @@ from vpae_jax.methods.adversarial import (
     discriminator_loss,
     judge,
 )
-from vpae_jax.methods.base import Context, Nets, Update
+from vpae_jax.methods.base import Context, FeatureExtractor, Nets, Update
 from vpae_jax.methods.common import (
     Ratio,
     Term,
@@ -49,7 +51,7 @@ STR1 = DifferencePenalty()
 
 @dataclass(frozen=True)
 class JudgedDistillation(Distillation):
-    """A method with roles "generator" and "heads", and a network "backbone".
+    """A method with roles "generator" and "heads", and a network "backbone" or the roles of a discriminator on pixels.
 
     Attributes:
       adversarial: the pair of adversarial losses.
@@ -76,12 +78,19 @@ class JudgedDistillation(Distillation):
                 f"{owner}.noise.kind is 'fig_literal': real and generated clips differ by their noise level alone",
                 stacklevel=4,
             )
+        if self.sees_pixels:
+            pixels.check_noise(owner, self.noise)
         if self.noise.hides_clips:
             warnings.warn(
                 f"{owner}.noise.t is always 1: the discriminator is shown pure noise, and the generator learns nothing "
                 "from it",
                 stacklevel=4,
             )
+
+    @property
+    def sees_pixels(self) -> bool:
+        """Whether the discriminator looks at decoded frames."""
+        return pixels.ENCODER in self.roles
 
     @property
     def trains_backbone(self) -> bool:
@@ -95,6 +104,10 @@ class JudgedDistillation(Distillation):
             Update(trained, self.discriminator_loss, repeats=self.disc_updates),
             Update(("generator",), self.generator_loss, starts=self.disc_warmup, delay="disc_warmup"),
         )
+
+    def backbone_of(self, nets: Nets, batch: Batch, context: Context) -> FeatureExtractor:
+        """What the heads read."""
+        return pixels.look(nets, batch.latents.shape[1], context) if self.sees_pixels else nets["backbone"]
 
     def generate(self, nets: Nets, batch: Batch, context: Context, key: PRNGKey) -> Latents:
         """x0 = eps - v(eps, 1) in float32: one evaluation, from pure noise.
@@ -111,18 +124,20 @@ class JudgedDistillation(Distillation):
         batch = self.drop_images(batch, keys.images)
         x0 = stop_gradient(self.generate(nets, batch, context, keys.generate))
         shown = self.noise(x0, real_clips(batch), keys.noise)
-        backbone = nets["backbone"] if self.trains_backbone else ConstantFeatures(nets["backbone"])
-        judged = judge(backbone, nets["heads"], batch.condition)
+        backbone = self.backbone_of(nets, batch, context)
+        judged = judge(backbone if self.trains_backbone else ConstantFeatures(backbone), nets["heads"], batch.condition)
         return discriminator_loss(judged, shown, self.adversarial, self.penalty, keys.penalty)
 
     @abstractmethod
     def generator_loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
         """The generator's loss, of which `judged_term` is a part."""
 
-    def judged_term(self, nets: Nets, batch: Batch, x0: Latents, key: PRNGKey) -> tuple[Term, Metrics, Times]:
+    def judged_term(
+        self, nets: Nets, batch: Batch, context: Context, x0: Latents, key: PRNGKey
+    ) -> tuple[Term, Metrics, Times]:
         """The generator's unweighted adversarial term, metrics, and the times that the discriminator was told of x0."""
         constant, data = stop_gradient(x0), real_clips(batch)
-        judged = judge(nets["backbone"], nets["heads"], batch.condition)
+        judged = judge(self.backbone_of(nets, batch, context), nets["heads"], batch.condition)
         term, metrics, t = adversarial_term(judged, self.noise, self.adversarial, constant, data, key)
         return term, {"adversarial": term.value, **metrics, **drift(constant, batch.latents)}, t
 

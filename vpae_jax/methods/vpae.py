@@ -31,7 +31,8 @@ Where the text is open, the default and the alternatives:
     how the generator trains       generator = full | lora (rank, scale)
     updates a generator step       fake_updates = 5;  count = generator | all (are 500 steps the generator's, or all?)
     Eq. 3's form                   adversarial = hinge | ns_logistic | rpgan | pcm_hinge | literal
-    Eq. 3's backbone               backbone = ema | online_sg | online_trainable | full_copy | frozen_teacher
+    Eq. 3's backbone               backbone = ema | online_sg | online_trainable | full_copy | frozen_teacher |
+                                   image_encoder (ADD's choice: decoded frames)
     the discriminator's noise      noise.kind = shared | fig_literal | clean;  noise.t, noise.real
     Eq. 4's sample                 penalty.on = fake | real | both
     Eq. 4's noise and norm         penalty.spatial, penalty.temporal, penalty.norm = mean | sum | fixed
@@ -60,6 +61,7 @@ from vpae_jax.flow import draws
 from vpae_jax.flow.sampler import ONE_STEP
 from vpae_jax.flow.schedule import add_noise
 from vpae_jax.flow.times import VALUES_720P, TimeDistribution
+from vpae_jax.methods import pixels
 from vpae_jax.methods.adversarial import generator_loss, judge
 from vpae_jax.methods.base import EMA, Context, Nets, Role, Student, Update, Velocity, View
 from vpae_jax.methods.common import (
@@ -176,14 +178,15 @@ class PhaseOne(FakeScoreDistillation):
         return fake_score_loss(nets["fake_score"], x0, batch.condition, self.fake_t, keys.loss, self.fake_loss), {}
 
 
-BackboneKind = Literal["ema", "online_sg", "online_trainable", "full_copy", "frozen_teacher"]
-# Which network's hidden states are judged; a full copy is a role of its own.
+BackboneKind = Literal["ema", "online_sg", "online_trainable", "full_copy", "frozen_teacher", "image_encoder"]
+# Which network's hidden states are judged; a full copy is a role of its own, and an image encoder a look at pixels.
 BACKBONES: Mapping[str, View | None] = {
     "ema": View("generator", EMA),
     "online_sg": View("generator", constant=True),
     "online_trainable": View("generator"),
     "full_copy": None,
     "frozen_teacher": View("teacher"),
+    "image_encoder": None,
 }
 
 
@@ -198,6 +201,7 @@ class PhaseTwo(JudgedDistillation):
         weights, as constants. "online_trainable": the same, but the generator is also trained as the backbone, and can
         lower its loss by blinding its judge. "full_copy": a second copy of the teacher, trained with the heads by their
         loss (Table 3 "Trained"; one more set of weights and moments). "frozen_teacher": Table 3's "Frozen".
+        "image_encoder": none of these; frames are decoded and shown to a frozen image encoder (`methods.pixels`).
       noise: how clips are noised for the discriminator.
       penalty: Eq. 4; its weight is Eq. 7's 1.
       csds: Eq. 5; its weight is lambda.
@@ -215,6 +219,8 @@ class PhaseTwo(JudgedDistillation):
         check_at_least("PhaseTwo", 0, adversarial_weight=self.adversarial_weight)
         if self.backbone == "ema" and not self.ema:
             raise UserError("PhaseTwo.backbone is 'ema', but ema is 0, which keeps no average; set a decay below 1")
+        if self.sees_pixels:
+            pixels.check_distance("PhaseTwo", self.csds)
         if self.backbone == "online_trainable":
             warnings.warn(
                 "PhaseTwo.backbone is 'online_trainable': the generator can lower its loss by blinding its own judge",
@@ -228,7 +234,8 @@ class PhaseTwo(JudgedDistillation):
             "teacher": Role("pretrained"),
             "heads": Role("fresh", True, part="heads"),
         }
-        return roles | ({"backbone": Role("pretrained", True)} if self.backbone == "full_copy" else {})
+        more = {"full_copy": {"backbone": Role("pretrained", True)}, "image_encoder": pixels.ROLES}
+        return roles | more.get(self.backbone, {})
 
     @property
     def views(self) -> Mapping[str, View]:
@@ -255,7 +262,7 @@ class PhaseTwo(JudgedDistillation):
             metrics = {"adversarial": direct, "fake_logit": logit, **drift(stop_gradient(x0), batch.latents)}
             term, disc_t = None, shown.fake_t
         else:
-            term, metrics, disc_t = self.judged_term(nets, batch, x0, keys.noise)
+            term, metrics, disc_t = self.judged_term(nets, batch, context, x0, keys.noise)
             direct, term = 0.0, term.scaled(self.adversarial_weight)
         loss, more = with_distance(x0, term, self.csds, nets, batch, disc_t, keys.csds)
         return self.adversarial_weight * direct + loss, {**metrics, **more}

@@ -1,12 +1,13 @@
-"""CLIP vision tower (Radford et al. 2021; equal to transformers' `CLIPVisionModel`), read at its penultimate layer.
+"""CLIP vision tower (Radford et al. 2021; equal to transformers' `CLIPVisionModel`), read at its hidden states.
 
-Wan conditions on the hidden states before the last layer, class token first. The last layer and the final norm are
-kept as weights, so that a model directory survives a round trip, and are never run.
+Wan conditions on the hidden states before the last layer, class token first. The last layer is run for a discriminator
+that reads it; the final norm is kept as weights, so that a model directory survives a round trip, and is never run.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,11 @@ from jaxtyping import Array, Float
 
 from vpae_jax.models.stack import scan_layers, stack_layers
 from vpae_jax.types import UserError
+
+# Of the pictures that it was trained on, for values in [0, 1].
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+HiddenStates = Float[Array, "b n e"]
 
 
 def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -135,7 +141,7 @@ class Layer(nnx.Module):
 
 
 class CLIPVision(nnx.Module):
-    """Pixels to penultimate hidden states.
+    """Pixels to hidden states, by default the penultimate ones.
 
     Args:
       config: sizes.
@@ -171,11 +177,23 @@ class CLIPVision(nnx.Module):
         Raises:
           UserError: images of another size.
         """
+        return self.hidden_states(pixels, (self.config.num_hidden_layers - 1,))[0]
+
+    def hidden_states(self, pixels: Float[Array, "b h w 3"], taps: tuple[int, ...]) -> tuple[HiddenStates, ...]:
+        """Hidden states after some layers, class token first: transformers' `hidden_states[tap]`. Pixels and errors
+        as of a call.
+
+        Args:
+          taps: rising numbers of layers, counted from 1; 0 is what the first one is given.
+        """
         side = self.config.image_size
         if pixels.shape[1:3] != (side, side):
             raise UserError(f"CLIP: images are {pixels.shape[1]}x{pixels.shape[2]}, expected {side}x{side}")
-        x = self.pre_layrnorm(self.embeddings(pixels))
-        return scan_layers(self.layers, x, lambda layer, x: layer(x), stop=self.config.num_hidden_layers - 1)
+        states, x = [], self.pre_layrnorm(self.embeddings(pixels))
+        for start, tap in pairwise((0, *taps)):
+            x = scan_layers(self.layers, x, lambda layer, x: layer(x), tap, start)
+            states.append(x)
+        return tuple(states)
 
 
 def _layer_norm(config: CLIPVisionConfig, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike) -> nnx.LayerNorm:

@@ -1,4 +1,4 @@
-"""Discriminator heads: hidden states of a transformer's tapped blocks to logits of a clip, high for real.
+"""Discriminator heads: hidden states of a backbone's tapped blocks to logits of a clip, high for real.
 
 V-PAE's multi-modal cross-attention head (arXiv 2508.21019v2, section 3.3), with APT's head (arXiv 2501.08316), per-tap
 1x1 convolutions (PCM, LADD) and per-tap convolutions over space and time (DMD2-v in arXiv 2601.09881) for comparison.
@@ -107,6 +107,18 @@ class HeadsConfig:
         return len(self.taps) if self.queries == "per_tap" else self.num_queries
 
 
+def even_taps(num_layers: int, count: int = 4) -> tuple[int, ...]:
+    """The last block of each of `count` even runs of blocks, counted from 1, without repetition: 3, 6, 9 and 12 of a
+    vision transformer's 12, as StyleGAN-T taps it (2301.09515).
+
+    Raises:
+      UserError: there are no layers.
+    """
+    if num_layers < 1:
+        raise UserError(f"num_layers is {num_layers}, expected at least 1")
+    return tuple(sorted({-(-num_layers * run // count) for run in range(1, count + 1)}))
+
+
 def default_taps(num_layers: int) -> tuple[int, ...]:
     """Blocks 16, 26 and 36 of APT's 36, scaled to `num_layers` and rounded up; counted from 1, without repetition.
 
@@ -179,6 +191,8 @@ class ModalityMixer(nnx.Module):
         self.pooled = config.condition == "pooled"
 
     def __call__(self, queries: Float[Array, "b q d"], features: Features) -> Float[Array, "b q d"]:
+        if features.text is None or features.text_mask is None:
+            raise UserError("heads: kind is 'ca_mm', but an image encoder reads no prompt; set kind to 'ca' or 'conv'")
         text, visible = features.text.astype(jnp.float32), features.text_mask
         image = None if features.image is None else features.image.astype(jnp.float32)
         if self.pooled:
@@ -218,7 +232,7 @@ class QueryHeads(nnx.Module):
         self.proj_out = Linear(d, 1, kernel_init=nnx.initializers.normal(0.02), **given)
 
     def __call__(self, features: Features) -> Float[Array, "b 1"]:
-        b = features.text.shape[0]
+        b = features.taps[0].shape[0]
         query = self.query[...].astype(jnp.float32)
         queries = jnp.broadcast_to(query, (b, *query.shape))
         if self.mixer is not None:
@@ -292,7 +306,7 @@ KINDS: Mapping[str, Callable[..., nnx.Module]] = {
 
 
 class DiscriminatorHeads(nnx.Module):
-    """Float32 logits of a clip from a transformer's features.
+    """Float32 logits of a clip from a transformer's features, or from an image encoder's.
 
     Args:
       config: kind and sizes.

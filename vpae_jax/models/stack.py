@@ -25,6 +25,7 @@ def scan_layers(
     x: Float[Array, "b n d"],
     apply: Callable[[M, Float[Array, "b n d"]], Float[Array, "b n d"]],
     stop: int | None = None,
+    start: int = 0,
 ) -> Float[Array, "b n d"]:
     """Applies stacked layers in turn.
 
@@ -32,11 +33,12 @@ def scan_layers(
       layers: a module made by `stack_layers`.
       x: the first layer's input.
       apply: what one layer does to the hidden states; it must keep their shape and dtype.
-      stop: number of layers to run; None runs all.
+      stop: number of the layer before which to stop; None runs all.
+      start: number of the first layer to run.
     """
     graph, weights = nnx.split(layers)
-    if stop is not None:
-        weights = jax.tree.map(lambda leaf: leaf[:stop], weights)
+    if stop is not None or start:
+        weights = jax.tree.map(lambda leaf: leaf[start:stop], weights)
 
     def step(states, layer):
         return apply(nnx.merge(graph, layer), states), None

@@ -30,6 +30,7 @@ from vpae_jax.models.wan_vae_blocks import (
     RMSNorm,
     UpBlock,
     Volume,
+    rematerialised,
 )
 from vpae_jax.types import Latents, UserError, Video
 
@@ -150,10 +151,11 @@ class Decoder(nnx.Module):
         self.norm_out = RMSNorm(base * config.dim_mult[0], **kw)
         self.conv_out = CausalConv3d(base * config.dim_mult[0], config.out_channels, (3, 3, 3), **kw)
 
-    def __call__(self, x: Volume, history: History) -> Volume:
-        x = self.mid_block(self.conv_in(x, history), history)
-        for block in self.up_blocks:
-            x = block(x, history)
+    def __call__(self, x: Volume, history: History, remat: bool = False) -> Volume:
+        """With `remat` the backward pass keeps no more of a layer than its input."""
+        x = self.conv_in(x, history)
+        for layer in (self.mid_block, *(layer for block in self.up_blocks for layer in block.layers)):
+            x = rematerialised(layer, x, history) if remat else layer(x, history)
         return self.conv_out(self.norm_out(x, silu=True), history)
 
 
@@ -254,12 +256,46 @@ class WanVAE(nnx.Module):
 
         return _in_chunks(run, latents, 1, self.config.scale_factor_temporal)
 
+    def decode_at(self, latents: Latents, frame: Int[Array, ""]) -> Video:
+        """The first video frame and those of one latent frame, as `decode` makes them; for a judge of frames.
+
+        The decoder is causal: what comes before a latent frame is decoded too, forward alone and a latent frame at a
+        time, for what the convolutions keep of it, and what comes after it is not. The result is differentiable in the
+        first latent frame, by the first video frame, and in the chosen one, by the others; all else is a constant.
+
+        Args:
+          latents: normalised, as of `decode`.
+          frame: number of the latent frame, from 1 to f - 1, not known before the program runs; of clips of one latent
+            frame without effect.
+
+        Returns:
+          1 + `scale_factor_temporal` frames, clipped to [-1, 1]; of clips of one latent frame that one.
+
+        Raises as `decode_raw`.
+        """
+        self._check_channels(latents)
+        z = latents * jnp.asarray(self.config.latents_std) + jnp.asarray(self.config.latents_mean)
+        history = History()
+        first = self._decode(z[:, :1], history, remat=True)
+        if z.shape[1] == 1:
+            return jnp.clip(first, -1.0, 1.0)
+        constant = jax.lax.stop_gradient(z)
+
+        def advance(index: Int[Array, ""], seen: list[Volume]) -> list[Volume]:
+            own = History(seen)
+            self._decode(jax.lax.dynamic_slice_in_dim(constant, index, 1, axis=1), own)
+            return own.seen
+
+        seen = jax.lax.fori_loop(1, frame, advance, jax.lax.stop_gradient(history.seen))
+        last = self._decode(jax.lax.dynamic_slice_in_dim(z, frame, 1, axis=1), History(seen), remat=True)
+        return jnp.clip(jnp.concatenate([first, last], axis=1), -1.0, 1.0)
+
     def _encode(self, x: Volume, history: History) -> Volume:
         return self.quant_conv(self.encoder(x.astype(self.dtype), history), history).astype(jnp.float32)
 
-    def _decode(self, z: Volume, history: History) -> Volume:
+    def _decode(self, z: Volume, history: History, remat: bool = False) -> Volume:
         x = self.post_quant_conv(z.astype(self.dtype), history)
-        return self.decoder(x, history).astype(jnp.float32)
+        return self.decoder(x, history, remat).astype(jnp.float32)
 
     def _check_video(self, video: Video) -> None:
         time, space = self.config.scale_factor_temporal, self.config.scale_factor_spatial

@@ -44,6 +44,21 @@ class History:
         return x
 
 
+def rematerialised(block: nnx.Module, x: Volume, history: History) -> Volume:
+    """`block(x, history)`, of which the backward pass keeps the input alone and computes the rest once more."""
+    graph, weights = nnx.split(block)
+    first = history.first
+
+    def run(weights: Any, x: Volume, frames: list[Volume]) -> tuple[Volume, list[Volume], list[Volume]]:
+        own = History(None if first else frames)
+        made: Any = nnx.merge(graph, weights)
+        return made(x, own), own.seen, own.frames
+
+    x, seen, history.frames = jax.checkpoint(run)(weights, x, history.frames)
+    history.seen += seen
+    return x
+
+
 def conv_frames(
     x: Float[Array, "b t h w c"],
     kernel: Float[Array, "kh kw c cout"],
@@ -246,7 +261,7 @@ class UpBlock(nnx.Module):
         self.resnets = nnx.List([ResidualBlock(cin if i == 0 else cout, cout, **kw) for i in range(num_resnets)])
         self.upsamplers = nnx.List([Upsample(cout, temporal, **kw)] if upsample else [])
 
-    def __call__(self, x: Volume, history: History) -> Volume:
-        for layer in [*self.resnets, *self.upsamplers]:
-            x = layer(x, history)
-        return x
+    @property
+    def layers(self) -> list[Any]:
+        """In the order in which the decoder runs them."""
+        return [*self.resnets, *self.upsamplers]

@@ -26,7 +26,7 @@ PRESETS = ("i2v-14b-720p", "i2v-14b-480p", "t2v-14b-720p", "t2v-14b-480p", "t2v-
 PHASES = ("phase2", "phase1")
 # The configs that the paper compares with, planned for the paper's own preset on these machines alone.
 MATCHING, CONSISTENCY = ("dmd2", "dmd2v", "kd", "magic"), ("lcm", "pcm", "dcm_semantic", "dcm_detail")
-OTHERS = (*MATCHING, *CONSISTENCY, "add", "apt", "aad", "pose1", "pose2")
+OTHERS = (*MATCHING, *CONSISTENCY, "add", "apt", "aad", "pose1", "pose2", "phase2_pixels", "add_pixels")
 MACHINES = ("h100:8", "h200:8", "h20:32")
 TOPOLOGIES = ("h100:8", "h200:8", "h20:32", "h100:32", "v5p:2x2x4", "v6e:8x8", "tpu7x:2x2x4")
 HEAD = "| preset | config | devices | setting | memory of a device | step | MFU |\n|---|---|---|---|---|---|---|\n"

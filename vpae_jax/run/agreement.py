@@ -82,14 +82,16 @@ def started_with(experiment: Experiment) -> Facts:
     }
 
 
-def reads(model: ModelDirectory | None, clips: Mapping[str, Sequence[str]], loras: Sequence[Path] = ()) -> Facts:
-    """What a process reads, wherever that lies: the model's files, digests of the clips by the config's key, and LoRA
-    files."""
-    parts = {} if model is None else {name: _digest_of_files(part.files) for name, part in model.parts.items()}
+def reads(
+    model: ModelDirectory | None, clips: Mapping[str, Sequence[str]], more: Mapping[str, Sequence[Path]] | None = None
+) -> Facts:
+    """What a process reads, wherever that lies: the model's files, digests of the clips by the config's key, and other
+    files by what they are."""
+    stored = {} if model is None else {f"the model's {name}": part.files for name, part in model.parts.items()}
+    files = {**stored, **(more or {})}
     return {
-        **{f"the digest of the model's {name}": digest for name, digest in parts.items()},
+        **{f"the digest of {name}": _digest_of_files(found) for name, found in files.items()},
         **{f"the digest of {key}": " and ".join(found) for key, found in clips.items()},
-        **({"the digest of config.model.lora": _digest_of_files(loras)} if loras else {}),
     }
 
 

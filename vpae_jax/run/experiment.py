@@ -25,9 +25,10 @@ from vpae_jax.inference.samplers import Denoiser
 from vpae_jax.methods import make_method
 from vpae_jax.methods.base import EMA, Method
 from vpae_jax.models import presets
-from vpae_jax.run import export
+from vpae_jax.run import export, image_encoders
 from vpae_jax.run.agreement import reads, require_same, started_with
 from vpae_jax.run.first_weights import (
+    LORA,
     check_loras,
     forget_damaged,
     lora_files,
@@ -44,7 +45,7 @@ from vpae_jax.run.workdir import Lock, claim, require_config
 from vpae_jax.runtime.preemption import Stop, never
 from vpae_jax.runtime.processes import as_first_says, is_first, say, to_host
 from vpae_jax.tasks.base import Feed, Task, TooFew
-from vpae_jax.train.blueprint import draw_up
+from vpae_jax.train.blueprint import PixelParts, draw_up
 from vpae_jax.train.loop import Hook, train
 from vpae_jax.train.newest import latest_step
 from vpae_jax.train.optim import make_optimizer
@@ -91,21 +92,28 @@ def _run(experiment: Experiment, workdir: Path, lock: Lock, devices: Sequence[An
         source = find_model(resolve_model(experiment.model.path, workdir))
     loras = lora_files(experiment.model.lora, workdir)
     check_loras(loras, method, source)
-    clips = partial(tasks.digests, experiment.data, workdir)
-    require_same("what they read", lambda: reads(source, clips(), [file.path for file in loras]))
+    encoder = image_encoders.find(experiment, method, source, workdir)
+    more = {} if encoder is None else {"the image encoder": encoder.files}
+    if loras:
+        more[LORA] = [file.path for file in loras]
+    require_same("what they read", lambda: reads(source, tasks.digests(experiment.data, workdir), more))
     if source is not None:
         pipeline = load_pipeline(source, jnp.dtype(experiment.model.dtype), with_transformer=False)
         transformer = pipeline.transformer.config
     tasks.check(experiment, method, pipeline, workdir)
     continuing = as_first_says("continuing", latest_step(workdir) is not None)
-    blueprint = draw_up(experiment, method, mesh, transformer)
+    looked_by = None
+    if encoder is not None and pipeline is not None:
+        looked_by = PixelParts(pipeline.vae.config, encoder.config)
+    blueprint = draw_up(experiment, method, mesh, transformer, looked_by)
     optimizers = {role: make_optimizer(experiment.optimizers[role]) for role in blueprint.trained}
     # A run that continues has its trained weights in its checkpoint; so the phase before may be gone by then, unless a
     # frozen role starts from it.
     needed = [name for name in method.roles if name in blueprint.frozen or not continuing]
     begun = as_first_says("start", remembered(workdir)) if continuing else None
     known = begun is not None
-    weights, first_step = make_weights(blueprint, experiment, workdir, source, needed, begun)
+    readers = {} if encoder is None else {image_encoders.PART: encoder.read}
+    weights, first_step = make_weights(blueprint, experiment, workdir, source, needed, begun, readers)
     frozen = {name: weights.pop(name) for name in blueprint.frozen}
     begun = first_step if begun is None else begun
     if begun is not None and not continuing:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
+import numpy as np
 
 from vpae_jax import sharding
 from vpae_jax.config import Experiment
@@ -25,9 +27,12 @@ from vpae_jax.weights.directory import ModelDirectory
 from vpae_jax.weights.loading import read_part
 from vpae_jax.weights.locate import locate
 from vpae_jax.weights.merging import LoraFile, Merging, open_merging, parse_lora, told
+from vpae_jax.weights.stream import Placement
 
 START = "start.json"
 LORA = "config.model.lora"
+# Reads weights, given their dtype and where each lies.
+Reader = Callable[[np.dtype, Placement], Params]
 
 
 def remember(workdir: Path, step: int | None) -> None:
@@ -72,7 +77,9 @@ def check_loras(loras: Sequence[LoraFile], method: Method, source: ModelDirector
             raise UserError(f"{LORA}: {file.path}: no such file; expected LoRA files, as FILE or FILE:STRENGTH")
     if not loras:
         return
-    if source is None or not any(role.start == "pretrained" for role in method.roles.values()):
+    if source is None or not any(
+        role.start == "pretrained" and role.part == "transformer" for role in method.roles.values()
+    ):
         raise UserError(f"{LORA} is {told(loras)}, but no role starts from the model directory; leave it out")
     if source.boundary is not None:
         raise UserError(
@@ -88,6 +95,7 @@ def make_weights(
     source: ModelDirectory | None,
     names: Iterable[str],
     step: int | None = None,
+    readers: Mapping[str, Reader] = MappingProxyType({}),
 ) -> tuple[dict[str, Params], int | None]:
     """First weights of some roles, read or drawn straight into their places.
 
@@ -96,6 +104,7 @@ def make_weights(
       names: which roles.
       step: of the phase before; by default that of its newest whole checkpoint. A run that continues names the one
         that it has started from, since roles that are frozen are read again.
+      readers: of pretrained parts that are not the model directory's own, by part.
 
     Returns:
       the weights by role, and the step of the phase before that they start from (None when they do not).
@@ -120,9 +129,10 @@ def make_weights(
         elif role.start == "pretrained":
             if source is None:
                 raise UserError(f"role {name} starts from a model directory; set config.model.path")
-            if loras and merge is None:
+            if loras and merge is None and role.part == "transformer":
                 merge = _open_loras(loras, source)
-            result[name] = read_pretrained(source, like[name], merge)
+            read = readers.get(role.part, partial(read_pretrained, source, role.part, merge))
+            result[name] = read(*_places(like[name]))
         else:
             index = list(blueprint.models.roles).index(name)
             key = jax.random.fold_in(jax.random.key(experiment.seed), 1000 + index)
@@ -130,12 +140,17 @@ def make_weights(
     return result, start
 
 
-def read_pretrained(source: ModelDirectory, like: Params, merge: Merging | None = None) -> Params:
-    """A model directory's transformer, in the dtype and the places of `like`; with LoRA files merged before it is
-    rounded to that dtype."""
+def read_pretrained(
+    source: ModelDirectory, part: str, merge: Merging | None, dtype: np.dtype, place: Placement
+) -> Params:
+    """A part of a model directory; LoRA files are merged into its transformer before that is rounded to `dtype`."""
+    return read_part(source, part, dtype, place, merge if part == "transformer" else None)[1]
+
+
+def _places(like: Params) -> tuple[np.dtype, Placement]:
+    """The dtype of weights, and where each lies."""
     leaves = {sharding.param_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(like)}
-    dtype = next(iter(leaves.values())).dtype
-    return read_part(source, "transformer", dtype, lambda path, _: leaves[path].sharding, merge)[1]
+    return next(iter(leaves.values())).dtype, lambda path, _: leaves[path].sharding
 
 
 def _open_loras(loras: Sequence[LoraFile], source: ModelDirectory) -> Merging:

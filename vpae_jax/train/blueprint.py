@@ -21,8 +21,9 @@ from vpae_jax.models import presets
 from vpae_jax.models.heads import DiscriminatorHeads, HeadsConfig
 from vpae_jax.models.lora import LoRASpec
 from vpae_jax.models.pair_encoder import PairEncoder
+from vpae_jax.models.pixels import PixelCLIPConfig, PixelEncoderConfig, Preprocessing
 from vpae_jax.models.wan_dit import WanTransformer, WanTransformerConfig
-from vpae_jax.models.wan_vae import WanVAE
+from vpae_jax.models.wan_vae import WanVAE, WanVAEConfig
 from vpae_jax.train.roles import RoleModels, split, split_lora
 from vpae_jax.types import Params, PRNGKey, UserError
 
@@ -49,19 +50,43 @@ class Blueprint:
         return {**self.trained, **self.frozen}
 
 
-def draw_up(experiment: Experiment, method: Method, mesh: Mesh, transformer: WanTransformerConfig) -> Blueprint:
+@dataclass(frozen=True)
+class PixelParts:
+    """Sizes of what a discriminator on pixels looks by: the autoencoder, whose decoder makes frames, and the encoder
+    that reads them."""
+
+    vae: WanVAEConfig
+    image_encoder: PixelEncoderConfig
+
+    @classmethod
+    def of(cls, preset: presets.Preset) -> PixelParts:
+        """Those of a preset. A text-to-video model's has no image encoder, and takes Wan's image-to-video models'."""
+        clip = preset.image_encoder or presets.CLIP_VIT_H
+        side = clip.image_size
+        return cls(preset.vae, PixelCLIPConfig(clip, Preprocessing(side, (side, side))))
+
+
+def draw_up(
+    experiment: Experiment,
+    method: Method,
+    mesh: Mesh,
+    transformer: WanTransformerConfig,
+    looked_by: PixelParts | None = None,
+) -> Blueprint:
     """Draws up the roles of a run on a mesh, whose devices need not be there.
 
     Args:
       transformer: sizes of the roles that are transformers.
+      looked_by: sizes for a method whose discriminator looks at pixels; by default the preset's.
 
     Raises:
       UserError: settings that do not fit each other, or weights that the mesh does not divide.
     """
     roles = method.roles
+    looked_by = looked_by or PixelParts.of(presets.find(experiment.model.preset))
     graphs, trained, frozen, makers = {}, {}, {}, {}
     for name, role in roles.items():
-        make = partial(_network, experiment, name, role, transformer, mesh)
+        make = partial(_network, experiment, method, name, transformer, looked_by, mesh)
         graphs[name], shapes = _split(nnx.eval_shape(lambda make=make: make(jax.random.key(0))), role)
         dtype = jnp.dtype(jnp.float32 if role.trains else experiment.model.frozen_dtype)
         places = sharding.param_shardings(shapes, sharding.RULES[role.part], mesh)
@@ -71,19 +96,29 @@ def draw_up(experiment: Experiment, method: Method, mesh: Mesh, transformer: Wan
 
 
 def _network(
-    experiment: Experiment, name: str, role: Role, transformer: WanTransformerConfig, mesh: Mesh, key: PRNGKey
+    experiment: Experiment,
+    method: Method,
+    name: str,
+    transformer: WanTransformerConfig,
+    looked_by: PixelParts,
+    mesh: Mesh,
+    key: PRNGKey,
 ) -> nnx.Module:
     """A role's model with random weights."""
-    rngs, model = nnx.Rngs(key), experiment.model
+    rngs, model, role = nnx.Rngs(key), experiment.model, method.roles[name]
     dtype = jnp.dtype(model.dtype)
     if role.part == "transformer":
         lora = None if role.adapters is None else _lora(role.adapters)
         return WanTransformer(transformer, rngs=rngs, dtype=dtype, remat=model.remat, lora=lora, mesh=mesh)
     if role.part == "heads":
-        return DiscriminatorHeads(_heads(experiment, name, transformer), rngs=rngs, dtype=dtype, mesh=mesh)
+        pixels = any(other.part == "image_encoder" for other in method.roles.values())
+        encoder = looked_by.image_encoder if pixels else None
+        return DiscriminatorHeads(_heads(experiment, name, transformer, encoder), rngs=rngs, dtype=dtype, mesh=mesh)
+    if role.part == "image_encoder":
+        return looked_by.image_encoder.make(rngs, dtype)
     preset = presets.find(model.preset)
     if role.part == "vae":
-        return WanVAE(preset.vae, rngs=rngs, dtype=dtype)
+        return WanVAE(preset.vae if role.trains else looked_by.vae, rngs=rngs, dtype=dtype)
     if preset.image_encoder is None:
         raise UserError(f"preset {model.preset!r} has no image encoder to train; choose another")
     return PairEncoder(preset.text_encoder, preset.image_encoder, rngs=rngs)
@@ -111,16 +146,25 @@ def _fresh(
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
-def _heads(experiment: Experiment, name: str, config: WanTransformerConfig) -> HeadsConfig:
-    """Sizes of the discriminator heads of a role. Raises `UserError` for heads that do not fit the transformer."""
+def _heads(
+    experiment: Experiment, name: str, transformer: WanTransformerConfig, encoder: PixelEncoderConfig | None
+) -> HeadsConfig:
+    """Sizes of the discriminator heads of a role. Raises `UserError` for heads that do not fit what they read: the
+    image encoder if there is one, else the transformer."""
     where = f"config.networks.{name}"
     if name not in experiment.networks:
         raise UserError(f"{where}: missing; the method trains discriminator heads of this name")
     heads = build(HeadsConfig, experiment.networks[name], where)
-    if heads.width != config.width:
-        raise UserError(f"{where}.width is {heads.width}, but the transformer's is {config.width}")
-    if heads.taps[-1] > config.num_layers:
-        raise UserError(f"{where}.taps are {heads.taps}, but the transformer has {config.num_layers} blocks")
+    if encoder is None:
+        read, width, depth = "transformer", transformer.width, transformer.num_layers
+    else:
+        read, width, depth = "image encoder", encoder.width, encoder.depth
+    if heads.width != width:
+        raise UserError(f"{where}.width is {heads.width}, but the {read}'s is {width}")
+    if heads.taps[-1] > depth:
+        raise UserError(f"{where}.taps are {heads.taps}, but the {read} has {depth} blocks")
+    if encoder is not None and heads.kind == "ca_mm":
+        raise UserError(f"{where}.kind is 'ca_mm', but the image encoder reads no prompt; set it to 'ca' or 'conv'")
     return heads
 
 

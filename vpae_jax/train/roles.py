@@ -83,6 +83,7 @@ NETWORKS: Mapping[str, Callable[..., Any]] = {
     "heads": HeadsNetwork,
     "vae": ModelNetwork,
     "encoders": ModelNetwork,
+    "image_encoder": ModelNetwork,
 }
 
 

@@ -15,12 +15,11 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from vpae_jax.config import build
+from vpae_jax.models.clip import CLIP_MEAN, CLIP_STD
 from vpae_jax.types import UserError
 from vpae_jax.weights.filenames import read_json
 from vpae_jax.weights.safetensors_file import quote
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGE_PROCESSOR_FILE = "preprocessor_config.json"
 MAX_SIDE, MAX_PIXELS = 4096, 2**26  # far beyond any encoder's, and of a resized picture
 

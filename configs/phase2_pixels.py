@@ -1,0 +1,20 @@
+"""V-PAE's phase two with a discriminator on pixels: ADD's choice (2311.17042) in the place of the generator's average.
+
+    python -m vpae_jax.main --config=configs/phase2_pixels.py --workdir=runs/tiny/phase2_pixels      # tiny, CPU
+    python -m vpae_jax.main --config=configs/phase2_pixels.py:i2v-14b-720p --workdir=... --config.model.path=... \\
+        --config.data.records=...
+
+Starts from phase one's checkpoint, by default in the folder `phase1` beside this run's workdir. A few frames of every
+clip are decoded and read by the model directory's own image encoder; a text-to-video model names another directory that
+has one (--config.model.image_encoder=...). Clips are judged as they are. The heads attend to four depths of the encoder
+("ca"; it reads no prompt). All else is `configs/phase2.py`'s.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import phase2
+from configs.common import look_at_pixels
+
+
+def get_config(preset: str = "tiny") -> ConfigDict:
+    return look_at_pixels(phase2.get_config(preset))
