@@ -243,10 +243,12 @@ class Record:
     Attributes:
       calls: in their order.
       values: the loss of each clip.
+      metrics: what it reports.
     """
 
     calls: list = field(default_factory=list)
     values: np.ndarray | None = None
+    metrics: dict = field(default_factory=dict)
 
     @property
     def order(self):
@@ -267,7 +269,9 @@ def record(method, loss, batch=None, key=KEY, step=0, weights=None):
         return Recorder(name, net, batch, found.calls)
 
     nets = {name: recorded(name, net) for name, net in nets_of(method, weights).items()}
-    found.values = np.asarray(loss(nets, batch, context(step, key))[0])
+    values, *reported = loss(nets, batch, context(step, key))
+    found.values = np.asarray(values)
+    found.metrics = {name: number(value) for metrics in reported for name, value in metrics.items()}
     return found
 
 

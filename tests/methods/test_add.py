@@ -224,6 +224,16 @@ def test_times_are_drawn_as_likely_as_said(inputs, step, expected):
     np.testing.assert_allclose(shares, expected, atol=5 * 0.5 / drawn.size**0.5)
 
 
+@pytest.mark.parametrize("step", [0, LATE])
+def test_a_time_of_no_chance_is_not_drawn_at_the_ends_of_the_generators_range_either(step):
+    """A number in [0, 1) is never 1, but may be 0; chances that are summed up may fall short of 1 by rounding."""
+    for steps in range(2, 12):
+        method = replace(METHOD, steps=steps)
+        possible = np.flatnonzero(method.chances(jnp.int32(step)))
+        for u, index in ((0.0, possible[0]), (1 - 2**-24, possible[-1])):
+            assert method._chosen(jnp.float32(u), context(step)) == index
+
+
 # Known distributions and judges.
 
 

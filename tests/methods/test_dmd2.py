@@ -174,6 +174,8 @@ def test_alternatives_of_the_fake_scores_loss():
         ("teacher", "features", "own"),
         ("teacher", "features", "own"),
     ]
+    judged = calls(replace(ONE, disc_backbone="teacher"), "generator_loss")
+    assert judged.order[-1] == ("teacher", "features", "own"), "the generator is judged as the heads are trained"
     np.testing.assert_array_equal(frozen.calls[1].x, frozen.calls[2].x)
     np.testing.assert_array_equal(frozen.calls[3].x, one.calls[2].x)
     clean = calls(replace(ONE, fake_loss="x0", adversarial_weight=0.0, disc_weight=0.0), "fake_score_loss")
@@ -210,6 +212,16 @@ def test_one_step_starts_from_pure_noise(inputs):
 def test_pictures_are_withheld_from_all_networks_alike():
     pictures = {call.picture for call in calls(replace(METHOD, image_dropout=1.0), "generator_loss").calls}
     assert pictures == {(False,) * B}
+
+
+def test_reported_gradients():
+    """Norms of the weighted terms' gradients, values of the unweighted ones; the ratio is that of the norms."""
+    one, more = (
+        evaluate(method, method.generator_loss)[1] for method in (ONE, replace(ONE, adversarial_weight=3 * 0.7))
+    )
+    for name, factor in (("adv_grad", 3), ("adv_dmd_ratio", 3), ("dmd_grad", 1), ("adversarial", 1)):
+        assert more[name] == pytest.approx(factor * one[name], rel=1e-4)
+    assert one["adv_dmd_ratio"] == pytest.approx(one["adv_grad"] / one["dmd_grad"], rel=1e-4)
 
 
 # The simulation.

@@ -8,7 +8,7 @@ from networks import BATCH, B, nets_of, weights_of
 
 from vpae_jax.flow import draws
 from vpae_jax.methods import METHODS
-from vpae_jax.methods.adversarial import DiscriminatorNoise
+from vpae_jax.methods.adversarial import DifferencePenalty, DiscriminatorNoise
 from vpae_jax.methods.base import Context
 from vpae_jax.types import Batch
 
@@ -18,6 +18,7 @@ VARIANTS = {
     "pure noise": {"input": "pure_noise"},
     "the figure's noise": {"noise": DiscriminatorNoise(kind="fig_literal")},
     "a relative loss": {"adversarial": "rpgan"},
+    "a penalty": {"penalty": DifferencePenalty(1.0, "both", 0.1, 0.1)},
 }
 CASES = [
     pytest.param(cls, options, number, id=f"{name}, {variant}, update {number}")

@@ -141,6 +141,14 @@ def test_the_fake_score_and_the_heads():
     np.testing.assert_allclose(found.values, error + told_apart, rtol=1e-4)
 
 
+def test_reported_gradients():
+    """Norms of the weighted terms' gradients, and values of the unweighted terms."""
+    changed = replace(ONE, truth_weight=2 * ONE.truth_weight, adversarial_weight=3 * ONE.adversarial_weight)
+    one, more = (evaluate(method, method.generator_loss)[1] for method in (ONE, changed))
+    for name, factor in (("truth_grad", 2), ("adv_grad", 3), ("dmd_grad", 1), ("truth", 1), ("adversarial", 1)):
+        assert more[name] == pytest.approx(factor * one[name], rel=1e-4)
+
+
 def test_the_two_halves_share_no_gradient():
     """The adapters learn what they would learn without heads, and the heads without adapters."""
     weights = weights_of(METHOD)

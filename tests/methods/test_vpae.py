@@ -334,6 +334,8 @@ def test_reported_gradients():
     more = evaluate(scaled, scaled.generator_loss)[1]
     assert more["adv_grad"] == pytest.approx(3 * metrics["adv_grad"], rel=1e-4)
     assert more["csds_grad"] == pytest.approx(0.5 * metrics["csds_grad"], rel=1e-4)
+    for name in ("adversarial", "csds"):
+        assert more[name] == pytest.approx(metrics[name], rel=1e-4), "values are those of the unweighted terms"
     without = replace(method, csds=ScoreDistillation(weight=0.0))
     alone = evaluate(without, without.generator_loss)[1]
     assert "csds_grad" not in alone and "adv_csds_ratio" not in alone

@@ -174,6 +174,20 @@ def test_two_experts_make_the_same_frames_in_diffusers(t2v, tmp_path, monkeypatc
         assert np.abs(compare(alone, monkeypatch, sampler) - frames).max() > 8
 
 
+def test_two_experts_of_adapters_are_written_merged_and_leave_no_file_of_adapters(t2v, tmp_path):
+    """A file beside two transformers would not say of which one it is."""
+    high, low = adapted(t2v), adapted(t2v, alpha=-3.0)
+    folder = write_student(tmp_path, find_model(t2v), high, Sampler.even(4, 3.0), low=low, boundary=0.7)
+    assert not (folder / LORA_FILE).exists() and LORA_FILE not in (folder / "README.md").read_text()
+    path, layer = "blocks/attn1/to_q", 1
+    for part, trained in (("transformer", high), ("transformer_2", low)):
+        kernel = read_part(folder, part, None)[1]["blocks"]["attn1"]["to_q"]["kernel"][layer]
+        expected = (
+            trained.params["blocks"]["attn1"]["to_q"]["kernel"][layer] + trained.lora.adapters[path, layer].product()
+        )
+        np.testing.assert_allclose(kernel, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_two_image_to_video_experts_do(i2v, tmp_path, monkeypatch):
     sampler = Sampler.even(4, 3.0)
     folder = write_student(tmp_path, find_model(i2v), changed(i2v, 1.1), sampler, low=changed(i2v, 0.9), boundary=0.7)

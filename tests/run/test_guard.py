@@ -1,5 +1,6 @@
 """What the guard decides, and previews show, on a task and a network that are plain arithmetic."""
 
+import dataclasses
 import json
 import re
 import types
@@ -178,6 +179,32 @@ def test_scores_outlive_a_kill_but_not_another_number_of_clips(tmp_path):
     assert guard(tmp_path, clips=5).read()["scores"] == {}
 
 
+def test_a_run_at_its_first_step_forgets_what_an_earlier_one_left(tmp_path):
+    made = guard(tmp_path)
+    made.begin(7)
+    made.decide(40, denoiser(1.2), lambda: denoiser(3.0))
+    again = guard(tmp_path)
+    again.begin(9)
+    assert again.read() == read(tmp_path) and again.read()["scores"] == {} and again.read()["previous_step"] == 9
+    assert "kept" not in read(tmp_path)
+
+
+def test_scores_that_are_not_finite_are_left_out_of_the_file(tmp_path):
+    class Sharp(Far):
+        def scores(self, held_out, made):
+            return {**super().scores(held_out, made), "t2v/mean": np.inf, "i2v/mean": np.nan}
+
+    made = Guard(Sharp(), Arithmetic(), tmp_path, GuardConfig(clips=6), Sampler())
+    made.begin(None)
+    assert set(made.score(0, denoiser(1.0))) == {"held_out/t2v/distance", "held_out/i2v/distance"}
+
+    def refused(name):
+        raise AssertionError(f"{name} is no number of JSON's")
+
+    found = json.loads((tmp_path / "guard.json").read_text(), parse_constant=refused)
+    assert set(found["scores"]["0"]) == {"t2v/distance", "i2v/distance"}
+
+
 @pytest.mark.parametrize(
     "damage", [b"", b'{"task": "far"', b'{"ta\xffsk": 1}', b"\0" * 100, b"[]", b"{}", b'{"scores": 7}']
 )
@@ -261,6 +288,33 @@ def test_clips_do_not_depend_on_how_many_are_made_at_once():
     assert np.array_equal(one[0], one[9]), "the same noise in both modes"
     assert not np.array_equal(one[0], one[7]), "and other noise the second time"
     assert scores_of(Far(), held_out, whole.batches(denoiser(np.nan), Sampler())) == {}
+    for spoilt in range(5):  # whichever of the batches it is
+        made = list(parts.batches(denoiser(1.0), Sampler()))
+        made[spoilt] = dataclasses.replace(made[spoilt], latents=np.full_like(made[spoilt].latents, np.nan))
+        assert scores_of(Far(), held_out, made) == {}
+
+
+def test_guidance_moves_away_from_the_negative_prompt_with_the_same_picture():
+    seen = []
+
+    class Noted(Arithmetic):
+        def sample(self, noise, condition, unconditional=None, sampler=None, key=None, denoiser=None):
+            seen.append((condition, unconditional))
+            return super().sample(noise, condition, unconditional, sampler, key, denoiser)
+
+    asked = Far().held_out(None, "guard", 2)
+    rng, rows = np.random.default_rng(0), len(asked)
+    text, mask = rng.normal(size=(rows, 3, 2)).astype(np.float32), np.arange(3) < rng.integers(1, 3, (rows, 1))
+    pictures = rng.normal(size=(rows, 4, 2)).astype(np.float32), rng.normal(size=(rows, *SHAPE)).astype(np.float32)
+    null = np.full((1, 3, 2), 0.5, np.float32), np.ones((1, 3), bool)
+    asked = dataclasses.replace(asked, condition=Condition(text, mask, *pictures), null_text=null[0], null_mask=null[1])
+    Generation(Noted(), asked)(denoiser(1.0), Sampler(guidance=2.0))
+    ((own, other),) = seen
+    assert not np.array_equal(own.text_mask, other.text_mask)
+    for name, expected in (("text", null[0]), ("text_mask", null[1])):
+        np.testing.assert_array_equal(getattr(other, name), np.broadcast_to(expected, getattr(own, name).shape))
+    for name in ("image", "frames"):
+        np.testing.assert_array_equal(getattr(other, name), getattr(own, name))
 
 
 def test_previews_show_held_out_clips_and_each_network(tmp_path):

@@ -6,12 +6,13 @@ from scipy.ndimage import gaussian_filter
 
 from vpae_jax.config import DataConfig
 from vpae_jax.inference.pipeline import load_pipeline
-from vpae_jax.tasks.base import Measures, TooFew, joined, rows_of
+from vpae_jax.tasks.base import Feed, Measures, TooFew, joined, rows_of
 from vpae_jax.tasks.digits import measures, scores
+from vpae_jax.tasks.digits import task as digit_task
 from vpae_jax.tasks.digits.clips import MovingDigits
 from vpae_jax.tasks.digits.scores import DigitClassifier
 from vpae_jax.tasks.digits.task import AGAIN, Digits
-from vpae_jax.types import UserError
+from vpae_jax.types import PixelBatch, UserError
 
 COUNT = 160
 
@@ -143,6 +144,8 @@ def test_both_modes_ask_for_the_same_clips_from_the_same_noise(held_out):
     assert held_out.seeds[first.rows] == held_out.seeds[second.rows]
     assert held_out.captions[first.again] == held_out.captions[: AGAIN["evaluation"]]
     assert not set(held_out.seeds[first.again]) & set(held_out.seeds[first.rows])
+    shown = np.concatenate([held_out.clips[part.name] for part in held_out.parts])
+    np.testing.assert_array_equal(shown, held_out.real["clips"][held_out.shown])
     given = held_out.condition
     assert not given.image[first.rows].any() and not given.frames[first.again].any()
     assert given.image[second.rows].any((1, 2)).all() and given.frames[second.again].any((1, 2, 3, 4)).all()
@@ -162,6 +165,29 @@ def test_guard_previews_and_evaluation_have_clips_of_their_own(task, pipeline, h
 
     assert not first(guard.real) & first(held_out.real)
     assert not first(guard.real) & first(guard.others) and not first(held_out.real) & first(held_out.others)
+
+
+def test_no_purpose_draws_from_the_digits_that_are_trained_on(task, pipeline, monkeypatch):
+    """Nor the evaluation from those that the guard has judged by, or that the classifier knows."""
+    drawn, feed = {}, Feed(batch_size=4, seed=0, workers=0, rows=None, max_bad=0.0)
+
+    def noted(purpose):
+        def make(split, *args, **kwargs):
+            drawn.setdefault(purpose, set()).add(split)
+            return MovingDigits(split, *args, **kwargs)
+
+        return make
+
+    for purpose in ("preview", "guard", "evaluation"):
+        monkeypatch.setattr(digit_task, "MovingDigits", noted(purpose))
+        task.held_out(pipeline, purpose, 16)
+    monkeypatch.setattr(digit_task, "MovingDigits", noted("training"))
+    task.batches(PixelBatch, None, feed).close()
+    monkeypatch.setattr(scores, "MovingDigits", noted("classifier"))
+    DigitClassifier(clips=100)
+    assert all(len(splits) == 1 for splits in drawn.values())
+    assert not drawn["training"] & (drawn["preview"] | drawn["guard"] | drawn["evaluation"] | drawn["classifier"])
+    assert not drawn["evaluation"] & (drawn["guard"] | drawn["classifier"])
 
 
 def test_bad_input(task, pipeline, held_out):

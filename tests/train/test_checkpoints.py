@@ -180,6 +180,17 @@ def test_a_damaged_newest_checkpoint_is_put_aside_and_the_whole_one_taken(damage
     assert not is_folder or files_of(workdir / FOLDER / f"damaged-{NEW}") == left, "nothing of it is lost"
 
 
+def test_steps_are_numbers_and_not_words(workdir):
+    """10 comes after 9, for who reads and for what is removed."""
+    for step, later in ((OLD, 9), (NEW, 10)):
+        (workdir / FOLDER / str(step)).rename(workdir / FOLDER / str(later))
+    assert steps_in(workdir / FOLDER) == [9, 10] and whole_step(workdir) == latest_step(workdir) == 10
+    with Checkpoints(workdir) as checkpoints:
+        assert checkpoints.newest() == 10
+        checkpoints.save(state_at(11), Position())
+    assert steps_in(workdir / FOLDER) == [10, 11]
+
+
 def test_a_run_that_went_back_saves_the_same_step_again(workdir):
     DAMAGES["emptied"](largest(workdir / FOLDER / str(NEW), FILES["values"]))
     for again in range(2):

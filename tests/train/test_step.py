@@ -19,7 +19,7 @@ from vpae_jax.config import Experiment, OptimizerConfig
 from vpae_jax.data.loader import Batches
 from vpae_jax.data.order import ClipStream, Order
 from vpae_jax.flow import draws
-from vpae_jax.methods.base import Average, Method, Role, Update, all_views
+from vpae_jax.methods.base import Average, Method, Role, Update, View, all_views
 from vpae_jax.methods.common import Ratio, drift
 from vpae_jax.train import checksums
 from vpae_jax.train.checkpoint import read_state
@@ -176,6 +176,61 @@ def test_one_update_trains_several_roles_by_one_loss():
     assert float(metrics["leader/update_norm"]) == pytest.approx(0.2)
     assert float(metrics["follower/update_norm"]) == pytest.approx(0.4)
     assert float(state.averages["leader_ema"]["slope"]) == pytest.approx(0.9 + 0.1 * 1.2)
+
+
+def test_each_role_has_moments_of_its_own():
+    """Heavy-ball momentum of two sizes, on gradients that differ in sign: m <- d m + g, a <- a - r m."""
+    method, models, _, state, frozen = parts()
+    rates, decays = {"leader": 0.1, "follower": 0.2}, {"leader": 0.9, "follower": 0.5}
+    optimizers = {role: optax.sgd(rate, momentum=decays[role]) for role, rate in rates.items()}
+    state = dataclasses.replace(state, opt={role: optimizers[role].init(state.params[role]) for role in rates})
+    run = make_update(Update(("leader", "follower"), method.meet), 0, models, optimizers)
+    expected, moments = slopes(state), dict.fromkeys(rates, 0.0)
+    for _ in range(3):
+        state, _ = run(state, frozen, jnp.ones(2), jnp.int32(0))
+        gap = 2 * (expected["leader"] - expected["follower"])
+        for role, gradient in (("leader", gap), ("follower", -gap)):
+            moments[role] = decays[role] * moments[role] + gradient
+            expected[role] -= rates[role] * moments[role]
+        assert slopes(state) == {role: pytest.approx(slope, rel=1e-5) for role, slope in expected.items()}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_constant_view_of_what_is_trained_is_not_differentiated(accumulation):
+    """d/da (a - sg(3 a))^2 = 2 (a - 3 a) = -4 a; with the view differentiated it would be 8 a."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Still(Follow):
+        @property
+        def views(self):
+            return {"still": View("follower", constant=True)}
+
+    def loss(nets, batch, context):
+        return (nets["follower"](batch) - 3 * nets["still"](batch)) ** 2, {}
+
+    _, models, _, state, frozen = parts()
+    models = dataclasses.replace(models, views=all_views(Still()))
+    sgd = optax.sgd(RATE)
+    state = dataclasses.replace(state, opt={**state.opt, "follower": sgd.init(state.params["follower"])})
+    update = make_update(Update(("follower",), loss), 0, models, {"follower": sgd}, accumulation)
+    state, _ = update(state, frozen, jnp.ones(2), jnp.int32(0))
+    assert slopes(state)["follower"] == pytest.approx(2.0 + RATE * 4 * 2.0)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_records_are_computed_with_in_float32(accumulation):
+    """Whatever they are stored in; whole numbers stay what they are."""
+    _, models, optimizers, state, frozen = parts()
+    seen = []
+
+    def loss(nets, batch, context):
+        seen.append({name: array.dtype for name, array in batch.items()})
+        return nets["follower"](batch["clips"]) ** 2, {}
+
+    update = make_update(Update(("follower",), loss), 0, models, optimizers, accumulation)
+    batch = {"clips": jnp.ones(4, jnp.bfloat16), "seeds": jnp.ones(4, jnp.uint32), "mask": jnp.ones(4, bool)}
+    update(state, frozen, batch, jnp.int32(0))
+    assert seen and all(found == {"clips": jnp.float32, "seeds": jnp.uint32, "mask": bool} for found in seen)
 
 
 def test_a_role_may_follow_the_one_that_is_trained():
