@@ -161,10 +161,10 @@ def _open_loras(loras: Sequence[LoraFile], source: ModelDirectory) -> Merging:
 
 
 def compare_loras(experiment: Experiment, workdir: Path, roles: Mapping[str, Role]) -> None:
-    """Whether the phase before had the same LoRA files merged into its model.
+    """Compares the LoRA files of a run with those of the phase before; a difference is a `Note`.
 
     Raises:
-      UserError: it had others, and adapters that were trained on its teacher would come to sit on another one.
+      UserError: they differ, and adapters that were trained on one teacher would come to sit on another.
     """
     folder = resolve(experiment.previous.workdir, workdir)
     before = read_object(folder / CONFIG_FILE)
