@@ -95,7 +95,7 @@ class ADD(FewStepDistillation, JudgedDistillation):
             "teacher": Role("pretrained"),
             "heads": Role("fresh", True, part="heads"),
         }
-        return roles | (pixels.ROLES if self.backbone == "image_encoder" else {})
+        return {**roles, **(pixels.ROLES if self.backbone == "image_encoder" else {})}
 
     @property
     def views(self) -> Mapping[str, View]:

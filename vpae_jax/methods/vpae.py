@@ -235,7 +235,7 @@ class PhaseTwo(JudgedDistillation):
             "heads": Role("fresh", True, part="heads"),
         }
         more = {"full_copy": {"backbone": Role("pretrained", True)}, "image_encoder": pixels.ROLES}
-        return roles | more.get(self.backbone, {})
+        return {**roles, **more.get(self.backbone, {})}
 
     @property
     def views(self) -> Mapping[str, View]:
