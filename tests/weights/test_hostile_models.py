@@ -97,6 +97,7 @@ def test_sizes_beyond_any_model(theirs, tmp_path, part, changes, message, layout
         ({"width": 0}, "width is 0, expected at least 1"),
         ({"fps": 1e308}, "fps is 1e+308, expected a number from 0.01 to 1000"),
         ({"fps": -1.0}, "fps is -1.0, expected a number from 0.01 to 1000"),
+        ({"negative_prompt": "word " * 10**5}, "negative_prompt has 500000 characters, expected at most 10000"),
         ({"fps": 1e-9}, "fps is 1e-09, expected a number from 0.01 to 1000"),
     ],
 )

@@ -72,6 +72,7 @@ _REQUIRED: Mapping[Solver, Mapping[str, Any]] = {
 # A key that the file leaves out has Diffusers' default, which is the required value for all but these.
 _ABSENT: Mapping[str, Any] = {"prediction_type": "epsilon", "use_flow_sigmas": False}
 MIN_FPS, MAX_FPS = 0.01, 1000.0
+MAX_PROMPT = 10_000  # characters; cleaning a text of megabytes takes minutes
 MAX_PIXELS = 2**30  # of a clip; 81 frames of 720x1280 are a fourteenth
 # Keys of `vpae_jax.json` that are no defaults: what other layouts have no place for.
 _ELSEWHERE = ("scheduler", "parts", "boundary")
@@ -191,7 +192,7 @@ class Defaults:
       negative_prompt: of a guided call that gives none.
 
     Raises:
-      UserError: a size below 1, or a clip of more than `MAX_PIXELS`.
+      UserError: a size below 1, a clip of more than `MAX_PIXELS`, a rate or a prompt that nobody means.
     """
 
     num_frames: int = 81
@@ -207,6 +208,9 @@ class Defaults:
         check_pixels(self.num_frames, self.height, self.width)
         if not MIN_FPS <= self.fps <= MAX_FPS:
             raise UserError(f"fps is {self.fps}, expected a number from {MIN_FPS:g} to {MAX_FPS:g}")
+        if len(self.negative_prompt) > MAX_PROMPT:
+            count = len(self.negative_prompt)
+            raise UserError(f"negative_prompt has {count} characters, expected at most {MAX_PROMPT}")
 
 
 def check_pixels(num_frames: int, height: int, width: int) -> None:
