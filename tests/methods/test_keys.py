@@ -1,4 +1,5 @@
-"""No random key serves two draws of a loss: in every registered method that trains on clips, whatever it draws."""
+"""No random key serves two draws of a loss, or a draw and a split: in every registered method that trains on clips,
+whatever it draws."""
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,8 @@ def test_no_key_serves_two_draws(cls, options, number, monkeypatch):
 
         return call
 
-    for name in ("normal", "uniform"):  # the others draw by these
+    # The others draw by the first two. A key that others come from by a split gives no numbers of its own.
+    for name in ("normal", "uniform", "split"):
         monkeypatch.setattr(draws, name, noted(getattr(draws, name)))
     context = Context(jnp.int32(0), jax.random.split(jax.random.key(5), B), jax.random.key(6))
     method.updates[number].loss(nets_of(method, weights_of(method)), BATCH, context)

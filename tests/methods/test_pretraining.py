@@ -87,6 +87,21 @@ def test_dropping_is_per_example_and_both_image_inputs_go_together(batch):
     assert abs(np.corrcoef(gone.ravel(), text.ravel())[0, 1]) < 0.3
 
 
+@pytest.mark.parametrize(("text", "image"), [(1.0, 0.0), (0.0, 1.0)])
+def test_flow_matching_drops_prompts_and_pictures_as_often_as_is_set_for_each(batch, text, image):
+    seen = []
+
+    def network(x, t, condition):
+        seen.append(condition)
+        return x
+
+    FlowMatching(text_dropout=text, image_dropout=image).loss({"generator": network}, batch, context())
+    ((found,), own) = seen, batch.condition
+    np.testing.assert_array_equal(found.text, batch.unconditional.text if text else own.text)
+    np.testing.assert_array_equal(found.image, 0 * own.image if image else own.image)
+    np.testing.assert_array_equal(found.frames, 0 * own.frames if image else own.frames)
+
+
 def test_text_to_video_conditions_stay_none(batch):
     plain = dataclasses.replace(batch, condition=dataclasses.replace(batch.condition, image=None, frames=None))
     got = drop_conditions(plain, jax.random.key(0), 1.0, 1.0)

@@ -145,6 +145,14 @@ def test_worse_weights_are_turned_down_with_the_reason(tmp_path, capsys):
     assert "--config.guard.enabled=False keeps them" in line
 
 
+def test_weights_that_are_no_worse_are_kept(tmp_path):
+    """The mean must not rise; as good as before is good enough."""
+    made = guard(tmp_path)
+    made.begin(None)
+    assert made.decide(40, denoiser(1.5), lambda: denoiser(1.5))
+    assert re.match(r"held-out distance stayed at \d\.\d \(real clips", made.read()["reason"])
+
+
 def test_one_mode_does_not_pay_for_the_others_gain(tmp_path):
     made = guard(tmp_path)
     made.begin()

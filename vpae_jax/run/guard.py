@@ -183,8 +183,9 @@ class Guard:
             return f"clips of the trained weights are not finite: {which}"
         if not math.isfinite(before):
             return f"clips of the weights that it started from are not finite: {which}"
-        went = "fell" if after < before else "rose" if after > before else "stayed"
-        change = f"held-out {self.metric.label} {went} from {before:.1f} to {after:.1f} (real clips: {floor:.1f})"
+        ends = f"from {before:.1f} to {after:.1f}"
+        went = f"fell {ends}" if after < before else f"rose {ends}" if after > before else f"stayed at {after:.1f}"
+        change = f"held-out {self.metric.label} {went} (real clips: {floor:.1f})"
         return f"{change}{paid if after <= before else ''}: {which}"
 
     def _empty(self) -> dict[str, Any]:
