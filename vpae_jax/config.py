@@ -330,7 +330,7 @@ def nearest(key: str, known: Iterable[str]) -> str:
     """The tail of an error message: the known key closest to `key`, or the list of all."""
     known = sorted(known)
     close = difflib.get_close_matches(key, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known) or 'none'}"
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import re
+import sys
 import textwrap
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,8 +24,9 @@ from vpae_jax.models.heads import HeadsConfig
 from vpae_jax.types import UserError
 
 PREFIX = "--config."
-# As absl takes flags; not of a key in brackets, which is no name, such as a pattern.
-_OVERRIDE = re.compile(r"--?(?:no)?config\.(?P<key>[^=\[]*)(?:=|$)")
+# As absl takes flags and ml_collections their keys: "--config.model.init_scale['a pattern']=3".
+_NAME = r"""\.([^=.\[\]]*)|\['([^']*)'\]|\["([^"]*)"\]"""
+_OVERRIDE = re.compile(rf"--?(?:no)?config(?P<names>(?:{_NAME})+)(?:=|$)")
 # "      name, other: what they are", and lines that go on, indented further.
 _ATTRIBUTE = re.compile(r"^ {2}(?P<names>\w+(?:, \w+)*): (?P<text>.*(?:\n {4,}.*)*)", re.M)
 
@@ -42,6 +44,7 @@ def load(path: str) -> ConfigDict:
     if spec is None or spec.loader is None:
         raise UserError(f"--config={path}: expected a Python file")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for the names in their annotations
     spec.loader.exec_module(module)
     if not callable(getattr(module, "get_config", None)):
         raise UserError(f"--config={path}: defines no get_config, as the files of configs/ do")
@@ -65,21 +68,23 @@ def check(argv: Sequence[str]) -> None:
     config = load(path)
     for argument in argv:
         if (found := _OVERRIDE.match(argument)) is not None:
-            _find(config, found["key"])
+            _find(config, [one or two or three for one, two, three in re.findall(_NAME, found["names"])])
 
 
-def _find(config: ConfigDict, key: str) -> None:
+def _find(config: ConfigDict, key: Sequence[str]) -> None:
     """Raises `UserError` for a key that a config does not have, or that names a part of it."""
     holder: Any = config
     path = "config"
-    for name in key.split("."):
+    for name in key:
         if not isinstance(holder, ConfigDict):
             raise UserError(f"{path}: is a value, and has no key {name!r}")
         if name not in holder:
             raise UserError(f"{path}.{name}: unknown key{nearest(name, holder)}")
         holder, path = holder[name], f"{path}.{name}"
     if isinstance(holder, ConfigDict):
-        raise UserError(f"{path}: is a part with keys of its own; give one of these: {', '.join(sorted(holder))}")
+        raise UserError(
+            f"{path}: is a part with keys of its own; give one of these: {', '.join(sorted(holder)) or 'none'}"
+        )
 
 
 def page(argv: Sequence[str]) -> str:
