@@ -155,14 +155,9 @@ def test_weights_that_are_no_worse_are_kept(tmp_path):
 
 def test_one_mode_does_not_pay_for_the_others_gain(tmp_path):
     made = guard(tmp_path)
-<<<<<<< .merge_file_aqGItt
     made.begin()
-    for step, (t2v, i2v) in ((0, (30.0, 4.0)), (10, (10.0, 9.0)), (20, (10.0, 5.0))):
-=======
-    made.begin(None)
     at_steps = ((0, (30.0, 4.0)), (10, (10.0, 9.0)), (20, (10.0, 5.0)), (30, (10.0, 6.12)), (40, (10.0, 6.08)))
     for step, (t2v, i2v) in at_steps:
->>>>>>> .merge_file_JOQ4hd
         scores = {"t2v/distance": t2v, "i2v/distance": i2v}
         made._write({**made.read(), "scores": {**made.read()["scores"], str(step): scores}})
     unused = denoiser(1.0)
