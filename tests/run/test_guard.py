@@ -148,7 +148,7 @@ def test_worse_weights_are_turned_down_with_the_reason(tmp_path, capsys):
 def test_weights_that_are_no_worse_are_kept(tmp_path):
     """The mean must not rise; as good as before is good enough."""
     made = guard(tmp_path)
-    made.begin(None)
+    made.begin()
     assert made.decide(40, denoiser(1.5), lambda: denoiser(1.5))
     assert re.match(r"held-out distance stayed at \d\.\d \(real clips", made.read()["reason"])
 
@@ -192,11 +192,11 @@ def test_scores_outlive_a_kill_but_not_another_number_of_clips(tmp_path):
 
 def test_a_run_at_its_first_step_forgets_what_an_earlier_one_left(tmp_path):
     made = guard(tmp_path)
-    made.begin(7)
+    made.begin()
     made.decide(40, denoiser(1.2), lambda: denoiser(3.0))
     again = guard(tmp_path)
-    again.begin(9)
-    assert again.read() == read(tmp_path) and again.read()["scores"] == {} and again.read()["previous_step"] == 9
+    again.begin()
+    assert again.read() == read(tmp_path) and again.read()["scores"] == {}
     assert "kept" not in read(tmp_path)
 
 
@@ -206,7 +206,7 @@ def test_scores_that_are_not_finite_are_left_out_of_the_file(tmp_path):
             return {**super().scores(held_out, made), "t2v/mean": np.inf, "i2v/mean": np.nan}
 
     made = Guard(Sharp(), Arithmetic(), tmp_path, GuardConfig(clips=6), Sampler())
-    made.begin(None)
+    made.begin()
     assert set(made.score(0, denoiser(1.0))) == {"held_out/t2v/distance", "held_out/i2v/distance"}
 
     def refused(name):
