@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from vpae_jax.flow import solvers
+from vpae_jax.flow import draws, solvers
 from vpae_jax.flow.sampler import Sampler
 from vpae_jax.flow.schedule import shifted_times
 from vpae_jax.types import UserError
@@ -35,7 +35,8 @@ def write(folder, values):
 
 def drawn(steps):
     """The consistency sampler's fresh noise, one a step."""
-    return [np.asarray(jax.random.normal(key, SHAPE)) for key in jax.random.split(jax.random.key(7), steps)]
+    keys = draws.split(draws.clip_keys(jax.random.key(7), len(start())), steps)
+    return [np.asarray(draws.normal(key, SHAPE)) for key in keys]
 
 
 def theirs_sample(monkeypatch, scheduler, steps, x):

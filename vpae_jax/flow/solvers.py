@@ -29,6 +29,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
+from vpae_jax.flow import draws
 from vpae_jax.flow.schedule import Signal, add_noise, shift, velocity_to_x0
 from vpae_jax.types import PRNGKey, UserError
 
@@ -67,7 +68,7 @@ def consistency(velocity: VelocityFn, x: Signal, times: TimeList, key: PRNGKey) 
       velocity: see the module's docstring.
       x: noise, the state at `times[0]`.
       times: falling, `times[-1]` = 0; length = evaluations + 1.
-      key: for the fresh noise, one split a step.
+      key: for the fresh noise: one for each clip, or one for all, which is then folded with a clip's number.
     """
     times = jnp.asarray(times)
     size = x.shape[0]
@@ -75,10 +76,10 @@ def consistency(velocity: VelocityFn, x: Signal, times: TimeList, key: PRNGKey) 
     def step(x, inputs):
         t, t_next, key = inputs
         x0 = velocity_to_x0(_at(velocity, x, t), x, jnp.broadcast_to(t, (size,)))
-        noise = jax.random.normal(key, x.shape, x.dtype)
+        noise = draws.normal(key, x.shape, x.dtype)
         return add_noise(x0, noise, jnp.broadcast_to(t_next, (size,))), None
 
-    keys = jax.random.split(key, len(times) - 1)
+    keys = draws.split(draws.clip_keys(key, size), len(times) - 1)
     if len(times) == 2:
         return step(x, (times[0], times[1], keys[0]))[0]
     return jax.lax.scan(step, x, (times[:-1], times[1:], keys))[0]

@@ -220,7 +220,7 @@ class Pipeline:
           condition: one a clip.
           unconditional: what guidance moves away from; needed above guidance 1, ignored at 1.
           sampler: by default the model's own.
-          key: for the "consistency" solver's fresh noise.
+          key: for the "consistency" solver's fresh noise; one for each clip, or one for all.
           denoiser: networks of the same architecture to sample in place of the model's own.
 
         Raises:
@@ -309,7 +309,7 @@ class Pipeline:
         if sampler.guidance > 1:
             text, mask = self._encode_negative_prompt(negative_prompt)
             unconditional = dataclasses.replace(condition, text=text, text_mask=mask)
-        latents = self.sample(noise, condition, unconditional, sampler, key)
+        latents = self.sample(noise, condition, unconditional, sampler, key[None])
         return np.asarray(self.decode(latents)[0])
 
     def fit(self, height: int, width: int) -> tuple[int, int]:

@@ -69,7 +69,7 @@ def sample(
       noise: standard normal.
       condition: one a clip.
       unconditional: what guidance moves away from; None for no guidance.
-      key: for solvers that draw fresh noise.
+      key: for solvers that draw fresh noise; one for each clip, or one for all.
     """
     plan = (sampler.solver, sampler.times, denoiser.boundary)
     low_graph, low_weights = (None, None) if denoiser.low is None else denoiser.low

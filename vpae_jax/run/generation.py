@@ -86,12 +86,13 @@ class Generation:
 
         condition = jax.tree.map(chosen, asked.condition)
         seeds = jnp.asarray(np.array(asked.seeds)[rows])
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(SEED), seeds)
+        keys, fresh = (
+            jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), seeds) for seed in (SEED, SEED + 1)
+        )
         noise = normal(keys, (len(rows), *asked.shape))
         unconditional = self._unconditional(condition) if sampler.guidance > 1 else None
         inputs = sharding.beside((noise, condition, unconditional), mesh)
-        key = jax.random.fold_in(jax.random.key(SEED + 1), int(rows[0]))
-        latents = self.pipeline.sample(*inputs, sampler=sampler, key=key, denoiser=denoiser)
+        latents = self.pipeline.sample(*inputs, sampler=sampler, key=fresh, denoiser=denoiser)
         return np.asarray(everywhere(latents))
 
     def _unconditional(self, condition: Condition) -> Condition:
