@@ -107,7 +107,7 @@ class JudgedDistillation(Distillation):
 
     def backbone_of(self, nets: Nets, batch: Batch, context: Context) -> FeatureExtractor:
         """What the heads read."""
-        return pixels.look(nets, batch.latents.shape[1], context) if self.sees_pixels else nets["backbone"]
+        return pixels.look(nets, batch.shape[1], context) if self.sees_pixels else nets["backbone"]
 
     def generate(self, nets: Nets, batch: Batch, context: Context, key: PRNGKey) -> Latents:
         """x0 = eps - v(eps, 1) in float32: one evaluation, from pure noise.

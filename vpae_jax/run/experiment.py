@@ -93,9 +93,10 @@ def _run(experiment: Experiment, workdir: Path, lock: Lock, devices: Sequence[An
     loras = lora_files(experiment.model.lora, workdir)
     check_loras(loras, method, source)
     encoder = image_encoders.find(experiment, method, source, workdir)
-    more = {} if encoder is None else {"the image encoder": encoder.files}
-    if loras:
-        more[LORA] = [file.path for file in loras]
+    more = {
+        **({} if encoder is None else {"the image encoder": encoder.files}),
+        **({LORA: [file.path for file in loras]} if loras else {}),
+    }
     require_same("what they read", lambda: reads(source, tasks.digests(experiment.data, workdir), more))
     if source is not None:
         pipeline = load_pipeline(source, jnp.dtype(experiment.model.dtype), with_transformer=False)
