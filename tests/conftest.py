@@ -1,5 +1,6 @@
 """Test set-up: CPU only, eight virtual devices, a persistent compilation cache, no silent rank promotion."""
 
+import gc
 import os
 from importlib import metadata
 from pathlib import Path
@@ -29,6 +30,12 @@ jax.config.update("jax_num_cpu_devices", 8)
 def pytest_collection_modifyitems(items):
     """The file whose programs most others need comes first: those that ran beside it would compile them once more."""
     items.sort(key=lambda item: item.path.name != "test_experiment.py")
+
+
+def pytest_collection_finish():
+    """What was imported stays, and need not be looked through for garbage again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="module")

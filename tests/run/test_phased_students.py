@@ -168,6 +168,7 @@ def test_a_run_continues_from_the_step_that_it_started_from(workdir, tmp_path):
         train(dcm_detail, tmp_path / "dcm_detail", 4, generator_rank=4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("damage", [b"", b'{"previous_st', b'{"previous_step": "two"}', b"\0" * 30])
 def test_a_run_goes_on_whose_start_is_not_known_any_more(workdir, tmp_path, capsys, damage):
     """It says so, takes the phase before as it is now, and stays with that."""

@@ -97,6 +97,7 @@ def test_text_to_video(primed, t2v, tmp_path, capsys):
     assert not (tmp_path / "report").exists()
 
 
+@pytest.mark.long
 def test_image_to_video(i2v, tmp_path):
     """Distribution matching, with first frames and without."""
     run(dmd2, i2v, tmp_path / "dmd2", 1, steps=2, **ALONE)

@@ -239,6 +239,7 @@ def stopped(running: list[subprocess.Popen]) -> list[str]:
     return [line for (line,) in lines]
 
 
+@pytest.mark.long
 def test_processes_of_other_configs_end_at_once_with_the_same_line(tmp_path):
     own = {0: ["--config.steps=100"], 1: ["--config.steps=70", "--config.log_every=7"]}
     begun = time.monotonic()

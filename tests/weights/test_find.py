@@ -450,7 +450,7 @@ def test_the_embedded_model_is_one():
 @pytest.mark.parametrize("ended", [True, False])
 def test_the_workdir_of_a_run_is_no_model_and_says_where_that_is(tmp_path, ended):
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"method": {"name": "lcm"}}')
     there = "the model that it leaves when it has ended will be"
     if ended:
         (tmp_path / "model").mkdir()
