@@ -34,8 +34,9 @@ from vpae_jax import cli
 from vpae_jax.config import parse
 from vpae_jax.methods import make_method
 from vpae_jax.methods.base import Method, all_views
-from vpae_jax.run.first_weights import lora_files, previous_step, read_previous, remembered, resolve_model
+from vpae_jax.run.first_weights import previous_step, read_previous, remembered, resolve_model
 from vpae_jax.run.guard import Verdict, compared_scores, verdict
+from vpae_jax.run.loras import lora_files
 from vpae_jax.run.student import averaged_view
 from vpae_jax.run.workdir import PastRun
 from vpae_jax.run.workdir import read_run as read_past_run

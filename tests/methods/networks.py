@@ -301,3 +301,20 @@ def assert_independent(*noises):
 
 def batch_with(batch=BATCH, **changes):
     return replace(batch, **changes)
+
+
+def assert_heads_learn(method, loss, clips):
+    """One step of the heads, from logits near 0, raises real minus fake. There a logistic loss has the same slope for
+    both, too."""
+    for seed in range(3):
+        weights = weights_of(method, seed)
+        weights["heads"] *= 0.01
+
+        def mean(heads, weights=weights):
+            values, metrics = loss(nets_of(method, weights | {"heads": heads}), clips, context())
+            return values.mean(), metrics["logit_gap"].mean()
+
+        step = jax.jit(jax.value_and_grad(mean, has_aux=True))
+        (_, before), grad = step(weights["heads"])
+        (_, after), _ = step(weights["heads"] - 0.003 * grad)
+        assert after > before

@@ -10,6 +10,7 @@ from networks import (
     BATCH,
     KEY,
     B,
+    assert_heads_learn,
     assert_independent,
     context,
     evaluate,
@@ -353,18 +354,7 @@ def test_a_step_of_the_heads_raises_real_minus_fake(adversarial):
     """Of logits near 0, at which a logistic loss has the same slope for both, too."""
     method = replace(METHOD, adversarial=adversarial, penalty=DifferencePenalty(weight=0.0))
     clips = replace(CLIPS, latents=CLIPS.latents * 0 + 1.5)
-    for seed in range(3):
-        weights = weights_of(method, seed)
-        weights["heads"] *= 0.01
-
-        def loss(heads, weights=weights):
-            values, metrics = method.discriminator_loss(nets_of(method, weights | {"heads": heads}), clips, context())
-            return values.mean(), metrics["logit_gap"].mean()
-
-        step = jax.jit(jax.value_and_grad(loss, has_aux=True))
-        (_, before), grad = step(weights["heads"])
-        (_, after), _ = step(weights["heads"] - 0.003 * grad)
-        assert after > before
+    assert_heads_learn(method, method.discriminator_loss, clips)
 
 
 @pytest.mark.parametrize(

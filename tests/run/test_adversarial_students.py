@@ -1,35 +1,13 @@
 """Students of ADD, APT, AAD-1's recipe and V-PAE's first version on the embedded model, each from the phase before."""
 
-import jax
-import numpy as np
 import pytest
+from short_runs import run, small
 
 from configs import aad, add, apt, dmd2, lcm, pose1, pose2
-from vpae_jax.config import parse
-from vpae_jax.inference.pipeline import load_pipeline
-from vpae_jax.run import experiment
 from vpae_jax.train.checkpoint import read_state
-from vpae_jax.train.metrics import read_metrics
 from vpae_jax.types import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-
-
-def small(module, **method):
-    """Two steps on few clips."""
-    config = module.get_config()
-    config.steps, config.checkpoint_every, config.log_every, config.sample_every = 2, 2, 1, 0
-    config.batch_size, config.data.clips, config.guard.enabled = 8, 16, False
-    for name, value in method.items():
-        config.method[name] = value
-    return config
-
-
-def run(config, folder):
-    experiment.run(parse(config), folder, jax.devices()[:1])
-    records = read_metrics(folder)
-    assert len(records) == 2 and all(np.isfinite(value) for record in records for value in record.values())
-    return records[-1], load_pipeline(folder / "model")
 
 
 @pytest.mark.long

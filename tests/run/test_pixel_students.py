@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import short_runs
 from einops import rearrange
 from flax import nnx
+from short_runs import small
 
 from configs import add_pixels, phase2_pixels
 from vpae_jax.config import parse
-from vpae_jax.inference.pipeline import load_pipeline
 from vpae_jax.methods import make_method
 from vpae_jax.run import experiment, image_encoders
 from vpae_jax.train.checkpoint import read_state
-from vpae_jax.train.metrics import read_metrics
 from vpae_jax.types import Features, UserError
 from vpae_jax.weights.directory import ModelDirectory
 from vpae_jax.weights.find import find_model
@@ -29,23 +29,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 FROZEN = ("teacher", "vae", "image_encoder")
 
 
-def small(module, **method):
-    """Two steps on few clips."""
-    config = module.get_config()
-    config.steps, config.checkpoint_every, config.log_every, config.sample_every = 2, 2, 1, 0
-    config.batch_size, config.data.clips, config.guard.enabled = 8, 16, False
-    for name, value in method.items():
-        config.method[name] = value
-    return config
-
-
 def run(config, folder):
     """Metrics of the last step, and the state that is left."""
-    experiment.run(parse(config), folder, jax.devices()[:1])
-    records = read_metrics(folder)
-    assert len(records) == 2 and all(np.isfinite(value) for record in records for value in record.values())
-    assert load_pipeline(folder / "model").image_encoder is not None
-    return records[-1], read_state(folder, items=("params", "opt"))
+    metrics, pipe = short_runs.run(config, folder)
+    assert pipe.image_encoder is not None
+    return metrics, read_state(folder, items=("params", "opt"))
 
 
 @pytest.mark.long

@@ -20,7 +20,8 @@ from vpae_jax.config import MeshConfig, parse
 from vpae_jax.methods import make_method
 from vpae_jax.methods.base import Adapters, Role
 from vpae_jax.run import experiment
-from vpae_jax.run.first_weights import check_loras, compare_loras, lora_files, make_weights
+from vpae_jax.run.first_weights import make_weights
+from vpae_jax.run.loras import check_loras, compare_loras, lora_files
 from vpae_jax.train.blueprint import draw_up
 from vpae_jax.train.checkpoint import read_state
 from vpae_jax.types import Note, UserError

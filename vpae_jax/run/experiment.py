@@ -27,17 +27,9 @@ from vpae_jax.methods.base import EMA, Method
 from vpae_jax.models import presets
 from vpae_jax.run import export, image_encoders
 from vpae_jax.run.agreement import reads, require_same, started_with
-from vpae_jax.run.first_weights import (
-    LORA,
-    check_loras,
-    forget_damaged,
-    lora_files,
-    make_weights,
-    remember,
-    remembered,
-    resolve_model,
-)
+from vpae_jax.run.first_weights import forget_damaged, make_weights, remember, remembered, resolve_model
 from vpae_jax.run.guard import Guard, doubt, obstacle
+from vpae_jax.run.loras import LORA, check_loras, lora_files
 from vpae_jax.run.overview import overview
 from vpae_jax.run.previews import Previews
 from vpae_jax.run.student import Maker

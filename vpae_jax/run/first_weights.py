@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -15,22 +14,22 @@ import numpy as np
 from vpae_jax import sharding
 from vpae_jax.config import Experiment
 from vpae_jax.files import IN_WORKDIR, put_aside, resolve, write_text
-from vpae_jax.methods.base import EMA, Method, Role
+from vpae_jax.methods.base import EMA
+from vpae_jax.run.loras import compare_loras, lora_files, open_loras
 from vpae_jax.run.workdir import read_object
 from vpae_jax.runtime.processes import say
 from vpae_jax.train.blueprint import Blueprint
-from vpae_jax.train.checkpoint import CONFIG_FILE, read_state
+from vpae_jax.train.checkpoint import read_state
 from vpae_jax.train.newest import latest_step, whole_step
 from vpae_jax.train.state import places_of
-from vpae_jax.types import Note, Params, UserError
+from vpae_jax.types import Params, UserError
 from vpae_jax.weights.directory import ModelDirectory
 from vpae_jax.weights.loading import read_part
 from vpae_jax.weights.locate import locate
-from vpae_jax.weights.merging import LoraFile, Merging, open_merging, parse_lora, told
+from vpae_jax.weights.merging import Merging
 from vpae_jax.weights.stream import Placement
 
 START = "start.json"
-LORA = "config.model.lora"
 # Reads weights, given their dtype and where each lies.
 Reader = Callable[[np.dtype, Placement], Params]
 
@@ -61,31 +60,6 @@ def forget_damaged(workdir: Path) -> None:
 def resolve_model(path: str, workdir: Path) -> Path:
     """`files.resolve` for a model, which may be "tiny" or an id of the Hugging Face hub, too."""
     return resolve(path, workdir) if path.startswith(IN_WORKDIR) else locate(path)
-
-
-def lora_files(names: str, workdir: Path) -> tuple[LoraFile, ...]:
-    """The LoRA files of `config.model.lora`. Raises `UserError` for a strength that is none."""
-    place = partial(resolve, workdir=workdir)
-    return tuple(parse_lora(name.strip(), LORA, place) for name in names.split(",")) if names else ()
-
-
-def check_loras(loras: Sequence[LoraFile], method: Method, source: ModelDirectory | None) -> None:
-    """Raises `UserError` for LoRA files that are not there, that no role would have, or that are for a model of two
-    experts, each of which has LoRAs of its own."""
-    for file in loras:
-        if not file.path.is_file():
-            raise UserError(f"{LORA}: {file.path}: no such file; expected LoRA files, as FILE or FILE:STRENGTH")
-    if not loras:
-        return
-    if source is None or not any(
-        role.start == "pretrained" and role.part == "transformer" for role in method.roles.values()
-    ):
-        raise UserError(f"{LORA} is {told(loras)}, but no role starts from the model directory; leave it out")
-    if source.boundary is not None:
-        raise UserError(
-            f"{LORA}: {source.path} has two experts, each with LoRAs of its own; name the folder of one of them in "
-            "config.model.path"
-        )
 
 
 def make_weights(
@@ -130,7 +104,7 @@ def make_weights(
             if source is None:
                 raise UserError(f"role {name} starts from a model directory; set config.model.path")
             if loras and merge is None and role.part == "transformer":
-                merge = _open_loras(loras, source)
+                merge = open_loras(loras, source)
             read = readers.get(role.part, partial(read_pretrained, source, role.part, merge))
             result[name] = read(*_places(like[name]))
         else:
@@ -151,35 +125,6 @@ def _places(like: Params) -> tuple[np.dtype, Placement]:
     """The dtype of weights, and where each lies."""
     leaves = {sharding.param_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(like)}
     return next(iter(leaves.values())).dtype, lambda path, _: leaves[path].sharding
-
-
-def _open_loras(loras: Sequence[LoraFile], source: ModelDirectory) -> Merging:
-    try:
-        return open_merging(loras, source.part("transformer").config)
-    except UserError as error:
-        raise UserError(f"{LORA}: {error}") from error
-
-
-def compare_loras(experiment: Experiment, workdir: Path, roles: Mapping[str, Role]) -> None:
-    """Compares the LoRA files of a run with those of the phase before; a difference is a `Note`.
-
-    Raises:
-      UserError: they differ, and adapters that were trained on one teacher would come to sit on another.
-    """
-    folder = resolve(experiment.previous.workdir, workdir)
-    before = read_object(folder / CONFIG_FILE)
-    if before is None:
-        return
-    names = str(before.get("model", {}).get("lora", ""))
-    theirs, ours = lora_files(names, folder), lora_files(experiment.model.lora, workdir)
-    if [(file.path.absolute(), file.strength) for file in theirs] == [(f.path.absolute(), f.strength) for f in ours]:
-        return
-    wrong = f"{LORA} is {told(ours) or 'empty'}, but {told(theirs) or 'empty'} in the phase before, {folder}"
-    for name, role in roles.items():
-        sits = role.adapters is not None and roles[role.adapters.on].start == "pretrained"
-        if sits and role.previous(name) is not None:
-            raise UserError(f"{wrong}, on whose teacher the {name}'s adapters were trained; give the same")
-    warnings.warn(f"{wrong}; this run has another teacher than the phase before had", Note, stacklevel=3)
 
 
 def previous_step(experiment: Experiment, workdir: Path, step: int | None = None) -> int:

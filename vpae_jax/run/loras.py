@@ -1,0 +1,76 @@
+"""The LoRA files of `config.model.lora`: merged into whatever starts from the model directory's transformer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from vpae_jax.config import Experiment
+from vpae_jax.files import resolve
+from vpae_jax.methods.base import Method, Role
+from vpae_jax.run.workdir import read_object, read_run
+from vpae_jax.train.checkpoint import CONFIG_FILE
+from vpae_jax.types import Note, UserError
+from vpae_jax.weights.directory import ModelDirectory
+from vpae_jax.weights.merging import LoraFile, Merging, open_merging, parse_lora, told
+
+LORA = "config.model.lora"
+
+
+def lora_files(names: str, workdir: Path) -> tuple[LoraFile, ...]:
+    """The LoRA files of `config.model.lora`. Raises `UserError` for a strength that is none."""
+    place = partial(resolve, workdir=workdir)
+    return tuple(parse_lora(name.strip(), LORA, place) for name in names.split(",")) if names else ()
+
+
+def check_loras(loras: Sequence[LoraFile], method: Method, source: ModelDirectory | None) -> None:
+    """Raises `UserError` for LoRA files that are not there, that no role would have, or that are for a model of two
+    experts, each of which has LoRAs of its own."""
+    for file in loras:
+        if not file.path.is_file():
+            raise UserError(f"{LORA}: {file.path}: no such file; expected LoRA files, as FILE or FILE:STRENGTH")
+    if not loras:
+        return
+    if source is None or not any(
+        role.start == "pretrained" and role.part == "transformer" for role in method.roles.values()
+    ):
+        raise UserError(f"{LORA} is {told(loras)}, but no role starts from the model directory; leave it out")
+    if source.boundary is not None:
+        raise UserError(
+            f"{LORA}: {source.path} has two experts, each with LoRAs of its own; name the folder of one of them in "
+            "config.model.path"
+        )
+
+
+def open_loras(loras: Sequence[LoraFile], source: ModelDirectory) -> Merging:
+    """Reads LoRA files, to be merged into a model's transformer as that is read.
+
+    Raises:
+      UserError: a file that cannot be read, or is for another model.
+    """
+    try:
+        return open_merging(loras, source.part("transformer").config)
+    except UserError as error:
+        raise UserError(f"{LORA}: {error}") from error
+
+
+def compare_loras(experiment: Experiment, workdir: Path, roles: Mapping[str, Role]) -> None:
+    """Compares the LoRA files of a run with those of the phase before; a difference is a `Note`.
+
+    Raises:
+      UserError: they differ, and adapters that were trained on one teacher would come to sit on another.
+    """
+    folder = resolve(experiment.previous.workdir, workdir)
+    if read_object(folder / CONFIG_FILE) is None:  # its checkpoints are all that is needed of it
+        return
+    theirs, ours = lora_files(read_run(folder).lora, folder), lora_files(experiment.model.lora, workdir)
+    if [(file.path.absolute(), file.strength) for file in theirs] == [(f.path.absolute(), f.strength) for f in ours]:
+        return
+    wrong = f"{LORA} is {told(ours) or 'empty'}, but {told(theirs) or 'empty'} in the phase before, {folder}"
+    for name, role in roles.items():
+        sits = role.adapters is not None and roles[role.adapters.on].start == "pretrained"
+        if sits and role.previous(name) is not None:
+            raise UserError(f"{wrong}, on whose teacher the {name}'s adapters were trained; give the same")
+    warnings.warn(f"{wrong}; this run has another teacher than the phase before had", Note, stacklevel=3)
