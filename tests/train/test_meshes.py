@@ -223,14 +223,15 @@ def test_numbers_are_those_of_the_first_implementation(alone, phase):
         assert found["wave"] == pytest.approx(numbers["wave"], abs=2e-2 * numbers["norm"])
 
 
-def assert_same(found, expected):
+def assert_same(found, expected, tolerance=TOLERANCE):
+    """Two results of `step` agree: the weights to a tolerance, metrics, which are float32 always, to the usual one."""
     metrics, moved = found
     wanted, wanted_moved = expected
     assert metrics.keys() == wanted.keys()
     for name in metrics:
         assert metrics[name] == pytest.approx(wanted[name], rel=TOLERANCE, abs=TOLERANCE), name
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(moved), jax.tree.leaves(wanted_moved), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE * max(1e-2, np.abs(b).max()), err_msg=str(path))
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1e-2, np.abs(b).max()), err_msg=str(path))
 
 
 # Compiling takes half a minute each. Each phase and each mesh is among the short ones, which `long` completes.

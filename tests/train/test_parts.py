@@ -1,6 +1,9 @@
-"""A step of the methods that the paper compares with is the same in one piece and in parts, and on a mesh."""
+"""A step of consistency distillation is the same in one piece and in parts, and on a mesh."""
 
+import jax
+import jax.numpy as jnp
 import pytest
+import test_meshes
 from test_meshes import MESHES, ONE, assert_same, step
 from test_meshes import METHODS as KNOWN
 
@@ -14,6 +17,27 @@ METHODS = {
     "dcm_semantic": DCMSemantic(**DCM, coherence_frames=1),
     "dcm_detail": DCMDetail(**DCM, generator_rank=4),
 }
+
+
+@pytest.fixture
+def in_float64(monkeypatch):
+    """Whatever asks for float32 gets float64, but for a few rows of the heads.
+
+    The gradients of the time embedder are sums over all tokens whose parts cancel. In float32 two orders of summing
+    differ by 2e-5 of their largest entry.
+    """
+    ordinary = test_meshes.experiment_of
+
+    def precise(*args):
+        experiment = ordinary(*args)
+        for name in ("dtype", "frozen_dtype"):  # for which a config offers no float64
+            object.__setattr__(experiment.model, name, "float64")
+        return experiment
+
+    monkeypatch.setattr(jnp, "float32", jnp.float64)
+    monkeypatch.setattr(test_meshes, "experiment_of", precise)
+    with jax.enable_x64(True):
+        yield
 
 
 @pytest.fixture(params=METHODS)
@@ -30,5 +54,5 @@ def test_a_step_in_parts_is_the_same(method):
 
 @pytest.mark.long
 @pytest.mark.parametrize("mesh", MESHES)
-def test_a_step_is_the_same_on_every_mesh(method, mesh):
-    assert_same(step(method, MESHES[mesh]), step(method, ONE))
+def test_a_step_is_the_same_on_every_mesh(method, mesh, in_float64):
+    assert_same(step(method, MESHES[mesh]), step(method, ONE), 1e-6)
