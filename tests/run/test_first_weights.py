@@ -1,21 +1,27 @@
 """Where roles start: random weights that belong to the role, whichever others are made beside them."""
 
 import dataclasses
+import json
+import shutil
 from collections.abc import Mapping
+from functools import partial
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_students import TINY
 
-from vpae_jax import sharding
-from vpae_jax.config import Experiment, MeshConfig
+from vpae_jax import convert, sharding
+from vpae_jax.config import Experiment, MeshConfig, ModelConfig
+from vpae_jax.methods import make_method
 from vpae_jax.methods.base import Adapters, Method, Role, Update
 from vpae_jax.models.wan_dit import WanTransformerConfig
-from vpae_jax.run.first_weights import make_weights
+from vpae_jax.run.first_weights import find_start, make_weights
 from vpae_jax.train.blueprint import draw_up
 from vpae_jax.types import Batch, UserError
+from vpae_jax.weights.filenames import INDEX
 
 SIZES = WanTransformerConfig(
     num_attention_heads=2, attention_head_dim=8, in_channels=16, text_dim=8, freq_dim=8, ffn_dim=16, num_layers=2
@@ -73,3 +79,22 @@ def test_a_roles_weights_follow_from_the_seed_alone(made):
 def test_a_pretrained_role_needs_a_model_directory(made):
     with pytest.raises(UserError, match=r"role base starts from a model directory; set config\.model\.path"):
         made("base")
+
+
+def test_a_model_of_two_experts_is_refused_and_one_of_them_is_not(tmp_path):
+    two, one = tmp_path / "two", tmp_path / "one"
+    convert.main([str(TINY), str(two), "--format=diffusers"])
+    shutil.copytree(two / "transformer", two / "transformer_2")
+    index = json.loads((two / INDEX).read_text())
+    index |= {"transformer_2": index["transformer"], "boundary_ratio": 0.9}
+    (two / INDEX).write_text(json.dumps(index))
+    start = partial(find_start, workdir=tmp_path)
+    experiment = dataclasses.replace(EXPERIMENT, model=ModelConfig(path=str(two)))
+    with pytest.raises(UserError, match=f"config.model.path: {two} has two experts, .*convert {two}/transformer DST"):
+        start(experiment, make_method({"name": "lcm"}))
+    assert (
+        start(experiment, make_method({"name": "autoencoder"})).boundary == 0.9
+    )  # nothing of it starts from a transformer
+    convert.main([str(two / "transformer"), str(one), "--format=diffusers", f"--base={TINY}"])
+    experiment = dataclasses.replace(EXPERIMENT, model=ModelConfig(path=str(one)))
+    assert start(experiment, make_method({"name": "lcm"})).boundary is None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -139,3 +140,18 @@ def test_pixels_are_trained_on_digits_alone(workdir, tmp_path):
     with pytest.raises(UserError, match=r"method autoencoder trains on rendered digits alone; leave config.data.rec"):
         run(parse(given), tmp_path / "vae")
     assert not (tmp_path / "vae").exists()
+
+
+def test_videos_are_listed_before_anything_is_loaded(videos, tmp_path):
+    """A missing folder is refused at once, and processes that see other files differ."""
+    with pytest.raises(
+        UserError, match=f"{tmp_path}/none: no such folder; give the folder .* --config.data.videos=FOL"
+    ):
+        tasks.digests(parse(config(videos=tmp_path / "none")).data, tmp_path)
+    given = parse(config(videos=videos)).data
+    seen = tasks.digests(given, tmp_path)
+    assert seen.keys() == {"config.data.videos"} and tasks.digests(given, tmp_path) == seen
+    shutil.copytree(videos, tmp_path / "videos")
+    assert tasks.digests(dataclasses.replace(given, videos=str(tmp_path / "videos")), tmp_path) == seen
+    (tmp_path / "videos" / "0.txt").write_text("another caption")
+    assert tasks.digests(dataclasses.replace(given, videos=str(tmp_path / "videos")), tmp_path) != seen

@@ -1,6 +1,5 @@
 """A teacher's own LoRA: trained here, merged into what a distillation starts from, and told of in what that leaves."""
 
-import dataclasses
 import json
 import shutil
 from types import SimpleNamespace
@@ -21,7 +20,7 @@ from vpae_jax.methods import make_method
 from vpae_jax.methods.base import Adapters, Role
 from vpae_jax.run import experiment
 from vpae_jax.run.first_weights import make_weights
-from vpae_jax.run.loras import check_loras, compare_loras, lora_files
+from vpae_jax.run.loras import compare_loras
 from vpae_jax.train.blueprint import draw_up
 from vpae_jax.train.checkpoint import read_state
 from vpae_jax.types import Note, UserError
@@ -218,14 +217,6 @@ def test_a_lora_that_no_role_would_have_is_refused(workdir, tmp_path):
     with pytest.raises(UserError, match=r"config.model.lora is .*, but no role starts from the model directory; leave"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_a_teacher_of_two_experts_is_refused(workdir):
-    files = lora_files(str(workdir / "style" / "model" / LORA_FILE), workdir)
-    two = dataclasses.replace(find_model(TINY), boundary=0.8)
-    with pytest.raises(UserError, match=r"config.model.lora: .* has two experts, each with LoRAs of its own; name the"):
-        check_loras(files, make_method({"name": "lcm"}), two)
-    check_loras([], make_method({"name": "lcm"}), two)
 
 
 def test_a_phase_after_one_of_another_lora(tmp_path):

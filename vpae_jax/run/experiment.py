@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -27,7 +27,14 @@ from vpae_jax.methods.base import EMA, Method
 from vpae_jax.models import presets
 from vpae_jax.run import export, image_encoders
 from vpae_jax.run.agreement import reads, require_same, started_with
-from vpae_jax.run.first_weights import forget_damaged, make_weights, remember, remembered, resolve_model
+from vpae_jax.run.first_weights import (
+    find_start,
+    forget_damaged,
+    make_weights,
+    remember,
+    remembered,
+    starts_from_transformer,
+)
 from vpae_jax.run.guard import Guard, doubt, obstacle
 from vpae_jax.run.loras import LORA, check_loras, lora_files
 from vpae_jax.run.overview import overview
@@ -46,7 +53,7 @@ from vpae_jax.train.state import abstract, create
 from vpae_jax.types import Params, PixelBatch, UserError
 from vpae_jax.weights.directory import ModelDirectory
 from vpae_jax.weights.filenames import PRODUCT
-from vpae_jax.weights.find import find_model
+from vpae_jax.weights.image_encoders import StoredEncoder
 from vpae_jax.weights.merging import LoraFile
 from vpae_jax.weights.settings import Scheduler
 
@@ -78,21 +85,9 @@ def _run(experiment: Experiment, workdir: Path, lock: Lock, devices: Sequence[An
     mesh = sharding.make_mesh(experiment.mesh, devices)
     parts = 1 if method.whole_batch else sharding.parts_of_batch(experiment, mesh)
     experiment = dataclasses.replace(experiment, accumulation=parts)
-    pipeline = source = None
-    transformer = presets.find(experiment.model.preset).transformer
-    if method.batch is not PixelBatch:
-        source = find_model(resolve_model(experiment.model.path, workdir))
-    loras = lora_files(experiment.model.lora, workdir)
-    check_loras(loras, method, source)
-    encoder = image_encoders.find(experiment, method, source, workdir)
-    more = {
-        **({} if encoder is None else {"the image encoder": encoder.files}),
-        **({LORA: [file.path for file in loras]} if loras else {}),
-    }
-    require_same("what they read", lambda: reads(source, tasks.digests(experiment.data, workdir), more))
-    if source is not None:
-        pipeline = load_pipeline(source, jnp.dtype(experiment.model.dtype), with_transformer=False)
-        transformer = pipeline.transformer.config
+    source, loras, encoder, pipeline = _inputs(experiment, method, workdir)
+    fresh = presets.find(experiment.model.preset).transformer
+    transformer = fresh if pipeline is None else pipeline.transformer.config
     tasks.check(experiment, method, pipeline, workdir)
     continuing = as_first_says("continuing", latest_step(workdir) is not None)
     looked_by = None
@@ -154,6 +149,40 @@ def _run(experiment: Experiment, workdir: Path, lock: Lock, devices: Sequence[An
     facts = {} if guard is None else {"guard": guard.read()["reason"]}
     folder = write_student(experiment, workdir, task, source, maker, params, averages, facts, loras)
     say(f"model directory: {folder}")
+
+
+class Inputs(NamedTuple):
+    """What a run reads besides its clips.
+
+    Attributes:
+      source: the model directory; None for a method that trains its parts on pixels.
+      loras: what is merged into it.
+      encoder: of a discriminator on pixels.
+      pipeline: the model directory's, without its transformer's weights.
+    """
+
+    source: ModelDirectory | None
+    loras: tuple[LoraFile, ...]
+    encoder: StoredEncoder | None
+    pipeline: Pipeline | None
+
+
+def _inputs(experiment: Experiment, method: Method, workdir: Path) -> Inputs:
+    """Finds what a run reads, compares it between processes, and loads what encodes prompts and makes clips of
+    latents."""
+    source = None if method.batch is PixelBatch else find_start(experiment, method, workdir)
+    loras = lora_files(experiment.model.lora, workdir)
+    check_loras(loras, source is not None and starts_from_transformer(method))
+    encoder = image_encoders.find(experiment, method, source, workdir)
+    more = {
+        **({} if encoder is None else {"the image encoder": encoder.files}),
+        **({LORA: [file.path for file in loras]} if loras else {}),
+    }
+    require_same("what they read", lambda: reads(source, tasks.digests(experiment.data, workdir), more))
+    pipeline = None
+    if source is not None:
+        pipeline = load_pipeline(source, jnp.dtype(experiment.model.dtype), with_transformer=False)
+    return Inputs(source, loras, encoder, pipeline)
 
 
 def check_settings(experiment: Experiment, method: Method) -> None:

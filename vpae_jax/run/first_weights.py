@@ -14,7 +14,7 @@ import numpy as np
 from vpae_jax import sharding
 from vpae_jax.config import Experiment
 from vpae_jax.files import IN_WORKDIR, put_aside, resolve, write_text
-from vpae_jax.methods.base import EMA
+from vpae_jax.methods.base import EMA, Method
 from vpae_jax.run.loras import compare_loras, lora_files, open_loras
 from vpae_jax.run.workdir import read_object
 from vpae_jax.runtime.processes import say
@@ -24,6 +24,7 @@ from vpae_jax.train.newest import latest_step, whole_step
 from vpae_jax.train.state import places_of
 from vpae_jax.types import Params, UserError
 from vpae_jax.weights.directory import ModelDirectory
+from vpae_jax.weights.find import find_model
 from vpae_jax.weights.loading import read_part
 from vpae_jax.weights.locate import locate
 from vpae_jax.weights.merging import Merging
@@ -60,6 +61,24 @@ def forget_damaged(workdir: Path) -> None:
 def resolve_model(path: str, workdir: Path) -> Path:
     """`files.resolve` for a model, which may be "tiny" or an id of the Hugging Face hub, too."""
     return resolve(path, workdir) if path.startswith(IN_WORKDIR) else locate(path)
+
+
+def find_start(experiment: Experiment, method: Method, workdir: Path) -> ModelDirectory:
+    """The model directory of a run. Raises `UserError` for one of two experts, where a role would start from it."""
+    source = find_model(resolve_model(experiment.model.path, workdir))
+    if source.boundary is not None and starts_from_transformer(method):
+        one = source.parts["transformer"].files[0].parent
+        raise UserError(
+            f"config.model.path: {source.path} has two experts, and a run starts from one transformer; make a model "
+            f"with one of them, on another whose other parts are the same: python -m vpae_jax.convert {one} DST "
+            "--format=diffusers --base=MODEL"
+        )
+    return source
+
+
+def starts_from_transformer(method: Method) -> bool:
+    """Whether a role starts from the model directory's transformer."""
+    return any(role.start == "pretrained" and role.part == "transformer" for role in method.roles.values())
 
 
 def make_weights(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vpae_jax.config import Experiment
 from vpae_jax.files import resolve
-from vpae_jax.methods.base import Method, Role
+from vpae_jax.methods.base import Role
 from vpae_jax.run.workdir import read_object, read_run
 from vpae_jax.train.checkpoint import CONFIG_FILE
 from vpae_jax.types import Note, UserError
@@ -25,23 +25,17 @@ def lora_files(names: str, workdir: Path) -> tuple[LoraFile, ...]:
     return tuple(parse_lora(name.strip(), LORA, place) for name in names.split(",")) if names else ()
 
 
-def check_loras(loras: Sequence[LoraFile], method: Method, source: ModelDirectory | None) -> None:
-    """Raises `UserError` for LoRA files that are not there, that no role would have, or that are for a model of two
-    experts, each of which has LoRAs of its own."""
+def check_loras(loras: Sequence[LoraFile], merged: bool) -> None:
+    """Raises `UserError` for LoRA files that are not there, or that no role would have.
+
+    Args:
+      merged: whether a role starts from the model directory's transformer.
+    """
     for file in loras:
         if not file.path.is_file():
             raise UserError(f"{LORA}: {file.path}: no such file; expected LoRA files, as FILE or FILE:STRENGTH")
-    if not loras:
-        return
-    if source is None or not any(
-        role.start == "pretrained" and role.part == "transformer" for role in method.roles.values()
-    ):
+    if loras and not merged:
         raise UserError(f"{LORA} is {told(loras)}, but no role starts from the model directory; leave it out")
-    if source.boundary is not None:
-        raise UserError(
-            f"{LORA}: {source.path} has two experts, each with LoRAs of its own; name the folder of one of them in "
-            "config.model.path"
-        )
 
 
 def open_loras(loras: Sequence[LoraFile], source: ModelDirectory) -> Merging:

@@ -42,17 +42,20 @@ def check(experiment: Experiment, method: Method, pipeline: Pipeline | None, wor
 
 
 def digests(data: DataConfig, workdir: Path) -> dict[str, tuple[str, ...]]:
-    """Digests of the folders of records that a run names, by the config's key: of what is in them, wherever they lie.
+    """Digests of the clips that a run names, by the config's key: of what is in its folders, wherever they lie.
 
     Raises:
-      UserError: a folder that is missing, or holds no records.
+      UserError: a folder that is missing, or holds no records or no videos.
     """
-    named = {key: names for key in ("records", "held_out_records") if (names := getattr(data, key))}
-    if not named:
+    if name_of(data) == "digits" and not data.held_out_records:
         return {}
-    from vpae_jax.tasks.video.sources import digests
+    from vpae_jax.tasks.video import sources
 
-    return {f"config.data.{key}": digests(names, workdir) for key, names in named.items()}
+    named = {key: names for key in ("records", "held_out_records") if (names := getattr(data, key))}
+    found = {f"config.data.{key}": sources.digests(names, workdir) for key, names in named.items()}
+    if data.videos:
+        found["config.data.videos"] = (sources.open_videos(data, workdir).digest,)
+    return found
 
 
 def open_task(data: DataConfig, workdir: Path, model: str, method: Mapping[str, Any]) -> Task:

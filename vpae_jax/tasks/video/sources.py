@@ -136,6 +136,11 @@ def _of_prompts(key: str, names: str, workdir: Path) -> list[Location]:
     return prompts
 
 
+def open_videos(data: DataConfig, workdir: Path) -> Manifest:
+    """The videos of a run. Raises `UserError` for a folder that is missing, or holds none that can be listed."""
+    return Manifest(resolve(data.videos, workdir), flag="--config.data.videos")
+
+
 def digests(names: str, workdir: Path) -> tuple[str, ...]:
     """Of each of the folders of records, "DIR,DIR" or "DIR=WEIGHT,...", a digest of its index, which has the clips'
     checksums, and its weight. Raises `UserError` for a folder that is missing, or not complete."""
@@ -155,8 +160,7 @@ def _location(name: str, workdir: Path) -> Location:
 
 def _encoded(data: DataConfig, workdir: Path, pipeline: Pipeline) -> LatentRecords:
     """Clips of the model's own size from a folder of videos, of which each process encodes its share."""
-    own = pipeline.defaults
-    manifest = Manifest(resolve(data.videos, workdir), flag="--config.data.videos")
+    own, manifest = pipeline.defaults, open_videos(data, workdir)
     sizes, unfit = ((own.height, own.width),), partial(too_long, pipeline)
     with VideoClips(manifest, sizes, own.num_frames, own.fps, clips_per_video=RAW_CLIPS, unfit=unfit) as clips:
         # One at a time, since they may be large.
