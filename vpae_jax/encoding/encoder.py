@@ -41,6 +41,7 @@ from vpae_jax.pages import jpeg
 from vpae_jax.types import Latents, UserError
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 @runtime_checkable
@@ -138,20 +139,16 @@ def encode(
     Returns:
       Whether all units are done, by whomever, and the folder can be read.
     """
-    pending = units.pending(process, processes)
-    if pending:
-        copies = [encoders.on(device) for device in devices or jax.local_devices()]
-        runs = [partial(_encode, encoders=copy, batch_size=batch_size) for copy in copies]
-        write_units(
-            units,
-            pending,
-            fitting(source.read(pending), encoders),
-            runs,
-            batch_size,
-            size=lambda clip: clip.video.shape,
-            expected=source.expected,
-        )
-    return finish(units, encoders)
+    return fill(
+        units,
+        encoders,
+        units.pending(process, processes),
+        source.read,
+        lambda: on_devices(partial(_encode, batch_size=batch_size), encoders, devices),
+        batch_size,
+        size=lambda clip: clip.video.shape,
+        expected=source.expected,
+    )
 
 
 def encode_into(
@@ -170,8 +167,38 @@ def encode_into(
     return folder
 
 
-def finish(units: Units, encoders: Encoders) -> bool:
-    """Makes the folder readable if all units are done; returns whether they are."""
+def on_devices(encode: Callable[..., R], encoders: Encoders, devices: Sequence[Any] | None) -> list[Callable[..., R]]:
+    """`encode` with a copy of the encoders on each of these devices, by default all of this process."""
+    return [partial(encode, encoders=encoders.on(device)) for device in devices or jax.local_devices()]
+
+
+def fill(
+    units: Units,
+    encoders: Encoders,
+    pending: Sequence[int],
+    read: Callable[[Sequence[int]], Iterable[C | Reject | None]],
+    runs: Callable[[], Sequence[Callable[[list[C]], list[Encoded]]]],
+    batch_size: int,
+    size: Callable[[C], Hashable],
+    expected: Callable[[int], int | None],
+    what: str = "clip",
+) -> bool:
+    """Encodes units that are not done, and makes the folder readable once all are, by whomever; returns whether they
+    are.
+
+    Args:
+      units: where to.
+      encoders: a pipeline.
+      pending: which units.
+      read: their items in a fixed order, None after each unit.
+      runs: makes what encodes a batch, if there is any.
+      batch_size, size, expected, what: see `write_units`.
+
+    Raises:
+      UserError: as `write_units`.
+    """
+    if pending:
+        write_units(units, pending, fitting(read(pending), encoders), runs(), batch_size, size, expected, what)
     text, mask = encoders.encode_prompt([encoders.defaults.negative_prompt])
     null = {"text": np.asarray(text[0], np.float32), "text_mask": np.asarray(mask[0])}
     return units.finish(null, {"text_tokens": int(mask.shape[1]), "takes_image": encoders.takes_image})

@@ -12,22 +12,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
-import jax
 import numpy as np
 
 from vpae_jax.encoding.buckets import Size, choose
 from vpae_jax.encoding.captions import Captions, Prompt
 from vpae_jax.encoding.clip_source import in_turn
-from vpae_jax.encoding.encoder import (
-    Encoded,
-    Encoders,
-    arrays_of,
-    dtype_of,
-    fingerprint,
-    finish,
-    fitting,
-    write_units,
-)
+from vpae_jax.encoding.encoder import Encoded, Encoders, arrays_of, dtype_of, fill, fingerprint, on_devices
 from vpae_jax.encoding.units import Units
 
 
@@ -93,22 +83,18 @@ def encode_prompts(
     Returns:
       Whether all units are done, by whomever, and the folder can be read.
     """
-    pending = units.pending(process, processes)
-    if pending:
-        copies = [encoders.on(device) for device in devices or jax.local_devices()]
-        runs = [partial(_encode, encoders=copy, sizes=sizes, batch_size=batch_size) for copy in copies]
-        write_units(
-            units,
-            pending,
-            fitting(in_turn(prompts.read, pending), encoders),
-            runs,
-            batch_size,
-            # Pictures of a batch are of one size, since the image encoder sees them as they are.
-            size=lambda prompt: (sizes.of(prompt), None if prompt.picture is None else prompt.picture.shape),
-            expected=prompts.rows_of,
-            what="prompt",
-        )
-    return finish(units, encoders)
+    return fill(
+        units,
+        encoders,
+        units.pending(process, processes),
+        partial(in_turn, prompts.read),
+        lambda: on_devices(partial(_encode, sizes=sizes, batch_size=batch_size), encoders, devices),
+        batch_size,
+        # Pictures of a batch are of one size, since the image encoder sees them as they are.
+        size=lambda prompt: (sizes.of(prompt), None if prompt.picture is None else prompt.picture.shape),
+        expected=prompts.rows_of,
+        what="prompt",
+    )
 
 
 def _encode(prompts: list[Prompt], encoders: SizedEncoders, sizes: Sizes, batch_size: int) -> list[Encoded]:

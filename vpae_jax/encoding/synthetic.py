@@ -20,17 +20,7 @@ from jax.sharding import Mesh
 from vpae_jax import sharding
 from vpae_jax.encoding.captions import Captions, Prompt
 from vpae_jax.encoding.clip_source import in_turn
-from vpae_jax.encoding.encoder import (
-    Encoded,
-    Encoders,
-    add_weights,
-    arrays_of,
-    dtype_of,
-    fingerprint,
-    finish,
-    fitting,
-    write_units,
-)
+from vpae_jax.encoding.encoder import Encoded, Encoders, add_weights, arrays_of, dtype_of, fill, fingerprint
 from vpae_jax.encoding.units import Units
 from vpae_jax.flow.draws import SEEDS, check_seed, noise_of_seed
 from vpae_jax.flow.sampler import Sampler, Solver
@@ -146,17 +136,16 @@ def synthesise(
       Whether all units are done, by whomever, and the folder can be read.
     """
     run = partial(_make, encoders=encoders, teacher=teacher, recipe=recipe, batch_size=batch_size, mesh=mesh)
-    pending = units.pending(process, processes)
-    write_units(
+    return fill(
         units,
-        pending,
-        fitting(in_turn(captions.read, pending), encoders),
-        [run],
+        encoders,
+        units.pending(process, processes),
+        partial(in_turn, captions.read),
+        lambda: [run],
         batch_size,
         size=lambda _: recipe.size,
         expected=captions.rows_of,
     )
-    return finish(units, encoders)
 
 
 def _make(
