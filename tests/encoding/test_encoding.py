@@ -316,6 +316,22 @@ def test_what_is_encoded_already_is_kept(folder, pipeline, clips):
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
 
 
+def test_a_process_waits_for_the_share_of_the_other(pipeline, clips, tmp_path, monkeypatch):
+    source, at = InUnits(clips, 6), []
+
+    def the_other_comes(place):
+        at.append(place)
+        (folder,) = tmp_path.iterdir()
+        units = Units(folder, describe(source, pipeline), source.units)
+        assert not units.complete() and units.pending(1, 2) == []
+        encode(source, pipeline, units, BATCH, 0, 2)
+
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(encoder, "wait_for_all", the_other_comes)
+    assert len(LatentRecords(encode_into(tmp_path, source, pipeline, BATCH))) == COUNT and at == ["encoded"]
+
+
 def test_other_clips_or_encoders_have_a_folder_of_their_own(pipeline, clips, tokenizer, tmp_path):
     other = MovingDigits("train", size=COUNT, seed=1, frames=5, resolution=16)
     sources = ((clips, pipeline), (other, pipeline), (clips, make_pipeline(tokenizer, seed=1)))

@@ -38,6 +38,7 @@ from vpae_jax.encoding.unit_writer import UnitWriter
 from vpae_jax.encoding.units import Units
 from vpae_jax.inference.tokenizer import TooLong
 from vpae_jax.pages import jpeg
+from vpae_jax.runtime.processes import wait_for_all
 from vpae_jax.types import Latents, UserError
 
 T = TypeVar("T")
@@ -151,19 +152,22 @@ def encode(
     )
 
 
-def encode_into(
-    root: Path, source: ClipSource, encoders: Encoders, batch_size: int, process: int = 0, processes: int = 1
-) -> Path:
-    """Encodes this process's share of all clips into a folder of `root` that is named by what decides them.
+def encode_into(root: Path, source: ClipSource, encoders: Encoders, batch_size: int) -> Path:
+    """Encodes all clips into a folder of `root` that is named by what decides them. Of several processes all call this,
+    and each encodes its share.
 
     Returns:
-      The folder, complete when all processes have come so far.
+      The folder, complete.
+
+    Raises:
+      UserError: as `encode`; the other processes did not come so far.
     """
     identity = describe(source, encoders)
     folder = root / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     units = Units(folder, identity, source.units)
     if not units.complete():  # a shard that was lost since is made again
-        encode(source, encoders, units, batch_size, process, processes)
+        encode(source, encoders, units, batch_size, jax.process_index(), jax.process_count())
+    wait_for_all("encoded")
     return folder
 
 

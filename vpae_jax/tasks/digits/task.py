@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import numpy as np
 from jaxtyping import Float
 
@@ -19,7 +18,6 @@ from vpae_jax.encoding.encoder import encode_into
 from vpae_jax.files import resolve
 from vpae_jax.inference.pipeline import Pipeline
 from vpae_jax.metrics.base import Clips
-from vpae_jax.runtime.processes import wait_for_all
 from vpae_jax.tasks.base import (
     OTHER_NOISE,
     SHOWN,
@@ -90,9 +88,7 @@ class Digits:
         if kind is CaptionedFrames:
             return captioned_batches(self._trained, pipeline.tokenizer, *how)
         root = resolve(self._data.folder, self._workdir)
-        here = jax.process_index(), jax.process_count()
-        records = LatentRecords(encode_into(root, InUnits(self._trained), pipeline, ENCODED_AT_ONCE, *here))
-        wait_for_all("encoded")
+        records = LatentRecords(encode_into(root, InUnits(self._trained), pipeline, ENCODED_AT_ONCE))
         return latent_batches([(records, 1.0)], *how, feed.max_bad)
 
     def held_out(self, pipeline: Pipeline, purpose: Purpose, count: int) -> HeldOut:

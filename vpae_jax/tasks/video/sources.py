@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from vpae_jax.config import DataConfig, parse_sources
 from vpae_jax.data.index import REJECTS, common, has_clips, latent_shape, of_prompts, read_index
 from vpae_jax.data.records import LatentRecords
@@ -22,7 +20,7 @@ from vpae_jax.encoding.videos import VideoClips
 from vpae_jax.files import is_address, resolve
 from vpae_jax.inference.pipeline import Pipeline
 from vpae_jax.methods.base import Method
-from vpae_jax.runtime.processes import is_first, say, wait_for_all
+from vpae_jax.runtime.processes import is_first, say
 from vpae_jax.types import UserError
 
 # Of one video of a folder that is encoded before a run, at most.
@@ -164,10 +162,7 @@ def _encoded(data: DataConfig, workdir: Path, pipeline: Pipeline) -> LatentRecor
     sizes, unfit = ((own.height, own.width),), partial(too_long, pipeline)
     with VideoClips(manifest, sizes, own.num_frames, own.fps, clips_per_video=RAW_CLIPS, unfit=unfit) as clips:
         # One at a time, since they may be large.
-        folder = encode_into(
-            resolve(data.folder, workdir), clips, pipeline, 1, jax.process_index(), jax.process_count()
-        )
-    wait_for_all("encoded")
+        folder = encode_into(resolve(data.folder, workdir), clips, pipeline, 1)
     records = LatentRecords(folder)
     if not len(records):
         kinds = rejected(records.index)
