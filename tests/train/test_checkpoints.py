@@ -239,6 +239,13 @@ def test_a_file_that_may_not_be_read_is_no_damage(workdir, monkeypatch):
     assert steps_in(workdir / FOLDER) == [OLD, NEW]
 
 
+def test_a_whole_checkpoint_is_read_without_a_word(workdir, caplog):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert int(read_state(workdir)["step"]) == NEW
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
 @pytest.mark.parametrize("damage", ["emptied", "garbage", "removed"])
 def test_who_reads_another_runs_checkpoints_takes_the_whole_one_and_changes_nothing(damage, workdir):
     DAMAGES[damage](largest(workdir / FOLDER / str(NEW), FILES["values"]))

@@ -178,8 +178,10 @@ def read_state(
     """
     step = whole_step(workdir) if step is None else step
     folder = (workdir / FOLDER).absolute() / str(step) / "state"
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        tree = reader.metadata(folder).item_metadata.tree
+    handler = ocp.PyTreeCheckpointHandler()
+    # The checkpointer's own `metadata` would warn of a file that is not needed.
+    tree = handler.metadata(folder).tree  # pyright: ignore[reportArgumentType]
+    with ocp.Checkpointer(handler) as reader:
         wanted = {item: tree[item] for item in items}
         how: Any = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         for item in like or ():
