@@ -17,11 +17,11 @@ def test_every_role_has_a_line_with_its_size():
     transformer = presets.find("i2v-14b").transformer
     table = overview(draw_up(experiment, make_method(experiment.method), mesh, transformer))
     header, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if "|" in line)
-    assert header == ["Role", "Start", "Weights", "Parameters", "Dtype", "Gib", "Averages"]
+    assert header == ["Role", "Start", "Weights", "Parameters", "Dtype", "Memory", "Averages"]
     lines = {row[0]: row[1:] for row in rows}
-    assert lines["generator"] == ["pretrained", "trained", "16,394,878,784", "float32", "61.1", "ema"]
-    assert lines["teacher"] == ["pretrained", "frozen", "16,394,878,784", "bfloat16", "30.5", "-"]
+    assert lines["generator"] == ["pretrained", "trained", "16,394,878,784", "float32", "61.1 GiB", "ema"]
+    assert lines["teacher"] == ["pretrained", "frozen", "16,394,878,784", "bfloat16", "30.5 GiB", "-"]
     # A block has ten linear layers of width 5120, and two between it and 13824.
     rank = 128
     adapters = 40 * rank * (10 * 2 * 5120 + 2 * (5120 + 13824))
-    assert lines["fake_score"] == ["fresh", "trained, rank 128 on teacher", f"{adapters:,}", "float32", "2.68", "-"]
+    assert lines["fake_score"] == ["fresh", "trained, rank 128 on teacher", f"{adapters:,}", "float32", "2.68 GiB", "-"]

@@ -20,7 +20,7 @@ class _Row:
     weights: str
     parameters: int
     dtype: str
-    gib: float
+    memory: str
     averages: str
 
 
@@ -38,7 +38,7 @@ def overview(blueprint: Blueprint) -> str:
                 + (f", rank {role.adapters.rank} on {role.adapters.on}" if role.adapters else ""),
                 parameters=sum(leaf.size for leaf in leaves),
                 dtype=", ".join(sorted({str(leaf.dtype) for leaf in leaves})),
-                gib=sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / 2**30,
+                memory=f"{sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / 2**30:.3g} GiB",
                 averages=", ".join(role.averages) or "-",
             )
         )
