@@ -44,7 +44,9 @@ def plain(q, k, v, bias=None):
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
-@pytest.mark.parametrize("name", ["dit-backward", "vae-decode", "vae-encode", "umt5"])
+@pytest.mark.parametrize(
+    "name", ["vae-encode", *(pytest.param(n, marks=pytest.mark.long) for n in ("dit-backward", "vae-decode", "umt5"))]
+)
 def test_ours_equal_pytorchs_and_both_are_timed(module, tmp_path, capsys, name):
     file, page = tmp_path / "all.json", tmp_path / "page.md"
     page.write_text("before\n<!-- made by benchmarks/models.py -->\nold\n<!-- end -->\nafter\n")

@@ -124,6 +124,7 @@ def test_two_processes_write_what_one_does(videos, run, tmp_path):
     assert files(one) == files(two) | {"summary.html": (one / "summary.html").read_bytes()}
 
 
+@pytest.mark.long
 def test_two_processes_at_the_same_time(videos, run, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     running = [

@@ -5,12 +5,15 @@ from dataclasses import dataclass, field, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from clu.metrics import Metric
 
 from vpae_jax.flow.schedule import expand
 from vpae_jax.methods.base import Context, all_views
 from vpae_jax.types import Batch, Condition, Features
 
+# Kinds of adversarial losses: of each method one in every run of the tests, and all in the long one.
+ADVERSARIAL = ["rpgan", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("hinge", "ns_logistic"))]
 B, C = 3, 4
 SHAPE = (B, 2, 2, 2, C)
 # This generator compiles three times faster than the default one; the draws only need to be independent.

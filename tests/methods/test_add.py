@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from networks import (
+    ADVERSARIAL,
     BATCH,
     KEY,
     B,
@@ -80,7 +81,16 @@ def test_variants_are_data():
     assert low_rank.adapters == Adapters("teacher", 4, 8.0)
 
 
-@pytest.mark.parametrize("method", [METHOD, replace(METHOD, inputs="simulated"), replace(METHOD, steps=1)])
+@pytest.mark.parametrize(
+    "method",
+    [
+        METHOD,
+        *(
+            pytest.param(other, marks=pytest.mark.long)
+            for other in (replace(METHOD, inputs="simulated"), replace(METHOD, steps=1))
+        ),
+    ],
+)
 def test_each_update_trains_its_own_roles(method):
     values, metrics, grads = evaluate(method, method.generator_loss)
     assert values.shape == (B,) and touched(grads) == {"generator"}
@@ -349,7 +359,7 @@ def test_injected_gradients_equal_direct_ones(adversarial):
     assert metrics["adv_csds_ratio"] == pytest.approx(metrics["adv_grad"] / metrics["csds_grad"], rel=1e-4)
 
 
-@pytest.mark.parametrize("adversarial", ["hinge", "ns_logistic", "rpgan"])
+@pytest.mark.parametrize("adversarial", ADVERSARIAL)
 def test_a_step_of_the_heads_raises_real_minus_fake(adversarial):
     """Of logits near 0, at which a logistic loss has the same slope for both, too."""
     method = replace(METHOD, adversarial=adversarial, penalty=DifferencePenalty(weight=0.0))

@@ -44,6 +44,11 @@ AAPT = APT(
     noise=DiscriminatorNoise("clean", TimeDistribution()),
     penalty=DifferencePenalty(1000.0, "both", 0.1, 0.0, norm="fixed"),
 )
+KINDS = [
+    pytest.param(APT(), id="apt"),
+    pytest.param(AAD, id="aad"),
+    pytest.param(AAPT, id="aapt", marks=pytest.mark.long),
+]
 CLIPS = make_batch((B, 3, 4, 4, 4))
 DATA = np.asarray(CLIPS.latents)
 AXES = (1, 2, 3, 4)
@@ -82,7 +87,7 @@ def test_variants_are_data():
     assert low_rank["backbone"] == Role("pretrained", trains=True)
 
 
-@pytest.mark.parametrize("method", [APT(), AAD, AAPT], ids=["apt", "aad", "aapt"])
+@pytest.mark.parametrize("method", KINDS)
 def test_each_update_trains_its_own_roles(method):
     """The discriminator as a whole by one loss, without a gradient to the generator; then the generator."""
     values, metrics, grads = evaluate(method, method.discriminator_loss)
@@ -213,7 +218,7 @@ def test_the_penalty_is_r1_by_its_weight_times_sigma_squared(method, expected):
     assert loss(method.penalty.weight) - loss(0.0) == pytest.approx(expected * float((w**2).sum()), rel=0.08)
 
 
-@pytest.mark.parametrize("method", [APT(), AAD, AAPT], ids=["apt", "aad", "aapt"])
+@pytest.mark.parametrize("method", KINDS)
 def test_one_loss_trains_heads_and_backbone(method):
     """Its gradients are those of Eq. 1, written out as a function of both."""
     weights = weights_of(method)
@@ -239,7 +244,7 @@ def test_one_loss_trains_heads_and_backbone(method):
 
 
 @pytest.mark.parametrize("role", ["heads", "backbone"])
-@pytest.mark.parametrize("method", [APT(), AAD, AAPT], ids=["apt", "aad", "aapt"])
+@pytest.mark.parametrize("method", KINDS)
 def test_a_step_of_either_half_of_the_discriminator_raises_real_minus_fake(method, role):
     """Of logits near 0, at which a logistic loss has the same slope for both, too."""
     method = replace(method, penalty=DifferencePenalty(weight=0.0))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from networks import (
+    ADVERSARIAL,
     BATCH,
     KEY,
     B,
@@ -77,7 +78,16 @@ def test_variants_are_data():
     assert [u.followers for u in aligned.updates] == [{}, {"fake_score": 0.97}]
 
 
-@pytest.mark.parametrize("method", [METHOD, ONE, ALONE, replace(METHOD, disc_backbone="teacher")])
+@pytest.mark.parametrize(
+    "method",
+    [
+        METHOD,
+        *(
+            pytest.param(other, marks=pytest.mark.long)
+            for other in (ONE, ALONE, replace(METHOD, disc_backbone="teacher"))
+        ),
+    ],
+)
 def test_each_update_trains_its_own_roles(method):
     """Zero gradient to all others, also through the earlier steps of the simulation."""
     values, metrics, grads = evaluate(method, method.generator_loss)
@@ -368,7 +378,7 @@ def test_one_joint_loss_for_the_fake_score():
     assert np.abs(found["heads"]).max() > 1e-4
 
 
-@pytest.mark.parametrize("adversarial", ["ns_logistic", "hinge", "rpgan"])
+@pytest.mark.parametrize("adversarial", ADVERSARIAL)
 def test_a_step_of_the_heads_raises_real_minus_fake(adversarial):
     method = replace(ONE, adversarial=adversarial, disc_weight=1.0)
     clips = replace(CLIPS, latents=CLIPS.latents * 0 + 1.5)

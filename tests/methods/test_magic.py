@@ -75,7 +75,13 @@ def test_variants_are_data():
     assert [u.trains for u in ALONE.updates] == [("fake_score",), ("generator",)]
 
 
-@pytest.mark.parametrize("method", [METHOD, ONE, ALONE, replace(METHOD, inputs="simulated")])
+@pytest.mark.parametrize(
+    "method",
+    [
+        METHOD,
+        *(pytest.param(other, marks=pytest.mark.long) for other in (ONE, ALONE, replace(METHOD, inputs="simulated"))),
+    ],
+)
 def test_each_update_trains_its_own_roles(method):
     """The weak score's adapters, the teacher and the generator's own features are constants."""
     values, metrics, grads = evaluate(method, method.generator_loss)

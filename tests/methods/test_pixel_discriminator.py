@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from networks import (
+    ADVERSARIAL,
     KEY,
     B,
     assert_heads_learn,
@@ -152,7 +153,7 @@ def test_looks_are_drawn_by_the_batchs_key():
 
 
 @each
-@pytest.mark.parametrize("adversarial", ["hinge", "ns_logistic", "rpgan"])
+@pytest.mark.parametrize("adversarial", ADVERSARIAL)
 def test_a_step_of_the_heads_raises_real_minus_fake(method, adversarial):
     method = replace(method, adversarial=adversarial, penalty=DifferencePenalty(weight=0.0))
     clips = replace(CLIPS, latents=CLIPS.latents * 0 + 1.5)

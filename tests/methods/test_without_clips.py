@@ -66,7 +66,14 @@ def run(method, loss, batch, clips=None):
     return differentiated(weights_of(method), batch)
 
 
-@pytest.mark.parametrize("method", WITHOUT.values(), ids=WITHOUT)
+# The two of one kind with the most and the least to compile stand for the others.
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(method, id=name, marks=[pytest.mark.long] * (name not in ("phase one", "dmd2, one step")))
+        for name, method in WITHOUT.items()
+    ],
+)
 def test_losses_are_the_same_with_clips_and_without(method):
     """From the same draws, so that no clip takes part; what compares with clips is left out."""
     assert not method.needs_clips

@@ -91,7 +91,10 @@ def test_a_constant_feature_does_not_blow_up():
     assert np.abs(scale(values + 100)).max() <= 3.0
 
 
-@pytest.mark.parametrize("frames, height, width", [(9, 48, 48), (5, 48, 84), (17, 60, 104), (81, 480, 832)])
+@pytest.mark.parametrize(
+    "frames, height, width",
+    [(9, 48, 48), (5, 48, 84), (17, 60, 104), pytest.param(81, 480, 832, marks=pytest.mark.long)],
+)
 def test_features_of_any_size_are_as_many_whatever_the_size(frames, height, width):
     moving = patterns(1, frames=frames, height=height, width=width)
     found = features(moving)

@@ -98,7 +98,9 @@ def value(remat):
     return traced.lower().compile()(weights)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full", "attention", "offload"])
+@pytest.mark.parametrize(
+    "remat", ["full", *(pytest.param(r, marks=pytest.mark.long) for r in ("dots", "attention", "offload"))]
+)
 def test_recomputing_changes_no_gradient(remat):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), value(remat), value("none"))
 

@@ -152,7 +152,7 @@ def at(vae, weighted):
     return run
 
 
-@pytest.mark.parametrize("frame", [1, 2, 3])
+@pytest.mark.parametrize("frame", [2, *(pytest.param(f, marks=pytest.mark.long) for f in (1, 3))])
 def test_frames_are_the_pipelines(at, whole, frame):
     """Exactly those of the whole clip's decoding, of which the causal decoder needs all that comes before. The gradient
     in the chosen latent frame is that of its frames, in the first one that of the first frame, and in no other one."""

@@ -192,7 +192,7 @@ def test_features_run_no_block_after_the_last_tap():
 @pytest.mark.parametrize(
     ("taps", "trained"),
     [
-        ((1, 2, 3, 4, 5, 6), False),
+        pytest.param((1, 2, 3, 4, 5, 6), False, marks=pytest.mark.long),
         ((2, 4, 6, 8), True),
         pytest.param((1, 2, 3, 4, 5, 6), True, marks=pytest.mark.long),
         pytest.param((1, 3, 5, 7), True, marks=pytest.mark.long),
@@ -256,7 +256,9 @@ def flat_weights(model):
     return {"/".join(map(str, path)): np.asarray(value[...]) for path, value in found}
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "attention", "full"])
+@pytest.mark.parametrize(
+    "remat", ["dots", *(pytest.param(r, marks=pytest.mark.long) for r in ("none", "attention", "full"))]
+)
 def test_training_memory_grows_with_the_tokens_and_not_with_their_square(remat):
     """Four times the tokens: more than twice as many would be kept for each if tiles of logits were among it."""
 

@@ -163,7 +163,10 @@ def test_merged_in_float32_whatever_the_base_is_stored_in(t2v, tmp_path):
 EXPERTS = [(Sampler.even(4, 3.0), 0.75), (Sampler.even(3, 3.0, 2.0, "consistency"), 0.8)]
 
 
-@pytest.mark.parametrize("sampler, boundary", EXPERTS, ids=["at a time", "between"])
+@pytest.mark.parametrize(
+    "sampler, boundary",
+    [pytest.param(*EXPERTS[0], id="at a time"), pytest.param(*EXPERTS[1], id="between", marks=pytest.mark.long)],
+)
 def test_two_experts_make_the_same_frames_in_diffusers(t2v, tmp_path, monkeypatch, sampler, boundary):
     high, low = changed(t2v, 1.1), changed(t2v, 0.8)
     folder = write_student(tmp_path, find_model(t2v), high, sampler, low=low, boundary=boundary)
@@ -194,7 +197,9 @@ def test_two_image_to_video_experts_do(i2v, tmp_path, monkeypatch):
     compare(folder, monkeypatch, sampler, image=True)
 
 
-@pytest.mark.parametrize("form", ["wan", "orbax", "diffusers"])
+@pytest.mark.parametrize(
+    "form", ["diffusers", *(pytest.param(form, marks=pytest.mark.long) for form in ("wan", "orbax"))]
+)
 def test_two_experts_go_through_every_layout(t2v, tmp_path, form):
     student = write_student(
         tmp_path, find_model(t2v), changed(t2v, 1.1), Sampler.even(4, 3.0), low=changed(t2v, 0.8), boundary=0.6

@@ -36,7 +36,7 @@ def bound(folder):
     ("phases", "times"),
     [
         pytest.param(1, (1, 0), id="1", marks=pytest.mark.long),
-        pytest.param(3, (1, 0.66, 0.33, 0), id="3"),
+        pytest.param(3, (1, 0.66, 0.33, 0), id="3", marks=pytest.mark.long),
         pytest.param(4, (1, 0.75, 0.5, 0.25, 0), id="4", marks=pytest.mark.long),
     ],
 )

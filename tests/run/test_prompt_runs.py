@@ -82,6 +82,7 @@ def primed(t2v, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.long
 def test_text_to_video(primed, t2v, tmp_path, capsys):
     """Phase one, and distribution matching from its student, which would be guarded if there were clips."""
     sheet = np.asarray(Image.open(primed / "previews" / "step_000002.png"))

@@ -180,6 +180,7 @@ def simulated_slurm(folder: Path, steps: int, pause: float) -> dict[str, str]:
     return {"PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": str(toy), **job}
 
 
+@pytest.mark.long
 def test_slurms_variables_make_one_run_of_two_tasks(tmp_path):
     result = launch("slurm.sh", CONFIG, str(tmp_path / "run"), **simulated_slurm(tmp_path, 6, 0))
     assert result.returncode == 0, result.stdout + result.stderr

@@ -107,6 +107,7 @@ def test_a_process_that_is_killed_takes_the_other_down_and_a_restart_ends_with_t
     assert records(folder) == records(two) and same_bits(folder, two)
 
 
+@pytest.mark.long
 def test_the_coordinators_death_takes_the_other_down(tmp_path):
     folder = tmp_path / "run"
     with started(2, folder, LONG, "fsdp", 0.1) as running:
