@@ -66,7 +66,6 @@ def test_classifier_on_held_out_digits():
         assert accuracy >= least
 
 
-@pytest.mark.long
 def test_classifier_is_deterministic(clips):
     small = [DigitClassifier(clips=150)(clips[:, 0]) for _ in range(2)]
     assert np.array_equal(*small)
