@@ -84,7 +84,7 @@ def compare(theirs, ours, steps, guidance, picture=None):
     return found
 
 
-UNIPC = [(1, 5.0), (4, 1.0), (4, 5.0), pytest.param(50, 5.0, marks=pytest.mark.long)]
+UNIPC = [(4, 1.0), (4, 5.0), *(pytest.param(steps, 5.0, marks=pytest.mark.long) for steps in (1, 50))]
 EULER = [(1, 1.0), (4, 1.0), (4, 3.0)]
 
 

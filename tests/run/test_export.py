@@ -119,7 +119,13 @@ SAMPLERS = [
 ]
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: f"{s.solver}-{s.steps}")
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        pytest.param(s, id=f"{s.solver}-{s.steps}-{s.guidance:g}", marks=[pytest.mark.long] * (s.steps in (2, 3)))
+        for s in SAMPLERS
+    ],
+)
 def test_a_student_makes_the_same_frames_in_diffusers(t2v, tmp_path, monkeypatch, sampler):
     folder = write_student(tmp_path, find_model(t2v), changed(t2v, 1.1), sampler, shift=3.0)
     assert folder == tmp_path / "model"

@@ -71,7 +71,8 @@ def assert_same_clip(folder, monkeypatch, pipe=None):
     return found
 
 
-@pytest.mark.parametrize("steps, solver", [(4, "consistency"), pytest.param(1, "euler", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("steps, solver", [(4, "consistency"), (1, "euler")])
 def test_lcm_is_sampled_alike_in_diffusers(tmp_path, monkeypatch, steps, solver):
     """In its own number of steps and without the teacher's guidance, in both."""
     folder = run(lcm, tmp_path / "lcm", steps=steps)
