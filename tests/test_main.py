@@ -61,7 +61,10 @@ BAD_COMMAND_LINES = {
     "infinite": (["--config=configs/phase1.py", "--config.sample_guidance=inf"], ["config.sample_guidance", "inf"]),
     "unknown preset": (["--config=configs/phase1.py:tinny"], ["tinny", "tiny"]),
     "no such config": (["--config=configs/phase9.py"], ["configs/phase9.py"]),
-    "ill-typed value": (["--config=configs/phase1.py", "--config.steps=many"], ["steps", "many"]),
+    "ill-typed value": (
+        ["--config=configs/phase1.py", "--config.steps=many"],
+        ["--config.steps=many: expected a whole num"],
+    ),
     "preset is no key": (["--config=configs/phase1.py", "--config.preset=tiny"], ["preset"]),
     "key of another kind": (
         ["--config=configs/phase2.py", "--config.method.noise.t.mean=.5"],

@@ -24,6 +24,8 @@ EXIT_INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended
 # Precisions that networks run in and that weights are written in.
 DTYPES = ("float32", "bfloat16")
 
+# What absl passes on of Python, and what it means.
+_EXPECTED = {"invalid literal for int()": "a whole number", "could not convert string to float": "a number"}
 HELP = {"--help", "-h", "-help", "--helpfull", "--helpshort"}
 
 Main = Callable[[list[str]], None]
@@ -109,10 +111,19 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
-        _fail(str(error))
+        _fail(_in_words(str(error)))
     if len(rest) > 1:
         _fail(f"unexpected argument {rest[1]!r}; options are written --name=value")
     return rest
+
+
+def _in_words(error: str) -> str:
+    """What absl says of a value that does not parse, without Python's own words."""
+    for said, expected in _EXPECTED.items():
+        where, found, _ = error.removeprefix("flag ").partition(f": {said}")
+        if found:
+            return f"{where}: expected {expected}"
+    return error
 
 
 def _begin() -> None:

@@ -59,6 +59,8 @@ from vpae_jax.weights.settings import Scheduler
 from vpae_jax.weights.writing import Format, Values, from_tree, open_values
 
 WEIGHTS = ("generator", "ema")
+# What a card says after the guard's verdict on weights that are written all the same.
+REFUSED = "; this model has the trained weights all the same (--refused)"
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ def read_run(workdir: Path, weights: str | None, base: str | None, refused: bool
         "weights": "the generator's average" if averaged else "the generator",
         "started from": run.model_path,
         **({MERGED_BEFORE: told(loras)} if loras else {}),
-        **({} if decided is None else {"guard": decided.reason}),
+        **({} if decided is None else {"guard": decided.reason + ("" if decided.kept else REFUSED)}),
     }
     boundary = None if student.low is None else student.boundary
     return Input(

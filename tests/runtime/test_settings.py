@@ -227,7 +227,7 @@ def test_processes_of_two_jobs_do_not_meet():
     address = f"localhost:{free_port()}"
     jobs = ProcessSpec(address, 2, 0, secret="one"), ProcessSpec(address, 2, 1, secret="another")
     first, other = together(*jobs, seconds=2)
-    assert "process 1 did not come (" in first and "others did not prove to be of this job)" in first
+    assert "process 1 did not come (" in first and " connections that did not prove to be of this job" in first
     assert "who answers there has another VPAE_SECRET" in other
     assert "another" not in repr(jobs[1])
 

@@ -95,7 +95,8 @@ async def _gather(process: ProcessSpec, seconds: int) -> None:
         async with asyncio.timeout(seconds):
             wrong = await gathering.end
     except TimeoutError:
-        strangers = f" ({gathering.strangers} others did not prove to be of this job)" if gathering.strangers else ""
+        count = gathering.strangers
+        strangers = f" ({count} connections that did not prove to be of this job were turned away)" if count else ""
         wrong = (
             f"{process.name}: waited {seconds} s at {process.address}, but process {gathering.missing} did not come"
             f"{strangers}; start all processes with the same coordinator, number of processes and VPAE_SECRET"
