@@ -34,7 +34,11 @@ def paper(preset: str) -> ConfigDict:
             "backbone": adam(2e-6, b1=0.5),  # for method.backbone = full_copy
         },
         steps=1000,
-        previous={"workdir": "{workdir}/../phase1", "command": PREVIOUS.format(preset=preset)},
+        previous={
+            "workdir": "{workdir}/../phase1",
+            "weights": "online",  # as the text has it; measured in docs/methods.md
+            "command": PREVIOUS.format(preset=preset),
+        },
     )
 
 

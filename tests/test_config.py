@@ -216,6 +216,7 @@ def test_the_presets_of_14b_hold_the_papers_values():
     assert (two.optimizers["heads"].b1, two.optimizers["heads"].b2) == (0.5, 0.999)
     method = make_method(two.method)
     assert (method.ema, method.csds.weight, method.penalty.sigma_s, method.penalty.sigma_t) == (0.995, 10, 0.01, 0.1)
+    assert (two.previous.weights, parse(phase2.get_config()).previous.weights) == ("online", "ema")
 
 
 @pytest.mark.parametrize("preset", PRESETS)
