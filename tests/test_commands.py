@@ -55,6 +55,11 @@ def found():
     for path in [ROOT / "docs" / "methods.md"]:
         for number, command in enumerate(commands(path.read_text())):
             yield pytest.param(*command, id=f"{path.name} {number}")
+    for line in (ROOT / "docs" / "methods" / "train_tiny.sh").read_text().splitlines():
+        if line.startswith("train "):
+            _, name, config, steps, *changes = shlex.split(line)
+            words = [f"--config=configs/{config}.py", f"--config.steps={steps}", *changes]
+            yield pytest.param("main", words, id=f"train_tiny.sh {name}")
     for name, module in CONFIGS.items():
         for number, command in enumerate(commands(module.__doc__)):
             yield pytest.param(*command, id=f"configs/{name}.py {number}")
