@@ -173,7 +173,7 @@ def test_the_search_proposes_what_it_compiled():
     assert ended.returncode == 0, ended.stderr
     made = json.loads(ended.stdout)
     asked, found, none = made["asked"], made["found"], made["none"]
-    assert asked["fits"] and asked["memory"]["parameters"] == asked["memory"]["EMA"]
+    assert asked["fits"] and asked["memory"]["parameters"] == asked["memory"]["averages"]
     assert {"all-gather"} <= {c["kind"] for c in asked["programs"][0]["communication"]}
     assert asked["programs"][0]["flops"] == asked["programs"][0]["model_flops"]
     assert found["plan"]["fits"] and found["plan"]["total"] < asked["total"]
@@ -188,7 +188,8 @@ def end_to_end(name: str) -> dict:
     small = ["--config.batch_size=4", "--config.model.remat=full"]
     ended = run("vpae_jax.plan", "--config=configs/teacher.py", f"--topology={name}", "--json", *small)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stderr == f"compiling generator for {name}\n"  # no noise of the compiler's
+    # No noise of the compiler's; of a slow machine more lines of the same.
+    assert all(line.startswith(f"compiling generator for {name}") for line in ended.stderr.splitlines()), ended.stderr
     return json.loads(ended.stdout)
 
 
@@ -205,7 +206,7 @@ def test_a_phase_is_planned_on_a_machine_without_it(name):
     assert made["fits"] and made["devices"] == 4 and made["chip"]["name"] == parse(name).chip.name
     weights = sum(4 * size for size in (3_801_344,)) / 4
     assert weights < made["memory"]["parameters"] < 1.2 * weights  # all but small ones are sharded
-    assert made["memory"]["EMA"] == made["memory"]["parameters"]
+    assert made["memory"]["averages"] == made["memory"]["parameters"]
     update = made["programs"][0]
     assert update["footprint"]["temporaries"] > 0 and update["unknown_loops"] == 0
     assert {c["kind"] for c in update["communication"]} >= {"all-gather"}
