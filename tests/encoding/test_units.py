@@ -40,8 +40,8 @@ def add(writer, *numbers, shape=SMALL):
         writer.add(f"clip {number}", arrays_of(number, shape), {"number": number})
 
 
-def fill(units: Units, process: int = 0, processes: int = 1) -> None:
-    for unit in units.pending(process, processes):
+def fill(units: Units, process: int = 0, processes: int = 1, most: int | None = None) -> None:
+    for unit in units.pending(process, processes)[:most]:
         with units.write(unit) as writer:
             add(writer, 2 * unit, 2 * unit + 1)
 
@@ -268,13 +268,13 @@ units.finish(NULL, FACTS)
 """
 
 
-def start(folder, count, process=0, processes=1, before=""):
+def start(folder, count, process=0, processes=1, before="", after=""):
     paths = os.pathsep.join(
         [str(HERE), str(HERE.parent), str(HERE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     )
     arguments = map(str, (folder, count, process, processes))
     return subprocess.Popen(
-        [sys.executable, "-c", before + WRITER, *arguments],
+        [sys.executable, "-c", before + WRITER + after, *arguments],
         env={**os.environ, "PYTHONPATH": paths},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -305,16 +305,22 @@ def test_several_processes_fill_one_folder(tmp_path):
 
 @pytest.mark.long
 def test_thirty_kills_lose_and_double_nothing(tmp_path):
+    """A process writes ten units at most and then stays, however fast the machine is."""
     folder, count = tmp_path / "folder", 400
     rng = random.Random(0)
-    kills = 0
-    while kills < 30:
-        running = [start(folder, count, i, 2) for i in range(2)]
+    stays = (
+        "import time, test_units\nfrom functools import partial\ntest_units.fill = partial(test_units.fill, most=10)\n"
+    )
+    for turn in range(15):
+        running = [start(folder, count, i, 2, before=stays, after="time.sleep(10_000)") for i in range(2)]
         for process in running:
             process.stdout.readline()
+        while turn == 0 and len(Units(folder, IDENTITY, count).pending()) == count:
+            assert running[0].poll() is None
+            time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.03))
         for process in running:
-            kills += process.poll() is None
+            assert process.poll() is None
             process.send_signal(signal.SIGKILL)
             process.communicate()
         assert len(hidden(folder)) <= 4, "what was left is swept"
