@@ -11,19 +11,35 @@ from encoding_runs import WAIT, add_bad_videos, contents, files, hidden, living,
 ORPHANED = WAIT  # seconds until workers have seen that their parent is gone, on a machine that does much else
 
 
+# Stays where it is, once it has begun to make the folder whole.
+HELD = """
+import time
+from contextlib import contextmanager
+from vpae_jax.encoding.units import Units
+workspace = Units._workspace
+@contextmanager
+def held(self, label):
+    with workspace(self, label) as hidden:
+        if label == "finish" and self.pending() == []:
+            time.sleep(10_000)
+        yield hidden
+Units._workspace = held
+"""
+
+
 def done(output) -> int:
     return len(list((output / "units").glob("*.json")))
 
 
-def kill_at(output, moment, settings) -> str | None:
+def kill_at(output, moment, settings, before_it: str = "") -> str | None:
     """Starts the command, kills it at a moment, and looks after its workers; what it was doing, or None if it ended.
 
     `moment` is how many units it may write first, and how long to wait after that; where no unit is left, how long
-    after it begins to make the folder whole.
+    after it begins to make the folder whole. `before_it` is Python that its process runs first.
     """
     more, delay = moment
     before, units = done(output), settings["units"]
-    process = start(**settings["arguments"], output=output)
+    process = start(before_it, **settings["arguments"], output=output)
     session = process.pid
 
     def begun() -> bool:
@@ -64,7 +80,10 @@ def survive(tmp_path, kills: int, videos: int, unit: int) -> list[str]:
         else:
             more = min(rng.choice((0, 0, 1, 1, 2)), units - done(output))
             moment = more, rng.choice((0, 1)) * rng.uniform(0, 0.3 if more else 1.5)
-        how = kill_at(output, moment, settings)
+        # One of those that make it whole is held there: on some machines the others are killed before or after.
+        how = kill_at(
+            output, moment, settings, HELD if finishing and not any("finish" in how for how in deaths) else ""
+        )
         if how is None:
             (output / "index.json").unlink()  # as if it had been killed before it wrote it
         else:
