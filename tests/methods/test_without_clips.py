@@ -66,7 +66,7 @@ def run(method, loss, batch, clips=None):
     return differentiated(weights_of(method), batch)
 
 
-# The two of one kind with the most and the least to compile stand for the others.
+# Two of them in every run of the tests, and all in the long one.
 @pytest.mark.parametrize(
     "method",
     [

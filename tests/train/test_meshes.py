@@ -234,7 +234,7 @@ def assert_same(found, expected, tolerance=TOLERANCE):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1e-2, np.abs(b).max()), err_msg=str(path))
 
 
-# Compiling takes half a minute each. Each phase and each mesh is among the short ones, which `long` completes.
+# Compiling takes half a minute each: one is short, and all are in the long run.
 SHORT = ("one-fsdp 8",)
 
 
