@@ -35,6 +35,8 @@ Video = Float[Array, "b t height width 3"]
 Frames = UInt8[Array, "t height width 3"]
 Latents = Float[Array, "b f h w c"]
 Times = Float[Array, "b"]
+# A time for each latent frame, as causal models have them.
+FrameTimes = Float[Array, "b f"]
 Tokens = Float[Array, "b n d"]
 PerExample = Float[Array, "b"]
 TokenIds = Int[Array, "b s"]
@@ -182,6 +184,20 @@ class Features:
     text_mask: Bool[Array, "b s"] | None
     grid: tuple[int, int, int] = static()
     image: Float[Array, "b n_image d"] | None = None
+
+
+@pytree
+class Memory:
+    """What a causal transformer keeps of earlier frames: each layer's keys, before their rotary embedding, and values.
+
+    Attributes:
+      keys, values: a token a row; those of `frames` frames are in use, from the front.
+      frames: latent frames that are remembered.
+    """
+
+    keys: Float[Array, "layers b m heads head_dim"]
+    values: Float[Array, "layers b m heads head_dim"]
+    frames: Int[Array, ""]
 
 
 @pytree

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from clu.metrics import Metric
 
+from vpae_jax.flow.chunks import Chunks
 from vpae_jax.flow.schedule import expand
 from vpae_jax.methods.base import Context, all_views
-from vpae_jax.types import Batch, Condition, Features
+from vpae_jax.types import Batch, Condition, Features, Memory
 
 # Kinds of adversarial losses: of each method one in every run of the tests, and all in the long one.
 ADVERSARIAL = ["rpgan", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("hinge", "ns_logistic"))]
@@ -59,9 +60,65 @@ class Net:
     def velocity_and_features(self, x, t, condition, taps):
         return self(x, t, condition), self.features(x, t, condition, taps)
 
+    def causal(self, chunks):
+        return CausalNet(self, chunks)
+
     def readings(self, features, x, t):
         c = x.shape[-1]
         return tuple(jnp.tanh(tap @ self.w[:c] + t[:, None, None]).reshape(x.shape) for tap in features.taps)
+
+
+@dataclass(frozen=True)
+class CausalNet:
+    """The same network for clips in chunks; its velocity also depends on the mean of what it remembers."""
+
+    net: Net
+    chunks: Chunks
+
+    def seen(self, x, t, condition):
+        """What is kept of each frame, [b, f, c]: of the frame and of how noisy it is."""
+        return jnp.sin(2 * x.mean((2, 3)) @ self.net.w[: x.shape[-1]] - t[..., None]) + condition.text.mean(1)[:, None]
+
+    def read(self, x, t, condition, before, count):
+        """Velocity where sums over remembered frames are `before`, of so many."""
+        c = x.shape[-1]
+        mixed = jnp.tanh(x @ self.net.w[:c] + expand(t, x) * self.net.w[c]) + 0.1 * condition.frames
+        text, image = condition.text.mean(1), condition.image.mean((1, 2))
+        past = before / jnp.maximum(count, 1)
+        mixed = mixed + text[:, None, None, None] + 0.1 * image.reshape(-1, 1, 1, 1, 1) + past[:, :, None, None]
+        return mixed @ self.net.w[:c]
+
+    def before(self, seen):
+        """Sums over the frames that each frame's chunk remembers, and how many these are."""
+        mask = np.zeros((seen.shape[1],) * 2, np.float32)
+        for start, stop in self.chunks.spans(seen.shape[1]):
+            for first, last, _ in self.chunks.remembered(start):
+                mask[start:stop, first:last] = 1
+        return jnp.einsum("fg,bgc->bfc", mask, seen), jnp.asarray(mask.sum(1))[None, :, None]
+
+    def __call__(self, x, t, condition):
+        return self.read(x, t, condition, *self.before(self.seen(x, t, condition)))
+
+    def recall(self, x, t, condition, past):
+        return self.read(x, t, condition, *self.before(past.keys[0, :, :, 0]))
+
+    def remember(self, x, t, condition):
+        kept = self.seen(x, t, condition)[None, :, :, None]
+        return Memory(kept, kept, jnp.int32(x.shape[1]))
+
+    def empty(self, x):
+        zeros = jnp.zeros((1, *x.shape[:2], 1, x.shape[-1]))
+        return Memory(zeros, zeros, jnp.int32(0))
+
+    def step(self, x, t, condition, past):
+        t = jnp.broadcast_to(t[:, None], x.shape[:2])
+        kept = self.seen(x, t, condition)[None, :, :, None]
+        before = jnp.broadcast_to(past.keys.sum((0, 2, 3))[:, None], (*x.shape[:2], x.shape[-1]))
+        return self.read(x, t, condition, before, past.frames), (kept, kept)
+
+    def memorize(self, past, pair, frames):
+        keys = jax.lax.dynamic_update_slice(past.keys, pair[0], (0, 0, past.frames, 0, 0))
+        return Memory(keys, keys, past.frames + frames)
 
 
 @dataclass(frozen=True)
@@ -101,6 +158,11 @@ class Encoder:
 
 
 STAND_INS = {"heads": Heads, "vae": Decoder, "image_encoder": Encoder}
+
+
+def made(cls, **fields):
+    """A method whose clips may have any number of frames."""
+    return cls(**fields, **({"chunks": Chunks(1)} if "chunks" in cls.__dataclass_fields__ else {}))
 
 
 def weights_of(method, seed=0, c=C):
@@ -217,9 +279,49 @@ class Recorder:
         self._note("both", x, t, condition, self.net(x, t, condition))
         return self.net.velocity_and_features(x, t, condition, taps)
 
+    def causal(self, chunks):
+        return CausalRecorder(self, chunks)
+
     def readings(self, features, x, t):
         self.calls.append(Call(self.name, "readings", concrete(x), concrete(t), "", (), None))
         return self.net.readings(features, x, t)
+
+
+@dataclass
+class CausalRecorder:
+    """A causal network that writes down how it is called: "chunks" of whole clips, "recall", "remember", "step"."""
+
+    recorder: Recorder
+    chunks: Chunks
+
+    @property
+    def net(self):
+        return self.recorder.net.causal(self.chunks)
+
+    def __call__(self, x, t, condition):
+        v = self.net(x, t, condition)
+        self.recorder._note("chunks", x, t, condition, v)
+        return v
+
+    def recall(self, x, t, condition, past):
+        v = self.net.recall(x, t, condition, past)
+        self.recorder._note("recall", x, t, condition, v)
+        return v
+
+    def remember(self, x, t, condition):
+        self.recorder._note("remember", x, t, condition)
+        return self.net.remember(x, t, condition)
+
+    def empty(self, x):
+        return self.net.empty(x)
+
+    def step(self, x, t, condition, past):
+        v, pair = self.net.step(x, t, condition, past)
+        self.recorder._note("step", x, t, condition, v)
+        return v, pair
+
+    def memorize(self, past, pair, frames):
+        return self.net.memorize(past, pair, frames)
 
 
 @dataclass

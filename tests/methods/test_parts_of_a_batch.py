@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import make_batch, nets_of, weights_of
+from networks import made, make_batch, nets_of, weights_of
 
 from vpae_jax import sharding
 from vpae_jax.flow.draws import batch_key, clip_keys
@@ -31,7 +31,7 @@ CASES = [
 def method_of(cls):
     """With times that suit clips of so few values, and pictures withheld at random."""
     fields = {name: TimeDistribution() for name in ("fake_t",) if name in cls.__dataclass_fields__}
-    return cls(**fields, image_dropout=0.5)
+    return made(cls, **fields, image_dropout=0.5)
 
 
 @pytest.mark.parametrize(("cls", "number"), CASES)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
+from vpae_jax.flow.chunks import Chunks
 from vpae_jax.flow.schedule import shifted_times
 from vpae_jax.flow.solvers import unipc_levels
 from vpae_jax.types import UserError
@@ -27,6 +28,9 @@ class Sampler:
       times: falling times, one for each evaluation, from 1 (UniPC: just below it), and the last one 0.
       guidance: w of `v_u + w (v_c - v_u)`, from 1 to `MAX_GUIDANCE`. 1 is no guidance; any other needs two evaluations
         a time.
+      chunks: of a causal network, which makes a clip chunk by chunk, each by this solver; None for one that sees whole
+        clips.
+      first: times for the first chunk, where they differ (First-Frame Enhancement); empty where they do not.
 
     Raises:
       UserError: an unknown solver, times that do not fall from 1 to 0, or a guidance out of bounds.
@@ -35,16 +39,20 @@ class Sampler:
     solver: Solver = "euler"
     times: tuple[float, ...] = (1.0, 0.0)
     guidance: float = 1.0
+    chunks: Chunks | None = None
+    first: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
             raise UserError(f"solver is {self.solver!r}, expected one of {', '.join(map(repr, SOLVERS))}")
-        times = self.times
-        if len(times) > MAX_STEPS + 1:
-            raise UserError(f"steps are {len(times) - 1}, expected at most {MAX_STEPS}")
-        falling = all(later < earlier for earlier, later in pairwise(times))
-        if len(times) < 2 or not falling or times[-1] != 0 or not 0.99 < times[0] <= 1:
-            raise UserError(f"times are {reprlib.repr(times)}, expected numbers that fall from 1 to 0")
+        for times in (self.times, self.first) if self.first else (self.times,):
+            if len(times) > MAX_STEPS + 1:
+                raise UserError(f"steps are {len(times) - 1}, expected at most {MAX_STEPS}")
+            falling = all(later < earlier for earlier, later in pairwise(times))
+            if len(times) < 2 or not falling or times[-1] != 0 or not 0.99 < times[0] <= 1:
+                raise UserError(f"times are {reprlib.repr(times)}, expected numbers that fall from 1 to 0")
+        if self.first and self.chunks is None:
+            raise UserError("times of a first chunk were given, but the model makes whole clips; leave them out")
         if not self.guidance >= 1:
             raise UserError(f"guidance is {self.guidance}, expected at least 1 (1 is no guidance)")
         if self.guidance > MAX_GUIDANCE:
@@ -71,7 +79,8 @@ class Sampler:
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations a clip; guidance doubles them."""
+        """Network evaluations a clip; guidance doubles them. Of a causal network those of each chunk but the first,
+        without the one that remembers it."""
         return self.steps * (2 if self.guidance > 1 else 1)
 
 

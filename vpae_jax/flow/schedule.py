@@ -37,18 +37,19 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from vpae_jax.types import Times, UserError
+from vpae_jax.types import FrameTimes, Times, UserError
 
 Signal = Float[Array, "b *shape"]
 TimeLike = TypeVar("TimeLike", Float[Array, "*n"], Float[np.ndarray, "*n"], float)
 
 
-def expand(t: Times, like: Signal) -> Float[Array, "b *ones"]:
-    """`t` as `[b, 1, ...]` in the dtype of `like`, ready to multiply it."""
-    return t.reshape(t.shape + (1,) * (like.ndim - 1)).astype(like.dtype)
+def expand(t: Times | FrameTimes, like: Signal) -> Float[Array, "b *ones"]:
+    """`t`, of clips or of their frames, as `[b, 1, ...]` or `[b, f, 1, ...]` in the dtype of `like`, ready to multiply
+    it."""
+    return t.reshape(t.shape + (1,) * (like.ndim - t.ndim)).astype(like.dtype)
 
 
-def add_noise(x0: Signal, eps: Signal, t: Times) -> Signal:
+def add_noise(x0: Signal, eps: Signal, t: Times | FrameTimes) -> Signal:
     """Eq. 1: x_t on the straight path from data to noise."""
     t = expand(t, x0)
     return (1 - t) * x0 + t * eps
@@ -62,7 +63,7 @@ def renoise(x: Signal, eps: Signal, r: Times, t: Times) -> Signal:
     return kept * x + ((t - r) / (1 - r) * (t + kept * r)) ** 0.5 * eps
 
 
-def velocity_to_x0(v: Signal, x: Signal, t: Times) -> Signal:
+def velocity_to_x0(v: Signal, x: Signal, t: Times | FrameTimes) -> Signal:
     """Eq. 3."""
     return x - expand(t, x) * v
 

@@ -6,7 +6,7 @@ Weights are arguments of every program, never constants of it: one executable se
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,8 +17,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, UInt8
 
 from vpae_jax.flow import solvers
+from vpae_jax.flow.chunks import Chunks
 from vpae_jax.flow.guidance import guided
+from vpae_jax.flow.rollout import Guided, Recurrent, roll_out
 from vpae_jax.flow.sampler import Sampler, Solver
+from vpae_jax.flow.solvers import VelocityFn
+from vpae_jax.models.wan_causal import CausalWan
 from vpae_jax.types import MASK_CHANNELS, Condition, Latents, Params, PRNGKey, Video
 
 
@@ -71,9 +75,13 @@ def sample(
       unconditional: what guidance moves away from; None for no guidance.
       key: for solvers that draw fresh noise; one for each clip, or one for all.
     """
+    guidance = jnp.float32(sampler.guidance)
+    if sampler.chunks is not None:
+        plan = replace(sampler, guidance=1.0)  # one program for all
+        return _roll_out(denoiser.graph, plan, denoiser.weights, noise, condition, unconditional, guidance, key)
     plan = (sampler.solver, sampler.times, denoiser.boundary)
     low_graph, low_weights = (None, None) if denoiser.low is None else denoiser.low
-    weights, guidance = (denoiser.weights, low_weights), jnp.float32(sampler.guidance)
+    weights = (denoiser.weights, low_weights)
     return _sample((denoiser.graph, low_graph), plan, weights, noise, condition, unconditional, guidance, key)
 
 
@@ -126,6 +134,35 @@ def _sample(
             return v
         return guided(evaluate(x, t, unconditional), v, guidance)
 
+    return _solve(solver, times, velocity, noise, key)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _roll_out(
+    graph: nnx.GraphDef,
+    sampler: Sampler,
+    weights: Params,
+    noise: Latents,
+    condition: Condition,
+    unconditional: Condition | None,
+    guidance: Float[Array, ""],
+    key: PRNGKey,
+) -> Latents:
+    network: Recurrent = CausalWan(nnx.merge(graph, weights), sampler.chunks or Chunks())
+    if unconditional is not None:
+        network = Guided(network, unconditional, guidance)
+    first = partial(_chunk, sampler.solver, sampler.first) if sampler.first else None
+    solve = partial(_chunk, sampler.solver, sampler.times)
+    return roll_out(network, noise, condition, key, solve, first)[0]
+
+
+def _chunk(
+    solver: Solver, times: tuple[float, ...], velocity: VelocityFn, noise: Latents, key: PRNGKey
+) -> tuple[Latents, None]:
+    return _solve(solver, times, velocity, noise, key), None
+
+
+def _solve(solver: Solver, times: tuple[float, ...], velocity: VelocityFn, noise: Latents, key: PRNGKey) -> Latents:
     if solver == "unipc":
         levels = np.asarray(times)
         return solvers.unipc(velocity, noise, levels, solvers.unipc_times(levels))

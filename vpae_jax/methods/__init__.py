@@ -8,6 +8,7 @@ from vpae_jax.methods.add import ADD
 from vpae_jax.methods.apt import APT
 from vpae_jax.methods.autoencoder import Autoencoder
 from vpae_jax.methods.base import Method
+from vpae_jax.methods.causal_init import CausalInit, CausalODE
 from vpae_jax.methods.contrastive import Contrastive
 from vpae_jax.methods.dcm import DCMDetail, DCMSemantic
 from vpae_jax.methods.dmd2 import DMD2
@@ -16,6 +17,7 @@ from vpae_jax.methods.kd import KnowledgeDistillation
 from vpae_jax.methods.lcm import LCM
 from vpae_jax.methods.magic import Magic
 from vpae_jax.methods.pcm import PCM
+from vpae_jax.methods.self_forcing import SelfForcing
 from vpae_jax.methods.vpae import PhaseOne, PhaseTwo
 from vpae_jax.types import UserError
 
@@ -23,6 +25,8 @@ METHODS: Mapping[str, type] = {
     "add": ADD,
     "apt": APT,
     "autoencoder": Autoencoder,
+    "causal_init": CausalInit,
+    "causal_ode": CausalODE,
     "contrastive": Contrastive,
     "dmd2": DMD2,
     "dcm_detail": DCMDetail,
@@ -32,6 +36,7 @@ METHODS: Mapping[str, type] = {
     "lcm": LCM,
     "magic": Magic,
     "pcm": PCM,
+    "self_forcing": SelfForcing,
     "vpae_phase1": PhaseOne,
     "vpae_phase2": PhaseTwo,
 }

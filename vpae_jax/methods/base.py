@@ -26,8 +26,23 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int
 
+from vpae_jax.flow.chunks import Chunks
+from vpae_jax.flow.rollout import Recurrent
 from vpae_jax.flow.sampler import ONE_STEP, Sampler
-from vpae_jax.types import Condition, Features, Latents, Metrics, PerExample, PRNGKey, Times, UserError, Video, pytree
+from vpae_jax.types import (
+    Condition,
+    Features,
+    FrameTimes,
+    Latents,
+    Memory,
+    Metrics,
+    PerExample,
+    PRNGKey,
+    Times,
+    UserError,
+    Video,
+    pytree,
+)
 
 EMA = "ema"  # the usual name of the only average of a role
 Nets = Mapping[str, Any]
@@ -86,6 +101,32 @@ class Reader(Backbone, Protocol):
     def readings(self, features: Features, x: Latents, t: Times) -> tuple[Latents, ...]:
         """What the network's last layer makes of each tap's hidden states: the velocity at (x, t) if the tapped block
         were the last one."""
+        ...
+
+
+@runtime_checkable
+class CausalNetwork(Recurrent, Protocol):
+    """A velocity network that sees chunks of latent frames in their order (`models.wan_causal.CausalWan`)."""
+
+    def __call__(self, x: Latents, t: FrameTimes, condition: Condition) -> Latents:
+        """The velocity of a clip whose frames are at times of their own; a chunk sees the earlier ones as they are."""
+        ...
+
+    def recall(self, x: Latents, t: FrameTimes, condition: Condition, past: Memory) -> Latents:
+        """The velocity of a clip of which each chunk sees itself, and earlier frames in a memory of a whole clip."""
+        ...
+
+    def remember(self, x: Latents, t: FrameTimes, condition: Condition) -> Memory:
+        """The memory of a whole clip."""
+        ...
+
+
+@runtime_checkable
+class CausalBackbone(Backbone, Protocol):
+    """A backbone that can be evaluated as a causal network, too."""
+
+    def causal(self, chunks: Chunks) -> CausalNetwork:
+        """The same weights, for clips in chunks."""
         ...
 
 

@@ -160,6 +160,10 @@ class FewStepDistillation(Distillation):
         ends = jnp.cumsum(self.chances(context.step))
         return jnp.minimum(jnp.searchsorted(ends, uniform, side="right"), self.steps - 1)
 
+    def constant(self, nets: Nets, batch: Batch, context: Context, key: PRNGKey) -> Latents:
+        """What `generate` makes, of which nothing is differentiated."""
+        return stop_gradient(self.generate(nets, batch, context, key))
+
     def generate(self, nets: Nets, batch: Batch, context: Context, key: PRNGKey) -> Latents:
         """The generator's clips, float32, differentiable in its last evaluation alone.
 

@@ -173,7 +173,7 @@ class DMD2(FewStepDistillation, FakeScoreDistillation):
         """Eq. 3."""
         keys = named_keys(context.clips, "images", "generate", "t", "noise", "real_noise", "penalty")
         batch = self.drop_images(batch, keys.images)
-        x0 = stop_gradient(self.generate(nets, batch, context, keys.generate))
+        x0 = self.constant(nets, batch, context, keys.generate)
         condition, fake = batch.condition, nets["fake_score"]
         t, noise = self.fake_t(keys.t, x0.shape), draws.normal(keys.noise, x0.shape, x0.dtype)
         x = add_noise(x0, noise, t)

@@ -154,7 +154,7 @@ class Magic(FewStepDistillation, FakeScoreDistillation):
         """Eq. 5. Its two halves share the generated clips and no weights."""
         keys = named_keys(context.clips, "images", "generate", "loss", "noise", "penalty")
         batch = self.drop_images(batch, keys.images)
-        x0 = stop_gradient(self.generate(nets, batch, context, keys.generate))
+        x0 = self.constant(nets, batch, context, keys.generate)
         followed = fake_score_loss(nets["fake_score"], x0, batch.condition, self.fake_t, keys.loss, self.fake_loss)
         if not self.judged:
             return followed, {}

@@ -67,7 +67,7 @@ def layer_norm(x: Vectors, gain: Gain, bias: Gain, eps: float) -> Vectors:
 
     Args:
       x: any dtype.
-      gain, bias: float32, either [d] or, different for each clip, [b, 1, d].
+      gain, bias: float32, [d], or different for each clip [b, 1, d] or token [b, n, d].
       eps: added to the variance.
     """
     centred = _centred(x)

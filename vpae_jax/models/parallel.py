@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,18 @@ CONTEXT_AXIS = "context"
 P = PartitionSpec
 Queries = Float[Array, "b n heads head_dim"]
 Keys = Float[Array, "b m heads head_dim"]
+# Keys and values.
+Pair = tuple[Keys, Keys]
+Tables = tuple[Float[Array, "n half"], Float[Array, "n half"]]
+
+
+@runtime_checkable
+class CausalAttention(Protocol):
+    """Attention of a causal model among the tokens of one device's heads (`models.wan_causal`)."""
+
+    def __call__(
+        self, q: Queries, k: Queries, v: Queries, past: Pair | None, tables: Tables, platform: str | None
+    ) -> Queries: ...
 
 
 @dataclass(frozen=True)
@@ -92,6 +104,48 @@ class MeshLayout:
         spec = P(self._clips(q), CONTEXT_AXIS, "tensor", None)
         local = partial(self._self_attention, tokens=tokens, padded=q.shape[1])
         return self._map(local, (spec, spec, spec), spec)(q, k, v)
+
+    def all_tokens(
+        self, attend: CausalAttention, own: tuple[Queries, Queries, Queries], past: Pair | None, tables: Tables
+    ) -> tuple[Queries, Keys, Keys]:
+        """Attention in which tokens differ in what they see: each device holds all tokens of some heads.
+
+        Args:
+          attend: what is done with them.
+          own: queries, keys and values, each before its rotary embedding.
+          past: keys and values of earlier frames; each device holds those of its heads.
+          tables: of the rotary embedding, whole on every device.
+
+        Returns:
+          The result, and the given keys and values, placed as `past` is.
+        """
+        if self.mesh is None:
+            return attend(*own, past, tables, self.platform), own[1], own[2]
+        size, clips = self._size(CONTEXT_AXIS), self._clips(own[0])
+        by_tokens, by_heads = P(clips, CONTEXT_AXIS, "tensor", None), P(clips, None, ("tensor", CONTEXT_AXIS), None)
+        exchange = partial(jax.lax.all_to_all, axis_name=CONTEXT_AXIS, tiled=True)
+
+        def local(own: Any, past: Any, tables: Any) -> Any:
+            if size > 1:
+                own = tuple(exchange(x, split_axis=2, concat_axis=1) for x in own)
+            out = attend(*own, past, tables, self.platform)
+            return exchange(out, split_axis=1, concat_axis=2) if size > 1 else out, own[1], own[2]
+
+        return self._map(local, (by_tokens, by_heads, P()), (by_tokens, by_heads, by_heads))(own, past, tables)
+
+    def check_causal(self, tokens: int) -> None:
+        """Raises `UserError` unless `context` divides the heads and the tokens of a chunk, as `all_tokens` needs."""
+        size = self._size(CONTEXT_AXIS)
+        if self.ring > 1 or tokens % size:
+            what = f"{self.heads} heads" if self.ring > 1 else f"{tokens} tokens of a chunk"
+            raise UserError(
+                f"config.mesh.context is {size}, which does not divide the {what}: a causal model exchanges tokens for "
+                "heads; choose a divisor of both"
+            )
+
+    def place_memory(self, x: Float[Array, "layers b m heads head_dim"]) -> Float[Array, "layers b m heads head_dim"]:
+        """Keys or values of earlier frames: clips over `data` and `fsdp`, heads over `tensor` and `context`."""
+        return self._constrain(x, None, self._clips(x[0]), None, ("tensor", CONTEXT_AXIS))
 
     def cross_attention(self, q: Queries, k: Keys, v: Keys, bias: Float[Array, "1 m"] | None = None) -> Queries:
         """Attention of a clip's tokens to text or image; `bias` as in `kernels.attention`."""

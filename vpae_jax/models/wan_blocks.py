@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from vpae_jax.models.lora import Linear
 from vpae_jax.models.norms import LayerNorm, RMSNorm, layer_norm
-from vpae_jax.models.parallel import MeshLayout
+from vpae_jax.models.parallel import CausalAttention, MeshLayout, Pair
 from vpae_jax.models.rotary import rotate
 from vpae_jax.types import Tokens, UserError
 
@@ -101,7 +101,8 @@ class Context(NamedTuple):
     """What every block reads besides the hidden states.
 
     Attributes:
-      modulation: six rows (shift, scale, gate of the self-attention; shift, scale, gate of the feed-forward), float32.
+      modulation: six rows (shift, scale, gate of the self-attention; shift, scale, gate of the feed-forward), float32;
+        of the clip, or of each of its frames.
       text: projected text tokens, then one padding token if the prompt is shorter than Wan pads it to.
       text_bias: logit added for each of them.
       image: projected image tokens.
@@ -109,9 +110,12 @@ class Context(NamedTuple):
       sin: of the rotary embedding.
       tokens: how many of the clip's tokens are no padding.
       layout: where the arrays lie.
+      causal: how tokens see those before them; None where all see all.
+      keep: whether blocks hand on the keys and values that `causal` reads.
+      frame: of each token, where frames differ in `modulation`.
     """
 
-    modulation: Float[Array, "b 6 d"]
+    modulation: Float[Array, "b *f 6 d"]
     text: Float[Array, "b s d"]
     text_bias: Float[Array, "1 s"] | None
     image: Float[Array, "b n_image d"] | None
@@ -119,6 +123,9 @@ class Context(NamedTuple):
     sin: Float[Array, "n half"]
     tokens: int
     layout: MeshLayout
+    causal: CausalAttention | None = None
+    keep: bool = False
+    frame: Int[Array, "n"] | None = None
 
 
 class Attention(nnx.Module):
@@ -145,11 +152,16 @@ class Attention(nnx.Module):
     def split(self, x: Float[Array, "b n d"]) -> Float[Array, "b n heads head_dim"]:
         return rearrange(x, "b n (heads head_dim) -> b n heads head_dim", heads=self.heads)
 
-    def self_attention(self, x: Tokens, context: Context) -> Tokens:
-        q = rotate(self.split(self.norm_q(self.to_q(x))), context.cos, context.sin)
-        k = rotate(self.split(self.norm_k(self.to_k(x))), context.cos, context.sin)
-        out = context.layout.self_attention(q, k, self.split(self.to_v(x)), context.tokens)
-        return self.to_out(rearrange(out, "b n heads head_dim -> b n (heads head_dim)"))
+    def self_attention(self, x: Tokens, context: Context, past: Pair | None) -> tuple[Tokens, Pair | None]:
+        q = self.split(self.norm_q(self.to_q(x)))
+        k = self.split(self.norm_k(self.to_k(x)))
+        v, own = self.split(self.to_v(x)), None
+        if context.causal is None:
+            q, k = (rotate(part, context.cos, context.sin) for part in (q, k))
+            out = context.layout.self_attention(q, k, v, context.tokens)
+        else:
+            out, *own = context.layout.all_tokens(context.causal, (q, k, v), past, (context.cos, context.sin))
+        return self.to_out(rearrange(out, "b n heads head_dim -> b n (heads head_dim)")), own and (own[0], own[1])
 
     def cross_attention(self, x: Tokens, context: Context) -> Tokens:
         text, image, attention = context.text, context.image, context.layout.cross_attention
@@ -180,7 +192,10 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Self-attention, cross-attention and feed-forward, the first and last modulated by time in float32."""
+    """Self-attention, cross-attention and feed-forward, the first and last modulated by time in float32.
+
+    With `Context.causal`, self-attention reads the keys and values of earlier frames, and hands on this block's own.
+    """
 
     def __init__(self, config: WanTransformerConfig, options: Options):
         d = config.width
@@ -192,14 +207,21 @@ class Block(nnx.Module):
         self.scale_shift_table = nnx.Param(table / d**0.5)
         self.eps = config.eps
 
-    def __call__(self, x: Tokens, context: Context) -> Tokens:
+    def __call__(self, x: Tokens, context: Context, past: Pair | None = None) -> tuple[Tokens, Pair | None]:
         table = self.scale_shift_table[...].astype(jnp.float32) + context.modulation
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = jnp.split(table, 6, axis=1)
+        rows = [of_tokens(row, context.frame) for row in jnp.split(table, 6, axis=-2)]
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = rows
         wide = x.astype(jnp.float32)
         y = layer_norm(wide, 1 + scale, shift, self.eps).astype(x.dtype)
-        x = (wide + self.attn1.self_attention(y, context) * gate).astype(x.dtype)
+        y, own = self.attn1.self_attention(y, context, past)
+        x = (wide + y * gate).astype(x.dtype)
         y = x if self.norm2 is None else self.norm2(x).astype(x.dtype)
         x = x + self.attn2.cross_attention(y, context)
         wide = x.astype(jnp.float32)
         y = layer_norm(wide, 1 + ffn_scale, ffn_shift, self.eps).astype(x.dtype)
-        return (wide + self.ffn(y).astype(jnp.float32) * ffn_gate).astype(x.dtype)
+        return (wide + self.ffn(y).astype(jnp.float32) * ffn_gate).astype(x.dtype), own
+
+
+def of_tokens(row: Float[Array, "b *f 1 d"], frame: Int[Array, "n"] | None) -> Float[Array, "b n d"]:
+    """A row of modulation for each token; one row for all where a clip has one."""
+    return row if frame is None else jnp.take(row[:, :, 0], frame, axis=1)

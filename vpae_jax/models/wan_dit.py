@@ -19,18 +19,18 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from vpae_jax.models import kernels
 from vpae_jax.models.lora import PRODUCT, Linear, LoRASpec, attach_lora
 from vpae_jax.models.norms import layer_norm
-from vpae_jax.models.parallel import MeshLayout, gather
+from vpae_jax.models.parallel import MeshLayout, Pair, gather
 from vpae_jax.models.rotary import rope_table
 from vpae_jax.models.stack import stack_layers
-from vpae_jax.models.wan_blocks import Block, Context, Options, WanTransformerConfig
+from vpae_jax.models.wan_blocks import Block, Context, Options, WanTransformerConfig, of_tokens
 from vpae_jax.models.wan_embed import ConditionEmbedder, PatchEmbedding
 from vpae_jax.sharding import TRANSFORMER_RULES, param_path
-from vpae_jax.types import Condition, Features, Latents, Params, Times, Tokens, UserError
+from vpae_jax.types import Condition, Features, FrameTimes, Latents, Params, Times, Tokens, UserError
 
 CARRY = "carry"  # a block's input
 MANY_TAPS = 3  # more of them, if evenly spaced, are read in a scan: each tap on its own is compiled on its own
@@ -105,13 +105,15 @@ class WanTransformer(nnx.Module):
         Raises:
           UserError: sizes that the patches do not divide, or a condition that lacks what this model reads.
         """
-        hidden, embedding, context = self._enter(x, t, condition)
-        return self._leave(self._run(hidden, context, 0, self.config.num_layers), embedding, x)
+        hidden, embedding, context = self.enter(x, t, condition)
+        return self.leave(self._run(hidden, context, 0, self.config.num_layers), embedding, x)
 
-    def _leave(self, hidden: Tokens, embedding: Float[Array, "b d"], x: Latents) -> Latents:
+    def leave(
+        self, hidden: Tokens, embedding: Float[Array, "b *f d"], x: Latents, frame: Int[Array, "n"] | None = None
+    ) -> Latents:
         """The last block's states to the velocity, in the shape and dtype of `x`."""
-        table = self.scale_shift_table[...].astype(jnp.float32) + embedding[:, None, :]
-        shift, scale = table[:, :1], table[:, 1:]
+        table = self.scale_shift_table[...].astype(jnp.float32) + embedding[..., None, :]
+        shift, scale = (of_tokens(row, frame) for row in jnp.split(table, 2, axis=-2))
         hidden = layer_norm(hidden, 1 + scale, shift, self.config.eps).astype(self.dtype)
         (pf, ph, pw), (f, h, w) = self.config.patch_size, self._grid(x)
         patches = self.layout.place_clips(self.proj_out(hidden))[:, : f * h * w]
@@ -132,7 +134,7 @@ class WanTransformer(nnx.Module):
         Raises:
           UserError: as `__call__`, and for taps that are not rising block numbers.
         """
-        hidden, _, context = self._enter(x, t, condition)
+        hidden, _, context = self.enter(x, t, condition)
         states, _ = self._tapped(hidden, context, taps, trained)
         return _features(states, context, condition, self._grid(x))
 
@@ -140,11 +142,11 @@ class WanTransformer(nnx.Module):
         self, x: Latents, t: Times, condition: Condition, taps: tuple[int, ...], trained: bool = False
     ) -> tuple[Latents, Features]:
         """`__call__` and `features` by one forward pass; see there for arguments and errors."""
-        hidden, embedding, context = self._enter(x, t, condition)
+        hidden, embedding, context = self.enter(x, t, condition)
         states, hidden = self._tapped(hidden, context, taps, trained)
         if taps[-1] < self.config.num_layers:
             hidden = self._run(hidden, context, taps[-1], self.config.num_layers, copied=trained)
-        return self._leave(hidden, embedding, x), _features(states, context, condition, self._grid(x))
+        return self.leave(hidden, embedding, x), _features(states, context, condition, self._grid(x))
 
     def readings(self, features: Features, x: Latents, t: Times) -> tuple[Latents, ...]:
         """What the last layer makes of each tap's hidden states, with the modulation of `t`: the velocity as if the
@@ -154,7 +156,7 @@ class WanTransformer(nnx.Module):
           features: of `x`, at `t`.
         """
         embedding, _ = self.condition_embedder.time(t)
-        return tuple(self._leave(states, embedding, x) for states in features.taps)
+        return tuple(self.leave(states, embedding, x) for states in features.taps)
 
     def _tapped(
         self, hidden: Float[Array, "b padded d"], context: Context, taps: tuple[int, ...], trained: bool
@@ -188,7 +190,9 @@ class WanTransformer(nnx.Module):
             raise UserError(f"latents make {grid} tokens, expected at most {limit} along an axis (rope_max_seq_len)")
         return grid
 
-    def _enter(self, x: Latents, t: Times, condition: Condition) -> tuple[Tokens, Float[Array, "b d"], Context]:
+    def enter(
+        self, x: Latents, t: Times | FrameTimes, condition: Condition
+    ) -> tuple[Tokens, Float[Array, "b *f d"], Context]:
         """Latents and condition to tokens, time embedding and what the blocks read."""
         config, grid = self.config, self._grid(x)
         if condition.frames is not None:
@@ -232,23 +236,23 @@ class WanTransformer(nnx.Module):
 
     def _run(self, hidden: Tokens, context: Context, start: int, stop: int, copied: bool = True) -> Tokens:
         """Blocks start to stop - 1 in one scan over their stacked weights, sliced, or read in place by number."""
-        return jax.lax.scan(self._block(context, copied), hidden, self._layers(start, stop, copied))[0]
+        return jax.lax.scan(self.block(context, copied), hidden, (self.layers(start, stop, copied), None))[0]
 
     def _run_in_turns(
         self, hidden: Tokens, context: Context, start: int, stride: int, turns: int, copied: bool
     ) -> tuple[Tokens, Float[Array, "turns b padded d"]]:
         """`stride` blocks from `start` on, so many times, and the hidden states after each turn: a scan of scans, which
         compiles as one block does."""
-        block, layers = self._block(context, copied), self._layers(start, start + stride * turns, copied)
+        block, layers = self.block(context, copied), self.layers(start, start + stride * turns, copied)
 
         def turn(carry: Tokens, own: Any) -> tuple[Tokens, Tokens]:
-            carry = jax.lax.scan(block, carry, own)[0]
+            carry = jax.lax.scan(block, carry, (own, None))[0]
             return carry, carry
 
         return jax.lax.scan(turn, hidden, jax.tree.map(lambda x: x.reshape(turns, stride, *x.shape[1:]), layers))
 
-    def _layers(self, start: int, stop: int, copied: bool) -> Any:
-        """What `_block` is given of blocks start to stop - 1: their weights, or their numbers."""
+    def layers(self, start: int, stop: int, copied: bool) -> Any:
+        """What `block` is given of blocks start to stop - 1: their weights, or their numbers."""
         if not copied:
             return jnp.arange(start, stop)
         weights = nnx.split(self.blocks)[1]
@@ -256,16 +260,18 @@ class WanTransformer(nnx.Module):
             return weights
         return jax.tree.map(lambda weight: weight[start:stop], weights)
 
-    def _block(self, context: Context, copied: bool) -> Callable[[Tokens, Any], tuple[Tokens, None]]:
-        """The body of a scan over blocks, given the weights of each, or its number."""
+    def block(self, context: Context, copied: bool) -> Callable[[Tokens, Any], tuple[Tokens, Pair | None]]:
+        """The body of a scan over blocks, given the weights of each, or its number, and what it remembers."""
         graph, weights = nnx.split(self.blocks)
 
-        def body(carry: Tokens, layer: Any) -> tuple[Tokens, None]:
+        def body(carry: Tokens, given: Any) -> tuple[Tokens, Pair | None]:
+            layer, past = given
             if not copied:
                 number = layer
                 layer = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, number, keepdims=False), weights)
             layer = gather(_cast(layer, self.dtype), TRANSFORMER_RULES, self.layout.mesh, "blocks/", stacked=True)
-            return self.layout.place(nnx.merge(graph, layer)(checkpoint_name(carry, CARRY), context)), None
+            hidden, own = nnx.merge(graph, layer)(checkpoint_name(carry, CARRY), context, past)
+            return self.layout.place(hidden), own if context.keep else None
 
         if self.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from vpae_jax.models.lora import Linear
 from vpae_jax.models.norms import LayerNorm
 from vpae_jax.models.wan_blocks import FeedForward, Options, WanTransformerConfig
-from vpae_jax.types import Latents, Times, Tokens, UserError
+from vpae_jax.types import FrameTimes, Latents, Times, Tokens, UserError
 
 
 class PatchEmbedding(nnx.Module):
@@ -84,10 +84,11 @@ class ConditionEmbedder(nnx.Module):
         self.image_embedder = ImageEmbedding(config, options) if config.image_dim is not None else None
         self.freq_dim = config.freq_dim
 
-    def time(self, t: Times) -> tuple[Float[Array, "b d"], Float[Array, "b 6 d"]]:
-        """Time in [0, 1] to the embedding and the blocks' six modulation rows, float32 throughout."""
+    def time(self, t: Times | FrameTimes) -> tuple[Float[Array, "b *f d"], Float[Array, "b *f 6 d"]]:
+        """Time in [0, 1], of clips or of their frames, to the embedding and the blocks' six modulation rows, float32
+        throughout."""
         half = self.freq_dim // 2
         frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
-        angles = (1000 * t.astype(jnp.float32))[:, None] * frequencies
+        angles = (1000 * t.astype(jnp.float32))[..., None] * frequencies
         embedding = self.time_embedder(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1))
-        return embedding, rearrange(self.time_proj(jax.nn.silu(embedding)), "b (six d) -> b six d", six=6)
+        return embedding, rearrange(self.time_proj(jax.nn.silu(embedding)), "... (six d) -> ... six d", six=6)

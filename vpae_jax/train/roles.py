@@ -15,7 +15,9 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from vpae_jax.flow.chunks import Chunks
 from vpae_jax.methods.base import Method, Role, View
+from vpae_jax.models.wan_causal import CausalWan
 from vpae_jax.types import Condition, Features, Latents, Params, Times, UserError
 
 
@@ -45,6 +47,9 @@ class TransformerNetwork:
 
     def readings(self, features: Features, x: Latents, t: Times) -> tuple[Latents, ...]:
         return nnx.merge(self.graph, self.params).readings(features, x, t)
+
+    def causal(self, chunks: Chunks) -> CausalWan:
+        return CausalWan(nnx.merge(self.graph, self.params), chunks)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+from jaxtyping import Array, Int
 
 from vpae_jax.models.kernels import cudnn, reference, splash, tiled
 from vpae_jax.models.kernels.reference import Bias, Keys, Queries
@@ -31,8 +32,18 @@ _KERNELS = {
     "cudnn": cudnn.attention,
 }
 
+# Those that hide keys from a number on by themselves, cheaper than by a bias.
+_COUNTING = {"splash": splash.attention, "cudnn": cudnn.attention}
 
-def attention(q: Queries, k: Keys, v: Keys, bias: Bias | None = None, platform: str | None = None) -> Queries:
+
+def attention(
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    bias: Bias | None = None,
+    platform: str | None = None,
+    visible: Int[Array, ""] | None = None,
+) -> Queries:
     """softmax(q k^T / sqrt(head_dim) + bias) v, the softmax in float32, by the kernel that suits the call.
 
     Arrays are those of one device: inside `jax.shard_map`, or whole.
@@ -44,8 +55,13 @@ def attention(q: Queries, k: Keys, v: Keys, bias: Bias | None = None, platform: 
       bias: float32 logit added for each key, the same for all queries and heads: the logarithm of how often the key
         counts, so -inf hides a key. At least one key must be visible. It gets no gradient.
       platform: what the program is compiled for; None is the default backend's.
+      visible: keys from this number on, which is at least 1, are hidden; not together with a bias.
     """
     name = choose(platform or jax.default_backend(), q.shape, k.shape, q.dtype)
+    if visible is not None and name in _COUNTING:
+        return _COUNTING[name](q, k, v, visible=visible)
+    if visible is not None:
+        bias = jnp.where(jnp.arange(k.shape[1]) < visible, 0.0, -jnp.inf)[None]
     return _KERNELS[name](q, k, v, None if bias is None else jax.lax.stop_gradient(bias))
 
 

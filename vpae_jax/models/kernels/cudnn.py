@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from vpae_jax.models.kernels.reference import Bias, Keys, Queries
 
@@ -15,10 +15,13 @@ from vpae_jax.models.kernels.reference import Bias, Keys, Queries
 HIDDEN = -6e4
 
 
-def attention(q: Queries, k: Keys, v: Keys, bias: Bias | None = None) -> Queries:
+def attention(q: Queries, k: Keys, v: Keys, bias: Bias | None = None, visible: Int[Array, ""] | None = None) -> Queries:
     """As `reference.attention`, for bfloat16 and float16.
 
     A bias is rounded to the inputs' dtype (relative error at most 2^-9 or 2^-12), and gets no gradient.
+
+    Args:
+      visible: keys from this number on are hidden; not together with a bias.
     """
     (b, n), m = q.shape[:2], k.shape[1]
     # For a backward pass, JAX lets cuDNN have even numbers of tokens only.
@@ -29,8 +32,8 @@ def attention(q: Queries, k: Keys, v: Keys, bias: Bias | None = None) -> Queries
         bias = jnp.maximum(bias, HIDDEN).astype(q.dtype)
         # It is repeated over heads, but not over queries.
         bias = jnp.broadcast_to(bias[:, None, None, :], (bias.shape[0], 1, q.shape[1], k.shape[1]))
-    elif m % 2:
-        lengths = jnp.full(b, m, jnp.int32)
+    elif visible is not None or m % 2:
+        lengths = jnp.full(b, m if visible is None else visible, jnp.int32)
     out = jax.nn.dot_product_attention(q, k, v, bias, key_value_seq_lengths=lengths, implementation="cudnn")
     return out[:, :n]
 

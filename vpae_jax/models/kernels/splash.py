@@ -15,7 +15,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     SegmentIds,
     make_splash_mha,
 )
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from vpae_jax.models.kernels.reference import Bias, Keys, Queries
 from vpae_jax.models.kernels.remat import RESIDUALS
@@ -29,7 +29,14 @@ TILES = (1024, 768, 512)
 HIDDEN = -1e30
 
 
-def attention(q: Queries, k: Keys, v: Keys, bias: Bias | None = None, interpret: bool = False) -> Queries:
+def attention(
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    bias: Bias | None = None,
+    visible: Int[Array, ""] | None = None,
+    interpret: bool = False,
+) -> Queries:
     """As `reference.attention`.
 
     Args:
@@ -37,6 +44,7 @@ def attention(q: Queries, k: Keys, v: Keys, bias: Bias | None = None, interpret:
       k: keys.
       v: values.
       bias: logit added for each key; a constant, which gets no gradient.
+      visible: keys from this number on are hidden.
       interpret: runs the kernel without a TPU, slowly; for tests.
     """
     n, m, heads = q.shape[1], k.shape[1], q.shape[2]
@@ -56,8 +64,9 @@ def attention(q: Queries, k: Keys, v: Keys, bias: Bias | None = None, interpret:
         interpret=interpret,
     )
     segments = None
-    if columns > m:
-        segments = SegmentIds(jnp.zeros(rows, jnp.int32), (jnp.arange(columns) >= m).astype(jnp.int32))
+    if visible is not None or columns > m:
+        last = m if visible is None else visible
+        segments = SegmentIds(jnp.zeros(rows, jnp.int32), (jnp.arange(columns) >= last).astype(jnp.int32))
 
     def one_clip(q: Array, k: Array, v: Array) -> Array:
         out = kernel(q, k, v, segment_ids=segments)

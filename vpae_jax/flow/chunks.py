@@ -1,0 +1,70 @@
+"""How a causal model divides a clip: chunks of latent frames, made one after the other, and what each remembers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vpae_jax.types import UserError
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Chunks of latent frames. A frame sees its own chunk and those before it.
+
+    Attributes:
+      size: latent frames of a chunk: 1 (frame-wise) or 3 (CausVid's and Self-Forcing's, 2412.07772 and 2506.08009).
+      first: latent frames of the first chunk; 0 where it is like the others.
+      window: how many of the latest earlier frames a chunk sees; 0 for all.
+      sink: how many of a clip's first frames it sees besides, where there is a window. They stand directly before the
+        window then, however long the clip is.
+
+    Raises:
+      UserError: less than one frame, or a sink without a window.
+    """
+
+    size: int = 3
+    first: int = 0
+    window: int = 0
+    sink: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low in {"size": 1, "first": 0, "window": 0, "sink": 0}.items():
+            if getattr(self, name) < low:
+                raise UserError(f"chunks.{name} is {getattr(self, name)}, expected {low} or more")
+        if self.sink and not self.window:
+            raise UserError(f"chunks.sink is {self.sink}, but there is no window; set chunks.window, or sink=0")
+
+    def spans(self, frames: int) -> tuple[tuple[int, int], ...]:
+        """First frame and the one after the last of each chunk of a clip.
+
+        Raises:
+          UserError: the clip is no whole number of chunks.
+        """
+        first = self.first or self.size
+        if frames < first or (frames - first) % self.size:
+            near = first + max(0, round((frames - first) / self.size)) * self.size
+            raise UserError(
+                f"a clip of {frames} latent frames is no whole number of chunks (first {first}, then {self.size} "
+                f"each); make it {near}, or set chunks.size"
+            )
+        return ((0, first), *((start, start + self.size) for start in range(first, frames, self.size)))
+
+    def remembered(self, start: int) -> tuple[tuple[int, int, int], ...]:
+        """What a chunk sees of the frames before it, as runs (first frame, the one after the last, how many places
+        later than its own the run stands).
+
+        Args:
+          start: the chunk's first frame.
+        """
+        if not start:
+            return ()
+        if not self.window or start <= self.sink + self.window:
+            return ((0, start, 0),)
+        window = (start - self.window, start, 0)
+        return ((0, self.sink, start - self.window - self.sink), window) if self.sink else (window,)
+
+    def slots(self, frames: int) -> int:
+        """Frames that a memory has to hold for a clip of so many: those that its chunks see, and a chunk's own."""
+        if not self.window:
+            return frames
+        return min(frames, self.sink + self.window + max(self.first, self.size))

@@ -1,0 +1,161 @@
+"""A clip made chunk by chunk by a causal model, each after a memory of those before it.
+
+For each chunk in turn:
+
+    1. solve      noise -> the chunk, by any solver, in evaluations that read the memory
+    2. remember   the chunk as it was made, at t = 0, behind the memory
+
+(CausVid 2412.07772, Self-Forcing 2506.08009.) The memory has a fixed shape, so all chunks of one length are one program
+and the loop over them is a scan. `next_chunk` is one turn of it, for those who take chunks as they come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vpae_jax.flow import draws
+from vpae_jax.flow.chunks import Chunks
+from vpae_jax.flow.guidance import guided
+from vpae_jax.flow.solvers import VelocityFn
+from vpae_jax.types import Condition, Latents, Memory, PRNGKey, Times
+
+# (velocity of the chunk, its noise, a key for each clip) -> the chunk, and what else the caller wants of it: latents of
+# the chunk's size, or None.
+Solve = Callable[[VelocityFn, Latents, PRNGKey], tuple[Latents, Any]]
+
+
+@runtime_checkable
+class Recurrent(Protocol):
+    """A causal velocity network (`models.wan_causal.CausalWan`)."""
+
+    @property
+    def chunks(self) -> Chunks: ...
+
+    def empty(self, x: Latents) -> Memory:
+        """A memory without frames, for clips of the size of `x`."""
+        ...
+
+    def step(self, x: Latents, t: Times, condition: Condition, past: Memory) -> tuple[Latents, Any]:
+        """Velocity of a chunk after what is remembered, and what `memorize` takes."""
+        ...
+
+    def memorize(self, past: Memory, pair: Any, frames: int) -> Memory:
+        """The memory with a chunk of so many frames behind what it holds."""
+        ...
+
+
+@dataclass(frozen=True)
+class Guided:
+    """A causal network under classifier-free guidance, which remembers every clip under both prompts.
+
+    Attributes:
+      network: of which one evaluation serves both prompts.
+      unconditional: what guidance moves away from; its `frames`, if any, are those of the chunk's condition.
+      guidance: w of `v_u + w (v_c - v_u)`.
+    """
+
+    network: Recurrent
+    unconditional: Condition
+    guidance: float | Float[Array, ""]
+
+    @property
+    def chunks(self) -> Chunks:
+        return self.network.chunks
+
+    def empty(self, x: Latents) -> Memory:
+        return self.network.empty(jnp.concatenate([x, x]))
+
+    def step(self, x: Latents, t: Times, condition: Condition, past: Memory) -> tuple[Latents, Any]:
+        other = replace(self.unconditional, frames=condition.frames)
+        both = jax.tree.map(lambda *parts: jnp.concatenate(parts), condition, other)
+        v, pair = self.network.step(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both, past)
+        return guided(v[len(x) :], v[: len(x)], self.guidance), pair
+
+    def memorize(self, past: Memory, pair: Any, frames: int) -> Memory:
+        return self.network.memorize(past, pair, frames)
+
+
+def next_chunk(
+    network: Recurrent, noise: Latents, condition: Condition, key: PRNGKey, past: Memory, solve: Solve
+) -> tuple[Latents, Any, Memory]:
+    """Makes one chunk and remembers it.
+
+    Args:
+      network: causal.
+      noise: standard normal, of the chunk's size.
+      condition: of the chunk.
+      key: one for each clip.
+      past: of the chunks before it.
+      solve: how the chunk is made.
+
+    Returns:
+      the chunk, what `solve` returns besides, and the memory with it.
+    """
+    x0, more = solve(lambda x, t: network.step(x, t, condition, past)[0], noise, key)
+    _, pair = network.step(x0, jnp.zeros(len(x0)), condition, past)
+    return x0, more, network.memorize(past, pair, x0.shape[1])
+
+
+def roll_out(
+    network: Recurrent,
+    noise: Latents,
+    condition: Condition,
+    key: PRNGKey,
+    solve: Solve,
+    first: Solve | None = None,
+    given: Latents | None = None,
+) -> tuple[Latents, Any, Memory]:
+    """A whole clip from noise.
+
+    Args:
+      network: causal.
+      noise: standard normal.
+      condition: of the whole clip.
+      key: one for each clip, or one for all.
+      solve: how a chunk is made.
+      first: how the first chunk is made, where that differs (First-Frame Enhancement, 2511.01419).
+      given: the first chunk itself, which is remembered and not made; `solve` returns nothing besides then.
+
+    Returns:
+      the clip, what `solve` returns besides, put together along frames, and the memory after the last chunk.
+    """
+    clips, frames = noise.shape[:2]
+    spans = network.chunks.spans(frames)
+    keys = draws.split(draws.clip_keys(key, clips), len(spans))
+    past, made = network.empty(noise), []
+    if given is not None:
+        first = lambda velocity, noise, key: (given.astype(noise.dtype), None)  # noqa: E731
+    alone = int(first is not None or len(spans) == 1 or network.chunks.first not in (0, network.chunks.size))
+    start = spans[0][1] if alone else 0
+    if alone:
+        own = cut(condition, 0, start)
+        x0, more, past = next_chunk(network, noise[:, :start], own, keys[0], past, first or solve)
+        made.append((x0, more))
+    if start < frames:
+
+        def turn(past: Memory, given: Any) -> tuple[Memory, Any]:
+            noise, frames, key = given
+            own = replace(condition, frames=frames)
+            x0, more, past = next_chunk(network, noise, own, key, past, solve)
+            return past, (x0, more)
+
+        def parts(x: Array) -> Array:
+            """[b, frames, ...] -> [chunk, b, frames of it, ...]"""
+            return jnp.moveaxis(x[:, start:].reshape(clips, len(spans) - alone, -1, *x.shape[2:]), 1, 0)
+
+        frames = jax.tree.map(parts, condition.frames)
+        past, stacked = jax.lax.scan(turn, past, (parts(noise), frames, keys[alone:]))
+        made.append(jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(clips, -1, *x.shape[3:]), stacked))
+    x0, more = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *made)
+    return x0, more, past
+
+
+def cut(condition: Condition, start: int, stop: int) -> Condition:
+    """What the chunk of these latent frames is conditioned on."""
+    return condition if condition.frames is None else replace(condition, frames=condition.frames[:, start:stop])
