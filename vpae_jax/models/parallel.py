@@ -34,9 +34,10 @@ CONTEXT_AXIS = "context"
 P = PartitionSpec
 Queries = Float[Array, "b n heads head_dim"]
 Keys = Float[Array, "b m heads head_dim"]
-# Keys and values.
+# Keys and values: of earlier frames, and of a block's own tokens.
 Pair = tuple[Keys, Keys]
-Tables = tuple[Float[Array, "n half"], Float[Array, "n half"]]
+OwnPair = tuple[Queries, Queries]
+Tables = tuple[Float[Array, "places half"], Float[Array, "places half"]]
 
 
 @runtime_checkable
@@ -107,7 +108,7 @@ class MeshLayout:
 
     def all_tokens(
         self, attend: CausalAttention, own: tuple[Queries, Queries, Queries], past: Pair | None, tables: Tables
-    ) -> tuple[Queries, Keys, Keys]:
+    ) -> tuple[Queries, Queries, Queries]:
         """Attention in which tokens differ in what they see: each device holds all tokens of some heads.
 
         Args:
@@ -134,10 +135,10 @@ class MeshLayout:
         return self._map(local, (by_tokens, by_heads, P()), (by_tokens, by_heads, by_heads))(own, past, tables)
 
     def check_causal(self, tokens: int) -> None:
-        """Raises `UserError` unless `context` divides the heads and the tokens of a chunk, as `all_tokens` needs."""
-        size = self._size(CONTEXT_AXIS)
+        """Raises `UserError` unless `context` divides a device's heads and these tokens, as `all_tokens` needs."""
+        size, heads = self._size(CONTEXT_AXIS), self.heads // self._size("tensor")
         if self.ring > 1 or tokens % size:
-            what = f"{self.heads} heads" if self.ring > 1 else f"{tokens} tokens of a chunk"
+            what = f"{heads} heads of a device" if self.ring > 1 else f"{tokens} tokens of these latents"
             raise UserError(
                 f"config.mesh.context is {size}, which does not divide the {what}: a causal model exchanges tokens for "
                 "heads; choose a divisor of both"

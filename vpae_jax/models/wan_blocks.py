@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from vpae_jax.models.lora import Linear
 from vpae_jax.models.norms import LayerNorm, RMSNorm, layer_norm
-from vpae_jax.models.parallel import CausalAttention, MeshLayout, Pair
+from vpae_jax.models.parallel import CausalAttention, MeshLayout, OwnPair, Pair
 from vpae_jax.models.rotary import rotate
 from vpae_jax.types import Tokens, UserError
 
@@ -152,7 +152,7 @@ class Attention(nnx.Module):
     def split(self, x: Float[Array, "b n d"]) -> Float[Array, "b n heads head_dim"]:
         return rearrange(x, "b n (heads head_dim) -> b n heads head_dim", heads=self.heads)
 
-    def self_attention(self, x: Tokens, context: Context, past: Pair | None) -> tuple[Tokens, Pair | None]:
+    def self_attention(self, x: Tokens, context: Context, past: Pair | None) -> tuple[Tokens, OwnPair | None]:
         q = self.split(self.norm_q(self.to_q(x)))
         k = self.split(self.norm_k(self.to_k(x)))
         v, own = self.split(self.to_v(x)), None
@@ -207,7 +207,7 @@ class Block(nnx.Module):
         self.scale_shift_table = nnx.Param(table / d**0.5)
         self.eps = config.eps
 
-    def __call__(self, x: Tokens, context: Context, past: Pair | None = None) -> tuple[Tokens, Pair | None]:
+    def __call__(self, x: Tokens, context: Context, past: Pair | None = None) -> tuple[Tokens, OwnPair | None]:
         table = self.scale_shift_table[...].astype(jnp.float32) + context.modulation
         rows = [of_tokens(row, context.frame) for row in jnp.split(table, 6, axis=-2)]
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = rows
