@@ -13,7 +13,7 @@ from plain_wan import HIDDEN, clean_then_noisy, places, random_model, tensor, te
 from vpae_jax.config import MeshConfig
 from vpae_jax.flow.chunks import Chunks
 from vpae_jax.models.wan_causal import CausalWan
-from vpae_jax.models.wan_dit import WanTransformer, WanTransformerConfig
+from vpae_jax.models.wan_dit import WanTransformerConfig
 from vpae_jax.sharding import make_mesh
 from vpae_jax.types import Condition, Memory, UserError
 

@@ -127,10 +127,9 @@ class MeshLayout:
         exchange = partial(jax.lax.all_to_all, axis_name=CONTEXT_AXIS, tiled=True)
 
         def local(own: Any, past: Any, tables: Any) -> Any:
-            if size > 1:
-                own = tuple(exchange(x, split_axis=2, concat_axis=1) for x in own)
-            out = attend(*own, past, tables, self.platform)
-            return exchange(out, split_axis=1, concat_axis=2) if size > 1 else out, own[1], own[2]
+            q, k, v = own if size == 1 else (exchange(x, split_axis=2, concat_axis=1) for x in own)
+            out = attend(q, k, v, past, tables, self.platform)
+            return exchange(out, split_axis=1, concat_axis=2) if size > 1 else out, k, v
 
         return self._map(local, (by_tokens, by_heads, P()), (by_tokens, by_heads, by_heads))(own, past, tables)
 
@@ -173,7 +172,7 @@ class MeshLayout:
         """Neighbours along `context` exchange tokens for heads."""
         return [[r * self.ulysses + u for u in range(self.ulysses)] for r in range(self.ring)]
 
-    def _map(self, function: Any, given: tuple[PartitionSpec, ...], made: PartitionSpec) -> Any:
+    def _map(self, function: Any, given: tuple[PartitionSpec, ...], made: Any) -> Any:
         return jax.shard_map(function, mesh=self.mesh, in_specs=given, out_specs=made, check_vma=False)
 
     def _constrain(self, x: Float[Array, "b *shape"], *axes: Any) -> Float[Array, "b *shape"]:

@@ -160,8 +160,10 @@ class Attention(nnx.Module):
             q, k = (rotate(part, context.cos, context.sin) for part in (q, k))
             out = context.layout.self_attention(q, k, v, context.tokens)
         else:
-            out, *own = context.layout.all_tokens(context.causal, (q, k, v), past, (context.cos, context.sin))
-        return self.to_out(rearrange(out, "b n heads head_dim -> b n (heads head_dim)")), own and (own[0], own[1])
+            tables = context.cos, context.sin
+            out, k, v = context.layout.all_tokens(context.causal, (q, k, v), past, tables)
+            own = k, v
+        return self.to_out(rearrange(out, "b n heads head_dim -> b n (heads head_dim)")), own
 
     def cross_attention(self, x: Tokens, context: Context) -> Tokens:
         text, image, attention = context.text, context.image, context.layout.cross_attention
