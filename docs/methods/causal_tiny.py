@@ -1,36 +1,44 @@
-"""Scores causal students of digits, whole clips and frame by frame: the table and the picture of docs/methods.md.
+"""Scores causal students of digits as whole clips and frame by frame: a table and a picture of docs/methods.md.
 
-python docs/methods/causal_tiny.py RESULTS.json NAME=DIR[,DIR ...]:STEPS ...      # measures
-python docs/methods/causal_tiny.py RESULTS.json                                   # draws causal_students.png and a table
+python docs/methods/causal_tiny.py RESULTS.json NAME=DIR[,DIR ...]:STEPS ...      # measures rows
+python docs/methods/causal_tiny.py RESULTS.json                                   # prints the table, draws the picture
 
-A row is the models of one method, trained from several seeds, sampled in STEPS evaluations a chunk: "1", or "4,1" for
-the first chunk in four (First-Frame Enhancement), or "own" for what the folders say. Intervals are of a bootstrap over
-clips within seeds drawn again (95 %). A frame's kernel distance is that of the frame standing still.
+A row is the model directories of one method, of several seeds, sampled in STEPS evaluations a chunk: "1", or "4,1" for
+four in the first chunk and one in the later ones (First-Frame Enhancement), or "own" for what the directories say. The
+kernel distance of a frame is that of the frame standing still. Errors are 95 % intervals of draws of seeds, and of half
+of the clips of each, without replacement: a clip that is drawn twice would meet itself in the kernel.
 """
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-import jax
 import numpy as np
 from matplotlib.figure import Figure
 
 from vpae_jax import tasks
 from vpae_jax.config import DataConfig
+from vpae_jax.flow.sampler import parse_steps
 from vpae_jax.inference.pipeline import load_pipeline
 from vpae_jax.metrics.distances import FeatureScale, features, kernel_distance
 from vpae_jax.run.generation import Generation
+from vpae_jax.tasks.base import rows_of
 from vpae_jax.tasks.digits.measures import centroids
 from vpae_jax.tasks.digits.scores import classifier
 
 FOLDER = Path(__file__).parent
-COUNT, DRAWS = 128, 300
-MODES = ("t2v", "i2v")
+COUNT, DRAWS = 128, 200
+TITLES = {"t2v": "text-to-video", "i2v": "image-to-video"}
+CURVES = {
+    "kvd_frame": "kernel distance of a frame",
+    "digit_frame": "share of the caption's digit",
+    "motion_frame": "motion into a frame, of real clips'",
+}
 
 
 def still(clips: np.ndarray, frame: int) -> np.ndarray:
-    """Features of one frame that does not move."""
+    """Features of one frame, as of a clip that stands still."""
     return features(np.repeat(clips[:, frame : frame + 1], 3, axis=1))
 
 
@@ -40,77 +48,115 @@ def moved(clips: np.ndarray) -> np.ndarray:
 
 
 class Judge:
-    """What of clips is compared with real ones."""
+    """Compares clips of one mode with real ones."""
 
-    def __init__(self, held_out):
-        self.real, self.others = held_out.real, held_out.others
-        self.frames = self.others["clips"].shape[1]
-        self.scale = FeatureScale.of(self.others["features"])
-        stills = [still(self.others["clips"], frame) for frame in range(self.frames)]
-        self.stills = [(scale := FeatureScale.of(found), scale(found)) for found in stills]
-        self.whole = self.scale(self.others["features"])
-        self.speed = moved(self.real["clips"]).mean(0)
+    def __init__(self, real: dict, others: dict) -> None:
+        self.digits, self.speed = real["digit"], moved(real["clips"]).mean(0)
+        frames = [still(others["clips"], frame) for frame in range(others["clips"].shape[1])]
+        self.scales = [FeatureScale.of(found) for found in (others["features"], *frames)]
+        self.others = [s(found) for s, found in zip(self.scales, (others["features"], *frames), strict=True)]
 
-    def measure(self, clips: np.ndarray, digits: np.ndarray) -> dict:
-        """A clip's numbers, from which those of any choice of clips follow."""
-        named = np.stack([classifier()(clips[:, frame]) == digits for frame in range(self.frames)], axis=1)
-        stills = [scale(still(clips, frame)) for frame, (scale, _) in enumerate(self.stills)]
-        return {"whole": self.scale(features(clips)), "stills": stills, "digit": named, "speed": moved(clips)}
-
-    def scores(self, found: dict, rows: np.ndarray) -> dict:
-        """Numbers of the chosen clips."""
-        others = [one for _, one in self.stills]
+    def measure(self, clips: np.ndarray) -> dict:
+        """Numbers of each clip, from which the scores of any choice of clips follow."""
+        frames = range(clips.shape[1])
+        found = [features(clips), *(still(clips, frame) for frame in frames)]
         return {
-            "kvd": kernel_distance(found["whole"][rows], self.whole),
-            "kvd_frame": [kernel_distance(x[rows], y) for x, y in zip(found["stills"], others, strict=True)],
-            "digit_frame": found["digit"][rows].mean(0).tolist(),
-            "motion_frame": (found["speed"][rows].mean(0) / self.speed).tolist(),
+            "features": [scale(x) for scale, x in zip(self.scales, found, strict=True)],
+            "digit": np.stack([classifier()(clips[:, frame]) == self.digits for frame in frames], axis=1),
+            "speed": moved(clips),
         }
 
+    def scores(self, found: dict, rows: np.ndarray) -> dict:
+        """Scores of the chosen clips."""
+        pairs = zip(found["features"], self.others, strict=True)
+        whole, *frames = (kernel_distance(x[rows], y) for x, y in pairs)
+        return {
+            "kvd": whole,
+            "kvd_frame": np.array(frames),
+            "digit_frame": found["digit"][rows].mean(0),
+            "motion_frame": found["speed"][rows].mean(0) / self.speed,
+        }
 
-def interval(judge: Judge, seeds: list[dict]) -> dict:
-    """Means over seeds, and what 95 % of draws of seeds, and of clips within them, give."""
-    rng, count = np.random.default_rng(0), len(seeds[0]["whole"])
-    mean = [judge.scores(one, np.arange(count)) for one in seeds]
-    draws = []
-    for _ in range(DRAWS):
-        chosen = [seeds[i] for i in rng.integers(len(seeds), size=len(seeds))]
-        # Drawn with replacement, a clip would meet itself in the kernel; two halves without it have no such pairs.
-        part = [judge.scores(one, rng.permutation(count)[: count // 2]) for one in chosen]
-        draws.append({name: np.mean([one[name] for one in part], axis=0) for name in part[0]})
-    result = {}
-    for name in mean[0]:
-        centre = np.mean([one[name] for one in mean], axis=0)
-        spread = np.std([draw[name] for draw in draws], axis=0) * 1.96
-        # Halves of the clips vary as much more as they have fewer clips.
-        result[name] = {"mean": centre.tolist(), "error": (spread / np.sqrt(2)).tolist()}
-    result["seeds"] = [one["kvd"] for one in mean]
-    return result
+    def summary(self, seeds: list[dict]) -> dict:
+        """Means over seeds, and half the width of their intervals."""
+        rng, count = np.random.default_rng(0), len(self.digits)
+        every = [self.scores(one, np.arange(count)) for one in seeds]
+        draws = []
+        for _ in range(DRAWS):
+            chosen = [seeds[i] for i in rng.integers(len(seeds), size=len(seeds))]
+            half = [self.scores(one, rng.permutation(count)[: count // 2]) for one in chosen]
+            draws.append({name: np.mean([one[name] for one in half], axis=0) for name in half[0]})
+        result = {"seeds": [one["kvd"] for one in every]}
+        for name in every[0]:
+            mean = np.mean([one[name] for one in every], axis=0)
+            error = 1.96 * np.std([draw[name] for draw in draws], axis=0)
+            result[name] = {"mean": mean.tolist(), "error": error.tolist()}
+        return result
 
 
 def measure(path: Path, rows: list[str]) -> None:
     """Adds rows to the results."""
     results = json.loads(path.read_text()) if path.exists() else {}
-    task = tasks.open_task(DataConfig(), Path(), "tiny", {})
-    held_out = judge = None
+    pipe = load_pipeline("tiny")
+    held_out = tasks.open_task(DataConfig(), Path(), "tiny", {}).held_out(pipe, "evaluation", COUNT)
+    held_out = replace(held_out, parts=tuple(replace(part, again=slice(0, 0)) for part in held_out.parts))
+    judges = {part.name: Judge(rows_of(held_out.real, part.rows), held_out.others) for part in held_out.parts}
+    real = {part.name: judges[part.name].measure(held_out.real["clips"][part.rows]) for part in held_out.parts}
+    results["real"] = {mode: judges[mode].summary([found]) for mode, found in real.items()}
     for text in rows:
         name, _, rest = text.partition("=")
         folders, _, steps = rest.rpartition(":")
-        seeds: dict[str, list[dict]] = {mode: [] for mode in MODES}
+        seeds: dict[str, list[dict]] = {mode: [] for mode in judges}
         for folder in folders.split(","):
-            pipe = load_pipeline(folder)
-            held_out = held_out or task.held_out(pipe, "evaluation", COUNT)
-            parts = {part.name: part.rows for part in held_out.parts}
-            judge = judge or {
-                mode: Judge(
-                    type(held_out)(**{**vars(held_out), "real": {k: v[rows] for k, v in held_out.real.items()}})
-                )
-                for mode, rows in parts.items()
-            }
-            sampler = pipe.sampler() if steps == "own" else pipe.sampler(cli_steps(steps))
-            clips = Generation(pipe, held_out)(pipe.denoiser, sampler)
-            for mode, chosen in parts.items():
-                seeds[mode].append(judge[mode].measure(clips[chosen], held_out.real["digit"][chosen]))
-        results[name] = {mode: interval(judge[mode], found) for mode, found in seeds.items()}
+            student = load_pipeline(folder)
+            sampler = student.sampler(None if steps == "own" else parse_steps(steps))
+            clips = Generation(student, held_out)(student.denoiser, sampler)
+            for part in held_out.parts:
+                seeds[part.name].append(judges[part.name].measure(clips[part.rows]))
+        results[name] = {mode: judges[mode].summary(found) for mode, found in seeds.items()}
         path.write_text(json.dumps(results, indent=1))
-        print(name, {mode: round(found["kvd"]["mean"]) for mode, found in results[name].items()}, flush=True)
+        print(name, {mode: round(found["kvd"]["mean"], 1) for mode, found in results[name].items()}, flush=True)
+
+
+def table(results: dict) -> str:
+    """A row a method: kernel distance of clips, and of the first and the last frame; the caption's digit in these."""
+    lines = ["| row | KVD of clips | seeds | first frame | last frame | digit, first | digit, last |", "|---" * 7 + "|"]
+    for mode, title in TITLES.items():
+        for name, found in results.items():
+            one = found[mode]
+            ends = [
+                f"{one[curve]['mean'][i]:{form}} ± {one[curve]['error'][i]:{form}}"
+                for curve, form in (("kvd_frame", ".0f"), ("digit_frame", ".2f"))
+                for i in (0, -1)
+            ]
+            whole = f"{one['kvd']['mean']:.0f} ± {one['kvd']['error']:.0f}"
+            seeds = ", ".join(f"{seed:.0f}" for seed in one["seeds"])
+            lines.append(f"| {title}: {name} | {whole} | {seeds} | " + " | ".join(ends) + " |")
+    return "\n".join(lines)
+
+
+def draw(results: dict, path: Path) -> None:
+    """Every curve over frames, text-to-video above image-to-video."""
+    figure = Figure(figsize=(12, 6.4), layout="constrained")
+    for row, (mode, title) in zip(figure.subplots(2, 3), TITLES.items(), strict=True):
+        for axes, (curve, label) in zip(row, CURVES.items(), strict=True):
+            for index, (name, found) in enumerate(results.items()):
+                mean, error = (np.asarray(found[mode][curve][part]) for part in ("mean", "error"))
+                frames = np.arange(len(mean)) + (curve == "motion_frame")
+                style = {"color": "black", "ls": ":"} if name == "real" else {"color": f"C{index - 1}"}
+                axes.errorbar(frames, mean, error, label=name, capsize=2, lw=1.4, **style)
+            axes.set_title(f"{title}: {label}", fontsize=9)
+            axes.set_xlabel("frame")
+            axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=90)
+
+
+if __name__ == "__main__":
+    where, *asked = sys.argv[1:]
+    if asked:
+        measure(Path(where), asked)
+    else:
+        found = json.loads(Path(where).read_text())
+        print(table(found))
+        draw(found, FOLDER / "causal_students.png")
