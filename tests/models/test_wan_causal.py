@@ -8,13 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from plain_wan import HIDDEN, clean_then_noisy, places, random_model, tensor, tensors, velocity
 
 from vpae_jax.config import MeshConfig
 from vpae_jax.flow.chunks import Chunks
+from vpae_jax.flow.rollout import roll_out
 from vpae_jax.models.wan_causal import CausalWan
 from vpae_jax.models.wan_dit import WanTransformerConfig
-from vpae_jax.sharding import make_mesh
+from vpae_jax.sharding import TRANSFORMER_RULES, make_mesh, param_shardings
 from vpae_jax.types import Condition, Memory, UserError
 
 T2V = WanTransformerConfig(
@@ -56,6 +58,7 @@ class Programs:
         self.recall = compiled(CausalWan.recall)
         self.remember = compiled(CausalWan.remember)
         self.step = compiled(CausalWan.step)
+        self.roll_out = compiled(lambda *given: roll_out(*given, jax.random.key(0), one_step))
         self.memorize = jax.jit(CausalWan(nnx.merge(graph, self.weights), chunks).memorize, static_argnums=2)
         self.empty = CausalWan(nnx.merge(graph, self.weights), chunks).empty
         self.x0, self.x, self.t, self.condition = inputs(config, sum(sizes))
@@ -76,10 +79,10 @@ class Programs:
         """The memory of the clean clip."""
         return self.remember(weights or self.weights, self.x0, jnp.zeros_like(self.t), self.condition)
 
-    def remembered(self, past, start, stop):
-        """A memory with a chunk of the clean clip behind what it holds."""
-        zeros = jnp.zeros(len(self.x0))
-        _, pair = self.step(self.weights, self.x0[:, start:stop], zeros, self.part(start, stop), past)
+    def remembered(self, past, start, stop, chunk=None):
+        """A memory with a chunk behind what it holds, by default one of the clean clip."""
+        zeros, chunk = jnp.zeros(len(self.x0)), self.x0[:, start:stop] if chunk is None else chunk
+        _, pair = self.step(self.weights, chunk, zeros, self.part(start, stop), past)
         return self.memorize(past, pair, stop - start)
 
     @property
@@ -304,6 +307,102 @@ def test_gradients_of_chunk_by_chunk(remat):
         return jax.lax.scan(turn, run.empty(run.x), chunks)[1].sum()
 
     assert_gradients(gradients(run.weights))
+
+
+def one_step(velocity, noise, key):
+    return noise - velocity(noise, jnp.ones(len(noise))), None
+
+
+def test_a_roll_out_longer_than_its_window():
+    """Equals steps by hand, and all chunks at once after the memory of what it made."""
+    run = programs("window and sink")
+    x0, _, past = run.roll_out(run.weights, run.x, run.condition)
+    by_hand, made = run.empty(run.x), []
+    for start, stop in run.spans():
+        v, _ = run.step(run.weights, run.x[:, start:stop], jnp.ones(2), run.condition, by_hand)
+        made.append(run.x[:, start:stop] - v)
+        by_hand = run.remembered(by_hand, start, stop, made[-1])
+    assert error(x0, jnp.concatenate(made, 1)) < 3e-6
+    assert error(past.keys, by_hand.keys) < 3e-6 and error(past.values, by_hand.values) < 3e-6
+    assert int(past.frames) == 4
+    whole = run.remember(run.weights, x0, jnp.zeros_like(run.t), run.condition)
+    v = run.recall(run.weights, run.x, jnp.ones_like(run.t), run.condition, whole)
+    assert error(run.x - v, x0) < 3e-6
+
+
+def test_a_roll_out_needs_as_much_as_its_window():
+    """Whatever its length: only the clip itself grows, of which the program may hold a few copies."""
+    config = replace(T2V, num_layers=8)
+    graph, weights = nnx.split(random_model(config), nnx.Param)
+    _, one, _, condition = inputs(config, 1)
+    remembered = 2 * config.num_layers * config.width / (4 * one.shape[-1]) * one.nbytes  # of a frame
+
+    def temporary(chunks, frames):
+        def program(weights, noise):
+            return roll_out(
+                CausalWan(nnx.merge(graph, weights), chunks), noise, condition, jax.random.key(0), one_step
+            )[0]
+
+        noise = jax.ShapeDtypeStruct((2, frames, *one.shape[2:]), jnp.float32)
+        return jax.jit(program).lower(weights, noise).compile().memory_analysis().temp_size_in_bytes
+
+    short, middle, long = (temporary(Chunks(2, window=3, sink=1), frames) for frames in (6, 12, 24))
+    assert long - middle < 3 * 12 * one.nbytes < 0.6 * 12 * remembered
+    assert middle - short < 3 * 6 * one.nbytes
+    assert temporary(Chunks(2), 24) - long > (24 - 6) * remembered, "without a window, all frames are remembered"
+
+
+SPLIT = replace(I2V, num_attention_heads=4, text_dim=16, ffn_dim=64, image_dim=16, added_kv_proj_dim=48)
+MESHES = {
+    "fsdp 2 x context 2 x tensor 2": MeshConfig(fsdp=2, context=2, tensor=2),
+    "data 2 x context 2 x tensor 2": MeshConfig(data=2, fsdp=1, context=2, tensor=2),
+    "fsdp 4 x context 2": MeshConfig(fsdp=4, context=2),
+    "fsdp 2 x context 4": MeshConfig(fsdp=2, context=4),
+}
+
+
+@cache
+def on_mesh(config):
+    """Velocities, a roll-out, a memory, and gradients through all of them, with 4 tokens a chunk."""
+    mesh = None if config is None else make_mesh(config)
+    graph, weights = nnx.split(random_model(SPLIT, mesh=mesh), nnx.Param)
+    x0, x, t, condition = inputs(SPLIT, 5, batch=4, columns=4)
+    if mesh is not None:
+        weights = jax.device_put(weights, param_shardings(weights, TRANSFORMER_RULES, mesh))
+        clips = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+        x0, x, t, condition = jax.device_put((x0, x, t, condition), clips)
+
+    def total(weights):
+        network = CausalWan(nnx.merge(graph, weights), Chunks(1, window=2, sink=1))
+        past = network.remember(x0, jnp.zeros_like(t), condition)
+        rolled, _, rest = roll_out(network, x, condition, jax.random.key(0), one_step)
+        found = network(x, t, condition), network.recall(x, t, condition, past), rolled
+        return sum((jnp.cos(jnp.arange(v.size)).reshape(v.shape) * v).sum() for v in found), (found, past, rest)
+
+    (_, found), gradients = jax.jit(jax.value_and_grad(total, has_aux=True))(weights)
+    return found, gradients
+
+
+@pytest.mark.parametrize(
+    "mesh", [pytest.param(name, marks=[pytest.mark.long] * bool(number)) for number, name in enumerate(MESHES)]
+)
+def test_numbers_are_the_same_on_every_mesh(mesh):
+    config = MESHES[mesh]
+    (found, *memories), gradients = on_mesh(config)
+    expected, expected_gradients = on_mesh(None)
+    for a, b in zip(jax.tree.leaves((found, memories)), jax.tree.leaves(expected), strict=True):
+        assert error(a, b) < 3e-6
+    for (path, a), b in zip(jax.tree.leaves_with_path(gradients), jax.tree.leaves(expected_gradients), strict=True):
+        assert error(a, b) < 1e-5, path
+    for memory in memories:
+        layers, clips, tokens, heads, channels = memory.keys.shape
+        assert memory.keys.sharding.shard_shape(memory.keys.shape) == (
+            layers,
+            clips // (config.data * config.fsdp),
+            tokens,
+            heads // (config.context * config.tensor),
+            channels,
+        )
 
 
 def test_errors_name_culprit_and_remedy():
