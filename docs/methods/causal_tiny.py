@@ -28,7 +28,7 @@ from vpae_jax.tasks.digits.measures import centroids
 from vpae_jax.tasks.digits.scores import classifier
 
 FOLDER = Path(__file__).parent
-COUNT, DRAWS = 128, 200
+COUNT, OTHERS, DRAWS = 128, 400, 100
 TITLES = {"t2v": "text-to-video", "i2v": "image-to-video"}
 CURVES = {
     "kvd_frame": "kernel distance of a frame",
@@ -48,20 +48,21 @@ def moved(clips: np.ndarray) -> np.ndarray:
 
 
 class Judge:
-    """Compares clips of one mode with real ones."""
+    """Compares clips of one mode with real ones, of which `others` are features: of clips, then of each frame."""
 
-    def __init__(self, real: dict, others: dict) -> None:
+    def __init__(self, real: dict, others: list[np.ndarray]) -> None:
         self.digits, self.speed = real["digit"], moved(real["clips"]).mean(0)
-        frames = [still(others["clips"], frame) for frame in range(others["clips"].shape[1])]
-        self.scales = [FeatureScale.of(found) for found in (others["features"], *frames)]
-        self.others = [s(found) for s, found in zip(self.scales, (others["features"], *frames), strict=True)]
+        self.kept = [found.std(0) > 0 for found in others]  # features of motion are 0 where nothing moves
+        known = [found[:, kept] for found, kept in zip(others, self.kept, strict=True)]
+        self.scales = [FeatureScale.of(found) for found in known]
+        self.others = [scale(found) for scale, found in zip(self.scales, known, strict=True)]
 
     def measure(self, clips: np.ndarray) -> dict:
         """Numbers of each clip, from which the scores of any choice of clips follow."""
         frames = range(clips.shape[1])
         found = [features(clips), *(still(clips, frame) for frame in frames)]
         return {
-            "features": [scale(x) for scale, x in zip(self.scales, found, strict=True)],
+            "features": [s(x[:, kept]) for s, x, kept in zip(self.scales, found, self.kept, strict=True)],
             "digit": np.stack([classifier()(clips[:, frame]) == self.digits for frame in frames], axis=1),
             "speed": moved(clips),
         }
@@ -100,7 +101,9 @@ def measure(path: Path, rows: list[str]) -> None:
     pipe = load_pipeline("tiny")
     held_out = tasks.open_task(DataConfig(), Path(), "tiny", {}).held_out(pipe, "evaluation", COUNT)
     held_out = replace(held_out, parts=tuple(replace(part, again=slice(0, 0)) for part in held_out.parts))
-    judges = {part.name: Judge(rows_of(held_out.real, part.rows), held_out.others) for part in held_out.parts}
+    known = rows_of(held_out.others, slice(OTHERS))
+    others = [known["features"], *(still(known["clips"], frame) for frame in range(known["clips"].shape[1]))]
+    judges = {part.name: Judge(rows_of(held_out.real, part.rows), others) for part in held_out.parts}
     real = {part.name: judges[part.name].measure(held_out.real["clips"][part.rows]) for part in held_out.parts}
     results["real"] = {mode: judges[mode].summary([found]) for mode, found in real.items()}
     for text in rows:
@@ -109,7 +112,7 @@ def measure(path: Path, rows: list[str]) -> None:
         seeds: dict[str, list[dict]] = {mode: [] for mode in judges}
         for folder in folders.split(","):
             student = load_pipeline(folder)
-            sampler = student.sampler(None if steps == "own" else parse_steps(steps))
+            sampler = student.sampler(None if steps == "own" else parse_steps(steps, "STEPS"))
             clips = Generation(student, held_out)(student.denoiser, sampler)
             for part in held_out.parts:
                 seeds[part.name].append(judges[part.name].measure(clips[part.rows]))
