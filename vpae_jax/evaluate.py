@@ -203,12 +203,13 @@ def _check_untrained(records: str, runs: Mapping[Path, DataConfig]) -> None:
 
 
 def load(rows: list[Entry], dtype: str) -> dict[str, Pipeline]:
-    """Every model directory that the rows name, once."""
+    """Every model directory that the rows name, once. Raises `UserError` for a row that its model cannot make, too."""
     found: dict[str, Pipeline] = {}
     for row in rows:
         if row.model not in found:
             with working(f"reading {row.model}"):
                 found[row.model] = load_pipeline(row.model, jnp.dtype(dtype))
+        row.sampler(found[row.model])  # before any row is scored
     return found
 
 
@@ -239,7 +240,8 @@ def evaluate(
 def _scored(row: Entry, pipeline: Pipeline, task: Task, held_out: HeldOut, batch: int | None) -> Row:
     sampler = row.sampler(pipeline)
     generation, denoiser = Generation(pipeline, held_out, batch), pipeline.denoiser
-    say(f"{row.name}: {len(held_out)} clips, {sampler.evaluations} network evaluations each")
+    each = "each" if sampler.chunks is None else "a chunk"
+    say(f"{row.name}: {len(held_out)} clips, {sampler.evaluations} network evaluations {each}")
     wanted = held_out.shown
     shown: dict[int, Any] = {}
     seconds: list[tuple[float, float]] = []

@@ -82,7 +82,7 @@ def write_card(folder: Path, card: Card) -> None:
         "written by": f"vpae_jax {vpae_jax.__version__}",
         "source": card.provenance.source,
         **card.provenance.facts,
-        "layout": card.form,
+        "layout": "vpae_jax" if card.causal and card.form == "diffusers" else card.form,
         "clip": f"{clip.num_frames} frames of {clip.height}x{clip.width} at {clip.fps:g} a second",
         "sampling": f"{scheduler.solver}, {steps}, guidance {scheduler.guidance:g}, "
         + (f"times {times}" if times else f"shift {scheduler.shift:g}"),
