@@ -182,7 +182,7 @@ def nets_of(method, weights, logits=1):
             w = weights[role.adapters.on] + view.scale * w
         w = jax.lax.stop_gradient(w) if view.constant else w
         made = STAND_INS.get(role.part, Net)
-        result[name] = made(w, logits) if made is Heads else made(w)
+        result[name] = made(w, logits * role.outputs) if made is Heads else made(w)
     return result
 
 
@@ -384,11 +384,12 @@ def softplus(x):
     return np.log1p(np.exp(np.asarray(x, np.float64)))
 
 
-def logits_of(method, call, batch):
-    """What the heads say, with `weights_of(method)`, of the hidden states that a call asked for."""
+def logits_of(method, call, batch, output=1):
+    """What the heads say, with `weights_of(method)`, of the hidden states that a call asked for: one of their outputs,
+    counted from 1."""
     nets = nets_of(method, weights_of(method))
     seen = nets[call.net].features(jnp.asarray(call.x), jnp.asarray(call.t), batch.condition, nets["heads"].taps)
-    return np.asarray(nets["heads"](seen))[:, 0]
+    return np.asarray(nets["heads"](seen))[:, output - 1]
 
 
 def assert_independent(*noises):

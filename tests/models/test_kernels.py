@@ -237,3 +237,65 @@ LONG, TEXT = (1, 9450, 40, 128), (1, 512, 40, 128)
 )
 def test_which_kernel_serves(platform, q, k, dtype, expected):
     assert kernels.choose(platform, q, k, jnp.dtype(dtype)) == expected
+
+
+def hidden_from(visible, attention, q, k, v, d_out):
+    """Result and gradients, compiled for any number of visible keys."""
+
+    @jax.jit
+    def program(visible, q, k, v, d_out):
+        out, vjp = jax.vjp(lambda q, k, v: attention(q, k, v, visible), q, k, v)
+        return out, *vjp(d_out)
+
+    return program(jnp.int32(visible), q, k, v, d_out)
+
+
+def assert_hidden_from(visible, found, q, k, v, d_out):
+    """The visible keys alone give the result; those beyond get no gradient."""
+    mask = jnp.where(jnp.arange(k.shape[1]) < visible, 0.0, -jnp.inf)[None]
+    np.testing.assert_allclose(found[0], torch_attention(q, k, v, mask), rtol=1e-5, atol=5e-6)
+    expected = exact(q, k[:, :visible], v[:, :visible], None, d_out)
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-5, atol=5e-6)
+    for one, other in zip(found[2:], expected[2:], strict=True):
+        np.testing.assert_allclose(one[:, :visible], other, rtol=1e-5, atol=5e-6)
+        assert not one[:, visible:].any()
+
+
+@pytest.mark.parametrize("visible", [1, 32, 45, 77])
+@pytest.mark.parametrize("name, small", [("reference", 2**20), ("tiled", 0)])
+def test_keys_are_hidden_from_a_number_on(monkeypatch, name, small, visible):
+    monkeypatch.setattr(kernels, "SMALL_LOGITS", small)
+    monkeypatch.setattr(tiled, "TILE", 32)
+    given = qkv(50, 77)
+    assert kernels.choose("cpu", given[0].shape, given[1].shape, jnp.float32) == name
+    found = hidden_from(visible, lambda q, k, v, n: kernels.attention(q, k, v, platform="cpu", visible=n), *given)
+    assert_hidden_from(visible, found, *given)
+
+
+@pytest.mark.parametrize(
+    "visible, n, m",
+    [
+        (100, 130, 140),
+        (130, 64, 256),
+        *(pytest.param(*x, marks=pytest.mark.long) for x in ((1, 3, 7), (256, 130, 256))),
+    ],
+)
+def test_splash_hides_keys_from_a_number_on(monkeypatch, visible, n, m):
+    """Within a tile, and in whole tiles."""
+    monkeypatch.setattr(splash, "TILES", (128,))
+    given = qkv(n, m, heads=1, head_dim=128)
+    found = hidden_from(visible, lambda q, k, v, n: splash.attention(q, k, v, visible=n, interpret=True), *given)
+    assert_hidden_from(visible, found, *given)
+
+
+def test_a_tpus_kernel_is_told_how_many_keys_are_visible():
+    """Of arguments that a program does not read, it has none."""
+    x = jax.ShapeDtypeStruct((1, 1100, 1, 128), jnp.bfloat16)
+
+    def lowered(attention):
+        given = x, jax.ShapeDtypeStruct((), jnp.int32)
+        return jax.jit(attention).trace(*given).lower(lowering_platforms=("tpu",)).as_text()
+
+    told = lowered(lambda x, n: kernels.attention(x, x, x, platform="tpu", visible=n))
+    assert "splash_mha_fwd" in told and re.search(r"@main\([^)]*tensor<i32>", told)
+    assert not re.search(r"@main\([^)]*tensor<i32>", lowered(lambda x, n: kernels.attention(x, x, x, platform="tpu")))

@@ -71,4 +71,4 @@ class Chunks:
         """Frames that a memory has to hold for a clip of so many: those that its chunks see, and a chunk's own."""
         if not self.window:
             return frames
-        return min(frames, self.sink + self.window + max(self.first, self.size))
+        return min(frames, max(self.first, self.sink + self.window + self.size))

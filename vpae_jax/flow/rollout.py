@@ -23,7 +23,7 @@ from vpae_jax.flow import draws
 from vpae_jax.flow.chunks import Chunks
 from vpae_jax.flow.guidance import guided
 from vpae_jax.flow.solvers import VelocityFn
-from vpae_jax.types import Condition, Latents, Memory, PRNGKey, Times
+from vpae_jax.types import Condition, Latents, Memory, PRNGKey, Times, UserError
 
 # (velocity of the chunk, its noise, a key for each clip) -> the chunk, and what else the caller wants of it: latents of
 # the chunk's size, or None.
@@ -109,7 +109,7 @@ def roll_out(
     key: PRNGKey,
     solve: Solve,
     first: Solve | None = None,
-    given: Latents | None = None,
+    given: Float[Array, "b first h w c"] | None = None,
 ) -> tuple[Latents, Any, Memory]:
     """A whole clip from noise.
 
@@ -124,12 +124,20 @@ def roll_out(
 
     Returns:
       the clip, what `solve` returns besides, put together along frames, and the memory after the last chunk.
+
+    Raises:
+      UserError: a clip that is no whole number of chunks, or given frames that are not the first chunk's.
     """
     clips, frames = noise.shape[:2]
     spans = network.chunks.spans(frames)
     keys = draws.split(draws.clip_keys(key, clips), len(spans))
     past, made = network.empty(noise), []
     if given is not None:
+        if given.shape[1] != spans[0][1]:
+            raise UserError(
+                f"{given.shape[1]} latent frames are given, but the first chunk has {spans[0][1]}; set "
+                f"chunks.first={given.shape[1]}"
+            )
         first = lambda velocity, noise, key: (given.astype(noise.dtype), None)  # noqa: E731
     alone = int(first is not None or len(spans) == 1 or network.chunks.first not in (0, network.chunks.size))
     start = spans[0][1] if alone else 0

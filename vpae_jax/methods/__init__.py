@@ -6,6 +6,7 @@ from typing import Any
 from vpae_jax.config import build, nearest
 from vpae_jax.methods.add import ADD
 from vpae_jax.methods.apt import APT
+from vpae_jax.methods.asd import ASD
 from vpae_jax.methods.autoencoder import Autoencoder
 from vpae_jax.methods.base import Method
 from vpae_jax.methods.causal_init import CausalInit, CausalODE
@@ -24,6 +25,7 @@ from vpae_jax.types import UserError
 METHODS: Mapping[str, type] = {
     "add": ADD,
     "apt": APT,
+    "asd": ASD,
     "autoencoder": Autoencoder,
     "causal_init": CausalInit,
     "causal_ode": CausalODE,

@@ -121,19 +121,20 @@ class DiscriminatorNoise:
     none at all (V-PAE v1).
 
     Attributes:
-      kind: "shared": one t for a real and a generated clip, independent noise. "fig_literal": figure 2's, `t` for
+      kind: "shared": one t for a real and a generated clip, independent noise. "independent": a t for each, too (ASD).
+        "fig_literal": figure 2's, `t` for
         generated clips and any time, (0, 1], for real ones, which can be told apart by their noise level alone; only to
         reproduce. "clean": no noise, the backbone is told a random time (APT).
       t: distribution of t.
       real: "clean" leaves real clips without noise (Eq. 3 read literally).
     """
 
-    kind: Literal["shared", "fig_literal", "clean"] = "shared"
+    kind: Literal["shared", "independent", "fig_literal", "clean"] = "shared"
     t: TimeDistribution = DISC_TIMES
     real: Literal["noised", "clean"] = "noised"
 
     def __post_init__(self) -> None:
-        choices = {"kind": ("shared", "fig_literal", "clean"), "real": ("noised", "clean")}
+        choices = {"kind": ("shared", "independent", "fig_literal", "clean"), "real": ("noised", "clean")}
         check_choice("DiscriminatorNoise", choices, self)
         if self.kind == "clean" and self.real == "clean":
             raise UserError("DiscriminatorNoise.real is 'clean', but kind 'clean' noises no clip; leave real='noised'")
@@ -149,6 +150,8 @@ class DiscriminatorNoise:
         t = real_t = self.t(keys.t, fake.shape)
         if self.kind == "clean":
             return Judged(fake, t, real, t)
+        if self.kind == "independent":
+            real_t = self.t(keys.real_t, real.shape)
         if self.kind == "fig_literal":
             real_t = TimeDistribution(stated_for=self.t.stated_for)(keys.real_t, real.shape)
         if self.real == "noised":

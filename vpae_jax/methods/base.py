@@ -213,6 +213,7 @@ class Role:
       trains: whether they are trained. What is frozen is in no optimizer and no checkpoint.
       part: which part of a model directory they are, or "heads". Heads read the hidden states of a transformer; of the
         image encoder where a method has a role that is one.
+      outputs: of heads: how many logits each of their judgements has; they vary fastest in what heads return.
       adapters: given when the role holds low-rank weights alone, on another role's.
       averages: by name.
     """
@@ -220,6 +221,7 @@ class Role:
     start: str
     trains: bool = False
     part: Literal["transformer", "heads", "vae", "encoders", "image_encoder"] = "transformer"
+    outputs: int = 1
     adapters: Adapters | None = None
     averages: Mapping[str, Average] = field(default_factory=dict)
 

@@ -135,7 +135,7 @@ class CausalODE(Distillation):
         _ = self.student  # refuses what no sampler is
         if self.ode_steps % self.steps:
             raise UserError(
-                f"CausalODE.ode_steps is {self.ode_steps}, no multiple of steps ({self.steps}): the times of a student lie "
+                f"CausalODE.ode_steps is {self.ode_steps}, no multiple of steps ({self.steps}): a student's times lie "
                 "on the teacher's path; change one"
             )
 

@@ -75,7 +75,7 @@ class Term(NamedTuple):
     value: PerExample
     grad: Latents
 
-    def scaled(self, weight: float) -> Term:
+    def scaled(self, weight: float | Float[Array, ""]) -> Term:
         """The term times a weight."""
         return Term(weight * self.value, weight * self.grad)
 

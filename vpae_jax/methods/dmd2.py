@@ -59,6 +59,7 @@ from vpae_jax.methods.adversarial import (
 from vpae_jax.methods.base import Context, Nets, Role, Update
 from vpae_jax.methods.common import (
     Ratio,
+    Term,
     check_at_least,
     check_choice,
     drift,
@@ -69,7 +70,7 @@ from vpae_jax.methods.common import (
 )
 from vpae_jax.methods.distillation import FakeScoreDistillation, FewStepDistillation
 from vpae_jax.methods.scores import velocity_error
-from vpae_jax.types import Batch, Metrics, PerExample, UserError
+from vpae_jax.types import Batch, Latents, Metrics, PerExample, PRNGKey, UserError
 
 # FastGen's, which is off there too.
 PENALTY = DifferencePenalty(weight=0.0, on="real", sigma_s=0.1, sigma_t=0.0, norm="fixed")
@@ -158,16 +159,25 @@ class DMD2(FewStepDistillation, FakeScoreDistillation):
         scores = nets["teacher"], nets["fake_score"]
         matching, metrics = self.matching(constant, *scores, condition, batch.unconditional, keys.matching)
         metrics = {**metrics, **drift(constant, batch.latents)}
-        if not self.judged:
+        judged, more = self.judged_term(nets, batch, context, constant, keys.noise)
+        if judged is None:
             return inject(x0, matching), metrics
-        discriminator = judge(nets[self.disc_backbone], nets["heads"], condition)
-        noise = DiscriminatorNoise(t=self.fake_t)
-        data = real_clips(batch)
-        term, more, _ = adversarial_term(discriminator, noise, self.adversarial, constant, data, keys.noise)
+        metrics |= more
+        metrics["adv_dmd_ratio"] = Ratio(judged.grad_norm.sum(), matching.grad_norm.sum())
+        return inject(x0, matching, judged), metrics
+
+    def judged_term(
+        self, nets: Nets, batch: Batch, context: Context, x0: Latents, key: PRNGKey
+    ) -> tuple[Term | None, Metrics]:
+        """The generator's weighted adversarial term of clips, which are constants, and metrics; None without a
+        discriminator."""
+        if not self.judged:
+            return None, {}
+        discriminator = judge(nets[self.disc_backbone], nets["heads"], batch.condition)
+        noise, data = DiscriminatorNoise(t=self.fake_t), real_clips(batch)
+        term, metrics, _ = adversarial_term(discriminator, noise, self.adversarial, x0, data, key)
         weighted = term.scaled(self.adversarial_weight)
-        metrics |= {"adversarial": term.value, "adv_grad": weighted.grad_norm, **more}
-        metrics["adv_dmd_ratio"] = Ratio(weighted.grad_norm.sum(), matching.grad_norm.sum())
-        return inject(x0, matching, weighted), metrics
+        return weighted, {"adversarial": term.value, "adv_grad": weighted.grad_norm, **metrics}
 
     def fake_score_loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
         """Eq. 3."""

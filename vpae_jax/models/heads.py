@@ -219,7 +219,7 @@ class ModalityMixer(nnx.Module):
 class QueryHeads(nnx.Module):
     """`ca_mm` and `ca`."""
 
-    def __init__(self, config: HeadsConfig, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
+    def __init__(self, config: HeadsConfig, outputs: int, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
         d, given = config.inner, {"rngs": rngs, "param_dtype": param_dtype}
         self.query = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.num_tokens, d), param_dtype))
         self.mixer = ModalityMixer(config, rngs, dtype, param_dtype) if config.kind == "ca_mm" else None
@@ -229,9 +229,9 @@ class QueryHeads(nnx.Module):
         self.norm = LayerNorm(joined, eps=config.eps, param_dtype=param_dtype)
         self.proj_in = Linear(joined, d, **given)
         # Small but not zero: zero weights would send no gradient to what is judged.
-        self.proj_out = Linear(d, 1, kernel_init=nnx.initializers.normal(0.02), **given)
+        self.proj_out = Linear(d, outputs, kernel_init=nnx.initializers.normal(0.02), **given)
 
-    def __call__(self, features: Features) -> Float[Array, "b 1"]:
+    def __call__(self, features: Features) -> Float[Array, "b k"]:
         b = features.taps[0].shape[0]
         query = self.query[...].astype(jnp.float32)
         queries = jnp.broadcast_to(query, (b, *query.shape))
@@ -248,17 +248,17 @@ class QueryHeads(nnx.Module):
 class ConvHeads(nnx.Module):
     """`conv`: for each tap a logit for each token, by two 1x1 convolutions."""
 
-    def __init__(self, config: HeadsConfig, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
+    def __init__(self, config: HeadsConfig, outputs: int, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
         d, init, taps = config.inner, nnx.initializers.normal(0.02), config.taps
         given = {"rngs": rngs, "param_dtype": param_dtype}
         self.norms = nnx.List([RMSNorm(config.width, eps=config.eps, param_dtype=param_dtype) for _ in taps])
         self.projs_in = nnx.List([Linear(config.width, d, dtype=dtype, **given) for _ in taps])
-        self.projs_out = nnx.List([Linear(d, 1, kernel_init=init, **given) for _ in taps])
+        self.projs_out = nnx.List([Linear(d, outputs, kernel_init=init, **given) for _ in taps])
 
     def __call__(self, features: Features) -> Float[Array, "b k"]:
         heads = zip(self.norms, self.projs_in, self.projs_out, features.taps, strict=True)
         logits = [proj_out(jax.nn.gelu(proj_in(norm(hidden)))) for norm, proj_in, proj_out, hidden in heads]
-        return rearrange(jnp.stack(logits), "taps b n 1 -> b (taps n)")
+        return rearrange(jnp.stack(logits), "taps b n k -> b (taps n k)")
 
 
 class Conv3d(nnx.Module):
@@ -278,14 +278,14 @@ class Conv3d(nnx.Module):
 class Conv3dHeads(nnx.Module):
     """`conv3d`: for each tap a projection, a convolution over space and time, and a logit at each of its places."""
 
-    def __init__(self, config: HeadsConfig, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
+    def __init__(self, config: HeadsConfig, outputs: int, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
         d, init, taps = config.inner, nnx.initializers.normal(0.02), config.taps
         given = {"rngs": rngs, "param_dtype": param_dtype}
         self.norms = nnx.List([RMSNorm(config.width, eps=config.eps, param_dtype=param_dtype) for _ in taps])
         self.projs_in = nnx.List([Linear(config.width, d, dtype=dtype, **given) for _ in taps])
         self.convs = nnx.List([Conv3d(d, rngs, dtype, param_dtype) for _ in taps])
         self.norms_out = nnx.List([RMSNorm(d, eps=config.eps, param_dtype=param_dtype) for _ in taps])
-        self.projs_out = nnx.List([Linear(d, 1, kernel_init=init, **given) for _ in taps])
+        self.projs_out = nnx.List([Linear(d, outputs, kernel_init=init, **given) for _ in taps])
 
     def __call__(self, features: Features) -> Float[Array, "b k"]:
         f, h, w = features.grid
@@ -294,7 +294,7 @@ class Conv3dHeads(nnx.Module):
         for norm, proj_in, conv, norm_out, proj_out, hidden in parts:
             tokens = rearrange(proj_in(norm(hidden)), "b (f h w) d -> b f h w d", f=f, h=h, w=w)
             logits.append(proj_out(jax.nn.gelu(norm_out(conv(jax.nn.gelu(tokens))))))
-        return rearrange(jnp.stack(logits), "taps b f h w 1 -> b (taps f h w)")
+        return rearrange(jnp.stack(logits), "taps b f h w k -> b (taps f h w k)")
 
 
 KINDS: Mapping[str, Callable[..., nnx.Module]] = {
@@ -310,6 +310,7 @@ class DiscriminatorHeads(nnx.Module):
 
     Args:
       config: kind and sizes.
+      outputs: logits in the place of each, of different judgements of the same clip.
       rngs: source of the initial weights.
       dtype: compute dtype of the products with hidden states and condition tokens.
       param_dtype: dtype in which the weights are kept.
@@ -319,18 +320,21 @@ class DiscriminatorHeads(nnx.Module):
     def __init__(
         self,
         config: HeadsConfig,
+        outputs: int = 1,
         *,
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         mesh: Mesh | None = None,
     ):
-        self.heads = KINDS[config.kind](config, rngs, dtype, param_dtype)
+        self.heads = KINDS[config.kind](config, outputs, rngs, dtype, param_dtype)
+        self.outputs = outputs
         self.config = config
         self.mesh = mesh
 
     def __call__(self, features: Features) -> Float[Array, "b k"]:
-        """Logits, high for real: one a clip, or many whose losses are to be averaged (`HeadsConfig.average`).
+        """Logits, high for real: one a clip, or many whose losses are to be averaged (`HeadsConfig.average`); outputs
+        vary fastest.
 
         Raises:
           UserError: the number of tapped hidden states is not the number these heads were made for.
@@ -341,7 +345,9 @@ class DiscriminatorHeads(nnx.Module):
             )
         graph, weights = nnx.split(self.heads)
         logits = nnx.merge(graph, gather(weights, HEADS_RULES, self.mesh, "heads/"))(features)
-        return logits if self.config.average == "losses" else logits.mean(axis=1, keepdims=True)
+        if self.config.average == "losses":
+            return logits
+        return logits.reshape(len(logits), -1, self.outputs).mean(axis=1)
 
 
 def sinusoid(length: int, width: int) -> Float[np.ndarray, "n d"]:

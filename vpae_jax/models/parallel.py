@@ -34,9 +34,10 @@ CONTEXT_AXIS = "context"
 P = PartitionSpec
 Queries = Float[Array, "b n heads head_dim"]
 Keys = Float[Array, "b m heads head_dim"]
-# Keys and values.
+# Keys and values: of earlier frames, and of a block's own tokens.
 Pair = tuple[Keys, Keys]
-Tables = tuple[Float[Array, "n half"], Float[Array, "n half"]]
+OwnPair = tuple[Queries, Queries]
+Tables = tuple[Float[Array, "places half"], Float[Array, "places half"]]
 
 
 @runtime_checkable
@@ -107,7 +108,7 @@ class MeshLayout:
 
     def all_tokens(
         self, attend: CausalAttention, own: tuple[Queries, Queries, Queries], past: Pair | None, tables: Tables
-    ) -> tuple[Queries, Keys, Keys]:
+    ) -> tuple[Queries, Queries, Queries]:
         """Attention in which tokens differ in what they see: each device holds all tokens of some heads.
 
         Args:
@@ -126,18 +127,17 @@ class MeshLayout:
         exchange = partial(jax.lax.all_to_all, axis_name=CONTEXT_AXIS, tiled=True)
 
         def local(own: Any, past: Any, tables: Any) -> Any:
-            if size > 1:
-                own = tuple(exchange(x, split_axis=2, concat_axis=1) for x in own)
-            out = attend(*own, past, tables, self.platform)
-            return exchange(out, split_axis=1, concat_axis=2) if size > 1 else out, own[1], own[2]
+            q, k, v = own if size == 1 else (exchange(x, split_axis=2, concat_axis=1) for x in own)
+            out = attend(q, k, v, past, tables, self.platform)
+            return exchange(out, split_axis=1, concat_axis=2) if size > 1 else out, k, v
 
         return self._map(local, (by_tokens, by_heads, P()), (by_tokens, by_heads, by_heads))(own, past, tables)
 
     def check_causal(self, tokens: int) -> None:
-        """Raises `UserError` unless `context` divides the heads and the tokens of a chunk, as `all_tokens` needs."""
-        size = self._size(CONTEXT_AXIS)
+        """Raises `UserError` unless `context` divides a device's heads and these tokens, as `all_tokens` needs."""
+        size, heads = self._size(CONTEXT_AXIS), self.heads // self._size("tensor")
         if self.ring > 1 or tokens % size:
-            what = f"{self.heads} heads" if self.ring > 1 else f"{tokens} tokens of a chunk"
+            what = f"{heads} heads of a device" if self.ring > 1 else f"{tokens} tokens of these latents"
             raise UserError(
                 f"config.mesh.context is {size}, which does not divide the {what}: a causal model exchanges tokens for "
                 "heads; choose a divisor of both"
@@ -172,7 +172,7 @@ class MeshLayout:
         """Neighbours along `context` exchange tokens for heads."""
         return [[r * self.ulysses + u for u in range(self.ulysses)] for r in range(self.ring)]
 
-    def _map(self, function: Any, given: tuple[PartitionSpec, ...], made: PartitionSpec) -> Any:
+    def _map(self, function: Any, given: tuple[PartitionSpec, ...], made: Any) -> Any:
         return jax.shard_map(function, mesh=self.mesh, in_specs=given, out_specs=made, check_vma=False)
 
     def _constrain(self, x: Float[Array, "b *shape"], *axes: Any) -> Float[Array, "b *shape"]:

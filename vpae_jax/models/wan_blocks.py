@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from vpae_jax.models.lora import Linear
 from vpae_jax.models.norms import LayerNorm, RMSNorm, layer_norm
-from vpae_jax.models.parallel import CausalAttention, MeshLayout, Pair
+from vpae_jax.models.parallel import CausalAttention, MeshLayout, OwnPair, Pair
 from vpae_jax.models.rotary import rotate
 from vpae_jax.types import Tokens, UserError
 
@@ -152,7 +152,7 @@ class Attention(nnx.Module):
     def split(self, x: Float[Array, "b n d"]) -> Float[Array, "b n heads head_dim"]:
         return rearrange(x, "b n (heads head_dim) -> b n heads head_dim", heads=self.heads)
 
-    def self_attention(self, x: Tokens, context: Context, past: Pair | None) -> tuple[Tokens, Pair | None]:
+    def self_attention(self, x: Tokens, context: Context, past: Pair | None) -> tuple[Tokens, OwnPair | None]:
         q = self.split(self.norm_q(self.to_q(x)))
         k = self.split(self.norm_k(self.to_k(x)))
         v, own = self.split(self.to_v(x)), None
@@ -160,8 +160,10 @@ class Attention(nnx.Module):
             q, k = (rotate(part, context.cos, context.sin) for part in (q, k))
             out = context.layout.self_attention(q, k, v, context.tokens)
         else:
-            out, *own = context.layout.all_tokens(context.causal, (q, k, v), past, (context.cos, context.sin))
-        return self.to_out(rearrange(out, "b n heads head_dim -> b n (heads head_dim)")), own and (own[0], own[1])
+            tables = context.cos, context.sin
+            out, k, v = context.layout.all_tokens(context.causal, (q, k, v), past, tables)
+            own = k, v
+        return self.to_out(rearrange(out, "b n heads head_dim -> b n (heads head_dim)")), own
 
     def cross_attention(self, x: Tokens, context: Context) -> Tokens:
         text, image, attention = context.text, context.image, context.layout.cross_attention
@@ -207,7 +209,7 @@ class Block(nnx.Module):
         self.scale_shift_table = nnx.Param(table / d**0.5)
         self.eps = config.eps
 
-    def __call__(self, x: Tokens, context: Context, past: Pair | None = None) -> tuple[Tokens, Pair | None]:
+    def __call__(self, x: Tokens, context: Context, past: Pair | None = None) -> tuple[Tokens, OwnPair | None]:
         table = self.scale_shift_table[...].astype(jnp.float32) + context.modulation
         rows = [of_tokens(row, context.frame) for row in jnp.split(table, 6, axis=-2)]
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = rows

@@ -33,6 +33,9 @@ from vpae_jax.models.wan_blocks import Context
 from vpae_jax.models.wan_dit import WanTransformer
 from vpae_jax.types import Condition, FrameTimes, Latents, Memory, Times, Tokens, UserError
 
+# Keys, before their rotary embedding, and values of a chunk in all layers.
+Pairs = tuple[Float[Array, "layers b n heads head_dim"], Float[Array, "layers b n heads head_dim"]]
+
 
 @dataclass(frozen=True)
 class CausalWan:
@@ -92,7 +95,7 @@ class CausalWan:
         zeros = jnp.zeros(shape, self.model.dtype)
         return self._placed(Memory(zeros, zeros, frames=jnp.int32(0)))
 
-    def step(self, x: Latents, t: Times, condition: Condition, past: Memory) -> tuple[Latents, Pair]:
+    def step(self, x: Latents, t: Times, condition: Condition, past: Memory) -> tuple[Latents, Pairs]:
         """Velocity of one chunk after the frames of a memory, and the chunk's keys and values (`memorize`).
 
         Args:
@@ -106,10 +109,10 @@ class CausalWan:
         slots = past.keys.shape[2] // (rows * columns)
         cos, sin = rope_table((slots, rows, columns), self.model.config.attention_head_dim)
         context = context._replace(causal=_Step(past.frames * rows * columns), keep=True, cos=cos, sin=sin)
-        hidden, pair = self._run(hidden, context, (past.keys, past.values))
+        hidden, pair = self._run(hidden, context, past)
         return self.model.leave(hidden, embedding, x), pair
 
-    def memorize(self, past: Memory, pair: Pair, frames: int) -> Memory:
+    def memorize(self, past: Memory, pair: Pairs, frames: int) -> Memory:
         """A memory with a chunk's keys and values behind what it holds. What is older than the window, and no sink,
         makes room.
 
@@ -135,8 +138,7 @@ class CausalWan:
     def _whole(self, x: Latents, t: FrameTimes, condition: Condition, past: Memory | None) -> Latents:
         hidden, embedding, context = self._enter(x, t, condition)
         attend = _Whole(self.chunks.spans(x.shape[1]), self.chunks, context.tokens // x.shape[1])
-        pair = None if past is None else (past.keys, past.values)
-        hidden, _ = self._run(hidden, context._replace(causal=attend), pair)
+        hidden, _ = self._run(hidden, context._replace(causal=attend), past)
         return self.model.leave(hidden, embedding, x, context.frame)
 
     def _enter(
@@ -148,9 +150,10 @@ class CausalWan:
             return hidden, embedding, context
         return hidden, embedding, context._replace(frame=jnp.arange(context.tokens) // (context.tokens // x.shape[1]))
 
-    def _run(self, hidden: Tokens, context: Context, past: Pair | None) -> tuple[Tokens, Any]:
+    def _run(self, hidden: Tokens, context: Context, past: Memory | None) -> tuple[Tokens, Any]:
         layers = self.model.layers(0, self.model.config.num_layers, True)
-        return jax.lax.scan(self.model.block(context, True), hidden, (layers, past))
+        pairs = None if past is None else (past.keys, past.values)
+        return jax.lax.scan(self.model.block(context, True), hidden, (layers, pairs))
 
     def _grid(self, x: Latents) -> tuple[int, int]:
         """Rows and columns of a frame's tokens."""

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from vpae_jax.models import kernels
 from vpae_jax.models.lora import PRODUCT, Linear, LoRASpec, attach_lora
 from vpae_jax.models.norms import layer_norm
-from vpae_jax.models.parallel import MeshLayout, Pair, gather
+from vpae_jax.models.parallel import MeshLayout, OwnPair, gather
 from vpae_jax.models.rotary import rope_table
 from vpae_jax.models.stack import stack_layers
 from vpae_jax.models.wan_blocks import Block, Context, Options, WanTransformerConfig, of_tokens
@@ -260,11 +260,11 @@ class WanTransformer(nnx.Module):
             return weights
         return jax.tree.map(lambda weight: weight[start:stop], weights)
 
-    def block(self, context: Context, copied: bool) -> Callable[[Tokens, Any], tuple[Tokens, Pair | None]]:
+    def block(self, context: Context, copied: bool) -> Callable[[Tokens, Any], tuple[Tokens, OwnPair | None]]:
         """The body of a scan over blocks, given the weights of each, or its number, and what it remembers."""
         graph, weights = nnx.split(self.blocks)
 
-        def body(carry: Tokens, given: Any) -> tuple[Tokens, Pair | None]:
+        def body(carry: Tokens, given: Any) -> tuple[Tokens, OwnPair | None]:
             layer, past = given
             if not copied:
                 number = layer

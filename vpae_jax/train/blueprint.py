@@ -113,7 +113,8 @@ def _network(
     if role.part == "heads":
         pixels = any(other.part == "image_encoder" for other in method.roles.values())
         encoder = looked_by.image_encoder if pixels else None
-        return DiscriminatorHeads(_heads(experiment, name, transformer, encoder), rngs=rngs, dtype=dtype, mesh=mesh)
+        heads = _heads(experiment, name, transformer, encoder)
+        return DiscriminatorHeads(heads, role.outputs, rngs=rngs, dtype=dtype, mesh=mesh)
     if role.part == "image_encoder":
         return looked_by.image_encoder.make(rngs, dtype)
     preset = presets.find(model.preset)

@@ -1,0 +1,162 @@
+"""Scores causal students of digits as whole clips and frame by frame: a table and a picture of docs/methods.md.
+
+python docs/methods/causal_tiny.py RESULTS.json NAME=DIR[,DIR ...]:STEPS ...      # measures rows
+python docs/methods/causal_tiny.py RESULTS.json                                   # prints the table, draws the picture
+
+A row is the model directories of one method, of several seeds, sampled in STEPS evaluations a chunk: "1", or "4,1" for
+four in the first chunk and one in the later ones (First-Frame Enhancement), or "own" for what the directories say. The
+kernel distance of a frame is that of the frame standing still. Errors are 95 % intervals of draws of seeds, and of half
+of the clips of each, without replacement: a clip that is drawn twice would meet itself in the kernel.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from vpae_jax import tasks
+from vpae_jax.config import DataConfig
+from vpae_jax.flow.sampler import parse_steps
+from vpae_jax.inference.pipeline import load_pipeline
+from vpae_jax.metrics.distances import FeatureScale, features, kernel_distance
+from vpae_jax.run.generation import Generation
+from vpae_jax.tasks.base import rows_of
+from vpae_jax.tasks.digits.measures import centroids
+from vpae_jax.tasks.digits.scores import classifier
+
+FOLDER = Path(__file__).parent
+COUNT, DRAWS = 128, 200
+TITLES = {"t2v": "text-to-video", "i2v": "image-to-video"}
+CURVES = {
+    "kvd_frame": "kernel distance of a frame",
+    "digit_frame": "share of the caption's digit",
+    "motion_frame": "motion into a frame, of real clips'",
+}
+
+
+def still(clips: np.ndarray, frame: int) -> np.ndarray:
+    """Features of one frame, as of a clip that stands still."""
+    return features(np.repeat(clips[:, frame : frame + 1], 3, axis=1))
+
+
+def moved(clips: np.ndarray) -> np.ndarray:
+    """How far the digit moves into each frame but the first, in pixels, [clip, frame]."""
+    return np.linalg.norm(np.diff(centroids(clips), axis=1), axis=-1)
+
+
+class Judge:
+    """Compares clips of one mode with real ones."""
+
+    def __init__(self, real: dict, others: dict) -> None:
+        self.digits, self.speed = real["digit"], moved(real["clips"]).mean(0)
+        frames = [still(others["clips"], frame) for frame in range(others["clips"].shape[1])]
+        self.scales = [FeatureScale.of(found) for found in (others["features"], *frames)]
+        self.others = [s(found) for s, found in zip(self.scales, (others["features"], *frames), strict=True)]
+
+    def measure(self, clips: np.ndarray) -> dict:
+        """Numbers of each clip, from which the scores of any choice of clips follow."""
+        frames = range(clips.shape[1])
+        found = [features(clips), *(still(clips, frame) for frame in frames)]
+        return {
+            "features": [scale(x) for scale, x in zip(self.scales, found, strict=True)],
+            "digit": np.stack([classifier()(clips[:, frame]) == self.digits for frame in frames], axis=1),
+            "speed": moved(clips),
+        }
+
+    def scores(self, found: dict, rows: np.ndarray) -> dict:
+        """Scores of the chosen clips."""
+        pairs = zip(found["features"], self.others, strict=True)
+        whole, *frames = (kernel_distance(x[rows], y) for x, y in pairs)
+        return {
+            "kvd": whole,
+            "kvd_frame": np.array(frames),
+            "digit_frame": found["digit"][rows].mean(0),
+            "motion_frame": found["speed"][rows].mean(0) / self.speed,
+        }
+
+    def summary(self, seeds: list[dict]) -> dict:
+        """Means over seeds, and half the width of their intervals."""
+        rng, count = np.random.default_rng(0), len(self.digits)
+        every = [self.scores(one, np.arange(count)) for one in seeds]
+        draws = []
+        for _ in range(DRAWS):
+            chosen = [seeds[i] for i in rng.integers(len(seeds), size=len(seeds))]
+            half = [self.scores(one, rng.permutation(count)[: count // 2]) for one in chosen]
+            draws.append({name: np.mean([one[name] for one in half], axis=0) for name in half[0]})
+        result = {"seeds": [one["kvd"] for one in every]}
+        for name in every[0]:
+            mean = np.mean([one[name] for one in every], axis=0)
+            error = 1.96 * np.std([draw[name] for draw in draws], axis=0)
+            result[name] = {"mean": mean.tolist(), "error": error.tolist()}
+        return result
+
+
+def measure(path: Path, rows: list[str]) -> None:
+    """Adds rows to the results."""
+    results = json.loads(path.read_text()) if path.exists() else {}
+    pipe = load_pipeline("tiny")
+    held_out = tasks.open_task(DataConfig(), Path(), "tiny", {}).held_out(pipe, "evaluation", COUNT)
+    held_out = replace(held_out, parts=tuple(replace(part, again=slice(0, 0)) for part in held_out.parts))
+    judges = {part.name: Judge(rows_of(held_out.real, part.rows), held_out.others) for part in held_out.parts}
+    real = {part.name: judges[part.name].measure(held_out.real["clips"][part.rows]) for part in held_out.parts}
+    results["real"] = {mode: judges[mode].summary([found]) for mode, found in real.items()}
+    for text in rows:
+        name, _, rest = text.partition("=")
+        folders, _, steps = rest.rpartition(":")
+        seeds: dict[str, list[dict]] = {mode: [] for mode in judges}
+        for folder in folders.split(","):
+            student = load_pipeline(folder)
+            sampler = student.sampler(None if steps == "own" else parse_steps(steps))
+            clips = Generation(student, held_out)(student.denoiser, sampler)
+            for part in held_out.parts:
+                seeds[part.name].append(judges[part.name].measure(clips[part.rows]))
+        results[name] = {mode: judges[mode].summary(found) for mode, found in seeds.items()}
+        path.write_text(json.dumps(results, indent=1))
+        print(name, {mode: round(found["kvd"]["mean"], 1) for mode, found in results[name].items()}, flush=True)
+
+
+def table(results: dict) -> str:
+    """A row a method: kernel distance of clips, and of the first and the last frame; the caption's digit in these."""
+    lines = ["| row | KVD of clips | seeds | first frame | last frame | digit, first | digit, last |", "|---" * 7 + "|"]
+    for mode, title in TITLES.items():
+        for name, found in results.items():
+            one = found[mode]
+            ends = [
+                f"{one[curve]['mean'][i]:{form}} ± {one[curve]['error'][i]:{form}}"
+                for curve, form in (("kvd_frame", ".0f"), ("digit_frame", ".2f"))
+                for i in (0, -1)
+            ]
+            whole = f"{one['kvd']['mean']:.0f} ± {one['kvd']['error']:.0f}"
+            seeds = ", ".join(f"{seed:.0f}" for seed in one["seeds"])
+            lines.append(f"| {title}: {name} | {whole} | {seeds} | " + " | ".join(ends) + " |")
+    return "\n".join(lines)
+
+
+def draw(results: dict, path: Path) -> None:
+    """Every curve over frames, text-to-video above image-to-video."""
+    figure = Figure(figsize=(12, 6.4), layout="constrained")
+    for row, (mode, title) in zip(figure.subplots(2, 3), TITLES.items(), strict=True):
+        for axes, (curve, label) in zip(row, CURVES.items(), strict=True):
+            for index, (name, found) in enumerate(results.items()):
+                mean, error = (np.asarray(found[mode][curve][part]) for part in ("mean", "error"))
+                frames = np.arange(len(mean)) + (curve == "motion_frame")
+                style = {"color": "black", "ls": ":"} if name == "real" else {"color": f"C{index - 1}"}
+                axes.errorbar(frames, mean, error, label=name, capsize=2, lw=1.4, **style)
+            axes.set_title(f"{title}: {label}", fontsize=9)
+            axes.set_xlabel("frame")
+            axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=90)
+
+
+if __name__ == "__main__":
+    where, *asked = sys.argv[1:]
+    if asked:
+        measure(Path(where), asked)
+    else:
+        found = json.loads(Path(where).read_text())
+        print(table(found))
+        draw(found, FOLDER / "causal_students.png")
