@@ -74,8 +74,8 @@ def test_the_first_chunk_in_more_steps(ours):
 def test_a_window_that_moves_changes_what_is_seen_and_a_sink_keeps_the_start(ours):
     size = {"steps": 1, "num_frames": 21}
     all_frames, two, kept = (clip(ours, **size, **given) for given in ({}, {"window": 2}, {"window": 2, "sink": 1}))
-    assert clip(ours, **size, window=5).tolist() == all_frames.tolist()  # the whole clip but for its last frame
-    for frames in (two, kept):  # three latent frames have all in sight
+    assert clip(ours, **size, window=5).tolist() == all_frames.tolist()  # the last of six sees five
+    for frames in (two, kept):  # the first three see all
         assert np.abs(frames[:9] - all_frames[:9]).max() <= 1 and np.abs(frames[13:] - all_frames[13:]).max() > 1
     assert np.abs(two[13:] - kept[13:]).max() > 1
 
