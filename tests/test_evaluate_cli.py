@@ -63,6 +63,7 @@ def test_compares_models_and_leaves_everything_behind(run, tmp_path):
     [
         ("a=b", Entry("a", "b")),
         ("a=b:1:1", Entry("a", "b", 1, 1.0)),
+        ("a=b:4,1:1", Entry("a", "b", (4, 1), 1.0)),
         ("my model=runs/x/model:4:2.5:unipc", Entry("my model", "runs/x/model", 4, 2.5, "unipc")),
     ],
 )
@@ -70,7 +71,7 @@ def test_parse_entry(text, expected):
     assert parse_entry(text) == expected
 
 
-@pytest.mark.parametrize("text", ["b:1:1", "a=b:1", "a=b:one:1", "a=b:1:1:euler:2"])
+@pytest.mark.parametrize("text", ["b:1:1", "a=b:1", "a=b:one:1", "a=b:1,2,3:1", "a=b:1:1:euler:2"])
 def test_parse_entry_refuses(text):
     with pytest.raises(UserError, match="expected NAME=DIR, NAME=DIR:STEPS:GUIDANCE or "):
         parse_entry(text)
@@ -88,6 +89,9 @@ def test_a_row_is_sampled_as_its_folder_says_where_the_flags_do_not(pipeline):
         ((), {"count": 3}, "count is 3: scores need at least 16 clips"),
         ((), {"model": "nowhere"}, "nowhere: no such folder"),
         ((), {"steps": 0}, "steps is 0, expected at least 1"),
+        ((), {"steps": "4,0"}, "steps is 0, expected at least 1"),
+        ((), {"steps": "4,1"}, "steps is 4,1, but this model is not causal"),
+        (("--compare=x=tiny:4,1:1",), {}, "steps is 4,1, but this model is not causal"),
         ((), {"guidance": 0.5}, "guidance is 0.5, expected at least 1"),
         ((), {"batch": 0}, "--batch=0"),
         ((), {"phase1": "nowhere"}, "nowhere holds no run"),

@@ -10,6 +10,7 @@ import random_model
 from PIL import Image
 
 from vpae_jax import cli, sample
+from vpae_jax.flow.chunks import Chunks
 from vpae_jax.media import read_image
 from vpae_jax.weights.settings import Defaults, Scheduler
 
@@ -20,6 +21,19 @@ def model(tmp_path_factory):
     random_model.pipeline(folder, image=True)
     (folder / "vpae_jax.json").write_text(json.dumps(dataclasses.asdict(Defaults(5, 32, 32, 8.0))))
     scheduler = Scheduler("unipc", 3.0, steps=3, guidance=2.5)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler.to_json()))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def causal(model, tmp_path_factory):
+    """The same as a causal student of three steps, whose clips have two chunks."""
+    folder = tmp_path_factory.mktemp("causal")
+    for path in model.iterdir():
+        (folder / path.name).symlink_to(path)
+    (folder / "scheduler").unlink()
+    (folder / "scheduler").mkdir()
+    scheduler = Scheduler("consistency", 3.0, 3, 1.0, chunks=Chunks(1))
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler.to_json()))
     return folder
 
@@ -98,6 +112,25 @@ def test_flags_reach_the_pipeline(model, run, tmp_path):
     assert frames(height=16, width=48, num_frames=1).shape == (16, 48, 3)
 
 
+def test_a_causal_model(causal, run, tmp_path):
+    """Its first chunk in more steps than the others, and clips of more chunks than it was made for."""
+
+    def made(**options):
+        code, err = run(model=causal, prompt="a three moves up", output=tmp_path / "clip.png", **options)
+        assert not code, err
+        return read_image(tmp_path / "clip.png").astype(int), err.splitlines()
+
+    (own, none), (one, note), (mixed, _) = made(), made(steps=1), made(steps="3,1")
+    assert none == [] and note == ["note: this model's author samples it with --steps=3 --guidance=1.0"]
+    first = (slice(32), slice(32))  # the first frame
+    assert np.abs(mixed[first] - own[first]).max() <= 1 and (mixed[first] != one[first]).any()
+    assert (mixed != own).any()
+    long, note = made(num_frames=13)
+    assert note == ["note: this model was made for 5 frames; --window=1 lets it look back no further"]
+    windowed, none = made(num_frames=13, window=1)
+    assert none == [] and windowed.shape == long.shape and (windowed != long).any()
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -107,6 +140,9 @@ def test_flags_reach_the_pipeline(model, run, tmp_path):
         ({"output": f"{__file__}/clip.mp4"}, "clip.mp4: cannot be written: "),
         ({"model": "nowhere"}, "nowhere: no such folder"),
         ({"steps": 0}, "steps is 0, expected at least 1"),
+        ({"steps": "four"}, "--steps=four: expected a number of steps, or of a causal model"),
+        ({"steps": "4,1"}, "steps is 4,1, but this model is not causal"),
+        ({"window": 3}, "window is 3, but this model is not causal"),
         ({"solver": "heun"}, "heun"),
         ({"shift": 0}, "shift is 0.0, expected a positive number"),
         ({"guidance": 0}, "guidance is 0.0, expected at least 1"),

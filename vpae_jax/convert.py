@@ -3,6 +3,7 @@
     python -m vpae_jax.convert SRC DST --format=diffusers|wan|orbax [--weights=generator|ema|...] [--base=MODEL]
         [--lora=FILE[:STRENGTH] ...] [--dtype=...] [--verify]
     python -m vpae_jax.convert SRC DST.safetensors --format=diffusers|wan --as-lora [--rank=N] [--base=TEACHER]
+    python -m vpae_jax.convert SRC DST.pt --format=self_forcing [--weights=generator|ema]
 
 SRC is a model: a folder or a single file in any layout, "tiny", or an id of the Hugging Face hub. Or it is the workdir
 of a training run: then DST is the model that the run started from, with the generator of its newest checkpoint as the
@@ -13,12 +14,17 @@ With --as-lora, DST is a LoRA file: the best approximation of rank N to what the
 --base (of a run: from that of the model that it started from, with the run's own config.model.lora merged).
 --format=diffusers writes PEFT's names, --format=wan ComfyUI's. --weights=ROLE of a role that trains adapters writes
 these as they are.
+
+With --format=self_forcing, DST is a checkpoint that Self-Forcing and CausVid load: of a run its generator and the
+average of it, of a model its transformer. A causal model is written so, or for this package (--format=orbax): the other
+layouts' readers let all frames see each other.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import shlex
 import warnings
 from collections.abc import Mapping, Sequence
@@ -54,11 +60,16 @@ from vpae_jax.weights.lora import Lora, Merged, from_adapters, write_lora
 from vpae_jax.weights.lora_reading import read_lora
 from vpae_jax.weights.merging import MERGED_BEFORE, LoraFile, about_base, merged, parse_lora, told
 from vpae_jax.weights.names import Layout
-from vpae_jax.weights.parts import LOW
-from vpae_jax.weights.settings import Scheduler
+from vpae_jax.weights.parts import LOW, makes_from_image
+from vpae_jax.weights.self_forcing import SUFFIX, config_of, write_checkpoint
+from vpae_jax.weights.settings import Scheduler, read_scheduler
 from vpae_jax.weights.writing import Format, Values, from_tree, open_values
 
 WEIGHTS = ("generator", "ema")
+SELF_FORCING = "self_forcing"
+# Layouts whose readers let all frames see each other, with them.
+_BIDIRECTIONAL = {"diffusers": "Diffusers' Wan pipelines let", "wan": "Wan's own program lets"}
+CAUSAL_LORA = "the model is causal, which a LoRA file cannot say: who loads it lets all frames see each other"
 # What a card says after the guard's verdict on weights that are written all the same.
 REFUSED = "; this model has the trained weights all the same (--refused)"
 
@@ -73,6 +84,7 @@ class Input:
       scheduler: how to sample them; None as `base`.
       provenance: where they come from.
       loras: LoRA files that were merged into the base's transformer before it was trained.
+      sets: of a run: the transformers that a checkpoint of Self-Forcing's holds, by name.
     """
 
     base: ModelDirectory
@@ -80,6 +92,13 @@ class Input:
     parts: Mapping[str, Values] = field(default_factory=dict)
     scheduler: Scheduler | None = None
     loras: tuple[LoraFile, ...] = ()
+    sets: Mapping[str, Values] = field(default_factory=dict)
+
+    @property
+    def how(self) -> Scheduler:
+        """How it is sampled."""
+        image = makes_from_image({name: source.config for name, source in self.base.parts.items()})
+        return self.scheduler or read_scheduler(self.base.folder, image)
 
 
 def read_model(source: str, base: str | None, weights: str | None = None) -> Input:
@@ -119,11 +138,12 @@ def read_model(source: str, base: str | None, weights: str | None = None) -> Inp
     return Input(model, Provenance(source, {} if base is None else {"base": base}))
 
 
-def read_run(workdir: Path, weights: str | None, base: str | None, refused: bool = False) -> Input:
+def read_run(workdir: Path, weights: str | None, base: str | None, refused: bool = False, both: bool = False) -> Input:
     """The model that a run started from, the transformer that it trained, and how to sample that.
 
     Args:
       refused: whether weights that the run's guard turned down are wanted all the same.
+      both: whether the generator is wanted beside its average, where `weights` does not name one of them.
 
     Raises:
       UserError: a role or average that the checkpoint lacks, or weights that the guard turned down.
@@ -154,12 +174,16 @@ def read_run(workdir: Path, weights: str | None, base: str | None, refused: bool
         **({} if decided is None else {"guard": decided.reason + ("" if decided.kept else REFUSED)}),
     }
     boundary = None if student.low is None else student.boundary
+    sets: dict[str, Values] = {"generator_ema" if averaged else "generator": parts["transformer"]}
+    if both and averaged and weights is None:
+        sets["generator"] = held.transformer(names["transformer"])
     return Input(
         dataclasses.replace(model, boundary=boundary),
         Provenance(str(workdir), facts, compared_scores(workdir)),
         parts,
         Scheduler.of(student.sampler, run.sample_shift),
         loras,
+        sets,
     )
 
 
@@ -238,10 +262,13 @@ def read_adapters(workdir: Path, name: str) -> tuple[Lora, dict[str, str]]:
       UserError: the run has no such role, or it trains no adapters.
     """
     run = read_past_run(workdir)
-    roles = make_method(run.method).roles
+    method = make_method(run.method)
+    roles, student = method.roles, method.student
     trained = [role for role, spec in roles.items() if spec.trains and spec.adapters is not None]
     if name not in trained:
         raise UserError(f"--weights={name}: {workdir} trains adapters of {', '.join(trained) or 'no role'} only")
+    if student is not None and student.sampler.chunks is not None and all_views(method)[student.view].role == name:
+        warnings.warn(CAUSAL_LORA, Note, stacklevel=2)
     params = read_state(workdir, items=("params",))["params"][name]
     adapters = roles[name].adapters
     assert adapters is not None
@@ -256,15 +283,19 @@ def convert(given: Input, target: Path, form: Format, dtype: Any, loras: Sequenc
       UserError: a target that exists, a part that neither the input nor its base has, weights that cannot be read, or
         that do not read back as they were written.
     """
+    if form in _BIDIRECTIONAL and "transformer" in given.base.parts and given.how.chunks is not None:
+        raise UserError(
+            f"--format={form}: {given.provenance.source} is a causal model, trained to see earlier frames alone, and "
+            f"{_BIDIRECTIONAL[form]} all frames see each other; --format=orbax writes it for this package, "
+            f"--format={SELF_FORCING} for Self-Forcing and CausVid"
+        )
     if loras:
         _one_transformer(given.base, "--lora")
     with ExitStack() as stack:
         parts = dict(given.parts)
-        for file, strength in loras:
+        if loras:
             values = parts.get("transformer") or stack.enter_context(open_values(given.base, "transformer"))
-            parts["transformer"] = result = Merged(values, read_lora(file, values.config), strength)
-            if dtype is None and result.widens:
-                warnings.warn("float8 weights that a LoRA changes are written in bfloat16", Note, stacklevel=2)
+            parts["transformer"] = _with_loras(values, loras, dtype)
         facts = {
             "merged LoRA": told(loras) or None,
             "dtype": None if dtype is None else str(dtype),
@@ -283,6 +314,33 @@ def convert(given: Input, target: Path, form: Format, dtype: Any, loras: Sequenc
             print(f"{name}: {count} tensors read back, bit for bit")
 
 
+def _with_loras(values: Values, loras: Sequence[LoraFile], dtype: Any) -> Values:
+    for file, strength in loras:
+        values = result = Merged(values, read_lora(file, values.config), strength)
+        if dtype is None and result.widens:
+            warnings.warn("float8 weights that a LoRA changes are written in bfloat16", Note, stacklevel=3)
+    return values
+
+
+def write_sets(given: Input, target: Path, dtype: Any, loras: Sequence[LoraFile], verify: bool) -> None:
+    """Writes a checkpoint of Self-Forcing's, and prints what its config has to say; see the module's docstring.
+
+    Raises:
+      UserError: two experts, another suffix than .pt, weights that cannot be read or do not read back as they were
+        written, or no PyTorch.
+    """
+    _one_transformer(given.base, f"--format={SELF_FORCING}")
+    with ExitStack() as stack:
+        sets = dict(given.sets) or {"generator": stack.enter_context(open_values(given.base, "transformer"))}
+        sets = {name: _with_loras(values, loras, dtype) for name, values in sets.items()}
+        with working(f"writing {target}"):
+            counts = write_checkpoint(target, sets, dtype, given.base if verify else None)
+    for name, count in counts.items():
+        print(f"{name}: {count} tensors read back, bit for bit")
+    if told := config_of(given.how):
+        print(f"for Self-Forcing's config: {', '.join(f'{key}: {json.dumps(value)}' for key, value in told.items())}")
+
+
 def write_difference(
     given: Input, teacher: str | None, target: Path, form: Layout, rank: int, dtype: Any, command: str
 ) -> None:
@@ -297,6 +355,8 @@ def write_difference(
         raise UserError("--as-lora: name the model that the LoRA is for with --base")
     base = given.base if teacher is None else find_model(teacher)
     _one_transformer(given.base, "--as-lora")
+    if given.how.chunks is not None:
+        warnings.warn(CAUSAL_LORA, Note, stacklevel=2)
     with ExitStack() as stack:
         student = given.parts.get("transformer") or stack.enter_context(open_values(given.base, "transformer"))
         values = stack.enter_context(open_values(base, "transformer"))
@@ -319,11 +379,11 @@ def parser() -> cli.Parser:
     add = result.add_argument
     add("source", metavar="SRC", help="model (folder, file, hub id, 'tiny'), or workdir of a training run")
     add("target", type=Path, metavar="DST", help="folder (with --as-lora: file) to write; must not exist")
-    add("--format", choices=get_args(Format), required=True, help="the layout of DST")
+    add("--format", choices=(*get_args(Format), SELF_FORCING), required=True, help="the layout of DST")
     add(
         "--weights",
-        help="of a run: generator, or ema (by default, if kept), with --as-lora also a role with adapters; of a file "
-        "with several sets, such as generator and generator_ema: one of them",
+        help="of a run: generator, or ema (by default, if kept; for Self-Forcing both), with --as-lora "
+        "also a role with adapters; of a file with several sets, such as generator and generator_ema: one of them",
     )
     add("--refused", action="store_true", help="of a run whose guard turned its trained weights down: these weights")
     add("--base", help="model that gives what SRC lacks; with --as-lora, the teacher")
@@ -354,11 +414,14 @@ def main(argv: list[str]) -> None:
         print(given.target)
         return
     if run:
-        source = read_run(Path(given.source), given.weights, None if given.as_lora else given.base, given.refused)
+        base, both = None if given.as_lora else given.base, given.format == SELF_FORCING
+        source = read_run(Path(given.source), given.weights, base, given.refused, both)
     else:
         source = read_model(given.source, given.base, given.weights)
     if given.as_lora:
         write_difference(source, given.base, given.target, given.format, given.rank, dtype, command)
+    elif given.format == SELF_FORCING:
+        write_sets(source, given.target, dtype, given.lora, given.verify)
     else:
         convert(source, given.target, given.format, dtype, given.lora, given.verify)
     print(given.target)
@@ -377,9 +440,11 @@ def _check(given: argparse.Namespace, role: str | None) -> None:
     if not given.as_lora:
         if given.rank is not None:
             raise UserError(f"--rank={given.rank}: only with --as-lora")
+        if given.format == SELF_FORCING and given.target.suffix != SUFFIX:
+            raise UserError(f"{given.target}: a checkpoint of Self-Forcing's name ends in {SUFFIX}")
         return
-    if given.format == "orbax":
-        raise UserError("--format=orbax: a LoRA file is written for diffusers or wan (ComfyUI)")
+    if given.format not in get_args(Layout):
+        raise UserError(f"--format={given.format}: a LoRA file is written for diffusers or wan (ComfyUI)")
     if given.lora or given.verify:
         raise UserError("--as-lora: leave --lora and --verify out")
     if given.target.suffix != ".safetensors":

@@ -6,7 +6,8 @@
 
 The clips are rendered digits, or the held-out ones of the records that the phases were trained on, or all clips of the
 folders that --records names. The model is sampled with all its steps and with one; every other row is what the flags
-name, sampled as its folder says where they do not. Conditions and noise are the same for all. Writes
+name, sampled as its folder says where they do not. STEPS of a causal model may be N,M: the first chunk's and those of
+each later one. Conditions and noise are the same for all. Writes
 
     metrics.json    every score of every row and of the real clips, seconds a clip, number of evaluations
     samples/        the first clips of every row, as mp4 and png
@@ -21,6 +22,7 @@ import platform
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -32,7 +34,7 @@ from vpae_jax import cli, tasks
 from vpae_jax.config import DataConfig, build, parse_sources
 from vpae_jax.encoding.encoder import fingerprint
 from vpae_jax.files import is_address, resolve
-from vpae_jax.flow.sampler import Sampler, Solver
+from vpae_jax.flow.sampler import Sampler, Solver, Steps, parse_steps, typed
 from vpae_jax.inference.pipeline import Pipeline, load_pipeline
 from vpae_jax.metrics.report import Report, Row, Run, write_report
 from vpae_jax.metrics.results import NAIVE, headline, table, write_metrics, write_samples
@@ -52,7 +54,12 @@ def parser() -> cli.Parser:
     result = cli.Parser("python -m vpae_jax.evaluate", __doc__)
     add = result.add_argument
     add("--model", default="tiny", help="model directory of the many-step model, or 'tiny'")
-    add("--steps", type=int, help="steps of that model; by default as its folder says")
+    add(
+        "--steps",
+        type=partial(parse_steps, name="--steps"),
+        metavar="N|N,M",
+        help="steps of that model; by default as its folder says",
+    )
     add("--guidance", type=float, help="its guidance; by default phase 1's sample_guidance, or as its folder says")
     add("--phase1", type=Path, help="workdir of a finished phase 1; its model is sampled as its folder says")
     add("--phase2", type=Path, help="workdir of a finished phase 2; sampled as its folder says, and in four steps")
@@ -86,16 +93,17 @@ class Entry:
 
     name: str
     model: str
-    steps: int | None = None
+    steps: Steps | None = None
     guidance: float | None = None
     solver: Solver | None = None
 
     def __post_init__(self) -> None:
-        Sampler.even(
-            1 if self.steps is None else self.steps,
-            guidance=1.0 if self.guidance is None else self.guidance,
-            solver=self.solver or "euler",
-        )
+        for steps in self.steps if isinstance(self.steps, tuple) else (self.steps,):
+            Sampler.even(
+                1 if steps is None else steps,
+                guidance=1.0 if self.guidance is None else self.guidance,
+                solver=self.solver or "euler",
+            )
 
     def sampler(self, pipeline: Pipeline) -> Sampler:
         """How the row is sampled."""
@@ -115,8 +123,8 @@ def parse_entry(text: str) -> Entry:
     if not how:
         return Entry(name, model)
     try:
-        return Entry(name, model, int(how[0]), float(how[1]), cast(Solver | None, solver))
-    except ValueError as error:
+        return Entry(name, model, parse_steps(how[0], "steps"), float(how[1]), cast(Solver | None, solver))
+    except (ValueError, UserError) as error:
         raise UserError(f"{expected} ({error})") from error
 
 
@@ -195,12 +203,13 @@ def _check_untrained(records: str, runs: Mapping[Path, DataConfig]) -> None:
 
 
 def load(rows: list[Entry], dtype: str) -> dict[str, Pipeline]:
-    """Every model directory that the rows name, once."""
+    """Every model directory that the rows name, once. Raises `UserError` for a row that its model cannot make, too."""
     found: dict[str, Pipeline] = {}
     for row in rows:
         if row.model not in found:
             with working(f"reading {row.model}"):
                 found[row.model] = load_pipeline(row.model, jnp.dtype(dtype))
+        row.sampler(found[row.model])  # before any row is scored
     return found
 
 
@@ -231,7 +240,8 @@ def evaluate(
 def _scored(row: Entry, pipeline: Pipeline, task: Task, held_out: HeldOut, batch: int | None) -> Row:
     sampler = row.sampler(pipeline)
     generation, denoiser = Generation(pipeline, held_out, batch), pipeline.denoiser
-    say(f"{row.name}: {len(held_out)} clips, {sampler.evaluations} network evaluations each")
+    each = "each" if sampler.chunks is None else "a chunk"
+    say(f"{row.name}: {len(held_out)} clips, {sampler.evaluations} network evaluations {each}")
     wanted = held_out.shown
     shown: dict[int, Any] = {}
     seconds: list[tuple[float, float]] = []
@@ -252,7 +262,8 @@ def _scored(row: Entry, pipeline: Pipeline, task: Task, held_out: HeldOut, batch
     }
     # The first batch compiles.
     sampling, whole = np.median(seconds[1:], 0).tolist() if seconds[1:] else (0.0, 0.0)
-    settings = {"model": row.model, "steps": sampler.steps, "guidance": sampler.guidance, "solver": sampler.solver}
+    steps = sampler.steps if not sampler.first else typed(sampler.asked)
+    settings = {"model": row.model, "steps": steps, "guidance": sampler.guidance, "solver": sampler.solver}
     return Row(row.name, sampler.evaluations, scores, clips, settings, whole, sampling)
 
 

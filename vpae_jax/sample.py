@@ -1,16 +1,21 @@
 """Makes one video from a model directory.
 
-    python -m vpae_jax.sample --model=DIR --prompt=... [--image=FILE] [--steps=N] [--guidance=W] [--seed=0] \\
+    python -m vpae_jax.sample --model=DIR --prompt=... [--image=FILE] [--steps=N|N,M] [--guidance=W] [--seed=0] \\
         --output=out.mp4
 
 The output is an .mp4, or a .png that shows every frame. A model is sampled as its author samples it: a student in the
 steps that it was trained for, a teacher in many and with guidance. Where --steps says otherwise, a line on standard
 error tells the author's.
+
+Of a causal model, which makes a clip chunk by chunk, --steps=4,1 makes the first chunk in four steps and each later one
+in one. Its clips may be longer than those that it was trained on: --num_frames=N, with a --window of latent frames that
+moves along.
 """
 
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -18,8 +23,8 @@ import jax.numpy as jnp
 
 from vpae_jax import cli
 from vpae_jax.flow.draws import check_seed
-from vpae_jax.flow.sampler import SOLVERS, Solver
-from vpae_jax.inference.pipeline import load_pipeline
+from vpae_jax.flow.sampler import SOLVERS, Solver, parse_steps, typed
+from vpae_jax.inference.pipeline import Pipeline, load_pipeline
 from vpae_jax.media import read_image, write_contact_sheet, write_video
 from vpae_jax.runtime.progress import working
 from vpae_jax.types import UserError
@@ -37,17 +42,38 @@ def parser() -> cli.Parser:
     add("--prompt", required=True, help="what the video shows")
     add("--negative_prompt", help="what guidance above 1 moves away from; the model's own by default")
     add("--image", type=Path, help="first frame of the video, an image file")
-    add("--steps", type=int, help="network evaluations, twice as many with guidance; the model's own by default")
+    add(
+        "--steps",
+        type=partial(parse_steps, name="--steps"),
+        metavar="N|N,M",
+        help="network evaluations, twice as many with guidance; of a causal model those of a chunk, or of the first "
+        "one and of each later one; the model's own by default",
+    )
     add("--guidance", type=float, help="w of v_u + w (v_c - v_u), 1 is none; the model's own by default")
     add("--seed", type=int, default=0, help="decides the noise; 0 by default")
     add("--solver", choices=SOLVERS, help="how the steps are taken; the model's own by default")
     add("--shift", type=float, help="of even times, for more than one step; the model's own by default")
     add("--dtype", choices=cli.DTYPES, default="float32", help="precision of the networks")
     add("--num_frames", type=int, help="frames of the video; the model's own by default")
+    add(
+        "--window",
+        type=int,
+        help="latest latent frames that a causal model's chunk sees, 0 for all; its own by default",
+    )
+    add("--sink", type=int, help="first latent frames that it sees besides, with a window; its own by default")
     add("--height", type=int, help="pixels; by default the model's own, or as the image's shape has it")
     add("--width", type=int, help="pixels; by default the model's own, or as the image's shape has it")
     add("--output", type=Path, required=True, help="file to write: .mp4 or .png")
     return result
+
+
+def advised_window(pipeline: Pipeline, num_frames: int | None) -> int:
+    """The window, in latent frames, with which a causal model looks back as far as in the clip that it was made for; 0
+    where it needs none."""
+    chunks = pipeline.sampler().chunks
+    if chunks is None or chunks.window or num_frames is None or num_frames <= pipeline.defaults.num_frames:
+        return 0
+    return pipeline.latent_shape(1)[1] - chunks.size
 
 
 def main(argv: list[str]) -> None:
@@ -60,11 +86,15 @@ def main(argv: list[str]) -> None:
     image = None if given.image is None else read_image(given.image)
     with working(f"reading {given.model}"):
         pipeline = load_pipeline(given.model, jnp.dtype(given.dtype))
-    advised = pipeline.scheduler
-    if given.steps not in (None, advised.steps):
-        advice = f"--steps={advised.steps} --guidance={advised.guidance}"
+    advised, own = pipeline.sampler(), pipeline.defaults
+    if given.steps not in (None, advised.asked):
+        advice = f"--steps={typed(advised.asked)} --guidance={advised.guidance}"
         print(f"note: this model's author samples it with {advice}", file=sys.stderr)
-    own = pipeline.defaults
+    if (window := advised_window(pipeline, given.num_frames)) and given.window is None:
+        print(
+            f"note: this model was made for {own.num_frames} frames; --window={window} lets it look back no further",
+            file=sys.stderr,
+        )
     if image is not None and given.height is None and given.width is None:
         height, width = pipeline.fit(*image.shape[:2])
         if (height, width) != (own.height, own.width):
@@ -86,6 +116,8 @@ def main(argv: list[str]) -> None:
             num_frames=given.num_frames,
             height=given.height,
             width=given.width,
+            window=given.window,
+            sink=given.sink,
         )
     try:
         if kind == ".mp4":

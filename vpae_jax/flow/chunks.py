@@ -40,14 +40,18 @@ class Chunks:
         Raises:
           UserError: the clip is no whole number of chunks.
         """
-        first = self.first or self.size
-        if frames < first or (frames - first) % self.size:
-            near = first + max(0, round((frames - first) / self.size)) * self.size
+        first, near = self.first or self.size, self.nearest(frames)
+        if near != frames:
             raise UserError(
                 f"a clip of {frames} latent frames is no whole number of chunks (first {first}, then {self.size} "
                 f"each); make it {near}, or set chunks.size"
             )
         return ((0, first), *((start, start + self.size) for start in range(first, frames, self.size)))
+
+    def nearest(self, frames: int) -> int:
+        """The length next to this one of a clip that is a whole number of chunks, in latent frames."""
+        first = self.first or self.size
+        return first + max(0, round((frames - first) / self.size)) * self.size
 
     def remembered(self, start: int) -> tuple[tuple[int, int, int], ...]:
         """What a chunk sees of the frames before it, as runs (first frame, the one after the last, how many places

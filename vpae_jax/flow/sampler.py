@@ -14,6 +14,8 @@ from vpae_jax.types import UserError
 
 Solver = Literal["euler", "consistency", "unipc"]
 SOLVERS: tuple[Solver, ...] = ("euler", "consistency", "unipc")
+# Network evaluations of a clip, or of a causal model's first chunk and of each later one.
+Steps = int | tuple[int, int]
 
 MAX_STEPS, MAX_GUIDANCE = 1000, 1000.0
 
@@ -78,6 +80,11 @@ class Sampler:
         return len(self.times) - 1
 
     @property
+    def asked(self) -> Steps:
+        """The numbers of steps that a call asks for."""
+        return (len(self.first) - 1, self.steps) if self.first else self.steps
+
+    @property
     def evaluations(self) -> int:
         """Network evaluations a clip; guidance doubles them. Of a causal network those of each chunk but the first,
         without the one that remembers it."""
@@ -85,3 +92,31 @@ class Sampler:
 
 
 ONE_STEP = Sampler()
+
+
+def parse_steps(text: str, name: str) -> Steps:
+    """Steps as they are typed: "4", or "4,1" for a first chunk in four and later ones in one (First-Frame Enhancement).
+
+    Args:
+      name: what the text was given as, for messages.
+
+    Raises:
+      UserError: neither.
+    """
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) == 1:
+        return numbers[0]
+    if len(numbers) == 2:
+        return numbers
+    raise UserError(
+        f"{name}={text}: expected a number of steps, or of a causal model the first chunk's and the later ones', such "
+        "as 4,1"
+    )
+
+
+def typed(steps: Steps) -> str:
+    """Steps as `parse_steps` takes them."""
+    return str(steps) if isinstance(steps, int) else ",".join(map(str, steps))

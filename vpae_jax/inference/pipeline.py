@@ -31,8 +31,9 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from PIL import Image
 
 from vpae_jax import sharding
+from vpae_jax.flow.chunks import Chunks
 from vpae_jax.flow.draws import noise_of_seed
-from vpae_jax.flow.sampler import Sampler, Solver
+from vpae_jax.flow.sampler import Sampler, Solver, Steps
 from vpae_jax.inference import samplers
 from vpae_jax.inference.samplers import MASK_CHANNELS, Denoiser
 from vpae_jax.inference.tokenizer import PreTrainedTokenizerBase, check_ids, load_tokenizer, tokenize
@@ -196,13 +197,15 @@ class Pipeline:
 
     def sampler(
         self,
-        steps: int | None = None,
+        steps: Steps | None = None,
         guidance: float | None = None,
         solver: Solver | None = None,
         shift: float | None = None,
+        window: int | None = None,
+        sink: int | None = None,
     ) -> Sampler:
         """The model's own sampler, but for what is given (`Scheduler.sampler`)."""
-        return self.scheduler.sampler(steps, guidance, solver, shift)
+        return self.scheduler.sampler(steps, guidance, solver, shift, window, sink)
 
     def sample(
         self,
@@ -263,7 +266,7 @@ class Pipeline:
         self,
         prompt: str,
         image: UInt8[np.ndarray, "image_height image_width 3"] | None = None,
-        steps: int | None = None,
+        steps: Steps | None = None,
         guidance: float | None = None,
         seed: int = 0,
         negative_prompt: str | None = None,
@@ -273,19 +276,25 @@ class Pipeline:
         width: int | None = None,
         shift: float | None = None,
         noise: Latents | None = None,
+        window: int | None = None,
+        sink: int | None = None,
     ) -> UInt8[np.ndarray, "t height width 3"]:
         """Makes one video.
 
         Args:
           prompt: what it shows.
           image: its first frame, of any size; stretched to the video's. None makes a video from text alone.
-          steps, guidance, solver, shift: see `flow.sampler.Sampler`; by default the model's own (`scheduler`).
+          steps, guidance, solver, shift: see `flow.sampler.Sampler`; by default the model's own (`scheduler`). Of a
+            causal model steps may be two numbers, the first chunk's and each later one's.
           seed: decides the noise.
           negative_prompt: what guidance above 1 moves away from, by default the model's; the image stays, as in Wan.
-          num_frames: 1 + a multiple of 4; by default the model's.
+          num_frames: 1 + a multiple of 4; by default the model's. A causal model makes a whole number of chunks, which
+            may be more than it was trained on.
           height, width: multiples of 8 times the transformer's patch; by default the model's. With an image and neither
             given, the image's aspect ratio at the model's area (see `fit`).
           noise: standard normal, of `latent_shape(1, ...)`, in place of the seed's.
+          window, sink: of a causal model: how many of the latest earlier latent frames a chunk sees, 0 for all, and how
+            many of the first besides (`flow.chunks.Chunks`); by default the model's own.
 
         Raises:
           UserError: an argument that this model cannot use; the line says why.
@@ -298,12 +307,14 @@ class Pipeline:
         if image is not None and self.takes_image and height is None and width is None:
             height, width = self.fit(*image.shape[:2])
         shape = self.latent_shape(1, num_frames, height, width)
+        sampler = self.sampler(steps, guidance, solver, shift, window, sink)
+        if sampler.chunks is not None:
+            self._check_chunks(sampler.chunks, shape[1])
         if noise is not None and noise.shape != shape:
             raise UserError(f"noise has shape {noise.shape}, expected {shape}: one clip's latents, channels last")
         drawn, key = noise_of_seed(seed, shape)
         noise = drawn if noise is None else noise
         pictures = None if image is None else image[None]
-        sampler = self.sampler(steps, guidance, solver, shift)
         condition = self.condition([prompt], pictures, num_frames, height, width)
         unconditional = None
         if sampler.guidance > 1:
@@ -344,6 +355,16 @@ class Pipeline:
         except UserError as error:
             whose = " (the model's own, as none was given)" if given is None else ""
             raise UserError(f"negative_prompt{whose}: {error}") from error
+
+    def _check_chunks(self, chunks: Chunks, frames: int) -> None:
+        """Raises `UserError` for a clip that is no whole number of chunks."""
+        near, time = chunks.nearest(frames), self.vae.config.scale_factor_temporal
+        if near != frames:
+            size = chunks.size if chunks.first in (0, chunks.size) else f"{chunks.first} and then {chunks.size}"
+            raise UserError(
+                f"num_frames is {1 + (frames - 1) * time}, {frames} latent frames, but this causal model makes them in "
+                f"chunks of {size}; give a whole number of chunks, such as {1 + (near - 1) * time}"
+            )
 
     def _size(self, num_frames: int | None, height: int | None, width: int | None) -> tuple[int, int, int]:
         """The video's size, the model's own where it is not given; checked."""
@@ -403,6 +424,9 @@ def load_pipeline(
         experts.append(expert)
     transformer, image = experts[0], makes_from_image({name: source.config for name, source in model.parts.items()})
     tokenizer.model_max_length = min(tokenizer.model_max_length, transformer.config.text_len)
+    scheduler = read_scheduler(model.folder, image)
+    if scheduler.chunks is not None and len(experts) > 1:
+        raise UserError(f"{model.path}: is causal and has two experts, which does not work here; load one of them")
     return Pipeline(
         transformer=transformer,
         vae=load_part(model, "vae", jnp.float32, _place(mesh, sharding.REPLICATED)),
@@ -410,7 +434,7 @@ def load_pipeline(
         image_encoder=image_encoder,
         tokenizer=tokenizer,
         image_processor=image_processor,
-        scheduler=read_scheduler(model.folder, image),
+        scheduler=scheduler,
         defaults=read_defaults(model.folder, image),
         transformer_2=experts[1] if len(experts) > 1 else None,
         boundary=0.0 if model.boundary is None else model.boundary,

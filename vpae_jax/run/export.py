@@ -1,8 +1,9 @@
 """What a finished run leaves behind: a model directory with the trained part in it.
 
 Every run writes `model/` in its workdir, a complete directory in the Diffusers layout: the parts that it trained, and
-all others as they were. So a student is a directory that Diffusers loads. Of a run that trains other parts, its task
-writes it (`tasks.base.Task.write_model`).
+all others as they were. So a student is a directory that Diffusers loads, but for a causal one: its index names a
+pipeline that Diffusers does not have, since Diffusers' let all frames see each other. Of a run that trains other parts,
+its task writes it (`tasks.base.Task.write_model`).
 """
 
 from __future__ import annotations
@@ -64,8 +65,9 @@ def write_student(
       workdir: the run's; the directory is `model/` in it.
       base: the model that the run started from: all parts but the transformers.
       trained: the transformer; of two experts the one for times from `boundary` on. One with adapters is written
-        merged, and if it is the only one, the adapters as a LoRA file beside it, for the base with `loras`.
-      sampler: how the student is sampled.
+        merged, and if it is the only one, and not causal, the adapters as a LoRA file beside it, for the base with
+        `loras`.
+      sampler: how the student is sampled; a causal one has chunks.
       shift: of even times, for other numbers of steps than the sampler's (`Scheduler.of`).
       low: the second expert.
       boundary: time in (0, 1) between two experts; given if `low` is.

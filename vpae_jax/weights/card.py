@@ -59,28 +59,44 @@ class Card:
     base: str = ""
     base_loras: tuple[LoraFile, ...] = ()
 
+    @property
+    def causal(self) -> bool:
+        """Whether the model makes a clip chunk by chunk, each from those before it."""
+        return self.scheduler.chunks is not None
+
+    @property
+    def in_diffusers(self) -> bool:
+        """Whether Diffusers makes its clips."""
+        return self.form == "diffusers" and not self.causal
+
 
 def write_card(folder: Path, card: Card) -> None:
     """Writes README.md, with the hub's header."""
     scheduler, clip = card.scheduler, card.defaults
     task = "image-to-video" if card.image else "text-to-video"
-    library = {"library_name": "diffusers"} if card.form == "diffusers" else {}
+    library = {"library_name": "diffusers"} if card.in_diffusers else {}
     head = {"pipeline_tag": task, **library, "tags": ["wan", "video", "vpae_jax"]}
-    steps = f"{scheduler.steps} step{'s' if scheduler.steps > 1 else ''}"
+    steps = f"{scheduler.steps} step{'s' if scheduler.steps > 1 else ''}" + (" a chunk" if card.causal else "")
     times = ", ".join(f"{t:.4g}" for t in scheduler.times)
     facts = {
         "written by": f"vpae_jax {vpae_jax.__version__}",
         "source": card.provenance.source,
         **card.provenance.facts,
-        "layout": card.form,
+        "layout": "vpae_jax" if card.causal and card.form == "diffusers" else card.form,
         "clip": f"{clip.num_frames} frames of {clip.height}x{clip.width} at {clip.fps:g} a second",
         "sampling": f"{scheduler.solver}, {steps}, guidance {scheduler.guidance:g}, "
         + (f"times {times}" if times else f"shift {scheduler.shift:g}"),
         "parts": ", ".join(card.parts),
     }
+    if (chunks := scheduler.chunks) is not None:
+        first = f", {chunks.first} in the first" if chunks.first not in (0, chunks.size) else ""
+        seen = f"the {chunks.window} before it" if chunks.window else "all before it"
+        sink = f" and the first {chunks.sink}" if chunks.sink else ""
+        facts["chunks"] = f"{chunks.size} latent frame{'s' if chunks.size > 1 else ''}{first}; each sees {seen}{sink}"
     if card.boundary is not None:
         facts["experts"] = f"transformer from t = {card.boundary:g} on, transformer_2 below"
-    title = f"# A Wan 2.1 {task} model" if card.whole else f"# Parts of a Wan 2.1 {task} model"
+    kind = f"{'causal ' if card.causal else ''}Wan 2.1 {task} model"
+    title = f"# A {kind}" if card.whole else f"# Parts of a {kind}"
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", "", title, ""]
     lines += ["| | |", "|---|---|", *(f"| {_cell(key)} | {_cell(value)} |" for key, value in facts.items())]
     if card.whole:
@@ -97,6 +113,8 @@ def _use(card: Card) -> list[str]:
     steps, guidance = scheduler.steps, scheduler.guidance
     picture = " --image=FIRST_FRAME.png" if card.image else ""
     lines = ["```", f"python -m vpae_jax.sample --model=. --prompt=...{picture} --output=out.mp4", "```"]
+    if card.causal:
+        return [*lines, *_causal_use(card)]
     if card.form != "diffusers":
         return lines
     size = {"num_frames": card.defaults.num_frames, "height": card.defaults.height, "width": card.defaults.width}
@@ -121,6 +139,28 @@ def _use(card: Card) -> list[str]:
         ]
     lines += [f"frames = pipe({', '.join(given)}).frames[0]", "```"]
     return [*lines, *_remarks(card)]
+
+
+def _causal_use(card: Card) -> list[str]:
+    """What else one should know who uses a causal model."""
+    scheduler, clip = card.scheduler, card.defaults
+    lines = [
+        "",
+        "This model is causal: it makes a clip in chunks, each of which sees those before it. Diffusers' and Wan's own "
+        "pipelines let all frames see each other, for which it was not trained; Diffusers does not load this folder.",
+        "",
+        f"`--num_frames` may be more than {clip.num_frames}: with `--window=N` a chunk sees the latest N latent frames "
+        "alone, and with `--sink=M` the first M besides.",
+    ]
+    if scheduler.solver == "consistency" and scheduler.steps > 1:
+        more = f"--steps={scheduler.steps},1"
+        lines += [
+            "",
+            f"It takes fewer steps, too: `--steps=1`, or `{more}` for {scheduler.steps} of the first chunk and one "
+            "of each later one.",
+        ]
+    command = "python -m vpae_jax.convert . ../student.pt --format=self_forcing"
+    return [*lines, "", f"`{command}` writes a checkpoint for Self-Forcing's and CausVid's programs."]
 
 
 def _remarks(card: Card) -> list[str]:

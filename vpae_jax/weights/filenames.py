@@ -16,6 +16,8 @@ from vpae_jax.weights.safetensors_file import one_line
 # `SETTINGS` holds what Diffusers has no place for, and does not read.
 CONFIG, INDEX, SCHEDULER, SETTINGS = "config.json", "model_index.json", "scheduler_config.json", "vpae_jax.json"
 PRODUCT = "model"  # what a run calls the model directory that it leaves in its workdir
+# What a causal model's index says. Diffusers has no such classes: it would let all frames see each other.
+CAUSAL_PIPELINE, CAUSAL_TRANSFORMER = "CausalWanPipeline", "CausalWanTransformer3DModel"
 VERSION = "0.33.0"  # the first Diffusers release with Wan
 MAX_JSON = 2**24  # bytes
 

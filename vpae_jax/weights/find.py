@@ -25,7 +25,7 @@ from vpae_jax.train.checkpoint import CONFIG_FILE, FOLDER
 from vpae_jax.types import Note, UserError
 from vpae_jax.weights import dialects, infer
 from vpae_jax.weights.directory import EXTRAS, ModelDirectory, StoredPart, canonical, marks, open_files
-from vpae_jax.weights.filenames import CONFIG, INDEX, PRODUCT, SETTINGS, read_json
+from vpae_jax.weights.filenames import CAUSAL_PIPELINE, CONFIG, INDEX, PRODUCT, SETTINGS, read_json
 from vpae_jax.weights.locate import locate
 from vpae_jax.weights.names import Layout
 from vpae_jax.weights.orbax import is_checkpoint
@@ -55,6 +55,7 @@ _SHARD = re.compile(r"(.*)-\d+-of-\d+(\.safetensors|\.bin)")
 _PIPELINES = {
     "WanPipeline": None,
     "WanImageToVideoPipeline": None,
+    CAUSAL_PIPELINE: None,  # ours; its scheduler tells how it is sampled
     "WanDMDPipeline": "is FastVideo's WanDMDPipeline, whose three steps no file tells: sample it with --steps=3 "
     "--guidance=1 --solver=consistency",
 }

@@ -15,7 +15,17 @@ from jax.typing import DTypeLike
 from vpae_jax.types import UserError
 from vpae_jax.weights.card import Card, Provenance, write_card
 from vpae_jax.weights.directory import ModelDirectory
-from vpae_jax.weights.filenames import INDEX, PRODUCT, SCHEDULER, SETTINGS, VERSION, read_json, write_json
+from vpae_jax.weights.filenames import (
+    CAUSAL_PIPELINE,
+    CAUSAL_TRANSFORMER,
+    INDEX,
+    PRODUCT,
+    SCHEDULER,
+    SETTINGS,
+    VERSION,
+    read_json,
+    write_json,
+)
 from vpae_jax.weights.find import HIGH_FOLDER, LOW_FOLDER, find_model
 from vpae_jax.weights.image_processor import IMAGE_PROCESSOR_FILE, ImageProcessor
 from vpae_jax.weights.lora import Lora, write_lora
@@ -40,7 +50,7 @@ class Contents:
       parts: config and weights of the parts that differ from the base.
       scheduler, defaults, boundary: in place of the base's.
       lora: changes of another model's transformer that make it the one in `parts`; written beside the parts, in the
-        diffusers layout.
+        diffusers layout, but not of a causal model: who loads them would let all frames see each other.
       base_loras: LoRA files that were merged into the base's transformer before it was trained, so that `lora` comes on
         top of them.
       provenance: what the model card says of where the weights come from; None for "from `base`".
@@ -85,16 +95,18 @@ class Contents:
             there, missing = (LOW, "no boundary between it and transformer") if LOW in configs else ("a boundary", LOW)
             raise UserError(f"{self.base.path}: has {there}, but {missing}; two experts need both")
         image = makes_from_image(configs)
+        scheduler = self.scheduler or read_scheduler(folder, image)
+        with_lora = self.lora is not None and form == "diffusers" and scheduler.chunks is None
         return Card(
             form=form,
             image=image,
             whole=not self.base.lacks(self.parts),
             parts=tuple(configs),
-            scheduler=self.scheduler or read_scheduler(folder, image),
+            scheduler=scheduler,
             defaults=self.defaults or read_defaults(folder, image),
             provenance=self.provenance or Provenance(str(self.base.path)),
             boundary=boundary,
-            lora=LORA_FILE if self.lora is not None and form == "diffusers" else None,
+            lora=LORA_FILE if with_lora else None,
             base=str(self.base.path),
             base_loras=self.base_loras,
         )
@@ -233,12 +245,13 @@ def _image_processor(folder: Path, base: ModelDirectory, config: Any) -> None:
 
 
 def _index(folder: Path, card: Card) -> dict[str, Any]:
-    """The model_index.json of what has been written into `folder`."""
+    """The model_index.json of what has been written into `folder`. Diffusers loads no causal model by it."""
     tokenizer = read_json(folder / "tokenizer" / "tokenizer_config.json").get("tokenizer_class", "T5TokenizerFast")
     scheduler = read_json(folder / "scheduler" / SCHEDULER)["_class_name"]
-    transformer = ["diffusers", "WanTransformer3DModel"]
+    transformer = ["diffusers", CAUSAL_TRANSFORMER if card.causal else "WanTransformer3DModel"]
+    pipeline = "WanImageToVideoPipeline" if card.image else "WanPipeline"
     index: dict[str, Any] = {
-        "_class_name": "WanImageToVideoPipeline" if card.image else "WanPipeline",
+        "_class_name": CAUSAL_PIPELINE if card.causal else pipeline,
         "_diffusers_version": VERSION,
         "scheduler": ["diffusers", scheduler],
         "text_encoder": ["transformers", "UMT5EncoderModel"],

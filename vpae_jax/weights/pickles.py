@@ -94,15 +94,32 @@ def write_pickle(path: Path, values: Iterable[tuple[str, HostArray]]) -> None:
       UserError: PyTorch is not installed.
     """
     torch = require_torch(path)
+    _save(torch, path, _tensors(torch, values))
+
+
+def write_sets(path: Path, sets: Mapping[str, Iterable[tuple[str, HostArray]]]) -> None:
+    """Writes a dict of such dicts, as `write_pickle` writes one.
+
+    Raises:
+      UserError: PyTorch is not installed.
+    """
+    torch = require_torch(path)
+    _save(torch, path, {name: _tensors(torch, values) for name, values in sets.items()})
+
+
+def _tensors(torch: Any, values: Iterable[tuple[str, HostArray]]) -> dict[str, Any]:
     tensors = {}
     for name, value in values:
         # PyTorch warns of memory that it may not write to.
         bits = np.require(value, requirements=["C", "W"]).view(f"i{value.itemsize}")
         tensors[name] = torch.from_numpy(bits).view(getattr(torch, value.dtype.name))
+    return tensors
 
+
+def _save(torch: Any, path: Path, content: dict[str, Any]) -> None:
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:  # given a path, PyTorch would write the temporary name into the file
-            torch.save(tensors, file)
+            torch.save(content, file)
 
     atomically(path, write)
 

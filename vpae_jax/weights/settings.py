@@ -2,21 +2,22 @@
 
 `vpae_jax.json` beside `model_index.json` holds what Diffusers has no place for and does not read: the clip that the
 model was made for and its negative prompt (`Defaults`). Without it Wan 2.1's own defaults hold. `scheduler_config.json`
-says how it is sampled (`Scheduler`); the number of steps and the guidance under private names.
+says how it is sampled (`Scheduler`); the number of steps, the guidance and a causal model's chunks under private names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vpae_jax.config import build
-from vpae_jax.flow.sampler import Sampler, Solver
+from vpae_jax.flow.chunks import Chunks
+from vpae_jax.flow.sampler import Sampler, Solver, Steps, typed
 from vpae_jax.types import UserError
 from vpae_jax.weights import grids
-from vpae_jax.weights.filenames import SCHEDULER, SETTINGS, VERSION, read_json
+from vpae_jax.weights.filenames import CAUSAL_PIPELINE, INDEX, SCHEDULER, SETTINGS, VERSION, read_json
 from vpae_jax.weights.safetensors_file import quote
 
 # What Wan 2.1 guides away from, between full-width commas; image-to-video adds a shaking camera.
@@ -36,6 +37,7 @@ _CLASSES: Mapping[Solver, str] = {
 }
 # Keys of scheduler_config.json that Diffusers keeps and ignores.
 _STEPS, _GUIDANCE, _TIMES, _SHIFT = "_num_inference_steps", "_guidance_scale", "_times", "_shift"
+_CHUNKS, _FIRST = "_chunks", "_first_chunk_times"
 _FLOW_MATCH: Mapping[str, Any] = {
     "num_train_timesteps": grids.TRAIN_TIMES,
     "use_karras_sigmas": False,
@@ -101,12 +103,16 @@ class Scheduler:
 
         pipe.scheduler.set_timesteps = functools.partial(pipe.scheduler.set_timesteps, sigmas=numpy.array(times[:-1]))
 
+    None of that holds of a causal model, which makes a clip chunk by chunk: Diffusers has no pipeline for it.
+
     Attributes:
       solver: how steps are taken.
       shift: s of even times (`flow.schedule` Eq. 8); above 0.
       steps: network evaluations, at least 1.
       guidance: at least 1. Of students it is their own, 1 mostly; it is never the teacher's.
       times: of `steps` evaluations, falling from 1 to 0, where they are not the even ones; empty where they are.
+      chunks: of a causal model; None for one that makes whole clips.
+      first: times of a causal model's first chunk, where they differ; empty where they do not.
 
     Where a file does not say them, steps and guidance are those that Diffusers' Wan pipelines have by default.
 
@@ -119,6 +125,8 @@ class Scheduler:
     steps: int = 50
     guidance: float = 5.0
     times: tuple[float, ...] = ()
+    chunks: Chunks | None = None
+    first: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.times and len(self.times) != self.steps + 1:
@@ -137,27 +145,60 @@ class Scheduler:
         """
         even = grids.even_shift(sampler.solver, sampler.times)
         times = sampler.times if even is None and sampler.steps > 1 else ()
-        return cls(sampler.solver, shift if even is None else even, sampler.steps, sampler.guidance, times)
+        shift, causal = shift if even is None else even, (sampler.chunks, sampler.first)
+        return cls(sampler.solver, shift, sampler.steps, sampler.guidance, times, *causal)
 
     def sampler(
         self,
-        steps: int | None = None,
+        steps: Steps | None = None,
         guidance: float | None = None,
         solver: Solver | None = None,
         shift: float | None = None,
+        window: int | None = None,
+        sink: int | None = None,
     ) -> Sampler:
         """The sampler, or one that differs from it in what is given.
 
         Another number of steps, or another shift, has even times. So has "unipc" in place of another solver, whose
-        times it cannot take.
+        times it cannot take. But a causal student of N steps, whose solver is "consistency", is one of fewer too: it is
+        trained to end after each of them, so n take the first n of its times (Self-Forcing, 2506.08009).
+
+        Args:
+          steps: of two numbers the first is the first chunk's, the second that of each later one (First-Frame
+            Enhancement, 2511.01419); only of a causal model.
+          window, sink: see `flow.chunks.Chunks`; only of a causal model.
+
+        Raises:
+          UserError: what only a causal model has, of another; and as `Sampler`.
         """
+        given = {name: value for name, value in (("window", window), ("sink", sink)) if value is not None}
+        if self.chunks is None and isinstance(steps, tuple):
+            raise UserError(f"steps is {typed(steps)}, but this model is not causal: it has no chunks; give one number")
+        if self.chunks is None and given:
+            name, value = next(iter(given.items()))
+            raise UserError(f"{name} is {value}, but this model is not causal: all frames see each other; leave it out")
         chosen = self.solver if solver is None else solver
-        guidance = self.guidance if guidance is None else guidance
-        own = steps in (None, self.steps) and shift is None and (chosen == self.solver or chosen != "unipc")
-        if own and self.times:
-            return Sampler(chosen, self.times, guidance)
-        steps, shift = self.steps if steps is None else steps, self.shift if shift is None else shift
-        return Sampler.even(steps, shift, guidance, chosen)
+        own = (len(self.first) - 1, self.steps) if self.first else self.steps
+        steps = own if steps is None else steps
+        first, later = steps if isinstance(steps, tuple) else (None, steps)
+        times = self._times(later, self.times, chosen, shift)
+        opening = () if first is None else self._times(first, self.first, chosen, shift)
+        return Sampler(
+            solver=chosen,
+            times=times,
+            guidance=float(self.guidance if guidance is None else guidance),
+            chunks=None if self.chunks is None else replace(self.chunks, **given),
+            first=() if opening == times else opening,
+        )
+
+    def _times(self, steps: int, own: tuple[float, ...], solver: Solver, shift: float | None) -> tuple[float, ...]:
+        """Times of so many evaluations: `own` if it has as many, a causal student's first ones, or even ones."""
+        if shift is None and (solver == self.solver or solver != "unipc"):
+            if own and len(own) == steps + 1:
+                return own
+            if self.chunks is not None and self.solver == "consistency" and 1 <= steps <= self.steps:
+                return *(self.times or Sampler.even(self.steps, self.shift).times)[:steps], 0.0
+        return Sampler.even(steps, self.shift if shift is None else shift, 1.0, solver).times
 
     @property
     def bound_times(self) -> tuple[float, ...]:
@@ -167,6 +208,8 @@ class Scheduler:
     def to_json(self) -> dict[str, Any]:
         """The scheduler_config.json that Diffusers reads."""
         advice = {_STEPS: self.steps, _GUIDANCE: self.guidance, "_diffusers_version": VERSION}
+        advice |= {} if self.chunks is None else {_CHUNKS: asdict(self.chunks)}
+        advice |= {_FIRST: list(self.first)} if self.first else {}
         return {"_class_name": _CLASSES[self.solver], **_REQUIRED[self.solver], **self._times_json(), **advice}
 
     def _times_json(self) -> dict[str, Any]:
@@ -233,8 +276,18 @@ def read_scheduler(folder: Path, image: bool = False) -> Scheduler:
       image: whether this is an image-to-video model, which Wan samples with fewer steps and another shift.
 
     Raises:
-      UserError: one of a kind that our solvers do not have.
+      UserError: one of a kind that our solvers do not have, or one of a causal model that does not tell its chunks.
     """
+    found, index = _read_scheduler(folder, image), folder / INDEX
+    if found.chunks is None and index.is_file() and read_json(index).get("_class_name") == CAUSAL_PIPELINE:
+        raise UserError(
+            f"{folder / 'scheduler' / SCHEDULER}: has no {_CHUNKS}, without which a causal model ({index}) cannot be "
+            "sampled; fetch it again"
+        )
+    return found
+
+
+def _read_scheduler(folder: Path, image: bool) -> Scheduler:
     path = folder / "scheduler" / SCHEDULER
     if not path.is_file():
         told, where = _settings(folder).get("scheduler"), f"{folder / SETTINGS}.scheduler"
@@ -256,6 +309,8 @@ class _Told:
     guidance: float = 5.0
     times: tuple[float, ...] = ()
     shift_of_others: float | None = None
+    chunks: Chunks | None = None
+    first: tuple[float, ...] = ()
 
 
 def _from_json(values: Mapping[str, Any], where: str) -> Scheduler:
@@ -276,17 +331,19 @@ def _from_json(values: Mapping[str, Any], where: str) -> Scheduler:
         "guidance": _GUIDANCE,
         "times": _TIMES,
         "shift_of_others": _SHIFT,
+        "chunks": _CHUNKS,
+        "first": _FIRST,
     }
     told = build(_Told, {ours: values[key] for ours, key in keys.items() if key in values}, where)
     try:
-        said = Scheduler(solver, told.shift, told.steps, told.guidance, told.times)
+        said = Scheduler(solver, told.shift, told.steps, told.guidance, told.times, told.chunks, told.first)
         times = said.times
         if not times and solver != "unipc":
             times = grids.Grid(told.shift, told.shift_terminal).times(told.steps)
         if not times:
             return said
         shift = told.shift if told.shift_of_others is None else told.shift_of_others
-        return Scheduler.of(Sampler(solver, times, told.guidance), shift)
+        return Scheduler.of(Sampler(solver, times, told.guidance, told.chunks, told.first), shift)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
 

@@ -227,6 +227,25 @@ def write_part(
             write_safetensors(temporary, EXTRAS.removesuffix(".safetensors"), _announced(kept), arrays, sys.maxsize)
 
 
+def tensors_of(
+    part: str, values: Values, form: Layout, prefix: str, dtype: DTypeLike | None = None
+) -> Iterator[tuple[str, HostArray]]:
+    """A part's tensors under the names of a layout, one after the other.
+
+    Args:
+      part: a key of `parts.PARTS`.
+      values: config and weights.
+      form: whose names.
+      prefix: what stands before each of them.
+      dtype: of the tensors; None keeps the weights' own, as `write_part`.
+
+    Raises:
+      UserError: a value that is not finite, or not in `dtype`.
+    """
+    parameters = matching.match(PARTS[part].rows(values.config), values.shapes(), form)
+    return _tensors(part, parameters, values, prefix, _stored(part, values, form, dtype))
+
+
 def verify_part(written: ModelDirectory, part: str, values: Values, dtype: DTypeLike | None) -> int:
     """Reads a written part back and compares it, with what no Wan model reads of it, bit for bit.
 
