@@ -5,8 +5,8 @@
     python -m vpae_jax.main --config=configs/asd.py:t2v-1.3b-480p --workdir=... --config.model.path=... \\
         --config.previous.workdir=... --config.data.records=...
 
-    python -m vpae_jax.sample --model=runs/tiny/asd/model --steps=1 --prompt=...      one evaluation a chunk
-    python -m vpae_jax.sample --model=runs/tiny/asd/model --steps=4,1 --prompt=...    First-Frame Enhancement
+    python -m vpae_jax.sample --model=runs/tiny/asd/model --steps=1 --prompt=... --output=...      # one a chunk
+    python -m vpae_jax.sample --model=runs/tiny/asd/model --steps=4,1 --prompt=... --output=...    # First-Frame
 
 It starts from the causal model of `configs/causal_init.py`. Its learning rates and length are unstated: what is not its
 own is Self-Forcing's (`configs/self_forcing.py`). Its weight (30), penalty (600, sigma .05) and taps (12, 21 and 29 of
