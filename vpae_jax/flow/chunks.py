@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vpae_jax.types import UserError
@@ -47,7 +48,14 @@ class Chunks:
                 f"a clip of {frames} latent frames is no whole number of chunks (first {first}, then {self.size} "
                 f"each); make it {near}, or set chunks.size"
             )
-        return ((0, first), *((start, start + self.size) for start in range(first, frames, self.size)))
+        return tuple(self.walk(frames))
+
+    def walk(self, frames: int) -> Iterator[tuple[int, int]]:
+        """The same one by one, however many there are; a chunk that would not be whole is left out."""
+        start, stop = 0, self.first or self.size
+        while stop <= frames:
+            yield start, stop
+            start, stop = stop, stop + self.size
 
     def remembered(self, start: int) -> tuple[tuple[int, int, int], ...]:
         """What a chunk sees of the frames before it, as runs (first frame, the one after the last, how many places
