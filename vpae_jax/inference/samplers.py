@@ -138,7 +138,7 @@ def encode_grey(vae: WanVAE, past: Grey, frames: int) -> tuple[Latents, Grey]:
         same = jax.tree.map(lambda old, new: (old == new).all(), past.cache, cache)
         return Grey(cache, latents, jnp.stack(same).all())
 
-    def step(past: Grey, _: None) -> tuple[Grey, Latents]:
+    def step(past: Grey, _: None) -> tuple[Grey, Float[Array, "b h w c"]]:
         past = jax.lax.cond(past.settled, lambda past: past, encode, past)
         return past, past.latents[:, 0]
 

@@ -16,6 +16,7 @@ All is as `samplers.sample` and `samplers.decode` make it of the whole clip.
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -97,7 +98,8 @@ class Stream:
         guided = (self.unconditional, jnp.float32(self.sampler.guidance))
         noise_key, key = draws.keys_of_seed(self.seed)
         memory = _empty(graph, chunks, (b, chunks.slots(latent_frames), h, w, c), weights, *guided)
-        grey, cache, waiting = None, None, None
+        grey, cache = None, None
+        waiting: deque[tuple[Pixels, Bool[Array, ""]]] = deque()
         for number, (start, stop) in enumerate(chunks.walk(latent_frames)):
             shape = (b, stop - start, h, w, c)
             given, grey = self._condition(vae, shape, grey)
@@ -111,11 +113,10 @@ class Stream:
             frames.copy_to_host_async()
             if stop < latent_frames:
                 memory = _remember(graph, chunks, weights, *guided, latents, own, memory)
-            if waiting is not None:
-                yield _fetched(*waiting)
-            waiting = frames, finite
-        if waiting is not None:
-            yield _fetched(*waiting)
+            waiting.append((frames, finite))
+            if len(waiting) > 1:
+                yield _fetched(*waiting.popleft())
+        yield _fetched(*waiting.popleft())
 
     def _condition(
         self, vae: tuple[nnx.GraphDef, Any], shape: tuple[int, ...], grey: Grey | None
