@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vpae_jax.media import read_image, write_contact_sheet, write_video
+from vpae_jax.media import read_image, write_contact_sheet, write_stream, write_video
 from vpae_jax.types import Note, UserError
 
 
@@ -49,6 +49,36 @@ def test_what_h264_cannot_hold_leaves_the_old_file(tmp_path, shape, fps, message
     with pytest.raises(UserError, match=message):
         write_video(path, frames(*shape), fps)
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_video_is_written_while_its_frames_come(tmp_path):
+    path, sizes = tmp_path / "clip.mp4", []
+    path.write_bytes(b"old")
+    clip = np.random.default_rng(0).integers(0, 256, (160, 48, 64, 3), np.uint8)  # the encoder looks some 60 ahead
+
+    def chunks():
+        yield clip[:1]
+        for start in range(1, len(clip)):
+            (temporary,) = set(tmp_path.iterdir()) - {path}
+            sizes.append(temporary.stat().st_size)
+            assert path.read_bytes() == b"old"
+            yield clip[start : start + 1]
+
+    write_stream(path, chunks(), 8.0)
+    assert sizes[-1] > 100_000
+    write_video(tmp_path / "whole.mp4", clip, 8.0)
+    assert path.read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+
+
+def test_a_video_whose_frames_end_too_early_is_not_there(tmp_path):
+    def chunks(after):
+        yield from frames()[:after, None]
+        raise KeyboardInterrupt
+
+    for after in (0, 1, 3):
+        with pytest.raises(KeyboardInterrupt):
+            write_stream(tmp_path / "clip.mp4", chunks(after), 8.0)
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("columns, grid", [(None, (3, 3)), (9, (1, 9)), (2, (5, 2))])

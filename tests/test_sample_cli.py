@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import av
 import numpy as np
@@ -11,7 +12,9 @@ from PIL import Image
 
 from vpae_jax import cli, sample
 from vpae_jax.flow.chunks import Chunks
-from vpae_jax.media import read_image
+from vpae_jax.flow.sampler import Sampler
+from vpae_jax.inference.pipeline import load_pipeline
+from vpae_jax.media import read_image, write_video
 from vpae_jax.weights.settings import Defaults, Scheduler
 
 
@@ -95,6 +98,51 @@ def test_says_that_the_picture_decides_the_size(model, run, tmp_path):
     assert run(**options, height=32, width=32)[1] == ""
     Image.new("RGB", (40, 40)).save(tmp_path / "first.png")
     assert run(**options)[1] == ""
+
+
+def test_a_stream_is_written_as_it_is_made(model, tmp_path, capsys):
+    output = tmp_path / "out" / "clip.mp4"
+    flags = ["--prompt=a three", "--num_frames=13", "--height=16", "--width=32", "--seed=4", f"--output={output}"]
+    given = sample.parser().parse_args([*flags, "--stream"])
+    pipeline, sampler = load_pipeline(model), Sampler(chunks=Chunks(1, window=2))
+    sample.stream(pipeline, sampler, None, given)
+    assert [path.name for path in output.parent.iterdir()] == ["clip.mp4"]
+    with av.open(str(output)) as container:
+        written = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        assert container.streams.video[0].average_rate == 8
+    made = pipeline.stream("a three", None, sampler, 4, None, 13, 16, 32)
+    write_video(tmp_path / "whole.mp4", np.concatenate(list(made)), 8.0)
+    assert written.shape == (13, 16, 32, 3) and output.read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "compiling, and making the first frames once ..." and out[2] == "making and writing the video ..."
+    told = re.fullmatch(
+        re.escape(f"{output}: 13 frames of 16x32; the first ") + r"after (.*) s, then (.*) frames/s", out[4]
+    )
+    assert 0 < float(told[1]) < 60 and float(told[2]) > 0
+
+
+def test_a_stream_of_one_chunk_has_no_pace(model, tmp_path, capsys):
+    given = sample.parser().parse_args(
+        ["--prompt=a three", "--num_frames=1", f"--output={tmp_path / 'a.mp4'}", "--stream"]
+    )
+    sample.stream(load_pipeline(model), Sampler(chunks=Chunks(1)), None, given)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(re.escape(f"{tmp_path / 'a.mp4'}: 1 frame of 32x32; the first after ") + r"\d+\.\d\d s", last)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("clip.png", "--output=clip.png: --stream writes .mp4 alone; a .png shows frames that are all there"),
+        ("clip.mp4", "this model makes all frames of a video at once, and cannot stream them; load a causal model, or"),
+    ],
+)
+def test_what_cannot_be_streamed_is_one_line(model, tmp_path, monkeypatch, capsys, name, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        cli.run(sample.main, [f"--model={model}", "--prompt=a three", f"--output={name}", "--stream"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}") and not list(tmp_path.iterdir())
 
 
 def test_flags_reach_the_pipeline(model, run, tmp_path):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -40,7 +42,17 @@ def write_video(path: Path, frames: Frames, fps: float) -> None:
     Raises:
       UserError: sizes or a rate that the format cannot hold.
     """
-    _, height, width, _ = frames.shape
+    write_stream(path, [frames], fps)
+
+
+def write_stream(path: Path, chunks: Iterable[Frames], fps: float) -> None:
+    """Writes a video while its frames come, at least one chunk of them. Under its name it appears when it is whole.
+
+    For arguments, and what it raises, see `write_video`.
+    """
+    coming = iter(chunks)
+    first = next(coming)  # before anything is written: it may not come, or not fit
+    _, height, width, _ = first.shape
     if height % 2 or width % 2:
         raise UserError(f"{path}: frames are {height}x{width}; H.264 needs an even height and width")
     if not fps > 0:
@@ -51,8 +63,9 @@ def write_video(path: Path, frames: Frames, fps: float) -> None:
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
             stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
             stream.options = {"crf": str(CRF)}
-            for picture in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            for frames in chain([first], coming):
+                for picture in frames:
+                    container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
             container.mux(stream.encode())
 
     atomically(path, write)

@@ -1,7 +1,7 @@
 """Makes one video from a model directory.
 
     python -m vpae_jax.sample --model=DIR --prompt=... [--image=FILE] [--steps=N|N,M] [--guidance=W] [--seed=0] \\
-        --output=out.mp4
+        [--stream] --output=out.mp4
 
 The output is an .mp4, or a .png that shows every frame. A model is sampled as its author samples it: a student in the
 steps that it was trained for, a teacher in many and with guidance. Where --steps says otherwise, a line on standard
@@ -9,23 +9,29 @@ error tells the author's.
 
 Of a causal model, which makes a clip chunk by chunk, --steps=4,1 makes the first chunk in four steps and each later one
 in one. Its clips may be longer than those that it was trained on: --num_frames=N, with a --window of latent frames that
-moves along.
+moves along. With --stream its frames are written as they are made; the last line says how soon the first one was there,
+and how fast the others followed.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from time import perf_counter
 from typing import cast
 
 import jax.numpy as jnp
 
 from vpae_jax import cli
 from vpae_jax.flow.draws import check_seed
-from vpae_jax.flow.sampler import SOLVERS, Solver, parse_steps, typed
+from vpae_jax.flow.sampler import SOLVERS, Sampler, Solver, parse_steps, typed
 from vpae_jax.inference.pipeline import Pipeline, load_pipeline
-from vpae_jax.media import read_image, write_contact_sheet, write_video
+from vpae_jax.media import Frames, Picture, read_image, write_contact_sheet, write_stream, write_video
 from vpae_jax.runtime.progress import working
 from vpae_jax.types import UserError
 
@@ -63,6 +69,7 @@ def parser() -> cli.Parser:
     add("--sink", type=int, help="first latent frames that it sees besides, with a window; its own by default")
     add("--height", type=int, help="pixels; by default the model's own, or as the image's shape has it")
     add("--width", type=int, help="pixels; by default the model's own, or as the image's shape has it")
+    add("--stream", action="store_true", help="of a causal model: writes the .mp4 as its frames are made")
     add("--output", type=Path, required=True, help="file to write: .mp4 or .png")
     return result
 
@@ -82,6 +89,8 @@ def main(argv: list[str]) -> None:
     kind = output.suffix.lower()
     if kind not in (".mp4", ".png"):
         raise UserError(f"--output={output}: expected a name that ends in .mp4 or .png")
+    if given.stream and kind != ".mp4":
+        raise UserError(f"--output={output}: --stream writes .mp4 alone; a .png shows frames that are all there")
     check_seed(given.seed, "--seed")
     image = None if given.image is None else read_image(given.image)
     with working(f"reading {given.model}"):
@@ -103,6 +112,11 @@ def main(argv: list[str]) -> None:
                 f"--width={own.width} makes the model's own size of it",
                 file=sys.stderr,
             )
+    if given.stream:
+        asked = (given.steps, given.guidance, given.solver, given.shift, given.window, given.sink)
+        sampler = pipeline.sampler(*asked)
+        stream(pipeline, sampler, image, given)
+        return
     with working("compiling, and making the video"):
         frames = pipeline(
             given.prompt,
@@ -119,14 +133,58 @@ def main(argv: list[str]) -> None:
             window=given.window,
             sink=given.sink,
         )
-    try:
+    with _writable(output):
         if kind == ".mp4":
             write_video(output, frames, own.fps)
         else:
             write_contact_sheet(output, frames)
+    print(f"{output}: {_counted(len(frames))} of {frames.shape[1]}x{frames.shape[2]}")
+
+
+def stream(pipeline: Pipeline, sampler: Sampler, image: Picture | None, given: argparse.Namespace) -> None:
+    """Writes a video while it is made, and says how fast that went.
+
+    Args:
+      pipeline: a model's.
+      sampler: with `chunks`.
+      image: the video's first frame, or None.
+      given: the command line.
+    """
+
+    def chunks() -> Iterator[Frames]:
+        clip = (given.seed, given.negative_prompt, given.num_frames, given.height, given.width)
+        return pipeline.stream(given.prompt, image, sampler, *clip)
+
+    with working("compiling, and making the first frames once"):
+        for _ in islice(chunks(), 2):  # all programs: what follows a chunk is made as the second one is
+            pass
+    shapes, times, begun = [], [], perf_counter()
+
+    def watched() -> Iterator[Frames]:
+        for frames in chunks():
+            shapes.append(frames.shape)
+            times.append(perf_counter() - begun)
+            yield frames
+
+    with _writable(given.output), working("making and writing the video"):
+        write_stream(given.output, watched(), pipeline.defaults.fps)
+    count, (first, height, width, _) = sum(shape[0] for shape in shapes), shapes[0]
+    pace = f"the first after {times[0]:.2f} s"
+    if count > first:
+        pace += f", then {(count - first) / (times[-1] - times[0]):.1f} frames/s"
+    print(f"{given.output}: {_counted(count)} of {height}x{width}; {pace}")
+
+
+@contextmanager
+def _writable(output: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(f"--output={output}: cannot be written: {error}; choose another place") from error
-    print(f"{output}: {len(frames)} frame{'s' if len(frames) > 1 else ''} of {frames.shape[1]}x{frames.shape[2]}")
+
+
+def _counted(frames: int) -> str:
+    return f"{frames} frame{'s' if frames > 1 else ''}"
 
 
 if __name__ == "__main__":

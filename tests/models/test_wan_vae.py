@@ -169,6 +169,40 @@ def test_chunks_equal_whole_where_diffusers_cannot_follow():
     assert error(call(model, "decode", latents), np.asarray(whole)) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "name, method, sizes",
+    [
+        ("small", "decode", [1] * 7),
+        ("small", "decode", [3, 3, 1]),
+        ("small", "decode", [2, 5]),
+        ("small", "encode", [3, 2, 6]),
+        ("wan", "decode", [1, 2, 2, 2]),
+    ],
+)
+def test_a_clip_may_come_in_pieces(name, method, sizes):
+    """They are pieces of the whole clip's result, whatever is in them, and what is carried has one shape."""
+    ours, _ = pair(full(**CONFIGS[name]))
+    z, space = ours.config.z_dim, ours.config.scale_factor_spatial
+    shape = (2, sum(sizes), 2, 3, z) if method == "decode" else (1, sum(sizes), 2 * space, space, 3)
+    x = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
+    graph, weights = nnx.split(ours)
+
+    @jax.jit
+    def step(weights, piece, cache):
+        return getattr(nnx.merge(graph, weights), f"{method}_next")(piece, cache)
+
+    made, shapes, cache = [], [], None
+    pieces = np.split(x, np.cumsum(sizes)[:-1], axis=1)
+    for piece in pieces:
+        frames, cache = step(weights, piece, cache)
+        made.append(np.asarray(frames))
+        shapes.append(jax.tree.map(jnp.shape, cache))
+    whole = np.asarray(call(ours, method, x))
+    np.testing.assert_allclose(np.concatenate(made, axis=1), whole, rtol=0, atol=1e-6)
+    assert shapes == shapes[:1] * len(sizes) and step._cache_size() <= 1 + len(set(sizes[1:]))
+    assert np.abs(made[1] - np.asarray(step(weights, pieces[1], cache)[0])).max() > 1e-3  # after other frames
+
+
 def test_gradients_equal_pytorch():
     ours, theirs = pair(full(**CONFIGS["small"]))
     video = clip_of((1, 5, 8, 8))
@@ -260,6 +294,9 @@ def test_bad_input():
         for method in (model.encode, model.moments):
             with pytest.raises(UserError, match=f"video is {frames} frames of {rows}x8.*multiple of 2.*divisible by 2"):
                 method(video)
+    for frames in (1, 5):
+        with pytest.raises(UserError, match=f"video is {frames} frames of 8x8.*needs a multiple of 2 more frames"):
+            model.encode_next(jnp.zeros((1, frames, 8, 8, 3)), [])
     for method in (model.decode, model.decode_raw):
         with pytest.raises(UserError, match="latents have 5 channels, the autoencoder 4"):
             method(jnp.zeros((1, 1, 4, 4, 5)))

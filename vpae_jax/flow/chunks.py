@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vpae_jax.types import UserError
@@ -46,7 +47,14 @@ class Chunks:
                 f"a clip of {frames} latent frames is no whole number of chunks (first {first}, then {self.size} "
                 f"each); make it {near}, or set chunks.size"
             )
-        return ((0, first), *((start, start + self.size) for start in range(first, frames, self.size)))
+        return tuple(self.walk(frames))
+
+    def walk(self, frames: int) -> Iterator[tuple[int, int]]:
+        """The same one by one, however many there are; a chunk that would not be whole is left out."""
+        start, stop = 0, self.first or self.size
+        while stop <= frames:
+            yield start, stop
+            start, stop = stop, stop + self.size
 
     def nearest(self, frames: int) -> int:
         """The length next to this one of a clip that is a whole number of chunks, in latent frames."""

@@ -6,7 +6,9 @@ that is processed in parts, or by several hosts, sees exactly the numbers that i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +34,15 @@ def split(key: PRNGKey, count: int) -> PRNGKey:
     if not key.ndim:
         return jax.random.split(key, count)
     return jax.vmap(lambda own: jax.random.split(own, count), out_axes=1)(key)
+
+
+def numbered(key: PRNGKey, numbers: UInt32[Array, "n"]) -> PRNGKey:
+    """A key of a key for each number, however many others there are, on the leading axis; keys of clips give keys of
+    clips."""
+    folded = jax.random.fold_in
+    for _ in range(key.ndim):
+        folded = jax.vmap(folded, (0, None))
+    return jax.vmap(folded, (None, 0))(key, numbers)
 
 
 def batch_key(key: PRNGKey) -> PRNGKey:
@@ -61,15 +72,49 @@ def check_seed(seed: int, name: str = "seed") -> None:
         raise UserError(f"{name} is {seed}, expected a number from 0 to {SEEDS - 1}")
 
 
-def noise_of_seed(seed: int, shape: tuple[int, ...]) -> tuple[Float[Array, "..."], PRNGKey]:
-    """The noise that a clip of this seed is sampled from, and the key of solvers that draw more.
+def keys_of_seed(seed: int) -> tuple[PRNGKey, PRNGKey]:
+    """The key of the noise that a clip of this seed is sampled from, and that of solvers that draw more.
 
     Raises:
       UserError: a seed that is negative or 2^32 or more.
     """
     check_seed(seed)
     noise, key = jax.random.split(jax.random.key(seed))
+    return noise, key
+
+
+def noise_of_seed(seed: int, shape: tuple[int, ...]) -> tuple[Float[Array, "..."], PRNGKey]:
+    """The noise that a clip of this seed is sampled from, and the key of solvers that draw more. Raises as
+    `keys_of_seed`."""
+    noise, key = keys_of_seed(seed)
     return jax.random.normal(noise, shape), key
+
+
+def noise_of_frames(key: PRNGKey, shape: tuple[int, int, int, int, int], start: int) -> Float[Array, "b f h w c"]:
+    """Latent frames from `start` on of `jax.random.normal(key, ...)` of one clip, however long that is, in memory of
+    their own size.
+
+    JAX makes the i-th number that it draws of a key from a hash of the key and of i alone.
+
+    Args:
+      key: of the clip's noise (`keys_of_seed`).
+      shape: of these frames; of one clip.
+      start: number of the first one.
+    """
+    # i is a number of 32 bits. No clip that is drawn whole has so many, but one that never ends.
+    part, first = divmod(start * math.prod(shape[2:]), 2**31)
+    return _numbers(jax.random.fold_in(key, part) if part else key, jnp.uint32(first), shape)
+
+
+@partial(jax.jit, static_argnums=2)
+def _numbers(key: PRNGKey, first: UInt32[Array, ""], shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """Numbers `first` and later of those that `jax.random.normal` draws of a key."""
+    hashes = jax.random.key_data(numbered(key, first + jnp.arange(math.prod(shape), dtype=jnp.uint32)))
+    bits = (hashes[:, 0] ^ hashes[:, 1]).reshape(shape)
+    ones = jax.lax.bitcast_convert_type(jnp.float32(1), jnp.uint32)  # an exponent: of numbers from 1 to 2
+    unit = jax.lax.bitcast_convert_type((bits >> 9) | ones, jnp.float32) - 1
+    low = jnp.nextafter(jnp.float32(-1), jnp.float32(0))
+    return jnp.float32(math.sqrt(2)) * jax.lax.erf_inv(jnp.maximum(low, unit * (1 - low) + low))
 
 
 def noise_of_seeds(seeds: UInt32[Array, "b"], shape: Sequence[int]) -> Float[Array, "b *shape"]:

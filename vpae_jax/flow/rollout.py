@@ -6,7 +6,8 @@ For each chunk in turn:
     2. remember   the chunk as it was made, at t = 0, behind the memory
 
 (CausVid 2412.07772, Self-Forcing 2506.08009.) The memory has a fixed shape, so all chunks of one length are one program
-and the loop over them is a scan. `next_chunk` is one turn of it, for those who take chunks as they come.
+and the loop over them is a scan. `next_chunk` is one turn of it, and `make_chunk` and `remember` its halves, for those
+who take chunks as they come.
 """
 
 from __future__ import annotations
@@ -97,9 +98,21 @@ def next_chunk(
     Returns:
       the chunk, what `solve` returns besides, and the memory with it.
     """
-    x0, more = solve(lambda x, t: network.step(x, t, condition, past)[0], noise, key)
-    _, pair = network.step(x0, jnp.zeros(len(x0)), condition, past)
-    return x0, more, network.memorize(past, pair, x0.shape[1])
+    x0, more = make_chunk(network, noise, condition, key, past, solve)
+    return x0, more, remember(network, x0, condition, past)
+
+
+def make_chunk(
+    network: Recurrent, noise: Latents, condition: Condition, key: PRNGKey, past: Memory, solve: Solve
+) -> tuple[Latents, Any]:
+    """Makes one chunk, as `next_chunk`, which remembers it besides."""
+    return solve(lambda x, t: network.step(x, t, condition, past)[0], noise, key)
+
+
+def remember(network: Recurrent, chunk: Latents, condition: Condition, past: Memory) -> Memory:
+    """The memory with a chunk as it was made."""
+    _, pair = network.step(chunk, jnp.zeros(len(chunk)), condition, past)
+    return network.memorize(past, pair, chunk.shape[1])
 
 
 def roll_out(
@@ -130,7 +143,7 @@ def roll_out(
     """
     clips, frames = noise.shape[:2]
     spans = network.chunks.spans(frames)
-    keys = draws.split(draws.clip_keys(key, clips), len(spans))
+    keys = draws.numbered(draws.clip_keys(key, clips), jnp.arange(len(spans), dtype=jnp.uint32))
     past, made = network.empty(noise), []
     if given is not None:
         if given.shape[1] != spans[0][1]:

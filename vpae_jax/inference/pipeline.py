@@ -11,16 +11,14 @@ WanImageToVideoPipeline do; the tests compare the frames.
 from __future__ import annotations
 
 import dataclasses
-import html
 import math
-import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import ftfy
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,15 +26,21 @@ from flax import nnx
 from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
-from PIL import Image
 
 from vpae_jax import sharding
 from vpae_jax.flow.chunks import Chunks
-from vpae_jax.flow.draws import noise_of_seed
+from vpae_jax.flow.draws import check_seed, noise_of_seed
 from vpae_jax.flow.sampler import Sampler, Solver, Steps
-from vpae_jax.inference import samplers
+from vpae_jax.inference import samplers, streaming
+from vpae_jax.inference.pictures import Pictures, first_frames, fitted
 from vpae_jax.inference.samplers import MASK_CHANNELS, Denoiser
-from vpae_jax.inference.tokenizer import PreTrainedTokenizerBase, check_ids, load_tokenizer, tokenize
+from vpae_jax.inference.tokenizer import (
+    PreTrainedTokenizerBase,
+    check_ids,
+    clean_prompt,
+    load_tokenizer,
+    tokenize,
+)
 from vpae_jax.models.clip import CLIPVision
 from vpae_jax.models.parallel import MeshLayout
 from vpae_jax.models.umt5 import UMT5Encoder
@@ -51,8 +55,6 @@ from vpae_jax.weights.loading import load_part
 from vpae_jax.weights.parts import LOW, abstract, check_fit, makes_from_image
 from vpae_jax.weights.settings import Defaults, Scheduler, check_pixels, read_defaults, read_scheduler
 from vpae_jax.weights.stream import Placement
-
-Pictures = UInt8[np.ndarray, "b height width 3"]
 
 
 @dataclass(frozen=True)
@@ -163,8 +165,7 @@ class Pipeline:
         shape = self.latent_shape(batch, num_frames, height, width)
         if first is None:
             return jnp.zeros((*shape[:-1], MASK_CHANNELS + shape[-1]))
-        num_frames = self.defaults.num_frames if num_frames is None else num_frames
-        return samplers.encode_first_frame(self.vae, first[:, :1], num_frames)
+        return samplers.encode_first_frame(self.vae, first[:, :1], shape[1])[0]
 
     def condition(
         self,
@@ -181,19 +182,13 @@ class Pipeline:
           pictures: first frames of any size, stretched to the video's; None for text-to-video.
           num_frames, height, width: the video's; by default the model's.
         """
-        if pictures is not None and not self.takes_image:
-            raise UserError("an image was given, but this is a text-to-video model; leave the image out")
         num_frames, height, width = self._size(num_frames, height, width)
-        text, mask = self.encode_prompt(prompts)
-        image, frames = None, None
-        if self.image_encoder is not None:
-            config = self.image_encoder.config
-            shape = (len(prompts), config.num_tokens, config.hidden_size)
-            image = jnp.zeros(shape) if pictures is None else self.encode_image(pictures)
-        if self.takes_image:
-            first = None if pictures is None else jnp.asarray(_stretch(pictures, height, width))[:, None]
-            frames = self.condition_frames(first, num_frames, height, width, len(prompts))
-        return Condition(text=text, text_mask=mask, image=image, frames=frames)
+        condition = self._encode(prompts, pictures)
+        if not self.takes_image:
+            return condition
+        first = None if pictures is None else first_frames(pictures, height, width)
+        frames = self.condition_frames(first, num_frames, height, width, len(prompts))
+        return dataclasses.replace(condition, frames=frames)
 
     def sampler(
         self,
@@ -245,11 +240,7 @@ class Pipeline:
           UserError: latents or pixels are not finite.
         """
         frames, finite = samplers.decode(self.vae, latents)
-        if not finite:
-            raise UserError(
-                "the video is not finite (NaN or infinity): the weights are damaged, or their numbers overflow; sample "
-                "in float32, or fetch the model again"
-            )
+        samplers.check_finite(finite)
         return frames
 
     def latent_shape(
@@ -260,7 +251,7 @@ class Pipeline:
         num_frames, height, width = self._size(num_frames, height, width)
         vae = self.vae.config
         space = vae.scale_factor_spatial
-        return batch, 1 + (num_frames - 1) // vae.scale_factor_temporal, height // space, width // space, vae.z_dim
+        return batch, self._latent_frames(num_frames), height // space, width // space, vae.z_dim
 
     def __call__(
         self,
@@ -299,13 +290,7 @@ class Pipeline:
         Raises:
           UserError: an argument that this model cannot use; the line says why.
         """
-        if self.transformer.config.pos_embed_seq_len is not None:
-            raise UserError(
-                "this model makes videos between a first and a last frame (pos_embed_seq_len is set); it can be "
-                "converted, but not sampled; load a text-to-video or an image-to-video model"
-            )
-        if image is not None and self.takes_image and height is None and width is None:
-            height, width = self.fit(*image.shape[:2])
+        height, width = self._fitted(image, height, width)
         shape = self.latent_shape(1, num_frames, height, width)
         sampler = self.sampler(steps, guidance, solver, shift, window, sink)
         if sampler.chunks is not None:
@@ -316,32 +301,52 @@ class Pipeline:
         noise = drawn if noise is None else noise
         pictures = None if image is None else image[None]
         condition = self.condition([prompt], pictures, num_frames, height, width)
-        unconditional = None
-        if sampler.guidance > 1:
-            text, mask = self._encode_negative_prompt(negative_prompt)
-            unconditional = dataclasses.replace(condition, text=text, text_mask=mask)
+        unconditional = self._unconditional(condition, negative_prompt) if sampler.guidance > 1 else None
         latents = self.sample(noise, condition, unconditional, sampler, key[None])
         return np.asarray(self.decode(latents)[0])
 
-    def fit(self, height: int, width: int) -> tuple[int, int]:
-        """The video's height and width for a picture's: its aspect ratio at the model's own area, rounded down.
+    def stream(
+        self,
+        prompt: str,
+        image: UInt8[np.ndarray, "image_height image_width 3"] | None = None,
+        sampler: Sampler | None = None,
+        seed: int = 0,
+        negative_prompt: str | None = None,
+        num_frames: int | float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> Iterator[UInt8[np.ndarray, "t height width 3"]]:
+        """Makes one video with a causal model, and gives each chunk's frames while the next chunks are being made.
 
-        This is Wan's formula for image-to-video in whole numbers: in Wan's floating point a picture of 480x832 falls
-        just short of its own size, and gets 464x832.
+        They are the frames of a call. Memory does not grow with their number, where the model sees a window of them.
+
+        Args:
+          sampler: with `chunks`; by default the model's own.
+          num_frames: as a call's, or `math.inf` for a video without end, where the model sees a window.
+          prompt, image, seed, negative_prompt, height, width: as a call's.
 
         Raises:
-          UserError: a picture so long that nothing would be left of its shorter side.
+          UserError: a model that is not causal, or an argument that it cannot use; the line says why.
         """
-        area = self.defaults.height * self.defaults.width
-        unit_h, unit_w = self.units
-        rows = math.isqrt(area * height // (width * unit_h**2))
-        columns = math.isqrt(area * width // (height * unit_w**2))
-        if not rows or not columns:
-            raise UserError(
-                f"the image is {height}x{width}, too long a shape for a video of as many pixels as "
-                f"{self.defaults.height}x{self.defaults.width}; crop it, or give height and width"
-            )
-        return rows * unit_h, columns * unit_w
+        check_seed(seed)
+        height, width = self._fitted(image, height, width)
+        sampler = self.sampler() if sampler is None else sampler
+        latent_frames = sys.maxsize if num_frames == math.inf else self._latent_frames(num_frames)
+        if sampler.chunks is not None and num_frames != math.inf:
+            self._check_chunks(sampler.chunks, latent_frames)
+        held = streaming.frames_held(sampler.chunks, latent_frames)
+        space = self.latent_shape(1, 1 + (held - 1) * self.vae.config.scale_factor_temporal, height, width)[2:]
+        pictures = None if image is None else image[None]
+        condition = self._encode([prompt], pictures)
+        unconditional = self._unconditional(condition, negative_prompt) if sampler.guidance > 1 else None
+        first = None if pictures is None else first_frames(pictures, *self._size(1, height, width)[1:])
+        clip = (condition, unconditional, first, (1, latent_frames, *space), seed)
+        return streaming.Stream(self.vae, self.denoiser, sampler, self.takes_image, *clip).frames()
+
+    def fit(self, height: int, width: int) -> tuple[int, int]:
+        """The video's height and width for a picture's: its aspect ratio at the model's own area (`pictures.fitted`).
+        Raises `UserError` for a picture too long for that."""
+        return fitted(height, width, (self.defaults.height, self.defaults.width), self.units)
 
     @property
     def units(self) -> tuple[int, int]:
@@ -349,12 +354,49 @@ class Pipeline:
         space, (_, patch_h, patch_w) = self.vae.config.scale_factor_spatial, self.transformer.config.patch_size
         return space * patch_h, space * patch_w
 
-    def _encode_negative_prompt(self, given: str | None) -> tuple[Float[Array, "b s d"], Mask]:
+    def _encode(self, prompts: Sequence[str], pictures: Pictures | None) -> Condition:
+        """Text and pictures, without the condition frames."""
+        if pictures is not None and not self.takes_image:
+            raise UserError("an image was given, but this is a text-to-video model; leave the image out")
+        text, mask = self.encode_prompt(prompts)
+        image = None
+        if self.image_encoder is not None:
+            config = self.image_encoder.config
+            shape = (len(prompts), config.num_tokens, config.hidden_size)
+            image = jnp.zeros(shape) if pictures is None else self.encode_image(pictures)
+        return Condition(text=text, text_mask=mask, image=image)
+
+    def _unconditional(self, condition: Condition, given: str | None) -> Condition:
+        """What guidance moves one clip away from: a negative prompt, by default the model's."""
         try:
-            return self.encode_prompt([self.defaults.negative_prompt if given is None else given])
+            text, mask = self.encode_prompt([self.defaults.negative_prompt if given is None else given])
         except UserError as error:
             whose = " (the model's own, as none was given)" if given is None else ""
             raise UserError(f"negative_prompt{whose}: {error}") from error
+        return dataclasses.replace(condition, text=text, text_mask=mask)
+
+    def _fitted(
+        self, image: UInt8[np.ndarray, "image_height image_width 3"] | None, height: int | None, width: int | None
+    ) -> tuple[int | None, int | None]:
+        """A video's size as far as it is given, or as its first frame has it."""
+        if self.transformer.config.pos_embed_seq_len is not None:
+            raise UserError(
+                "this model makes videos between a first and a last frame (pos_embed_seq_len is set); it can be "
+                "converted, but not sampled; load a text-to-video or an image-to-video model"
+            )
+        if image is not None and self.takes_image and height is None and width is None:
+            return self.fit(*image.shape[:2])
+        return height, width
+
+    def _latent_frames(self, num_frames: int | float | None) -> int:
+        """Latent frames of a video of so many, by default the model's; checked."""
+        num_frames = self.defaults.num_frames if num_frames is None else num_frames
+        time = self.vae.config.scale_factor_temporal
+        frames = int(1 + (num_frames - 1) // time)
+        if num_frames < 1 or (num_frames - 1) % time or frames % self.transformer.config.patch_size[0]:
+            near = max(0, round((num_frames - 1) / time)) * time + 1
+            raise UserError(f"num_frames is {num_frames}, expected 1 + a multiple of {time}, such as {near}")
+        return frames
 
     def _check_chunks(self, chunks: Chunks, frames: int) -> None:
         """Raises `UserError` for a clip that is no whole number of chunks."""
@@ -371,12 +413,8 @@ class Pipeline:
         num_frames = self.defaults.num_frames if num_frames is None else num_frames
         height = self.defaults.height if height is None else height
         width = self.defaults.width if width is None else width
-        time, unit_h, unit_w = self.vae.config.scale_factor_temporal, *self.units
-        latent_frames = 1 + (num_frames - 1) // time
-        if num_frames < 1 or (num_frames - 1) % time or latent_frames % self.transformer.config.patch_size[0]:
-            near = max(0, round((num_frames - 1) / time)) * time + 1
-            raise UserError(f"num_frames is {num_frames}, expected 1 + a multiple of {time}, such as {near}")
-        for name, size, unit in (("height", height, unit_h), ("width", width, unit_w)):
+        self._latent_frames(num_frames)
+        for name, size, unit in zip(("height", "width"), (height, width), self.units, strict=True):
             if size < unit or size % unit:
                 near = max(1, round(size / unit)) * unit
                 raise UserError(f"{name} is {size}, expected a multiple of {unit}, such as {near}")
@@ -441,14 +479,6 @@ def load_pipeline(
     )
 
 
-def clean_prompt(prompt: str) -> str:
-    """Repairs broken encodings, unescapes HTML twice and collapses white space, as Wan and Diffusers do.
-
-    ftfy matters to Chinese prompts: it replaces full-width punctuation, which changes the tokens.
-    """
-    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()
-
-
 def _shapes_of(model: nnx.Module) -> Any:
     return nnx.eval_shape(lambda: model)
 
@@ -462,11 +492,3 @@ def _place(mesh: Mesh | None, rules: sharding.Rules) -> Placement | None:
         return sharding.param_shardings({path: leaf}, rules, mesh)[path]
 
     return place
-
-
-def _stretch(pictures: Pictures, height: int, width: int) -> Float[np.ndarray, "b h w 3"]:
-    """Pictures at the video's size (Lanczos, as Diffusers' video processor), in [-1, 1]."""
-    if pictures.shape[1:3] != (height, width):
-        resized = (Image.fromarray(p).resize((width, height), Image.Resampling.LANCZOS) for p in pictures)
-        pictures = np.stack([np.asarray(p) for p in resized])
-    return pictures.astype(np.float32) / np.float32(127.5) - np.float32(1)

@@ -19,11 +19,14 @@ from jaxtyping import Array, Bool, Float, UInt8
 from vpae_jax.flow import solvers
 from vpae_jax.flow.chunks import Chunks
 from vpae_jax.flow.guidance import guided
-from vpae_jax.flow.rollout import Guided, Recurrent, roll_out
+from vpae_jax.flow.rollout import Guided, Recurrent, Solve, roll_out
 from vpae_jax.flow.sampler import Sampler, Solver
 from vpae_jax.flow.solvers import VelocityFn
 from vpae_jax.models.wan_causal import CausalWan
-from vpae_jax.types import MASK_CHANNELS, Condition, Latents, Params, PRNGKey, Video
+from vpae_jax.models.wan_vae import Cache, WanVAE
+from vpae_jax.types import MASK_CHANNELS, Condition, Latents, Params, PRNGKey, UserError, Video, pytree
+
+Pixels = UInt8[Array, "b t height width 3"]
 
 
 @dataclass(frozen=True)
@@ -42,19 +45,45 @@ class Denoiser:
     boundary: float = 0.0
 
 
+@pytree
+class Grey:
+    """How far the encoding of a first frame, and of the grey ones that follow it, has come.
+
+    Attributes:
+      cache: what the autoencoder needs of the frames so far.
+      latents: of the last latent frame.
+      settled: whether all later ones are equal to it. The encoder sees a finite number of earlier frames, so that its
+        cache becomes the same after each further grey frame, and there is nothing left to encode.
+    """
+
+    cache: Cache
+    latents: Float[Array, "b 1 h w c"]
+    settled: Bool[Array, ""]
+
+
 def apply(model: nnx.Module, *inputs: Any) -> Any:
     """`model(*inputs)`, compiled."""
     return _apply(*nnx.split(model), *inputs)
 
 
-def encode_first_frame(vae: nnx.Module, first: Video, num_frames: int) -> Latents:
-    """4 mask channels (1 on the first latent frame), then latents of `first` (one frame) followed by grey frames."""
-    return _encode_first_frame(*nnx.split(vae), first, num_frames)
+def encode_first_frame(vae: nnx.Module, first: Video, frames: int) -> tuple[Latents, Grey]:
+    """Condition frames that begin a clip: 4 mask channels (1 on the first latent frame), then latents of `first` (one
+    frame) followed by grey frames, `frames` latent frames in all; and where their encoding stands."""
+    return _encode_first_frame(*nnx.split(vae), first, frames)
 
 
-def decode(vae: nnx.Module, latents: Latents) -> tuple[UInt8[Array, "b t height width 3"], Bool[Array, ""]]:
+def decode(vae: nnx.Module, latents: Latents) -> tuple[Pixels, Bool[Array, ""]]:
     """Normalised latents to pixels, and whether both are finite."""
     return _decode(*nnx.split(vae), latents)
+
+
+def check_finite(finite: Bool[Array, ""]) -> None:
+    """Raises `UserError` for a video that is not."""
+    if not finite:
+        raise UserError(
+            "the video is not finite (NaN or infinity): the weights are damaged, or their numbers overflow; sample "
+            "in float32, or fetch the model again"
+        )
 
 
 def sample(
@@ -91,19 +120,40 @@ def _apply(graph: nnx.GraphDef, weights: nnx.State, *inputs: Any) -> Any:
 
 
 @partial(jax.jit, static_argnums=(0, 3))
-def _encode_first_frame(graph: nnx.GraphDef, weights: nnx.State, first: Video, num_frames: int) -> Latents:
-    b, _, height, width, _ = first.shape
-    video = jnp.concatenate([first, jnp.zeros((b, num_frames - 1, height, width, 3), first.dtype)], axis=1)
-    latents = nnx.merge(graph, weights).encode(video)
-    mask = jnp.zeros((*latents.shape[:-1], MASK_CHANNELS)).at[:, 0].set(1)
-    return jnp.concatenate([mask, latents], axis=-1)
+def _encode_first_frame(graph: nnx.GraphDef, weights: nnx.State, first: Video, frames: int) -> tuple[Latents, Grey]:
+    vae: WanVAE = nnx.merge(graph, weights)
+    latents, cache = vae.encode_next(first)
+    mask = jnp.ones((*latents.shape[:-1], MASK_CHANNELS))
+    grey, past = encode_grey(vae, Grey(cache, latents, jnp.bool_(False)), frames - 1)
+    return jnp.concatenate([jnp.concatenate([mask, latents], axis=-1), grey], axis=1), past
+
+
+def encode_grey(vae: WanVAE, past: Grey, frames: int) -> tuple[Latents, Grey]:
+    """The next condition frames of a clip, which are grey, so many latent frames; and where their encoding stands."""
+    time, space = vae.config.scale_factor_temporal, vae.config.scale_factor_spatial
+    b, _, h, w, _ = past.latents.shape
+
+    def encode(past: Grey) -> Grey:
+        latents, cache = vae.encode_next(jnp.zeros((b, time, h * space, w * space, 3)), past.cache)
+        same = jax.tree.map(lambda old, new: (old == new).all(), past.cache, cache)
+        return Grey(cache, latents, jnp.stack(same).all())
+
+    def step(past: Grey, _: None) -> tuple[Grey, Float[Array, "b h w c"]]:
+        past = jax.lax.cond(past.settled, lambda past: past, encode, past)
+        return past, past.latents[:, 0]
+
+    past, latents = jax.lax.scan(step, past, length=frames)
+    latents = jnp.moveaxis(latents, 0, 1)
+    return jnp.concatenate([jnp.zeros((*latents.shape[:-1], MASK_CHANNELS)), latents], axis=-1), past
 
 
 @partial(jax.jit, static_argnums=0)
-def _decode(
-    graph: nnx.GraphDef, weights: nnx.State, latents: Latents
-) -> tuple[UInt8[Array, "b t height width 3"], Bool[Array, ""]]:
-    pixels = nnx.merge(graph, weights).decode(latents)
+def _decode(graph: nnx.GraphDef, weights: nnx.State, latents: Latents) -> tuple[Pixels, Bool[Array, ""]]:
+    return in_8_bits(latents, nnx.merge(graph, weights).decode(latents))
+
+
+def in_8_bits(latents: Latents, pixels: Video) -> tuple[Pixels, Bool[Array, ""]]:
+    """Pixels from -1 to 1 as bytes, and whether they and their latents are finite."""
     finite = jnp.isfinite(latents).all() & jnp.isfinite(pixels).all()
     return jnp.round((pixels + 1) * 127.5).astype(jnp.uint8), finite
 
@@ -148,18 +198,30 @@ def _roll_out(
     guidance: Float[Array, ""],
     key: PRNGKey,
 ) -> Latents:
-    network: Recurrent = CausalWan(nnx.merge(graph, weights), sampler.chunks or Chunks())
-    if unconditional is not None:
-        network = Guided(network, unconditional, guidance)
-    first = partial(_chunk, sampler.solver, sampler.first) if sampler.first else None
-    solve = partial(_chunk, sampler.solver, sampler.times)
-    return roll_out(network, noise, condition, key, solve, first)[0]
+    network = causal_network(graph, sampler.chunks or Chunks(), weights, unconditional, guidance)
+    first = solve_chunk(sampler, sampler.first) if sampler.first else None
+    return roll_out(network, noise, condition, key, solve_chunk(sampler, sampler.times), first)[0]
 
 
-def _chunk(
-    solver: Solver, times: tuple[float, ...], velocity: VelocityFn, noise: Latents, key: PRNGKey
-) -> tuple[Latents, None]:
-    return _solve(solver, times, velocity, noise, key), None
+def causal_network(
+    graph: nnx.GraphDef,
+    chunks: Chunks,
+    weights: Params,
+    unconditional: Condition | None,
+    guidance: Float[Array, ""],
+) -> Recurrent:
+    """What is rolled out: a causal transformer, guided where there is something to guide away from."""
+    network = CausalWan(nnx.merge(graph, weights), chunks)
+    return network if unconditional is None else Guided(network, unconditional, guidance)
+
+
+def solve_chunk(sampler: Sampler, times: tuple[float, ...]) -> Solve:
+    """How a chunk is made in evaluations at these times."""
+
+    def solve(velocity: VelocityFn, noise: Latents, key: PRNGKey) -> tuple[Latents, None]:
+        return _solve(sampler.solver, times, velocity, noise, key), None
+
+    return solve
 
 
 def _solve(solver: Solver, times: tuple[float, ...], velocity: VelocityFn, noise: Latents, key: PRNGKey) -> Latents:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import base64
+import html
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import ftfy
 import numpy as np
 from jaxtyping import Bool, Int
 from tokenizers import Tokenizer
@@ -56,6 +59,14 @@ class _Panics:
         if kind is not None and kind.__name__ == "PanicException":
             reason = one_line(str(error))
             raise UserError(f"{self.what} ({reason}); take the tokenizer that belongs to the model") from error
+
+
+def clean_prompt(prompt: str) -> str:
+    """Repairs broken encodings, unescapes HTML twice and collapses white space, as Wan and Diffusers do.
+
+    ftfy matters to Chinese prompts: it replaces full-width punctuation, which changes the tokens.
+    """
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

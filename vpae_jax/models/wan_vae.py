@@ -2,7 +2,8 @@
 
 A clip of 1 + 4k frames becomes 1 + k latent frames; the first frame stands alone. Training works on the whole clip
 (`moments`, `decode_raw`); inference (`encode`, `decode`) walks over it in chunks of one latent frame, so that its
-memory does not grow with the clip's length. Both give the same numbers.
+memory does not grow with the clip's length; `encode_next` and `decode_next` are given the clip piece by piece. All give
+the same numbers.
 
 Source: Wan 2.1 (arXiv:2503.20314, section 4.1); names follow Diffusers' `AutoencoderKLWan`.
 """
@@ -33,6 +34,9 @@ from vpae_jax.models.wan_vae_blocks import (
     rematerialised,
 )
 from vpae_jax.types import Latents, UserError, Video
+
+# What the temporal convolutions remember of a clip's frames so far: the last ones that each has seen.
+Cache = list[Volume]
 
 # fmt: off
 WAN_LATENTS_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -159,28 +163,34 @@ class Decoder(nnx.Module):
         return self.conv_out(self.norm_out(x, silu=True), history)
 
 
-def _in_chunks(run: Callable[[Volume, History], Volume], x: Volume, size: int, out_size: int) -> Volume:
-    """Runs over the first frame, then over chunks of `size` frames, each with the history that the last one left.
+def _in_chunks(
+    run: Callable[[Volume, History], Volume], x: Volume, size: int, out_size: int, cache: Cache | None
+) -> tuple[Volume, Cache]:
+    """Runs over chunks of `size` frames, each with the history that the last one left. A clip's first frame, where
+    there is none yet (`cache`), is a chunk by itself.
 
-    The first frame gives one frame, a chunk `out_size`; each is written in place into the result, so that beside it
-    only one chunk is in memory.
+    That frame gives one frame, the others `out_size`; each is written in place into the result, so that beside it only
+    one chunk is in memory.
+
+    Returns:
+      the result, and the history that the last chunk left.
     """
-    history = History()
-    first = run(x[:, :1], history)
-    chunks = (x.shape[1] - 1) // size
+    history, head = History(cache), 1 if cache is None else size
+    first = run(x[:, :head], history)
+    chunks, begin = (x.shape[1] - head) // size, first.shape[1]
     if chunks == 0:
-        return first
+        return first, history.seen
 
-    def step(carry: tuple[list[Volume], Volume], index: Int[Array, ""]) -> tuple[tuple[list[Volume], Volume], None]:
+    def step(carry: tuple[Cache, Volume], index: Int[Array, ""]) -> tuple[tuple[Cache, Volume], None]:
         frames, out = carry
         history = History(frames)
-        chunk = run(jax.lax.dynamic_slice_in_dim(x, 1 + index * size, size, axis=1), history)
-        return (history.seen, jax.lax.dynamic_update_slice_in_dim(out, chunk, 1 + index * out_size, axis=1)), None
+        chunk = run(jax.lax.dynamic_slice_in_dim(x, head + index * size, size, axis=1), history)
+        return (history.seen, jax.lax.dynamic_update_slice_in_dim(out, chunk, begin + index * out_size, axis=1)), None
 
-    out = jnp.zeros((first.shape[0], 1 + chunks * out_size, *first.shape[2:]), first.dtype)
+    out = jnp.zeros((first.shape[0], begin + chunks * out_size, *first.shape[2:]), first.dtype)
     out = jax.lax.dynamic_update_slice_in_dim(out, first, 0, axis=1)
-    (_, out), _ = jax.lax.scan(step, (history.seen, out), jnp.arange(chunks))
-    return out
+    (seen, out), _ = jax.lax.scan(step, (history.seen, out), jnp.arange(chunks))
+    return out, seen
 
 
 class WanVAE(nnx.Module):
@@ -234,17 +244,46 @@ class WanVAE(nnx.Module):
         What is trained on comes from here, so that products of float32 are in TF32 on GPUs, as in PyTorch, and in three
         passes of bfloat16 on TPUs, where one is the default.
         """
-        self._check_video(video)
+        return self.encode_next(video)[0]
+
+    def encode_next(self, video: Video, cache: Cache | None = None) -> tuple[Latents, Cache]:
+        """`encode` of a clip that comes piece by piece.
+
+        Args:
+          video: the next frames, a multiple of the temporal compression; one more at the clip's beginning.
+          cache: what the piece before left; None at the clip's beginning.
+
+        Returns:
+          the latents of these frames, and what the next piece needs, of the same size however many came before.
+
+        Raises as `moments`.
+        """
+        self._check_video(video, begun=cache is not None)
 
         def run(x: Volume, history: History) -> Volume:
             mean = self._encode(x, history)[..., : self.config.z_dim]
             return (mean - jnp.asarray(self.config.latents_mean)) / jnp.asarray(self.config.latents_std)
 
         with jax.default_matmul_precision("tensorfloat32"):
-            return _in_chunks(run, video, self.config.scale_factor_temporal, 1)
+            return _in_chunks(run, video, self.config.scale_factor_temporal, 1, cache)
 
     def decode(self, latents: Latents) -> Video:
         """Inverse of `encode`, clipped to [-1, 1]; memory does not grow with the number of frames.
+
+        Raises as `decode_raw`.
+        """
+        return self.decode_next(latents)[0]
+
+    def decode_next(self, latents: Latents, cache: Cache | None = None) -> tuple[Video, Cache]:
+        """`decode` of a clip that comes piece by piece.
+
+        Args:
+          latents: the next latent frames, one or more.
+          cache: what the piece before left; None at the clip's beginning.
+
+        Returns:
+          `scale_factor_temporal` frames for each, but one for the clip's first; and what the next piece needs, of the
+          same size however many came before.
 
         Raises as `decode_raw`.
         """
@@ -254,7 +293,7 @@ class WanVAE(nnx.Module):
             z = x * jnp.asarray(self.config.latents_std) + jnp.asarray(self.config.latents_mean)
             return jnp.clip(self._decode(z, history), -1.0, 1.0)
 
-        return _in_chunks(run, latents, 1, self.config.scale_factor_temporal)
+        return _in_chunks(run, latents, 1, self.config.scale_factor_temporal, cache)
 
     def decode_at(self, latents: Latents, frame: Int[Array, ""]) -> Video:
         """The first video frame and those of one latent frame, as `decode` makes them; for a judge of frames.
@@ -297,12 +336,13 @@ class WanVAE(nnx.Module):
         x = self.post_quant_conv(z.astype(self.dtype), history)
         return self.decoder(x, history, remat).astype(jnp.float32)
 
-    def _check_video(self, video: Video) -> None:
+    def _check_video(self, video: Video, begun: bool = False) -> None:
         time, space = self.config.scale_factor_temporal, self.config.scale_factor_spatial
         _, t, height, width, _ = video.shape
-        if t % time != 1 % time or height % space or width % space:
+        if t < 1 or (t if begun else t - 1) % time or height % space or width % space:
+            needed = f"a multiple of {time} more" if begun else f"1 + a multiple of {time}"
             raise UserError(
-                f"video is {t} frames of {height}x{width}; the autoencoder needs 1 + a multiple of {time} frames "
+                f"video is {t} frames of {height}x{width}; the autoencoder needs {needed} frames "
                 f"and rows and columns divisible by {space}; crop or pad it"
             )
 

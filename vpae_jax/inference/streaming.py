@@ -1,0 +1,195 @@
+"""A clip that comes out chunk by chunk, each while the next one is being made.
+
+For each chunk in turn:
+
+    1. make       noise, the chunk's condition, memory -> latents
+    2. decode     latents, the autoencoder's cache -> frames
+    3. remember   latents, memory -> memory
+
+Nothing waits for a chunk's frames before the next chunk's programs have been handed to the device, which runs them in
+this order: so it never idles, and frames leave before their chunk is remembered. What is carried from chunk to chunk,
+the memory and two caches, has a fixed size, and what is read is made a chunk at a time: noise, condition, frames.
+
+All is as `samplers.sample` and `samplers.decode` make it of the whole clip.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, UInt8, UInt32
+
+from vpae_jax.flow import draws
+from vpae_jax.flow.chunks import Chunks
+from vpae_jax.flow.rollout import make_chunk, remember
+from vpae_jax.flow.sampler import Sampler
+from vpae_jax.inference import samplers
+from vpae_jax.inference.samplers import MASK_CHANNELS, Denoiser, Grey, Pixels
+from vpae_jax.models.wan_vae import Cache, WanVAE
+from vpae_jax.types import Condition, Latents, Memory, Params, PRNGKey, UserError
+
+
+def frames_held(chunks: Chunks | None, frames: int) -> int:
+    """Latent frames that are remembered of a clip of so many; `sys.maxsize` for one without end.
+
+    Raises:
+      UserError: the model is not causal, the clip is no whole number of chunks, or no memory is enough for it.
+    """
+    if chunks is None:
+        raise UserError(
+            "this model makes all frames of a video at once, and cannot stream them; load a causal model, or make the "
+            "video whole"
+        )
+    if frames < sys.maxsize:
+        chunks.spans(frames)
+    elif not chunks.window:
+        raise UserError(
+            "the video was to have no end, but this model sees all earlier frames, for which no memory is enough; give "
+            "a number of frames"
+        )
+    return chunks.slots(frames)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One clip, of which nothing is made yet.
+
+    Attributes:
+      vae: decodes it, and encodes its condition frames.
+      denoiser: a causal network.
+      sampler: with `chunks`.
+      takes_image: whether the network reads condition frames.
+      condition: of the clip, without its `frames`.
+      unconditional: what guidance moves away from; None for no guidance.
+      first: the given first frame, in [-1, 1]; None where none is given.
+      shape: [1, f, h, w, c] of the clip's latents; f is `sys.maxsize` for one without end.
+      seed: decides the noise.
+    """
+
+    vae: WanVAE
+    denoiser: Denoiser
+    sampler: Sampler
+    takes_image: bool
+    condition: Condition
+    unconditional: Condition | None
+    first: Float[Array, "1 1 height width 3"] | None
+    shape: tuple[int, int, int, int, int]
+    seed: int
+
+    def frames(self) -> Iterator[UInt8[np.ndarray, "t height width 3"]]:
+        """Each chunk's frames.
+
+        Raises:
+          UserError: they are not finite.
+        """
+        chunks = self.sampler.chunks
+        assert chunks is not None
+        b, latent_frames, h, w, c = self.shape
+        vae, (graph, weights) = nnx.split(self.vae), (self.denoiser.graph, self.denoiser.weights)
+        guided = (self.unconditional, jnp.float32(self.sampler.guidance))
+        noise_key, key = draws.keys_of_seed(self.seed)
+        memory = _empty(graph, chunks, (b, chunks.slots(latent_frames), h, w, c), weights, *guided)
+        grey, cache = None, None
+        waiting: deque[tuple[Pixels, Bool[Array, ""]]] = deque()
+        for number, (start, stop) in enumerate(chunks.walk(latent_frames)):
+            shape = (b, stop - start, h, w, c)
+            given, grey = self._condition(vae, shape, grey)
+            own = replace(self.condition, frames=given)
+            noise = draws.noise_of_frames(noise_key, shape, start)
+            times = self.sampler.first if not number and self.sampler.first else self.sampler.times
+            plan = replace(self.sampler, times=times, first=(), guidance=1.0)  # one program for all guidances
+            key_of_chunk = (key[None], jnp.uint32(number))
+            latents = _make(graph, plan, weights, *guided, noise, own, key_of_chunk, memory)
+            frames, finite, cache = _decode(*vae, latents, cache)
+            frames.copy_to_host_async()
+            if stop < latent_frames:
+                memory = _remember(graph, chunks, weights, *guided, latents, own, memory)
+            waiting.append((frames, finite))
+            if len(waiting) > 1:
+                yield _fetched(*waiting.popleft())
+        yield _fetched(*waiting.popleft())
+
+    def _condition(
+        self, vae: tuple[nnx.GraphDef, Any], shape: tuple[int, ...], grey: Grey | None
+    ) -> tuple[Latents | None, Grey | None]:
+        """A chunk's condition frames, and where their encoding stands."""
+        if not self.takes_image:
+            return None, None
+        if self.first is None:
+            return jnp.zeros((*shape[:-1], MASK_CHANNELS + shape[-1])), None
+        if grey is None:
+            return samplers.encode_first_frame(self.vae, self.first, shape[1])
+        return _encode_grey(*vae, grey, shape[1])
+
+
+def _fetched(frames: Pixels, finite: Bool[Array, ""]) -> UInt8[np.ndarray, "t height width 3"]:
+    """Copied as they are: a slice would be a program, behind those of the next chunk."""
+    samplers.check_finite(finite)
+    return np.asarray(frames)[0]
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _empty(
+    graph: nnx.GraphDef,
+    chunks: Chunks,
+    shape: tuple[int, ...],
+    weights: Params,
+    unconditional: Condition | None,
+    guidance: Float[Array, ""],
+) -> Memory:
+    return samplers.causal_network(graph, chunks, weights, unconditional, guidance).empty(jnp.zeros(shape))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _make(
+    graph: nnx.GraphDef,
+    sampler: Sampler,
+    weights: Params,
+    unconditional: Condition | None,
+    guidance: Float[Array, ""],
+    noise: Latents,
+    condition: Condition,
+    key: tuple[PRNGKey, UInt32[Array, ""]],
+    past: Memory,
+) -> Latents:
+    """A chunk; `key` is the clip's, and the chunk's number."""
+    network = samplers.causal_network(graph, sampler.chunks or Chunks(), weights, unconditional, guidance)
+    own = draws.numbered(key[0], key[1][None])[0]
+    return make_chunk(network, noise, condition, own, past, samplers.solve_chunk(sampler, sampler.times))[0]
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=7)
+def _remember(
+    graph: nnx.GraphDef,
+    chunks: Chunks,
+    weights: Params,
+    unconditional: Condition | None,
+    guidance: Float[Array, ""],
+    chunk: Latents,
+    condition: Condition,
+    past: Memory,
+) -> Memory:
+    return remember(samplers.causal_network(graph, chunks, weights, unconditional, guidance), chunk, condition, past)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _decode(
+    graph: nnx.GraphDef, weights: Params, latents: Latents, cache: Cache | None
+) -> tuple[Pixels, Bool[Array, ""], Cache]:
+    pixels, left = nnx.merge(graph, weights).decode_next(latents, cache)
+    frames, finite = samplers.in_8_bits(latents, pixels)
+    return frames, finite, left
+
+
+@partial(jax.jit, static_argnums=(0, 3), donate_argnums=2)
+def _encode_grey(graph: nnx.GraphDef, weights: Params, past: Grey, frames: int) -> tuple[Latents, Grey]:
+    return samplers.encode_grey(nnx.merge(graph, weights), past, frames)
