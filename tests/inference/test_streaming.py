@@ -170,7 +170,7 @@ def test_grey_frames_are_encoded_until_nothing_changes(i2v, picture):
         ({"sampler": None}, "this model makes all frames of a video at once, and cannot stream them; load a causal"),
         ({"sampler": ONE, "num_frames": math.inf}, "this model sees all earlier frames, for which no memory is enough"),
         ({"num_frames": 11}, "num_frames is 11, expected 1 \\+ a multiple of 4, such as 9"),
-        ({"sampler": Sampler(chunks=Chunks(2)), "num_frames": 9}, "a clip of 3 latent frames is no whole number of ch"),
+        ({"sampler": Sampler(chunks=Chunks(2)), "num_frames": 9}, "num_frames is 9, 3 latent frames, but this causal"),
         ({"height": 20}, "height is 20, expected a multiple of 16, such as 16"),
         ({"seed": -1}, "seed is -1, expected a number from 0 to 4294967295"),
         ({"image": np.zeros((16, 32, 3), np.uint8)}, "an image was given, but this is a text-to-video model"),

@@ -6,10 +6,10 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
-from vpae_jax.types import UserError, Video
+from vpae_jax.types import UserError
 
 Pictures = UInt8[np.ndarray, "b height width 3"]
 
@@ -34,7 +34,7 @@ def fitted(height: int, width: int, own: tuple[int, int], units: tuple[int, int]
     return rows * unit_h, columns * unit_w
 
 
-def first_frames(pictures: Pictures, height: int, width: int) -> Video:
+def first_frames(pictures: Pictures, height: int, width: int) -> Float[Array, "b 1 h w 3"]:
     """Clips of one frame: pictures at the video's size, in [-1, 1]."""
     return jnp.asarray(_stretch(pictures, height, width))[:, None]
 
