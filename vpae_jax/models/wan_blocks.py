@@ -226,4 +226,20 @@ class Block(nnx.Module):
 
 def of_tokens(row: Float[Array, "b *f 1 d"], frame: Int[Array, "n"] | None) -> Float[Array, "b n d"]:
     """A row of modulation for each token; one row for all where a clip has one."""
-    return row if frame is None else jnp.take(row[:, :, 0], frame, axis=1)
+    return row if frame is None else _spread(row[:, :, 0], frame)
+
+
+@jax.custom_vjp
+def _spread(rows: Float[Array, "b f d"], frame: Int[Array, "n"]) -> Float[Array, "b n d"]:
+    """Each token's row. Its gradient is a product with ones: a gather's own is a scatter, which a GPU sums in another
+    order in each run, and a TPU row by row."""
+    return jnp.take(rows, frame, axis=1, mode="clip")
+
+
+def _gathered(kept: tuple[Array, Array], grad: Float[Array, "b n d"]) -> tuple[Float[Array, "b f d"], None]:
+    rows, frame = kept
+    own = jax.nn.one_hot(frame, rows.shape[1], dtype=grad.dtype)
+    return jnp.einsum("nf,bnd->bfd", own, grad, precision=jax.lax.Precision.HIGHEST), None
+
+
+_spread.defvjp(lambda rows, frame: (_spread(rows, frame), (rows, frame)), _gathered)
