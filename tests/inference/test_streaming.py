@@ -12,11 +12,13 @@ import pytest
 import random_model
 from flax import nnx
 
+from vpae_jax.config import MeshConfig
 from vpae_jax.flow.chunks import Chunks
 from vpae_jax.flow.draws import noise_of_seed
 from vpae_jax.flow.sampler import Sampler
 from vpae_jax.inference import samplers, streaming
 from vpae_jax.inference.pipeline import load_pipeline
+from vpae_jax.sharding import make_mesh
 from vpae_jax.types import UserError
 from vpae_jax.weights.settings import Defaults
 
@@ -26,21 +28,26 @@ ONE = Sampler(chunks=Chunks(1))
 WINDOW = Sampler(chunks=Chunks(1, window=2, sink=1))
 
 
-def load(tmp_path_factory, image):
+def write(tmp_path_factory, image):
     folder = tmp_path_factory.mktemp("model")
     random_model.pipeline(folder, image)
     (folder / "vpae_jax.json").write_text(json.dumps(dataclasses.asdict(Defaults(9, HEIGHT, WIDTH, 8.0))))
-    return load_pipeline(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def t2v(tmp_path_factory):
-    return load(tmp_path_factory, image=False)
+    return load_pipeline(write(tmp_path_factory, image=False))
 
 
 @pytest.fixture(scope="module")
-def i2v(tmp_path_factory):
-    return load(tmp_path_factory, image=True)
+def folder(tmp_path_factory):
+    return write(tmp_path_factory, image=True)
+
+
+@pytest.fixture(scope="module")
+def i2v(folder):
+    return load_pipeline(folder)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +107,15 @@ def test_a_video_without_end(i2v, picture):
     endless = i2v.stream(PROMPT, picture, WINDOW, num_frames=math.inf)
     begun = np.concatenate(list(islice(endless, 12)))
     np.testing.assert_array_equal(begun, np.concatenate(list(i2v.stream(PROMPT, picture, WINDOW, num_frames=45))))
+
+
+def test_a_mesh_makes_the_same_frames(folder, i2v, picture):
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1, context=2, tensor=1), jax.devices()[:2])
+    sharded = load_pipeline(folder, mesh=mesh)
+    found, expected = (
+        np.concatenate(list(pipe.stream(PROMPT, picture, WINDOW, num_frames=17))) for pipe in (sharded, i2v)
+    )
+    assert np.abs(found.astype(int) - expected).max() <= 1
 
 
 def test_the_next_chunk_is_on_its_way_when_one_is_given(t2v):
