@@ -33,10 +33,10 @@ def plan(fits=True, seconds=4.0, **more):
 def test_rows_are_presets_on_machines_that_exist():
     rows = list(survey.rows())
     assert rows[0] == ("i2v-14b-720p", "phase2", "h100:8") and rows[1][1] == "phase1"
-    assert len(rows) == len(set(rows)) == 5 * 7 * 2 + len(survey.OTHERS) * 3
+    assert len(rows) == len(set(rows)) == 5 * 7 * 2 + len(survey.OTHERS) * 3 + 4 * 2 * 2
     configs = {path.stem for path in (Path(__file__).parents[2] / "configs").glob("*.py")}
     others = configs - {"common", "vae", "encoders", "teacher"}
-    assert set(survey.OTHERS) | set(survey.PHASES) == others
+    assert {*survey.OTHERS, *survey.PHASES, *survey.CAUSAL} == others
     assert {preset for preset, _, _ in rows} == set(SIZES) - {"tiny"}
     assert all(parse(name) for _, _, name in rows)
 
@@ -73,5 +73,5 @@ def test_a_stopped_table_continues(tmp_path, monkeypatch, capsys):
     survey.main(["--output", str(tmp_path)])
     again = asked[len(first) :]
     assert not [row for row in again if row in first[:19] and not row[2].startswith("h")]
-    assert len((tmp_path / "plans.md").read_text().splitlines()) == 2 + 5 * 3 * 2
+    assert len((tmp_path / "plans.md").read_text().splitlines()) == 2 + 5 * 3 * 2 + 4 * 2
     assert "left out: i2v-14b-720p phase2 h20:32: planning for h20:32 needs" in capsys.readouterr().err

@@ -28,6 +28,9 @@ PHASES = ("phase2", "phase1")
 MATCHING, CONSISTENCY = ("dmd2", "dmd2v", "kd", "magic"), ("lcm", "pcm", "dcm_semantic", "dcm_detail")
 OTHERS = (*MATCHING, *CONSISTENCY, "add", "apt", "aad", "pose1", "pose2", "phase2_pixels", "add_pixels")
 MACHINES = ("h100:8", "h200:8", "h20:32")
+# Causal students, of both sizes.
+CAUSAL = ("causal_init", "causal_ode", "self_forcing", "asd")
+CAUSAL_PRESETS, CAUSAL_MACHINES = ("t2v-1.3b-480p", "i2v-14b-720p"), ("h100:8", "v5p:2x2x4")
 TOPOLOGIES = ("h100:8", "h200:8", "h20:32", "h100:32", "v5p:2x2x4", "v6e:8x8", "tpu7x:2x2x4")
 HEAD = "| preset | config | devices | setting | memory of a device | step | MFU |\n|---|---|---|---|---|---|---|\n"
 
@@ -42,6 +45,11 @@ def rows(topologies: Sequence[str] = TOPOLOGIES) -> Iterator[tuple[str, str, str
         for name in MACHINES:
             if name in topologies:
                 yield PRESETS[0], config, name
+    for preset in CAUSAL_PRESETS:
+        for config in CAUSAL:
+            for name in CAUSAL_MACHINES:
+                if name in topologies:
+                    yield preset, config, name
 
 
 def run(preset: str, config: str, name: str) -> dict[str, Any]:
