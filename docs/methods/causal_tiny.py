@@ -151,7 +151,7 @@ def draw(results: dict, path: Path) -> None:
             axes.set_title(f"{title}: {label}", fontsize=9)
             axes.set_xlabel("frame")
             axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(results), fontsize=8)
     figure.savefig(path, dpi=90)
 
 
