@@ -34,8 +34,6 @@ MESHES = {
     "fsdp 2 x context 4": MeshConfig(fsdp=2, context=4),
     "fsdp 2 x context 2 x tensor 2": MeshConfig(fsdp=2, context=2, tensor=2),
 }
-# Compiling takes half a minute each: one is short.
-SHORT = ("causal_init", "fsdp 2 x context 2 x tensor 2")
 
 
 @pytest.fixture
@@ -46,14 +44,9 @@ def known(monkeypatch):
         monkeypatch.setitem(KNOWN, name, method)
 
 
-@pytest.mark.parametrize(
-    ("name", "mesh"),
-    [
-        pytest.param(name, mesh, marks=[pytest.mark.long] * ((name, mesh) != SHORT))
-        for name in METHODS
-        for mesh in MESHES
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("name", METHODS)
 def test_a_step_is_the_same_on_every_mesh(name, mesh, known, in_float64):  # noqa: F811
     assert_same(step(name, MESHES[mesh]), step(name, ONE), 1e-6)
 
