@@ -1,5 +1,7 @@
 """A step of consistency distillation is the same in one piece and in parts, and on a mesh."""
 
+from copy import copy
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -30,8 +32,10 @@ def in_float64(monkeypatch):
 
     def precise(*args):
         experiment = ordinary(*args)
+        model = copy(experiment.model)  # the default is shared by all experiments
         for name in ("dtype", "frozen_dtype"):  # for which a config offers no float64
-            object.__setattr__(experiment.model, name, "float64")
+            object.__setattr__(model, name, "float64")
+        object.__setattr__(experiment, "model", model)
         return experiment
 
     monkeypatch.setattr(jnp, "float32", jnp.float64)
