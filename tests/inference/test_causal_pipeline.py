@@ -11,6 +11,7 @@ import random_model
 
 from vpae_jax.flow.chunks import Chunks
 from vpae_jax.flow.sampler import Sampler
+from vpae_jax.inference.pictures import first_frames
 from vpae_jax.inference.pipeline import load_pipeline
 from vpae_jax.types import UserError
 from vpae_jax.weights.find import find_model
@@ -84,6 +85,29 @@ def test_a_picture_and_guidance(ours):
     picture = np.random.default_rng(0).integers(0, 256, (16, 32, 3), np.uint8)
     alone, guided = (clip(ours, image=picture, steps=1, guidance=guidance) for guidance in (1.0, 3.0))
     assert alone.shape == (9, 16, 32, 3) and np.abs(alone - guided).max() > 1
+
+
+def test_a_text_to_video_model_continues_a_picture(tmp_path):
+    """Which is its first chunk; the clip's own length is the next one that has whole chunks after it."""
+    random_model.pipeline(tmp_path / "base", image=False)
+    student = dataclasses.replace(STUDENT, chunks=Chunks(3))
+    pipe = load_pipeline(written(tmp_path / "model", tmp_path / "base", student))
+    picture = np.random.default_rng(0).integers(0, 256, (16, 32, 3), np.uint8)
+    frames = clip(pipe, image=picture)
+    assert len(clip(pipe)) == 9 and len(frames) == 13  # three latent frames; one and three
+    shown = pipe.decode(pipe.vae.encode(first_frames(picture[None], 16, 32)))[0, 0]
+    assert np.abs(frames[0] - np.asarray(shown, int)).max() <= 1
+    longer, of_another = clip(pipe, image=picture, num_frames=25), clip(pipe, image=255 - picture)
+    assert np.abs(longer[:13] - frames).max() <= 1 and np.abs(of_another - frames)[1:].max() > 1
+    with pytest.raises(UserError, match=r"num_frames is 9, 3 latent frames, .* chunks of 1 and then 3; .* such as 13"):
+        pipe(PROMPT, image=picture, num_frames=9)
+
+
+def test_a_first_chunk_is_given_to_no_other_model(base):
+    pipe = load_pipeline(base)
+    noise = jax.random.normal(jax.random.key(1), pipe.latent_shape(1))
+    with pytest.raises(UserError, match="latents of a first chunk were given, but the sampler makes whole clips"):
+        pipe.sample(noise, pipe.condition([PROMPT]), sampler=Sampler(), given=noise[:, :1])
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from vpae_jax.flow.chunks import Chunks
 from vpae_jax.flow.draws import noise_of_seed
 from vpae_jax.flow.sampler import Sampler
 from vpae_jax.inference import samplers, streaming
+from vpae_jax.inference.pictures import first_frames
 from vpae_jax.inference.pipeline import load_pipeline
 from vpae_jax.sharding import make_mesh
 from vpae_jax.types import UserError
@@ -82,6 +83,14 @@ CASES = {
 }
 
 
+def continued(pipe, sampler, num_frames, picture, seed=3):
+    """The clip that a call makes of a text-to-video model and a picture, if the model's own sampler is this one."""
+    noise, key = noise_of_seed(seed, pipe.latent_shape(1, num_frames))
+    given = pipe.vae.encode(first_frames(picture[None], HEIGHT, WIDTH))
+    conditions = (pipe.condition([text], None, num_frames) for text in (PROMPT, NEGATIVE))
+    return np.asarray(pipe.decode(pipe.sample(noise, *conditions, sampler, key[None], given=given)))[0]
+
+
 @pytest.mark.parametrize("model, name", [(model, name) for model, names in CASES.items() for name in names])
 def test_frames_are_those_of_the_whole_clip(t2v, i2v, picture, model, name):
     sampler, num_frames = SAMPLERS[name]
@@ -93,6 +102,18 @@ def test_frames_are_those_of_the_whole_clip(t2v, i2v, picture, model, name):
     assert {chunk.dtype for chunk in chunks} == {np.dtype(np.uint8)} and expected.std() > 5
     # The same numbers, of which another program may round one in another way.
     assert np.abs(np.concatenate(chunks).astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("guidance", (1.0, 3.0))
+def test_a_text_to_video_model_continues_a_picture(t2v, picture, guidance):
+    """The picture is the first chunk, made by nobody, whatever chunks the model makes; the others remember it."""
+    asked = Sampler("consistency", (1.0, 0.5, 0.0), guidance, Chunks(2), first=(1.0, 0.0))
+    chunks = list(t2v.stream(PROMPT, picture, asked, 3, NEGATIVE, 17))
+    assert [len(chunk) for chunk in chunks] == [1, 8, 8]
+    expected = continued(t2v, dataclasses.replace(asked, chunks=Chunks(2, first=1), first=()), 17, picture)
+    assert np.abs(np.concatenate(chunks).astype(int) - expected).max() <= 1
+    other = np.concatenate(list(t2v.stream(PROMPT, 255 - picture, asked, 3, NEGATIVE, 17))).astype(int)
+    assert np.abs(other - expected)[1:].max() > 1
 
 
 def test_a_seed_decides(t2v):
@@ -189,7 +210,10 @@ def test_grey_frames_are_encoded_until_nothing_changes(i2v, picture):
         ({"sampler": Sampler(chunks=Chunks(2)), "num_frames": 9}, "num_frames is 9, 3 latent frames, but this causal"),
         ({"height": 20}, "height is 20, expected a multiple of 16, such as 16"),
         ({"seed": -1}, "seed is -1, expected a number from 0 to 4294967295"),
-        ({"image": np.zeros((16, 32, 3), np.uint8)}, "an image was given, but this is a text-to-video model"),
+        (
+            {"image": np.zeros((16, 32, 3), np.uint8), "sampler": Sampler(chunks=Chunks(3)), "num_frames": 9},
+            "such as 13",
+        ),
         ({"prompt": "a three " * 17}, "tokens, at most 16"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

@@ -84,7 +84,7 @@ class Pipeline:
 
     @property
     def takes_image(self) -> bool:
-        """Whether a first frame can be given."""
+        """Whether the transformer reads a first frame beside the noisy latents."""
         return self.transformer.config.in_channels > self.transformer.config.out_channels
 
     @cached_property
@@ -210,6 +210,7 @@ class Pipeline:
         sampler: Sampler | None = None,
         key: PRNGKey | None = None,
         denoiser: Denoiser | None = None,
+        given: Float[Array, "b first h w c"] | None = None,
     ) -> Latents:
         """Clean latents from noise.
 
@@ -220,18 +221,22 @@ class Pipeline:
           sampler: by default the model's own.
           key: for the "consistency" solver's fresh noise; one for each clip, or one for all.
           denoiser: networks of the same architecture to sample in place of the model's own.
+          given: latents of a causal model's first chunk, which it remembers instead of making them.
 
         Raises:
-          UserError: guidance without an unconditional condition, or a solver that draws noise without a key.
+          UserError: guidance without an unconditional condition, a solver that draws noise without a key, or given
+            latents that are no first chunk.
         """
         sampler = self.sampler() if sampler is None else sampler
         if sampler.guidance > 1 and unconditional is None:
             raise UserError(f"guidance is {sampler.guidance}, but no unconditional condition was given")
         if sampler.solver == "consistency" and key is None:
             raise UserError("solver 'consistency' draws fresh noise: give it a key")
+        if given is not None and sampler.chunks is None:
+            raise UserError("latents of a first chunk were given, but the sampler makes whole clips; leave them out")
         other = unconditional if sampler.guidance > 1 else None
         key = jax.random.key(0) if key is None else key  # read by no other solver
-        return samplers.sample(denoiser or self.denoiser, sampler, noise, condition, other, key)
+        return samplers.sample(denoiser or self.denoiser, sampler, noise, condition, other, key, given)
 
     def decode(self, latents: Latents) -> UInt8[Array, "b t height width 3"]:
         """Latents to pixels.
@@ -274,13 +279,14 @@ class Pipeline:
 
         Args:
           prompt: what it shows.
-          image: its first frame, of any size; stretched to the video's. None makes a video from text alone.
+          image: its first frame, of any size; stretched to the video's. None makes a video from text alone. A causal
+            text-to-video model continues it: the frame is a chunk of its own.
           steps, guidance, solver, shift: see `flow.sampler.Sampler`; by default the model's own (`scheduler`). Of a
             causal model steps may be two numbers, the first chunk's and each later one's.
           seed: decides the noise.
           negative_prompt: what guidance above 1 moves away from, by default the model's; the image stays, as in Wan.
           num_frames: 1 + a multiple of 4; by default the model's. A causal model makes a whole number of chunks, which
-            may be more than it was trained on.
+            may be more than it was trained on; where it continues an image, the default is the number next to its own.
           height, width: multiples of 8 times the transformer's patch; by default the model's. With an image and neither
             given, the image's aspect ratio at the model's area (see `fit`).
           noise: standard normal, of `latent_shape(1, ...)`, in place of the seed's.
@@ -291,8 +297,11 @@ class Pipeline:
           UserError: an argument that this model cannot use; the line says why.
         """
         height, width = self._fitted(image, height, width)
+        sampler, given = self.sampler(steps, guidance, solver, shift, window, sink), None
+        if image is not None and self._continues(sampler):
+            sampler, num_frames, given = self._continuing(sampler, image, num_frames, height, width)
+            image = None
         shape = self.latent_shape(1, num_frames, height, width)
-        sampler = self.sampler(steps, guidance, solver, shift, window, sink)
         if sampler.chunks is not None:
             self._check_chunks(sampler.chunks, shape[1])
         if noise is not None and noise.shape != shape:
@@ -302,7 +311,7 @@ class Pipeline:
         pictures = None if image is None else image[None]
         condition = self.condition([prompt], pictures, num_frames, height, width)
         unconditional = self._unconditional(condition, negative_prompt) if sampler.guidance > 1 else None
-        latents = self.sample(noise, condition, unconditional, sampler, key[None])
+        latents = self.sample(noise, condition, unconditional, sampler, key[None], given=given)
         return np.asarray(self.decode(latents)[0])
 
     def stream(
@@ -330,7 +339,10 @@ class Pipeline:
         """
         check_seed(seed)
         height, width = self._fitted(image, height, width)
-        sampler = self.sampler() if sampler is None else sampler
+        sampler, given = self.sampler() if sampler is None else sampler, None
+        if image is not None and self._continues(sampler):
+            sampler, num_frames, given = self._continuing(sampler, image, num_frames, height, width)
+            image = None
         latent_frames = sys.maxsize if num_frames == math.inf else self._latent_frames(num_frames)
         if sampler.chunks is not None and num_frames != math.inf:
             self._check_chunks(sampler.chunks, latent_frames)
@@ -340,7 +352,7 @@ class Pipeline:
         condition = self._encode([prompt], pictures)
         unconditional = self._unconditional(condition, negative_prompt) if sampler.guidance > 1 else None
         first = None if pictures is None else first_frames(pictures, *self._size(1, height, width)[1:])
-        clip = (condition, unconditional, first, (1, latent_frames, *space), seed)
+        clip = (condition, unconditional, first, given, (1, latent_frames, *space), seed)
         return streaming.Stream(self.vae, self.denoiser, sampler, self.takes_image, *clip).frames()
 
     def fit(self, height: int, width: int) -> tuple[int, int]:
@@ -366,6 +378,28 @@ class Pipeline:
             image = jnp.zeros(shape) if pictures is None else self.encode_image(pictures)
         return Condition(text=text, text_mask=mask, image=image)
 
+    def _continues(self, sampler: Sampler) -> bool:
+        """Whether a given first frame is a chunk of its own, which the others continue."""
+        return sampler.chunks is not None and not self.takes_image
+
+    def _continuing(
+        self,
+        sampler: Sampler,
+        image: UInt8[np.ndarray, "image_height image_width 3"],
+        num_frames: int | float | None,
+        height: int | None,
+        width: int | None,
+    ) -> tuple[Sampler, int | float, Latents]:
+        """How a clip is made that continues an image: its sampler, its number of frames, and its first chunk."""
+        assert sampler.chunks is not None
+        chunks = dataclasses.replace(sampler.chunks, first=1)
+        if num_frames is None:
+            near = chunks.nearest(self._latent_frames(None))
+            num_frames = 1 + (near - 1) * self.vae.config.scale_factor_temporal
+        first = first_frames(image[None], *self._size(1, height, width)[1:])
+        latents = samplers.encode_first_frame(self.vae, first, 1)[0][..., MASK_CHANNELS:]
+        return dataclasses.replace(sampler, chunks=chunks, first=()), num_frames, latents
+
     def _unconditional(self, condition: Condition, given: str | None) -> Condition:
         """What guidance moves one clip away from: a negative prompt, by default the model's."""
         try:
@@ -384,7 +418,7 @@ class Pipeline:
                 "this model makes videos between a first and a last frame (pos_embed_seq_len is set); it can be "
                 "converted, but not sampled; load a text-to-video or an image-to-video model"
             )
-        if image is not None and self.takes_image and height is None and width is None:
+        if image is not None and height is None and width is None:
             return self.fit(*image.shape[:2])
         return height, width
 

@@ -93,6 +93,7 @@ def sample(
     condition: Condition,
     unconditional: Condition | None,
     key: PRNGKey,
+    given: Float[Array, "b first h w c"] | None = None,
 ) -> Latents:
     """Clean latents from noise; the whole loop is one program.
 
@@ -103,11 +104,12 @@ def sample(
       condition: one a clip.
       unconditional: what guidance moves away from; None for no guidance.
       key: for solvers that draw fresh noise; one for each clip, or one for all.
+      given: of a causal network, the first chunk.
     """
     guidance = jnp.float32(sampler.guidance)
     if sampler.chunks is not None:
         plan = replace(sampler, guidance=1.0)  # one program for all
-        return _roll_out(denoiser.graph, plan, denoiser.weights, noise, condition, unconditional, guidance, key)
+        return _roll_out(denoiser.graph, plan, denoiser.weights, noise, condition, unconditional, guidance, key, given)
     plan = (sampler.solver, sampler.times, denoiser.boundary)
     low_graph, low_weights = (None, None) if denoiser.low is None else denoiser.low
     weights = (denoiser.weights, low_weights)
@@ -197,10 +199,11 @@ def _roll_out(
     unconditional: Condition | None,
     guidance: Float[Array, ""],
     key: PRNGKey,
+    given: Float[Array, "b first h w c"] | None,
 ) -> Latents:
     network = causal_network(graph, sampler.chunks or Chunks(), weights, unconditional, guidance)
     first = solve_chunk(sampler, sampler.first) if sampler.first else None
-    return roll_out(network, noise, condition, key, solve_chunk(sampler, sampler.times), first)[0]
+    return roll_out(network, noise, condition, key, solve_chunk(sampler, sampler.times), first, given)[0]
 
 
 def causal_network(

@@ -70,7 +70,8 @@ class Stream:
       takes_image: whether the network reads condition frames.
       condition: of the clip, without its `frames`.
       unconditional: what guidance moves away from; None for no guidance.
-      first: the given first frame, in [-1, 1]; None where none is given.
+      first: the first frame that the network reads, in [-1, 1]; None where none is given.
+      given: latents of the first chunk, which the network continues; None where it makes them.
       shape: [1, f, h, w, c] of the clip's latents; f is `sys.maxsize` for one without end.
       seed: decides the noise.
     """
@@ -82,6 +83,7 @@ class Stream:
     condition: Condition
     unconditional: Condition | None
     first: Float[Array, "1 1 height width 3"] | None
+    given: Latents | None
     shape: tuple[int, int, int, int, int]
     seed: int
 
@@ -104,11 +106,14 @@ class Stream:
             shape = (b, stop - start, h, w, c)
             given, grey = self._condition(vae, shape, grey)
             own = replace(self.condition, frames=given)
-            noise = draws.noise_of_frames(noise_key, shape, start)
-            times = self.sampler.first if not number and self.sampler.first else self.sampler.times
-            plan = replace(self.sampler, times=times, first=(), guidance=1.0)  # one program for all guidances
-            key_of_chunk = (key[None], jnp.uint32(number))
-            latents = _make(graph, plan, weights, *guided, noise, own, key_of_chunk, memory)
+            if self.given is not None and not number:
+                latents = self.given
+            else:
+                noise = draws.noise_of_frames(noise_key, shape, start)
+                times = self.sampler.first if not number and self.sampler.first else self.sampler.times
+                plan = replace(self.sampler, times=times, first=(), guidance=1.0)  # one program for all guidances
+                key_of_chunk = (key[None], jnp.uint32(number))
+                latents = _make(graph, plan, weights, *guided, noise, own, key_of_chunk, memory)
             frames, finite, cache = _decode(*vae, latents, cache)
             frames.copy_to_host_async()
             if stop < latent_frames:
