@@ -288,6 +288,53 @@ def test_splash_hides_keys_from_a_number_on(monkeypatch, visible, n, m):
     assert_hidden_from(visible, found, *given)
 
 
+def by_slices(q, k, v, past, stops):
+    """Each chunk's queries with what they see."""
+    (earlier_k, earlier_v), parts = past or (k, v), []
+    for a, b in zip((0, *stops[:-1]), stops, strict=True):
+        keys, values = (jnp.concatenate([x[:, :a], own[:, a:b]], 1) for x, own in ((earlier_k, k), (earlier_v, v)))
+        parts.append(reference.attention(q[:, a:b], keys, values))
+    return jnp.concatenate(parts, 1)
+
+
+@pytest.mark.parametrize("with_past", [True, False])
+@pytest.mark.parametrize(
+    "stops",
+    [
+        (40, 140, 240, 340),
+        (340,),
+        *(pytest.param(x, marks=pytest.mark.long) for x in ((140, 240, 340), (100, 200, 300), (240, 250, 260))),
+    ],
+    ids=str,
+)
+def test_splash_by_chunks(monkeypatch, stops, with_past):
+    """Chunks that share tiles; a first one that is shorter, longer or like the others."""
+    monkeypatch.setattr(splash, "TILES", (128,))
+    q, k, v, d_out = qkv(stops[-1], stops[-1], b=1, heads=2, head_dim=128)
+    past = (k[:, ::-1] + 0.5, v[:, ::-1] - 0.5) if with_past else None
+
+    def run(attend):
+        out, vjp = jax.vjp(lambda q, k, v, past: attend(q, k, v, past, stops), q, k, v, past)
+        return jax.tree.leaves((out, vjp(d_out)))
+
+    expected = run(by_slices)
+    for one, other in zip(run(lambda *given: splash.by_chunks(*given, interpret=True)), expected, strict=True):
+        if other.any():
+            assert distance(one, other) < 2e-6
+        else:  # what is before a single chunk is seen by nobody
+            assert len(stops) == 1 and not one.any()
+
+
+def test_the_mask_of_chunks_leaves_out_tiles(monkeypatch):
+    """Of eight chunks of a tile each, a chunk sees itself and those before it."""
+    monkeypatch.setattr(splash, "TILES", (128,))
+    stops = tuple(range(128, 1025, 128))
+    mask = splash._Chunks(1024, 1024, stops, splash._Seen(128, 128, None))
+    tiles = [slice(i * 128, i * 128 + 128) for i in range(8)]
+    seen = [[bool(mask[rows, columns].any()) for columns in tiles] for rows in tiles]
+    assert seen == np.tril(np.ones((8, 8), bool)).tolist()
+
+
 def test_a_tpus_kernel_is_told_how_many_keys_are_visible():
     """Of arguments that a program does not read, it has none."""
     x = jax.ShapeDtypeStruct((1, 1100, 1, 128), jnp.bfloat16)

@@ -13,7 +13,8 @@ The weights are those of `wan_dit.WanTransformer`; what differs is who sees whom
 A memory holds keys before their rotary embedding. They are turned as they are read, by the place at which they stand:
 so a window that moves, and a sink that stays before it, keep the distances that the model was trained with, and places
 never exceed the memory. Instead of a mask, each chunk's queries meet the slices of keys that they see, so that any
-attention kernel serves, and nothing that is masked is computed; `step` hides the part of the memory that is not in use.
+attention kernel serves, and nothing that is masked is computed; on TPUs, whose compiler takes minutes for a kernel, all
+chunks are one with a mask by tiles, unless there is a window. `step` hides the part of the memory that is not in use.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from jaxtyping import Array, Float, Int
 
 from vpae_jax.flow.chunks import Chunks
 from vpae_jax.models import kernels
+from vpae_jax.models.kernels import splash
 from vpae_jax.models.parallel import CausalAttention, Pair, Queries, Tables
 from vpae_jax.models.rotary import rope_table, rotate
 from vpae_jax.models.wan_blocks import Context
@@ -185,6 +187,10 @@ class _Whole(CausalAttention):
         earlier, cos, sin = past or (k, v), *tables
         q, own = rotate(q, cos, sin), rotate(k, cos, sin)
         turned = own if past is None else rotate(earlier[0], cos, sin)
+        kernel = kernels.choose(platform or jax.default_backend(), q.shape, own.shape, q.dtype)
+        if kernel == "splash" and not self.chunks.window:
+            stops = tuple(stop * self.frame for _, stop in self.spans)
+            return splash.by_chunks(q, own, v, None if past is None else (turned, earlier[1]), stops)
         results = []
         for start, stop in self.spans:
             keys, values = [], []
