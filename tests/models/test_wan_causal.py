@@ -14,7 +14,7 @@ from plain_wan import HIDDEN, clean_then_noisy, places, random_model, tensor, te
 from vpae_jax.config import MeshConfig
 from vpae_jax.flow.chunks import Chunks
 from vpae_jax.flow.rollout import roll_out
-from vpae_jax.models.wan_causal import CausalWan
+from vpae_jax.models.wan_causal import CausalWan, _Whole
 from vpae_jax.models.wan_dit import WanTransformerConfig
 from vpae_jax.sharding import TRANSFORMER_RULES, make_mesh, param_shardings
 from vpae_jax.types import Condition, Memory, UserError
@@ -434,3 +434,20 @@ def test_meshes_that_do_not_divide_are_named(mesh, message):
             jax.eval_shape(evaluate, x, t, condition)
     with pytest.raises(UserError, match=f"^config.mesh.context {message}"):
         jax.eval_shape(network.step, x, t[:, 0], condition, jax.eval_shape(network.empty, x))
+
+
+@pytest.mark.parametrize(
+    "chunks, with_past, kernels",
+    [(Chunks(1), True, 1), (Chunks(1), False, 1), (Chunks(1, window=2), True, 3)],
+    ids=("past", "no past", "window"),
+)
+def test_all_chunks_are_one_kernel_on_a_tpu(chunks, with_past, kernels):
+    """In the program that a TPU would get; with a window there is a kernel for each number of frames that are seen."""
+    frame, frames = 1200, 4
+    attend = _Whole(chunks.spans(frames), chunks, frame)
+    x = jax.ShapeDtypeStruct((1, frame * frames, 1, 128), jnp.bfloat16)
+    table = jax.ShapeDtypeStruct((frame * frames, 64), jnp.float32)
+    run = lambda q, k, v, past, tables: attend(q, k, v, past, tables, "tpu")  # noqa: E731
+    traced = jax.jit(run).trace(x, x, x, (x, x) if with_past else None, (table, table))
+    program = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert program.count('kernel_name = "splash_mha_fwd') == kernels

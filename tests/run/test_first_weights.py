@@ -15,6 +15,8 @@ from test_students import TINY
 
 from vpae_jax import convert, sharding
 from vpae_jax.config import Experiment, MeshConfig, ModelConfig
+from vpae_jax.flow.chunks import Chunks
+from vpae_jax.flow.sampler import Sampler
 from vpae_jax.methods import make_method
 from vpae_jax.methods.base import Adapters, Method, Role, Update
 from vpae_jax.models.wan_dit import WanTransformerConfig
@@ -22,6 +24,9 @@ from vpae_jax.run.first_weights import find_start, make_weights
 from vpae_jax.train.blueprint import draw_up
 from vpae_jax.types import Batch, UserError
 from vpae_jax.weights.filenames import INDEX
+from vpae_jax.weights.find import find_model
+from vpae_jax.weights.layout import Contents, write_model
+from vpae_jax.weights.settings import Scheduler
 
 SIZES = WanTransformerConfig(
     num_attention_heads=2, attention_head_dim=8, in_channels=16, text_dim=8, freq_dim=8, ffn_dim=16, num_layers=2
@@ -98,3 +103,15 @@ def test_a_model_of_two_experts_is_refused_and_one_of_them_is_not(tmp_path):
     convert.main([str(two / "transformer"), str(one), "--format=diffusers", f"--base={TINY}"])
     experiment = dataclasses.replace(EXPERIMENT, model=ModelConfig(path=str(one)))
     assert start(experiment, make_method({"name": "lcm"})).boundary is None
+
+
+@pytest.mark.parametrize("name", ("lcm", "flow_matching", "self_forcing"))
+def test_a_causal_model_is_no_teacher(name, tmp_path):
+    folder = tmp_path / "model"
+    causal = dataclasses.replace(Sampler.even(4), chunks=Chunks(1))
+    write_model(folder, Contents(find_model(TINY), scheduler=Scheduler.of(causal)))
+    experiment = dataclasses.replace(EXPERIMENT, model=ModelConfig(path=str(folder)))
+    with pytest.raises(UserError, match=f"config.model.path: {folder} is a causal model, but fresh sees whole clips"):
+        find_start(experiment, make_method({"name": name, "init": "pretrained"}), tmp_path)
+    more = find_start(experiment, make_method({"name": "causal_init"}), tmp_path)
+    assert more.path == folder

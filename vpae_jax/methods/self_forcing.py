@@ -57,7 +57,7 @@ class SelfForcing(DMD2):
     """DMD2 of a causal student on its own roll-outs.
 
     Attributes:
-      init: where the generator starts: a causal model of the phase before, or the model directory, if that is one.
+      init: where the generator starts: as a causal model of the phase before, or with the teacher's own weights.
       chunks: how a clip is divided.
       exits: how the exit i is chosen.
       inputs: only "simulated": a roll-out is the student's own.

@@ -28,6 +28,8 @@ from vpae_jax.weights.find import find_model
 from vpae_jax.weights.loading import read_part
 from vpae_jax.weights.locate import locate
 from vpae_jax.weights.merging import Merging
+from vpae_jax.weights.parts import makes_from_image
+from vpae_jax.weights.settings import read_scheduler
 from vpae_jax.weights.stream import Placement
 
 START = "start.json"
@@ -64,7 +66,12 @@ def resolve_model(path: str, workdir: Path) -> Path:
 
 
 def find_start(experiment: Experiment, method: Method, workdir: Path) -> ModelDirectory:
-    """The model directory of a run. Raises `UserError` for one of two experts, where a role would start from it."""
+    """The model directory of a run.
+
+    Raises:
+      UserError: one of two experts, where a role would start from it, or a causal model, where a role would see whole
+        clips with it.
+    """
     source = find_model(resolve_model(experiment.model.path, workdir))
     if source.boundary is not None and starts_from_transformer(method):
         one = source.parts["transformer"].files[0].parent
@@ -73,7 +80,22 @@ def find_start(experiment: Experiment, method: Method, workdir: Path) -> ModelDi
             f"with one of them, on another whose other parts are the same: python -m vpae_jax.convert {one} DST "
             "--format=diffusers --base=MODEL"
         )
+    if starts_from_transformer(method) and not _is_causal(method):
+        image = makes_from_image({name: part.config for name, part in source.parts.items()})
+        if read_scheduler(source.folder, image).chunks is not None:
+            raise UserError(
+                f"config.model.path: {source.path} is a causal model, but {experiment.name} sees whole clips with it; "
+                "give the model that it was made of"
+            )
     return source
+
+
+def _is_causal(method: Method) -> bool:
+    """Whether all that starts from the model directory's transformer sees chunks in their order."""
+    frozen = any(
+        role.start == "pretrained" and role.part == "transformer" and not role.trains for role in method.roles.values()
+    )
+    return method.student.sampler.chunks is not None and not frozen
 
 
 def starts_from_transformer(method: Method) -> bool:
