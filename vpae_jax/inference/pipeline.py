@@ -28,12 +28,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from vpae_jax import sharding
-from vpae_jax.flow.chunks import Chunks
 from vpae_jax.flow.draws import check_seed, noise_of_seed
 from vpae_jax.flow.sampler import Sampler, Solver, Steps
 from vpae_jax.inference import samplers, streaming
-from vpae_jax.inference.pictures import Pictures, first_frames, fitted
+from vpae_jax.inference.pictures import Pictures, first_frames
 from vpae_jax.inference.samplers import MASK_CHANNELS, Denoiser
+from vpae_jax.inference.sizes import ClipSizes
 from vpae_jax.inference.tokenizer import (
     PreTrainedTokenizerBase,
     check_ids,
@@ -53,7 +53,7 @@ from vpae_jax.weights.find import find_model
 from vpae_jax.weights.image_processor import ImageProcessor, read_image_processor
 from vpae_jax.weights.loading import load_part
 from vpae_jax.weights.parts import LOW, abstract, check_fit, makes_from_image
-from vpae_jax.weights.settings import Defaults, Scheduler, check_pixels, read_defaults, read_scheduler
+from vpae_jax.weights.settings import Defaults, Scheduler, read_defaults, read_scheduler
 from vpae_jax.weights.stream import Placement
 
 
@@ -182,7 +182,7 @@ class Pipeline:
           pictures: first frames of any size, stretched to the video's; None for text-to-video.
           num_frames, height, width: the video's; by default the model's.
         """
-        num_frames, height, width = self._size(num_frames, height, width)
+        num_frames, height, width = self._sizes.clip(num_frames, height, width)
         condition = self._encode(prompts, pictures)
         if not self.takes_image:
             return condition
@@ -253,10 +253,9 @@ class Pipeline:
     ) -> tuple[int, int, int, int, int]:
         """Shape of the latents of `batch` clips; sizes default to the model's. Raises `UserError` for a size that the
         model cannot make."""
-        num_frames, height, width = self._size(num_frames, height, width)
-        vae = self.vae.config
-        space = vae.scale_factor_spatial
-        return batch, self._latent_frames(num_frames), height // space, width // space, vae.z_dim
+        num_frames, height, width = self._sizes.clip(num_frames, height, width)
+        space, frames = self.vae.config.scale_factor_spatial, self._sizes.latent_frames(num_frames)
+        return batch, frames, height // space, width // space, self.vae.config.z_dim
 
     def __call__(
         self,
@@ -303,7 +302,7 @@ class Pipeline:
             image = None
         shape = self.latent_shape(1, num_frames, height, width)
         if sampler.chunks is not None:
-            self._check_chunks(sampler.chunks, shape[1])
+            self._sizes.check_chunks(sampler.chunks, shape[1])
         if noise is not None and noise.shape != shape:
             raise UserError(f"noise has shape {noise.shape}, expected {shape}: one clip's latents, channels last")
         drawn, key = noise_of_seed(seed, shape)
@@ -343,28 +342,31 @@ class Pipeline:
         if image is not None and self._continues(sampler):
             sampler, num_frames, given = self._continuing(sampler, image, num_frames, height, width)
             image = None
-        latent_frames = sys.maxsize if num_frames == math.inf else self._latent_frames(num_frames)
+        latent_frames = sys.maxsize if num_frames == math.inf else self._sizes.latent_frames(num_frames)
         if sampler.chunks is not None and num_frames != math.inf:
-            self._check_chunks(sampler.chunks, latent_frames)
+            self._sizes.check_chunks(sampler.chunks, latent_frames)
         held = streaming.frames_held(sampler.chunks, latent_frames)
-        space = self.latent_shape(1, 1 + (held - 1) * self.vae.config.scale_factor_temporal, height, width)[2:]
+        space = self.latent_shape(1, self._sizes.num_frames(held), height, width)[2:]
         pictures = None if image is None else image[None]
         condition = self._encode([prompt], pictures)
         unconditional = self._unconditional(condition, negative_prompt) if sampler.guidance > 1 else None
-        first = None if pictures is None else first_frames(pictures, *self._size(1, height, width)[1:])
+        first = None if pictures is None else first_frames(pictures, *self._sizes.clip(1, height, width)[1:])
         clip = (condition, unconditional, first, given, (1, latent_frames, *space), seed)
         return streaming.Stream(self.vae, self.denoiser, sampler, self.takes_image, *clip).frames()
 
     def fit(self, height: int, width: int) -> tuple[int, int]:
         """The video's height and width for a picture's: its aspect ratio at the model's own area (`pictures.fitted`).
         Raises `UserError` for a picture too long for that."""
-        return fitted(height, width, (self.defaults.height, self.defaults.width), self.units)
+        return self._sizes.fit(height, width)
 
     @property
     def units(self) -> tuple[int, int]:
         """What a video's height and width are multiples of, in pixels."""
-        space, (_, patch_h, patch_w) = self.vae.config.scale_factor_spatial, self.transformer.config.patch_size
-        return space * patch_h, space * patch_w
+        return self._sizes.units
+
+    @property
+    def _sizes(self) -> ClipSizes:
+        return ClipSizes(self.defaults, self.vae.config, self.transformer.config.patch_size)
 
     def _encode(self, prompts: Sequence[str], pictures: Pictures | None) -> Condition:
         """Text and pictures, without the condition frames."""
@@ -394,9 +396,8 @@ class Pipeline:
         assert sampler.chunks is not None
         chunks = dataclasses.replace(sampler.chunks, first=1)
         if num_frames is None:
-            near = chunks.nearest(self._latent_frames(None))
-            num_frames = 1 + (near - 1) * self.vae.config.scale_factor_temporal
-        first = first_frames(image[None], *self._size(1, height, width)[1:])
+            num_frames = self._sizes.num_frames(chunks.nearest(self._sizes.latent_frames(None)))
+        first = first_frames(image[None], *self._sizes.clip(1, height, width)[1:])
         latents = samplers.encode_first_frame(self.vae, first, 1)[0][..., MASK_CHANNELS:]
         return dataclasses.replace(sampler, chunks=chunks, first=()), num_frames, latents
 
@@ -421,39 +422,6 @@ class Pipeline:
         if image is not None and height is None and width is None:
             return self.fit(*image.shape[:2])
         return height, width
-
-    def _latent_frames(self, num_frames: int | float | None) -> int:
-        """Latent frames of a video of so many, by default the model's; checked."""
-        num_frames = self.defaults.num_frames if num_frames is None else num_frames
-        time = self.vae.config.scale_factor_temporal
-        frames = int(1 + (num_frames - 1) // time)
-        if num_frames < 1 or (num_frames - 1) % time or frames % self.transformer.config.patch_size[0]:
-            near = max(0, round((num_frames - 1) / time)) * time + 1
-            raise UserError(f"num_frames is {num_frames}, expected 1 + a multiple of {time}, such as {near}")
-        return frames
-
-    def _check_chunks(self, chunks: Chunks, frames: int) -> None:
-        """Raises `UserError` for a clip that is no whole number of chunks."""
-        near, time = chunks.nearest(frames), self.vae.config.scale_factor_temporal
-        if near != frames:
-            size = chunks.size if chunks.first in (0, chunks.size) else f"{chunks.first} and then {chunks.size}"
-            raise UserError(
-                f"num_frames is {1 + (frames - 1) * time}, {frames} latent frames, but this causal model makes them in "
-                f"chunks of {size}; give a whole number of chunks, such as {1 + (near - 1) * time}"
-            )
-
-    def _size(self, num_frames: int | None, height: int | None, width: int | None) -> tuple[int, int, int]:
-        """The video's size, the model's own where it is not given; checked."""
-        num_frames = self.defaults.num_frames if num_frames is None else num_frames
-        height = self.defaults.height if height is None else height
-        width = self.defaults.width if width is None else width
-        self._latent_frames(num_frames)
-        for name, size, unit in zip(("height", "width"), (height, width), self.units, strict=True):
-            if size < unit or size % unit:
-                near = max(1, round(size / unit)) * unit
-                raise UserError(f"{name} is {size}, expected a multiple of {unit}, such as {near}")
-        check_pixels(num_frames, height, width)
-        return num_frames, height, width
 
 
 def load_pipeline(
