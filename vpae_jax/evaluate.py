@@ -240,7 +240,7 @@ def evaluate(
 def _scored(row: Entry, pipeline: Pipeline, task: Task, held_out: HeldOut, batch: int | None) -> Row:
     sampler = row.sampler(pipeline)
     generation, denoiser = Generation(pipeline, held_out, batch), pipeline.denoiser
-    each = "each" if sampler.chunks is None else "a chunk"
+    each = "each" if sampler.chunks is None else "a chunk at most" if sampler.first else "a chunk"
     say(f"{row.name}: {len(held_out)} clips, {sampler.evaluations} network evaluations {each}")
     wanted = held_out.shown
     shown: dict[int, Any] = {}

@@ -1,33 +1,41 @@
 """Scores causal students of digits as whole clips and frame by frame: a table and a picture of docs/methods.md.
 
-python docs/methods/causal_tiny.py RESULTS.json NAME=DIR[,DIR ...]:STEPS ...      # measures rows
-python docs/methods/causal_tiny.py RESULTS.json                                   # prints the table, draws the picture
+python docs/methods/causal_tiny.py RESULTS.json NAME=DIR[,DIR ...]:STEPS[:WINDOW] ...  # measures rows
+python docs/methods/causal_tiny.py RESULTS.json PICTURE.png                             # prints the table, draws curves
 
 A row is the model directories of one method, of several seeds, sampled in STEPS evaluations a chunk: "1", or "4,1" for
 four in the first chunk and one in the later ones (First-Frame Enhancement), or "own" for what the directories say. The
 kernel distance of a frame is that of the frame standing still. Errors are 95 % intervals of draws of seeds, and of half
 of the clips of each, without replacement: a clip that is drawn twice would meet itself in the kernel.
+
+FRAMES=25 in the environment asks for longer clips than the models were trained on, each chunk of which sees the WINDOW
+latent frames before it. Real clips are as long then, and their digits bounce off the walls, which no training showed.
 """
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
 from vpae_jax import tasks
 from vpae_jax.config import DataConfig
 from vpae_jax.flow.sampler import parse_steps
-from vpae_jax.inference.pipeline import load_pipeline
+from vpae_jax.inference.pipeline import Pipeline, load_pipeline
 from vpae_jax.metrics.distances import FeatureScale, features, kernel_distance
 from vpae_jax.run.generation import Generation
-from vpae_jax.tasks.base import rows_of
+from vpae_jax.tasks.base import HeldOut, in_batches
+from vpae_jax.tasks.digits.clips import MovingDigits
 from vpae_jax.tasks.digits.measures import centroids
 from vpae_jax.tasks.digits.scores import classifier
+from vpae_jax.tasks.digits.task import ASKED
+from vpae_jax.tasks.digits.task import OTHERS as OTHER_CLIPS
 
-FOLDER = Path(__file__).parent
+FRAMES = int(os.environ.get("FRAMES", "9"))
 COUNT, OTHERS, DRAWS = 128, 400, 100
 TITLES = {"t2v": "text-to-video", "i2v": "image-to-video"}
 CURVES = {
@@ -48,10 +56,10 @@ def moved(clips: np.ndarray) -> np.ndarray:
 
 
 class Judge:
-    """Compares clips of one mode with real ones, of which `others` are features: of clips, then of each frame."""
+    """Compares clips with real ones, of which `others` are features: of clips, then of each frame."""
 
-    def __init__(self, real: dict, others: list[np.ndarray]) -> None:
-        self.digits, self.speed = real["digit"], moved(real["clips"]).mean(0)
+    def __init__(self, clips: np.ndarray, digits: np.ndarray, others: list[np.ndarray]) -> None:
+        self.digits, self.speed = digits, moved(clips).mean(0)
         self.kept = [found.std(0) > 0 for found in others]  # features of motion are 0 where nothing moves
         known = [found[:, kept] for found, kept in zip(others, self.kept, strict=True)]
         self.scales = [FeatureScale.of(found) for found in known]
@@ -95,28 +103,47 @@ class Judge:
         return result
 
 
+def real_clips(split: str, seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Clips and their digits."""
+    source = MovingDigits(split, count, seed, FRAMES)
+    items = [source[i] for i in range(count)]
+    return np.stack([item["video"] for item in items]), np.array([item["digit"] for item in items])
+
+
+def asked(pipe: Pipeline, clips: np.ndarray) -> HeldOut:
+    """What is asked of models: each caption once with the first frame and once without."""
+    held_out = tasks.open_task(DataConfig(), Path(), "tiny", {}).held_out(pipe, "evaluation", COUNT)
+    held_out = replace(held_out, parts=tuple(replace(part, again=slice(0, 0)) for part in held_out.parts))
+    shape = pipe.latent_shape(1, FRAMES)[1:]
+    frames = np.zeros((len(held_out), *shape[:3], held_out.condition.frames.shape[-1]), np.float32)
+    given = next(part for part in held_out.parts if part.name == "i2v").rows
+    for rows, _ in in_batches(COUNT, 32):
+        first = clips[rows, :1].astype(np.float32) / 127.5 - 1
+        frames[given][rows] = pipe.condition_frames(jnp.asarray(first), FRAMES)
+    return replace(held_out, shape=shape, condition=replace(held_out.condition, frames=frames))
+
+
 def measure(path: Path, rows: list[str]) -> None:
     """Adds rows to the results."""
     results = json.loads(path.read_text()) if path.exists() else {}
     pipe = load_pipeline("tiny")
-    held_out = tasks.open_task(DataConfig(), Path(), "tiny", {}).held_out(pipe, "evaluation", COUNT)
-    held_out = replace(held_out, parts=tuple(replace(part, again=slice(0, 0)) for part in held_out.parts))
-    known = rows_of(held_out.others, slice(OTHERS))
-    others = [known["features"], *(still(known["clips"], frame) for frame in range(known["clips"].shape[1]))]
-    judges = {part.name: Judge(rows_of(held_out.real, part.rows), others) for part in held_out.parts}
-    real = {part.name: judges[part.name].measure(held_out.real["clips"][part.rows]) for part in held_out.parts}
-    results["real"] = {mode: judges[mode].summary([found]) for mode, found in real.items()}
+    real, digits = real_clips(*ASKED["evaluation"], COUNT)
+    known, _ = real_clips(ASKED["evaluation"][0], OTHER_CLIPS["evaluation"][1], OTHERS)
+    held_out = asked(pipe, real)
+    judge = Judge(real, digits, [features(known), *(still(known, frame) for frame in range(FRAMES))])
+    results["real"] = dict.fromkeys(TITLES, judge.summary([judge.measure(real)]))
     for text in rows:
         name, _, rest = text.partition("=")
-        folders, _, steps = rest.rpartition(":")
-        seeds: dict[str, list[dict]] = {mode: [] for mode in judges}
+        folders, steps, *window = rest.split(":")
+        seeds: dict[str, list[dict]] = {mode: [] for mode in TITLES}
         for folder in folders.split(","):
             student = load_pipeline(folder)
-            sampler = student.sampler(None if steps == "own" else parse_steps(steps, "STEPS"))
+            given = None if steps == "own" else parse_steps(steps, "STEPS")
+            sampler = student.sampler(given, window=int(window[0]) if window else None)
             clips = Generation(student, held_out)(student.denoiser, sampler)
             for part in held_out.parts:
-                seeds[part.name].append(judges[part.name].measure(clips[part.rows]))
-        results[name] = {mode: judges[mode].summary(found) for mode, found in seeds.items()}
+                seeds[part.name].append(judge.measure(clips[part.rows]))
+        results[name] = {mode: judge.summary(found) for mode, found in seeds.items()}
         path.write_text(json.dumps(results, indent=1))
         print(name, {mode: round(found["kvd"]["mean"], 1) for mode, found in results[name].items()}, flush=True)
 
@@ -156,10 +183,10 @@ def draw(results: dict, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    where, *asked = sys.argv[1:]
-    if asked:
-        measure(Path(where), asked)
-    else:
+    where, *given = sys.argv[1:]
+    if given[0].endswith(".png"):
         found = json.loads(Path(where).read_text())
         print(table(found))
-        draw(found, FOLDER / "causal_students.png")
+        draw(found, Path(given[0]))
+    else:
+        measure(Path(where), given)

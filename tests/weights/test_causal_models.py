@@ -62,7 +62,7 @@ def test_the_first_chunk_in_more_steps_than_the_others():
     scheduler, own = Scheduler.of(STUDENT), STUDENT.times
     found = scheduler.sampler((4, 1))
     assert (found.first, found.times, found.chunks) == (own, (1.0, 0.0), CHUNKS)
-    assert (found.asked, found.evaluations) == ((4, 1), 1)
+    assert (found.asked, found.evaluations) == ((4, 1), 4)
     assert scheduler.sampler((2, 2)) == scheduler.sampler(2)
     assert scheduler.sampler((6, 2)).first == Sampler.even(6, 5.0).times
     listed = Scheduler.of(LISTED, 5.0)

@@ -86,9 +86,9 @@ class Sampler:
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations a clip; guidance doubles them. Of a causal network those of each chunk but the first,
+        """Network evaluations a clip; guidance doubles them. Of a causal network those of the chunk that takes most,
         without the one that remembers it."""
-        return self.steps * (2 if self.guidance > 1 else 1)
+        return max(self.steps, len(self.first) - 1) * (2 if self.guidance > 1 else 1)
 
 
 ONE_STEP = Sampler()
