@@ -230,6 +230,7 @@ class Experiment:
       sample_steps: Euler steps of the teacher's previews.
       sample_guidance: guidance of the teacher's previews.
       sample_shift: shift of the teacher's time grid, and of a one-step student's where it is sampled in more.
+      tracker: what gets metrics and previews besides the workdir: "wandb" or "trackio", packages to be installed.
     """
 
     name: str
@@ -246,6 +247,7 @@ class Experiment:
     sample_steps: int = 50
     sample_guidance: float = 1.0
     sample_shift: float = 1.0
+    tracker: Literal["none", "wandb", "trackio"] = "none"
     networks: Mapping[str, Any] = field(default_factory=dict)
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()

@@ -44,6 +44,7 @@ from vpae_jax.run.workdir import Lock, claim, require_config
 from vpae_jax.runtime.preemption import Stop, never
 from vpae_jax.runtime.processes import as_first_says, is_first, say, to_host
 from vpae_jax.tasks.base import Feed, Task, TooFew
+from vpae_jax.train import trackers
 from vpae_jax.train.blueprint import PixelParts, draw_up
 from vpae_jax.train.loop import Hook, train
 from vpae_jax.train.newest import latest_step
@@ -82,6 +83,7 @@ def _run(experiment: Experiment, workdir: Path, lock: Lock, devices: Sequence[An
     method = make_method(experiment.method)
     check_roles(method, experiment.optimizers)
     check_settings(experiment, method)
+    trackers.require(experiment.tracker)
     mesh = sharding.make_mesh(experiment.mesh, devices)
     parts = 1 if method.whole_batch else sharding.parts_of_batch(experiment, mesh)
     experiment = dataclasses.replace(experiment, accumulation=parts)

@@ -68,11 +68,11 @@ class Previews:
             denoiser, how = teacher
             self.rows[f"teacher, {how.evaluations} evaluations"] = self.generation(denoiser, how)
 
-    def __call__(self, step: int, state: TrainState) -> Mapping[str, float]:
+    def __call__(self, step: int, state: TrainState) -> Mapping[str, Path]:
         made = {name: self.generation(denoiser, self.sampler) for name, denoiser in self.networks(state).items()}
-        if is_first():
-            write_previews(self.folder, step, {**self.rows, **made}, self.fps)
-        return {}
+        if not is_first():
+            return {}
+        return {"previews": write_previews(self.folder, step, {**self.rows, **made}, self.fps).with_suffix(".mp4")}
 
 
 def write_previews(folder: Path, step: int, rows: Mapping[str, Clips], fps: float) -> Path:

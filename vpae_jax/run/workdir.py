@@ -41,6 +41,7 @@ FREE = (
     "checkpoint_every",
     "keep",
     "guard",
+    "tracker",
 )
 FREE_DATA = ("data.folder", "data.records", "data.videos", "data.workers", "data.max_bad", "data.held_out_records")
 

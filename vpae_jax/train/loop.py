@@ -7,11 +7,13 @@ with the same bits as an uninterrupted one.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -29,6 +31,7 @@ from vpae_jax.train.checkpoint import Checkpoints
 from vpae_jax.train.metrics import MetricsLog
 from vpae_jax.train.roles import RoleModels
 from vpae_jax.train.state import TrainState, places_of
+from vpae_jax.train.trackers import Tracker
 from vpae_jax.types import Params, UserError
 
 
@@ -53,13 +56,13 @@ class Hook:
 
     Attributes:
       every: interval in steps; it also runs before the first and after the last step.
-      run: receives the number of completed steps and the state (whose buffers the next step consumes); returns scalars
-        to record.
+      run: receives the number of completed steps and the state (whose buffers the next step consumes); returns what to
+        record: scalars, and videos' files for a tracker.
       name: what it does, as in "scoring held-out clips".
     """
 
     every: int
-    run: Callable[[int, TrainState], Mapping[str, float]]
+    run: Callable[[int, TrainState], Mapping[str, Any]]
     name: str
 
     def due(self, step: int, last: int) -> bool:
@@ -104,7 +107,7 @@ def train(
             steps.make_update(update, i, models, optimizers, experiment.accumulation, places)
             for i, update in enumerate(method.updates)
         ]
-        metrics = MetricsLog(workdir, start, experiment.steps)
+        metrics = MetricsLog(workdir, start, experiment.steps, _tracker(experiment, workdir))
         stack.callback(metrics.close)
         if start == 0:
             _run_hooks(hooks, 0, experiment.steps, state, metrics)
@@ -134,6 +137,13 @@ def train(
                 break
             _run_hooks(hooks, step + 1, experiment.steps, state, metrics)
     return state
+
+
+def _tracker(experiment: Experiment, workdir: Path) -> Callable[[], Tracker] | None:
+    """What begins the run of the tracker that the config names."""
+    if experiment.tracker == "none":
+        return None
+    return partial(Tracker, experiment.tracker, workdir, experiment.name, dataclasses.asdict(experiment))
 
 
 class Clock:
@@ -193,6 +203,6 @@ def _run_hooks(hooks: tuple[Hook, ...], step: int, last: int, state: TrainState,
     for hook in hooks:
         if hook.due(step, last):
             with metrics.first_time(hook.name):
-                scalars = hook.run(step, state)
-            if scalars:
-                metrics.write(step, scalars)
+                values = hook.run(step, state)
+            if values:
+                metrics.write(step, values)

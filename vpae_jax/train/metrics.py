@@ -1,4 +1,4 @@
-"""Where numbers go: a JSONL file, TensorBoard, and the terminal.
+"""Where numbers go: a JSONL file, TensorBoard, a tracker if one is wanted, and the terminal.
 
 `metrics.jsonl` is the record that the report is drawn from: one object a logged step, `{"step": 10, "generator/loss":
 ...}`. A restart drops the lines of steps that are run again, and those that a fault of the disk has made unreadable.
@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from vpae_jax.files import refused_writes, write_text
 from vpae_jax.runtime import progress
 from vpae_jax.runtime.processes import is_first, say
+from vpae_jax.train.trackers import Tracker
 
 JSONL = "metrics.jsonl"
 # The bar says what time is left once so many steps have been timed.
@@ -38,12 +39,13 @@ class MetricsLog:
       workdir: the run's folder.
       start: the step that the run continues from; later records of an interrupted run are dropped.
       steps: the last step, for the progress bar.
+      tracker: makes what else gets the numbers, in the process that writes; None for nothing.
 
     Raises:
-      UserError: metrics.jsonl cannot be written.
+      UserError: metrics.jsonl cannot be written, or the tracker not be begun.
     """
 
-    def __init__(self, workdir: Path, start: int, steps: int):
+    def __init__(self, workdir: Path, start: int, steps: int, tracker: Callable[[], Tracker] | None = None):
         self.writes, self.file, self.begun = is_first(), workdir / JSONL, set[str]()
         if not self.writes:
             return
@@ -53,6 +55,7 @@ class MetricsLog:
         kept = [record for record in lines if record is not None and record["step"] <= start]
         write_text(self.file, "".join(json.dumps(record) + "\n" for record in kept))
         self.board = _Board(workdir / "tensorboard", start)
+        self.tracker = None if tracker is None else tracker()
         self.steps, self.timed = steps, 0
         self.bar = tqdm(
             total=steps,
@@ -63,9 +66,14 @@ class MetricsLog:
             disable=not sys.stderr.isatty(),
         )
 
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Records one step's scalars everywhere; the terminal shows the losses."""
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Records one step's scalars everywhere; the terminal shows the losses. Videos are the tracker's alone."""
         if not self.writes:
+            return
+        if self.tracker is not None:
+            self.tracker.write(step, values)
+        scalars = {name: value for name, value in values.items() if not isinstance(value, Path)}
+        if not scalars:
             return
         with refused_writes(self.file), self.file.open("a") as file:
             file.write(json.dumps({"step": step, **scalars}) + "\n")
@@ -106,6 +114,8 @@ class MetricsLog:
         if self.writes:
             self.bar.close()
             self.board.close()
+            if self.tracker is not None:
+                self.tracker.close()
 
 
 class _Board:
