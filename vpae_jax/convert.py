@@ -1,14 +1,16 @@
 """Converts models between layouts, and training runs to models.
 
     python -m vpae_jax.convert SRC DST --format=diffusers|wan|orbax [--weights=generator|ema|...] [--base=MODEL]
-        [--lora=FILE[:STRENGTH] ...] [--dtype=...] [--verify]
+        [--student=CONFIG] [--lora=FILE[:STRENGTH] ...] [--dtype=...] [--verify]
     python -m vpae_jax.convert SRC DST.safetensors --format=diffusers|wan --as-lora [--rank=N] [--base=TEACHER]
     python -m vpae_jax.convert SRC DST.pt --format=self_forcing [--weights=generator|ema]
 
 SRC is a model: a folder or a single file in any layout, "tiny", or an id of the Hugging Face hub. Or it is the workdir
 of a training run: then DST is the model that the run started from, with the generator of its newest checkpoint as the
-transformer. Of a file with several sets of weights, --weights names one. What SRC lacks comes from --base. --lora
-merges a LoRA file into the transformer, times its strength; it may be given more than once.
+transformer. Of a file with several sets of weights, --weights names one. What SRC lacks comes from --base. A file of
+weights does not say how it is sampled: --student=CONFIG says that it is a student as this config makes one, such as
+configs/self_forcing.py:t2v-1.3b-480p. --lora merges a LoRA file into the transformer, times its strength; it may be
+given more than once.
 
 With --as-lora, DST is a LoRA file: the best approximation of rank N to what the transformer differs by from that of
 --base (of a run: from that of the model that it started from, with the run's own config.model.lora merged).
@@ -37,7 +39,7 @@ from typing import Any, get_args
 import numpy as np
 
 from vpae_jax import cli
-from vpae_jax.config import parse
+from vpae_jax.config import parse, read
 from vpae_jax.methods import make_method
 from vpae_jax.methods.base import Method, all_views
 from vpae_jax.run.first_weights import previous_step, read_previous, remembered, resolve_model
@@ -136,6 +138,15 @@ def read_model(source: str, base: str | None, weights: str | None = None) -> Inp
             image_processor=model.image_processor or other.image_processor,
         )
     return Input(model, Provenance(source, {} if base is None else {"base": base}))
+
+
+def sampled_as(config: str) -> Scheduler:
+    """How the student of a config is sampled. Raises `UserError` for none, or one that makes no student."""
+    experiment = read(config)
+    student = make_method(experiment.method).student
+    if student is None:
+        raise UserError(f"--student={config}: its method makes no student; name the config of one that does")
+    return Scheduler.of(student.sampler, experiment.sample_shift)
 
 
 def read_run(workdir: Path, weights: str | None, base: str | None, refused: bool = False, both: bool = False) -> Input:
@@ -386,6 +397,7 @@ def parser() -> cli.Parser:
         "also a role with adapters; of a file with several sets, such as generator and generator_ema: one of them",
     )
     add("--refused", action="store_true", help="of a run whose guard turned its trained weights down: these weights")
+    add("--student", metavar="CONFIG", help="SRC is sampled as this config's student: configs/NAME.py[:PRESET]")
     add("--base", help="model that gives what SRC lacks; with --as-lora, the teacher")
     add(
         "--lora",
@@ -418,6 +430,8 @@ def main(argv: list[str]) -> None:
         source = read_run(Path(given.source), given.weights, base, given.refused, both)
     else:
         source = read_model(given.source, given.base, given.weights)
+        if given.student is not None:
+            source = dataclasses.replace(source, scheduler=sampled_as(given.student))
     if given.as_lora:
         write_difference(source, given.base, given.target, given.format, given.rank, dtype, command)
     elif given.format == SELF_FORCING:
@@ -435,6 +449,8 @@ def _check(given: argparse.Namespace, role: str | None) -> None:
     source = Path(given.source)
     if given.refused and not is_workdir(source):
         raise UserError(f"--refused: {source} is no training run, whose guard could have turned weights down")
+    if given.student is not None and is_workdir(source):
+        raise UserError(f"--student: {source} is a training run, which says how its student is sampled; leave it out")
     if source.is_dir() and not is_workdir(source) and given.target.resolve().is_relative_to(source.resolve()):
         raise UserError(f"{given.target}: lies in {source}; choose a destination outside")
     if not given.as_lora:

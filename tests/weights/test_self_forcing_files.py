@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +22,9 @@ from vpae_jax.train import checksums
 from vpae_jax.weights.find import find_model
 from vpae_jax.weights.loading import read_part
 from vpae_jax.weights.self_forcing import config_of
-from vpae_jax.weights.settings import Scheduler
+from vpae_jax.weights.settings import Scheduler, read_scheduler
+
+CONFIG = Path(__file__).parents[2] / "configs" / "self_forcing.py"
 
 
 class DiffusionWrapper(torch.nn.Module):
@@ -161,6 +164,22 @@ def test_what_their_config_has_to_say(sampler, expected):
     times = {} if expected is None else expected | {"model_kwargs.timestep_shift": 5.0}
     assert config_of(Scheduler.of(causal, 5.0)) == blocks | times
     assert config_of(Scheduler.of(sampler, 5.0)) == {}
+
+
+def test_a_checkpoint_is_the_student_of_a_config(averaged, base, tmp_path, capsys):
+    """As their users have it: the file, and a text-to-video model's other parts."""
+    run(averaged, tmp_path / "x.pt", "--format=self_forcing")
+    given = [tmp_path / "x.pt", tmp_path / "model", f"--base={base}", "--weights=generator_ema"]
+    run(*given, "--format=orbax", f"--student={CONFIG}:t2v-1.3b-480p")
+    found = read_scheduler(find_model(tmp_path / "model").folder).sampler()
+    assert (found.chunks, found.steps, found.solver) == (Chunks(3), 4, "consistency")
+    assert offset(tmp_path / "x.pt", base, "generator_ema") == 2
+    given[1] = tmp_path / "other"
+    line = fails([*given, "--format=diffusers", f"--student={CONFIG}"], capsys)
+    assert f"{tmp_path / 'x.pt'} is a causal model" in line
+    assert "is no file" in fails([*given, "--format=orbax", "--student=sf.py:tiny"], capsys)
+    line = fails([averaged, tmp_path / "other", "--format=orbax", f"--student={CONFIG}"], capsys)
+    assert "is a training run, which says how" in line and not (tmp_path / "other").exists()
 
 
 def test_bad_input_is_one_line_and_writes_nothing(base, tmp_path, capsys, monkeypatch):
