@@ -181,7 +181,7 @@ class PreviousConfig:
     """The phase before, whose checkpoint this one starts from.
 
     Attributes:
-      workdir: its workdir. Empty: there is none.
+      workdir: its workdir, or a model directory whose transformer takes the generator's place. Empty: there is none.
       weights: whether the generator starts from the trained weights or from their average.
       command: the config to run when that checkpoint is missing, for the message.
     """

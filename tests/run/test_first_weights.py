@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_model
 from test_students import TINY
 
 from vpae_jax import convert, sharding
-from vpae_jax.config import Experiment, MeshConfig, ModelConfig
+from vpae_jax.config import Experiment, MeshConfig, ModelConfig, PreviousConfig
 from vpae_jax.flow.chunks import Chunks
 from vpae_jax.flow.sampler import Sampler
 from vpae_jax.methods import make_method
@@ -26,7 +27,9 @@ from vpae_jax.types import Batch, UserError
 from vpae_jax.weights.filenames import INDEX
 from vpae_jax.weights.find import find_model
 from vpae_jax.weights.layout import Contents, write_model
+from vpae_jax.weights.loading import read_part
 from vpae_jax.weights.settings import Scheduler
+from vpae_jax.weights.writing import from_tree
 
 SIZES = WanTransformerConfig(
     num_attention_heads=2, attention_head_dim=8, in_channels=16, text_dim=8, freq_dim=8, ffn_dim=16, num_layers=2
@@ -115,3 +118,66 @@ def test_a_causal_model_is_no_teacher(name, tmp_path):
         find_start(experiment, make_method({"name": name, "init": "pretrained"}), tmp_path)
     more = find_start(experiment, make_method({"name": "causal_init"}), tmp_path)
     assert more.path == folder
+
+
+class Later(Method):
+    """Trains on what the phase before left."""
+
+    batch: ClassVar[type] = Batch
+
+    def __init__(self, *, adapters: bool = False) -> None:
+        self.adapters = adapters
+
+    @property
+    def roles(self) -> Mapping[str, Role]:
+        roles = {"teacher": Role("pretrained"), "generator": Role("previous", True)}
+        own = {"low": Role("previous", True, adapters=Adapters("teacher", 2, 4.0))}
+        return roles | (own if self.adapters else {})
+
+    @property
+    def updates(self) -> tuple[Update, ...]:
+        return (Update(tuple(name for name in self.roles if name != "teacher"), lambda *given: (jnp.zeros(1), {})),)
+
+
+def started(model, previous, folder, adapters=False):
+    """First weights, from a teacher, and another model directory in the place of the phase before."""
+    source = find_model(model)
+    experiment = dataclasses.replace(EXPERIMENT, previous=PreviousConfig(workdir=str(previous)))
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    blueprint = draw_up(experiment, Later(adapters=adapters), mesh, source.part("transformer").config)
+    return make_weights(blueprint, experiment, folder, source, blueprint.models.roles)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two of one size, whose weights differ, and one of another."""
+    folders = tmp_path_factory.mktemp("models")
+    random_model.pipeline(folders / "teacher", image=False)
+    random_model.pipeline(folders / "wider", image=True)
+    teacher = find_model(folders / "teacher")
+    config, params = read_part(teacher, "transformer")
+    moved = from_tree("transformer", config, jax.tree.map(lambda x: x + 1, params))
+    write_model(folders / "student", Contents(teacher, {"transformer": moved}))
+    return folders
+
+
+def test_a_model_directory_stands_for_the_phase_before(models, tmp_path):
+    found, step = started(models / "teacher", models / "student", tmp_path)
+    assert step is None
+    for role, folder in (("teacher", "teacher"), ("generator", "student")):
+        expected = read_part(models / folder, "transformer")[1]
+        assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), found[role], expected)), role
+
+
+@pytest.mark.parametrize(
+    ("previous", "adapters", "message"),
+    [
+        ("student", True, "is a model directory, but role low is of kind adapters; name the workdir that trained it"),
+        ("wider", False, "is a model directory of another size than config.model.path"),
+        ("none", False, "there is no checkpoint in .*none"),
+    ],
+)
+def test_what_no_phase_starts_from(models, tmp_path, previous, adapters, message):
+    with pytest.raises(UserError, match=message) as error:
+        started(models / "teacher", models / previous, tmp_path, adapters)
+    assert "\n" not in str(error.value)

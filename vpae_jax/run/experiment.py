@@ -31,6 +31,7 @@ from vpae_jax.run.first_weights import (
     find_start,
     forget_damaged,
     make_weights,
+    previous_model,
     remember,
     remembered,
     starts_from_transformer,
@@ -87,7 +88,7 @@ def _run(experiment: Experiment, workdir: Path, lock: Lock, devices: Sequence[An
     mesh = sharding.make_mesh(experiment.mesh, devices)
     parts = 1 if method.whole_batch else sharding.parts_of_batch(experiment, mesh)
     experiment = dataclasses.replace(experiment, accumulation=parts)
-    source, loras, encoder, pipeline = _inputs(experiment, method, workdir)
+    source, loras, encoder, pipeline, given = _inputs(experiment, method, workdir)
     fresh = presets.find(experiment.model.preset).transformer
     transformer = fresh if pipeline is None else pipeline.transformer.config
     tasks.check(experiment, method, pipeline, workdir)
@@ -110,6 +111,8 @@ def _run(experiment: Experiment, workdir: Path, lock: Lock, devices: Sequence[An
         folder, kind = resolve(experiment.previous.workdir, workdir), experiment.previous.weights
         doubted = f"; {doubts}" if (doubts := doubt(folder)) else ""
         say(f"{experiment.name} starts from step {begun} of {folder} ({kind} weights){doubted}")
+    elif given is not None and not continuing:
+        say(f"{experiment.name} starts from the model in {given.path}")
     claim(experiment, workdir, lock)
     if is_first() and not known:
         if continuing:
@@ -161,12 +164,14 @@ class Inputs(NamedTuple):
       loras: what is merged into it.
       encoder: of a discriminator on pixels.
       pipeline: the model directory's, without its transformer's weights.
+      given: the model directory that stands for the phase before; None where that is a run, or there is none.
     """
 
     source: ModelDirectory | None
     loras: tuple[LoraFile, ...]
     encoder: StoredEncoder | None
     pipeline: Pipeline | None
+    given: ModelDirectory | None
 
 
 def _inputs(experiment: Experiment, method: Method, workdir: Path) -> Inputs:
@@ -176,15 +181,18 @@ def _inputs(experiment: Experiment, method: Method, workdir: Path) -> Inputs:
     loras = lora_files(experiment.model.lora, workdir)
     check_loras(loras, source is not None and starts_from_transformer(method))
     encoder = image_encoders.find(experiment, method, source, workdir)
+    continues = any(role.previous(name) is not None for name, role in method.roles.items())
+    given = previous_model(experiment, workdir) if continues else None
     more = {
         **({} if encoder is None else {"the image encoder": encoder.files}),
         **({LORA: [file.path for file in loras]} if loras else {}),
+        **({} if given is None else {"the model to start from": given.part("transformer").files}),
     }
     require_same("what they read", lambda: reads(source, tasks.digests(experiment.data, workdir), more))
     pipeline = None
     if source is not None:
         pipeline = load_pipeline(source, jnp.dtype(experiment.model.dtype), with_transformer=False)
-    return Inputs(source, loras, encoder, pipeline)
+    return Inputs(source, loras, encoder, pipeline, given)
 
 
 def check_settings(experiment: Experiment, method: Method) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from vpae_jax import sharding
 from vpae_jax.config import Experiment
 from vpae_jax.files import IN_WORKDIR, put_aside, resolve, write_text
-from vpae_jax.methods.base import EMA, Method
+from vpae_jax.methods.base import EMA, Method, Role
 from vpae_jax.run.loras import compare_loras, lora_files, open_loras
 from vpae_jax.run.workdir import read_object
 from vpae_jax.runtime.processes import say
@@ -24,7 +24,7 @@ from vpae_jax.train.newest import latest_step, whole_step
 from vpae_jax.train.state import places_of
 from vpae_jax.types import Params, UserError
 from vpae_jax.weights.directory import ModelDirectory
-from vpae_jax.weights.find import find_model
+from vpae_jax.weights.find import find_model, is_workdir
 from vpae_jax.weights.loading import read_part
 from vpae_jax.weights.locate import locate
 from vpae_jax.weights.merging import Merging
@@ -126,19 +126,22 @@ def make_weights(
 
     Raises:
       UserError: when the previous phase's checkpoint is missing, damaged, or lacks a role, or sat on another model; for
-        a LoRA file that cannot be read, or is for another model.
+        a model directory in its place that does not fit; for a LoRA file that cannot be read, or is for another model.
     """
     roles = {name: blueprint.models.roles[name] for name in names}
     like = blueprint.held
     continued = any(role.previous(name) is not None for name, role in roles.items())
-    start = previous_step(experiment, workdir, step) if continued else None
-    if continued:
+    given = previous_model(experiment, workdir) if continued else None
+    start = previous_step(experiment, workdir, step) if continued and given is None else None
+    if start is not None:
         compare_loras(experiment, workdir, blueprint.models.roles)
     result: dict[str, Params] = {}
     loras, merge = lora_files(experiment.model.lora, workdir), None
     for name, role in roles.items():
         earlier = role.previous(name)
-        if earlier is not None:
+        if earlier is not None and given is not None:
+            result[name] = _read_given(given, source, name, role, like[name])
+        elif earlier is not None:
             assert start is not None
             result[name] = read_previous(experiment, workdir, earlier, like[name], start)
         elif role.start == "pretrained":
@@ -160,6 +163,28 @@ def read_pretrained(
 ) -> Params:
     """A part of a model directory; LoRA files are merged into its transformer before that is rounded to `dtype`."""
     return read_part(source, part, dtype, place, merge if part == "transformer" else None)[1]
+
+
+def previous_model(experiment: Experiment, workdir: Path) -> ModelDirectory | None:
+    """The model directory that `config.previous.workdir` names in the place of a workdir; None where it names none."""
+    folder = resolve(experiment.previous.workdir, workdir) if experiment.previous.workdir else None
+    if folder is None or not folder.is_dir() or is_workdir(folder) or latest_step(folder) is not None:
+        return None
+    found = find_model(folder)
+    return found if "transformer" in found.parts else None
+
+
+def _read_given(given: ModelDirectory, source: ModelDirectory | None, name: str, role: Role, like: Params) -> Params:
+    """A role's weights, where a model directory is what stands for the phase before."""
+    where = f"config.previous.workdir: {given.path} is a model directory"
+    if role.part != "transformer" or role.adapters is not None:
+        what = role.part if role.adapters is None else "adapters"
+        raise UserError(f"{where}, but role {name} is of kind {what}; name the workdir that trained it")
+    if given.boundary is not None:
+        raise UserError(f"{where} of two experts, and role {name} starts from one; convert the folder of one of them")
+    if source is not None and given.part("transformer").config != source.part("transformer").config:
+        raise UserError(f"{where} of another size than config.model.path, {source.path}; give one of the same")
+    return read_pretrained(given, "transformer", None, *_places(like))
 
 
 def _places(like: Params) -> tuple[np.dtype, Placement]:
