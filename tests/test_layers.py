@@ -16,7 +16,7 @@ ROOMS = (
     ("encoding",),
     ("tasks",),
     ("run", "planning"),
-    ("main", "encode", "sample", "convert", "evaluate", "plan"),
+    ("main", "encode", "sample", "convert", "evaluate", "plan", "vote"),
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
