@@ -1,0 +1,104 @@
+"""An export that is killed, or that several processes share, ends with the bytes of one that was let alone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+WAIT = 500  # seconds, on a machine that does much else
+# Says which clips are made.
+TOLD = """
+import vpae_jax.suites.export as export
+inner = export._make
+def told(pipeline, recipe, clip, part):
+    print("making", clip.file, flush=True)
+    inner(pipeline, recipe, clip, part)
+export._make = told
+from vpae_jax import cli, evaluate
+cli.run(evaluate.main)
+"""
+
+
+def start(log, **options) -> subprocess.Popen:
+    """Starts an export, which says in a file what it does."""
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    words = [f"--{name}={value}" for name, value in options.items()]
+    environment = {**os.environ, "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"}
+    with log.open("a") as file:
+        command = [sys.executable, "-c", TOLD, *words]
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+
+
+def videos(output) -> dict[str, bytes]:
+    folder = output / "videos"
+    found = folder.iterdir() if folder.is_dir() else ()
+    return {path.name: path.read_bytes() for path in found}
+
+
+def wait_until(true) -> None:
+    end = time.monotonic() + WAIT
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def ended(process, log) -> None:
+    assert process.wait(WAIT) == 0, log.read_text()
+
+
+def made(log) -> list[str]:
+    return [line.removeprefix("making ") for line in log.read_text().splitlines() if line.startswith("making ")]
+
+
+@pytest.fixture
+def options(models, checkout):
+    given = {"suite": "vbench_i2v", "checkout": checkout, "model": models["i2v"], "samples": 3}
+    return {**given, "dimensions": "camera_motion,i2v_subject,i2v_background"}
+
+
+@pytest.mark.long
+def test_two_kills_lose_and_double_nothing(options, tmp_path):
+    whole, output = tmp_path / "whole", tmp_path / "killed"
+    log = tmp_path / "log"
+    for more in (0, 2):  # while it makes the first clip, and when some are there
+        before = len(videos(output))
+        begun = len(made(log)) if log.exists() else 0
+        process = start(log, **options, output=output)
+        wait_until(lambda: process.poll() is not None or len(made(log)) > begun + more)  # noqa: B023
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert before + more <= len(videos(output)) < 15, log.read_text()
+    kept = {name: (output / "videos" / name).stat() for name in videos(output)}
+    ended(start(log, **options, output=output), log)
+    assert kept == {name: (output / "videos" / name).stat() for name in kept}
+    making = made(log)
+    assert len(set(making)) == 15
+    # No clip that was there has been begun again: only the two that the kills have met.
+    assert len(making) <= 17 and all(making.count(name) == 1 for name in set(making) - set(making[-15:]))
+    ended(start(tmp_path / "other", **options, output=whole), tmp_path / "other")
+    assert videos(output) == videos(whole) and len(videos(whole)) == 15
+    assert (output / "manifest.json").read_bytes() == (whole / "manifest.json").read_bytes()
+    assert sorted(path.name for path in output.iterdir()) == ["manifest.json", "videos"]
+
+
+@pytest.mark.long
+def test_two_processes_make_each_clip_once(options, tmp_path):
+    """Two that share the work, and a third that was started by mistake."""
+    whole, output = tmp_path / "whole", tmp_path / "shared"
+    logs = [tmp_path / f"log {i}" for i in range(3)]
+    places = [{"process_id": i, "num_processes": 2} for i in (0, 1, 0)]
+    processes = [start(log, **options, **place, output=output) for log, place in zip(logs, places, strict=True)]
+    for process, log in zip(processes, logs, strict=True):
+        ended(process, log)
+    making = [name for log in logs for name in made(log)]
+    assert len(making) == 15 == len(set(making))
+    ended(start(tmp_path / "other", **options, output=whole), tmp_path / "other")
+    assert videos(output) == videos(whole)
+    assert len(json.loads((output / "manifest.json").read_text())["clips"]) == 15
+    assert sorted(path.name for path in output.iterdir()) == ["manifest.json", "videos"]
