@@ -173,6 +173,7 @@ def read_results(path: Path, formula: Formula) -> dict[str, float]:
             score = value[0] if isinstance(value, list) and value else None
             if isinstance(score, bool) or not isinstance(score, int | float):
                 raise UserError(f"{file}: {name} has no score; expected a list that begins with a number")
+            score = float(score)
             if not abs(score) <= LARGEST:  # NaN, too: of no videos
                 what = "the suite has found no videos for it" if math.isnan(score) else "expected a fraction of 1"
                 raise UserError(f"{file}: the score of {name} is {score:g}; {what}")
