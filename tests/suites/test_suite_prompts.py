@@ -4,8 +4,7 @@ import json
 import shutil
 
 import pytest
-import suite_checkouts
-from suite_checkouts import AUGMENTED, LONG, T2V, WANX
+from suite_checkouts import AUGMENTED, LONG, T2V
 
 from vpae_jax.suites.prompts import SUITES, check_pictures, crop_of, read_prompts
 from vpae_jax.types import UserError
@@ -145,9 +144,3 @@ def test_a_picture_that_is_missing(own):
     ):
         check_pictures(VBENCH_I2V, own, "7-4", prompts)
     check_pictures(VBENCH_I2V, own, "1-1", prompts)
-
-
-def test_stand_ins_have_the_repositorys_shape(checkout):
-    """What the tests rely on of their own files."""
-    assert len(WANX) == len(suite_checkouts.TEXT) == 5
-    assert len(LONG.strip().encode()) > 180

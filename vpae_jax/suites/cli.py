@@ -33,7 +33,7 @@ from vpae_jax.runtime import distributed
 from vpae_jax.runtime.progress import working
 from vpae_jax.suites import export, scores
 from vpae_jax.suites.commands import commands
-from vpae_jax.suites.manifest import checkout_of, entry_of, made_with, write_manifest
+from vpae_jax.suites.manifest import VIDEOS, checkout_of, entry_of, made_with, merged, write_manifest
 from vpae_jax.suites.prompts import NONE, SUITES, check_pictures, crop_of, read_prompts, sources
 from vpae_jax.types import UserError
 from vpae_jax.weights.find import find_model
@@ -134,20 +134,21 @@ def make_clips(given: argparse.Namespace) -> None:
     # A causal model that continues a picture has another length of its own.
     frames = None if pictures and not image and given.num_frames is None else own.num_frames
     clip = {"num_frames": frames, "height": own.height, "width": own.width, "fps": own.fps, "crf": crf}
-    export.prepare(output, clips)
     shared = {
         "suite": suite.name,
         "checkout": checkout_of(given.checkout, sources(suite, given.checkout, given.augmented)),
         "model": given.model,
         **made_with(pipeline, sampler, clip),
     }
-    write_manifest(output, shared, [entry_of(clip, crop, export.VIDEOS) for clip in clips])
+    manifest = merged(output, shared, [entry_of(clip, crop) for clip in clips])
+    export.prepare(output, clips)
+    write_manifest(output, manifest)
     recipe = export.Recipe(given.steps, given.guidance, frames, own.height, own.width, pictures, crf)
     export.make(pipeline, recipe, output, clips[process::processes])
     if left := len(export.missing(output, clips)):
         print(f"this process has done its share; {left} of {len(clips)} clips are left to others")
         return
-    print(f"{output / export.VIDEOS}: {len(clips)} clips are there; in {suite.title}'s own environment run\n")
+    print(f"{output / VIDEOS}: {len(clips)} clips are there; in {suite.title}'s own environment run\n")
     print(commands(suite, given.checkout, output, dimensions, crop))
 
 

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from vpae_jax.suites.export import VIDEOS
+from vpae_jax.suites.manifest import VIDEOS
 from vpae_jax.suites.prompts import Suite
 
 FLICKERING = "temporal_flickering"

@@ -25,10 +25,11 @@ from vpae_jax.flow.sampler import Steps
 from vpae_jax.inference.pipeline import Pipeline
 from vpae_jax.media import CRF, read_image, write_video
 from vpae_jax.runtime.progress import EVERY, say, working
+from vpae_jax.suites.manifest import VIDEOS
 from vpae_jax.suites.prompts import Clip
 from vpae_jax.types import UserError
 
-VIDEOS, UNFINISHED = "videos", "unfinished"
+UNFINISHED = "unfinished"
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from vpae_jax.inference.pipeline import Pipeline
 from vpae_jax.suites.prompts import Clip
 from vpae_jax.types import UserError
 
-MANIFEST = "manifest.json"
+MANIFEST, VIDEOS = "manifest.json", "videos"
 # What all clips of a folder share; where the model and the checkout lie, and which commit it is, may change.
 SHARED = ("suite", "weights", "dtype", "sampler", "negative_prompt", "clip")
 
@@ -68,16 +68,15 @@ def commit_of(folder: Path) -> str | None:
     return said[1] if len(said) == 2 and Path(said[0]).resolve() == folder.resolve() else None
 
 
-def entry_of(clip: Clip, crop: str, folder: str) -> dict[str, Any]:
+def entry_of(clip: Clip, crop: str) -> dict[str, Any]:
     """What one clip is made from, as plain JSON.
 
     Args:
       crop: of the first frames; "" without.
-      folder: of the videos, below the export's.
     """
     prompt = clip.prompt
     return {
-        "file": f"{folder}/{clip.file}",
+        "file": f"{VIDEOS}/{clip.file}",
         "prompt": prompt.text,
         "augmented_prompt": prompt.augmented,
         "seed": clip.seed,
@@ -87,30 +86,35 @@ def entry_of(clip: Clip, crop: str, folder: str) -> dict[str, Any]:
     }
 
 
-def write_manifest(output: Path, shared: Mapping[str, Any], clips: Iterable[Mapping[str, Any]]) -> None:
-    """Writes the manifest of an export, with the clips that an earlier one in the same folder has listed.
+def merged(output: Path, shared: Mapping[str, Any], clips: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The manifest of an export, with the clips that an earlier one in the same folder has listed.
 
     Raises:
       UserError: the folder's clips were made with something else, or from something else under the same name, or it
         holds clips without a manifest.
     """
-    path = output / MANIFEST
+    path, videos = output / MANIFEST, output / VIDEOS
+    filled = videos.is_dir() and any(videos.iterdir())  # looked at first: a manifest is there before any clip
+    there = _read(path)
+    if there is None and filled:
+        raise UserError(f"{videos} holds files, and there is no {path}; choose another --output")
     here = json.loads(json.dumps({**shared, "clips": list(clips)}))
     listed = {entry["file"]: entry for entry in here["clips"]}
-    if (there := _read(path)) is not None:
-        found = next(
-            differences({k: there.get(k) for k in SHARED}, {k: here.get(k) for k in SHARED}),
-            None,
-        )
-        if found is not None:
-            what = "the model has other weights" if found.startswith("weights ") else found
+    if there is not None:
+        one, other = ({key: found.get(key) for key in SHARED} for found in (there, here))
+        if (differing := next(differences(one, other), None)) is not None:
+            what = "the model has other weights" if differing.startswith("weights ") else differing
             raise UserError(f"{output} holds clips of another export: {what}; choose another --output")
         for entry in there["clips"]:
             own = listed.setdefault(entry["file"], entry)
-            if (found := next(differences(entry, own), None)) is not None:
-                raise UserError(f"{output} holds other clips: {entry['file']}: {found}; choose another --output")
-    here["clips"] = sorted(listed.values(), key=lambda entry: entry["seed"])
-    write_text(path, json.dumps(here, indent=1, ensure_ascii=False) + "\n")
+            if (differing := next(differences(entry, own), None)) is not None:
+                raise UserError(f"{output} holds other clips: {entry['file']}: {differing}; choose another --output")
+    return {**here, "clips": sorted(listed.values(), key=lambda entry: entry["seed"])}
+
+
+def write_manifest(output: Path, manifest: Mapping[str, Any]) -> None:
+    """Writes it, whole or not at all."""
+    write_text(output / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
 
 
 def _read(path: Path) -> dict[str, Any] | None:

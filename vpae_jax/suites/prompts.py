@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from vpae_jax.files import local_path
 from vpae_jax.flow.draws import check_seed
 from vpae_jax.types import UserError
 
@@ -317,7 +318,7 @@ def _augmented_file(suite: Suite, checkout: Path, augmented: str | None) -> Path
     if augmented == NONE:
         return None
     if augmented is not None:
-        return Path(augmented)
+        return local_path(augmented)
     return checkout / suite.augmented if suite.augmented else None
 
 
