@@ -201,7 +201,7 @@ def test_a_shape_or_a_flag_that_is_missing(run, models, checkout, tmp_path):
 
 
 def test_a_prompt_that_is_too_long_ends_it_before_the_first_clip(run, models, checkout, tmp_path):
-    lines = ["a one"] * 4 + ["a one moves up and down " * 5]
+    lines = ["a one"] * 4 + ["a one moves up and down " * 8]
     (mine := tmp_path / "mine.txt").write_text("\n".join([lines[4], *lines[:4]]))
     options = {"suite": "vbench", "checkout": checkout, "model": models["t2v"], "output": tmp_path / "out"}
     code, _, error = run(**options, augmented=mine, samples=1)

@@ -48,8 +48,15 @@ def wait_until(true) -> None:
         time.sleep(0.005)
 
 
-def ended(process, log) -> None:
-    assert process.wait(WAIT) == 0, log.read_text()
+def ended(*processes, log) -> None:
+    """Waits for processes, and ends those that outlast a failing one."""
+    try:
+        for process in processes:
+            assert process.wait(WAIT) == 0, log.read_text()
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def made(log) -> list[str]:
@@ -69,7 +76,7 @@ def test_two_kills_lose_and_double_nothing(options, tmp_path):
         before, log = set(videos(output)), tmp_path / f"log {run}"
         process = start(log, **options, output=output)
         if more is None:
-            ended(process, log)
+            ended(process, log=log)
         else:
             wait_until(lambda: process.poll() is not None or len(made(log)) > more)  # noqa: B023
             process.send_signal(signal.SIGKILL)
@@ -78,7 +85,7 @@ def test_two_kills_lose_and_double_nothing(options, tmp_path):
         assert len(making) == len(set(making)) and not before & set(making), "a clip that was there is made again"
         assert set(videos(output)) - before >= set(making[:-1])
     assert len(before) >= 2
-    ended(start(tmp_path / "other", **options, output=whole), tmp_path / "other")
+    ended(start(tmp_path / "other", **options, output=whole), log=tmp_path / "other")
     assert videos(output) == videos(whole) and len(videos(whole)) == 15
     assert (output / "manifest.json").read_bytes() == (whole / "manifest.json").read_bytes()
     assert sorted(path.name for path in output.iterdir()) == ["manifest.json", "videos"]
@@ -91,11 +98,10 @@ def test_two_processes_make_each_clip_once(options, tmp_path):
     logs = [tmp_path / f"log {i}" for i in range(3)]
     places = [{"process_id": i, "num_processes": 2} for i in (0, 1, 0)]
     processes = [start(log, **options, **place, output=output) for log, place in zip(logs, places, strict=True)]
-    for process, log in zip(processes, logs, strict=True):
-        ended(process, log)
+    ended(*processes, log=logs[0])
     making = [name for log in logs for name in made(log)]
     assert len(making) == 15 == len(set(making))
-    ended(start(tmp_path / "other", **options, output=whole), tmp_path / "other")
+    ended(start(tmp_path / "other", **options, output=whole), log=tmp_path / "other")
     assert videos(output) == videos(whole)
     assert len(json.loads((output / "manifest.json").read_text())["clips"]) == 15
     assert sorted(path.name for path in output.iterdir()) == ["manifest.json", "videos"]
