@@ -123,7 +123,7 @@ def main(argv: list[str]) -> None:
     if given.batch < 1:
         raise UserError(f"--batch is {given.batch}; expected 1 or more")
     check_seed(given.seed or 0, "--seed")
-    share = place(given)
+    share = distributed.share(given.process_id, given.num_processes, os.environ)
     # What is listed is looked at before a model is loaded, which may take minutes.
     if own == "videos":
         done = from_videos(given, manifest(given), *share)
@@ -218,29 +218,6 @@ def was_complete(units: Units) -> bool:
     if complete := units.complete():
         print(f"{units.folder} was complete; nothing is left to do")
     return complete
-
-
-def place(given: argparse.Namespace) -> tuple[int, int]:
-    """Which of how many processes this is, from flags or the environment. Each has devices of its own then.
-
-    Raises:
-      UserError: one of two flags, or an index that is not one of the processes.
-    """
-    index, count = given.process_id, given.num_processes
-    if (index is None) != (count is None):
-        raise UserError("--process_id and --num_processes: give both, or neither")
-    if index is None:
-        where = distributed.find(os.environ)
-        if where is None:
-            return 0, 1
-        if where.devices is not None:  # several processes on one host, which would all claim all of its GPUs
-            jax.config.update("jax_cuda_visible_devices", ",".join(map(str, where.devices)))
-        return where.index, where.count
-    if count < 1:
-        raise UserError(f"--num_processes is {count}; expected 1 or more")
-    if not 0 <= index < count:
-        raise UserError(f"--process_id is {index} of --num_processes={count}; expected 0 to {count - 1}")
-    return index, count
 
 
 def manifest(given: argparse.Namespace) -> Manifest:

@@ -3,6 +3,7 @@
     python -m vpae_jax.evaluate --model=DIR [--phase1=WORKDIR] [--phase2=WORKDIR] --output=DIR [--count=N]
     python -m vpae_jax.evaluate --model=DIR --compare=NAME=DIR[:STEPS:GUIDANCE[:SOLVER]] --output=DIR
     python -m vpae_jax.evaluate --model=DIR --records=DIR --compare=... --output=DIR
+    python -m vpae_jax.evaluate --suite=vbench|vbench_i2v|vbench2 ...    a public benchmark; --suite=vbench --help
 
 The clips are rendered digits, or the held-out ones of the records that the phases were trained on, or all clips of the
 folders that --records names. The model is sampled with all its steps and with one; every other row is what the flags
@@ -42,6 +43,7 @@ from vpae_jax.run import guard
 from vpae_jax.run.generation import Generation, Made, scores_of
 from vpae_jax.run.workdir import read_run as read_past_run
 from vpae_jax.runtime.progress import say, working
+from vpae_jax.suites import cli as suites
 from vpae_jax.tasks.base import HeldOut, Task
 from vpae_jax.train.checkpoint import CONFIG_FILE
 from vpae_jax.train.metrics import read_metrics
@@ -275,6 +277,9 @@ def versions() -> dict[str, str]:
 
 
 def main(argv: list[str]) -> None:
+    if suites.asked(argv):
+        suites.main(argv)
+        return
     given = parser().parse_args(argv)
     asked = entries(given)
     phases = (("phase 1", given.phase1), ("phase 2", given.phase2))

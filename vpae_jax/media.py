@@ -31,21 +31,22 @@ SAMPLE_FORMAT, PHOTOMETRIC, BITS_PER_SAMPLE = 339, 262, 258
 STRAIGHT = {"La": "LA", "RGBa": "RGBA"}  # colours that are multiplied with their transparency, and those that are not
 
 
-def write_video(path: Path, frames: Frames, fps: float) -> None:
+def write_video(path: Path, frames: Frames, fps: float, crf: int = CRF) -> None:
     """Writes H.264 in yuv420p, which every browser plays.
 
     Args:
       path: ends in .mp4; its folder is made if need be, and an existing file is replaced.
       frames: at least one; height and width even.
       fps: frames a second.
+      crf: H.264 quality, from 0 (lossless) to 51.
 
     Raises:
       UserError: sizes or a rate that the format cannot hold.
     """
-    write_stream(path, [frames], fps)
+    write_stream(path, [frames], fps, crf)
 
 
-def write_stream(path: Path, chunks: Iterable[Frames], fps: float) -> None:
+def write_stream(path: Path, chunks: Iterable[Frames], fps: float, crf: int = CRF) -> None:
     """Writes a video while its frames come, at least one chunk of them. Under its name it appears when it is whole.
 
     For arguments, and what it raises, see `write_video`.
@@ -62,7 +63,8 @@ def write_stream(path: Path, chunks: Iterable[Frames], fps: float) -> None:
         with av.open(str(temporary), "w", format="mp4") as container:
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
             stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-            stream.options = {"crf": str(CRF)}
+            # On several threads now and then a file has other bytes than another of the same frames.
+            stream.options = {"crf": str(crf), "threads": "1"}
             for frames in chain([first], coming):
                 for picture in frames:
                     container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))

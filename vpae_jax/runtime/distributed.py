@@ -78,6 +78,30 @@ def find(
     return process if process.count > 1 else None
 
 
+def share(process_id: int | None, num_processes: int | None, environment: Mapping[str, str]) -> tuple[int, int]:
+    """Which of how many processes this is that share out work and need not meet, from flags or the environment. Each
+    has devices of its own then.
+
+    Raises:
+      UserError: one of two flags, or an index that is not one of the processes.
+    """
+    index, count = process_id, num_processes
+    if index is None and count is None:
+        where = find(environment)
+        if where is None:
+            return 0, 1
+        if where.devices is not None:  # several processes on one host, which would all claim all of its GPUs
+            jax.config.update("jax_cuda_visible_devices", ",".join(map(str, where.devices)))
+        return where.index, where.count
+    if index is None or count is None:
+        raise UserError("--process_id and --num_processes: give both, or neither")
+    if count < 1:
+        raise UserError(f"--num_processes is {count}; expected 1 or more")
+    if not 0 <= index < count:
+        raise UserError(f"--process_id is {index} of --num_processes={count}; expected 0 to {count - 1}")
+    return index, count
+
+
 def _slurm(environment: Mapping[str, str]) -> ProcessSpec | None:
     """The task of a step that `srun` started. A node's only task has all of its devices, else each has one."""
     names = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_NODES", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")

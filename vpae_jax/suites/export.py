@@ -1,0 +1,191 @@
+"""Makes the clips that a suite asks for, under the names by which it finds them.
+
+    OUTPUT/manifest.json    what each clip was made from (`suites.manifest`)
+    OUTPUT/videos/          the clips, and nothing else: VBench takes the first file's ending for that of all
+    OUTPUT/unfinished/      what is being made; gone at the end
+
+A clip is there whole or not at all, and one that is there is not made again. The clips are shared out among processes
+by their index. A process locks the clip that it makes, so that one that was started twice makes none twice; on file
+systems without locks each would make its own, of the same seed.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from vpae_jax.files import refused_writes, remove_leftovers
+from vpae_jax.flow.sampler import Steps
+from vpae_jax.inference.pipeline import Pipeline
+from vpae_jax.media import CRF, read_image, write_video
+from vpae_jax.runtime.progress import EVERY, say, working
+from vpae_jax.suites.manifest import VIDEOS
+from vpae_jax.suites.prompts import Clip
+from vpae_jax.types import UserError
+
+UNFINISHED = "unfinished"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How clips are made.
+
+    Attributes:
+      steps, guidance: None for the model's own.
+      num_frames: None for the model's own.
+      height, width: of a video, in pixels.
+      pictures: folder of the first frames; None for text-to-video.
+      crf: H.264 quality.
+    """
+
+    steps: Steps | None
+    guidance: float | None
+    num_frames: int | None
+    height: int
+    width: int
+    pictures: Path | None = None
+    crf: int = CRF
+
+
+def prepare(output: Path, clips: Sequence[Clip]) -> None:
+    """Makes an export's folders, and sees to it that each clip can have its name there.
+
+    Raises:
+      UserError: the file system refuses a name, or takes two for one.
+    """
+    videos, unfinished = output / VIDEOS, output / UNFINISHED
+    with refused_writes(output):
+        for folder in (videos, unfinished):
+            folder.mkdir(parents=True, exist_ok=True)
+    remedy = "the suite finds clips by these names; choose an --output on a file system that takes them"
+    for clip in clips:
+        try:
+            os.stat(videos / clip.file)
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"{videos}: no file there can be called {clip.file!r} ({reason}); {remedy}") from error
+    if (output / UNFINISHED.upper()).exists():  # names of both cases are one
+        seen: dict[str, str] = {}
+        for clip in clips:
+            if (other := seen.setdefault(clip.file.casefold(), clip.file)) != clip.file:
+                raise UserError(f"{videos}: {other!r} and {clip.file!r} are one file there; {remedy}")
+
+
+def missing(output: Path, clips: Sequence[Clip]) -> list[Clip]:
+    """The clips that are not there."""
+    return [clip for clip in clips if not (output / VIDEOS / clip.file).exists()]
+
+
+def make(pipeline: Pipeline, recipe: Recipe, output: Path, clips: Sequence[Clip]) -> None:
+    """Makes those of a process's clips that are not there, but for any that another process is making.
+
+    Raises:
+      UserError: a prompt or picture that the model cannot use, or a clip that cannot be written. Clips before it stay.
+    """
+    left = missing(output, clips)
+    # Before hours are spent on the others, should one be too long.
+    for text in {clip.prompt.augmented or clip.prompt.text for clip in left}:
+        pipeline.tokenize([text])
+    remove_leftovers(output / UNFINISHED)
+    pace = Pace(len(left))
+    for number, clip in enumerate(left):
+        path, (part, lock) = output / VIDEOS / clip.file, _working(output, clip)
+        with claimed(lock) as ours:
+            if ours and not path.exists():
+                with nullcontext() if number else working("compiling, and making the first clip"):
+                    _make(pipeline, recipe, clip, part)
+                with refused_writes(path):
+                    part.replace(path)
+        pace.advance()
+    for clip in clips:
+        if (output / VIDEOS / clip.file).exists():  # what a killed process has left of it
+            for file in _working(output, clip):
+                file.unlink(missing_ok=True)
+    with suppress(OSError):  # another process is still at work there
+        (output / UNFINISHED).rmdir()
+
+
+def _working(output: Path, clip: Clip) -> tuple[Path, Path]:
+    """Where a clip is made, and the lock of who makes it."""
+    part = output / UNFINISHED / f"{clip.prompt.number:05d}-{clip.sample:03d}.mp4"
+    return part, part.with_suffix(".lock")
+
+
+def _make(pipeline: Pipeline, recipe: Recipe, clip: Clip, part: Path) -> None:
+    prompt = clip.prompt
+    image = None if recipe.pictures is None else read_image(recipe.pictures / prompt.image)
+    try:
+        frames = pipeline(
+            prompt.augmented or prompt.text,
+            image=image,
+            steps=recipe.steps,
+            guidance=recipe.guidance,
+            seed=clip.seed,
+            num_frames=recipe.num_frames,
+            height=recipe.height,
+            width=recipe.width,
+        )
+    except UserError as error:
+        raise UserError(f"{clip.file}: {error}") from error
+    write_video(part, frames, pipeline.defaults.fps, recipe.crf)
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Locks a file while the body runs; whether nobody else has. The file is removed at the end."""
+    descriptor = _opened(path)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                yield False
+                return
+        yield True
+        path.unlink(missing_ok=True)  # while it is locked: who has opened it already will find the clip there
+    finally:
+        os.close(descriptor)
+
+
+def _opened(path: Path) -> int:
+    with refused_writes(path):
+        while True:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # another process has come to its end, and removed the folder
+                return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+
+
+class Pace:
+    """Says how far an export is, and when it will end.
+
+    Args:
+      total: clips to make.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done = total, 0
+        self.begun = self.said = 0.0
+
+    def advance(self) -> None:
+        """A clip is there."""
+        now, self.done = time.monotonic(), self.done + 1
+        if self.done == 1:  # which compiles: the time that is left is told from the later ones
+            self.begun = self.said = now
+        elif now - self.said >= EVERY or self.done in (2, self.total):
+            self.said = now
+            say(self.line(now))
+
+    def line(self, now: float) -> str:
+        """The state in words."""
+        each = (now - self.begun) / (self.done - 1)
+        left = round(each * (self.total - self.done))
+        hours, minutes, seconds = left // 3600, left // 60 % 60, left % 60
+        return f"{self.done} of {self.total} clips; {each:.3g} s a clip; {hours}:{minutes:02d}:{seconds:02d} left"
