@@ -63,8 +63,7 @@ def write_stream(path: Path, chunks: Iterable[Frames], fps: float, crf: int = CR
         with av.open(str(temporary), "w", format="mp4") as container:
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
             stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-            # On several threads now and then a file has other bytes than another of the same frames.
-            stream.options = {"crf": str(crf), "threads": "1"}
+            stream.options = {"crf": str(crf)}
             for frames in chain([first], coming):
                 for picture in frames:
                     container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
