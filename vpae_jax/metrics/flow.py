@@ -5,7 +5,7 @@ weights. OpenCV is optional (`metrics.extras`); only `measure` needs it. Clips a
 shorter side of SIDE to twice SIDE pixels; smaller ones as they are.
 
     magnitude      mean |F_i|, where F_i moves frame i onto frame i+1, in widths of the picture a frame
-    fastest        mean of the largest 5 % of |F_i|, in shorter sides of the picture a frame, as in VBench's dynamic degree
+    fastest        mean of the largest 5 % of |F_i|, in shorter sides of the picture a frame, as VBench takes it
     compensated    mean |x_i(p) - x_{i+1}(p + F_i(p))|: what motion does not explain, in levels of 255
     interpolated   mean |x_i - m_i|, m_i(p) = (x_{i-1}(p - G_i(p) / 2) + x_{i+1}(p + G_i(p) / 2)) / 2, where G_i moves
                    frame i-1 onto i+1: how badly even motion predicts the middle frame, in levels of 255

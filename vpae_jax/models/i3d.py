@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -46,6 +47,24 @@ class Unit3D(nnx.Module):
         return nnx.relu(self.norm(self.conv(x)))
 
 
+class Stem(Unit3D):
+    """The first layer, as a sum of convolutions in two dimensions: four times as fast on a CPU, where a convolution in
+    three dimensions of few channels took most of the network's time."""
+
+    def __call__(self, x: Video) -> Video:
+        kernel, stride = self.conv.kernel.get_value(), self.conv.strides[0]
+        (b, t), window = x.shape[:2], len(kernel)
+        frames = -(-t // stride)
+        fill = max((frames - 1) * stride + window - t, 0)
+        x = jnp.pad(x, ((0, 0), (fill // 2, fill - fill // 2), (0, 0), (0, 0), (0, 0)))
+        total = jnp.zeros(())
+        for i, weights in enumerate(kernel):
+            taken = rearrange(x[:, i : i + (frames - 1) * stride + 1 : stride], "b t h w c -> (b t) h w c")
+            layout = ("NHWC", "HWIO", "NHWC")
+            total += jax.lax.conv_general_dilated(taken, weights, (stride,) * 2, "SAME", dimension_numbers=layout)
+        return nnx.relu(self.norm(rearrange(total, "(b t) h w c -> b t h w c", b=b)))
+
+
 class Inception(nnx.Module):
     """Four branches, side by side in the channels."""
 
@@ -77,7 +96,7 @@ class I3D(nnx.Module):
     """
 
     def __init__(self, rngs: nnx.Rngs):
-        self.conv_1a = Unit3D(3, 64, 7, 2, rngs=rngs)
+        self.conv_1a = Stem(3, 64, 7, 2, rngs=rngs)
         self.conv_2b = Unit3D(64, 64, 1, rngs=rngs)
         self.conv_2c = Unit3D(64, 192, 3, rngs=rngs)
         self.blocks, width = nnx.Dict(), 192

@@ -59,7 +59,9 @@ def read_arrays(path: Path) -> Arrays:
         with path.open("rb") as file:
             found = _Unpickler(file).load()
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: refused: holds more than arrays, or is damaged ({error}); install it again") from error
+        raise UserError(
+            f"{path}: refused: holds more than arrays, or is damaged ({error}); install it again"
+        ) from error
     except (*ERRORS, *MORE_ERRORS) as error:
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{path}: cannot be read as a pickle of arrays ({why}); install its package again") from error
