@@ -5,7 +5,7 @@ starting weights and the final ones make clips for the same held-out conditions 
 the task compares decides which of them the run's model directory holds: its mean over modes must not rise, nor may one
 mode pay for another's gain. Nor may the clips come to rest: a student that repeats its first frame can be near real
 clips by a distance of sets. So what the task names in `least`, such as motion, must not fall below a part of the real
-clips' value unless it was no higher at the start. `guard.json` holds every score, those of real clips, and the decision.
+clips' value unless it was no higher at the start. `guard.json` holds all scores, those of real clips, and the decision.
 
 The guard can judge a student that starts from the one of a phase before: only then are the starting weights meant to be
 sampled as the final ones are.
