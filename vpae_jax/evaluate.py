@@ -7,8 +7,8 @@
 The clips are rendered digits, or the held-out ones of the records that the phases were trained on, or all clips of the
 folders that --records names. The model is sampled with all its steps and with one; every other row is what the flags
 name, sampled as its folder says where they do not. STEPS of a causal model may be N,M: the first chunk's and those of
-each later one. Conditions and noise are the same for all. Metrics that need a package that is not installed are left out,
-which a note says: `pip install "vpae_jax[evaluate]"` brings them (docs/evaluation.md). Writes
+each later one. Conditions and noise are the same for all. Metrics that need a package which is not installed are left
+out, which a note says: `pip install "vpae_jax[evaluate]"` brings them (docs/evaluation.md). Writes
 
     metrics.json    every score of every row and of the real clips, with its 95 % interval over clips, and those of each
                     frame as curves; seconds a clip, number of evaluations

@@ -84,7 +84,7 @@ def test_an_array_that_claims_memory_is_refused(tmp_path):
     small, large = b"K\x00\x85", b"\x8a\x06\x00\x00\x00\x00\x00\x01\x85"  # (0,) and (2**40,)
     assert content.count(small) == 1
     path.write_bytes(content.replace(small, large))
-    with pytest.raises(UserError, match="refused: .*an array of shape"):
+    with pytest.raises(UserError, match=r"refused: .*an array of shape"):
         read_arrays(path)
 
 
