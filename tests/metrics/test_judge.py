@@ -7,7 +7,7 @@ from moving_patterns import blurred, fading, frozen, patterns
 from vpae_jax.metrics import judge
 from vpae_jax.metrics.judge import METRICS, Comparison
 
-COUNT, FRAMES, FPS = 24, 9, 8.0
+COUNT, FRAMES, FPS = 16, 9, 8.0
 
 
 def shuffled(clips):

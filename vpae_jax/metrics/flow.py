@@ -38,7 +38,7 @@ DYNAMIC, DYNAMIC_FPS, DYNAMIC_SHARE = 6 / 256, 8.0, 0.25
 STILL = 0.005
 
 
-def measure(clips: Clips) -> dict[str, Curves]:
+def measure(clips: Clips) -> dict[str, Float[np.ndarray, "b _"]]:
     """The numbers above: `magnitude`, `fastest` and `compensated` of the t - 1 pairs, `interpolated` of the t - 2
     triples. Clips have at least 3 frames; OpenCV is installed."""
     cv2 = opencv()

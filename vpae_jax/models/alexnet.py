@@ -37,7 +37,7 @@ class AlexNet(nnx.Module):
             self.layers.append(nnx.Conv(inputs, outputs, (kernel,) * 2, stride, padding=padding, rngs=rngs))
             self.weights.append(nnx.Param(jnp.abs(rngs.params.normal((outputs,)))))
 
-    def __call__(self, images: Images) -> list[Float[Array, "b rows columns c"]]:
+    def __call__(self, images: Images) -> list[Float[Array, "b _ _ _"]]:
         """Each layer's features after its ReLU.
 
         Args:

@@ -33,7 +33,7 @@ BLOCKS = {
 # Poolings (window, stride) that stand before a block.
 POOLED = {"Mixed_3b": ((1, 3, 3), (1, 2, 2)), "Mixed_4b": ((3, 3, 3), (2, 2, 2)), "Mixed_5b": ((2, 2, 2), (2, 2, 2))}
 
-Video = Float[Array, "b t height width c"]
+Video = Float[Array, "b _ _ _ _"]  # b t height width c, of which a layer changes all but the first
 
 
 class Unit3D(nnx.Module):
