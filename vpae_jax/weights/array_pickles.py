@@ -7,7 +7,6 @@ refuses all others; what it returns is checked to be dictionaries of float array
 from __future__ import annotations
 
 import pickle
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,10 @@ import numpy as np
 from jaxtyping import Float
 
 from vpae_jax.types import UserError
+from vpae_jax.weights.safetensors_file import one_line
 
 # By dotted path, as "params/conv/kernel".
 Arrays = dict[str, Float[np.ndarray, "..."]]
-# What damaged pickles raise, beside `pickle.UnpicklingError`.
-ERRORS = (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, TypeError, ValueError)
-MORE_ERRORS = (OSError, RuntimeError, struct.error)
 DEPTH = 16  # dictionaries in dictionaries
 
 
@@ -59,11 +56,12 @@ def read_arrays(path: Path) -> Arrays:
         with path.open("rb") as file:
             found = _Unpickler(file).load()
     except pickle.UnpicklingError as error:
+        why = one_line(str(error))
         raise UserError(
-            f"{path}: refused: holds more than arrays, or is damaged ({error}); install it again"
+            f"{path}: refused: holds more than arrays, or is damaged ({why}); install its package again"
         ) from error
-    except (*ERRORS, *MORE_ERRORS) as error:
-        why = f"{type(error).__name__}: {error}".splitlines()[0]
+    except Exception as error:  # a damaged pickle makes any of its few calls fail in any way
+        why = one_line(f"{type(error).__name__}: {error}")
         raise UserError(f"{path}: cannot be read as a pickle of arrays ({why}); install its package again") from error
     arrays: Arrays = {}
     _collect(path, found, (), arrays)
