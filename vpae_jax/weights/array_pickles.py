@@ -1,11 +1,14 @@
 """Pickles of plain NumPy arrays in nested dictionaries, as older JAX packages keep weights; read without running code.
 
 A pickle may name any function and call it. This reader knows three names, those that NumPy writes for an array, and
-refuses all others; what it returns is checked to be dictionaries of float arrays.
+refuses all others. In their place stand classes of its own that write down what they are given: NumPy's own believe
+what a pickle says of a dtype, and a damaged one breaks float64 for the whole process. Arrays are made afterwards, of
+the bytes that the file holds.
 """
 
 from __future__ import annotations
 
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -16,24 +19,47 @@ from jaxtyping import Float
 from vpae_jax.types import UserError
 from vpae_jax.weights.safetensors_file import one_line
 
-# By dotted path, as "params/conv/kernel".
+# By their keys joined by slashes, as "params/conv/kernel".
 Arrays = dict[str, Float[np.ndarray, "..."]]
+FLOATS = ("f2", "f4", "f8")
 DEPTH = 16  # dictionaries in dictionaries
 
 
-def _empty(kind: Any, shape: Any, code: Any) -> np.ndarray:
-    """An array that the pickle then fills. NumPy writes shape (0,) here; another would claim memory for nothing."""
-    if kind is not np.ndarray or shape != (0,):
-        raise pickle.UnpicklingError(f"an array of shape {shape!r} without content")
-    return np.ndarray((0,), np.int8)
+class _DType:
+    """What a pickle says of a dtype."""
+
+    def __init__(self, code: Any, *_: Any) -> None:
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = state[1]
+
+
+class _Array:
+    """What a pickle says of an array."""
+
+    state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Reconstruct:
+    """Stands for the function that begins an array."""
+
+    def __new__(cls, *_: Any) -> Any:
+        return _Array()
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("a function is given a state")
 
 
 # NumPy 1 has called its module numpy.core, NumPy 2 numpy._core.
 KNOWN = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("numpy.core.multiarray", "_reconstruct"): _empty,
-    ("numpy._core.multiarray", "_reconstruct"): _empty,
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _DType,
+    ("numpy.core.multiarray", "_reconstruct"): _Reconstruct,
+    ("numpy._core.multiarray", "_reconstruct"): _Reconstruct,
 }
 
 
@@ -69,12 +95,26 @@ def read_arrays(path: Path) -> Arrays:
 
 
 def _collect(path: Path, found: Any, keys: tuple[str, ...], arrays: Arrays) -> None:
-    at = "/".join(keys) or "the file"
-    if type(found) is np.ndarray and found.dtype.kind == "f":
-        arrays["/".join(keys)] = found
-    elif type(found) is dict and len(keys) < DEPTH and all(type(key) is str for key in found):
+    if type(found) is dict and len(keys) < DEPTH and all(type(key) is str for key in found):
         for key, value in found.items():
             _collect(path, value, (*keys, key), arrays)
+    elif type(found) is _Array and (array := _array(found.state)) is not None:
+        arrays["/".join(keys)] = array
     else:
-        what = f"{type(found).__name__} of {found.dtype}" if isinstance(found, np.ndarray) else type(found).__name__
-        raise UserError(f"{path}: {at} is a {what}, expected float arrays in dictionaries; install its package again")
+        at, what = one_line("/".join(keys)) or "the file", type(found).__name__.strip("_").lower()
+        raise UserError(f"{path}: {at} is no float array ({what}); install its package again")
+
+
+def _array(state: Any) -> Float[np.ndarray, "..."] | None:
+    """The array of a state as NumPy writes it: version, shape, dtype, whether columns come first, bytes; None for one
+    of another kind, or whose bytes do not fill its shape."""
+    match state:
+        case (int(), tuple() as shape, _DType() as dtype, bool() as fortran, bytes() as content):
+            whole = all(type(size) is int and size >= 0 for size in shape)
+            if not whole or dtype.code not in FLOATS or dtype.order not in ("<", ">", "="):
+                return None
+            kind = np.dtype(dtype.order + dtype.code)
+            if math.prod(shape) * kind.itemsize != len(content):
+                return None
+            return np.frombuffer(content, kind).reshape(shape, order="F" if fortran else "C").copy()
+    return None
