@@ -8,9 +8,11 @@
 The clips are rendered digits, or the held-out ones of the records that the phases were trained on, or all clips of the
 folders that --records names. The model is sampled with all its steps and with one; every other row is what the flags
 name, sampled as its folder says where they do not. STEPS of a causal model may be N,M: the first chunk's and those of
-each later one. Conditions and noise are the same for all. Writes
+each later one. Conditions and noise are the same for all. Metrics that need a package which is not installed are left
+out, which a note says: `pip install "vpae_jax[evaluate]"` brings them (docs/evaluation.md). Writes
 
-    metrics.json    every score of every row and of the real clips, seconds a clip, number of evaluations
+    metrics.json    every score of every row and of the real clips, with its 95 % interval over clips, and those of each
+                    frame as curves; seconds a clip, number of evaluations
     samples/        the first clips of every row, as mp4 and png
     report.html     one page with all of it, and with the training curves of the phases
 """
@@ -40,7 +42,7 @@ from vpae_jax.inference.pipeline import Pipeline, load_pipeline
 from vpae_jax.metrics.report import Report, Row, Run, write_report
 from vpae_jax.metrics.results import NAIVE, headline, table, write_metrics, write_samples
 from vpae_jax.run import guard
-from vpae_jax.run.generation import Generation, Made, scores_of
+from vpae_jax.run.generation import Generation, Made, measures_of
 from vpae_jax.run.workdir import read_run as read_past_run
 from vpae_jax.runtime.progress import say, working
 from vpae_jax.suites import cli as suites
@@ -255,9 +257,13 @@ def _scored(row: Entry, pipeline: Pipeline, task: Task, held_out: HeldOut, batch
             say(f"{row.name}: {made.rows.stop} of {len(held_out)} clips, {made.seconds:.3g} s a clip")
             yield made
 
-    scores = dict(scores_of(task, held_out, watched()))
-    if not scores:
+    measures = measures_of(task, held_out, watched())
+    if measures is None:
         say(f"{row.name}: its clips are not finite; it has no scores")
+        scores, intervals, curves = {}, {}, {}
+    else:
+        scores = dict(task.scores(held_out, measures))
+        intervals, curves = task.intervals(held_out, measures), task.curves(held_out, measures)
     clips = {
         part.name: np.stack([shown[part.rows.start + i] for i in range(len(held_out.clips[part.name]))])
         for part in held_out.parts
@@ -266,7 +272,7 @@ def _scored(row: Entry, pipeline: Pipeline, task: Task, held_out: HeldOut, batch
     sampling, whole = np.median(seconds[1:], 0).tolist() if seconds[1:] else (0.0, 0.0)
     steps = sampler.steps if not sampler.first else typed(sampler.asked)
     settings = {"model": row.model, "steps": steps, "guidance": sampler.guidance, "solver": sampler.solver}
-    return Row(row.name, sampler.evaluations, scores, clips, settings, whole, sampling)
+    return Row(row.name, sampler.evaluations, scores, clips, settings, whole, sampling, intervals, curves)
 
 
 def versions() -> dict[str, str]:
@@ -294,7 +300,8 @@ def main(argv: list[str]) -> None:
     if asked[0].sampler(pipelines[given.model]).evaluations == 1:  # there is no other row to compare one step with
         asked = [row for row in asked if not row.name.endswith(NAIVE)]
     held_out, floor, rows = evaluate(asked, pipelines, task, given.count, given.batch)
-    real = Row("real", None, dict(floor), held_out.clips)
+    sure = {"intervals": task.intervals(held_out, None), "curves": task.curves(held_out, None)}
+    real = Row("real", None, dict(floor), held_out.clips, **sure)
     output.mkdir(parents=True, exist_ok=True)
     fps = pipelines[given.model].defaults.fps
     write_samples(output / "samples", [real, *rows], fps)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import types
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -62,6 +63,7 @@ class Far:
         Metric("distance", "distance", "less", "From a deviation of 1."),
         Metric("mean", "mean", "real", "Of latents."),
     )
+    least: ClassVar = {}
 
     def batches(self, kind, pipeline, feed):
         raise NotImplementedError
@@ -81,7 +83,8 @@ class Far:
         null = np.zeros((1, 3, 2), np.float32), np.ones((1, 3), bool)
         return HeldOut(purpose, parts, ("a clip",) * rows, condition, *null, SHAPE, seeds, clips)
 
-    def measure(self, clips, latents):
+    def measure(self, clips, latents, purpose):
+        assert purpose == "guard"
         return {"deviation": latents.std((1, 2, 3, 4)), "mean": latents.mean((1, 2, 3, 4))}
 
     def scores(self, held_out, made):
@@ -98,6 +101,12 @@ class Far:
             for part in held_out.parts
             for name, value in (("distance", 0.1), ("mean", 0.0))
         }
+
+    def intervals(self, held_out, made):
+        raise NotImplementedError
+
+    def curves(self, held_out, made):
+        raise NotImplementedError
 
 
 GRAPH = nnx.graphdef(nnx.Linear(1, 1, rngs=nnx.Rngs(0)))
@@ -173,6 +182,48 @@ def test_one_mode_does_not_pay_for_the_others_gain(tmp_path):
     assert made.decide(20, unused, lambda: unused) and "but rose" not in made.read()["reason"]
     # Half as far again as 4, and what real clips are apart: 6.1.
     assert not made.decide(30, unused, lambda: unused) and made.decide(40, unused, lambda: unused)
+
+
+class Moving(Far):
+    """Says how much clips move, too."""
+
+    metrics = (*Far.metrics, Metric("motion", "motion", "real", "Of real clips' motion."))
+    least: ClassVar = {"motion": 0.5}
+
+    def real(self, held_out):
+        return {**super().real(held_out), "t2v/motion": 1.2, "i2v/motion": 1.2}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kept"),
+    [
+        ((1.0, 1.0), (1.0, 0.59), False),
+        ((1.0, 1.0), (0.61, 0.61), True),
+        ((0.4, 0.4), (0.45, 0.4), True),
+        ((0.4, 0.4), (0.45, 0.3), False),
+        ((None, None), (0.1, 0.1), True),
+        ((1.0, 1.0), (None, None), True),
+    ],
+    ids=["frozen", "slower", "never moved", "even slower", "unknown at first", "not measured any more"],
+)
+def test_a_student_that_comes_to_rest_is_refused_though_the_distance_fell(tmp_path, before, after, kept):
+    """Under half of real clips' 1.2, in either mode, and lower than at the start."""
+    made = Guard(Moving(), Arithmetic(), tmp_path, GuardConfig(clips=6), Sampler())
+    made.begin()
+    for step, distance, moved in (("0", 20.0, before), ("50", 5.0, after)):
+        scores = {f"{mode}/distance": distance for mode in ("t2v", "i2v")}
+        scores |= {
+            f"{mode}/motion": value for mode, value in zip(("t2v", "i2v"), moved, strict=True) if value is not None
+        }
+        made._write({**made.read(), "scores": {**made.read()["scores"], step: scores}})
+    unused = denoiser(1.0)
+    assert made.decide(50, unused, lambda: unused) is kept
+    reason = read(tmp_path)["reason"]
+    assert reason.startswith("held-out distance fell from 20.0 to 5.0 (real clips: 0.1)")
+    if not kept:
+        was, now = (before[1], after[1])
+        assert f", but motion fell from {was:.2f} to {now:.2f} in i2v, under 0.5 of real clips' 1.20: " in reason
+        assert reason.endswith("the weights that it started from are kept")
 
 
 @pytest.mark.parametrize("first, last, kept", [(1.0, np.nan, False), (np.nan, 1.0, True), (np.inf, np.inf, False)])
@@ -342,7 +393,8 @@ def test_previews_show_held_out_clips_and_each_network(tmp_path):
     made = Previews(Far(), pipeline, tmp_path, networks, sampler, (denoiser(2.0), slow))
     assert [how for how, *_ in pipeline.samplers] == [slow], "the teacher is sampled once"
     for step, scale in ((0, 1.0), (10, 0.1)):
-        assert made(step, TrainState(step, None, {"scale": scale}, {}, {})) == {}
+        written = made(step, TrainState(step, None, {"scale": scale}, {}, {}))
+    assert written == {"previews": tmp_path / "previews" / f"step_{step:06d}.mp4"}
     names = {path.name for path in (tmp_path / "previews").iterdir()}
     assert names == {f"step_{step}.{kind}" for step in ("000000", "000010") for kind in ("mp4", "png")}
     first, last = (read_image(tmp_path / "previews" / f"step_{step}.png") for step in ("000000", "000010"))

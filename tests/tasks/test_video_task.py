@@ -93,7 +93,20 @@ def test_real_clips_are_their_own_floor(pipeline, folders):
     assert own["t2v/diversity"] == 0, "the same clips both times"
     assert own["t2v/kvd"] == pytest.approx(floor["t2v/kvd"], abs=200)
     names = {metric.name for metric in video.metrics}
-    assert {f"i2v/{name}" for name in names} <= set(floor) and {f"i2v/{name}" for name in names} <= set(own)
+    assert set(own) == set(floor) <= {f"{mode}/{name}" for mode in ("t2v", "i2v") for name in names}
+    needs = {"lpips_first", "persistence_first", "persistence_previous", "diversity_content"}
+    absent = (needs if "content" not in found.real else set()) | (
+        {"fvd", "kvd_i3d"} if "i3d" not in found.real else set()
+    )
+    flow = {"flow", "dynamic_degree", "still_flow", "interpolation_error", "flicker"}
+    absent |= set() if "magnitude" in found.real else flow
+    assert names - absent == {name.removeprefix("i2v/") for name in own if name.startswith("i2v/")}
+    intervals, curves = video.intervals(found, found.real), video.curves(found, found.real)
+    low, high = intervals["i2v/color_distance"]
+    assert low <= own["i2v/color_distance"] <= high and low < high
+    assert set(intervals) == set(own) and set(video.intervals(found, None)) <= set(floor)
+    assert len(curves["t2v/sharpness_kept"]) == 9 and len(curves["i2v/temporal_flickering"]) == 8
+    assert video.curves(found, None)["i2v/color_distance"][0] == 0
     half = rows_of(found.real, slice(None))
     spoilt = {**half, "sharpness": half["sharpness"] / 2}
     assert video.scores(found, spoilt)["i2v/sharpness"] == pytest.approx(0.5)

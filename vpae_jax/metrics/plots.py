@@ -25,13 +25,14 @@ class Curve:
     values: Sequence[float]
 
 
-def line_plot(title: str, curves: Sequence[Curve], identity: str, logarithmic: bool = False) -> str:
+def line_plot(title: str, curves: Sequence[Curve], identity: str, logarithmic: bool = False, axis: str = "step") -> str:
     """An `<svg>` element.
 
     Args:
       title: shown above the plot.
       curves: at least one; all share the axes.
       identity: unlike that of any other plot of the page.
+      axis: name of the horizontal axis.
       logarithmic: asks for a logarithmic axis, which is used only when every value is above zero.
     """
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": identity, "font.family": "sans-serif"}):
@@ -42,7 +43,7 @@ def line_plot(title: str, curves: Sequence[Curve], identity: str, logarithmic: b
         if logarithmic and all(value > 0 for curve in curves for value in curve.values):
             axes.set_yscale("log")
         axes.set_title(title, loc="left", color=INK, fontsize=10)
-        axes.set_xlabel("step", color=INK, fontsize=9)
+        axes.set_xlabel(axis, color=INK, fontsize=9)
         axes.tick_params(which="both", colors=LINE, labelcolor=INK, labelsize=9)
         axes.grid(color=LINE, linewidth=0.5, alpha=0.5)
         axes.spines[:].set_visible(False)

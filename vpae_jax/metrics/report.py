@@ -28,6 +28,8 @@ ZOOM = 2
 REST_FRAMES = 3
 SEAM = 64
 ABSENT = "\N{EN DASH}"
+# Metrics whose numbers are large.
+LARGE = ("kvd", "kvd_i3d", "fvd", "psnr_first")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Row:
       settings: what else decides the clips.
       seconds: wall seconds a clip, everything included.
       diffusion_seconds: of these, the network's.
+      intervals: `half/metric` to the ends of its 95 % interval over clips.
+      curves: `half/metric` to its values frame by frame, of all frames, of all but the first, or but both ends.
     """
 
     name: str
@@ -51,6 +55,8 @@ class Row:
     settings: Mapping[str, Any] = field(default_factory=dict)
     seconds: float | None = None
     diffusion_seconds: float | None = None
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -137,9 +143,32 @@ def _half(half: str, title: str, report: Report) -> dict[str, Any]:
             text = _number(row.scores.get(key), metric)
             # What reads the same as the best is as good.
             equal = best is not None and row.name in values and text == _number(values[best], metric)
-            line["cells"].append({"text": text, "best": equal})
+            ends = [_number(end, metric) for end in row.intervals.get(key, ())]
+            line["cells"].append({"text": text, "best": equal, "interval": " to ".join(ends)})
     shown = [{"row": row, "uri": video_uri(row.clips[half], report.fps)} for row in rows if half in row.clips]
-    return {"title": title, "metrics": metrics, "table": table, "shown": shown, "captions": report.captions[half]}
+    return {
+        "title": title,
+        "metrics": metrics,
+        "table": table,
+        "shown": shown,
+        "captions": report.captions[half],
+        "plots": _by_frame(half, report),
+    }
+
+
+def _by_frame(half: str, report: Report) -> list[str]:
+    """Plots of what becomes of metrics from frame to frame."""
+    rows, plots = [report.real, *report.rows], []
+    for name, label in {metric.name: metric.label for metric in report.metrics}.items():
+        curves = []
+        for row in rows:
+            values = row.curves.get(f"{half}/{name}", ())
+            if values and half in row.clips:
+                first = int(len(values) < row.clips[half].shape[1])
+                curves.append(Curve(row.name, range(first, first + len(values)), values))
+        if curves:
+            plots.append(line_plot(label, curves, f"{half} {name} by frame", axis="frame"))
+    return plots
 
 
 def _run(run: Run) -> dict[str, Any]:
@@ -175,7 +204,7 @@ def _short(name: str) -> str:
 def _number(value: float | None, metric: Metric) -> str:
     if value is None:
         return ABSENT
-    if metric.name in ("kvd", "psnr_first"):
+    if metric.name in LARGE:
         return f"{value:.1f}".replace("-", "\N{MINUS SIGN}")
     return f"{value:.3f}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from einops import rearrange
 
@@ -15,6 +16,7 @@ from vpae_jax.metrics.report import TITLES, Row
 
 # Ends the name of a many-step model's row that is sampled in one step all the same.
 NAIVE = ", one step"
+Value = TypeVar("Value")
 ARROW, TIMES = "\N{RIGHTWARDS ARROW}", "\N{MULTIPLICATION SIGN}"
 
 
@@ -27,7 +29,7 @@ def write_metrics(
         "facts": dict(facts),
         "meaning": {metric.name: metric.meaning for metric in metrics},
         "goal": {metric.name: metric.goal for metric in metrics},
-        "real": nested(real.scores),
+        "real": {**nested(real.scores), "intervals": nested(real.intervals), "curves": nested(real.curves)},
         "rows": [
             {
                 "name": row.name,
@@ -36,6 +38,8 @@ def write_metrics(
                 "seconds_a_clip": row.seconds,
                 "diffusion_seconds_a_clip": row.diffusion_seconds,
                 **nested(row.scores),
+                "intervals": nested(row.intervals),
+                "curves": nested(row.curves),
             }
             for row in rows
         ],
@@ -92,9 +96,9 @@ def headline(rows: Sequence[Row], compared: Metric) -> list[tuple[str, str]]:
     return found
 
 
-def nested(scores: Mapping[str, float]) -> dict[str, dict[str, float]]:
+def nested(scores: Mapping[str, Value]) -> dict[str, dict[str, Value]]:
     """`half/metric` keys as two levels."""
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, Value]] = {}
     for key, value in scores.items():
         half, name = key.split("/")
         found.setdefault(half, {})[name] = value

@@ -20,7 +20,7 @@ from vpae_jax.inference.pipeline import Pipeline
 from vpae_jax.inference.samplers import Denoiser
 from vpae_jax.metrics.base import Clips
 from vpae_jax.runtime.processes import everywhere
-from vpae_jax.tasks.base import HeldOut, Task, clips_at_once, in_batches, joined
+from vpae_jax.tasks.base import HeldOut, Measures, Task, clips_at_once, in_batches, joined
 from vpae_jax.types import Condition
 
 SEED = 7
@@ -105,11 +105,17 @@ class Generation:
         )
 
 
-def scores_of(task: Task, held_out: HeldOut, made: Iterable[Made]) -> Mapping[str, float]:
-    """The task's scores of generated clips, measured one batch after the other; none if a latent is not finite."""
+def measures_of(task: Task, held_out: HeldOut, made: Iterable[Made]) -> Measures | None:
+    """What the task keeps of generated clips, measured one batch after the other; None if a latent is not finite."""
     measures, finite = [], True
     for one in made:
         finite = finite and bool(np.isfinite(one.latents).all())
         if finite:
-            measures.append(task.measure(one.clips, one.latents))
-    return task.scores(held_out, joined(measures)) if finite else {}
+            measures.append(task.measure(one.clips, one.latents, held_out.purpose))
+    return joined(measures) if finite else None
+
+
+def scores_of(task: Task, held_out: HeldOut, made: Iterable[Made]) -> Mapping[str, float]:
+    """The task's scores of generated clips; none if a latent is not finite."""
+    measures = measures_of(task, held_out, made)
+    return {} if measures is None else task.scores(held_out, measures)

@@ -3,7 +3,9 @@
 A failed adversarial phase is worse than none (the paper's Table 3: two of its ablations end below phase one). So the
 starting weights and the final ones make clips for the same held-out conditions from the same noise, and the number that
 the task compares decides which of them the run's model directory holds: its mean over modes must not rise, nor may one
-mode pay for another's gain. `guard.json` holds every score, those of real clips, and the decision.
+mode pay for another's gain. Nor may the clips come to rest: a student that repeats its first frame can be near real
+clips by a distance of sets. So what the task names in `least`, such as motion, must not fall below a part of the real
+clips' value unless it was no higher at the start. `guard.json` holds all scores, those of real clips, and the decision.
 
 The guard can judge a student that starts from the one of a phase before: only then are the starting weights meant to be
 sampled as the final ones are.
@@ -148,8 +150,9 @@ class Guard:
         scores, real = self.read()["scores"], self.task.real(self.held_out)
         first, final_scores = scores["0"], scores[str(last)]
         before, after, floor = (self._compared(found) for found in (first, final_scores, real))
-        paid = self._paid(first, final_scores, floor)
-        kept = math.isfinite(after) and after <= before and not paid
+        paid = self._paid(first, final_scores, floor) or self._lost(first, final_scores, real)
+        # Hosts may differ in the packages that measure motion.
+        kept = as_first_says("guard's verdict", math.isfinite(after) and after <= before and not paid)
         reason = self._reason(before, after, floor, paid, kept)
         decision = {"before": _plain(before), "after": _plain(after), "floor": _plain(floor)}
         self._write({**self.read(), "real": dict(real), **decision, "kept": kept, "reason": reason})
@@ -175,6 +178,21 @@ class Guard:
             before, after = first.get(name, math.inf), final.get(name, math.inf)
             if math.isfinite(before) and after > MOST * abs(before) + abs(floor):
                 return f", but rose from {before:.1f} to {after:.1f} in {name.partition('/')[0]}"
+        return ""
+
+    def _lost(self, first: Mapping[str, float], final: Mapping[str, float], real: Mapping[str, float]) -> str:
+        """What fell below the least part of the real clips' value; empty if nothing did. What is measured by a package
+        that is not installed is not asked for."""
+        labels = {metric.name: metric.label for metric in self.task.metrics}
+        for part in self.held_out.parts:
+            for name, least in self.task.least.items():
+                key = f"{part.name}/{name}"
+                if not (key in first and key in final and key in real):
+                    continue
+                before, after = first[key], final[key]
+                if after < least * real[key] and after < before:
+                    what = f"under {least:g} of real clips' {real[key]:.2f}"
+                    return f", but {labels[name]} fell from {before:.2f} to {after:.2f} in {part.name}, {what}"
         return ""
 
     def _reason(self, before: float, after: float, floor: float, paid: str, kept: bool) -> str:

@@ -1,8 +1,9 @@
 """What a task is: where training clips come from, and how generated clips are judged on clips that no training saw.
 
     held_out = task.held_out(pipeline, "guard", 64)       what is asked for, and what is known of the real clips
-    made = task.measure(clips, latents)                   of each batch that is generated for it, joined by `joined`
+    made = task.measure(clips, latents, purpose)          of each batch that is generated for it, joined by `joined`
     task.scores(held_out, made), task.real(held_out)      named numbers, and the same numbers of real clips
+    task.intervals(held_out, made), task.curves(...)      how sure they are, and what becomes of them frame by frame
 
 Clips are measured as they are made, a batch at a time, and only what `measure` keeps of them stays: large clips would
 fill the memory. A score is called `part/metric`, as "i2v/kvd".
@@ -23,6 +24,7 @@ from vpae_jax.data.batches import OwnRows
 from vpae_jax.data.loader import Batches
 from vpae_jax.inference.pipeline import Pipeline
 from vpae_jax.metrics.base import Clips, Metric
+from vpae_jax.metrics.intervals import Interval
 from vpae_jax.types import AnyArray, Condition, Params, UserError
 from vpae_jax.weights.directory import ModelDirectory
 from vpae_jax.weights.settings import Scheduler
@@ -89,6 +91,7 @@ class HeldOut:
       clips: the first real clips of each part, in pixels; empty for a preview of prompts alone, which have none.
       real: measures of the real clip behind each row.
       others: measures of other real clips, which no training saw either.
+      fps: frames a second of the clips.
     """
 
     purpose: Purpose
@@ -102,6 +105,7 @@ class HeldOut:
     clips: Mapping[str, Clips]
     real: Measures = field(default_factory=dict)
     others: Measures = field(default_factory=dict)
+    fps: float = 1.0
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -120,6 +124,8 @@ class Task(Protocol):
       name: what a workdir's files call it.
       metrics: all that `scores` may give, each with its direction and meaning.
       compared: the one of them that the guard compares; less is better.
+      least: those that must not fall below a part of the real clips' value, and that part: what a student that stands
+        still gives away where the compared number does not see it.
     """
 
     @property
@@ -130,6 +136,9 @@ class Task(Protocol):
 
     @property
     def compared(self) -> str: ...
+
+    @property
+    def least(self) -> Mapping[str, float]: ...
 
     def batches(self, kind: type, pipeline: Pipeline | None, feed: Feed) -> Batches:
         """Batches of one kind (`Method.batch`); all processes call this.
@@ -148,8 +157,8 @@ class Task(Protocol):
         """
         ...
 
-    def measure(self, clips: Clips, latents: Float[np.ndarray, "b f h w c"]) -> Measures:
-        """What is kept of generated clips."""
+    def measure(self, clips: Clips, latents: Float[np.ndarray, "b f h w c"], purpose: Purpose) -> Measures:
+        """What is kept of generated clips, for this purpose."""
         ...
 
     def scores(self, held_out: HeldOut, made: Measures) -> Mapping[str, float]:
@@ -158,6 +167,14 @@ class Task(Protocol):
 
     def real(self, held_out: HeldOut) -> Mapping[str, float]:
         """The same metrics of the real clips, against other real ones: what a perfect model would reach."""
+        ...
+
+    def intervals(self, held_out: HeldOut, made: Measures | None) -> Mapping[str, Interval]:
+        """95 % intervals over clips of the metrics, of generated clips or of the real ones (None)."""
+        ...
+
+    def curves(self, held_out: HeldOut, made: Measures | None) -> Mapping[str, list[float]]:
+        """Metrics frame by frame, the last frame last, of generated clips or of the real ones (None)."""
         ...
 
     def write_model(

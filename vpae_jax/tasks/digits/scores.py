@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from einops import reduce
@@ -17,8 +18,11 @@ from sklearn.svm import SVC
 
 from vpae_jax.metrics.base import Clips, Metric, Pictures
 from vpae_jax.metrics.distances import FeatureScale, features, kernel_distance
+from vpae_jax.metrics.frames import color_distance, laplacian_variance
+from vpae_jax.metrics.intervals import Interval, half
+from vpae_jax.metrics.intervals import intervals as resampled
 from vpae_jax.metrics.measures import color_drift, psnr, sharpness
-from vpae_jax.tasks.base import Measures
+from vpae_jax.tasks.base import Measures, rows_of
 from vpae_jax.tasks.digits import measures
 from vpae_jax.tasks.digits.clips import Clip, MovingDigits
 from vpae_jax.types import UserError
@@ -35,6 +39,8 @@ METRICS = (
     Metric("color_drift", "colour drift", "real", "Relative change of the mean colour from first to last frame."),
     Metric("psnr_first", "PSNR, frame 0", "more", "First frame against the given picture, in decibels."),
 )
+# A student is refused whose digits move less than this part of how far real ones do, and less than before.
+LEAST = {"motion": 0.5}
 CLASSIFIER_CLIPS, CLASSIFIER_SEED = 2000, 300
 PAIRS = 64  # of real clips, for their diversity
 
@@ -86,18 +92,78 @@ def against_real(made: Measures, real: Measures, others: Measures) -> dict[str, 
     Raises:
       UserError: clips of another size than the real ones.
     """
+    if made["clips"].shape != real["clips"].shape:
+        expected = real["clips"].shape
+        raise UserError(f"clips are {made['clips'].shape}, expected {expected}: this model makes other videos")
+    return _summary(_numbers(made, real), made["features"], others["features"])
+
+
+def _numbers(made: Measures, real: Measures) -> Measures:
+    """What is known of single clips, and of the real ones of their conditions."""
     clips, true = made["clips"], real["clips"]
-    if clips.shape != true.shape:
-        raise UserError(f"clips are {clips.shape}, expected {true.shape}: this model makes other videos")
-    scale = FeatureScale.of(others["features"])
-    moved, really = measures.displacement(clips), measures.displacement(true)
     return {
-        "kvd": kernel_distance(scale(made["features"]), scale(others["features"])),
-        "direction": float((measures.directions(clips) == real["direction"]).mean()),
-        "sharpness": float(sharpness(clips).mean() / sharpness(true).mean()),
+        "direction": measures.directions(clips) == real["direction"],
+        "sharpness": sharpness(clips),
+        "sharpness_real": sharpness(true),
+        "moved": measures.displacement(clips),
+        "moved_real": measures.displacement(true),
+        "color_drift": color_drift(clips),
+    }
+
+
+def _summary(numbers: Measures, made: Float[np.ndarray, "n d"], others: Float[np.ndarray, "m d"]) -> dict[str, float]:
+    """The metrics of clips with these numbers and features."""
+    scale = FeatureScale.of(others)
+    moved, really = numbers["moved"], numbers["moved_real"]
+    return {
+        "kvd": kernel_distance(scale(made), scale(others)),
+        "direction": float(numbers["direction"].mean()),
+        "sharpness": float(numbers["sharpness"].mean() / numbers["sharpness_real"].mean()),
         "motion": float(moved.mean() / really.mean()),
         "motion_spread": float(moved.std() / really.std()),
-        "color_drift": float(color_drift(clips).mean()),
+        "color_drift": float(numbers["color_drift"].mean()),
+    }
+
+
+def intervals(
+    made: Measures, again: Measures, real: Measures, others: Measures, named: bool, given: bool
+) -> dict[str, Interval]:
+    """95 % intervals over clips (`metrics.intervals`).
+
+    Args:
+      made, again: of clips, and of those that were made once more of the first conditions.
+      real, others: of the real clips of the conditions, and of other ones.
+      named: whether the classifier says what they show.
+      given: whether the first frame was given.
+    """
+    single = {}
+    if named:
+        for when, frame in (("first", 0), ("last", -1)):
+            single[f"digit_{when}"] = classifier()(made["clips"][:, frame]) == real["digit"]
+    if given:
+        single["psnr_first"] = psnr(made["clips"][:, 0], real["clips"][:, 0])
+    second = again["clips"]
+    apart = measures.difference(made["clips"][: len(second)], second)
+    numbers = _numbers(made, real)
+
+    def found(rows: Any, other: Any) -> dict[str, float]:
+        values = _summary(rows_of(numbers, rows), made["features"][rows], others["features"][other])
+        values |= {name: float(value[rows].mean()) for name, value in single.items()}
+        pairs = apart[rows[rows < len(apart)]]
+        return values | ({"diversity": float(pairs.mean())} if len(pairs) else {})
+
+    count, more = len(made["features"]), len(others["features"])
+    whole = found(np.arange(count), np.arange(more))
+    return resampled(whole, count, lambda rng: found(half(count, rng), half(more, rng)))
+
+
+def curves(made: Measures) -> dict[str, list[float]]:
+    """Means over clips, frame by frame: the Laplacian's variance over the first frame's, and the colours' distance from
+    the first frame's."""
+    variance = laplacian_variance(made["clips"]).mean(0)
+    return {
+        "sharpness_kept": (variance / max(variance[0], 1e-6)).tolist(),
+        "color_distance": color_distance(made["clips"]).mean(0).tolist(),
     }
 
 

@@ -18,6 +18,7 @@ from vpae_jax.encoding.encoder import encode_into
 from vpae_jax.files import resolve
 from vpae_jax.inference.pipeline import Pipeline
 from vpae_jax.metrics.base import Clips
+from vpae_jax.metrics.intervals import Interval
 from vpae_jax.tasks.base import (
     OTHER_NOISE,
     SHOWN,
@@ -73,6 +74,7 @@ class Digits:
     name = "digits"
     metrics = scores.METRICS
     compared = "kvd"
+    least = scores.LEAST
 
     def __init__(self, data: DataConfig, workdir: Path) -> None:
         self._data, self._workdir = data, workdir
@@ -129,8 +131,8 @@ class Digits:
             others=scores.measure_real([others[i] for i in range(more)]),
         )
 
-    def measure(self, clips: Clips, latents: Float[np.ndarray, "b f h w c"]) -> Measures:
-        del latents
+    def measure(self, clips: Clips, latents: Float[np.ndarray, "b f h w c"], purpose: Purpose) -> Measures:
+        del latents, purpose
         return scores.measure(clips)
 
     def scores(self, held_out: HeldOut, made: Measures) -> dict[str, float]:
@@ -151,6 +153,24 @@ class Digits:
             if part.name == "t2v" and (found := scores.real_diversity(real, held_out.others)) is not None:
                 values["diversity"] = found
             result |= {f"{part.name}/{name}": value for name, value in values.items()}
+        return result
+
+    def intervals(self, held_out: HeldOut, made: Measures | None) -> dict[str, Interval]:
+        result: dict[str, Interval] = {}
+        for part in held_out.parts:
+            real = rows_of(held_out.real, part.rows)
+            own = real if made is None else rows_of(made, part.rows)
+            again = rows_of(own, slice(0)) if made is None else rows_of(made, part.again)
+            named = held_out.purpose == "evaluation"
+            found = scores.intervals(own, again, real, held_out.others, named=named, given=part.name == "i2v")
+            result |= {f"{part.name}/{name}": value for name, value in found.items()}
+        return result
+
+    def curves(self, held_out: HeldOut, made: Measures | None) -> dict[str, list[float]]:
+        result: dict[str, list[float]] = {}
+        for part in held_out.parts:
+            own = rows_of(held_out.real if made is None else made, part.rows)
+            result |= {f"{part.name}/{name}": values for name, values in scores.curves(own).items()}
         return result
 
     def write_model(

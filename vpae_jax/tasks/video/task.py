@@ -5,10 +5,11 @@ The real clips are what the VAE's decoder makes of their latents: the best that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
+from typing import TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +21,10 @@ from vpae_jax.data.loader import Batches
 from vpae_jax.data.order import held_out, shuffled
 from vpae_jax.data.records import BadRecord, LatentRecords, LatentShape, Value
 from vpae_jax.inference.pipeline import Pipeline
+from vpae_jax.metrics import extras
 from vpae_jax.metrics.base import Clips
+from vpae_jax.metrics.intervals import Interval
+from vpae_jax.metrics.judge import Comparison
 from vpae_jax.runtime.processes import say
 from vpae_jax.tasks.base import (
     AGAIN,
@@ -44,6 +48,7 @@ from vpae_jax.types import Condition, UserError
 
 # Clips that generated ones are compared with, at most, and of a folder that is all held out, all that are looked at.
 OTHERS, FOLDER = 256, 4096
+Number = TypeVar("Number")
 FEWEST = 8  # clips that are asked for, and others, to judge by
 
 
@@ -68,6 +73,7 @@ class Video:
     name = "video"
     metrics = scores.METRICS
     compared = "kvd"
+    least = scores.LEAST
 
     def __init__(self, data: DataConfig, workdir: Path, model: str, modes: tuple[Mode, ...] | None = None) -> None:
         self._data, self._workdir, self._model, self._modes = data, workdir, model, modes
@@ -109,7 +115,7 @@ class Video:
             shape = tuple(int(size) for size in asked[0].arrays["size"])
         else:
             latents = np.stack([clip.arrays["latents"] for clip in asked])
-            clips, real = self._measured(pipeline, latents, purpose != "preview")
+            clips, real = self._measured(pipeline, latents, purpose)
             shape, shown = latents.shape[1:], {mode: clips for mode in modes}
         null_text, null_mask = pipeline.encode_prompt([pipeline.defaults.negative_prompt])
         result = HeldOut(
@@ -122,36 +128,34 @@ class Video:
             shape=shape,
             seeds=tuple([*range(len(asked)), *range(OTHER_NOISE, OTHER_NOISE + again)] * len(modes)),
             clips=shown,
+            fps=pipeline.defaults.fps,
         )
         if purpose == "preview":
             return result
-        beside = self._measured(pipeline, np.stack([clip.arrays["latents"] for clip in others]), True)[1]
+        if purpose == "evaluation":
+            extras.note()
+        beside = self._measured(pipeline, np.stack([clip.arrays["latents"] for clip in others]), purpose)[1]
         return replace(result, real=rows_of(real, clip_of_row), others=beside)
 
-    def measure(self, clips: Clips, latents: Float[np.ndarray, "b f h w c"]) -> Measures:
-        return scores.measure(clips, latents)
+    def measure(self, clips: Clips, latents: Float[np.ndarray, "b f h w c"], purpose: Purpose) -> Measures:
+        return scores.measure(clips, latents, purpose)
 
     def scores(self, held_out: HeldOut, made: Measures) -> dict[str, float]:
-        result = {}
-        for part in held_out.parts:
-            real = rows_of(held_out.real, part.rows)
-            values = scores.against_real(rows_of(made, part.rows), real, held_out.others)
-            if part.again.stop > part.again.start:
-                values["diversity"] = scores.diversity(made, part, real)
-            if part.name == "i2v":
-                values["psnr_first"] = scores.agreement(rows_of(made, part.rows), real)
-            result |= {f"{part.name}/{name}": value for name, value in values.items()}
-        return result
+        return _named(held_out, made, Comparison.scores)
 
     def real(self, held_out: HeldOut) -> dict[str, float]:
-        result = {}
+        result = _named(held_out, None, Comparison.scores)
         for part in held_out.parts:
-            real = rows_of(held_out.real, part.rows)
-            values = scores.against_real(held_out.others, real, real) | {"diversity": 1.0}
-            if part.name == "i2v":
-                values["psnr_first"] = scores.agreement(real, real)
-            result |= {f"{part.name}/{name}": value for name, value in values.items()}
+            result[f"{part.name}/diversity"] = 1.0
+            if "content" in held_out.real:
+                result[f"{part.name}/diversity_content"] = 1.0
         return result
+
+    def intervals(self, held_out: HeldOut, made: Measures | None) -> dict[str, Interval]:
+        return _named(held_out, made, Comparison.intervals)
+
+    def curves(self, held_out: HeldOut, made: Measures | None) -> dict[str, list[float]]:
+        return _named(held_out, made, Comparison.curves)
 
     def write_model(self, *_: object, **__: object) -> Path:
         raise UserError("the autoencoder and the encoders are trained on rendered digits alone")
@@ -196,18 +200,29 @@ class Video:
         return same[::2], same[1::2]
 
     def _measured(
-        self, pipeline: Pipeline, latents: Float[np.ndarray, "n f h w c"], wanted: bool
+        self, pipeline: Pipeline, latents: Float[np.ndarray, "n f h w c"], purpose: Purpose
     ) -> tuple[Clips, Measures]:
-        """The first clips in pixels, and the measures of all."""
-        shown, measures = [], []
+        """The first clips in pixels, and the measures of all; none for a preview."""
+        shown, measures, wanted = [], [], purpose != "preview"
         count = len(latents) if wanted else min(SHOWN, len(latents))
         for rows, filled in in_batches(count, clips_at_once(latents.shape[1:])):
             clips = np.asarray(pipeline.decode(jnp.asarray(latents[filled], jnp.float32)))[: rows.stop - rows.start]
             if rows.start < SHOWN:
                 shown.append(clips)
             if wanted:
-                measures.append(scores.measure(clips, latents[rows].astype(np.float32)))
+                measures.append(scores.measure(clips, latents[rows].astype(np.float32), purpose))
         return np.concatenate(shown)[:SHOWN], joined(measures) if wanted else {}
+
+
+def _named(
+    held_out: HeldOut, made: Measures | None, of: Callable[[Comparison], Mapping[str, Number]]
+) -> dict[str, Number]:
+    """Of every part's comparison, under its name."""
+    return {
+        f"{part.name}/{name}": value
+        for part in held_out.parts
+        for name, value in of(scores.compared(held_out, part, made)).items()
+    }
 
 
 def _readable(clips: Sequence[tuple[LatentRecords, int]], count: int) -> Iterator[Captioned]:

@@ -1,0 +1,208 @@
+"""How good clips of any content are, against real clips: one set of numbers from the measures of both.
+
+    made = joined(measure(clips, with_networks=True) for clips in batches)
+    Comparison(made, real, others, fps).scores() / .intervals() / .curves()
+
+Measures of single clips are compared with the real clips of the same conditions, distances of sets with other ones: a
+clip that begins with a real clip's first frame is not independent of it. What needs a package that is not installed
+(`metrics.extras`) is absent. `docs/evaluation.md` says what each number sees and misses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Float, Shaped
+
+from vpae_jax.metrics import flow, networks
+from vpae_jax.metrics import latents as statistics
+from vpae_jax.metrics.base import Clips, Metric
+from vpae_jax.metrics.distances import FeatureScale, features, kernel_distance
+from vpae_jax.metrics.extras import opencv
+from vpae_jax.metrics.frames import color_distance, laplacian_variance
+from vpae_jax.metrics.frechet import frechet_distance
+from vpae_jax.metrics.intervals import Interval, half, intervals
+from vpae_jax.metrics.latents import Channels
+from vpae_jax.metrics.measures import change, color_drift, reduced, sharpness, speed
+
+METRICS = (
+    Metric("kvd", "KVD", "less", "Kernel distance to other real clips, in thousandths; about 0 for real clips."),
+    Metric("fvd", "FVD", "less", "Frechet distance of I3D logits to other real clips; far above 0 for few clips."),
+    Metric("kvd_i3d", "KVD, I3D", "less", "Kernel distance of I3D logits, in thousandths; about 0 for real clips."),
+    Metric("sharpness", "sharpness", "real", "Mean absolute Laplacian over that of real clips; blur is below 1."),
+    Metric("sharpness_kept", "sharpness kept", "real", "Variance of the Laplacian after the first frame over its own."),
+    Metric("motion", "motion", "real", "Mean speed of edges over that of real clips; less is stiller."),
+    Metric("flow", "flow", "real", "Mean magnitude of optical flow, in per cent of the width a second."),
+    Metric("dynamic_degree", "dynamic degree", "real", "Share of clips that move by VBench's rule, on DIS flow."),
+    Metric("still", "still", "real", "Share of clips whose frames differ by less than half a level of 255."),
+    Metric("still_flow", "still, flow", "real", "Share of clips whose flow is under 0.5 % of the width a second."),
+    Metric(
+        "interpolation_error",
+        "interpolation error",
+        "real",
+        "Frames against what flow puts between their neighbours, in levels of 255; jumps raise it.",
+    ),
+    Metric("flicker", "flicker", "real", "Frames against the next, moved back by the flow, in levels of 255."),
+    Metric("temporal_flickering", "VBench flickering", "real", "1 - mean difference of neighbouring frames / 255."),
+    Metric("color_drift", "colour drift", "real", "Relative change of the mean colour from first to last frame."),
+    Metric("color_distance", "colour distance", "real", "Farthest from the first frame's colours, in levels of 255."),
+    Metric(
+        "persistence_first", "persistence, first", "real", "Cosine of each frame's AlexNet features to the first's."
+    ),
+    Metric("persistence_previous", "persistence, previous", "real", "The same to the frame before."),
+    Metric("latent_mean", "latent mean", "less", "Distance of the latent channels' means, in standard deviations."),
+    Metric("latent_std", "latent spread", "real", "Standard deviation of latent channels over that of real clips."),
+)
+STILL = 0.5  # levels of 255 between successive frames
+FIRST_SIDE = 128  # pixels of the shorter side of the first frames that are kept, at least, of larger ones
+
+# Arrays with a row for each clip.
+Measures = Mapping[str, Shaped[np.ndarray, "..."]]
+
+
+def measure(clips: Clips, with_networks: bool) -> dict[str, Shaped[np.ndarray, "..."]]:
+    """What is kept of clips: numbers of each clip and frame, features, the first frame and the clip as
+    `measures.reduced` leaves them.
+
+    Args:
+      clips: at least 3 frames.
+      with_networks: whether I3D and AlexNet, which take seconds a clip on a CPU, look at them.
+    """
+    small = reduced(clips)
+    found = {
+        "features": features(small),
+        "sharpness": sharpness(reduced(clips, side=max(clips.shape[2:4]))),
+        "speed": speed(small),
+        "change": change(small),
+        "color_drift": color_drift(clips),
+        "laplacian": laplacian_variance(clips),
+        "color": color_distance(clips),
+        "steps": np.stack([change(clips[:, i : i + 2]) for i in range(clips.shape[1] - 1)], 1),
+        "first": reduced(clips[:, :1], side=FIRST_SIDE)[:, 0],
+        "clip": small,
+    }
+    if opencv() is not None:
+        found |= flow.measure(clips)
+    if with_networks:
+        more = {"i3d": networks.video_features(clips), "content": networks.content(clips)}
+        found |= {name: value for name, value in more.items() if value is not None}
+    return found
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Clips that are judged, and real ones.
+
+    Attributes:
+      made: measures of the clips that are judged; with `moments` of their latents or without.
+      real: of the real clips of their conditions, row for row; of any number where real ones are judged.
+      others: of other real clips, at least two.
+      fps: frames a second.
+      more: further numbers of each clip, by metric, whose mean is reported.
+      pairs: of each of the first conditions, by metric, a number (its difference from another clip of the condition)
+        and one of the real clips, whose ratio of means is reported (`diversity`).
+    """
+
+    made: Measures
+    real: Measures
+    others: Measures
+    fps: float
+    more: Measures
+    pairs: Mapping[str, tuple[Float[np.ndarray, "n"], Float[np.ndarray, "m"]]]
+
+    def scores(self) -> dict[str, float]:
+        """Every number that the measures allow."""
+        made, real, others = self.made, self.real, self.others
+        scale = FeatureScale.of(others["features"])
+        found = {
+            "kvd": kernel_distance(scale(made["features"]), scale(others["features"])),
+            "sharpness": over(made["sharpness"], real["sharpness"]),
+            "sharpness_kept": over(made["laplacian"][:, 1:], made["laplacian"][:, 0]),
+            "motion": over(made["speed"], real["speed"]),
+            "still": float((made["change"] < STILL).mean()),
+            "temporal_flickering": float(1 - made["steps"].mean() / 255),
+            "color_drift": float(made["color_drift"].mean()),
+            "color_distance": float(made["color"].max(1).mean()),
+        }
+        if "magnitude" in made:
+            found |= {
+                "flow": float(100 * self.fps * made["magnitude"].mean()),
+                "dynamic_degree": float(flow.dynamic(made["fastest"], self.fps).mean()),
+                "still_flow": float(flow.still(made["magnitude"], self.fps).mean()),
+                "interpolation_error": float(made["interpolated"].mean()),
+                "flicker": float(made["compensated"].mean()),
+            }
+        if "i3d" in made:
+            scale = FeatureScale.of(others["i3d"])
+            found |= {
+                "fvd": frechet_distance(made["i3d"], others["i3d"]),
+                "kvd_i3d": kernel_distance(scale(made["i3d"]), scale(others["i3d"])),
+            }
+        if "moments" in made:
+            channels = Channels.of(made["moments"]), Channels.of(real["moments"])
+            found |= {"latent_mean": statistics.shift(*channels), "latent_std": statistics.spread(*channels)}
+        if "content" in made:
+            found |= {name: float(values.mean()) for name, values in persistence(made["content"]).items()}
+        found |= {name: float(values.mean()) for name, values in self.more.items()}
+        return found | {name: over(*pair) for name, pair in self.pairs.items() if len(pair[0])}
+
+    def intervals(self) -> dict[str, Interval]:
+        """Of 95 %, over clips (`metrics.intervals`); of a made clip and its real one together."""
+        return intervals(self.scores(), len(self.made["features"]), lambda rng: self._half(rng).scores())
+
+    def _half(self, rng: np.random.Generator) -> Comparison:
+        made, real, others = (len(one["features"]) for one in (self.made, self.real, self.others))
+        rows, other = half(made, rng), half(others, rng)
+        true = rows if made == real else half(real, rng)
+
+        def pick(pair: tuple[Float[np.ndarray, "n"], Float[np.ndarray, "m"]]) -> tuple[np.ndarray, np.ndarray]:
+            apart, true_apart = pair
+            return apart[rows[rows < len(apart)]], true_apart[true]
+
+        needed = {*self.made} - {"first", "clip"}
+        return replace(
+            self,
+            made={name: self.made[name][rows] for name in needed},
+            real={name: self.real[name][true] for name in needed & {"features", "sharpness", "speed", "moments"}},
+            others={name: self.others[name][other] for name in needed & {"features", "i3d"}},
+            more={name: values[rows] for name, values in self.more.items()},
+            pairs={name: pick(pair) for name, pair in self.pairs.items()},
+        )
+
+    def curves(self) -> dict[str, list[float]]:
+        """Means over clips, frame by frame, so that a fault after the first frame shows: of every frame
+        (`sharpness_kept`, `color_distance`, `persistence_first`), of each but the first (`temporal_flickering`, `flow`,
+        `flicker`, `persistence_previous`), or but the first and the last (`interpolation_error`)."""
+        made = self.made
+        found = {
+            "sharpness_kept": made["laplacian"].mean(0) / max(made["laplacian"][:, 0].mean(), 1e-6),
+            "color_distance": made["color"].mean(0),
+            "temporal_flickering": 1 - made["steps"].mean(0) / 255,
+        }
+        if "magnitude" in made:
+            found |= {
+                "flow": 100 * self.fps * made["magnitude"].mean(0),
+                "flicker": made["compensated"].mean(0),
+                "interpolation_error": made["interpolated"].mean(0),
+            }
+        if "content" in made:
+            content = made["content"]
+            found["persistence_first"] = (content * content[:, :1]).sum(-1).mean(0)
+            found["persistence_previous"] = (content[:, 1:] * content[:, :-1]).sum(-1).mean(0)
+        return {name: [float(value) for value in values] for name, values in found.items()}
+
+
+def persistence(content: Float[np.ndarray, "b t d"]) -> dict[str, Float[np.ndarray, "b"]]:
+    """Of each clip, the mean cosine of its later frames to the first one and to the one before (as VBench's subject
+    and background consistency, whose features are DINO's and CLIP's); 1 for a clip that stands still."""
+    return {
+        "persistence_first": (content[:, 1:] * content[:, :1]).sum(-1).mean(1),
+        "persistence_previous": (content[:, 1:] * content[:, :-1]).sum(-1).mean(1),
+    }
+
+
+def over(made: Float[np.ndarray, "..."], real: Float[np.ndarray, "..."]) -> float:
+    """The ratio of two means."""
+    return float(made.mean() / max(real.mean(), 1e-6))

@@ -1,0 +1,120 @@
+"""Pickles of plain NumPy arrays in nested dictionaries, as older JAX packages keep weights; read without running code.
+
+A pickle may name any function and call it. This reader knows three names, those that NumPy writes for an array, and
+refuses all others. In their place stand classes of its own that write down what they are given: NumPy's own believe
+what a pickle says of a dtype, and a damaged one breaks float64 for the whole process. Arrays are made afterwards, of
+the bytes that the file holds.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from vpae_jax.types import UserError
+from vpae_jax.weights.safetensors_file import one_line
+
+# By their keys joined by slashes, as "params/conv/kernel".
+Arrays = dict[str, Float[np.ndarray, "..."]]
+FLOATS = ("f2", "f4", "f8")
+DEPTH = 16  # dictionaries in dictionaries
+
+
+class _DType:
+    """What a pickle says of a dtype."""
+
+    def __init__(self, code: Any, *_: Any) -> None:
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = state[1]
+
+
+class _Array:
+    """What a pickle says of an array."""
+
+    state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Reconstruct:
+    """Stands for the function that begins an array."""
+
+    def __new__(cls, *_: Any) -> Any:
+        return _Array()
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("a function is given a state")
+
+
+# NumPy 1 has called its module numpy.core, NumPy 2 numpy._core.
+KNOWN = {
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _DType,
+    ("numpy.core.multiarray", "_reconstruct"): _Reconstruct,
+    ("numpy._core.multiarray", "_reconstruct"): _Reconstruct,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return KNOWN[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it names {module}.{name}") from None
+
+
+def read_arrays(path: Path) -> Arrays:
+    """The arrays of a file, under their keys joined by slashes.
+
+    Raises:
+      UserError: a file that cannot be read, names anything but arrays, or holds anything but float arrays in nested
+        dictionaries with text for keys.
+    """
+    try:
+        with path.open("rb") as file:
+            found = _Unpickler(file).load()
+    except pickle.UnpicklingError as error:
+        why = one_line(str(error))
+        raise UserError(
+            f"{path}: refused: holds more than arrays, or is damaged ({why}); install its package again"
+        ) from error
+    except Exception as error:  # a damaged pickle makes any of its few calls fail in any way
+        why = one_line(f"{type(error).__name__}: {error}")
+        raise UserError(f"{path}: cannot be read as a pickle of arrays ({why}); install its package again") from error
+    arrays: Arrays = {}
+    _collect(path, found, (), arrays)
+    return arrays
+
+
+def _collect(path: Path, found: Any, keys: tuple[str, ...], arrays: Arrays) -> None:
+    if type(found) is dict and len(keys) < DEPTH and all(type(key) is str for key in found):
+        for key, value in found.items():
+            _collect(path, value, (*keys, key), arrays)
+    elif type(found) is _Array and (array := _array(found.state)) is not None:
+        arrays["/".join(keys)] = array
+    else:
+        at, what = one_line("/".join(keys)) or "the file", type(found).__name__.strip("_").lower()
+        raise UserError(f"{path}: {at} is no float array ({what}); install its package again")
+
+
+def _array(state: Any) -> Float[np.ndarray, "..."] | None:
+    """The array of a state as NumPy writes it: version, shape, dtype, whether columns come first, bytes; None for one
+    of another kind, or whose bytes do not fill its shape."""
+    match state:
+        case (int(), tuple() as shape, _DType() as dtype, bool() as fortran, bytes() as content):
+            whole = all(type(size) is int and size >= 0 for size in shape)
+            if not whole or dtype.code not in FLOATS or dtype.order not in ("<", ">", "="):
+                return None
+            kind = np.dtype(dtype.order + dtype.code)
+            if math.prod(shape) * kind.itemsize != len(content):
+                return None
+            return np.frombuffer(content, kind).reshape(shape, order="F" if fortran else "C").copy()
+    return None
