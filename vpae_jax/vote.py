@@ -34,6 +34,7 @@ from vpae_jax.pages import page_template
 from vpae_jax.types import UserError
 
 TEMPLATE = "vote.html.jinja"
+CHOICES: tuple[Choice, ...] = get_args(Choice)
 LONGEST = 200  # bytes of a vote
 
 
@@ -116,12 +117,12 @@ class Handler(BaseHTTPRequestHandler):
         if number is None or not length.isdecimal() or int(length) > LONGEST:
             self.send_error(HTTPStatus.BAD_REQUEST)
             return
-        choice = self.rfile.read(int(length)).decode(errors="replace")
-        if choice not in get_args(Choice):
+        said = self.rfile.read(int(length)).decode(errors="replace")
+        if said not in CHOICES:
             self.send_error(HTTPStatus.BAD_REQUEST)
             return
         try:
-            self.election.vote(number, choice)
+            self.election.vote(number, CHOICES[CHOICES.index(said)])
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             self.send_error(HTTPStatus.INSUFFICIENT_STORAGE)

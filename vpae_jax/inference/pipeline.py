@@ -298,7 +298,8 @@ class Pipeline:
         height, width = self._fitted(image, height, width)
         sampler, given = self.sampler(steps, guidance, solver, shift, window, sink), None
         if image is not None and self._continues(sampler):
-            sampler, num_frames, given = self._continuing(sampler, image, num_frames, height, width)
+            sampler, given = self._continuing(sampler, image, height, width)
+            num_frames = self._sizes.in_chunks(sampler.chunks) if num_frames is None else num_frames
             image = None
         shape = self.latent_shape(1, num_frames, height, width)
         if sampler.chunks is not None:
@@ -340,7 +341,8 @@ class Pipeline:
         height, width = self._fitted(image, height, width)
         sampler, given = self.sampler() if sampler is None else sampler, None
         if image is not None and self._continues(sampler):
-            sampler, num_frames, given = self._continuing(sampler, image, num_frames, height, width)
+            sampler, given = self._continuing(sampler, image, height, width)
+            num_frames = self._sizes.in_chunks(sampler.chunks) if num_frames is None else num_frames
             image = None
         latent_frames = sys.maxsize if num_frames == math.inf else self._sizes.latent_frames(num_frames)
         if sampler.chunks is not None and num_frames != math.inf:
@@ -388,18 +390,15 @@ class Pipeline:
         self,
         sampler: Sampler,
         image: UInt8[np.ndarray, "image_height image_width 3"],
-        num_frames: int | float | None,
         height: int | None,
         width: int | None,
-    ) -> tuple[Sampler, int | float, Latents]:
-        """How a clip is made that continues an image: its sampler, its number of frames, and its first chunk."""
+    ) -> tuple[Sampler, Latents]:
+        """How a clip is made that continues an image, and its first chunk."""
         assert sampler.chunks is not None
-        chunks = dataclasses.replace(sampler.chunks, first=1)
-        if num_frames is None:
-            num_frames = self._sizes.num_frames(chunks.nearest(self._sizes.latent_frames(None)))
         first = first_frames(image[None], *self._sizes.clip(1, height, width)[1:])
         latents = samplers.encode_first_frame(self.vae, first, 1)[0][..., MASK_CHANNELS:]
-        return dataclasses.replace(sampler, chunks=chunks, first=()), num_frames, latents
+        chunks = dataclasses.replace(sampler.chunks, first=1)
+        return dataclasses.replace(sampler, chunks=chunks, first=()), latents
 
     def _unconditional(self, condition: Condition, given: str | None) -> Condition:
         """What guidance moves one clip away from: a negative prompt, by default the model's."""

@@ -49,6 +49,11 @@ class ClipSizes:
             raise UserError(f"num_frames is {num_frames}, expected 1 + a multiple of {time}, such as {near}")
         return frames
 
+    def in_chunks(self, chunks: Chunks | None) -> int:
+        """Frames of the video next to the model's own that is a whole number of chunks."""
+        frames = self.latent_frames(None)
+        return self.num_frames(frames if chunks is None else chunks.nearest(frames))
+
     def check_chunks(self, chunks: Chunks, latent_frames: int) -> None:
         """Raises `UserError` for a clip that is no whole number of chunks."""
         near = chunks.nearest(latent_frames)

@@ -153,5 +153,5 @@ def _preference(row: str, other: str, clips: Sequence[Sequence[int]]) -> Prefere
     drawn = np.random.default_rng(0).integers(len(clips), size=(DRAWS, len(clips)))
     values = sums[drawn].sum(1) / counts[drawn].sum(1)
     low, high = np.percentile(values, (2.5, 97.5))
-    numbers = [int((every == value).sum()) for value in (1, 0, -1)]
-    return Preference(row, other, *numbers, len(clips), float(every.mean()), float(low), float(high))
+    better, same, worse = (int((every == value).sum()) for value in (1, 0, -1))
+    return Preference(row, other, better, same, worse, len(clips), float(every.mean()), float(low), float(high))

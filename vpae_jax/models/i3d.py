@@ -40,6 +40,7 @@ class Unit3D(nnx.Module):
     """Convolution, batch norm, ReLU."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, *, rngs: nnx.Rngs):
+        self.stride = stride
         self.conv = nnx.Conv(inputs, outputs, (kernel,) * 3, (stride,) * 3, padding="SAME", use_bias=False, rngs=rngs)
         self.norm = nnx.BatchNorm(outputs, use_running_average=True, epsilon=1e-3, use_scale=False, rngs=rngs)
 
@@ -52,7 +53,7 @@ class Stem(Unit3D):
     three dimensions of few channels took most of the network's time."""
 
     def __call__(self, x: Video) -> Video:
-        kernel, stride = self.conv.kernel.get_value(), self.conv.strides[0]
+        kernel, stride = self.conv.kernel.get_value(), self.stride
         (b, t), window = x.shape[:2], len(kernel)
         frames = -(-t // stride)
         fill = max((frames - 1) * stride + window - t, 0)

@@ -95,7 +95,7 @@ def _is_causal(method: Method) -> bool:
     frozen = any(
         role.start == "pretrained" and role.part == "transformer" and not role.trains for role in method.roles.values()
     )
-    return method.student.sampler.chunks is not None and not frozen
+    return method.student is not None and method.student.sampler.chunks is not None and not frozen
 
 
 def starts_from_transformer(method: Method) -> bool:

@@ -85,8 +85,9 @@ def by_chunks(
     n = q.shape[1]
     if past is not None:
         k, v = jnp.concatenate([k, past[0]], axis=1), jnp.concatenate([v, past[1]], axis=1)
-    size = stops[1] - stops[0] if len(stops) > 1 else n
-    seen = _Seen(stops[0], size, None if past is None else n)
+    first, *others = stops
+    size = others[0] - first if others else n
+    seen = _Seen(first, size, None if past is None else n)
     mask = _Chunks(_whole_tiles(n), _whole_tiles(k.shape[1]), stops, seen)
     return _run(_scaled(q), k, v, mask, None, interpret)
 
