@@ -10,10 +10,8 @@ shorter side of SIDE to twice SIDE pixels; smaller ones as they are.
     interpolated   mean |x_i - m_i|, m_i(p) = (x_{i-1}(p - G_i(p) / 2) + x_{i+1}(p + G_i(p) / 2)) / 2, where G_i moves
                    frame i-1 onto i+1: how badly even motion predicts the middle frame, in levels of 255
 
-The last is VBench's motion smoothness with flow in the place of its interpolation network, and as an error. It was
-chosen before the change of flow from pair to pair, which is mostly noise where a frame has little texture, and tells
-a clip whose frames are out of order from a fast one by a far smaller ratio. Pixels that the flow takes from outside
-the picture do not count.
+The last is VBench's motion smoothness with flow in the place of its interpolation network, and as an error. Pixels that
+the flow takes from outside the picture do not count.
 """
 
 from __future__ import annotations
