@@ -8,11 +8,19 @@ from vpae_jax.config import DataConfig
 from vpae_jax.data.order import held_out
 from vpae_jax.data.records import LatentRecords
 from vpae_jax.inference.pipeline import load_pipeline
+from vpae_jax.metrics import networks
 from vpae_jax.tasks.base import Feed, TooFew, rows_of
 from vpae_jax.tasks.video.task import FEWEST, Video
 from vpae_jax.types import Batch, UserError
 
 FEED = Feed(batch_size=4, seed=0, workers=0, rows=None, max_bad=0.0)
+
+
+@pytest.fixture(autouse=True)
+def without_i3d(monkeypatch):
+    """Which clips are chosen does not depend on what is measured of them, and I3D takes a second for each."""
+    for network in ("_i3d", "_alexnet"):
+        monkeypatch.setattr(networks, network, lambda: None)
 
 
 @pytest.fixture(scope="module")
