@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from vpae_jax.types import UserError
+from vpae_jax.weights.pickles import DAMAGE
 from vpae_jax.weights.safetensors_file import one_line
 
 # By their keys joined by slashes, as "params/conv/kernel".
@@ -86,7 +87,7 @@ def read_arrays(path: Path) -> Arrays:
         raise UserError(
             f"{path}: refused: holds more than arrays, or is damaged ({why}); install its package again"
         ) from error
-    except Exception as error:  # a damaged pickle makes any of its few calls fail in any way
+    except DAMAGE as error:
         why = one_line(f"{type(error).__name__}: {error}")
         raise UserError(f"{path}: cannot be read as a pickle of arrays ({why}); install its package again") from error
     arrays: Arrays = {}

@@ -22,9 +22,9 @@ from vpae_jax.types import HostArray, UserError
 from vpae_jax.weights.safetensors_file import CODES, StoredTensor, checked, one_line, quote
 
 BY_NAME = {dtype.name: dtype for dtype in CODES}  # PyTorch calls dtypes as NumPy does
-# What `torch.load` and `zipfile` raise for damaged files: found by damaging 60,000 (tests/weights/test_fuzz.py), with
-# the bases of what was found.
-TORCH_ERRORS = (
+# What unpickling, `torch.load` and `zipfile` raise for damaged files: found by damaging 60,000
+# (tests/weights/test_fuzz.py), with the bases of what was found.
+DAMAGE = (
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -148,7 +148,7 @@ def _load(path: Path, file: BinaryIO) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         reason = "refused: the file asks to run code or holds more than tensors"
         raise UserError(f"{path}: {reason} ({_why(error)})") from error
-    except TORCH_ERRORS as error:
+    except DAMAGE as error:
         raise UserError(f"{path}: truncated or not a PyTorch checkpoint ({_why(error)}); fetch it again") from error
 
 
