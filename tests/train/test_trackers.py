@@ -88,3 +88,11 @@ def test_a_tracker_that_cannot_begin_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"config\.tracker is 'wandb', which cannot begin a run: ") as error:
         Tracker("wandb", tmp_path, "phase2", {})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff{", b"[1]", b'{"wandb": 3}'])
+def test_an_id_that_cannot_be_read_is_a_new_one(tmp_path, content):
+    file = tmp_path / "tracker.json"
+    file.write_bytes(content)
+    found = trackers._id("wandb", file)
+    assert len(found) == 8 and trackers._id("wandb", file) == found

@@ -188,19 +188,21 @@ class Comparison:
                 "interpolation_error": made["interpolated"].mean(0),
             }
         if "content" in made:
-            content = made["content"]
-            found["persistence_first"] = (content * content[:, :1]).sum(-1).mean(0)
-            found["persistence_previous"] = (content[:, 1:] * content[:, :-1]).sum(-1).mean(0)
+            to_first, to_previous = _cosines(made["content"])
+            found |= {"persistence_first": to_first.mean(0), "persistence_previous": to_previous.mean(0)}
         return {name: [float(value) for value in values] for name, values in found.items()}
 
 
 def persistence(content: Float[np.ndarray, "b t d"]) -> dict[str, Float[np.ndarray, "b"]]:
     """Of each clip, the mean cosine of its later frames to the first one and to the one before (as VBench's subject
     and background consistency, whose features are DINO's and CLIP's); 1 for a clip that stands still."""
-    return {
-        "persistence_first": (content[:, 1:] * content[:, :1]).sum(-1).mean(1),
-        "persistence_previous": (content[:, 1:] * content[:, :-1]).sum(-1).mean(1),
-    }
+    to_first, to_previous = _cosines(content)
+    return {"persistence_first": to_first[:, 1:].mean(1), "persistence_previous": to_previous.mean(1)}
+
+
+def _cosines(content: Float[np.ndarray, "b t d"]) -> tuple[Float[np.ndarray, "b t"], Float[np.ndarray, "b later"]]:
+    """Of each frame's features, of length 1, to the first one's; and of each but the first to the one before."""
+    return (content * content[:, :1]).sum(-1), (content[:, 1:] * content[:, :-1]).sum(-1)
 
 
 def over(made: Float[np.ndarray, "..."], real: Float[np.ndarray, "..."]) -> float:

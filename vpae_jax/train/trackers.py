@@ -79,9 +79,12 @@ class Tracker:
 
 
 def _id(kind: str, file: Path) -> str:
-    """The run's id, kept in the workdir."""
-    found = json.loads(file.read_text()) if file.exists() else {}
-    if kind not in found:
+    """The run's id, kept in the workdir; a new one where the file cannot be read."""
+    try:
+        found = dict(json.loads(file.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        found = {}
+    if not isinstance(found.get(kind), str):
         found[kind] = uuid.uuid4().hex[:8]
         write_text(file, json.dumps(found) + "\n")
     return found[kind]
