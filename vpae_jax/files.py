@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import re
@@ -153,6 +154,31 @@ def put_aside(path: Path) -> Path:
     target = next(name for name in names if not name.exists())
     with refused_writes(path):
         return path.rename(target)
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Locks a file while the body runs; whether nobody else has. The file is removed at the end."""
+    descriptor = _opened(path)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                yield False
+                return
+        yield True
+        path.unlink(missing_ok=True)  # while it is locked: who has opened it already will find the clip there
+    finally:
+        os.close(descriptor)
+
+
+def _opened(path: Path) -> int:
+    with refused_writes(path):
+        while True:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # another process has come to its end, and removed the folder
+                return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
 
 
 def _concerns(name: Path, path: Path) -> bool:

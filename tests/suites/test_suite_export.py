@@ -14,7 +14,8 @@ from test_suite_scores import I2V, results
 from vpae_jax import cli, evaluate
 from vpae_jax.inference.pipeline import load_pipeline
 from vpae_jax.media import read_image, write_video
-from vpae_jax.suites.export import Pace, prepare
+from vpae_jax.runtime.progress import Pace
+from vpae_jax.suites.export import prepare
 from vpae_jax.suites.prompts import SUITES, read_prompts
 from vpae_jax.types import UserError
 
@@ -223,7 +224,7 @@ def test_names_that_a_file_system_refuses(checkout, tmp_path):
 
 def test_time_left():
     pace = Pace(11)
-    pace.done, pace.begun = 3, 100.0
+    pace.done, pace.first, pace.begun = 3, 1, 100.0
     assert pace.line(120.0) == "3 of 11 clips; 10 s a clip; 0:01:20 left"
     pace.total = 1003
     assert pace.line(120.0).endswith("2:46:40 left")

@@ -23,14 +23,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from vpae_jax import sharding
 from vpae_jax.flow.draws import check_seed, noise_of_seed
 from vpae_jax.flow.sampler import Sampler, Solver, Steps
-from vpae_jax.inference import samplers, streaming
+from vpae_jax.inference import experts, samplers, streaming
 from vpae_jax.inference.pictures import Pictures, first_frames
 from vpae_jax.inference.samplers import MASK_CHANNELS, Denoiser
 from vpae_jax.inference.sizes import ClipSizes
@@ -42,7 +42,6 @@ from vpae_jax.inference.tokenizer import (
     tokenize,
 )
 from vpae_jax.models.clip import CLIPVision
-from vpae_jax.models.parallel import MeshLayout
 from vpae_jax.models.umt5 import UMT5Encoder
 from vpae_jax.models.wan_dit import WanTransformer
 from vpae_jax.models.wan_vae import WanVAE
@@ -52,9 +51,9 @@ from vpae_jax.weights.directory import ModelDirectory
 from vpae_jax.weights.find import find_model
 from vpae_jax.weights.image_processor import ImageProcessor, read_image_processor
 from vpae_jax.weights.loading import load_part
-from vpae_jax.weights.parts import LOW, abstract, check_fit, makes_from_image
+from vpae_jax.weights.parts import check_fit, makes_from_image
 from vpae_jax.weights.settings import Defaults, Scheduler, read_defaults, read_scheduler
-from vpae_jax.weights.stream import Placement
+from vpae_jax.weights.stream import Merge
 
 
 @dataclass(frozen=True)
@@ -97,6 +96,21 @@ class Pipeline:
         """The same pipeline, whose text and image encoder have no weights left: for when all prompts are encoded."""
         image = None if self.image_encoder is None else _shapes_of(self.image_encoder)
         return dataclasses.replace(self, text_encoder=_shapes_of(self.text_encoder), image_encoder=image)
+
+    def with_transformer(
+        self, model: ModelDirectory, dtype: DTypeLike, mesh: Mesh | None = None, merge: Merge | None = None
+    ) -> Pipeline:
+        """The same pipeline, loaded without a transformer, with that of its model directory.
+
+        Args:
+          dtype, mesh: as of `load_pipeline`; the VAE comes to lie on the mesh, too.
+          merge: what is added to its weights (`weights.merging.open_merging`).
+        """
+        first, second = experts.load(model, dtype, mesh, merge)
+        vae = (
+            self.vae if mesh is None else load_part(model, "vae", jnp.float32, experts.place(mesh, sharding.REPLICATED))
+        )
+        return dataclasses.replace(self, transformer=first, transformer_2=second, vae=vae)
 
     def on(self, device: Any) -> Pipeline:
         """The same pipeline with all but its transformer on one device."""
@@ -451,45 +465,28 @@ def load_pipeline(
     check_ids(max(tokenizer.get_vocab().values(), default=0), model.part("text_encoder").config.vocab_size)
     image_encoder, image_processor = None, None
     if "image_encoder" in model.parts:
-        image_encoder = load_part(model, "image_encoder", dtype, _place(mesh, sharding.REPLICATED))
+        image_encoder = load_part(model, "image_encoder", dtype, experts.place(mesh, sharding.REPLICATED))
         image_processor = read_image_processor(model.image_processor, image_encoder.config.image_size)
-    experts = []
-    for name in ("transformer", LOW) if LOW in model.parts else ("transformer",):
-        if with_transformer:
-            expert = load_part(model, name, dtype, _place(mesh, sharding.TRANSFORMER_RULES))
-        else:
-            expert = nnx.merge(*abstract(name, model.part(name).config, dtype))
-        expert.layout = MeshLayout(mesh, expert.config.num_attention_heads)
-        experts.append(expert)
-    transformer, image = experts[0], makes_from_image({name: source.config for name, source in model.parts.items()})
+    load = experts.load if with_transformer else experts.shapes
+    transformer, transformer_2 = load(model, dtype, mesh)
+    image = makes_from_image({name: source.config for name, source in model.parts.items()})
     tokenizer.model_max_length = min(tokenizer.model_max_length, transformer.config.text_len)
     scheduler = read_scheduler(model.folder, image)
-    if scheduler.chunks is not None and len(experts) > 1:
+    if scheduler.chunks is not None and transformer_2 is not None:
         raise UserError(f"{model.path}: is causal and has two experts, which does not work here; load one of them")
     return Pipeline(
         transformer=transformer,
-        vae=load_part(model, "vae", jnp.float32, _place(mesh, sharding.REPLICATED)),
-        text_encoder=load_part(model, "text_encoder", dtype, _place(mesh, sharding.REPLICATED)),
+        vae=load_part(model, "vae", jnp.float32, experts.place(mesh, sharding.REPLICATED)),
+        text_encoder=load_part(model, "text_encoder", dtype, experts.place(mesh, sharding.REPLICATED)),
         image_encoder=image_encoder,
         tokenizer=tokenizer,
         image_processor=image_processor,
         scheduler=scheduler,
         defaults=read_defaults(model.folder, image),
-        transformer_2=experts[1] if len(experts) > 1 else None,
+        transformer_2=transformer_2,
         boundary=0.0 if model.boundary is None else model.boundary,
     )
 
 
 def _shapes_of(model: nnx.Module) -> Any:
     return nnx.eval_shape(lambda: model)
-
-
-def _place(mesh: Mesh | None, rules: sharding.Rules) -> Placement | None:
-    if mesh is None:
-        return None
-
-    def place(path: str, shape: tuple[int, ...]) -> Sharding:
-        leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
-        return sharding.param_shardings({path: leaf}, rules, mesh)[path]
-
-    return place

@@ -98,7 +98,7 @@ class Comparison:
     Attributes:
       made: measures of the clips that are judged; with `moments` of their latents or without.
       real: of the real clips of their conditions, row for row; of any number where real ones are judged.
-      others: of other real clips, at least two.
+      others: of other real clips, at least two; without any, there are no distances.
       fps: frames a second.
       more: further numbers of each clip, by metric, whose mean is reported.
       pairs: of each of the first conditions, by metric, a number (its difference from another clip of the condition)
@@ -114,10 +114,9 @@ class Comparison:
 
     def scores(self) -> dict[str, float]:
         """Every number that the measures allow."""
-        made, real, others = self.made, self.real, self.others
-        scale = FeatureScale.of(others["features"])
+        made, real = self.made, self.real
         found = {
-            "kvd": kernel_distance(scale(made["features"]), scale(others["features"])),
+            **self._distances(),
             "sharpness": over(made["sharpness"], real["sharpness"]),
             "sharpness_kept": over(made["laplacian"][:, 1:], made["laplacian"][:, 0]),
             "motion": over(made["speed"], real["speed"]),
@@ -134,12 +133,6 @@ class Comparison:
                 "interpolation_error": float(made["interpolated"].mean()),
                 "flicker": float(made["compensated"].mean()),
             }
-        if "i3d" in made:
-            scale = FeatureScale.of(others["i3d"])
-            found |= {
-                "fvd": frechet_distance(made["i3d"], others["i3d"]),
-                "kvd_i3d": kernel_distance(scale(made["i3d"]), scale(others["i3d"])),
-            }
         if "moments" in made:
             channels = Channels.of(made["moments"]), Channels.of(real["moments"])
             found |= {"latent_mean": statistics.shift(*channels), "latent_std": statistics.spread(*channels)}
@@ -148,13 +141,26 @@ class Comparison:
         found |= {name: float(values.mean()) for name, values in self.more.items()}
         return found | {name: over(*pair) for name, pair in self.pairs.items() if len(pair[0])}
 
+    def _distances(self) -> dict[str, float]:
+        made, others = self.made, self.others
+        if not others:
+            return {}
+        scale = FeatureScale.of(others["features"])
+        found = {"kvd": kernel_distance(scale(made["features"]), scale(others["features"]))}
+        if "i3d" in made:
+            scale = FeatureScale.of(others["i3d"])
+            found["fvd"] = frechet_distance(made["i3d"], others["i3d"])
+            found["kvd_i3d"] = kernel_distance(scale(made["i3d"]), scale(others["i3d"]))
+        return found
+
     def intervals(self) -> dict[str, Interval]:
         """Of 95 %, over clips (`metrics.intervals`); of a made clip and its real one together."""
         return intervals(self.scores(), len(self.made["features"]), lambda rng: self._half(rng).scores())
 
     def _half(self, rng: np.random.Generator) -> Comparison:
-        made, real, others = (len(one["features"]) for one in (self.made, self.real, self.others))
-        rows, other = half(made, rng), half(others, rng)
+        made, real = len(self.made["features"]), len(self.real["features"])
+        rows = half(made, rng)
+        other = half(len(self.others["features"]), rng) if self.others else rows
         true = rows if made == real else half(real, rng)
 
         def pick(pair: tuple[Float[np.ndarray, "n"], Float[np.ndarray, "m"]]) -> tuple[np.ndarray, np.ndarray]:
@@ -166,7 +172,7 @@ class Comparison:
             self,
             made={name: self.made[name][rows] for name in needed},
             real={name: self.real[name][true] for name in needed & {"features", "sharpness", "speed", "moments"}},
-            others={name: self.others[name][other] for name in needed & {"features", "i3d"}},
+            others={name: self.others[name][other] for name in needed & {"features", "i3d"} & {*self.others}},
             more={name: values[rows] for name, values in self.more.items()},
             pairs={name: pick(pair) for name, pair in self.pairs.items()},
         )

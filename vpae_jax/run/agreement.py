@@ -25,7 +25,7 @@ from vpae_jax.weights.directory import ModelDirectory
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # What a process may have of its own: where its host keeps the clips, and how they are read.
 OWN = ("data.folder", "data.records", "data.videos", "data.held_out_records", "data.workers")
-ENDS_BYTES = 2**16  # of a file of weights, at its beginning and its end: headers, and some values
+PIECES, PIECE_BYTES = 64, 2**16  # of a file of weights that are compared, from its beginning to its end
 
 Facts = Mapping[str, Any]
 
@@ -76,7 +76,7 @@ def started_with(experiment: Experiment) -> Facts:
     config = flat(dataclasses.asdict(experiment))
     return {
         "the version of vpae_jax": vpae_jax.__version__,
-        "the digest of vpae_jax": _digest_of_code(),
+        "the digest of vpae_jax": digest_of_code(),
         **{f"the version of {name}": found for name, found in versions.items()},
         **{f"config.{key}": value for key, value in config.items() if key not in OWN},
     }
@@ -102,7 +102,8 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for name, sub in tree.items() for k, v in flat(sub, f"{prefix}{name}.").items()}
 
 
-def _digest_of_code() -> str:
+def digest_of_code() -> str:
+    """Of this package as it is installed, edited or not: 16 hexadecimal digits."""
     digest, folder = hashlib.sha256(), Path(vpae_jax.__file__).parent
     for path in sorted(folder.rglob("*.py")):
         digest.update(f"{path.relative_to(folder)} ".encode() + path.read_bytes())
@@ -110,15 +111,16 @@ def _digest_of_code() -> str:
 
 
 def _digest_of_files(files: Sequence[Path]) -> str:
-    """Of names, sizes and ends: a whole model would take minutes to read."""
+    """Of names, sizes and pieces all over: a whole model would take minutes to read."""
     digest = hashlib.sha256()
     for path in _within(files):
         with path.open("rb") as file:
             size = file.seek(0, 2)
             digest.update(f"{path.name} {size} ".encode())
-            for start in (0, max(0, size - ENDS_BYTES)):
+            last = max(0, size - PIECE_BYTES)
+            for start in sorted({last * piece // (PIECES - 1) for piece in range(PIECES)}):
                 file.seek(start)
-                digest.update(file.read(ENDS_BYTES))
+                digest.update(file.read(PIECE_BYTES))
     return digest.hexdigest()[:16]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,19 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float
+from jaxtyping import Array, Float, Int
 
 from vpae_jax import sharding
 from vpae_jax.flow.draws import normal
 from vpae_jax.flow.sampler import Sampler
 from vpae_jax.inference.pipeline import Pipeline
-from vpae_jax.inference.samplers import Denoiser
+from vpae_jax.inference.samplers import Denoiser, check_finite, decode
 from vpae_jax.metrics.base import Clips
 from vpae_jax.runtime.processes import everywhere
 from vpae_jax.tasks.base import HeldOut, Measures, Task, clips_at_once, in_batches, joined
 from vpae_jax.types import Condition
 
 SEED = 7
+# What the seconds of a batch go into: the network's evaluations, the decoder, and fetching latents and clips.
+SECONDS = ("network", "decode", "transfer")
 
 
 @dataclass(frozen=True)
@@ -31,16 +33,16 @@ class Made:
     """A batch of generated clips.
 
     Attributes:
-      rows: of what was asked for.
-      latents, clips: the clips, on the host.
-      sampling_seconds, seconds: a clip, of the network alone and with the decoder.
+      rows: which of what was asked for.
+      latents: of the clips, on the host.
+      clips: None where latents or pixels are not finite.
+      seconds: a clip, by what was done (`SECONDS`).
     """
 
-    rows: slice
+    rows: Int[np.ndarray, "b"]
     latents: Float[np.ndarray, "b f h w c"]
-    clips: Clips
-    sampling_seconds: float
-    seconds: float
+    clips: Clips | None
+    seconds: Mapping[str, float]
 
 
 class Generation:
@@ -59,25 +61,30 @@ class Generation:
         self.batch = batch or clips_at_once(held_out.shape)
 
     def __call__(self, denoiser: Denoiser, sampler: Sampler) -> Clips:
-        """All clips."""
-        return np.concatenate([made.clips for made in self.batches(denoiser, sampler)])
+        """All clips. Raises `UserError` for some that are not finite."""
+        made = [one.clips for one in self.batches(denoiser, sampler)]
+        clips = [one for one in made if one is not None]
+        check_finite(jnp.array(len(clips) == len(made)))
+        return np.concatenate(clips)
 
-    def batches(self, denoiser: Denoiser, sampler: Sampler) -> Iterator[Made]:
-        """The clips as they are made, in order."""
+    def batches(self, denoiser: Denoiser, sampler: Sampler, rows: Sequence[int] | None = None) -> Iterator[Made]:
+        """The clips as they are made, in order; of all rows by default."""
         mesh = sharding.mesh_of(denoiser.weights)
-        for rows, filled in in_batches(len(self.held_out), self.batch):
-            count = rows.stop - rows.start
+        wanted = np.arange(len(self.held_out)) if rows is None else np.array(rows, int)
+        for some, filled in in_batches(len(wanted), self.batch):
+            count = some.stop - some.start
             start = time.perf_counter()
-            latents = self._sample(denoiser, sampler, filled, mesh)
+            made = jax.block_until_ready(self._sample(denoiser, sampler, wanted[filled], mesh))
             sampled = time.perf_counter()
-            # The decoder is each process's own.
-            clips = np.asarray(self.pipeline.decode(jnp.asarray(latents)))
-            seconds = np.array([sampled - start, time.perf_counter() - start]) / len(filled)
-            yield Made(rows, latents[:count], clips[:count], *seconds.tolist())
+            latents = np.asarray(made)
+            moved = time.perf_counter()
+            clips, seconds = decoded(self.pipeline, latents, mesh)
+            seconds = {"network": sampled - start, **seconds}
+            seconds["transfer"] += moved - sampled
+            each = {name: value / len(filled) for name, value in seconds.items()}
+            yield Made(wanted[some], latents[:count], None if clips is None else clips[:count], each)
 
-    def _sample(
-        self, denoiser: Denoiser, sampler: Sampler, rows: Any, mesh: Mesh | None
-    ) -> Float[np.ndarray, "b f h w c"]:
+    def _sample(self, denoiser: Denoiser, sampler: Sampler, rows: Any, mesh: Mesh | None) -> Float[Array, "b f h w c"]:
         asked = self.held_out
 
         def chosen(value: np.ndarray) -> np.ndarray:
@@ -93,7 +100,7 @@ class Generation:
         unconditional = self._unconditional(condition) if sampler.guidance > 1 else None
         inputs = sharding.beside((noise, condition, unconditional), mesh)
         latents = self.pipeline.sample(*inputs, sampler=sampler, key=fresh, denoiser=denoiser)
-        return np.asarray(everywhere(latents))
+        return everywhere(latents)
 
     def _unconditional(self, condition: Condition) -> Condition:
         """The negative prompt with the same picture, as Wan guides."""
@@ -105,17 +112,32 @@ class Generation:
         )
 
 
+def decoded(
+    pipeline: Pipeline, latents: Float[np.ndarray, "b f h w c"], mesh: Mesh | None = None
+) -> tuple[Clips | None, dict[str, float]]:
+    """Clips of latents, None where they are not finite, and the seconds of decoding and of fetching them. Each process
+    decodes by itself; its own mesh shares the clips out."""
+    start = time.perf_counter()
+    placed = jnp.asarray(latents)
+    if mesh is not None and not mesh.is_multi_process and len(latents) % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0:
+        placed = sharding.put_batch(latents, mesh)
+    frames, finite = jax.block_until_ready(decode(pipeline.vae, placed))
+    ready = time.perf_counter()
+    clips = np.asarray(frames) if finite else None
+    return clips, {"decode": ready - start, "transfer": time.perf_counter() - ready}
+
+
 def measures_of(task: Task, held_out: HeldOut, made: Iterable[Made]) -> Measures | None:
-    """What the task keeps of generated clips, measured one batch after the other; None if a latent is not finite."""
+    """What the task keeps of generated clips, measured one batch after the other; None if they are not finite."""
     measures, finite = [], True
-    for one in made:
-        finite = finite and bool(np.isfinite(one.latents).all())
-        if finite:
+    for one in made:  # all of them, as other processes may have a part in each
+        finite = finite and one.clips is not None
+        if finite and one.clips is not None:
             measures.append(task.measure(one.clips, one.latents, held_out.purpose))
     return joined(measures) if finite else None
 
 
 def scores_of(task: Task, held_out: HeldOut, made: Iterable[Made]) -> Mapping[str, float]:
-    """The task's scores of generated clips; none if a latent is not finite."""
+    """The task's scores of generated clips; none if they are not finite."""
     measures = measures_of(task, held_out, made)
     return {} if measures is None else task.scores(held_out, measures)

@@ -122,7 +122,7 @@ class Guard:
 
     def __init__(self, task: Task, pipeline: Pipeline, workdir: Path, config: GuardConfig, sampler: Sampler) -> None:
         self.file, self.task, self.sampler = workdir / FILE, task, sampler
-        self.held_out = task.held_out(pipeline, "guard", config.clips)
+        self.held_out = task.with_real(task.held_out(pipeline, "guard", config.clips), pipeline)
         self.generation = Generation(pipeline, self.held_out)
         self.metric = next(metric for metric in task.metrics if metric.name == task.compared)
         self.about = {"task": task.name, "clips": config.clips, "compared": task.compared}

@@ -59,6 +59,7 @@ class Previews:
         held_out = task.held_out(pipeline, "preview", CLIPS)
         if math.prod(held_out.shape[:3]) > POINTS:
             held_out = task.held_out(pipeline, "preview", LARGE_CLIPS)
+        held_out = task.with_real(held_out, pipeline)
         self.generation, self.fps = Generation(pipeline, held_out), pipeline.defaults.fps
         self.folder, self.networks, self.sampler = workdir / FOLDER, networks, sampler
         self.rows = {}

@@ -50,3 +50,36 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+class Pace:
+    """Says how far the making of clips is, and when it will end.
+
+    Args:
+      total: clips to make.
+      what: begins each line.
+    """
+
+    def __init__(self, total: int, what: str = "") -> None:
+        self.total, self.what, self.done, self.first = total, what, 0, 0
+        self.begun = self.said = 0.0
+
+    def advance(self, clips: int = 1) -> None:
+        """So many clips more are there."""
+        now, begins = time.monotonic(), not self.done
+        self.done += clips
+        if begins:  # which compiles: the time that is left is told from the later ones
+            self.begun, self.said, self.first = now, now, clips
+        elif now - self.said >= EVERY or self.done in (self.first + clips, self.total):
+            self.said = now
+            say(self.line(now))
+
+    def line(self, now: float) -> str:
+        """The state in words."""
+        each = (now - self.begun) / (self.done - self.first)
+        left = round(each * (self.total - self.done))
+        hours, minutes, seconds = left // 3600, left // 60 % 60, left % 60
+        start = f"{self.what}: " if self.what else ""
+        return (
+            f"{start}{self.done} of {self.total} clips; {each:.3g} s a clip; {hours}:{minutes:02d}:{seconds:02d} left"
+        )

@@ -11,20 +11,17 @@ systems without locks each would make its own, of the same seed.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from vpae_jax.files import refused_writes, remove_leftovers
+from vpae_jax.files import claimed, refused_writes, remove_leftovers
 from vpae_jax.flow.sampler import Steps
 from vpae_jax.inference.pipeline import Pipeline
 from vpae_jax.media import CRF, read_image, write_video
-from vpae_jax.runtime.progress import EVERY, say, working
+from vpae_jax.runtime.progress import Pace, working
 from vpae_jax.suites.manifest import VIDEOS
 from vpae_jax.suites.prompts import Clip
 from vpae_jax.types import UserError
@@ -136,56 +133,3 @@ def _make(pipeline: Pipeline, recipe: Recipe, clip: Clip, part: Path) -> None:
     except UserError as error:
         raise UserError(f"{clip.file}: {error}") from error
     write_video(part, frames, pipeline.defaults.fps, recipe.crf)
-
-
-@contextmanager
-def claimed(path: Path) -> Iterator[bool]:
-    """Locks a file while the body runs; whether nobody else has. The file is removed at the end."""
-    descriptor = _opened(path)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                yield False
-                return
-        yield True
-        path.unlink(missing_ok=True)  # while it is locked: who has opened it already will find the clip there
-    finally:
-        os.close(descriptor)
-
-
-def _opened(path: Path) -> int:
-    with refused_writes(path):
-        while True:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(FileNotFoundError):  # another process has come to its end, and removed the folder
-                return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-
-
-class Pace:
-    """Says how far an export is, and when it will end.
-
-    Args:
-      total: clips to make.
-    """
-
-    def __init__(self, total: int) -> None:
-        self.total, self.done = total, 0
-        self.begun = self.said = 0.0
-
-    def advance(self) -> None:
-        """A clip is there."""
-        now, self.done = time.monotonic(), self.done + 1
-        if self.done == 1:  # which compiles: the time that is left is told from the later ones
-            self.begun = self.said = now
-        elif now - self.said >= EVERY or self.done in (2, self.total):
-            self.said = now
-            say(self.line(now))
-
-    def line(self, now: float) -> str:
-        """The state in words."""
-        each = (now - self.begun) / (self.done - 1)
-        left = round(each * (self.total - self.done))
-        hours, minutes, seconds = left // 3600, left // 60 % 60, left % 60
-        return f"{self.done} of {self.total} clips; {each:.3g} s a clip; {hours}:{minutes:02d}:{seconds:02d} left"

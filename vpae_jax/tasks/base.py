@@ -1,6 +1,7 @@
 """What a task is: where training clips come from, and how generated clips are judged on clips that no training saw.
 
-    held_out = task.held_out(pipeline, "guard", 64)       what is asked for, and what is known of the real clips
+    held_out = task.held_out(pipeline, "guard", 64)       what is asked for
+    held_out = task.with_real(held_out, pipeline)         and what is known of the real clips
     made = task.measure(clips, latents, purpose)          of each batch that is generated for it, joined by `joined`
     task.scores(held_out, made), task.real(held_out)      named numbers, and the same numbers of real clips
     task.intervals(held_out, made), task.curves(...)      how sure they are, and what becomes of them frame by frame
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -23,6 +24,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from vpae_jax.data.batches import OwnRows
 from vpae_jax.data.loader import Batches
 from vpae_jax.inference.pipeline import Pipeline
+from vpae_jax.metrics.archive import Shelf
 from vpae_jax.metrics.base import Clips, Metric
 from vpae_jax.metrics.intervals import Interval
 from vpae_jax.types import AnyArray, Condition, Params, UserError
@@ -88,10 +90,12 @@ class HeldOut:
       null_text, null_mask: the negative prompt, one for all rows.
       shape: [f, h, w, c] of a clip's latents.
       seeds: one a row; decides its noise.
-      clips: the first real clips of each part, in pixels; empty for a preview of prompts alone, which have none.
-      real: measures of the real clip behind each row.
-      others: measures of other real clips, which no training saw either.
+      origins: which clip of which data each row's condition is of.
       fps: frames a second of the clips.
+      clips: with real ones, for a preview, the first of each part in pixels; none of prompts alone.
+      files: with real ones, for an evaluation that keeps them, each condition's clip, or those of the first ones.
+      real: measures of the real clip behind each row. Prompts alone have none, but for the first frames that are given.
+      others: measures of other real clips, which no training saw either.
     """
 
     purpose: Purpose
@@ -102,18 +106,25 @@ class HeldOut:
     null_mask: Bool[AnyArray, "1 s"]
     shape: tuple[int, ...]
     seeds: tuple[int, ...]
-    clips: Mapping[str, Clips]
+    origins: tuple[str, ...]
+    fps: float
+    clips: Mapping[str, Clips] = field(default_factory=dict)
+    files: tuple[Path, ...] = ()
     real: Measures = field(default_factory=dict)
     others: Measures = field(default_factory=dict)
-    fps: float = 1.0
 
     def __len__(self) -> int:
         return len(self.captions)
 
     @property
-    def shown(self) -> list[int]:
-        """The rows of `clips`, in its order."""
-        return [part.rows.start + i for part in self.parts for i in range(len(self.clips[part.name]))]
+    def count(self) -> int:
+        """Conditions of each mode."""
+        return self.parts[0].rows.stop - self.parts[0].rows.start
+
+    def beside(self, made: Measures) -> HeldOut:
+        """The same, with clips that a model has made in the place of the real ones that prompts alone do not have."""
+        kept = np.concatenate([np.arange(part.rows.start, part.rows.stop) for part in self.parts])
+        return replace(self, real={**made, **self.real}, others=rows_of(made, kept))
 
 
 @runtime_checkable
@@ -154,6 +165,16 @@ class Task(Protocol):
         Raises:
           TooFew: there are hardly any.
           UserError: the model makes other clips than these, or they cannot be read.
+        """
+        ...
+
+    def with_real(self, held_out: HeldOut, pipeline: Pipeline, shelf: Shelf | None = None) -> HeldOut:
+        """The same, with what is known of the real clips.
+
+        Args:
+          held_out: of this task.
+          pipeline: that it was asked for.
+          shelf: keeps the real clips and their measures, and has those of an earlier time.
         """
         ...
 

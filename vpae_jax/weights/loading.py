@@ -55,10 +55,14 @@ def read_part(
 
 
 def load_part(
-    model: ModelDirectory | Path, part: str, dtype: DTypeLike = jnp.float32, placement: Placement | None = None
+    model: ModelDirectory | Path,
+    part: str,
+    dtype: DTypeLike = jnp.float32,
+    placement: Placement | None = None,
+    merge: Merge | None = None,
 ) -> Any:
     """One part as a model whose weights and compute dtype are `dtype`. Arguments and errors as `read_part`."""
-    return nnx.merge(*_read(_source(model, part), dtype, placement))
+    return nnx.merge(*_read(_source(model, part), dtype, placement, merge))
 
 
 def build(part: str, config: Any, params: Weights, dtype: DTypeLike = jnp.float32) -> Any:

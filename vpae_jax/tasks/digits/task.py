@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from vpae_jax.config import DataConfig, Experiment
 from vpae_jax.data.batches import latent_batches
@@ -17,6 +18,7 @@ from vpae_jax.encoding.clip_source import InUnits
 from vpae_jax.encoding.encoder import encode_into
 from vpae_jax.files import resolve
 from vpae_jax.inference.pipeline import Pipeline
+from vpae_jax.metrics.archive import Shelf
 from vpae_jax.metrics.base import Clips
 from vpae_jax.metrics.intervals import Interval
 from vpae_jax.tasks.base import (
@@ -26,6 +28,7 @@ from vpae_jax.tasks.base import (
     HeldOut,
     Measures,
     Mode,
+    Part,
     Purpose,
     TooFew,
     mode_parts,
@@ -98,19 +101,12 @@ class Digits:
             raise TooFew(f"count is {count}: scores need at least {FEWEST} clips")
         _check_size("the model", pipeline)
         modes: tuple[Mode, ...] = ("t2v", "i2v") if pipeline.takes_image else ("t2v",)
-        split, seed = ASKED[purpose]
-        # An evaluation asks for the same clips in both modes, since they are shown side by side.
-        distinct = count if purpose == "evaluation" else count * len(modes)
-        source = MovingDigits(split, distinct, seed)
-        items = [source[i] for i in range(distinct)]
-        videos = np.stack([item["video"] for item in items])
         again = min(AGAIN[purpose], count)
         parts = mode_parts(modes, count, again)
-        clip_of_row = np.concatenate(
-            [(np.array([*range(count), *range(again)]) + number * count) % distinct for number in range(len(modes))]
-        )
+        items, clip_of_row = _asked(purpose, parts)
+        videos, (split, seed) = np.stack([item["video"] for item in items]), ASKED[purpose]
         captions = tuple(items[clip]["caption"] for clip in clip_of_row)
-        result = HeldOut(
+        return HeldOut(
             purpose=purpose,
             parts=parts,
             captions=captions,
@@ -119,14 +115,24 @@ class Digits:
             null_mask=np.asarray(null[1]),
             shape=pipeline.latent_shape(1)[1:],
             seeds=tuple([*range(count), *range(OTHER_NOISE, OTHER_NOISE + again)] * len(modes)),
-            clips={part.name: videos[clip_of_row[part.rows]][:SHOWN] for part in parts},
+            origins=tuple(f"{split} {seed} {clip}" for clip in clip_of_row),
+            fps=pipeline.defaults.fps,
         )
+
+    def with_real(self, held_out: HeldOut, pipeline: Pipeline, shelf: Shelf | None = None) -> HeldOut:
+        purpose = held_out.purpose
+        split, _ = ASKED[purpose]
+        items, clip_of_row = _asked(purpose, held_out.parts)
+        videos = np.stack([item["video"] for item in items])
         if purpose == "preview":
-            return result
+            return replace(
+                held_out, clips={part.name: videos[clip_of_row[part.rows]][:SHOWN] for part in held_out.parts}
+            )
         more, seed = OTHERS[purpose]
         others = MovingDigits(split, more, seed)
         return replace(
-            result,
+            held_out,
+            files=() if shelf is None else _kept(videos[:SHOWN], held_out, shelf),
             real=rows_of(scores.measure_real(items), clip_of_row),
             others=scores.measure_real([others[i] for i in range(more)]),
         )
@@ -184,6 +190,29 @@ class Digits:
         if source is None:
             return products.write_autoencoder(workdir, preset, params["vae"], self._trained, scheduler)
         return products.write_encoders(workdir, preset, params["encoders"], source)
+
+
+def _asked(purpose: Purpose, parts: Sequence[Part]) -> tuple[list[dict[str, Any]], Int[np.ndarray, "n"]]:
+    """The clips that are asked for, and which of them each row is of. An evaluation asks for the same in both modes,
+    since they are shown side by side."""
+    split, seed = ASKED[purpose]
+    count = parts[0].rows.stop - parts[0].rows.start
+    distinct = count if purpose == "evaluation" else count * len(parts)
+    source = MovingDigits(split, distinct, seed)
+    rows = [
+        (np.array([*range(count), *range(part.again.stop - part.again.start)]) + number * count) % distinct
+        for number, part in enumerate(parts)
+    ]
+    return [source[i] for i in range(distinct)], np.concatenate(rows)
+
+
+def _kept(videos: Clips, held_out: HeldOut, shelf: Shelf) -> tuple[Path, ...]:
+    """The first real clips as files."""
+    archive = shelf.archive("real", {"clips": held_out.origins[: len(videos)]})
+    for index in archive.without_measures(range(len(videos))):
+        archive.keep_video(index, videos[index], held_out.fps)
+        archive.keep(index, {})
+    return tuple(archive.video(index) for index in range(len(videos)))
 
 
 def _part_scores(held_out: HeldOut, mode: Mode, made: Measures, real: Measures) -> dict[str, float]:

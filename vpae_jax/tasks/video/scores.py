@@ -36,12 +36,14 @@ def measure(clips: Clips, latents: Float[np.ndarray, "b f h w c"], purpose: Purp
 
 
 def compared(held_out: HeldOut, part: Part, made: Measures | None) -> Comparison:
-    """A part's clips against the real ones; the other real ones against these, where none are given: the floor."""
+    """A part's clips against the real ones; the other real ones against these, where none are given: the floor. Without
+    real clips, as prompts alone are, against themselves, and by what needs no others."""
     real, others = rows_of(held_out.real, part.rows), held_out.others
     given, fps = part.name == "i2v", held_out.fps
     if made is None:
         return Comparison(others, real, real, fps, _first(others, others) if given else {}, {})
     rows, again = rows_of(made, part.rows), rows_of(made, part.again)
+    real = {**rows, **real} if not others else real
     return Comparison(rows, real, others, fps, _first(rows, real) if given else {}, _diversity(rows, again, real))
 
 

@@ -6,14 +6,15 @@ The real clips are what the VAE's decoder makes of their latents: the best that 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import TypeVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from vpae_jax.config import DataConfig
 from vpae_jax.data.batches import latent_batches
@@ -22,6 +23,7 @@ from vpae_jax.data.order import held_out, shuffled
 from vpae_jax.data.records import BadRecord, LatentRecords, LatentShape, Value
 from vpae_jax.inference.pipeline import Pipeline
 from vpae_jax.metrics import extras
+from vpae_jax.metrics.archive import Shelf
 from vpae_jax.metrics.base import Clips
 from vpae_jax.metrics.intervals import Interval
 from vpae_jax.metrics.judge import Comparison
@@ -34,15 +36,14 @@ from vpae_jax.tasks.base import (
     HeldOut,
     Measures,
     Mode,
+    Part,
     Purpose,
     TooFew,
-    clips_at_once,
-    in_batches,
-    joined,
     mode_parts,
     rows_of,
 )
 from vpae_jax.tasks.video import scores
+from vpae_jax.tasks.video.real import Captioned, captioned, first_pictures, latents_of, measured
 from vpae_jax.tasks.video.sources import Sources, open_records, open_sources
 from vpae_jax.types import Condition, UserError
 
@@ -50,14 +51,6 @@ from vpae_jax.types import Condition, UserError
 OTHERS, FOLDER = 256, 4096
 Number = TypeVar("Number")
 FEWEST = 8  # clips that are asked for, and others, to judge by
-
-
-@dataclass(frozen=True)
-class Captioned:
-    """A held-out clip as its record has it."""
-
-    arrays: dict[str, Value]
-    caption: str
 
 
 class Video:
@@ -86,56 +79,57 @@ class Video:
         return latent_batches(sources, *how, most_held_out=self._most, seeds=feed.seeds)
 
     def held_out(self, pipeline: Pipeline, purpose: Purpose, count: int) -> HeldOut:
-        first, second = self._halves(pipeline)
-        prompts = [records.folder for records, _ in (*first, *second) if records.of_prompts]
-        if prompts and purpose != "preview":
+        asked, others = self._chosen(pipeline, purpose, count)
+        if not asked or (others and min(len(asked), len(others)) < FEWEST):
             raise TooFew(
-                f"{prompts[0]} holds prompts alone, without real clips to compare with; name records of clips in "
-                "config.data.held_out_records, or in --records of python -m vpae_jax.evaluate"
-            )
-        asked, others = (second, first) if purpose == "evaluation" else (first, second)
-        asked = list(_readable(asked, count))
-        others = [] if purpose == "preview" else list(_readable(others, OTHERS))
-        if not asked or (purpose != "preview" and min(len(asked), len(others)) < FEWEST):
-            raise TooFew(
-                f"{len(first) + len(second)} held-out clips of one size are too few; raise config.data.held_out (at "
+                f"{len(asked) + len(others)} held-out clips of one size are too few; raise config.data.held_out (at "
                 "most a fifth of a folder is held out), or name other clips in config.data.held_out_records"
             )
         modes = self._modes or (("i2v",) if pipeline.takes_image else ("t2v",))
-        if not pipeline.takes_image:
+        if not pipeline.takes_image or asked[0].unseen:
             modes = ("t2v",)
         again = 0 if purpose == "preview" else min(AGAIN, len(asked))
         parts = mode_parts(modes, len(asked), again)
-        clip_of_row = np.tile([*range(len(asked)), *range(again)], len(modes))
+        clip_of_row = _clips_of(parts)
         conditions = [
             _condition(asked[clip], part.name) for part in parts for clip in clip_of_row[: len(asked) + again]
         ]
-        shown, real = {}, {}
-        if prompts:
-            shape = tuple(int(size) for size in asked[0].arrays["size"])
-        else:
-            latents = np.stack([clip.arrays["latents"] for clip in asked])
-            clips, real = self._measured(pipeline, latents, purpose)
-            shape, shown = latents.shape[1:], {mode: clips for mode in modes}
-        null_text, null_mask = pipeline.encode_prompt([pipeline.defaults.negative_prompt])
-        result = HeldOut(
+        arrays, null = asked[0].arrays, pipeline.encode_prompt([pipeline.defaults.negative_prompt])
+        shape = arrays["latents"].shape if "latents" in arrays else tuple(int(size) for size in arrays["size"])
+        return HeldOut(
             purpose=purpose,
             parts=parts,
             captions=tuple(asked[clip].caption for clip in clip_of_row),
             condition=_stacked(conditions),
-            null_text=np.asarray(null_text),
-            null_mask=np.asarray(null_mask),
+            null_text=np.asarray(null[0]),
+            null_mask=np.asarray(null[1]),
             shape=shape,
             seeds=tuple([*range(len(asked)), *range(OTHER_NOISE, OTHER_NOISE + again)] * len(modes)),
-            clips=shown,
+            origins=tuple(asked[clip].origin for clip in clip_of_row),
             fps=pipeline.defaults.fps,
         )
-        if purpose == "preview":
-            return result
-        if purpose == "evaluation":
+
+    def with_real(self, held_out: HeldOut, pipeline: Pipeline, shelf: Shelf | None = None) -> HeldOut:
+        asked, others = self._chosen(pipeline, held_out.purpose, held_out.count)
+        clip_of_row = _clips_of(held_out.parts)
+        if held_out.purpose == "preview":
+            if "latents" not in asked[0].arrays:
+                return held_out
+            clips = np.asarray(pipeline.decode(jnp.asarray(latents_of(asked[:SHOWN]))))
+            return replace(held_out, clips={part.name: clips for part in held_out.parts})
+        if held_out.purpose == "evaluation":
             extras.note()
-        beside = self._measured(pipeline, np.stack([clip.arrays["latents"] for clip in others]), purpose)[1]
-        return replace(result, real=rows_of(real, clip_of_row), others=beside)
+        if "latents" not in asked[0].arrays:
+            given = first_pictures(pipeline, asked) if asked[0].given else {}
+            return replace(held_out, real=rows_of(given, clip_of_row))
+        measure = partial(scores.measure, purpose=held_out.purpose)
+        files, real = measured(pipeline, "real", asked, measure, shelf)
+        return replace(
+            held_out,
+            files=files,
+            real=rows_of(real, clip_of_row),
+            others=measured(pipeline, "others", others, measure, shelf)[1],
+        )
 
     def measure(self, clips: Clips, latents: Float[np.ndarray, "b f h w c"], purpose: Purpose) -> Measures:
         return scores.measure(clips, latents, purpose)
@@ -186,7 +180,9 @@ class Video:
         for records in {records.index["fingerprint"]: records for records, _ in sources}.values():
             shapes = {int(clip): shape for shape, clips in records.shapes.items() for clip in clips}
             total = len(records)
-            if self._data.held_out_records:
+            if self._data.held_out_records and records.of_prompts:  # in the order of their file
+                clips = [*range(min(total, FOLDER))]
+            elif self._data.held_out_records:
                 clips = [shuffled(place, total, 0) for place in range(min(total, FOLDER))]
             else:
                 clips = held_out(total, self._most).tolist()
@@ -199,19 +195,21 @@ class Video:
         same = [(records, clip) for records, clip, shape in turns if shape == most]
         return same[::2], same[1::2]
 
-    def _measured(
-        self, pipeline: Pipeline, latents: Float[np.ndarray, "n f h w c"], purpose: Purpose
-    ) -> tuple[Clips, Measures]:
-        """The first clips in pixels, and the measures of all; none for a preview."""
-        shown, measures, wanted = [], [], purpose != "preview"
-        count = len(latents) if wanted else min(SHOWN, len(latents))
-        for rows, filled in in_batches(count, clips_at_once(latents.shape[1:])):
-            clips = np.asarray(pipeline.decode(jnp.asarray(latents[filled], jnp.float32)))[: rows.stop - rows.start]
-            if rows.start < SHOWN:
-                shown.append(clips)
-            if wanted:
-                measures.append(scores.measure(clips, latents[rows].astype(np.float32), purpose))
-        return np.concatenate(shown)[:SHOWN], joined(measures) if wanted else {}
+    def _chosen(self, pipeline: Pipeline, purpose: Purpose, count: int) -> tuple[list[Captioned], list[Captioned]]:
+        """What is asked for, and the clips that these and generated ones are compared with. Of prompts alone, which
+        are previewed, or shown in an evaluation of them, there are none."""
+        first, second = self._halves(pipeline)
+        prompts = [records.folder for records, _ in (*first, *second) if records.of_prompts]
+        if prompts and (purpose == "guard" or (purpose == "evaluation" and not self._data.held_out_records)):
+            raise TooFew(
+                f"{prompts[0]} holds prompts alone, without real clips to compare with; name records of clips in "
+                "config.data.held_out_records, or in --records of python -m vpae_jax.evaluate"
+            )
+        if prompts and purpose == "evaluation":
+            every = [clip for pair in zip_longest(first, second) for clip in pair if clip is not None]
+            return list(_readable(every, count)), []
+        asked, others = (second, first) if purpose == "evaluation" else (first, second)
+        return list(_readable(asked, count)), [] if purpose == "preview" else list(_readable(others, OTHERS))
 
 
 def _named(
@@ -225,6 +223,11 @@ def _named(
     }
 
 
+def _clips_of(parts: Sequence[Part]) -> Int[np.ndarray, "n"]:
+    """Which of the clips that are asked for each row is of."""
+    return np.concatenate([np.arange(rows.stop - rows.start) for part in parts for rows in (part.rows, part.again)])
+
+
 def _readable(clips: Sequence[tuple[LatentRecords, int]], count: int) -> Iterator[Captioned]:
     """The first `count` clips that are not damaged."""
     left = count
@@ -232,7 +235,7 @@ def _readable(clips: Sequence[tuple[LatentRecords, int]], count: int) -> Iterato
         if not left:
             return
         try:
-            yield Captioned(records[index], records.about(index).get("caption", ""))
+            yield captioned(records, index)
         except BadRecord:
             continue
         left -= 1

@@ -1,0 +1,1 @@
+"""Making and scoring the clips of several models: rows, their clips on disk, and what becomes of them."""

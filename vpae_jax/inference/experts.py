@@ -1,0 +1,62 @@
+"""A model directory's transformers: one, or two experts for different times."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, Sharding
+from jax.typing import DTypeLike
+
+from vpae_jax import sharding
+from vpae_jax.models.parallel import MeshLayout
+from vpae_jax.models.wan_dit import WanTransformer
+from vpae_jax.weights.directory import ModelDirectory
+from vpae_jax.weights.loading import load_part
+from vpae_jax.weights.parts import LOW, abstract
+from vpae_jax.weights.stream import Merge, Placement
+
+Experts = tuple[WanTransformer, WanTransformer | None]
+
+
+def load(model: ModelDirectory, dtype: DTypeLike, mesh: Mesh | None = None, merge: Merge | None = None) -> Experts:
+    """The transformer, and the expert for the times below the boundary; None for a model without one.
+
+    Args:
+      mesh: over which weights and tokens are sharded; None for the default device.
+      merge: what is added to the first one's weights.
+
+    Raises:
+      UserError: files that cannot be read, or hold no such weights.
+    """
+    where = place(mesh, sharding.TRANSFORMER_RULES)
+    first = load_part(model, "transformer", dtype, where, merge)
+    return _laid_out(first, load_part(model, LOW, dtype, where) if LOW in model.parts else None, mesh)
+
+
+def shapes(model: ModelDirectory, dtype: DTypeLike, mesh: Mesh | None = None) -> Experts:
+    """The same without weights."""
+
+    def shape(name: str) -> WanTransformer:
+        return nnx.merge(*abstract(name, model.part(name).config, dtype))
+
+    return _laid_out(shape("transformer"), shape(LOW) if LOW in model.parts else None, mesh)
+
+
+def place(mesh: Mesh | None, rules: sharding.Rules) -> Placement | None:
+    """Where each parameter lies by rules; None for the default device."""
+    if mesh is None:
+        return None
+
+    def where(path: str, shape: tuple[int, ...]) -> Sharding:
+        leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+        return sharding.param_shardings({path: leaf}, rules, mesh)[path]
+
+    return where
+
+
+def _laid_out(first: WanTransformer, second: WanTransformer | None, mesh: Mesh | None) -> Experts:
+    for expert in (first, second):
+        if expert is not None:
+            expert.layout = MeshLayout(mesh, expert.config.num_attention_heads)
+    return first, second
