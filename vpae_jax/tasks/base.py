@@ -198,6 +198,10 @@ class Task(Protocol):
         """Metrics frame by frame, the last frame last, of generated clips or of the real ones (None)."""
         ...
 
+    def each(self, held_out: HeldOut, made: Measures) -> Mapping[str, list[float]]:
+        """Metrics that single clips have, clip by clip, of generated ones."""
+        ...
+
     def write_model(
         self,
         workdir: Path,

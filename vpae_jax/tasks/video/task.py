@@ -151,6 +151,9 @@ class Video:
     def curves(self, held_out: HeldOut, made: Measures | None) -> dict[str, list[float]]:
         return _named(held_out, made, Comparison.curves)
 
+    def each(self, held_out: HeldOut, made: Measures) -> dict[str, list[float]]:
+        return {name: values.tolist() for name, values in _named(held_out, made, Comparison.each).items()}
+
     def write_model(self, *_: object, **__: object) -> Path:
         raise UserError("the autoencoder and the encoders are trained on rendered digits alone")
 
