@@ -15,7 +15,7 @@ ROOMS = (
     ("inference",),
     ("encoding",),
     ("tasks",),
-    ("run", "planning", "suites"),
+    ("run", "planning", "suites", "evaluation"),
     ("main", "encode", "sample", "convert", "evaluate", "plan", "vote"),
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

@@ -179,10 +179,13 @@ class Making:
                 row.archive.keep(index, {})
             return
         measures = row.task.measure(clips, latents, row.held_out.purpose)
+        shown = {index for part in row.held_out.parts for index in range(len(row.held_out))[part.rows]}
         for place, index in enumerate(indices):
-            start = time.perf_counter()
-            row.archive.keep_video(index, clips[place], row.held_out.fps)
-            cost = {WRITE: time.perf_counter() - start}
+            cost = {}
+            if index in shown:
+                start = time.perf_counter()
+                row.archive.keep_video(index, clips[place], row.held_out.fps)
+                cost[WRITE] = time.perf_counter() - start
             row.archive.keep(index, {name: value[place] for name, value in measures.items()}, cost)
 
     def _with_transformer(self, row: Opened, mesh: Mesh | None) -> Pipeline:

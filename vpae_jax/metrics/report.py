@@ -51,12 +51,12 @@ class Row:
     name: str
     evaluations: int | None
     scores: Mapping[str, float]
-    clips: Mapping[str, Clips]
     settings: Mapping[str, Any] = field(default_factory=dict)
-    seconds: float | None = None
-    diffusion_seconds: float | None = None
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    files: Mapping[str, Sequence[Path]] = field(default_factory=dict)
+    each: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    times: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,7 @@ class Report:
     captions: Mapping[str, Sequence[str]]
     count: int
     fps: float
+    frames: int = 1
     runs: Sequence[Run] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
 
@@ -129,15 +130,24 @@ def video_uri(clips: Clips, fps: float) -> str:
         return "data:video/mp4;base64," + base64.b64encode(file.read_bytes()).decode()
 
 
+def read_clips(files):
+    import av
+    out = []
+    for f in files:
+        with av.open(str(f)) as c:
+            out.append(np.stack([x.to_ndarray(format="rgb24") for x in c.decode(video=0)]))
+    return np.stack(out)
+
+
 def _half(half: str, title: str, report: Report) -> dict[str, Any]:
     """The videos and the table of one half."""
-    rows = [report.real, *report.rows]
+    rows = [row for row in (report.real, *report.rows) if row is not None]
     metrics = [m for m in report.metrics if any(f"{half}/{m.name}" in row.scores for row in rows)]
     table = [{"row": row, "cells": []} for row in rows]
     for metric in metrics:
         key = f"{half}/{metric.name}"
         values = {row.name: row.scores[key] for row in report.rows if key in row.scores}
-        best = metric.best(values, report.real.scores.get(key))
+        best = metric.best(values, report.real.scores.get(key) if report.real else None)
         for line in table:
             row = line["row"]
             text = _number(row.scores.get(key), metric)
@@ -145,26 +155,26 @@ def _half(half: str, title: str, report: Report) -> dict[str, Any]:
             equal = best is not None and row.name in values and text == _number(values[best], metric)
             ends = [_number(end, metric) for end in row.intervals.get(key, ())]
             line["cells"].append({"text": text, "best": equal, "interval": " to ".join(ends)})
-    shown = [{"row": row, "uri": video_uri(row.clips[half], report.fps)} for row in rows if half in row.clips]
+    shown = [{"row": row, "uri": video_uri(read_clips(row.files[half][:8]), report.fps)} for row in rows if half in row.files]
     return {
         "title": title,
         "metrics": metrics,
         "table": table,
         "shown": shown,
-        "captions": report.captions[half],
+        "captions": report.captions[half][:8],
         "plots": _by_frame(half, report),
     }
 
 
 def _by_frame(half: str, report: Report) -> list[str]:
     """Plots of what becomes of metrics from frame to frame."""
-    rows, plots = [report.real, *report.rows], []
+    rows, plots = [row for row in (report.real, *report.rows) if row is not None], []
     for name, label in {metric.name: metric.label for metric in report.metrics}.items():
         curves = []
         for row in rows:
             values = row.curves.get(f"{half}/{name}", ())
-            if values and half in row.clips:
-                first = int(len(values) < row.clips[half].shape[1])
+            if values and half in row.files:
+                first = int(len(values) < report.frames)
                 curves.append(Curve(row.name, range(first, first + len(values)), values))
         if curves:
             plots.append(line_plot(label, curves, f"{half} {name} by frame", axis="frame"))

@@ -12,7 +12,7 @@ from einops import rearrange
 from vpae_jax.files import write_text
 from vpae_jax.media import write_contact_sheet, write_video
 from vpae_jax.metrics.base import Metric
-from vpae_jax.metrics.report import TITLES, Row
+from vpae_jax.metrics.report import TITLES, Row, read_clips
 
 # Ends the name of a many-step model's row that is sampled in one step all the same.
 NAIVE = ", one step"
@@ -29,14 +29,13 @@ def write_metrics(
         "facts": dict(facts),
         "meaning": {metric.name: metric.meaning for metric in metrics},
         "goal": {metric.name: metric.goal for metric in metrics},
-        "real": {**nested(real.scores), "intervals": nested(real.intervals), "curves": nested(real.curves)},
+        "real": None if real is None else {**nested(real.scores), "intervals": nested(real.intervals), "curves": nested(real.curves)},
         "rows": [
             {
                 "name": row.name,
                 **row.settings,
                 "evaluations": row.evaluations,
-                "seconds_a_clip": row.seconds,
-                "diffusion_seconds_a_clip": row.diffusion_seconds,
+                "times": row.times,
                 **nested(row.scores),
                 "intervals": nested(row.intervals),
                 "curves": nested(row.curves),
@@ -51,7 +50,8 @@ def write_samples(folder: Path, rows: Sequence[Row], fps: float) -> None:
     """Every row's first clips, side by side, moving and as a sheet."""
     for row in rows:
         stem = row.name.replace(",", "").replace(" ", "_").replace("/", "_")
-        for half, clips in row.clips.items():
+        for half, files in row.files.items():
+            clips = read_clips(files[:8])
             write_video(folder / f"{stem}_{half}.mp4", rearrange(clips, "b t h w c -> t h (b w) c"), fps)
             frames = rearrange(clips, "b t h w c -> (b t) h w c")
             write_contact_sheet(folder / f"{stem}_{half}.png", frames, columns=clips.shape[1])
@@ -61,7 +61,7 @@ def table(metrics: Sequence[Metric], rows: Sequence[Row]) -> str:
     """The scores as text, one row after the other."""
     lines = []
     width = max(len(row.name) for row in rows)
-    for half in rows[0].clips:
+    for half in rows[0].files:
         names = [m.name for m in metrics if any(f"{half}/{m.name}" in row.scores for row in rows)]
         lines += ["", f"{half:{width}}  evaluations  " + "  ".join(f"{name:>13}" for name in names)]
         for row in rows:
@@ -81,8 +81,8 @@ def headline(rows: Sequence[Row], compared: Metric) -> list[tuple[str, str]]:
     student = named.get("phase 2") or named.get("phase 1") or students[-1]
     steps, names = f"{first.evaluations} {ARROW} 1", f"{first.name} {ARROW} {student.name}"
     found = [(steps, f"network evaluations a clip, {names}")]
-    if first.diffusion_seconds and student.diffusion_seconds:
-        speed = first.diffusion_seconds / student.diffusion_seconds
+    if first.times.get("network") and student.times.get("network"):
+        speed = first.times["network"] / student.times["network"]
         found.append((f"{speed:.0f} {TIMES}", "less network time a clip, measured in this run"))
     naive = [row for row in single if row.name.endswith(NAIVE)]
     for half, name in TITLES.items():

@@ -167,6 +167,20 @@ def curves(made: Measures) -> dict[str, list[float]]:
     }
 
 
+def each(made: Measures, real: Measures, given: bool) -> dict[str, list[float]]:
+    """The numbers that single clips have; `given` is whether the first frame was."""
+    numbers = _numbers(made, real)
+    found = {
+        "direction": numbers["direction"].astype(float),
+        "sharpness": numbers["sharpness"] / numbers["sharpness_real"].mean(),
+        "motion": numbers["moved"] / numbers["moved_real"].mean(),
+        "color_drift": numbers["color_drift"],
+    }
+    if given:
+        found["psnr_first"] = psnr(made["clips"][:, 0], real["clips"][:, 0])
+    return {name: values.tolist() for name, values in found.items()}
+
+
 def digits_named(made: Measures, real: Measures) -> dict[str, float]:
     """How often the classifier sees the caption's digit in the first and in the last frame."""
     name = classifier()

@@ -179,6 +179,13 @@ class Digits:
             result |= {f"{part.name}/{name}": values for name, values in scores.curves(own).items()}
         return result
 
+    def each(self, held_out: HeldOut, made: Measures) -> dict[str, list[float]]:
+        result: dict[str, list[float]] = {}
+        for part in held_out.parts:
+            pair = rows_of(made, part.rows), rows_of(held_out.real, part.rows)
+            result |= {f"{part.name}/{name}": v for name, v in scores.each(*pair, given=part.name == "i2v").items()}
+        return result
+
     def write_model(
         self,
         workdir: Path,
