@@ -1,6 +1,8 @@
 """Test set-up: CPU only, eight virtual devices, a persistent compilation cache, no silent rank promotion."""
 
+import dataclasses
 import gc
+import json
 import os
 from importlib import metadata
 from pathlib import Path
@@ -45,3 +47,22 @@ def bounded_memory():
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     if resident > MEMORY:
         jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """A text-to-video and an image-to-video model of two steps and random weights, whose clips are 5 frames of 32x32."""
+    import random_model  # with PyTorch, which few tests need
+
+    from vpae_jax.weights.settings import Defaults, Scheduler
+
+    found = {}
+    for name in ("t2v", "i2v"):
+        folder = found[name] = tmp_path_factory.mktemp(name)
+        random_model.pipeline(folder, image=name == "i2v")
+        (folder / "vpae_jax.json").write_text(json.dumps(dataclasses.asdict(Defaults(5, 32, 32, 8.0))))
+        file = folder / "tokenizer" / "tokenizer_config.json"  # which spells most words
+        file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": 32}))
+        scheduler = Scheduler("euler", 3.0, steps=2, guidance=1.0)
+        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler.to_json()))
+    return found

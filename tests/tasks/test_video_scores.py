@@ -1,5 +1,7 @@
 """Scores of clips of any content: real clips against real ones are the floor, and each fault moves what names it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from moving_patterns import blurred, fading, frozen, noisy, patterns
@@ -28,7 +30,8 @@ def judged(real, others, made, again=0):
     rows = COUNT + again
     condition = Condition(np.zeros((rows, 3, 2), np.float32), np.ones((rows, 3), bool))
     null, seeds = (np.zeros((1, 3, 2), np.float32), np.ones((1, 3), bool)), tuple(range(rows))
-    held_out = HeldOut("guard", (part,), ("",) * rows, condition, *null, (1, 1, 1, 1), seeds, {}, real, others, 8.0)
+    held_out = HeldOut("guard", (part,), ("",) * rows, condition, *null, (1, 1, 1, 1), seeds, ("",) * rows, 8.0)
+    held_out = replace(held_out, real=real, others=others)
     return scores.compared(held_out, part, made).scores()
 
 

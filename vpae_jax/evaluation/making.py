@@ -186,7 +186,7 @@ class Making:
                 start = time.perf_counter()
                 row.archive.keep_video(index, clips[place], row.held_out.fps)
                 cost[WRITE] = time.perf_counter() - start
-            row.archive.keep(index, {name: value[place] for name, value in measures.items()}, cost)
+            row.archive.keep(index, {name: np.asarray(value[place]) for name, value in measures.items()}, cost)
 
     def _with_transformer(self, row: Opened, mesh: Mesh | None) -> Pipeline:
         """The row's whole generator; the one before leaves the memory first."""

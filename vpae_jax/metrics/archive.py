@@ -44,14 +44,15 @@ class Shelf:
     by: str
 
     def archive(self, name: str, identity: Mapping[str, Any]) -> Archive:
-        """The archive of a row.
+        """The archive of a row, which may have been called something else when it was begun.
 
         Args:
           name: what people call it.
           identity: all that decides its clips, as plain JSON.
         """
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
-        return Archive(self.folder / f"{file_name(name)}-{digest}", self.by)
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+        begun = sorted(self.folder.glob(f"*-{digest}"))
+        return Archive(begun[0] if begun else self.folder / f"{file_name(name)}-{digest}", self.by)
 
 
 class Archive:

@@ -132,6 +132,7 @@ def video_uri(clips: Clips, fps: float) -> str:
 
 def read_clips(files):
     import av
+
     out = []
     for f in files:
         with av.open(str(f)) as c:
@@ -155,7 +156,9 @@ def _half(half: str, title: str, report: Report) -> dict[str, Any]:
             equal = best is not None and row.name in values and text == _number(values[best], metric)
             ends = [_number(end, metric) for end in row.intervals.get(key, ())]
             line["cells"].append({"text": text, "best": equal, "interval": " to ".join(ends)})
-    shown = [{"row": row, "uri": video_uri(read_clips(row.files[half][:8]), report.fps)} for row in rows if half in row.files]
+    shown = [
+        {"row": row, "uri": video_uri(read_clips(row.files[half][:8]), report.fps)} for row in rows if half in row.files
+    ]
     return {
         "title": title,
         "metrics": metrics,

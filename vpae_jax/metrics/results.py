@@ -29,7 +29,9 @@ def write_metrics(
         "facts": dict(facts),
         "meaning": {metric.name: metric.meaning for metric in metrics},
         "goal": {metric.name: metric.goal for metric in metrics},
-        "real": None if real is None else {**nested(real.scores), "intervals": nested(real.intervals), "curves": nested(real.curves)},
+        "real": None
+        if real is None
+        else {**nested(real.scores), "intervals": nested(real.intervals), "curves": nested(real.curves)},
         "rows": [
             {
                 "name": row.name,

@@ -17,7 +17,7 @@ from vpae_jax import sharding
 from vpae_jax.flow.draws import normal
 from vpae_jax.flow.sampler import Sampler
 from vpae_jax.inference.pipeline import Pipeline
-from vpae_jax.inference.samplers import Denoiser, check_finite, decode
+from vpae_jax.inference.samplers import Denoiser, check_finite
 from vpae_jax.metrics.base import Clips
 from vpae_jax.runtime.processes import everywhere
 from vpae_jax.tasks.base import HeldOut, Measures, Task, clips_at_once, in_batches, joined
@@ -35,7 +35,7 @@ class Made:
     Attributes:
       rows: which of what was asked for.
       latents: of the clips, on the host.
-      clips: None where latents or pixels are not finite.
+      clips: None where the latents are not finite.
       seconds: a clip, by what was done (`SECONDS`).
     """
 
@@ -115,16 +115,17 @@ class Generation:
 def decoded(
     pipeline: Pipeline, latents: Float[np.ndarray, "b f h w c"], mesh: Mesh | None = None
 ) -> tuple[Clips | None, dict[str, float]]:
-    """Clips of latents, None where they are not finite, and the seconds of decoding and of fetching them. Each process
-    decodes by itself; its own mesh shares the clips out."""
+    """Clips of latents, None where these are not finite, and the seconds of decoding and of fetching them. Each process
+    decodes by itself; its own mesh shares the clips out. Raises `UserError` for pixels that are not finite."""
     start = time.perf_counter()
-    placed = jnp.asarray(latents)
-    if mesh is not None and not mesh.is_multi_process and len(latents) % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0:
-        placed = sharding.put_batch(latents, mesh)
-    frames, finite = jax.block_until_ready(decode(pipeline.vae, placed))
+    if not np.isfinite(latents).all():
+        return None, {"decode": 0.0, "transfer": 0.0}
+    parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    apart = mesh is not None and not mesh.is_multi_process and len(latents) % parts == 0
+    placed = sharding.put_batch(latents, mesh) if apart else jnp.asarray(latents)
+    frames = jax.block_until_ready(pipeline.decode(placed))
     ready = time.perf_counter()
-    clips = np.asarray(frames) if finite else None
-    return clips, {"decode": ready - start, "transfer": time.perf_counter() - ready}
+    return np.asarray(frames), {"decode": ready - start, "transfer": time.perf_counter() - ready}
 
 
 def measures_of(task: Task, held_out: HeldOut, made: Iterable[Made]) -> Measures | None:

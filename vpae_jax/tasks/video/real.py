@@ -89,7 +89,7 @@ def measured(
             continue
         for place in range(count):
             archive.keep_video(left[rows][place], frames[place], pipeline.defaults.fps)
-            archive.keep(left[rows][place], {key: value[place] for key, value in some.items()})
+            archive.keep(left[rows][place], {key: np.asarray(value[place]) for key, value in some.items()})
     if archive is None:
         return (), joined(found)
     kept = archive.all_measures(range(len(clips)))

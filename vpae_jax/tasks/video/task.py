@@ -50,6 +50,7 @@ from vpae_jax.types import Condition, UserError
 # Clips that generated ones are compared with, at most, and of a folder that is all held out, all that are looked at.
 OTHERS, FOLDER = 256, 4096
 Number = TypeVar("Number")
+Place = tuple[LatentRecords, int]  # a record: its folder, and its index there
 FEWEST = 8  # clips that are asked for, and others, to judge by
 
 
@@ -80,7 +81,8 @@ class Video:
 
     def held_out(self, pipeline: Pipeline, purpose: Purpose, count: int) -> HeldOut:
         asked, others = self._chosen(pipeline, purpose, count)
-        if not asked or (others and min(len(asked), len(others)) < FEWEST):
+        judged = purpose != "preview" and asked and "latents" in asked[0].arrays
+        if not asked or (judged and min(len(asked), len(others)) < FEWEST):
             raise TooFew(
                 f"{len(asked) + len(others)} held-out clips of one size are too few; raise config.data.held_out (at "
                 "most a fifth of a folder is held out), or name other clips in config.data.held_out_records"
@@ -124,12 +126,9 @@ class Video:
             return replace(held_out, real=rows_of(given, clip_of_row))
         measure = partial(scores.measure, purpose=held_out.purpose)
         files, real = measured(pipeline, "real", asked, measure, shelf)
-        return replace(
-            held_out,
-            files=files,
-            real=rows_of(real, clip_of_row),
-            others=measured(pipeline, "others", others, measure, shelf)[1],
-        )
+        del asked  # which may be large
+        beside = measured(pipeline, "others", list(_readable(others, OTHERS)), measure, shelf)[1]
+        return replace(held_out, files=files, real=rows_of(real, clip_of_row), others=beside)
 
     def measure(self, clips: Clips, latents: Float[np.ndarray, "b f h w c"], purpose: Purpose) -> Measures:
         return scores.measure(clips, latents, purpose)
@@ -171,7 +170,7 @@ class Video:
                 say(f"held out: {count} of {len(records)} {what} of {records.folder}")
         return self._sources
 
-    def _halves(self, pipeline: Pipeline) -> tuple[list[tuple[LatentRecords, int]], list[tuple[LatentRecords, int]]]:
+    def _halves(self, pipeline: Pipeline) -> tuple[list[Place], list[Place]]:
         """The held-out clips of the most frequent shape, of all folders in turn: those of the guard and the previews,
         and those of the evaluation."""
         found: list[list[tuple[LatentRecords, int, LatentShape]]] = []
@@ -198,9 +197,9 @@ class Video:
         same = [(records, clip) for records, clip, shape in turns if shape == most]
         return same[::2], same[1::2]
 
-    def _chosen(self, pipeline: Pipeline, purpose: Purpose, count: int) -> tuple[list[Captioned], list[Captioned]]:
-        """What is asked for, and the clips that these and generated ones are compared with. Of prompts alone, which
-        are previewed, or shown in an evaluation of them, there are none."""
+    def _chosen(self, pipeline: Pipeline, purpose: Purpose, count: int) -> tuple[list[Captioned], list[Place]]:
+        """What is asked for, and where the clips are that these and generated ones are compared with: there are none
+        of prompts alone, which are previewed, or which an evaluation is of."""
         first, second = self._halves(pipeline)
         prompts = [records.folder for records, _ in (*first, *second) if records.of_prompts]
         if prompts and (purpose == "guard" or (purpose == "evaluation" and not self._data.held_out_records)):
@@ -212,7 +211,7 @@ class Video:
             every = [clip for pair in zip_longest(first, second) for clip in pair if clip is not None]
             return list(_readable(every, count)), []
         asked, others = (second, first) if purpose == "evaluation" else (first, second)
-        return list(_readable(asked, count)), [] if purpose == "preview" else list(_readable(others, OTHERS))
+        return list(_readable(asked, count)), [] if purpose == "preview" else others
 
 
 def _named(
@@ -231,7 +230,7 @@ def _clips_of(parts: Sequence[Part]) -> Int[np.ndarray, "n"]:
     return np.concatenate([np.arange(rows.stop - rows.start) for part in parts for rows in (part.rows, part.again)])
 
 
-def _readable(clips: Sequence[tuple[LatentRecords, int]], count: int) -> Iterator[Captioned]:
+def _readable(clips: Sequence[Place], count: int) -> Iterator[Captioned]:
     """The first `count` clips that are not damaged."""
     left = count
     for records, index in clips:
