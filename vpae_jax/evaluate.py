@@ -48,8 +48,9 @@ from vpae_jax.flow.sampler import Solver, parse_steps
 from vpae_jax.inference.pipeline import Pipeline
 from vpae_jax.metrics import extras
 from vpae_jax.metrics.archive import Shelf
-from vpae_jax.metrics.report import Report, Run, write_report
+from vpae_jax.metrics.report import write_report
 from vpae_jax.metrics.results import NAIVE, headline, table, write_metrics, write_samples
+from vpae_jax.metrics.rows import Report, Run
 from vpae_jax.run import guard
 from vpae_jax.run.agreement import digest_of_code
 from vpae_jax.run.workdir import read_run as read_past_run

@@ -84,6 +84,31 @@ def temporary_beside(path: Path, kind: str = "tmp") -> Path:
     return path.with_name(f".{path.name}.{here()}-{os.getpid()}-{secrets.token_hex(4)}.{kind}")
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, renamed to it on success; removed on any failure, with `path` as before.
+
+    Raises:
+      UserError: the system does not let us write there.
+    """
+    temporary, old = temporary_beside(path), temporary_beside(path, "old")
+    with refused_writes(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            if path.is_dir():
+                path.rename(old)
+            temporary.rename(path)
+        finally:
+            if old.is_dir() and not path.exists():
+                old.rename(path)
+            for leftover in (temporary, old):
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+                else:
+                    leftover.unlink(missing_ok=True)
+
+
 def remove_leftovers(folder: Path, name: str | None = None, everything: bool = False) -> None:
     """Removes temporary files and folders that killed processes left in a folder; what was there before gets its name
     back, if nothing has it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 import av
 import numpy as np
+from av.error import FFmpegError
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -70,6 +71,27 @@ def write_stream(path: Path, chunks: Iterable[Frames], fps: float, crf: int = CR
             container.mux(stream.encode())
 
     atomically(path, write)
+
+
+def read_frames(path: Path) -> Iterator[Picture]:
+    """The frames of a video that `write_video` wrote, one after the other; `encoding.decoding` reads those of others.
+
+    Raises:
+      UserError: no such file, or one that FFmpeg does not decode.
+    """
+    try:
+        with av.open(f"file:{path}") as container:
+            for frame in container.decode(video=0):
+                yield frame.to_ndarray(format="rgb24")
+    except FileNotFoundError as error:
+        raise UserError(f"video {path}: no such file") from error
+    except (FFmpegError, IndexError) as error:  # the second is PyAV's, of a file without a video stream
+        raise UserError(f"video {path}: cannot be decoded; write it again") from error
+
+
+def read_video(path: Path) -> Frames:
+    """All frames of a video that `write_video` wrote. For what it raises, see `read_frames`."""
+    return np.stack([*read_frames(path)])
 
 
 def write_contact_sheet(path: Path, frames: Frames, columns: int | None = None) -> None:

@@ -1,182 +1,460 @@
-"""The page: one file that loads nothing, with every clip, score, curve and setting in it."""
+"""The page: clips, scores, worst clips, times, trainings and settings, in one file or with a folder beside it."""
 
 import base64
-import functools
+import dataclasses
 import json
+import os
 import re
+import shutil
+import time
 from html.parser import HTMLParser
 
-import av
 import numpy as np
 import pytest
+from full_disk import limited
 from moving_patterns import patterns
 
+from vpae_jax.media import read_image, read_video, write_video
+from vpae_jax.metrics import report as page_module
 from vpae_jax.metrics.base import Metric
-from vpae_jax.metrics.plots import Curve, line_plot
-from vpae_jax.metrics.report import REST_FRAMES, ZOOM, Report, Row, Run, video_uri, write_report
-from vpae_jax.metrics.results import NAIVE, headline, table, write_metrics, write_samples
+from vpae_jax.metrics.report import MOST_EMBEDDED, write_report
+from vpae_jax.metrics.rows import Report, Row, Run
+from vpae_jax.metrics.times import ABSENT, TIMES
 from vpae_jax.tasks.video.scores import METRICS
+from vpae_jax.types import UserError
 
-CLIPS = 3
-
-
-@functools.cache
-def clips():
-    return patterns(CLIPS, height=48, width=48)
-
-
-def row(name, evaluations, kvd, seconds=None, **scores):
-    values = {"kvd": kvd, "sharpness": 1.0, **scores}
-    halves = ("t2v", "i2v")
-    found = {f"{half}/{key}": value for half in halves for key, value in values.items()}
-    return Row(name, evaluations, found, {half: clips() for half in halves}, {"model": "a/b"}, seconds, seconds)
+CLIPS, FRAMES, FPS = 5, 9, 8.0
+HALVES = ("t2v", "i2v")
+CAPTIONS = ["a one moves up", "a <two> moves left", "an eight & a nine", "a four", "a five"]
+VOID = ("meta", "col", "br", "path", "use", "img", "rect")
 
 
-@pytest.fixture
-def report():
+def row(folder, name, evaluations, kvd, clips=CLIPS, size=(48, 48), **more):
+    """A row with clips of its own, which are all different."""
+    files = {}
+    for seed, half in enumerate(HALVES):
+        files[half] = [folder / name / half / f"{i}.mp4" for i in range(clips)]
+        made = patterns(clips, sum(map(ord, name)) + seed, FRAMES, *size)
+        for file, clip in zip(files[half], made, strict=True):
+            write_video(file, clip, FPS)
+    scores = {f"{half}/{key}": value for half in HALVES for key, value in {"kvd": kvd, "sharpness": 1.0}.items()}
+    return Row(name, evaluations, scores, {"model": "a/b"}, files=files, **more)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
     records = [{"step": s, "generator/loss": 1 / s, "heads/loss": 2.0, "heads/grad_norm": s} for s in (1.0, 2.0, 3.0)]
-    config = {"name": "phase1", "seed": 17, "text": "</script><b>"}
+    config = {"name": "phase1", "seed": 17, "method": {"name": "vpae", "text": "</script><b>"}}
+    second = {"name": "phase2", "seed": 17, "method": {"name": "vpae"}}
+    each = {
+        "t2v/sharpness": [1.0, 0.4, 1.1, 1.9, float("nan")],
+        "t2v/psnr_first": [30.0, 20.0, 10.0, 40.0, 50.0],
+        "t2v/lpips_first": [0.1, 0.2, 0.3, 0.4, 0.0],
+    }
+    teacher = row(
+        folder,
+        "teacher",
+        100,
+        12.0,
+        intervals={"t2v/kvd": (9.5, 14.25)},
+        curves={"t2v/flow": [3.0] * (FRAMES - 1), "t2v/color_distance": [1.0] * FRAMES},
+        times={"text": 0.1, "network": 2.0, "decode": 0.4, "first call": 321.0, "peak memory": 3.0 * 2**30},
+    )
+    student = row(
+        folder,
+        "student/1",
+        1,
+        40.0,
+        each=each,
+        curves={"t2v/flow": [2.0] * (FRAMES - 1), "t2v/interpolation_error": [2.0] * (FRAMES - 2)},
+        times={"text": 0.1, "network": 0.02, "decode": 0.4},
+    )
     return Report(
         title="A <title> & more",
         summary="What was compared.",
         headline=[("95 x", "faster")],
         metrics=METRICS,
-        real=row("real", None, 1.0),
-        rows=[
-            row("teacher", 100, 12.0, 0.9, psnr_first=30.0),
-            row("teacher" + NAIVE, 1, 900.0, 0.01, psnr_first=20.0),
-            row("student", 1, 40.0, 0.009, psnr_first=30.0),
-        ],
-        captions={half: ["a one moves up", "a <two> moves left", "an eight moves down"] for half in ("t2v", "i2v")},
+        real=row(folder, "real", None, 1.0, clips=3),
+        rows=[teacher, student, row(folder, "student_1", 1, 12.01)],
+        captions=dict.fromkeys(HALVES, CAPTIONS),
         count=128,
-        fps=8.0,
-        runs=[Run("phase 1", records, config, "a note"), Run("phase 2", records, {}, "")],
+        frames=FRAMES,
+        fps=FPS,
+        runs=[Run("phase 1", records, config, "a note"), Run("phase 2", records, second, "")],
         facts={"jax": "1.2.3"},
     )
 
 
-class Page(HTMLParser):
-    """Collects elements, and complains of what is not closed."""
+class Element:
+    """A tag with what is in it."""
 
-    def __init__(self, text):
+    def __init__(self, tag, attrs):
+        self.tag, self.attrs, self.inside = tag, dict(attrs), []
+
+    @property
+    def text(self):
+        return "".join(one if isinstance(one, str) else one.text for one in self.inside)
+
+    def all(self, tag, **attrs):
+        """Elements in their order; `class_` and `data_group` stand for class and data-group."""
+        for one in self.inside:
+            if isinstance(one, Element):
+                wanted = {name.strip("_").replace("_", "-"): value for name, value in attrs.items()}
+                if one.tag == tag and all(one.attrs.get(name) == value for name, value in wanted.items()):
+                    yield one
+                yield from one.all(tag, **attrs)
+
+
+class Page(HTMLParser):
+    """A page as elements; complains of what is not closed."""
+
+    def __init__(self, path):
         super().__init__()
-        self.open, self.videos, self.ids, self.text = [], [], [], []
-        self.feed(text)
+        self.root = Element("page", {})
+        self.open, self.ids = [self.root], []
+        self.feed(path.read_text())
         self.close()
-        assert self.open == []
+        assert self.open == [self.root]
+        (clips,) = self.root.all("script", id="clips")
+        self.clips = json.loads(clips.text)
 
     def handle_starttag(self, tag, attrs):
-        values = dict(attrs)
-        if tag not in ("meta", "col", "br", "path", "use"):
-            self.open.append(tag)
-        if tag == "video":
-            self.videos.append(values)
-        if "id" in values:
-            self.ids.append(values["id"])
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self.open.append(self.open[-1].inside[-1])
 
     def handle_startendtag(self, tag, attrs):
+        self.open[-1].inside.append(Element(tag, attrs))
         self.ids += [value for name, value in attrs if name == "id"]
 
     def handle_endtag(self, tag):
-        if tag not in ("meta", "col", "br", "path", "use"):
-            assert self.open.pop() == tag
+        if tag not in VOID:
+            assert self.open.pop().tag == tag
 
     def handle_data(self, data):
-        self.text.append(data)
+        self.open[-1].inside.append(data)
+
+    def after(self, tag, title):
+        """The first element of a kind that comes after a heading."""
+        found = next(self.root.all("main")).inside
+        place = next(i for i, one in enumerate(found) if isinstance(one, Element) and one.text == title)
+        inside = Element("rest", {})
+        inside.inside = found[place:]
+        return next(inside.all(tag))
 
 
-def test_the_page(report, tmp_path):
-    path = tmp_path / "report.html"
-    write_report(path, report)
-    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
-    text = path.read_text()
-    page = Page(text)
-    assert len(page.videos) == 2 * 4, "every row in both halves"
-    assert all({"autoplay", "loop", "muted"} <= set(video) for video in page.videos)
-    assert len(page.ids) == len(set(page.ids)), "two plots of one name must not share identifiers"
-    assert not re.findall(r'(?:src|href)="(?!data:|#)', text), "nothing is loaded from elsewhere"
-    assert "@import" not in text
-    words = "".join(page.text)
-    for expected in ("A <title> & more", "a <two> moves left", "95 x", "a note", '"seed": 17', "1.2.3", "</script><b>"):
-        assert expected in words
-    assert text.count("<svg") == 4
-    assert "prefers-color-scheme: dark" in text
+def written(report, folder):
+    write_report(folder / "report.html", report)
+    return Page(folder / "report.html")
 
 
-def test_the_best_of_each_column_is_marked(report, tmp_path):
-    write_report(tmp_path / "report.html", report)
-    text = (tmp_path / "report.html").read_text()
-    assert text.count('<td class="best">12.0</td>') == 2, "KVD of the teacher, in both halves"
-    assert text.count('<td class="best">30.0</td>') == 4, "equal values are equally good"
-    assert '<td class="best">900.0</td>' not in text
-    assert '<td class="best">1.0</td>' not in text, "real clips do not compete"
-
-
-def test_metric_best():
-    values = {"a": 0.5, "b": 1.1, "c": 3.0}
-    assert Metric("m", "m", "more", "").best(values, None) == "c"
-    assert Metric("m", "m", "less", "").best(values, None) == "a"
-    assert Metric("m", "m", "real", "").best(values, 1.0) == "b"
-    assert Metric("m", "m", "real", "").best(values, None) is None
-    assert Metric("m", "m", "more", "").best({}, None) is None
-
-
-def test_video_uri_is_the_clips_side_by_side(tmp_path):
-    uri = video_uri(clips(), 8.0)
-    (tmp_path / "clip.mp4").write_bytes(base64.b64decode(uri.removeprefix("data:video/mp4;base64,")))
-    with av.open(str(tmp_path / "clip.mp4")) as container:
-        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-    wide = 48 * ZOOM + 2
-    assert frames.shape == (9 + REST_FRAMES, 48 * ZOOM, CLIPS * wide, 3)
-    for i, clip in enumerate(clips()):
-        found = frames[:9, ::ZOOM, i * wide + 1 : (i + 1) * wide - 1 : ZOOM].astype(int)
-        assert np.abs(found - clip).mean() < 6
-
-
-def test_line_plot_takes_the_colours_of_the_page():
-    svg = line_plot("loss", [Curve("a", [1.0, 2.0, 3.0], [3.0, 2.0, 1.0])], "one", logarithmic=True)
-    assert svg.startswith("<svg") and "var(--series-0)" in svg and "var(--ink)" in svg
-    assert not re.search(r"#0[14]0", svg)
-    assert svg == line_plot("loss", [Curve("a", [1.0, 2.0, 3.0], [3.0, 2.0, 1.0])], "one", logarithmic=True)
-    line_plot("loss", [Curve("a", [1.0, 2.0], [0.0, -1.0])], "two", logarithmic=True)
-
-
-def test_headline_compares_the_newest_phase_or_the_last_student(report):
-    phases = [
-        row("phase 1", 1, 50.0),
-        row("phase 2", 1, 41.0),
-        row("phase 2, four steps", 4, 3.0),
-        row("another", 1, 2.0),
+def large(report):
+    """The first condition of the same, in clips that are not enlarged."""
+    folder = next(iter(report.rows[0].files.values()))[0].parents[2]
+    rows = [
+        dataclasses.replace(
+            row(folder / "large", one.name, one.evaluations, 1.0, clips=2, size=(96, 176)), times=one.times
+        )
+        for one in report.all_rows
     ]
-    meanings = [meaning for _, meaning in headline([*report.rows, *phases], METRICS[0])]
-    assert meanings[0].endswith("phase 2")
-    assert headline([*report.rows, phases[0], phases[3]], METRICS[0])[0][1].endswith("phase 1")
-    numbers = dict((meaning, number) for number, meaning in headline(report.rows, METRICS[0]))
-    assert numbers["less network time a clip, measured in this run"].startswith("100 ")
-    against_one = next(meaning for meaning, number in numbers.items() if number.startswith("900 "))
-    assert numbers[against_one].endswith(" 40")
-    first = report.rows[0]
-    assert against_one.endswith(f"; {first.name} in {first.evaluations}: {first.scores['t2v/kvd']:.0f}")
-    assert headline(report.rows[:2], METRICS[0]) == []
+    captions = {half: CAPTIONS[:2] for half in HALVES}
+    return dataclasses.replace(report, real=rows[0], rows=rows[1:], captions=captions)
 
 
-def test_metrics_json(report, tmp_path):
-    write_metrics(tmp_path / "metrics.json", METRICS, report.real, report.rows, 128, {"jax": "1"})
-    found = json.loads((tmp_path / "metrics.json").read_text())
-    assert found["clips_a_half"] == 128
-    assert found["real"]["t2v"]["kvd"] == 1.0
-    assert [r["name"] for r in found["rows"]] == ["teacher", "teacher, one step", "student"]
-    assert found["rows"][0]["i2v"]["psnr_first"] == 30.0
-    assert found["rows"][0]["evaluations"] == 100
-    assert found["rows"][2]["diffusion_seconds_a_clip"] == 0.009
-    assert found["rows"][2]["model"] == "a/b"
+def test_one_page_holds_everything(report, tmp_path):
+    page = written(report, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+    text = (tmp_path / "report.html").read_text()
+    assert not re.findall(r'(?:src|href|poster)="(?!data:|#)', text), "nothing is loaded from elsewhere"
+    assert "@import" not in text and "prefers-color-scheme: dark" in text
+    assert len(page.ids) == len(set(page.ids)), "two plots of one name must not share identifiers"
+    for expected in ("A <title> & more", *CAPTIONS, "95 x", "a note", '"seed": 17', "1.2.3", "</script><b>"):
+        assert expected in page.root.text
+    assert "<two>" not in text and "</script><b>" not in text
 
 
-def test_samples_and_table(report, tmp_path):
-    write_samples(tmp_path, report.rows, 8.0)
-    names = {file.name for file in tmp_path.iterdir()}
-    assert {"teacher_one_step_t2v.mp4", "student_i2v.png", "student_i2v.mp4"} <= names
-    assert len(names) == 3 * 2 * 2
-    lines = table(METRICS, [report.real, *report.rows]).splitlines()
-    assert len(lines) == 2 * 5 + 1
-    assert lines[4].split()[:3] == ["student", "1", "40.000"]
+def test_each_clip_is_in_the_page_as_it_was_written(report, tmp_path):
+    """A column a condition: all rows below each other in one group, which play together."""
+    page = written(report, tmp_path)
+    assert next(page.root.all("body")).attrs["class"] == "small"
+    for half in HALVES:
+        for index in range(CLIPS):
+            cells = list(page.root.all("td", data_group=f"{half} {index}"))
+            videos = [list(cell.all("video")) for cell in cells]
+            for one, found in zip(report.all_rows, videos, strict=True):
+                if index >= len(one.files[half]):  # the real row holds fewer
+                    assert found == []
+                    continue
+                (video,) = found
+                clip = base64.b64decode(page.clips[video.attrs["data-clip"]].removeprefix("data:video/mp4;base64,"))
+                assert clip == one.files[half][index].read_bytes()
+                assert video.attrs["aria-label"] == f"{one.name}: {CAPTIONS[index]}"
+                assert {"muted", "playsinline"} <= set(video.attrs) and "src" not in video.attrs
+
+
+def test_a_clip_is_shown_by_its_middle_frame_before_it_plays(report, tmp_path):
+    page = written(report, tmp_path)
+    video = next(next(page.root.all("td", data_group="t2v 0")).all("video"))
+    file = tmp_path / "picture.jpg"
+    file.write_bytes(base64.b64decode(video.attrs["poster"].removeprefix("data:image/jpeg;base64,")))
+    clip = read_video(report.real.files["t2v"][0]).astype(int)
+    apart = [np.abs(read_image(file) - frame).mean() for frame in clip]
+    assert int(np.argmin(apart)) == FRAMES // 2
+
+
+def test_scores_with_their_intervals(report, tmp_path):
+    table = written(report, tmp_path).after("table", "Scores, text to video")
+    head, *lines = table.all("tr")
+    names = [th.text for th in head.all("th")]
+    assert names == ["realheld-out clips", "teacher100 evaluations", "student/11 evaluation", "student_11 evaluation"]
+    kvd = next(line for line in lines if line.text.strip().startswith("KVD"))
+    assert [td.text for td in kvd.all("td")] == ["1.0", "12.09.5 to 14.2", "40.0", "12.0"]
+    marked = [td.attrs.get("class") for td in kvd.all("td")]
+    assert marked == ["real", "best", None, "best"], "what reads the same is as good; real clips do not compete"
+
+
+def test_worst_clips_are_those_farthest_from_the_goal(report, tmp_path):
+    """Of the student: least sharpness away from 1 is best (real), most PSNR, least LPIPS. NaN is no value."""
+    page = written(report, tmp_path)
+    (folded,) = (d for d in page.root.all("details") if d.text.startswith("Worst clips of each model, text"))
+    metrics = list(folded.all("details"))
+    assert [d.attrs["name"] for d in metrics] == ["worst t2v"] * 3, "opening one closes the others"
+    assert all("open" not in d.attrs for d in [folded, *metrics])
+    expected = {"sharpness": [3, 1, 2], "psnr_first": [2, 1, 0], "lpips_first": [3, 2, 1]}
+    student = report.rows[1]
+    for metric, order in expected.items():
+        figures = [f for f in page.root.all("figure") if f.attrs["data-group"].startswith(f"t2v {metric} ")]
+        assert [int(f.attrs["data-group"].split()[-1]) for f in figures] == order
+        for figure, index in zip(figures, order, strict=True):
+            assert f"{student.each[f't2v/{metric}'][index]:.{1 if metric == 'psnr_first' else 3}f}" in figure.text
+            assert f"clip {index}" in figure.text and CAPTIONS[index] in figure.text
+            clips = [base64.b64decode(page.clips[v.attrs["data-clip"]].split(",")[1]) for v in figure.all("video")]
+            beside = report.real.files["t2v"][index : index + 1]  # where there is one
+            assert clips == [file.read_bytes() for file in (student.files["t2v"][index], *beside)]
+
+
+def test_curves_begin_with_the_frame_that_they_are_of(report, monkeypatch, tmp_path):
+    drawn, line_plot = {}, page_module.line_plot
+
+    def watched(title, curves, *how, **more):
+        drawn[title] = {curve.name: list(curve.steps) for curve in curves}
+        return line_plot(title, curves, *how, **more)
+
+    monkeypatch.setattr(page_module, "line_plot", watched)
+    page = written(report, tmp_path)
+    later = list(range(1, FRAMES))
+    assert drawn == {
+        "flow": {"teacher": later, "student/1": later},
+        "colour distance": {"teacher": list(range(FRAMES))},
+        "interpolation error": {"student/1": list(range(1, FRAMES - 1))},
+    }
+    assert "Frame by frame, text to video" in page.root.text
+    assert "Frame by frame, image to video" not in page.root.text
+
+
+def test_where_the_time_goes(report, tmp_path):
+    table = written(report, tmp_path).after("table", "Where the time goes")
+    head, first, shares, second, _ = table.all("tr")
+    columns = [th.text for th in head.all("th")]
+    against = "times less than teacher"
+    assert columns[:4] == ["text", "network", "decode", "whole clip"]
+    assert columns[4:] == [f"network, {against}", f"whole clip, {against}", "first call", "peak memory"]
+    cells = [[td.text for td in line.all("td")] for line in (first, second)]
+    assert cells[0] == ["0.1 s", "2 s", "0.4 s", "2.5 s", *2 * [f"1 {TIMES}"], "321 s", "3 GiB"]
+    assert cells[1] == ["0.1 s", "20 ms", "0.4 s", "0.52 s", f"100 {TIMES}", f"4.8 {TIMES}", ABSENT, ABSENT]
+    parts = [float(part.attrs["style"].removeprefix("flex: ")) for part in shares.all("i")]
+    assert parts == [0.04, 0.8, 0.16]
+
+
+def test_runs_are_drawn_over_one_another(report, tmp_path):
+    page = written(report, tmp_path)
+    plots = page.after("div", "Training")
+    assert [len(list(plot.all("svg"))) for plot in plots.all("div")] == [1, 1]
+    for svg, names in zip(plots.all("svg"), (["generator", "heads"], ["heads"]), strict=True):
+        found = [text.text.strip() for text in svg.all("text")]
+        assert {f"{run}: {name}" for run in ("phase 1", "phase 2") for name in names} <= set(found)
+    table = page.after("table", "Settings that differ")
+    assert [th.text for th in next(table.all("tr")).all("th")] == ["phase 1", "phase 2"]
+    lines = [[one.text for one in line.inside if isinstance(one, Element)] for line in table.all("tr")][1:]
+    assert lines == [["name", '"phase1"', '"phase2"'], ["method.text", '"</script><b>"', ABSENT]]
+
+
+def test_one_run_is_drawn_alone(report, tmp_path):
+    page = written(dataclasses.replace(report, runs=report.runs[:1]), tmp_path)
+    svg = next(page.after("div", "Training: phase 1").all("svg"))
+    assert {"generator", "heads"} <= {text.text.strip() for text in svg.all("text")}
+    assert "Settings that differ" not in page.root.text
+
+
+def test_large_clips_lie_side_by_side(report, tmp_path):
+    page = written(large(report), tmp_path)
+    assert next(page.root.all("body")).attrs["class"] == "large"
+    bands = list(page.root.all("section", class_="card band"))
+    assert [band.attrs["data-group"] for band in bands] == ["t2v 0", "t2v 1", "i2v 0", "i2v 1"]
+    for band in bands:
+        assert [next(f.all("b")).text for f in band.all("figure")] == ["real", "teacher", "student/1", "student_1"]
+        assert len(list(band.all("video"))) == 4 and len(list(band.all("button"))) == 1
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 6, 7, 8, 9])
+def test_lines_of_large_clips_are_about_equally_long(rows):
+    columns = page_module._columns(rows)
+    lines = -(-rows // columns)
+    assert columns <= 4 and lines == -(-rows // 4)
+    assert rows > (lines - 1) * columns, "no line is empty"
+
+
+def test_prompts_have_no_real_clips(report, tmp_path):
+    page = written(dataclasses.replace(report, real=None), tmp_path)
+    assert len(list(page.root.all("td", data_group="t2v 0"))) == len(report.rows)
+    head = next(page.after("table", "Scores, text to video").all("tr"))
+    assert len(list(head.all("th"))) == len(report.rows)
+    # With no value of real clips none is farthest from it.
+    found = {f.attrs["data-group"].split()[1] for f in page.root.all("figure")}
+    assert found == {"psnr_first", "lpips_first"}
+
+
+def test_a_row_without_clips_leaves_gaps(report, tmp_path):
+    broken = Row("broken", 1, {})
+    page = written(dataclasses.replace(report, rows=[*report.rows, broken]), tmp_path)
+    *_, last = page.root.all("td", data_group="i2v 0")
+    assert list(last.all("video")) == [] and last.text == ABSENT
+
+
+def test_beyond_the_limit_clips_lie_beside_the_page(report, monkeypatch, tmp_path):
+    """Only those that are shown; an earlier folder is replaced, and goes when the clips fit into the page."""
+    monkeypatch.setattr(page_module, "MOST_EMBEDDED", 1000)
+    monkeypatch.setattr(page_module, "SHOWN", 2)
+    folder = tmp_path / "report_files"
+    folder.mkdir()
+    (folder / "earlier.mp4").touch()
+    page = written(report, tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["report.html", "report_files"]
+    names = {video.attrs["data-clip"] for video in page.root.all("video")}
+    assert {file.name for file in folder.iterdir()} == {f"{name}.{kind}" for name in names for kind in ("mp4", "jpg")}
+    # Of t2v two of each row, and the other worst ones of the student, clips 2 and 3, beside real clip 2.
+    assert len(names) == 2 * 2 * 4 + 2 + 1
+    assert page.clips == {name: f"report_files/{name}.mp4" for name in names}
+    assert {video.attrs["poster"] for video in page.root.all("video")} == {f"report_files/{name}.jpg" for name in names}
+    for one, prefix in zip(report.rows[1:], ("t2v_student_1_", "t2v_student_1_2_"), strict=True):
+        assert (folder / f"{prefix}1.mp4").read_bytes() == one.files["t2v"][1].read_bytes(), "names do not collide"
+    monkeypatch.setattr(page_module, "MOST_EMBEDDED", MOST_EMBEDDED)
+    written(report, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_a_full_disk_leaves_the_earlier_report(report, monkeypatch, tmp_path):
+    monkeypatch.setattr(page_module, "MOST_EMBEDDED", 1000)
+    written(report, tmp_path)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    size = max(os.path.getsize(file) for one in report.all_rows for files in one.files.values() for file in files)
+    for limit in (100, size + 1000):  # a clip, and then the page
+        with (
+            limited(limit),
+            pytest.raises(UserError, match=r"report(_files|\.html).*: cannot be written: .*; make room"),
+        ):
+            write_report(tmp_path / "report.html", report)
+        assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_a_clip_that_is_gone_is_named(report, tmp_path):
+    gone = dataclasses.replace(report.rows[0], files={"t2v": [tmp_path / "gone.mp4"]})
+    with pytest.raises(UserError, match=r"video .*gone\.mp4: no such file"):
+        write_report(tmp_path / "report.html", dataclasses.replace(report, rows=[gone]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_metric_best_and_worst():
+    values = {"a": 0.5, "b": 1.1, "c": 3.0}
+    more, less, real = (Metric("m", "m", goal, "") for goal in ("more", "less", "real"))
+    assert [metric.best(values, 1.0) for metric in (more, less, real)] == ["c", "a", "b"]
+    assert real.best(values, None) is None and more.best({}, None) is None
+    each = [0.5, 1.1, 3.0, float("nan")]
+    assert [metric.worst(each, 1.0, 2) for metric in (more, less, real)] == [[0, 1], [2, 1], [2, 0]]
+    assert real.worst(each, None, 2) == [] and less.worst([], None, 2) == []
+
+
+@pytest.mark.long
+def test_rows_play_in_step_in_a_browser(report, tmp_path):
+    """Pointing at a clip plays all rows of its condition from the start, again and again together, and nothing else."""
+    if shutil.which("chromium") is None or shutil.which("chromedriver") is None:
+        pytest.skip("needs chromium and chromedriver")
+    from selenium import webdriver
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    write_report(tmp_path / "large.html", large(report))
+    write_report(tmp_path / "small.html", report)
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    flags = ("headless=new", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking")
+    for flag in (*flags, "window-size=1400,900"):
+        options.add_argument(f"--{flag}")
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+
+    def run(script, *given):
+        return driver.execute_script(script, *given)
+
+    def wait(script, *given):
+        end = time.monotonic() + 120
+        while not run(script, *given):
+            assert time.monotonic() < end, script
+            time.sleep(0.05)
+
+    def band(group):
+        return f"[...document.querySelectorAll('[data-group=\"{group}\"] video')]"
+
+    try:
+        driver.get((tmp_path / "large.html").as_uri())
+        assert run("return [...document.querySelectorAll('video')].every(v => v.paused && !v.src && v.poster)")
+        run(
+            f"window.log = []; for (const v of {band('t2v 0')}) for (const what of ['play', 'ended', 'pause'])"
+            " v.addEventListener(what, () => window.log.push([what, v.dataset.clip, v.currentTime]))"
+        )
+        clips = run(f"return {band('t2v 0')}.map(v => v.dataset.clip)")
+        ActionChains(driver).move_to_element(
+            driver.find_element(By.CSS_SELECTOR, "[data-group='t2v 0'] video")
+        ).perform()
+        wait(
+            f"const t = {band('t2v 0')}.map(v => v.currentTime);"
+            " return Math.min(...t) > 0 && Math.max(...t) - Math.min(...t) < arguments[0]",
+            1 / FPS,
+        )
+        wait("return window.log.filter(([what]) => what === 'play').length >= 12")
+        rounds = [(what, clip, at) for what, clip, at in run("return window.log") if what != "pause"]
+        for start in range(0, 20, 8):  # all begin at 0, and begin again once all have ended
+            begun, ended = rounds[start : start + 4], rounds[start + 4 : start + 8]
+            assert [(what, at) for what, _, at in begun] == [("play", 0)] * 4
+            assert sorted(clip for _, clip, _ in begun) == sorted(clips)
+            assert {what for what, *_ in ended} <= {"ended"}
+        assert run(f"return {band('t2v 1')}.every(v => v.played.length === 0)")
+        ActionChains(driver).move_to_element(driver.find_element(By.TAG_NAME, "h1")).perform()
+        wait(f"return {band('t2v 0')}.every(v => v.paused)")
+
+        button = driver.find_element(By.CSS_SELECTOR, "[data-group='t2v 1'] button")
+        run("arguments[0].focus({ focusVisible: true })", button)
+        wait(f"return {band('t2v 1')}.every(v => v.played.length > 0)")
+        button.send_keys(Keys.ENTER)
+        assert button.get_attribute("aria-pressed") == "true"
+        button.send_keys(Keys.ENTER)
+        assert button.get_attribute("aria-pressed") == "false"
+        everything = driver.find_element(By.CSS_SELECTOR, "button.all")
+        everything.click()
+        wait(f"return {band('t2v 0')}.every(v => !v.paused)")
+        assert everything.text == "Pause"
+
+        driver.get((tmp_path / "small.html").as_uri())
+        wait(f"return {band('t2v 0')}.every(v => v.played.length > 0)")
+        driver.execute_cdp_cmd(
+            "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-reduced-motion", "value": "reduce"}]}
+        )
+        driver.refresh()
+        assert driver.find_element(By.CSS_SELECTOR, "button.all").text == "Play all"
+        ActionChains(driver).move_to_element(driver.find_element(By.CSS_SELECTOR, "[data-group='t2v 0']")).perform()
+        assert run("return [...document.querySelectorAll('video')].every(v => !v.src)")
+        driver.find_element(By.CSS_SELECTOR, "button.all").click()
+        wait(f"return {band('t2v 0')}.every(v => v.played.length > 0)")
+    finally:
+        driver.quit()

@@ -18,13 +18,13 @@ import transformers
 from folders import PARTS, bits, edit, files, read, tensors, values
 from full_disk import limited
 
-from vpae_jax.files import write_text
+from vpae_jax.files import replacing, write_text
 from vpae_jax.types import UserError
 from vpae_jax.weights.filenames import read_json
 from vpae_jax.weights.find import find_model
 from vpae_jax.weights.loading import read_part
 from vpae_jax.weights.lora import Adapter, Lora, Merged
-from vpae_jax.weights.writing import finite, from_tree, open_values, replacing, verify_part, write_part
+from vpae_jax.weights.writing import finite, from_tree, open_values, verify_part, write_part
 
 CLASSES = {
     "transformer": diffusers.WanTransformer3DModel,

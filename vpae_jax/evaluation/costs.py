@@ -13,12 +13,10 @@ import numpy as np
 
 from vpae_jax.inference.pictures import first_frames
 from vpae_jax.inference.pipeline import Pipeline
+from vpae_jax.metrics.times import EVALUATION, FIRST_CALL, MEMORY, STAGES
 from vpae_jax.tasks.base import HeldOut
 
-# What a clip's seconds go into, in their order.
-TEXT, IMAGE, FIRST_FRAME, WRITE = "text", "image", "first frame", "write"
-STAGES = (TEXT, IMAGE, FIRST_FRAME, "network", "decode", "transfer", WRITE)
-EVALUATION, FIRST_CALL, MEMORY = "evaluation", "first call", "peak memory"
+TEXT, IMAGE, FIRST_FRAME, *_, WRITE = STAGES
 
 
 def encoding(pipeline: Pipeline, held_out: HeldOut) -> dict[str, float]:

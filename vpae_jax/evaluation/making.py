@@ -21,13 +21,14 @@ from jaxtyping import Float
 from vpae_jax import sharding
 from vpae_jax.config import MeshConfig
 from vpae_jax.encoding.encoder import fingerprint
-from vpae_jax.evaluation.costs import FIRST_CALL, MEMORY, WRITE, encoding, peak_memory
+from vpae_jax.evaluation.costs import WRITE, encoding, peak_memory
 from vpae_jax.evaluation.rows import Entry
 from vpae_jax.files import claimed
 from vpae_jax.flow.sampler import Sampler
 from vpae_jax.inference.pipeline import Pipeline, load_pipeline
 from vpae_jax.metrics.archive import Archive, Shelf
 from vpae_jax.metrics.base import Clips
+from vpae_jax.metrics.times import FIRST_CALL, MEMORY
 from vpae_jax.run.agreement import reads
 from vpae_jax.run.generation import Generation, decoded
 from vpae_jax.runtime.progress import Pace, say, working

@@ -9,7 +9,7 @@ from vpae_jax.evaluation.costs import typical
 from vpae_jax.evaluation.making import Opened
 from vpae_jax.flow.sampler import typed
 from vpae_jax.metrics.archive import Shelf
-from vpae_jax.metrics.report import Row
+from vpae_jax.metrics.rows import Row
 from vpae_jax.runtime.progress import say, working
 from vpae_jax.tasks.base import HeldOut, Measures
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,5 +35,17 @@ class Metric:
         """The key of the best value; None where there is no value, or none to compare with."""
         if not values or (self.goal == "real" and real is None):
             return None
-        cost = {"more": lambda v: -v, "less": lambda v: v, "real": lambda v: abs(v - real)}[self.goal]
-        return min(values, key=lambda name: cost(values[name]))
+        return min(values, key=lambda name: self._cost(values[name], real))
+
+    def worst(self, values: Sequence[float], real: float | None, count: int) -> list[int]:
+        """Which of the values of single clips are the worst, that one first; `count` at most, and only finite ones.
+        None where there is no value of real clips to compare with."""
+        if self.goal == "real" and real is None:
+            return []
+        finite = [i for i, value in enumerate(values) if math.isfinite(value)]
+        return sorted(finite, key=lambda i: -self._cost(values[i], real))[:count]
+
+    def _cost(self, value: float, real: float | None) -> float:
+        if self.goal == "real":
+            return math.inf if real is None else abs(value - real)
+        return -value if self.goal == "more" else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,16 +14,27 @@ from matplotlib.figure import Figure
 # Stand-ins that matplotlib can draw; each becomes a variable of the page's style sheet.
 INK, LINE = "#010203", "#040506"
 SERIES = ("#070809", "#0a0b0c", "#0d0e0f", "#101112", "#131415", "#161718")
+KINDS = ("-", "--", ":", "-.")
 _VARIABLES = {INK: "--ink", LINE: "--line", **{color: f"--series-{i}" for i, color in enumerate(SERIES)}}
+LEGEND_COLUMNS, LEGEND_LINE = 2, 0.19  # inches that a line of the legend takes
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A named line."""
+    """A named line.
+
+    Attributes:
+      name: in the legend.
+      steps, values: its points.
+      color: which of the page's colours; they begin again after the sixth, with lines of the next kind.
+      kind: solid, dashed, dotted, or dashes and dots.
+    """
 
     name: str
     steps: Sequence[float]
     values: Sequence[float]
+    color: int = 0
+    kind: int = 0
 
 
 def line_plot(title: str, curves: Sequence[Curve], identity: str, logarithmic: bool = False, axis: str = "step") -> str:
@@ -35,11 +47,15 @@ def line_plot(title: str, curves: Sequence[Curve], identity: str, logarithmic: b
       axis: name of the horizontal axis.
       logarithmic: asks for a logarithmic axis, which is used only when every value is above zero.
     """
+    columns = LEGEND_COLUMNS if max(len(curve.name) for curve in curves) < 26 else 1
+    height = 2.4 + LEGEND_LINE * math.ceil(len(curves) / columns)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": identity, "font.family": "sans-serif"}):
-        figure = Figure(figsize=(4.2, 2.6), layout="constrained")
+        figure = Figure(figsize=(4.2, height), layout="constrained")
         axes = figure.add_subplot()
-        for i, curve in enumerate(curves):
-            axes.plot(curve.steps, curve.values, color=SERIES[i % len(SERIES)], linewidth=1.4, label=curve.name)
+        for curve in curves:
+            turns, color = divmod(curve.color, len(SERIES))
+            style = {"color": SERIES[color], "linestyle": KINDS[(curve.kind + turns) % len(KINDS)]}
+            axes.plot(curve.steps, curve.values, linewidth=1.4, label=curve.name, **style)
         if logarithmic and all(value > 0 for curve in curves for value in curve.values):
             axes.set_yscale("log")
         axes.set_title(title, loc="left", color=INK, fontsize=10)
@@ -47,7 +63,8 @@ def line_plot(title: str, curves: Sequence[Curve], identity: str, logarithmic: b
         axes.tick_params(which="both", colors=LINE, labelcolor=INK, labelsize=9)
         axes.grid(color=LINE, linewidth=0.5, alpha=0.5)
         axes.spines[:].set_visible(False)
-        axes.legend(fontsize=9, labelcolor=INK, frameon=False)
+        place = {"loc": "outside lower left", "ncols": columns}
+        figure.legend(fontsize=9, labelcolor=INK, frameon=False, handlelength=2.4, **place)
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = text.getvalue()

@@ -3,44 +3,50 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from einops import rearrange
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
 
 from vpae_jax.files import write_text
-from vpae_jax.media import write_contact_sheet, write_video
+from vpae_jax.media import Frames, read_frames, read_video, write_contact_sheet, write_stream
 from vpae_jax.metrics.base import Metric
-from vpae_jax.metrics.report import TITLES, Row, read_clips
+from vpae_jax.metrics.gallery import stems
+from vpae_jax.metrics.rows import SHOWN, TITLES, Row
+from vpae_jax.metrics.times import as_json, seconds, speedup, times_less, whole
 
 # Ends the name of a many-step model's row that is sampled in one step all the same.
 NAIVE = ", one step"
+ARROW = "\N{RIGHTWARDS ARROW}"
+# Of sample clips side by side, which many decoders limit to 4096 pixels, and of a sheet's frames.
+MOST_WIDTH, MOST_FRAMES = 4096, 17
 Value = TypeVar("Value")
-ARROW, TIMES = "\N{RIGHTWARDS ARROW}", "\N{MULTIPLICATION SIGN}"
 
 
 def write_metrics(
-    path: Path, metrics: Sequence[Metric], real: Row, rows: Sequence[Row], count: int, facts: Mapping[str, str]
+    path: Path, metrics: Sequence[Metric], real: Row | None, rows: Sequence[Row], count: int, facts: Mapping[str, str]
 ) -> None:
     """All numbers as JSON; an existing file is replaced when the new one is complete."""
+
+    def numbers(row: Row) -> dict[str, Any]:
+        return {**nested(row.scores), "intervals": nested(row.intervals), "curves": nested(row.curves)}
+
     found = {
         "clips_a_half": count,
         "facts": dict(facts),
         "meaning": {metric.name: metric.meaning for metric in metrics},
         "goal": {metric.name: metric.goal for metric in metrics},
-        "real": None
-        if real is None
-        else {**nested(real.scores), "intervals": nested(real.intervals), "curves": nested(real.curves)},
+        "real": None if real is None else numbers(real),
         "rows": [
             {
                 "name": row.name,
                 **row.settings,
                 "evaluations": row.evaluations,
-                "times": row.times,
-                **nested(row.scores),
-                "intervals": nested(row.intervals),
-                "curves": nested(row.curves),
+                "times": as_json(row.times),
+                **numbers(row),
             }
             for row in rows
         ],
@@ -49,22 +55,52 @@ def write_metrics(
 
 
 def write_samples(folder: Path, rows: Sequence[Row], fps: float) -> None:
-    """Every row's first clips, side by side, moving and as a sheet."""
+    """Every row's first clips of each half, side by side, moving and as a sheet with a line of frames for each; large
+    ones are made smaller.
+
+    Raises:
+      UserError: a clip cannot be read, or the system does not let us write.
+    """
+    begin = stems(rows)
     for row in rows:
-        stem = row.name.replace(",", "").replace(" ", "_").replace("/", "_")
         for half, files in row.files.items():
-            clips = read_clips(files[:8])
-            write_video(folder / f"{stem}_{half}.mp4", rearrange(clips, "b t h w c -> t h (b w) c"), fps)
-            frames = rearrange(clips, "b t h w c -> (b t) h w c")
-            write_contact_sheet(folder / f"{stem}_{half}.png", frames, columns=clips.shape[1])
+            shown = files[:SHOWN]
+            if shown:
+                name = f"{begin[row.name]}_{half}"
+                write_stream(folder / f"{name}.mp4", _side_by_side(shown), fps)
+                lines = [_thinned(read_video(file)) for file in shown]
+                write_contact_sheet(folder / f"{name}.png", np.concatenate(lines), columns=len(lines[0]))
+
+
+def _side_by_side(files: Sequence[Path]) -> Iterator[Frames]:
+    """One frame after the other, until the first of the clips ends."""
+    for frames in zip(*(read_frames(file) for file in files), strict=False):
+        yield np.concatenate([_at_most(frame, MOST_WIDTH // len(files)) for frame in frames], 1)[None]
+
+
+def _thinned(frames: Frames) -> UInt8[np.ndarray, "lines rows columns 3"]:
+    """Some frames from first to last, so small that they fit into a sheet."""
+    count = min(len(frames), MOST_FRAMES)
+    picked = np.linspace(0, len(frames) - 1, count).round().astype(int)
+    return np.stack([_at_most(frames[i], MOST_WIDTH // count) for i in picked])
+
+
+def _at_most(picture: UInt8[np.ndarray, "height width 3"], width: int) -> UInt8[np.ndarray, "rows columns 3"]:
+    """A picture that is not wider, with an even height and width."""
+    if picture.shape[1] <= width:
+        return picture
+    size = width // 2 * 2, max(1, round(picture.shape[0] * width / picture.shape[1] / 2)) * 2
+    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BOX))
 
 
 def table(metrics: Sequence[Metric], rows: Sequence[Row]) -> str:
     """The scores as text, one row after the other."""
     lines = []
     width = max(len(row.name) for row in rows)
-    for half in rows[0].files:
+    for half in TITLES:
         names = [m.name for m in metrics if any(f"{half}/{m.name}" in row.scores for row in rows)]
+        if not names and not any(row.files.get(half) for row in rows):
+            continue
         lines += ["", f"{half:{width}}  evaluations  " + "  ".join(f"{name:>13}" for name in names)]
         for row in rows:
             values = [row.scores.get(f"{half}/{name}") for name in names]
@@ -83,9 +119,12 @@ def headline(rows: Sequence[Row], compared: Metric) -> list[tuple[str, str]]:
     student = named.get("phase 2") or named.get("phase 1") or students[-1]
     steps, names = f"{first.evaluations} {ARROW} 1", f"{first.name} {ARROW} {student.name}"
     found = [(steps, f"network evaluations a clip, {names}")]
-    if first.times.get("network") and student.times.get("network"):
-        speed = first.times["network"] / student.times["network"]
-        found.append((f"{speed:.0f} {TIMES}", "less network time a clip, measured in this run"))
+    if (ratio := speedup(first, student, "network")) is not None:
+        change = f"{seconds(first.times['network'])} {ARROW} {seconds(student.times['network'])}"
+        found.append((times_less(ratio), f"less network time a clip, measured in this run: {change}"))
+    if (ratio := speedup(first, student, "whole")) is not None:
+        change = f"{seconds(whole(first.times))} {ARROW} {seconds(whole(student.times))}"
+        found.append((times_less(ratio), f"less time for a whole clip, all stages together: {change}"))
     naive = [row for row in single if row.name.endswith(NAIVE)]
     for half, name in TITLES.items():
         key = f"{half}/{compared.name}"

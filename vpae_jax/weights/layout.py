@@ -12,6 +12,7 @@ from typing import Any
 
 from jax.typing import DTypeLike
 
+from vpae_jax.files import replacing
 from vpae_jax.types import UserError
 from vpae_jax.weights.card import Card, Provenance, write_card
 from vpae_jax.weights.directory import ModelDirectory
@@ -34,7 +35,7 @@ from vpae_jax.weights.parts import LOW, PARTS, check_fit, kind_of, makes_from_im
 from vpae_jax.weights.pickles import require_torch
 from vpae_jax.weights.settings import Defaults, Scheduler, read_defaults, read_scheduler
 from vpae_jax.weights.spiece import check_files
-from vpae_jax.weights.writing import Format, Values, is_pickled, open_values, replacing, verify_part, write_part
+from vpae_jax.weights.writing import Format, Values, is_pickled, open_values, verify_part, write_part
 
 WAN_TOKENIZER = Path("google/umt5-xxl")  # where Wan's own code looks
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what Diffusers' `load_lora_weights` looks for in a folder

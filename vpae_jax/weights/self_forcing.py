@@ -14,12 +14,13 @@ from typing import Any
 
 from jax.typing import DTypeLike
 
+from vpae_jax.files import replacing
 from vpae_jax.types import UserError
 from vpae_jax.weights.directory import ModelDirectory
 from vpae_jax.weights.find import find_model
 from vpae_jax.weights.pickles import write_sets
 from vpae_jax.weights.settings import Scheduler
-from vpae_jax.weights.writing import Values, replacing, tensors_of, verify_part
+from vpae_jax.weights.writing import Values, tensors_of, verify_part
 
 SUFFIX, PREFIX = ".pt", "model."
 PART = "transformer"

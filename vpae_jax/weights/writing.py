@@ -7,7 +7,6 @@ What is written is finite: a value that is not, or not any more in the dtype tha
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -21,7 +20,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
-from vpae_jax.files import refused_writes, temporary_beside
+from vpae_jax.files import refused_writes, replacing
 from vpae_jax.types import HostArray, UserError
 from vpae_jax.weights import matching, orbax
 from vpae_jax.weights.directory import EXTRAS, ModelDirectory, PartTensors, StoredPart
@@ -267,31 +266,6 @@ def verify_part(written: ModelDirectory, part: str, values: Values, dtype: DType
         for form in _EXTRAS_OF[written.part(part).layout]:
             _verify_extras(written, part, form, values, found)
     return count
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to it on success; removed on any failure, with `path` as before.
-
-    Raises:
-      UserError: the system does not let us write there.
-    """
-    temporary, old = temporary_beside(path), temporary_beside(path, "old")
-    with refused_writes(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield temporary
-            if path.is_dir():
-                path.rename(old)
-            temporary.rename(path)
-        finally:
-            if old.is_dir() and not path.exists():
-                old.rename(path)
-            for leftover in (temporary, old):
-                if leftover.is_dir():
-                    shutil.rmtree(leftover)
-                else:
-                    leftover.unlink(missing_ok=True)
 
 
 def _stored(part: str, values: Values, form: Format, dtype: DTypeLike | None) -> LayerDtypes:
