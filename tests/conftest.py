@@ -51,7 +51,7 @@ def bounded_memory():
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """A text-to-video and an image-to-video model of two steps and random weights, whose clips are 5 frames of 32x32."""
+    """A text-to-video and an image-to-video model of random weights and two steps; clips are 5 frames of 32x32."""
     import random_model  # with PyTorch, which few tests need
 
     from vpae_jax.weights.settings import Defaults, Scheduler

@@ -51,4 +51,4 @@ def task_of(prompts: Captions, folder: Path, pipeline: Pipeline, model: str) -> 
                 encode_prompts(prompts, pipeline, sizes, units)
         if not ours:
             time.sleep(POLL)
-    return Video(DataConfig(held_out_records=str(target)), folder, model)
+    return Video(DataConfig(records=str(target), held_out_records=str(target)), folder, model)

@@ -129,7 +129,7 @@ class Archive:
         """A file's arrays. One that a fault of the disk has damaged is put aside."""
         path = self._path(index, ending)
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 return dict(file)
         except FileNotFoundError:
             return None

@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import Float
 
 from vpae_jax.data.records import LatentRecords, Value
-from vpae_jax.encoding.encoder import fingerprint
 from vpae_jax.inference.pipeline import Pipeline
 from vpae_jax.metrics.archive import Shelf
 from vpae_jax.metrics.base import Clips
@@ -75,8 +74,7 @@ def measured(
     """
     archive = None
     if shelf is not None:
-        identity = {"clips": [clip.origin for clip in clips], "encoders": fingerprint(pipeline)}
-        archive = shelf.archive(name, identity)
+        archive = shelf.archive(name, {"clips": [clip.origin for clip in clips]})
     left: Sequence[int] = range(len(clips)) if archive is None else archive.without_measures(range(len(clips)))
     found: list[Measures] = []
     for rows, filled in in_batches(len(left), clips_at_once(clips[0].arrays["latents"].shape)):

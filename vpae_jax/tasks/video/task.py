@@ -72,6 +72,8 @@ class Video:
     def __init__(self, data: DataConfig, workdir: Path, model: str, modes: tuple[Mode, ...] | None = None) -> None:
         self._data, self._workdir, self._model, self._modes = data, workdir, model, modes
         self._sources: Sources | None = None
+        self._opened_for: Pipeline | None = None
+        self._judged: Sources = ()
 
     def batches(self, kind: type, pipeline: Pipeline | None, feed: Feed) -> Batches:
         assert pipeline is not None  # `tasks.check` refuses methods without one
@@ -80,7 +82,8 @@ class Video:
         return latent_batches(sources, *how, most_held_out=self._most, seeds=feed.seeds)
 
     def held_out(self, pipeline: Pipeline, purpose: Purpose, count: int) -> HeldOut:
-        asked, others = self._chosen(pipeline, purpose, count)
+        self._judged = self._apart(pipeline)
+        asked, others = self._chosen(purpose, count)
         judged = purpose != "preview" and asked and "latents" in asked[0].arrays
         if not asked or (judged and min(len(asked), len(others)) < FEWEST):
             raise TooFew(
@@ -112,7 +115,7 @@ class Video:
         )
 
     def with_real(self, held_out: HeldOut, pipeline: Pipeline, shelf: Shelf | None = None) -> HeldOut:
-        asked, others = self._chosen(pipeline, held_out.purpose, held_out.count)
+        asked, others = self._chosen(held_out.purpose, held_out.count)
         clip_of_row = _clips_of(held_out.parts)
         if held_out.purpose == "preview":
             if "latents" not in asked[0].arrays:
@@ -162,24 +165,27 @@ class Video:
 
     def _open(self, pipeline: Pipeline) -> Sources:
         """The training clips' folders; says once what is held out of them."""
-        if self._sources is None:
+        if self._sources is None or self._opened_for is not pipeline:  # which may have other encoders
+            said, self._opened_for = self._sources is not None, pipeline
             self._sources = open_sources(self._data, self._workdir, pipeline, self._model)
-            for records, _ in self._sources if self._most else ():
+            for records, _ in self._sources if self._most and not said else ():
                 count = len(held_out(len(records), self._most))
                 what = "prompts" if records.of_prompts else "clips"
                 say(f"held out: {count} of {len(records)} {what} of {records.folder}")
         return self._sources
 
-    def _halves(self, pipeline: Pipeline) -> tuple[list[Place], list[Place]]:
+    def _apart(self, pipeline: Pipeline) -> Sources:
+        """The folders that clips are held out of, made by this pipeline's encoders."""
+        if not self._data.held_out_records:
+            return self._open(pipeline)
+        key = "config.data.held_out_records"
+        return open_records(self._data.held_out_records, key, self._workdir, pipeline, self._model)
+
+    def _halves(self) -> tuple[list[Place], list[Place]]:
         """The held-out clips of the most frequent shape, of all folders in turn: those of the guard and the previews,
         and those of the evaluation."""
         found: list[list[tuple[LatentRecords, int, LatentShape]]] = []
-        if self._data.held_out_records:
-            key = "config.data.held_out_records"
-            sources = open_records(self._data.held_out_records, key, self._workdir, pipeline, self._model)
-        else:
-            sources = self._open(pipeline)
-        for records in {records.index["fingerprint"]: records for records, _ in sources}.values():
+        for records in {records.index["fingerprint"]: records for records, _ in self._judged}.values():
             shapes = {int(clip): shape for shape, clips in records.shapes.items() for clip in clips}
             total = len(records)
             if self._data.held_out_records and records.of_prompts:  # in the order of their file
@@ -197,10 +203,10 @@ class Video:
         same = [(records, clip) for records, clip, shape in turns if shape == most]
         return same[::2], same[1::2]
 
-    def _chosen(self, pipeline: Pipeline, purpose: Purpose, count: int) -> tuple[list[Captioned], list[Place]]:
+    def _chosen(self, purpose: Purpose, count: int) -> tuple[list[Captioned], list[Place]]:
         """What is asked for, and where the clips are that these and generated ones are compared with: there are none
         of prompts alone, which are previewed, or which an evaluation is of."""
-        first, second = self._halves(pipeline)
+        first, second = self._halves()
         prompts = [records.folder for records, _ in (*first, *second) if records.of_prompts]
         if prompts and (purpose == "guard" or (purpose == "evaluation" and not self._data.held_out_records)):
             raise TooFew(
