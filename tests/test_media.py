@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vpae_jax.media import read_image, write_contact_sheet, write_stream, write_video
+from vpae_jax.media import read_image, read_stream, read_video, write_contact_sheet, write_stream, write_video
 from vpae_jax.types import Note, UserError
 
 
@@ -32,6 +32,32 @@ def test_video_reads_back(tmp_path):
     assert decoded.shape == frames().shape
     assert np.abs(decoded.astype(int) - frames()).mean() < 3
     assert [p.name for p in path.parent.iterdir()] == ["clip.mp4"]
+
+
+def test_frames_come_one_after_the_other(tmp_path):
+    write_video(tmp_path / "clip.mp4", frames(), 8.0)
+    whole = read_video(tmp_path / "clip.mp4")
+    assert whole.shape == frames().shape and whole.dtype == np.uint8
+    assert np.abs(whole.astype(int) - frames()).mean() < 3
+    coming = read_stream(tmp_path / "clip.mp4")
+    np.testing.assert_array_equal(next(coming), whole[0])
+    np.testing.assert_array_equal(np.stack([*coming]), whole[1:])
+
+
+def test_what_is_no_video_is_one_line(tmp_path):
+    (tmp_path / "text.mp4").write_text("no video")
+    write_video(tmp_path / "clip.mp4", frames(), 8.0)
+    (tmp_path / "half.mp4").write_bytes((tmp_path / "clip.mp4").read_bytes()[:800])
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((2, 1024), np.float32), format="fltp", layout="stereo")
+        sound.sample_rate = 8000
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode())
+    reasons = dict.fromkeys(("text", "half", "sound"), "cannot be decoded; write it again") | {"none": "no such file"}
+    for name, reason in reasons.items():
+        with pytest.raises(UserError, match=rf"^video .*{name}\.mp4: {reason}$"):
+            read_video(tmp_path / f"{name}.mp4")
 
 
 def test_rates_that_are_not_whole(tmp_path):

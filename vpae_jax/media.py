@@ -73,7 +73,7 @@ def write_stream(path: Path, chunks: Iterable[Frames], fps: float, crf: int = CR
     atomically(path, write)
 
 
-def read_frames(path: Path) -> Iterator[Picture]:
+def read_stream(path: Path) -> Iterator[Picture]:
     """The frames of a video that `write_video` wrote, one after the other; `encoding.decoding` reads those of others.
 
     Raises:
@@ -90,8 +90,8 @@ def read_frames(path: Path) -> Iterator[Picture]:
 
 
 def read_video(path: Path) -> Frames:
-    """All frames of a video that `write_video` wrote. For what it raises, see `read_frames`."""
-    return np.stack([*read_frames(path)])
+    """All frames of a video that `write_video` wrote. For what it raises, see `read_stream`."""
+    return np.stack([*read_stream(path)])
 
 
 def write_contact_sheet(path: Path, frames: Frames, columns: int | None = None) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from vpae_jax.files import refused_writes
-from vpae_jax.media import read_frames
+from vpae_jax.media import read_stream
 from vpae_jax.metrics.rows import Row
 from vpae_jax.pages import jpeg
 
@@ -95,7 +95,7 @@ class Gallery:
         )
 
     def _picture(self, file: Path) -> str:
-        *_, frame = islice(read_frames(file), self._middle + 1)
+        *_, frame = islice(read_stream(file), self._middle + 1)
         self.height, self.width = frame.shape[:2]
         picture = Image.fromarray(frame)
         picture.thumbnail((POSTER_SIDE, POSTER_SIDE))

@@ -54,8 +54,8 @@ def line_plot(title: str, curves: Sequence[Curve], identity: str, logarithmic: b
         axes = figure.add_subplot()
         for curve in curves:
             turns, color = divmod(curve.color, len(SERIES))
-            style = {"color": SERIES[color], "linestyle": KINDS[(curve.kind + turns) % len(KINDS)]}
-            axes.plot(curve.steps, curve.values, linewidth=1.4, label=curve.name, **style)
+            kind = KINDS[(curve.kind + turns) % len(KINDS)]
+            axes.plot(curve.steps, curve.values, kind, color=SERIES[color], linewidth=1.4, label=curve.name)
         if logarithmic and all(value > 0 for curve in curves for value in curve.values):
             axes.set_yscale("log")
         axes.set_title(title, loc="left", color=INK, fontsize=10)
@@ -63,8 +63,8 @@ def line_plot(title: str, curves: Sequence[Curve], identity: str, logarithmic: b
         axes.tick_params(which="both", colors=LINE, labelcolor=INK, labelsize=9)
         axes.grid(color=LINE, linewidth=0.5, alpha=0.5)
         axes.spines[:].set_visible(False)
-        place = {"loc": "outside lower left", "ncols": columns}
-        figure.legend(fontsize=9, labelcolor=INK, frameon=False, handlelength=2.4, **place)
+        look = {"fontsize": 9, "labelcolor": INK, "frameon": False, "handlelength": 2.4}
+        figure.legend(loc="outside lower left", ncols=columns, **look)
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = text.getvalue()

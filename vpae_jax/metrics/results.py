@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from vpae_jax.files import write_text
-from vpae_jax.media import Frames, read_frames, read_video, write_contact_sheet, write_stream
+from vpae_jax.media import Frames, read_stream, read_video, write_contact_sheet, write_stream
 from vpae_jax.metrics.base import Metric
 from vpae_jax.metrics.gallery import stems
 from vpae_jax.metrics.rows import SHOWN, TITLES, Row
@@ -74,7 +74,7 @@ def write_samples(folder: Path, rows: Sequence[Row], fps: float) -> None:
 
 def _side_by_side(files: Sequence[Path]) -> Iterator[Frames]:
     """One frame after the other, until the first of the clips ends."""
-    for frames in zip(*(read_frames(file) for file in files), strict=False):
+    for frames in zip(*(read_stream(file) for file in files), strict=False):
         yield np.concatenate([_at_most(frame, MOST_WIDTH // len(files)) for frame in frames], 1)[None]
 
 
