@@ -144,3 +144,33 @@ def test_every_number_has_its_meaning_and_its_interval(compare, real):
         assert low <= real[name] <= high, name
     low, high = compare(fading).intervals()["color_distance"]
     assert low > 5 * found["color_distance"][1] and high > low, "the fault is far outside the interval of real clips"
+
+
+def test_single_clips_are_scored_alone(clips, measures):
+    """Each fault is that of one clip, whose number names it; the mean over clips is the score."""
+    spoilt = clips.copy()
+    for row, spoil in enumerate((blurred, frozen, fading, flickering, shuffled, collapsing)):
+        spoilt[row] = spoil(clips[row : row + 1])[0]
+    more = {"psnr_first": np.linspace(20, 60, COUNT)}
+    comparison = Comparison(judge.measure(spoilt, False), measures["real"], measures["others"], FPS, more, {})
+    each, scores = comparison.each(), comparison.scores()
+    assert all(values.shape == (COUNT,) and values.dtype == np.float64 for values in each.values())
+    assert {*scores} - {*each} == {"kvd"}, "which is of sets alone"
+    for name in {*each} - {"sharpness_kept"}:
+        assert each[name].mean() == pytest.approx(scores[name], rel=1e-12), name
+    assert {*each["sharpness"].argsort()[:2]} == {0, 5}, "the blurred one and the one that collapses"
+    assert each["motion"].argmin() == 1 and each["still"].sum() == each["still"][1] == 1
+    assert each["color_distance"].argmax() in (2, 5) and each["color_drift"].argmax() == 2
+    assert each["sharpness_kept"].argmin() == 5 and each["sharpness_kept"][5] < 0.2
+    assert each["sharpness_kept"][1] == 1
+    if "flow" in each:
+        assert each["flow"].argmin() == 1 and each["still_flow"].sum() == each["still_flow"][1] == 1
+        assert each["interpolation_error"].argmax() in (3, 4) and each["flicker"].argmax() == 3
+
+
+def test_a_clip_that_begins_black_has_no_sharpness_to_keep(clips, measures):
+    black = clips.copy()
+    black[0] = 0
+    black[1, 0] = 0
+    found = Comparison(judge.measure(black, False), measures["real"], measures["others"], FPS, {}, {}).each()
+    assert found["sharpness_kept"][0] == 1 and 1 < found["sharpness_kept"][1] < 1000

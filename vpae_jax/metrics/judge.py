@@ -1,7 +1,7 @@
 """How good clips of any content are, against real clips: one set of numbers from the measures of both.
 
     made = joined(measure(clips, with_networks=True) for clips in batches)
-    Comparison(made, real, others, fps).scores() / .intervals() / .curves()
+    Comparison(made, real, others, fps, {}, {}).scores() / .intervals() / .curves() / .each()
 
 Measures of single clips are compared with the real clips of the same conditions, distances of sets with other ones: a
 clip that begins with a real clip's first frame is not independent of it. What needs a package that is not installed
@@ -112,28 +112,42 @@ class Comparison:
     more: Measures
     pairs: Mapping[str, tuple[Float[np.ndarray, "n"], Float[np.ndarray, "m"]]]
 
+    def each(self) -> dict[str, Float[np.ndarray, "b"]]:
+        """Of every clip, the numbers that single clips have, by metric; their mean over clips is the score, but for
+        `sharpness_kept`, whose score is a ratio of means. `still`, `still_flow` and `dynamic_degree` are 0 or 1."""
+        made, real = self.made, self.real
+        later, first = made["laplacian"][:, 1:].mean(1), made["laplacian"][:, 0]
+        found = {
+            "sharpness": made["sharpness"] / _mean(real["sharpness"]),
+            # An even frame, as of a clip that begins with black, has no sharpness to keep: under one level is none.
+            "sharpness_kept": np.maximum(later, 1) / np.maximum(first, 1),
+            "motion": made["speed"] / _mean(real["speed"]),
+            "still": (made["change"] < STILL).astype(np.float64),
+            "temporal_flickering": 1 - made["steps"].mean(1) / 255,
+            "color_drift": made["color_drift"],
+            "color_distance": made["color"].max(1),
+        }
+        if "magnitude" in made:
+            found |= {
+                "flow": 100 * self.fps * made["magnitude"].mean(1),
+                "dynamic_degree": flow.dynamic(made["fastest"], self.fps),
+                "still_flow": flow.still(made["magnitude"], self.fps),
+                "interpolation_error": made["interpolated"].mean(1),
+                "flicker": made["compensated"].mean(1),
+            }
+        if "content" in made:
+            found |= persistence(made["content"])
+        return found | self.more
+
     def scores(self) -> dict[str, float]:
         """Every number that the measures allow."""
         made, real, others = self.made, self.real, self.others
         scale = FeatureScale.of(others["features"])
-        found = {
+        found = {name: float(values.mean()) for name, values in self.each().items()}
+        found |= {
             "kvd": kernel_distance(scale(made["features"]), scale(others["features"])),
-            "sharpness": over(made["sharpness"], real["sharpness"]),
             "sharpness_kept": over(made["laplacian"][:, 1:], made["laplacian"][:, 0]),
-            "motion": over(made["speed"], real["speed"]),
-            "still": float((made["change"] < STILL).mean()),
-            "temporal_flickering": float(1 - made["steps"].mean() / 255),
-            "color_drift": float(made["color_drift"].mean()),
-            "color_distance": float(made["color"].max(1).mean()),
         }
-        if "magnitude" in made:
-            found |= {
-                "flow": float(100 * self.fps * made["magnitude"].mean()),
-                "dynamic_degree": float(flow.dynamic(made["fastest"], self.fps).mean()),
-                "still_flow": float(flow.still(made["magnitude"], self.fps).mean()),
-                "interpolation_error": float(made["interpolated"].mean()),
-                "flicker": float(made["compensated"].mean()),
-            }
         if "i3d" in made:
             scale = FeatureScale.of(others["i3d"])
             found |= {
@@ -143,9 +157,6 @@ class Comparison:
         if "moments" in made:
             channels = Channels.of(made["moments"]), Channels.of(real["moments"])
             found |= {"latent_mean": statistics.shift(*channels), "latent_std": statistics.spread(*channels)}
-        if "content" in made:
-            found |= {name: float(values.mean()) for name, values in persistence(made["content"]).items()}
-        found |= {name: float(values.mean()) for name, values in self.more.items()}
         return found | {name: over(*pair) for name, pair in self.pairs.items() if len(pair[0])}
 
     def intervals(self) -> dict[str, Interval]:
@@ -177,7 +188,7 @@ class Comparison:
         `flicker`, `persistence_previous`), or but the first and the last (`interpolation_error`)."""
         made = self.made
         found = {
-            "sharpness_kept": made["laplacian"].mean(0) / max(made["laplacian"][:, 0].mean(), 1e-6),
+            "sharpness_kept": made["laplacian"].mean(0) / _mean(made["laplacian"][:, 0]),
             "color_distance": made["color"].mean(0),
             "temporal_flickering": 1 - made["steps"].mean(0) / 255,
         }
@@ -207,4 +218,9 @@ def _cosines(content: Float[np.ndarray, "b t d"]) -> tuple[Float[np.ndarray, "b 
 
 def over(made: Float[np.ndarray, "..."], real: Float[np.ndarray, "..."]) -> float:
     """The ratio of two means."""
-    return float(made.mean() / max(real.mean(), 1e-6))
+    return float(made.mean() / _mean(real))
+
+
+def _mean(values: Float[np.ndarray, "..."]) -> float:
+    """That others are divided by: real clips without any edge are no reason to fail."""
+    return max(float(values.mean()), 1e-6)
