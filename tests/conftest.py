@@ -45,3 +45,19 @@ def bounded_memory():
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     if resident > MEMORY:
         jax.clear_caches()
+
+
+@pytest.fixture
+def program(capsys):
+    """Runs a program's `main` in this process; returns its exit status, output and standard error."""
+    from vpae_jax import cli  # only now: what the checks of shapes have to see is imported after this file
+
+    def call(main, *more, **options):
+        arguments, code = [*(f"--{name}={value}" for name, value in options.items()), *more], 0
+        try:
+            cli.run(main, arguments)
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return call
