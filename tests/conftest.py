@@ -66,3 +66,19 @@ def models(tmp_path_factory):
         scheduler = Scheduler("euler", 3.0, steps=2, guidance=1.0)
         (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler.to_json()))
     return found
+
+
+@pytest.fixture
+def program(capsys):
+    """Runs a program's `main` in this process; returns its exit status, output and standard error."""
+    from vpae_jax import cli  # only now: what the checks of shapes have to see is imported after this file
+
+    def call(main, *more, **options):
+        arguments, code = [*(f"--{name}={value}" for name, value in options.items()), *more], 0
+        try:
+            cli.run(main, arguments)
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return call

@@ -1,11 +1,12 @@
 """`python -m vpae_jax.evaluate`: scores, samples and a page from model directories; one line for bad input."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 
-from vpae_jax import cli, evaluate
+from vpae_jax import evaluate
 from vpae_jax.evaluate import Entry, parse_entry
 from vpae_jax.inference.pipeline import load_pipeline
 from vpae_jax.tasks.digits.scores import METRICS
@@ -13,19 +14,8 @@ from vpae_jax.types import UserError
 
 
 @pytest.fixture
-def run(capsys):
-    """Runs the program in this process; returns its exit status, output and standard error."""
-
-    def call(*more, **options):
-        arguments = [*(f"--{name}={value}" for name, value in options.items()), *more]
-        code = 0
-        try:
-            cli.run(evaluate.main, arguments)
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return call
+def run(program):
+    return partial(program, evaluate.main)
 
 
 @pytest.fixture(scope="module")

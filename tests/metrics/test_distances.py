@@ -91,6 +91,15 @@ def test_a_constant_feature_does_not_blow_up():
     assert np.abs(scale(values + 100)).max() <= 3.0
 
 
+def test_moving_clips_are_far_from_real_ones_that_all_stand_still():
+    """Two thirds of these have no spread at all, since nothing brightens or darkens."""
+    moving = patterns(12, seed=1)
+    still = [features(np.repeat(part[:, :1], part.shape[1], 1)) for part in (moving, patterns(12, seed=2))]
+    scale = FeatureScale.of(still[0])
+    floor, apart = (kernel_distance(scale(one), scale(still[0])) for one in (still[1], features(moving)))
+    assert np.isfinite([floor, apart]).all() and apart > 10 * max(abs(floor), 20)
+
+
 @pytest.mark.parametrize(
     "frames, height, width",
     [(9, 48, 48), (5, 48, 84), (17, 60, 104), pytest.param(81, 480, 832, marks=pytest.mark.long)],

@@ -6,6 +6,7 @@ from moving_patterns import blurred, fading, frozen, patterns
 
 from vpae_jax.metrics import judge
 from vpae_jax.metrics.judge import METRICS, Comparison
+from vpae_jax.types import UserError
 
 COUNT, FRAMES, FPS = 24, 9, 8.0
 
@@ -174,3 +175,8 @@ def test_a_clip_that_begins_black_has_no_sharpness_to_keep(clips, measures):
     black[1, 0] = 0
     found = Comparison(judge.measure(black, False), measures["real"], measures["others"], FPS, {}, {}).each()
     assert found["sharpness_kept"][0] == 1 and 1 < found["sharpness_kept"][1] < 1000
+
+
+def test_clips_without_motion_to_judge_are_refused(clips):
+    with pytest.raises(UserError, match="clips of 2 frames cannot be judged: motion shows in 3 or more"):
+        judge.measure(clips[:1, :2], False)

@@ -89,12 +89,21 @@ def test_voters_of_one_clip_are_drawn_together():
         ("[]", "line 1 is no vote"),
         ('{"clip": "x", "left": "a", "right": "b", "voter": "v"}', "line 1 is no vote"),
         ('{"clip": "x", "left": "a", "right": "b", "voter": "v", "choice": "both"}', "choice 'both', expected left"),
+        ('{"clip": "x", "left": "a", "right": "b", "voter": {}, "choice": "same"}', "line 1 is no vote, whose clip, "),
+        ("[" * 100_000, "line 1 is no vote"),
     ],
 )
 def test_a_line_that_is_no_vote_is_named(tmp_path, line, message):
     (tmp_path / "votes.jsonl").write_text(line + "\n")
     with pytest.raises(UserError, match=message):
         read_votes(tmp_path / "votes.jsonl")
+
+
+def test_a_file_that_holds_no_text_is_named(tmp_path):
+    (file := tmp_path / "votes.jsonl").write_bytes(b"\xff\xfe")
+    for path in (file, tmp_path):
+        with pytest.raises(UserError, match=f"{path}: cannot be read as votes: .*; name another file"):
+            read_votes(path)
 
 
 def test_rows_without_common_clips_are_named(tmp_path):

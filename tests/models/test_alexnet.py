@@ -1,5 +1,6 @@
 """LPIPS against the same layers in PyTorch, on random weights, and on the real ones against their package."""
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -69,6 +70,14 @@ def test_lpips_is_that_of_the_package():
     one, other = pictures(1), pictures(2)
     expected = np.ravel(package.LPIPS(net_type="alexnet").apply({"params": tree}, one, other))
     np.testing.assert_allclose(alexnet.lpips(alexnet.load(arrays), one, other), expected, atol=1e-5)
+
+
+def test_products_are_in_float32_on_every_platform():
+    """TPUs take bfloat16 by default, and GPUs TF32."""
+    model, images = alexnet.load(random_weights()), pictures(1)
+    for function, given in ((alexnet.lpips, (images, images)), (alexnet.content, (images,))):
+        traced = str(jax.make_jaxpr(function)(model, *given))
+        assert traced.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == traced.count("precision=") >= 5
 
 
 def test_other_weights_are_refused():

@@ -120,6 +120,15 @@ def test_logits_are_those_of_the_package_after_its_one_fix():
     np.testing.assert_allclose(found, reference(arrays, clips), atol=1e-4)
 
 
+def test_products_are_in_float32_on_every_platform():
+    """TPUs take bfloat16 by default, and GPUs TF32."""
+    model = nnx.eval_shape(lambda: i3d.I3D(nnx.Rngs(0)))
+    traced = str(jax.make_jaxpr(i3d.logits)(model, jax.ShapeDtypeStruct((1, FRAMES, 224, 224, 3), np.float32)))
+    # 56 layers in three dimensions, the stem as 7 in two, and the logits.
+    assert traced.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") >= 7 + 2
+    assert traced.count("precision=None") == 0
+
+
 def test_other_weights_are_refused():
     shapes = jax.eval_shape(lambda: nnx.state(i3d.I3D(nnx.Rngs(0))))
     assert len(jax.tree.leaves(shapes)) == 4 * 57 + 2

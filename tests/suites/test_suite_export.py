@@ -4,6 +4,7 @@ import fcntl
 import json
 import shutil
 import subprocess
+from functools import partial
 
 import av
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import suite_checkouts
 from test_suite_scores import I2V, results
 
-from vpae_jax import cli, evaluate
+from vpae_jax import evaluate
 from vpae_jax.inference.pipeline import load_pipeline
 from vpae_jax.media import read_image, write_video
 from vpae_jax.runtime.progress import Pace
@@ -21,19 +22,8 @@ from vpae_jax.types import UserError
 
 
 @pytest.fixture
-def run(capsys):
-    """Runs the program in this process; returns its exit status, output and standard error."""
-
-    def call(*more, **options):
-        arguments = [*(f"--{name}={value}" for name, value in options.items()), *more]
-        code = 0
-        try:
-            cli.run(evaluate.main, arguments)
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return call
+def run(program):
+    return partial(program, evaluate.main)
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,8 @@ BINS = 8
 GRID = 3
 # Contrasts far below this part of the full range are noise of coding and count little.
 CORE = 0.1
+# Features of at most about 1 that spread less than this do not vary, as those of change where all real clips are still.
+LEAST_STD = 1e-3
 # Standard scores are squashed beyond this, or a few outliers would decide a cubic kernel.
 SQUASH = 3.0
 # In thousandths, as KID and KVD are reported.
@@ -48,7 +50,7 @@ class FeatureScale:
     def of(cls, features: Float[np.ndarray, "n d"]) -> FeatureScale:
         std = features.std(0)
         # A feature that hardly varies in real clips must not outweigh all others.
-        return cls(features.mean(0), np.maximum(std, 0.5 * np.median(std)))
+        return cls(features.mean(0), np.maximum(std, max(0.5 * np.median(std), LEAST_STD)))
 
     def __call__(self, features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
         return SQUASH * np.tanh((features - self.mean) / self.std / SQUASH)
@@ -62,7 +64,7 @@ def kernel_distance(x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m d"]) ->
     return float(SCALE * (within - 2 * xy.mean()))
 
 
-def features(clips: Clips, batch: int = 32) -> Float[np.ndarray, "n d"]:
+def features(clips: Clips, batch: int = 8) -> Float[np.ndarray, "n d"]:
     """One vector a clip, of what `measures.reduced` leaves of it; at least 6 pixels and 3 frames along each axis."""
     clips, parts = reduced(clips), []
     for start in range(0, len(clips), batch):

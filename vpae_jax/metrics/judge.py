@@ -26,6 +26,7 @@ from vpae_jax.metrics.frechet import frechet_distance
 from vpae_jax.metrics.intervals import Interval, half, intervals
 from vpae_jax.metrics.latents import Channels
 from vpae_jax.metrics.measures import change, color_drift, reduced, sharpness, speed
+from vpae_jax.types import UserError
 
 METRICS = (
     Metric("kvd", "KVD", "less", "Kernel distance to other real clips, in thousandths; about 0 for real clips."),
@@ -55,6 +56,7 @@ METRICS = (
     Metric("latent_mean", "latent mean", "less", "Distance of the latent channels' means, in standard deviations."),
     Metric("latent_std", "latent spread", "real", "Standard deviation of latent channels over that of real clips."),
 )
+LEAST_FRAMES = 3  # one with a neighbour on either side
 STILL = 0.5  # levels of 255 between successive frames
 FIRST_SIDE = 128  # pixels of the shorter side of the first frames that are kept, at least, of larger ones
 
@@ -69,7 +71,15 @@ def measure(clips: Clips, with_networks: bool) -> dict[str, Shaped[np.ndarray, "
     Args:
       clips: at least 3 frames.
       with_networks: whether I3D and AlexNet, which take seconds a clip on a CPU, look at them.
+
+    Raises:
+      UserError: clips of fewer frames, or weights of a network that cannot be read.
     """
+    if clips.shape[1] < LEAST_FRAMES:
+        raise UserError(
+            f"clips of {clips.shape[1]} frames cannot be judged: motion shows in {LEAST_FRAMES} or more; take longer "
+            "ones"
+        )
     small = reduced(clips)
     found = {
         "features": features(small),

@@ -25,6 +25,7 @@ from vpae_jax.files import refused_writes
 from vpae_jax.types import UserError
 
 Choice = Literal["left", "right", "same"]
+KEYS = ("clip", "left", "right", "choice", "voter")
 SUFFIX = ".mp4"
 DRAWS = 2000
 
@@ -121,15 +122,21 @@ def read_votes(file: Path) -> list[Vote]:
     """The votes of a file; the last one of a voter on a pair counts, whichever side showed what.
 
     Raises:
-      UserError: a line that is no vote.
+      UserError: a file that cannot be read, or a line that is no vote.
     """
     latest = {}
-    for number, line in enumerate(file.read_text().splitlines() if file.exists() else (), 1):
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read as votes: {error}; name another file") from error
+    for number, line in enumerate(lines, 1):
         try:
             found = json.loads(line)
-            clip, left, right, choice, voter = (found[key] for key in ("clip", "left", "right", "choice", "voter"))
-        except (ValueError, KeyError, TypeError) as error:
+            clip, left, right, choice, voter = said = [found[key] for key in KEYS]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{file}: line {number} is no vote; remove it") from error
+        if not all(isinstance(word, str) for word in said):
+            raise UserError(f"{file}: line {number} is no vote, whose {', '.join(KEYS)} are text; remove it")
         if choice not in get_args(Choice):
             raise UserError(f"{file}: line {number} has choice {choice!r}, expected left, right or same")
         latest[voter, clip, frozenset((left, right))] = Vote(Pair(clip, left, right), choice, voter)
