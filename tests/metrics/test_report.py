@@ -86,6 +86,12 @@ def report(tmp_path_factory):
     )
 
 
+@pytest.fixture
+def untrained(report):
+    """The same without plots of trainings, which take the most time."""
+    return dataclasses.replace(report, runs=[])
+
+
 class Element:
     """A tag with what is in it."""
 
@@ -174,15 +180,15 @@ def test_one_page_holds_everything(report, tmp_path):
     assert "<two>" not in text and "</script><b>" not in text
 
 
-def test_each_clip_is_in_the_page_as_it_was_written(report, tmp_path):
+def test_each_clip_is_in_the_page_as_it_was_written(untrained, tmp_path):
     """A column a condition: all rows below each other in one group, which play together."""
-    page = written(report, tmp_path)
+    page = written(untrained, tmp_path)
     assert next(page.root.all("body")).attrs["class"] == "small"
     for half in HALVES:
         for index in range(CLIPS):
             cells = list(page.root.all("td", data_group=f"{half} {index}"))
             videos = [list(cell.all("video")) for cell in cells]
-            for one, found in zip(report.all_rows, videos, strict=True):
+            for one, found in zip(untrained.all_rows, videos, strict=True):
                 if index >= len(one.files[half]):  # the real row holds fewer
                     assert found == []
                     continue
@@ -193,12 +199,12 @@ def test_each_clip_is_in_the_page_as_it_was_written(report, tmp_path):
                 assert {"muted", "playsinline"} <= set(video.attrs) and "src" not in video.attrs
 
 
-def test_a_clip_is_shown_by_its_middle_frame_before_it_plays(report, tmp_path):
-    page = written(report, tmp_path)
+def test_a_clip_is_shown_by_its_middle_frame_before_it_plays(untrained, tmp_path):
+    page = written(untrained, tmp_path)
     video = next(next(page.root.all("td", data_group="t2v 0")).all("video"))
     file = tmp_path / "picture.jpg"
     file.write_bytes(base64.b64decode(video.attrs["poster"].removeprefix("data:image/jpeg;base64,")))
-    clip = read_video(report.real.files["t2v"][0]).astype(int)
+    clip = read_video(untrained.real.files["t2v"][0]).astype(int)
     apart = [np.abs(read_image(file) - frame).mean() for frame in clip]
     assert int(np.argmin(apart)) == FRAMES // 2
 
@@ -214,15 +220,15 @@ def test_scores_with_their_intervals(report, tmp_path):
     assert marked == ["real", "best", None, "best"], "what reads the same is as good; real clips do not compete"
 
 
-def test_worst_clips_are_those_farthest_from_the_goal(report, tmp_path):
+def test_worst_clips_are_those_farthest_from_the_goal(untrained, tmp_path):
     """Of the student: least sharpness away from 1 is best (real), most PSNR, least LPIPS. NaN is no value."""
-    page = written(report, tmp_path)
+    page = written(untrained, tmp_path)
     (folded,) = (d for d in page.root.all("details") if d.text.startswith("Worst clips of each model, text"))
     metrics = list(folded.all("details"))
     assert [d.attrs["name"] for d in metrics] == ["worst t2v"] * 3, "opening one closes the others"
     assert all("open" not in d.attrs for d in [folded, *metrics])
     expected = {"sharpness": [3, 1, 2], "psnr_first": [2, 1, 0], "lpips_first": [3, 2, 1]}
-    student = report.rows[1]
+    student = untrained.rows[1]
     for metric, order in expected.items():
         figures = [f for f in page.root.all("figure") if f.attrs["data-group"].startswith(f"t2v {metric} ")]
         assert [int(f.attrs["data-group"].split()[-1]) for f in figures] == order
@@ -230,11 +236,11 @@ def test_worst_clips_are_those_farthest_from_the_goal(report, tmp_path):
             assert f"{student.each[f't2v/{metric}'][index]:.{1 if metric == 'psnr_first' else 3}f}" in figure.text
             assert f"clip {index}" in figure.text and CAPTIONS[index] in figure.text
             clips = [base64.b64decode(page.clips[v.attrs["data-clip"]].split(",")[1]) for v in figure.all("video")]
-            beside = report.real.files["t2v"][index : index + 1]  # where there is one
+            beside = untrained.real.files["t2v"][index : index + 1]  # where there is one
             assert clips == [file.read_bytes() for file in (student.files["t2v"][index], *beside)]
 
 
-def test_curves_begin_with_the_frame_that_they_are_of(report, monkeypatch, tmp_path):
+def test_curves_begin_with_the_frame_that_they_are_of(untrained, monkeypatch, tmp_path):
     drawn, line_plot = {}, page_module.line_plot
 
     def watched(title, curves, *how, **more):
@@ -242,7 +248,7 @@ def test_curves_begin_with_the_frame_that_they_are_of(report, monkeypatch, tmp_p
         return line_plot(title, curves, *how, **more)
 
     monkeypatch.setattr(page_module, "line_plot", watched)
-    page = written(report, tmp_path)
+    page = written(untrained, tmp_path)
     later = list(range(1, FRAMES))
     assert drawn == {
         "flow": {"teacher": later, "student/1": later},
@@ -253,8 +259,8 @@ def test_curves_begin_with_the_frame_that_they_are_of(report, monkeypatch, tmp_p
     assert "Frame by frame, image to video" not in page.root.text
 
 
-def test_where_the_time_goes(report, tmp_path):
-    table = written(report, tmp_path).after("table", "Where the time goes")
+def test_where_the_time_goes(untrained, tmp_path):
+    table = written(untrained, tmp_path).after("table", "Where the time goes")
     head, first, shares, second, _ = table.all("tr")
     columns = [th.text for th in head.all("th")]
     against = "times less than teacher"
@@ -287,8 +293,8 @@ def test_one_run_is_drawn_alone(report, tmp_path):
     assert "Settings that differ" not in page.root.text
 
 
-def test_large_clips_lie_side_by_side(report, tmp_path):
-    page = written(large(report), tmp_path)
+def test_large_clips_lie_side_by_side(untrained, tmp_path):
+    page = written(large(untrained), tmp_path)
     assert next(page.root.all("body")).attrs["class"] == "large"
     bands = list(page.root.all("section", class_="card band"))
     assert [band.attrs["data-group"] for band in bands] == ["t2v 0", "t2v 1", "i2v 0", "i2v 1"]
@@ -305,31 +311,31 @@ def test_lines_of_large_clips_are_about_equally_long(rows):
     assert rows > (lines - 1) * columns, "no line is empty"
 
 
-def test_prompts_have_no_real_clips(report, tmp_path):
-    page = written(dataclasses.replace(report, real=None), tmp_path)
-    assert len(list(page.root.all("td", data_group="t2v 0"))) == len(report.rows)
+def test_prompts_have_no_real_clips(untrained, tmp_path):
+    page = written(dataclasses.replace(untrained, real=None), tmp_path)
+    assert len(list(page.root.all("td", data_group="t2v 0"))) == len(untrained.rows)
     head = next(page.after("table", "Scores, text to video").all("tr"))
-    assert len(list(head.all("th"))) == len(report.rows)
+    assert len(list(head.all("th"))) == len(untrained.rows)
     # With no value of real clips none is farthest from it.
     found = {f.attrs["data-group"].split()[1] for f in page.root.all("figure")}
     assert found == {"psnr_first", "lpips_first"}
 
 
-def test_a_row_without_clips_leaves_gaps(report, tmp_path):
+def test_a_row_without_clips_leaves_gaps(untrained, tmp_path):
     broken = Row("broken", 1, {})
-    page = written(dataclasses.replace(report, rows=[*report.rows, broken]), tmp_path)
+    page = written(dataclasses.replace(untrained, rows=[*untrained.rows, broken]), tmp_path)
     *_, last = page.root.all("td", data_group="i2v 0")
     assert list(last.all("video")) == [] and last.text == ABSENT
 
 
-def test_beyond_the_limit_clips_lie_beside_the_page(report, monkeypatch, tmp_path):
+def test_beyond_the_limit_clips_lie_beside_the_page(untrained, monkeypatch, tmp_path):
     """Only those that are shown; an earlier folder is replaced, and goes when the clips fit into the page."""
     monkeypatch.setattr(page_module, "MOST_EMBEDDED", 1000)
     monkeypatch.setattr(page_module, "SHOWN", 2)
     folder = tmp_path / "report_files"
     folder.mkdir()
     (folder / "earlier.mp4").touch()
-    page = written(report, tmp_path)
+    page = written(untrained, tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["report.html", "report_files"]
     names = {video.attrs["data-clip"] for video in page.root.all("video")}
     assert {file.name for file in folder.iterdir()} == {f"{name}.{kind}" for name in names for kind in ("mp4", "jpg")}
@@ -337,24 +343,24 @@ def test_beyond_the_limit_clips_lie_beside_the_page(report, monkeypatch, tmp_pat
     assert len(names) == 2 * 2 * 4 + 2 + 1
     assert page.clips == {name: f"report_files/{name}.mp4" for name in names}
     assert {video.attrs["poster"] for video in page.root.all("video")} == {f"report_files/{name}.jpg" for name in names}
-    for one, prefix in zip(report.rows[1:], ("t2v_student_1_", "t2v_student_1_2_"), strict=True):
+    for one, prefix in zip(untrained.rows[1:], ("t2v_student_1_", "t2v_student_1_2_"), strict=True):
         assert (folder / f"{prefix}1.mp4").read_bytes() == one.files["t2v"][1].read_bytes(), "names do not collide"
     monkeypatch.setattr(page_module, "MOST_EMBEDDED", MOST_EMBEDDED)
-    written(report, tmp_path)
+    written(untrained, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_a_full_disk_leaves_the_earlier_report(report, monkeypatch, tmp_path):
+def test_a_full_disk_leaves_the_earlier_report(untrained, monkeypatch, tmp_path):
     monkeypatch.setattr(page_module, "MOST_EMBEDDED", 1000)
-    written(report, tmp_path)
+    written(untrained, tmp_path)
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
-    size = max(os.path.getsize(file) for one in report.all_rows for files in one.files.values() for file in files)
+    size = max(os.path.getsize(file) for one in untrained.all_rows for files in one.files.values() for file in files)
     for limit in (100, size + 1000):  # a clip, and then the page
         with (
             limited(limit),
             pytest.raises(UserError, match=r"report(_files|\.html).*: cannot be written: .*; make room"),
         ):
-            write_report(tmp_path / "report.html", report)
+            write_report(tmp_path / "report.html", untrained)
         assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
@@ -376,7 +382,7 @@ def test_metric_best_and_worst():
 
 
 @pytest.mark.long
-def test_rows_play_in_step_in_a_browser(report, tmp_path):
+def test_rows_play_in_step_in_a_browser(untrained, tmp_path):
     """Pointing at a clip plays all rows of its condition from the start, again and again together, and nothing else."""
     if shutil.which("chromium") is None or shutil.which("chromedriver") is None:
         pytest.skip("needs chromium and chromedriver")
@@ -385,8 +391,8 @@ def test_rows_play_in_step_in_a_browser(report, tmp_path):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
-    write_report(tmp_path / "large.html", large(report))
-    write_report(tmp_path / "small.html", report)
+    write_report(tmp_path / "large.html", large(untrained))
+    write_report(tmp_path / "small.html", untrained)
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")
     flags = ("headless=new", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking")

@@ -15,7 +15,7 @@ from vpae_jax.metrics.base import Metric
 from vpae_jax.metrics.gallery import Gallery
 from vpae_jax.metrics.plots import Curve, line_plot
 from vpae_jax.metrics.rows import SHOWN, TITLES, Report
-from vpae_jax.metrics.times import ABSENT, seconds, time_table
+from vpae_jax.metrics.times import ABSENT, time_table
 from vpae_jax.metrics.trainings import differences, training_plots
 from vpae_jax.pages import page_template
 
@@ -41,7 +41,7 @@ def write_report(path: Path, report: Report) -> None:
     folder = path.with_name(f"{path.stem}_files")
 
     def page(clips: Mapping[str, str], pictures: Mapping[str, str]) -> str:
-        return page_template(TEMPLATE, seconds=seconds).render(
+        return page_template(TEMPLATE).render(
             report=report,
             halves=halves,
             small=gallery.small,
