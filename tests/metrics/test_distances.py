@@ -5,7 +5,7 @@ import pytest
 from moving_patterns import patterns
 from scipy.ndimage import gaussian_filter
 
-from vpae_jax.metrics.distances import SCALE, FeatureScale, features, kernel_distance
+from vpae_jax.metrics.distances import SCALE, FeatureScale, Kernels, features
 from vpae_jax.tasks.digits.clips import MovingDigits
 
 COUNT = 100
@@ -32,7 +32,7 @@ def distance():
     raw = features(clips(2, 200))
     scale = FeatureScale.of(raw)
     reference = scale(raw)
-    return lambda videos: kernel_distance(scale(features(videos)), reference)
+    return lambda videos: Kernels.of(scale(features(videos)), reference).distance
 
 
 def test_worse_clips_are_farther(real, distance):
@@ -61,7 +61,7 @@ def test_worse_clips_are_farther(real, distance):
 
 def test_unbiased_between_sets_of_one_distribution():
     rng = np.random.default_rng(0)
-    draws = [kernel_distance(rng.normal(size=(30, 20)), rng.normal(size=(50, 20))) for _ in range(400)]
+    draws = [Kernels.of(rng.normal(size=(30, 20)), rng.normal(size=(50, 20))).distance for _ in range(400)]
     assert abs(np.mean(draws)) < 4 * np.std(draws) / np.sqrt(len(draws))
     assert min(draws) < 0
 
@@ -76,7 +76,7 @@ def test_against_its_definition():
     within_x = np.mean([kernel(x[i], x[j]) for i in range(4) for j in range(4) if i != j])
     within_y = np.mean([kernel(y[i], y[j]) for i in range(5) for j in range(5) if i != j])
     across = np.mean([kernel(a, b) for a in x for b in y])
-    np.testing.assert_allclose(kernel_distance(x, y), SCALE * (within_x + within_y - 2 * across), rtol=1e-10)
+    np.testing.assert_allclose(Kernels.of(x, y).distance, SCALE * (within_x + within_y - 2 * across), rtol=1e-10)
 
 
 def test_features_do_not_depend_on_the_batch(real):
@@ -96,7 +96,7 @@ def test_moving_clips_are_far_from_real_ones_that_all_stand_still():
     moving = patterns(12, seed=1)
     still = [features(np.repeat(part[:, :1], part.shape[1], 1)) for part in (moving, patterns(12, seed=2))]
     scale = FeatureScale.of(still[0])
-    floor, apart = (kernel_distance(scale(one), scale(still[0])) for one in (still[1], features(moving)))
+    floor, apart = (Kernels.of(scale(one), scale(still[0])).distance for one in (still[1], features(moving)))
     assert np.isfinite([floor, apart]).all() and apart > 10 * max(abs(floor), 20)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.linalg import sqrtm
 
-from vpae_jax.metrics.distances import kernel_distance
+from vpae_jax.metrics.distances import Kernels
 from vpae_jax.metrics.frechet import frechet_distance
 from vpae_jax.metrics.intervals import half, intervals
 
@@ -42,12 +42,12 @@ def test_intervals_of_a_kernel_distance_are_about_its_own_scatter():
     values, widths = [], []
     for trial in range(60):
         x, y = rng.normal(0.5, 1, (40, 8)), rng.normal(size=(40, 8))
-        values.append(kernel_distance(x, y))
+        values.append(Kernels.of(x, y).distance)
         if trial < 8:
             found = intervals(
                 {"kvd": values[-1]},
                 40,
-                lambda draw, x=x, y=y: {"kvd": kernel_distance(x[half(40, draw)], y[half(40, draw)])},
+                lambda draw, x=x, y=y: {"kvd": Kernels.of(x[half(40, draw)], y[half(40, draw)]).distance},
             )
             widths.append(np.ptp(found["kvd"]))
     assert np.mean(widths) == pytest.approx(2 * 1.96 * np.std(values), rel=0.5)

@@ -94,7 +94,7 @@ def test_text_to_video(primed, t2v, tmp_path, capsys):
     assert f"guard: off, since {t2v[1]} holds prompts alone, without real clips to compare with; name records" in said
     assert not (tmp_path / "dmd2" / "guard.json").exists()
     with pytest.raises(UserError, match=r"^.*/records holds prompts alone, .* or in --records of python -m vpae_jax"):
-        evaluate.main([f"--model={t2v[0]}", f"--records={t2v[1]}", f"--output={tmp_path / 'report'}"])
+        evaluate.main([f"--model={t2v[0]}", f"--phase1={primed}", f"--output={tmp_path / 'report'}"])
     assert not (tmp_path / "report").exists()
 
 

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from vpae_jax.metrics.base import Clips
 from vpae_jax.metrics.measures import reduced
@@ -56,12 +56,32 @@ class FeatureScale:
         return SQUASH * np.tanh((features - self.mean) / self.std / SQUASH)
 
 
-def kernel_distance(x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m d"]) -> float:
-    """KVD of two sets of standardised features, in thousandths; at least two clips each."""
-    n, m, d = len(x), len(y), x.shape[1]
-    xx, yy, xy = ((a @ b.T / d + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
-    within = (xx.sum() - np.trace(xx)) / (n * (n - 1)) + (yy.sum() - np.trace(yy)) / (m * (m - 1))
-    return float(SCALE * (within - 2 * xy.mean()))
+@dataclass(frozen=True)
+class Kernels:
+    """What the kernel is between all clips of two sets, from which the distances of their subsets follow.
+
+    Attributes:
+      xx, yy, xy: within and between the sets.
+    """
+
+    xx: Float[np.ndarray, "n n"]
+    yy: Float[np.ndarray, "m m"]
+    xy: Float[np.ndarray, "n m"]
+
+    @classmethod
+    def of(cls, x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m d"]) -> Kernels:
+        """Of standardised features."""
+        return cls(*((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y))))
+
+    def subset(self, x: Int[np.ndarray, "few"], y: Int[np.ndarray, "some"]) -> Kernels:
+        """Of some clips of each set."""
+        return Kernels(self.xx[np.ix_(x, x)], self.yy[np.ix_(y, y)], self.xy[np.ix_(x, y)])
+
+    @property
+    def distance(self) -> float:
+        """KVD, in thousandths; of at least two clips each."""
+        apart = [(k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (self.xx, self.yy)]
+        return float(SCALE * (sum(apart) - 2 * self.xy.mean()))
 
 
 def features(clips: Clips, batch: int = 8) -> Float[np.ndarray, "n d"]:

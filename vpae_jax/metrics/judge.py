@@ -11,7 +11,7 @@ clip that begins with a real clip's first frame is not independent of it. What n
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from jaxtyping import Float, Shaped
@@ -19,7 +19,7 @@ from jaxtyping import Float, Shaped
 from vpae_jax.metrics import flow, networks
 from vpae_jax.metrics import latents as statistics
 from vpae_jax.metrics.base import Clips, Metric
-from vpae_jax.metrics.distances import FeatureScale, features, kernel_distance
+from vpae_jax.metrics.distances import FeatureScale, Kernels, features
 from vpae_jax.metrics.extras import opencv
 from vpae_jax.metrics.frames import color_distance, laplacian_variance
 from vpae_jax.metrics.frechet import frechet_distance
@@ -113,6 +113,7 @@ class Comparison:
       more: further numbers of each clip, by metric, whose mean is reported.
       pairs: of each of the first conditions, by metric, a number (its difference from another clip of the condition)
         and one of the real clips, whose ratio of means is reported (`diversity`).
+      kernels: between these clips and the others, by metric, if they are known already, as of a part of the clips.
     """
 
     made: Measures
@@ -121,6 +122,7 @@ class Comparison:
     fps: float
     more: Measures
     pairs: Mapping[str, tuple[Float[np.ndarray, "n"], Float[np.ndarray, "m"]]]
+    kernels: Mapping[str, Kernels] = field(default_factory=dict)
 
     def each(self) -> dict[str, Float[np.ndarray, "b"]]:
         """Of every clip, the numbers that single clips have, by metric; their mean over clips is the score, but for
@@ -163,20 +165,24 @@ class Comparison:
         return found | {name: over(*pair) for name, pair in self.pairs.items() if len(pair[0])}
 
     def _distances(self) -> dict[str, float]:
-        made, others = self.made, self.others
-        if not others:
+        if not self.others:
             return {}
-        scale = FeatureScale.of(others["features"])
-        found = {"kvd": kernel_distance(scale(made["features"]), scale(others["features"]))}
-        if "i3d" in made:
-            scale = FeatureScale.of(others["i3d"])
-            found["fvd"] = frechet_distance(made["i3d"], others["i3d"])
-            found["kvd_i3d"] = kernel_distance(scale(made["i3d"]), scale(others["i3d"]))
+        found = {name: kernels.distance for name, kernels in (self.kernels or self._kernels()).items()}
+        return found | ({"fvd": frechet_distance(self.made["i3d"], self.others["i3d"])} if "i3d" in self.made else {})
+
+    def _kernels(self) -> dict[str, Kernels]:
+        """Of the features that the other real clips standardise, by metric."""
+        found = {}
+        for metric, name in {"kvd": "features", "kvd_i3d": "i3d"}.items():
+            if self.others and name in self.made:
+                scale = FeatureScale.of(self.others[name])
+                found[metric] = Kernels.of(scale(self.made[name]), scale(self.others[name]))
         return found
 
     def intervals(self) -> dict[str, Interval]:
         """Of 95 %, over clips (`metrics.intervals`); of a made clip and its real one together."""
-        return intervals(self.scores(), len(self.made["features"]), lambda rng: self._half(rng).scores())
+        whole = replace(self, kernels=self._kernels())
+        return intervals(whole.scores(), len(self.made["features"]), lambda rng: whole._half(rng).scores())
 
     def _half(self, rng: np.random.Generator) -> Comparison:
         made, real = len(self.made["features"]), len(self.real["features"])
@@ -188,12 +194,13 @@ class Comparison:
             apart, true_apart = pair
             return apart[rows[rows < len(apart)]], true_apart[true]
 
-        needed = {*self.made} - {"first", "clip"}
+        needed = {*self.made} - {"first", "clip", "features"}
         return replace(
             self,
             made={name: self.made[name][rows] for name in needed},
             real={name: self.real[name][true] for name in needed & {"features", "sharpness", "speed", "moments"}},
-            others={name: self.others[name][other] for name in needed & {"features", "i3d"} & {*self.others}},
+            others={name: self.others[name][other] for name in {"i3d"} & {*self.others}} or self.others,
+            kernels={name: kernels.subset(rows, other) for name, kernels in self.kernels.items()},
             more={name: values[rows] for name, values in self.more.items()},
             pairs={name: pick(pair) for name, pair in self.pairs.items()},
         )

@@ -54,7 +54,7 @@ class Run:
     """
 
     name: str
-    records: Sequence[Mapping[str, float]]
+    records: Sequence[Mapping[str, float | int]]
     config: Mapping[str, Any]
     note: str = ""
 

@@ -17,7 +17,7 @@ from scipy.ndimage import affine_transform
 from sklearn.svm import SVC
 
 from vpae_jax.metrics.base import Clips, Metric, Pictures
-from vpae_jax.metrics.distances import FeatureScale, features, kernel_distance
+from vpae_jax.metrics.distances import FeatureScale, Kernels, features
 from vpae_jax.metrics.frames import color_distance, laplacian_variance
 from vpae_jax.metrics.intervals import Interval, half
 from vpae_jax.metrics.intervals import intervals as resampled
@@ -95,7 +95,7 @@ def against_real(made: Measures, real: Measures, others: Measures) -> dict[str, 
     if made["clips"].shape != real["clips"].shape:
         expected = real["clips"].shape
         raise UserError(f"clips are {made['clips'].shape}, expected {expected}: this model makes other videos")
-    return _summary(_numbers(made, real), made["features"], others["features"])
+    return _summary(_numbers(made, real), _kernels(made, others))
 
 
 def _numbers(made: Measures, real: Measures) -> Measures:
@@ -111,12 +111,17 @@ def _numbers(made: Measures, real: Measures) -> Measures:
     }
 
 
-def _summary(numbers: Measures, made: Float[np.ndarray, "n d"], others: Float[np.ndarray, "m d"]) -> dict[str, float]:
-    """The metrics of clips with these numbers and features."""
-    scale = FeatureScale.of(others)
+def _kernels(made: Measures, others: Measures) -> Kernels:
+    """Between the features of clips and those of other real ones, which standardise them."""
+    scale = FeatureScale.of(others["features"])
+    return Kernels.of(scale(made["features"]), scale(others["features"]))
+
+
+def _summary(numbers: Measures, kernels: Kernels) -> dict[str, float]:
+    """The metrics of clips with these numbers and kernels."""
     moved, really = numbers["moved"], numbers["moved_real"]
     return {
-        "kvd": kernel_distance(scale(made), scale(others)),
+        "kvd": kernels.distance,
         "direction": float(numbers["direction"].mean()),
         "sharpness": float(numbers["sharpness"].mean() / numbers["sharpness_real"].mean()),
         "motion": float(moved.mean() / really.mean()),
@@ -144,10 +149,10 @@ def intervals(
         single["psnr_first"] = psnr(made["clips"][:, 0], real["clips"][:, 0])
     second = again["clips"]
     apart = measures.difference(made["clips"][: len(second)], second)
-    numbers = _numbers(made, real)
+    numbers, kernels = _numbers(made, real), _kernels(made, others)
 
     def found(rows: Any, other: Any) -> dict[str, float]:
-        values = _summary(rows_of(numbers, rows), made["features"][rows], others["features"][other])
+        values = _summary(rows_of(numbers, rows), kernels.subset(rows, other))
         values |= {name: float(value[rows].mean()) for name, value in single.items()}
         pairs = apart[rows[rows < len(apart)]]
         return values | ({"diversity": float(pairs.mean())} if len(pairs) else {})
