@@ -1,5 +1,7 @@
 """Each fault of a clip moves the numbers that name it, by how much, and leaves those that do not."""
 
+import functools
+
 import numpy as np
 import pytest
 from moving_patterns import blurred, fading, frozen, patterns
@@ -41,8 +43,11 @@ def measures(clips):
 
 @pytest.fixture(scope="module")
 def compare(clips, measures):
-    def call(spoil=lambda clips: clips):
-        return Comparison(judge.measure(spoil(clips), False), measures["real"], measures["others"], FPS, {}, {})
+    @functools.cache
+    def call(spoil=None):
+        """Clips that are spoilt, or as they are."""
+        made = measures["real"] if spoil is None else judge.measure(spoil(clips), False)
+        return Comparison(made, measures["real"], measures["others"], FPS, {}, {})
 
     return call
 
@@ -128,6 +133,16 @@ def test_speed_is_in_parts_of_the_width_a_second(clips, measures, seen):
     assert found.mean() == pytest.approx(1.5 / 64, rel=0.15)
 
 
+def test_clips_of_few_pixels_are_enlarged_and_as_fast(clips, seen):
+    from vpae_jax.metrics import flow
+
+    small = clips[:2, :, :12, :14]
+    one, other = flow.measure(small), flow.measure(small.repeat(2, 2).repeat(2, 3))
+    assert one["magnitude"].min() > 0
+    for name, values in one.items():
+        np.testing.assert_array_equal(values, other[name])
+
+
 def test_vbench_calls_dynamic_what_moves_fast_enough(seen):
     from vpae_jax.metrics import flow
 
@@ -170,7 +185,7 @@ def test_single_clips_are_scored_alone(clips, measures):
 
 
 def test_a_clip_that_begins_black_has_no_sharpness_to_keep(clips, measures):
-    black = clips.copy()
+    black = clips[:2].copy()
     black[0] = 0
     black[1, 0] = 0
     found = Comparison(judge.measure(black, False), measures["real"], measures["others"], FPS, {}, {}).each()

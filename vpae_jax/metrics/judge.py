@@ -149,7 +149,7 @@ class Comparison:
             }
         if "content" in made:
             found |= persistence(made["content"])
-        return found | self.more
+        return {**found, **self.more}
 
     def scores(self) -> dict[str, float]:
         """Every number that the measures allow."""
