@@ -1,14 +1,14 @@
 """Clips of a film, and the same clips frozen, to train a student on that stands still: "The guard of motion" in
 docs/evaluation.md.
 
-    python docs/evaluation/freeze.py --film=bbb.mp4 --output=runs/freeze/videos      # measure.py says whence the film is
+    python docs/evaluation/freeze.py --film=bbb.mp4 --output=runs/freeze/videos     # measure.py says whence the film is
     for set in moving frozen held_out; do
         python -m vpae_jax.encode --videos=runs/freeze/videos/$set --min_motion=0 --batch=16 \\
             --output=runs/freeze/$set
     done
 
-Writes three folders of .mp4 files, their caption beside them: two thirds of the clips in `moving`, those with their first
-frame repeated in `frozen`, and the other third in `held_out`, to judge by.
+Writes three folders of .mp4 files, their caption beside them: two thirds of the clips in `moving`, those with their
+first frame repeated in `frozen`, and the other third in `held_out`, to judge by.
 """
 
 from __future__ import annotations

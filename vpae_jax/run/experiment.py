@@ -218,8 +218,8 @@ def check_settings(experiment: Experiment, method: Method) -> None:
 def make_scorer(
     experiment: Experiment, method: Method, maker: Maker | None, workdir: Path, task: Task, pipeline: Pipeline | None
 ) -> tuple[Scorer | None, Guard | None]:
-    """What scores the student, where the config or the guard wants it, and the guard, where it can judge; says why where
-    one is wanted and there is none."""
+    """What scores the student, where the config or the guard wants it, and the guard, where it can judge; says why
+    where one is wanted and there is none."""
     reason = obstacle(method) if experiment.guard.enabled else None
     if reason is not None:
         say(f"guard: off, since {reason}; {UNGUARDED}")

@@ -119,8 +119,8 @@ class Guard:
                 self.file.unlink(missing_ok=True)
 
     def decide(self, last: int, final: Denoiser, start: Callable[[], Denoiser]) -> Verdict:
-        """Whether the final weights are kept, and why, which is said in one line. Scores that the log lacks, such as those
-        of a run that began without a guard, are made up for."""
+        """Whether the final weights are kept, and why, which is said in one line. Scores that the log lacks, such as
+        those of a run that began without a guard, are made up for."""
         scorer, real = self.scorer, self.scorer.real
         for step, denoiser in ((0, start), (last, lambda: final)):
             if not scorer.done(step):

@@ -2,9 +2,9 @@
 
     scorer(step, denoiser)     {"held_out/i2v/kvd": 41.2, ..., "real/i2v/kvd": 3.1, ..., "held_out_clips": 64}
 
-At every step the clips are made for the same conditions from the same noise, so that scores differ by the weights alone.
-They are kept where a run's other numbers are, in metrics.jsonl. A record stands by itself: it has what the real clips
-reach, and the number of clips of a mode, on which a kernel distance depends.
+At every step the clips are made for the same conditions from the same noise, so that scores differ by the weights
+alone. They are kept where a run's other numbers are, in metrics.jsonl. A record stands by itself: it has what the real
+clips reach, and the number of clips of a mode, on which a kernel distance depends.
 """
 
 from __future__ import annotations
@@ -80,11 +80,8 @@ class Scorer:
 
     def __call__(self, step: int, denoiser: Denoiser) -> Mapping[str, float]:
         """The same, as the log has it."""
-        made = self.score(step, denoiser)
-        named = (
-            (prefix + name, value) for prefix, one in ((MADE, made), (REAL, self.real)) for name, value in one.items()
-        )
-        return {**dict(named), CLIPS: self.clips}
+        made = {MADE + name: value for name, value in self.score(step, denoiser).items()}
+        return {**made, **{REAL + name: value for name, value in self.real.items()}, CLIPS: self.clips}
 
 
 def _finite(scores: Scores) -> dict[str, float]:
