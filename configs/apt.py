@@ -69,10 +69,11 @@ def tiny() -> ConfigDict:
         batch_size=16,
         log_every=10,
         sample_every=200,
+        score_every=200,
+        score_clips=128,
         checkpoint_every=200,
         sample_guidance=3.0,
         model={"remat": "dots"},
         data={"clips": 4096},
         previous={"workdir": "{workdir}/../apt_init", "command": START.format(preset="tiny")},
-        guard={"clips": 128, "every": 200},
     )

@@ -52,6 +52,7 @@ def tiny() -> ConfigDict:
             "heads": adam(1e-3, b1=0.0),  # as phase two's
         },
         steps=400,
+        score_every=200,
+        score_clips=128,
         previous={"workdir": "{workdir}/../dcm_semantic", "command": PREVIOUS.format(preset="tiny")},
-        guard={"clips": 128, "every": 200},
     )

@@ -67,10 +67,11 @@ def tiny() -> ConfigDict:
         batch_size=16,
         log_every=20,
         sample_every=200,
+        score_every=200,
+        score_clips=128,
         checkpoint_every=200,
         sample_guidance=3.0,
         model={"remat": "dots"},
         data={"clips": 4096},
         previous={"workdir": "{workdir}/../phase1", "command": PREVIOUS.format(preset="tiny")},
-        guard={"clips": 128, "every": 200},
     )

@@ -1,6 +1,7 @@
 """Commands that documents, configs and messages give are read by the programs that they name: no key, flag, config or
 value in them is unknown."""
 
+import ast
 import re
 import shlex
 import warnings
@@ -63,6 +64,8 @@ def found():
     for name, module in CONFIGS.items():
         for number, command in enumerate(commands(module.__doc__)):
             yield pytest.param(*command, id=f"configs/{name}.py {number}")
+    freeze = ast.get_docstring(ast.parse((ROOT / "docs" / "evaluation" / "freeze.py").read_text())) or ""
+    yield from (pytest.param(*command, id=f"freeze.py {number}") for number, command in enumerate(commands(freeze)))
 
 
 @pytest.mark.parametrize(("program", "words"), list(found()))

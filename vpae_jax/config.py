@@ -198,17 +198,9 @@ class GuardConfig:
     Attributes:
       enabled: whether the guard decides which weights the student is exported from, where it can judge: of a student
         that starts from the one of a phase before.
-      clips: held-out clips a mode (text-to-video and image-to-video) that are generated to score the weights, at most.
-      every: steps between scores; the first and the last step are always scored.
     """
 
     enabled: bool = True
-    clips: int = 64
-    every: int = 0
-
-    def __post_init__(self) -> None:
-        _at_least(self, 1, "clips")
-        _at_least(self, 0, "every")
 
 
 @dataclass(frozen=True)
@@ -227,6 +219,9 @@ class Experiment:
       seed: root of all randomness.
       log_every: steps between two records of metrics.
       sample_every: steps between two previews; 0 makes none.
+      score_every: steps between two scores of the student on held-out clips, before the first and after the last step
+        too; 0 scores it as far as the guard needs, before the first and after the last step.
+      score_clips: held-out clips of a mode (text-to-video and image-to-video) that are made for a score, at most.
       checkpoint_every: steps between two checkpoints.
       keep: how many checkpoints are kept.
       sample_steps: Euler steps of the teacher's previews.
@@ -244,6 +239,8 @@ class Experiment:
     seed: int = 0
     log_every: int = 10
     sample_every: int = 0
+    score_every: int = 0
+    score_clips: int = 64
     checkpoint_every: int = 100
     keep: int = 2
     sample_steps: int = 50
@@ -258,8 +255,9 @@ class Experiment:
     guard: GuardConfig = GuardConfig()
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "steps", "batch_size", "log_every", "checkpoint_every", "keep", "sample_steps")
-        _at_least(self, 0, "sample_every")
+        _at_least(self, 1, "steps", "batch_size", "log_every", "checkpoint_every", "keep")
+        _at_least(self, 1, "sample_steps", "score_clips")
+        _at_least(self, 0, "sample_every", "score_every")
         check_seed(self.seed)
         if self.accumulation < 1 and self.accumulation != -1:
             raise UserError(f"accumulation is {self.accumulation}, expected at least 1, or -1 for one clip at a time")

@@ -121,8 +121,8 @@ def frames_of(path: Path) -> tuple[float, Iterator[np.ndarray]]:
     return float(stream.average_rate or 1), frames()
 
 
-def cut(frames: Iterator[np.ndarray], first: int, every: int, count: int) -> Clips:
-    """Clips that begin every so many frames, or as soon after as the film does not cut within them."""
+def cut(frames: Iterator[np.ndarray], first: int, every: int, count: int, length: int = FRAMES) -> Clips:
+    """Clips of so many frames that begin every so many, or as soon after as the film does not cut within them."""
     clips, window, due = [], [], first
     for number, frame in enumerate(frames):
         if number < due:
@@ -130,7 +130,7 @@ def cut(frames: Iterator[np.ndarray], first: int, every: int, count: int) -> Cli
         if window and np.abs(frame.astype(int) - window[-1]).mean() > CUT:
             window = []
         window.append(frame)
-        if len(window) == FRAMES:
+        if len(window) == length:
             clips.append(np.stack(window))
             window, due = [], first + len(clips) * every
             if len(clips) == count:

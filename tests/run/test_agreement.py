@@ -45,7 +45,7 @@ def test_the_whole_config_is_compared_but_for_what_is_a_hosts_own():
     facts = json.loads(json.dumps(started_with(experiment)))
     config = {key.removeprefix("config.") for key in facts if key.startswith("config.")}
     assert config == set(flat(dataclasses.asdict(experiment))) - set(OWN)
-    assert {"steps", "log_every", "checkpoint_every", "keep", "data.max_bad", "mesh.fsdp", "guard.clips"} <= config
+    assert {"steps", "log_every", "checkpoint_every", "keep", "data.max_bad", "mesh.fsdp", "guard.enabled"} <= config
     assert set(OWN) <= set(flat(dataclasses.asdict(experiment)))
 
 

@@ -29,6 +29,7 @@ from vpae_jax.train.newest import FOLDER
 from vpae_jax.types import Note, UserError
 
 ROOT = Path(__file__).parents[2]
+PHASES = ("phase1", "phase2")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
@@ -42,7 +43,7 @@ def small(module, **changes):
     config = module.get_config()
     config.steps, config.checkpoint_every, config.log_every, config.sample_every = 2, 1, 1, 2
     config.sample_steps = 2
-    config.batch_size, config.data.clips, config.guard.clips = 8, 16, 8
+    config.batch_size, config.data.clips, config.score_clips, config.score_every = 8, 16, 8, 0
     for name, value in changes.items():
         config[name] = value
     return config
@@ -91,6 +92,8 @@ def test_the_adapters_are_the_only_trained_part_of_the_fake_score(workdir):
 def test_phase_two_starts_from_phase_ones_average(workdir):
     guard = json.loads((workdir / "phase2" / "guard.json").read_text())
     assert set(guard["scores"]) == {"0", "2"}
+    scored = {phase: [r["step"] for r in read_metrics(workdir / phase) if "held_out_clips" in r] for phase in PHASES}
+    assert scored == {"phase1": [], "phase2": [0, 2]}, "what the guard needs, and no more"
     assert json.loads((workdir / "phase2" / "start.json").read_text()) == {"previous_step": 2}
     start = read_state(workdir / "phase1")["averages"]["generator_ema"]
     end = read_state(workdir / "phase2")["params"]["generator"]
@@ -202,16 +205,19 @@ def test_a_run_killed_while_it_scored_is_finished_later_without_the_phase_before
     """All steps are done and in a checkpoint; only the last score and the model directory are missing."""
     shutil.copytree(workdir / "phase2", tmp_path / "phase2")
     shutil.rmtree(tmp_path / "phase2" / "model")
-    file = tmp_path / "phase2" / "guard.json"
-    whole = json.loads(file.read_text())
-    worse = {name: score + 1e6 for name, score in whole["scores"]["0"].items()}  # so that the last weights are kept
-    about = {name: whole[name] for name in ("task", "clips", "compared")}
-    file.write_text(json.dumps({**about, "scores": {"0": worse}}))
+    whole = json.loads((tmp_path / "phase2" / "guard.json").read_text())
+    (tmp_path / "phase2" / "guard.json").unlink()
+    first, *others = read_metrics(workdir / "phase2")
+    worse = {n: v + 1e6 if n.startswith("held_out/") else v for n, v in first.items()}  # so the last weights are kept
+    kept = [worse, *(record for record in others if "held_out_clips" not in record)]
+    file = tmp_path / "phase2" / "metrics.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in kept))
     config = small(phase2)
     config.method.disc_warmup = 0
     run(parse(config), tmp_path / "phase2", devices=2)
-    found = json.loads(file.read_text())
+    found = json.loads((tmp_path / "phase2" / "guard.json").read_text())
     assert found["kept"] and found["scores"].keys() == whole["scores"].keys()
+    assert [r["step"] for r in read_metrics(tmp_path / "phase2") if "held_out_clips" in r] == [0, 2]
     assert load_pipeline(tmp_path / "phase2" / "model").takes_image
 
 
@@ -221,13 +227,13 @@ def test_why_there_is_no_guard_is_said_in_a_line(tmp_path, capsys):
     def made():
         parsed = parse(config)
         task = tasks.open_task(parsed.data, tmp_path, "tiny", parsed.method)
-        return experiment.make_guard(parsed, make_method(parsed.method), None, tmp_path, task, None)
+        return experiment.make_scorer(parsed, make_method(parsed.method), None, tmp_path, task, None)
 
-    assert made() is None
+    assert made() == (None, None)
     line = capsys.readouterr().out
     assert line.startswith("guard: off, since the student starts from a teacher") and line.count("\n") == 1
     config.guard.enabled = False
-    assert made() is None
+    assert made() == (None, None)
     assert not capsys.readouterr().out
 
 

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from configs import dcm_detail, dcm_semantic, encoders, pcm, phase1, phase2, teacher, vae
-from vpae_jax.config import GuardConfig, parse
+from vpae_jax.config import parse
 from vpae_jax.flow.draws import normal
 from vpae_jax.flow.sampler import Sampler
 from vpae_jax.inference import samplers
@@ -20,14 +20,18 @@ from vpae_jax.inference.pipeline import Pipeline
 from vpae_jax.inference.samplers import Denoiser
 from vpae_jax.media import read_image
 from vpae_jax.methods import make_method
-from vpae_jax.methods.base import Role
+from vpae_jax.methods.base import Role, all_views
 from vpae_jax.methods.dcm import DCMDetail
 from vpae_jax.methods.vpae import PhaseTwo
 from vpae_jax.metrics.base import Metric
+from vpae_jax.run.experiment import make_scorer
 from vpae_jax.run.generation import Generation, scores_of
 from vpae_jax.run.guard import Guard, doubt, obstacle
 from vpae_jax.run.previews import Previews
+from vpae_jax.run.scoring import Scorer
+from vpae_jax.run.student import Maker
 from vpae_jax.tasks.base import HeldOut, TooFew, mode_parts, rows_of
+from vpae_jax.train.roles import RoleModels
 from vpae_jax.train.state import TrainState
 from vpae_jax.types import Condition
 
@@ -126,8 +130,21 @@ def denoiser(scale):
     return Denoiser(GRAPH, {"scale": jnp.float32(scale)})
 
 
-def guard(folder, clips=6, sampler=None):
-    return Guard(Far(), Arithmetic(), folder, GuardConfig(clips=clips), sampler or Sampler())
+def scorer(folder, clips=6, sampler=None, task=None):
+    return Scorer(task or Far(), Arithmetic(), folder, clips, sampler or Sampler())
+
+
+def guard(folder, task=None, **scores):
+    """A guard that knows these scores, by step: `s0={...}`."""
+    made = Guard(scorer(folder, task=task), folder)
+    made.scorer.known |= {name.removeprefix("s"): values for name, values in scores.items()}
+    return made
+
+
+def log(folder, step, values):
+    """A record as `train.metrics` writes it."""
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": step, **values}) + "\n")
 
 
 def read(folder):
@@ -136,32 +153,29 @@ def read(folder):
 
 def test_better_weights_are_kept_and_everything_is_written_down(tmp_path, capsys):
     made = guard(tmp_path)
-    made.begin()
-    recorded = made.score(0, denoiser(3.0))
+    recorded = made.scorer(0, denoiser(3.0))
     assert recorded["held_out/t2v/distance"] == pytest.approx(2, abs=0.3)
-    assert made.decide(40, denoiser(1.2), lambda: pytest.fail("the first score is known"))
+    decided = made.decide(40, denoiser(1.2), lambda: pytest.fail("the first score is known"))
     found = read(tmp_path)
-    assert found["kept"] and found["task"] == "far"
+    assert decided.kept and found["kept"] and found["task"] == "far" and found["clips"] == 6
     assert set(found["scores"]) == {"0", "40"}
     assert set(found["scores"]["40"]) == {f"{mode}/{name}" for mode in ("t2v", "i2v") for name in ("distance", "mean")}
     halves = found["scores"]["0"]
     assert found["before"] == pytest.approx((halves["t2v/distance"] + halves["i2v/distance"]) / 2)
     assert found["after"] < found["before"] and found["floor"] == pytest.approx(0.1)
     assert found["real"]["i2v/distance"] == 0.1
-    assert re.fullmatch(
+    assert found["reason"] == decided.reason and re.fullmatch(
         r"held-out distance fell from [12]\.\d to 0\.\d \(real clips: 0\.1\): the trained weights are kept",
         found["reason"],
     )
-    *scored, decided = capsys.readouterr().out.splitlines()
-    assert decided == f"guard: {found['reason']}"
+    *scored, said = capsys.readouterr().out.splitlines()
+    assert said == f"guard: {found['reason']}"
     assert [line.partition(":")[0] for line in scored] == ["step 0", "step 40"]
     assert scored[0].endswith(f"t2v {found['scores']['0']['t2v/distance']:.1f}, i2v {found['before']:.1f}")
 
 
 def test_worse_weights_are_turned_down_with_the_reason(tmp_path, capsys):
-    made = guard(tmp_path)
-    made.begin()
-    assert not made.decide(40, denoiser(9.0), lambda: denoiser(1.0))
+    assert not guard(tmp_path).decide(40, denoiser(9.0), lambda: denoiser(1.0)).kept
     assert not read(tmp_path)["kept"]
     line = capsys.readouterr().out.splitlines()[-1]
     assert "held-out distance rose from" in line and "the weights that it started from are kept" in line
@@ -170,28 +184,26 @@ def test_worse_weights_are_turned_down_with_the_reason(tmp_path, capsys):
 
 def test_weights_that_are_no_worse_are_kept(tmp_path):
     """The mean must not rise; as good as before is good enough."""
-    made = guard(tmp_path)
-    made.begin()
-    assert made.decide(40, denoiser(1.5), lambda: denoiser(1.5))
-    assert re.match(r"held-out distance stayed at \d\.\d \(real clips", made.read()["reason"])
+    decided = guard(tmp_path).decide(40, denoiser(1.5), lambda: denoiser(1.5))
+    assert decided.kept and re.match(r"held-out distance stayed at \d\.\d \(real clips", decided.reason)
+
+
+def distances(t2v, i2v, **more):
+    return {"t2v/distance": t2v, "i2v/distance": i2v, **more}
 
 
 def test_one_mode_does_not_pay_for_the_others_gain(tmp_path):
-    made = guard(tmp_path)
-    made.begin()
-    at_steps = ((0, (30.0, 4.0)), (10, (10.0, 9.0)), (20, (10.0, 5.0)), (30, (10.0, 6.12)), (40, (10.0, 6.08)))
-    for step, (t2v, i2v) in at_steps:
-        scores = {"t2v/distance": t2v, "i2v/distance": i2v}
-        made._write({**made.read(), "scores": {**made.read()["scores"], str(step): scores}})
-    unused = denoiser(1.0)
-    assert not made.decide(10, unused, lambda: unused)
-    assert made.read()["reason"] == (
+    at_steps = {"10": (10.0, 9.0), "20": (10.0, 5.0), "30": (10.0, 6.12), "40": (10.0, 6.08)}
+    made = guard(tmp_path, s0=distances(30.0, 4.0), **{f"s{step}": distances(*one) for step, one in at_steps.items()})
+    ten, twenty, thirty, forty = (made.decide(int(step), denoiser(1.0), pytest.fail) for step in at_steps)
+    assert not ten.kept
+    assert ten.reason == (
         "held-out distance fell from 17.0 to 9.5 (real clips: 0.1), but rose from 4.0 to 9.0 in i2v: "
         "the weights that it started from are kept"
     )
-    assert made.decide(20, unused, lambda: unused) and "but rose" not in made.read()["reason"]
+    assert twenty.kept and "but rose" not in twenty.reason
     # Half as far again as 4, and what real clips are apart: 6.1.
-    assert not made.decide(30, unused, lambda: unused) and made.decide(40, unused, lambda: unused)
+    assert not thirty.kept and forty.kept
 
 
 class Moving(Far):
@@ -218,16 +230,12 @@ class Moving(Far):
 )
 def test_a_student_that_comes_to_rest_is_refused_though_the_distance_fell(tmp_path, before, after, kept):
     """Under half of real clips' 1.2, in either mode, and lower than at the start."""
-    made = Guard(Moving(), Arithmetic(), tmp_path, GuardConfig(clips=6), Sampler())
-    made.begin()
-    for step, distance, moved in (("0", 20.0, before), ("50", 5.0, after)):
-        scores = {f"{mode}/distance": distance for mode in ("t2v", "i2v")}
-        scores |= {
-            f"{mode}/motion": value for mode, value in zip(("t2v", "i2v"), moved, strict=True) if value is not None
-        }
-        made._write({**made.read(), "scores": {**made.read()["scores"], step: scores}})
-    unused = denoiser(1.0)
-    assert made.decide(50, unused, lambda: unused) is kept
+    scores = []
+    for distance, moved in ((20.0, before), (5.0, after)):
+        motion = {f"{mode}/motion": one for mode, one in zip(("t2v", "i2v"), moved, strict=True) if one is not None}
+        scores.append(distances(distance, distance, **motion))
+    made = guard(tmp_path, Moving(), s0=scores[0], s50=scores[1])
+    assert made.decide(50, denoiser(1.0), pytest.fail).kept is kept
     reason = read(tmp_path)["reason"]
     assert reason.startswith("held-out distance fell from 20.0 to 5.0 (real clips: 0.1)")
     if not kept:
@@ -238,60 +246,65 @@ def test_a_student_that_comes_to_rest_is_refused_though_the_distance_fell(tmp_pa
 
 @pytest.mark.parametrize("first, last, kept", [(1.0, np.nan, False), (np.nan, 1.0, True), (np.inf, np.inf, False)])
 def test_what_is_not_finite_is_worse_than_anything(tmp_path, first, last, kept):
-    made = guard(tmp_path)
-    made.begin()
-    assert made.decide(3, denoiser(last), lambda: denoiser(first)) is kept
+    assert guard(tmp_path).decide(3, denoiser(last), lambda: denoiser(first)).kept is kept
     found = read(tmp_path)
     assert "are not finite" in found["reason"]
     assert (found["before"] is None) == (not np.isfinite(first)) and (found["after"] is None) == (not np.isfinite(last))
 
 
-def test_scores_outlive_a_kill_but_not_another_number_of_clips(tmp_path):
-    made = guard(tmp_path)
-    made.begin()
-    made.score(0, denoiser(2.0))
-    again = guard(tmp_path)
-    assert again.read() == made.read() and set(again.read()["scores"]) == {"0"}
-    assert guard(tmp_path, clips=5).read()["scores"] == {}
-
-
 def test_a_run_at_its_first_step_forgets_what_an_earlier_one_left(tmp_path):
     made = guard(tmp_path)
-    made.begin()
-    made.decide(40, denoiser(1.2), lambda: denoiser(3.0))
+    log(tmp_path, 0, made.scorer(0, denoiser(3.0)))
+    made.decide(40, denoiser(1.2), pytest.fail)
     again = guard(tmp_path)
+    assert again.scorer.done(0)
     again.begin()
-    assert again.read() == read(tmp_path) and again.read()["scores"] == {}
-    assert "kept" not in read(tmp_path)
+    again.scorer.begin()
+    assert not again.scorer.done(0) and not (tmp_path / "guard.json").exists()
+    again.begin()
 
 
-def test_scores_that_are_not_finite_are_left_out_of_the_file(tmp_path):
+def test_scores_outlive_a_kill_but_not_another_number_of_clips(tmp_path):
+    """They are those of the log."""
+    made = scorer(tmp_path)
+    log(tmp_path, 0, made(0, denoiser(2.0)))
+    log(tmp_path, 0, {"generator/loss": 1.0})
+    log(tmp_path, 10, made(10, denoiser(np.nan)))
+    log(tmp_path, 20, {"generator/loss": 0.5})
+    again = scorer(tmp_path)
+    assert again.known == made.known and set(again.known) == {"0", "10"} and again.known["10"] == {}
+    assert again.done(0) and again.done(10) and not again.done(20)
+    assert scorer(tmp_path, clips=5).known == {}
+
+
+def test_a_record_of_scores_stands_by_itself(tmp_path):
+    record = scorer(tmp_path)(0, denoiser(1.0))
+    names = {f"{mode}/{name}" for mode in ("t2v", "i2v") for name in ("distance", "mean")}
+    assert record.keys() == {f"{of}/{name}" for of in ("held_out", "real") for name in names} | {"held_out_clips"}
+    assert record["real/t2v/distance"] == 0.1 and record["held_out_clips"] == 6
+
+
+def test_scores_that_are_not_finite_are_left_out(tmp_path):
     class Sharp(Far):
         def scores(self, held_out, made):
             return {**super().scores(held_out, made), "t2v/mean": np.inf, "i2v/mean": np.nan}
 
-    made = Guard(Sharp(), Arithmetic(), tmp_path, GuardConfig(clips=6), Sampler())
-    made.begin()
-    assert set(made.score(0, denoiser(1.0))) == {"held_out/t2v/distance", "held_out/i2v/distance"}
+        def real(self, held_out):
+            return {**super().real(held_out), "t2v/mean": np.nan}
+
+    made = guard(tmp_path, Sharp())
+    record = made.scorer(0, denoiser(1.0))
+    assert {name for name in record if name.startswith("held_out/")} == {
+        "held_out/t2v/distance",
+        "held_out/i2v/distance",
+    }
+    made.decide(40, denoiser(1.0), pytest.fail)
 
     def refused(name):
         raise AssertionError(f"{name} is no number of JSON's")
 
     found = json.loads((tmp_path / "guard.json").read_text(), parse_constant=refused)
-    assert set(found["scores"]["0"]) == {"t2v/distance", "i2v/distance"}
-
-
-@pytest.mark.parametrize(
-    "damage", [b"", b'{"task": "far"', b'{"ta\xffsk": 1}', b"\0" * 100, b"[]", b"{}", b'{"scores": 7}']
-)
-def test_scores_that_cannot_be_read_are_put_aside(damage, tmp_path, capsys):
-    (tmp_path / "guard.json").write_bytes(damage)
-    made = guard(tmp_path)
-    said = f"{tmp_path}/guard.json cannot be read, and is now called damaged-guard.json; scores are made anew\n"
-    assert capsys.readouterr().out == said
-    assert (tmp_path / "damaged-guard.json").read_bytes() == damage
-    assert made.read()["scores"] == {}
-    assert made.decide(40, denoiser(1.2), lambda: denoiser(3.0))
+    assert set(found["scores"]["0"]) == {"t2v/distance", "i2v/distance"} and "t2v/mean" not in found["real"]
 
 
 @pytest.mark.parametrize(
@@ -312,10 +325,36 @@ def test_whoever_starts_from_weights_that_were_turned_down_is_told(tmp_path, ena
     assert said in doubt(tmp_path) and bool(said) == bool(doubt(tmp_path))
 
 
+def test_too_few_clips_are_one_line_and_the_run_goes_on(tmp_path, capsys):
+    def made(module, **changes):
+        config = module.get_config()
+        config.update({"score_clips": 101, **changes})
+        given = parse(config)
+        method = make_method(given.method)
+        maker = Maker(RoleModels(method.roles, all_views(method), {}), method.student, {})
+        found = make_scorer(given, method, maker, tmp_path, Far(), Arithmetic())
+        return found, capsys.readouterr().out
+
+    nothing = (None, None)
+    assert made(phase2) == (
+        nothing,
+        "scores and guard: off, since only 100 clips; the run's last weights will be its model directory\n",
+    )
+    assert made(phase2, guard={"enabled": False}) == (nothing, "scores: off, since only 100 clips\n")
+    assert made(phase2, guard={"enabled": False}, score_every=0) == (nothing, "")
+    found, said = made(phase1, score_every=10)
+    assert found == nothing and said.splitlines()[1] == "scores: off, since only 100 clips"
+    (scores, judge), said = made(phase1, score_every=10, score_clips=6)
+    assert (
+        scores.clips == 6 and judge is None and said.startswith("guard: off, since the student starts from a teacher")
+    )
+    (scores, judge), said = made(phase2, score_every=0, score_clips=6)
+    assert judge.scorer is scores and not said
+
+
 def test_it_samples_as_the_student_is_sampled(tmp_path):
     sampler = Sampler.even(4, 3.0, 2.0)
-    made = guard(tmp_path, sampler=sampler)
-    made.begin()
+    made = scorer(tmp_path, sampler=sampler)
     made.score(0, denoiser(1.0))
     assert {(how, guided) for how, guided, _ in made.generation.pipeline.samplers} == {(sampler, True)}
 

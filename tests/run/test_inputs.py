@@ -15,7 +15,7 @@ from vpae_jax.flow.sampler import ONE_STEP
 from vpae_jax.inference.pipeline import load_pipeline
 from vpae_jax.media import write_video
 from vpae_jax.run import experiment
-from vpae_jax.run.guard import Guard
+from vpae_jax.run.scoring import Scorer
 from vpae_jax.tasks.base import TooFew
 from vpae_jax.tasks.digits.clips import MovingDigits
 from vpae_jax.tasks.video.sources import open_sources
@@ -113,7 +113,7 @@ def test_a_phase_on_records_is_guarded_by_clips_that_it_holds_out(workdir, video
     few, pipeline = parse(given), load_pipeline("tiny", with_transformer=False)
     task = tasks.open_task(few.data, tmp_path, "tiny", few.method)
     with pytest.raises(TooFew, match=r"^2 held-out clips of one size are too few"):
-        Guard(task, pipeline, tmp_path, few.guard, ONE_STEP)
+        Scorer(task, pipeline, tmp_path, few.score_clips, ONE_STEP)
     assert "held out: 2 of 12 clips" in capsys.readouterr().out
     more = tmp_path / "more"
     clips = MovingDigits("eval", 10, frames=37, resolution=64)

@@ -64,7 +64,7 @@ def train(module, folder, steps, **method):
     """The run of `test_students.run`, continued to so many steps."""
     config = module.get_config()
     config.steps, config.checkpoint_every, config.log_every, config.sample_every = steps, 1, 1, 0
-    config.batch_size, config.data.clips, config.guard.clips = 8, 16, 8
+    config.batch_size, config.data.clips, config.score_clips, config.score_every = 8, 16, 8, 0
     for name, value in method.items():
         config.method[name] = value
     experiment.run(parse(config), folder, jax.devices()[:1])

@@ -91,7 +91,10 @@ def test_text_to_video(primed, t2v, tmp_path, capsys):
     given = dataclasses.replace(given, previous=dataclasses.replace(given.previous, workdir=str(primed)))
     experiment.run(given, tmp_path / "dmd2", jax.devices()[:2])
     said = capsys.readouterr().out
-    assert f"guard: off, since {t2v[1]} holds prompts alone, without real clips to compare with; name records" in said
+    assert (
+        f"scores and guard: off, since {t2v[1]} holds prompts alone, without real clips to compare with; name records"
+        in said
+    )
     assert not (tmp_path / "dmd2" / "guard.json").exists()
     with pytest.raises(UserError, match=r"^.*/records holds prompts alone, .* or in --records of python -m vpae_jax"):
         evaluate.main([f"--model={t2v[0]}", f"--phase1={primed}", f"--output={tmp_path / 'report'}"])

@@ -30,7 +30,7 @@ def run(module, folder, **method):
     """Two steps on few clips."""
     config = module.get_config()
     config.steps, config.checkpoint_every, config.log_every, config.sample_every = 2, 1, 1, 0
-    config.batch_size, config.data.clips, config.guard.clips = 8, 16, 8
+    config.batch_size, config.data.clips, config.score_clips, config.score_every = 8, 16, 8, 0
     for name, value in method.items():
         config.method[name] = value
     experiment.run(parse(config), folder, jax.devices()[:1])

@@ -14,7 +14,7 @@ import pytest
 from configs import phase1
 from vpae_jax.config import Experiment, parse
 from vpae_jax.run import experiment, workdir
-from vpae_jax.run.workdir import FREE, FREE_DATA, LOCK, Lock, claim, require_config, write_config
+from vpae_jax.run.workdir import FREE, FREE_DATA, LOCK, Lock, claim, read_run, require_config, write_config
 from vpae_jax.types import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -123,6 +123,21 @@ def test_single_keys_may_be_free_within_a_part(tmp_path):
     tie(tmp_path, config(data=dataclasses.replace(data, workers=3)))
     with pytest.raises(UserError, match=r"data.seed is 0 there, 1 here"):
         tie(tmp_path, config(data=dataclasses.replace(data, seed=1)))
+
+
+def test_a_workdir_of_a_version_whose_guard_had_more_keys_goes_on(tmp_path):
+    """And without the ones that have come since."""
+    tie(tmp_path, config())
+    file = tmp_path / "config.json"
+    written = json.loads(file.read_text())
+    guard = {**written["guard"], "clips": 128, "every": 200}
+    older = {**{key: value for key, value in written.items() if not key.startswith("score_")}, "guard": guard}
+    assert len(older) < len(written)
+    file.write_text(json.dumps(older))
+    assert read_run(tmp_path).guard == guard
+    tie(tmp_path, config(score_every=100))
+    found = json.loads(file.read_text())
+    assert found["guard"] == written["guard"] and found["score_every"] == 100
 
 
 def test_free_keys_are_keys(tmp_path):

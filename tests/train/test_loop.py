@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import re
 import time
+from contextlib import suppress
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,39 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, stop):
         return [{k: v for k, v in r.items() if k not in timing} for r in read_metrics(folder)]
 
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("cut", ["while it scores", "after it has scored", "by a signal, before it scores"])
+def test_what_is_due_after_a_checkpoint_is_done_once_wherever_the_run_is_cut(tmp_path, cut):
+    class Killed(RuntimeError):
+        pass
+
+    cuts = [6]
+
+    def scored():
+        return [r["step"] for r in read_metrics(tmp_path) if "score" in r]
+
+    def at(place, step):
+        if cut == place and step in cuts:
+            raise Killed
+
+    def score(step, state):
+        at("while it scores", step)
+        return {"score": slopes(state)["leader"]}
+
+    def look(step, state):
+        at("after it has scored", step)
+        return {}
+
+    hooks = (Hook(3, score, "scoring", lambda step: step in scored()), Hook(1, look, "looking"))
+    with suppress(Killed):
+        run(tmp_path, hooks=hooks, stop=lambda step: cut.startswith("by a signal") and step in cuts)
+    assert latest_step(tmp_path) == 6 and scored() == ([0, 3, 6] if cut == "after it has scored" else [0, 3])
+    cuts.clear()
+    run(tmp_path, hooks=hooks)
+    assert scored() == [0, 3, 6, 8]
+    run(tmp_path, hooks=hooks)
+    assert scored() == [0, 3, 6, 8], "nothing is left to be done"
 
 
 class Damaged:

@@ -2,12 +2,11 @@
 
 import io
 import json
-import struct
 import sys
 
 import pytest
 from full_disk import limited
-from tensorboardX.proto.event_pb2 import Event
+from tensorboard_events import events, scalars
 
 from vpae_jax.train import metrics
 from vpae_jax.train.metrics import MetricsLog, read_metrics
@@ -78,16 +77,8 @@ def test_how_many_lines_are_lost_is_said(workdir, capsys):
 
 
 def test_tensorboards_files_hold_the_same(workdir):
-    events = []
-    (file,) = (workdir / "tensorboard").iterdir()
-    raw = file.read_bytes()
-    while raw:
-        (size,) = struct.unpack("<Q", raw[:8])
-        events.append(Event.FromString(raw[12 : 12 + size]))
-        raw = raw[16 + size :]
-    assert events[0].file_version == "brain.Event:2"
-    shown = [(event.step, value.tag, value.simple_value) for event in events for value in event.summary.value]
-    assert shown == [(step, "a/loss", pytest.approx(1 / step)) for step in (1, 2, 3, 4)]
+    assert events(workdir)[0].file_version == "brain.Event:2"
+    assert scalars(workdir) == [(step, "a/loss", pytest.approx(1 / step)) for step in (1, 2, 3, 4)]
 
 
 def test_without_room_for_tensorboard_a_run_goes_on(tmp_path, capsys):

@@ -13,6 +13,7 @@ from vpae_jax.data.loader import Batches
 from vpae_jax.data.order import ClipStream, Order
 from vpae_jax.flow import draws
 from vpae_jax.methods.base import Average, Method, Role, Update, all_views
+from vpae_jax.runtime.preemption import never
 from vpae_jax.train.loop import train
 from vpae_jax.train.optim import make_optimizer
 from vpae_jax.train.roles import RoleModels, split
@@ -94,12 +95,23 @@ def batches(scale: float = 1.0):
     return Batches(order, lambda _, clip: {"number": numbers[clip]}, lambda batch: batch["number"], range(2))
 
 
-def run(workdir, steps=8, noise=0.5, hooks=(), scale=1.0, checkpoint_every=3, given=None, put=lambda x: x, log_every=1):
+def run(
+    workdir,
+    steps=8,
+    noise=0.5,
+    hooks=(),
+    scale=1.0,
+    checkpoint_every=3,
+    given=None,
+    put=lambda x: x,
+    log_every=1,
+    stop=never,
+):
     workdir.mkdir(parents=True, exist_ok=True)
     experiment = dataclasses.replace(EXPERIMENT, log_every=log_every, steps=steps, checkpoint_every=checkpoint_every)
     method, models, optimizers, state, frozen = parts(noise)
     given = batches(scale) if given is None else given
-    return train(experiment, method, models, optimizers, state, frozen, given, put, workdir, hooks)
+    return train(experiment, method, models, optimizers, state, frozen, given, put, workdir, hooks, stop)
 
 
 def slopes(state):

@@ -40,6 +40,7 @@ from vpae_jax.run.guard import Guard, doubt, obstacle
 from vpae_jax.run.loras import LORA, check_loras, lora_files
 from vpae_jax.run.overview import overview
 from vpae_jax.run.previews import Previews
+from vpae_jax.run.scoring import Scorer
 from vpae_jax.run.student import Maker
 from vpae_jax.run.workdir import Lock, claim, require_config
 from vpae_jax.runtime.preemption import Stop, never
@@ -58,6 +59,8 @@ from vpae_jax.weights.filenames import PRODUCT
 from vpae_jax.weights.image_encoders import StoredEncoder
 from vpae_jax.weights.merging import LoraFile
 from vpae_jax.weights.settings import Scheduler
+
+UNGUARDED = "the run's last weights will be its model directory"
 
 
 def run(experiment: Experiment, workdir: Path, devices: Sequence[Any] | None = None, stop: Stop = never) -> None:
@@ -122,10 +125,11 @@ def _run(experiment: Experiment, workdir: Path, lock: Lock, devices: Sequence[An
 
     task = tasks.open_task(experiment.data, workdir, experiment.model.path, experiment.method)
     maker = None if method.student is None else Maker(blueprint.models, method.student, frozen)
-    guard = make_guard(experiment, method, maker, workdir, task, pipeline)
-    if guard is not None and not continuing:
-        guard.begin()
-    hooks = make_hooks(experiment, workdir, task, pipeline, guard, maker)
+    scorer, guard = make_scorer(experiment, method, maker, workdir, task, pipeline)
+    for one in (scorer, guard):
+        if one is not None and not continuing:
+            one.begin()
+    hooks = make_hooks(experiment, workdir, task, pipeline, scorer, maker)
     rows = sharding.own_rows(mesh, experiment.batch_size)
     data = experiment.data
     feed = Feed(experiment.batch_size, experiment.seed, data.workers, rows, data.max_bad, method.known_noise)
@@ -140,7 +144,7 @@ def _run(experiment: Experiment, workdir: Path, lock: Lock, devices: Sequence[An
     if (step := int(state.step)) < experiment.steps:
         say(f"stopped at step {step} of {experiment.steps}, and saved; the same command continues")
         return
-    params, averages = state.params, state.averages
+    params, averages, facts = state.params, state.averages, {}
     if maker is not None and guard is not None:
 
         def begin() -> dict[str, Params]:
@@ -149,9 +153,10 @@ def _run(experiment: Experiment, workdir: Path, lock: Lock, devices: Sequence[An
             except UserError as error:
                 raise UserError(f"{error}; --config.guard.enabled=False keeps the trained weights instead") from error
 
-        if not guard.decide(int(state.step), maker.judged(state), lambda: maker.of_start(begin())):
+        decided = guard.decide(int(state.step), maker.judged(state), lambda: maker.of_start(begin()))
+        facts = {"guard": decided.reason}
+        if not decided.kept:
             params, averages = begin(), None
-    facts = {} if guard is None else {"guard": guard.read()["reason"]}
     folder = write_student(experiment, workdir, task, source, maker, params, averages, facts, loras)
     say(f"model directory: {folder}")
 
@@ -210,20 +215,26 @@ def check_settings(experiment: Experiment, method: Method) -> None:
             )
 
 
-def make_guard(
+def make_scorer(
     experiment: Experiment, method: Method, maker: Maker | None, workdir: Path, task: Task, pipeline: Pipeline | None
-) -> Guard | None:
-    """The guard where it can judge; says why where it cannot."""
-    if not experiment.guard.enabled:
-        return None
-    reason = obstacle(method)
-    if reason is None and pipeline is not None and maker is not None:
-        try:
-            return Guard(task, pipeline, workdir, experiment.guard, maker.student.sampler)
-        except TooFew as error:
-            reason = str(error)
-    say(f"guard: off, since {reason}; the run's last weights will be its model directory")
-    return None
+) -> tuple[Scorer | None, Guard | None]:
+    """What scores the student, where the config or the guard wants it, and the guard, where it can judge; says why
+    where one is wanted and there is none."""
+    reason = obstacle(method) if experiment.guard.enabled else None
+    if reason is not None:
+        say(f"guard: off, since {reason}; {UNGUARDED}")
+    guarded = experiment.guard.enabled and reason is None
+    if not guarded and not experiment.score_every:
+        return None, None
+    if maker is None or pipeline is None:
+        say("scores: off, since the method trains no student")
+        return None, None
+    try:
+        scorer = Scorer(task, pipeline, workdir, experiment.score_clips, maker.student.sampler)
+    except TooFew as error:
+        say(f"scores and guard: off, since {error}; {UNGUARDED}" if guarded else f"scores: off, since {error}")
+        return None, None
+    return scorer, Guard(scorer, workdir) if guarded else None
 
 
 def make_hooks(
@@ -231,18 +242,22 @@ def make_hooks(
     workdir: Path,
     task: Task,
     pipeline: Pipeline | None,
-    guard: Guard | None,
+    scorer: Scorer | None,
     maker: Maker | None,
 ) -> tuple[Hook, ...]:
-    """Scores of the guard and previews of the student, for a run that has one."""
+    """Scores and previews of the student, for a run that has one."""
     hooks = []
     if maker is None or pipeline is None:
         return ()
-    if guard is not None:
-        score = Hook(
-            experiment.guard.every, lambda step, state: guard.score(step, maker.judged(state)), "scoring held-out clips"
+    if scorer is not None:
+        hooks.append(
+            Hook(
+                experiment.score_every,
+                lambda step, state: scorer(step, maker.judged(state)),
+                "scoring held-out clips",
+                scorer.done,
+            )
         )
-        hooks.append(score)
     if experiment.sample_every:
         teacher = None
         if "teacher" in maker.frozen:
@@ -253,7 +268,7 @@ def make_hooks(
         except TooFew as error:
             say(f"previews: off, since {error}")
         else:
-            hooks.append(Hook(experiment.sample_every, previews, "making previews"))
+            hooks.append(Hook(experiment.sample_every, previews, "making previews", previews.done))
     return tuple(hooks)
 
 

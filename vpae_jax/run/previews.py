@@ -19,7 +19,7 @@ from vpae_jax.inference.samplers import Denoiser
 from vpae_jax.media import write_contact_sheet, write_video
 from vpae_jax.metrics.base import Clips
 from vpae_jax.run.generation import Generation
-from vpae_jax.runtime.processes import is_first
+from vpae_jax.runtime.processes import as_first_says, is_first
 from vpae_jax.tasks.base import Task
 from vpae_jax.train.state import TrainState
 
@@ -69,6 +69,10 @@ class Previews:
             denoiser, how = teacher
             self.rows[f"teacher, {how.evaluations} evaluations"] = self.generation(denoiser, how)
 
+    def done(self, step: int) -> bool:
+        """Whether those of a step are there."""
+        return as_first_says(f"previews of step {step}", _stem(self.folder, step).with_suffix(".png").exists())
+
     def __call__(self, step: int, state: TrainState) -> Mapping[str, Path]:
         made = {name: self.generation(denoiser, self.sampler) for name, denoiser in self.networks(state).items()}
         if not is_first():
@@ -82,10 +86,14 @@ def write_previews(folder: Path, step: int, rows: Mapping[str, Clips], fps: floa
     The png shows each clip's first, middle and last frame.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"step_{step:06d}"
+    stem = _stem(folder, step)
     stack = np.stack(list(rows.values()))
     _, b, t, _, _, _ = stack.shape
     write_video(stem.with_suffix(".mp4"), rearrange(stack, "row b t h w c -> t (row h) (b w) c"), fps)
     moments = rearrange(stack[:, :, [0, t // 2, t - 1]], "row b t h w c -> (row b t) h w c")
     write_contact_sheet(stem.with_suffix(".png"), moments, columns=b * 3)
     return stem.with_suffix(".png")
+
+
+def _stem(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:06d}"

@@ -38,6 +38,8 @@ FREE = (
     "log_every",
     "sample_every",
     "sample_steps",
+    "score_every",
+    "score_clips",
     "checkpoint_every",
     "keep",
     "guard",

@@ -59,11 +59,14 @@ class Hook:
       run: receives the number of completed steps and the state (whose buffers the next step consumes); returns what to
         record: scalars, and videos' files for a tracker.
       name: what it does, as in "scoring held-out clips".
+      done: whether it has run after a step. A run that was interrupted between a checkpoint and what is due after it
+        makes up for that when it continues.
     """
 
     every: int
     run: Callable[[int, TrainState], Mapping[str, Any]]
     name: str
+    done: Callable[[int], bool] = lambda step: True
 
     def due(self, step: int, last: int) -> bool:
         return step in (0, last) or (self.every > 0 and step % self.every == 0)
@@ -109,8 +112,8 @@ def train(
         ]
         metrics = MetricsLog(workdir, start, experiment.steps, _tracker(experiment, workdir))
         stack.callback(metrics.close)
-        if start == 0:
-            _run_hooks(hooks, 0, experiment.steps, state, metrics)
+        missed = hooks if start == 0 else tuple(hook for hook in hooks if not hook.done(start))
+        _run_hooks(missed, start, experiment.steps, state, metrics)
         pending: tuple[int, dict[str, Any]] | None = None
         clock, scalars_of_update = Clock(), {}
         for step in range(start, experiment.steps):
