@@ -230,6 +230,8 @@ def main(argv: list[str]) -> None:
     if left := unmade(rows):
         print(f"this process has done its share; {left} clips are left to others, the last of which writes the report")
         return
+    for row in rows:
+        row.archive.tidy()
     scored = score(rows, shelf)
     write(scored, rows[0], output, argv, runs)
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from vpae_jax.files import atomically, put_aside
+from vpae_jax.files import atomically, put_aside, remove_leftovers
 from vpae_jax.media import Frames, write_video
 
 LATENTS, BY = "latents", "measured by"
@@ -114,6 +114,12 @@ class Archive:
         """What a clip took, as far as it is known."""
         found = {**(self._read(index, "latents.npz") or {}), **(self._read(index, "measures.npz") or {})}
         return {name.removeprefix(COST): float(found[name]) for name in found if name.startswith(COST)}
+
+    def tidy(self) -> None:
+        """Removes what killed processes have left; nobody makes clips any more."""
+        remove_leftovers(self.folder)
+        for lock in self.folder.glob("*.lock"):
+            lock.unlink(missing_ok=True)
 
     def _path(self, index: int, ending: str) -> Path:
         return self.folder / f"{index:05d}.{ending}"

@@ -51,8 +51,7 @@ class Scorer:
         self.held_out = task.with_real(task.held_out(pipeline, "guard", clips), pipeline)
         self.generation = Generation(pipeline, self.held_out)
         self.metric = next(metric for metric in task.metrics if metric.name == task.compared)
-        rows = self.held_out.parts[0].rows
-        self.clips = rows.stop - rows.start
+        self.clips = self.held_out.count
         self.real: Scores = _finite(task.real(self.held_out))
         logged = _logged(workdir, self.clips) if is_first() else None
         self.known: dict[str, Scores] = as_first_says("held-out scores", logged)
