@@ -120,9 +120,9 @@ def decoded(
     start = time.perf_counter()
     if not np.isfinite(latents).all():
         return None, {"decode": 0.0, "transfer": 0.0}
-    parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-    apart = mesh is not None and not mesh.is_multi_process and len(latents) % parts == 0
-    placed = sharding.put_batch(latents, mesh) if apart else jnp.asarray(latents)
+    placed = jnp.asarray(latents)
+    if mesh is not None and not mesh.is_multi_process and len(latents) % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0:
+        placed = sharding.put_batch(latents, mesh)
     frames = jax.block_until_ready(pipeline.decode(placed))
     ready = time.perf_counter()
     return np.asarray(frames), {"decode": ready - start, "transfer": time.perf_counter() - ready}

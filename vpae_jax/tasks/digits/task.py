@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -36,7 +35,7 @@ from vpae_jax.tasks.base import (
 )
 from vpae_jax.tasks.digits import products, scores
 from vpae_jax.tasks.digits.batches import captioned_batches, pixel_batches
-from vpae_jax.tasks.digits.clips import MovingDigits, Split, check_size
+from vpae_jax.tasks.digits.clips import Clip, MovingDigits, Split, check_size
 from vpae_jax.types import CaptionedFrames, Condition, Params, PixelBatch, UserError
 from vpae_jax.weights.directory import ModelDirectory
 from vpae_jax.weights.settings import Scheduler
@@ -199,7 +198,7 @@ class Digits:
         return products.write_encoders(workdir, preset, params["encoders"], source)
 
 
-def _asked(purpose: Purpose, parts: Sequence[Part]) -> tuple[list[dict[str, Any]], Int[np.ndarray, "n"]]:
+def _asked(purpose: Purpose, parts: Sequence[Part]) -> tuple[list[Clip], Int[np.ndarray, "n"]]:
     """The clips that are asked for, and which of them each row is of. An evaluation asks for the same in both modes,
     since they are shown side by side."""
     split, seed = ASKED[purpose]
