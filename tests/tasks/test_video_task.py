@@ -7,8 +7,9 @@ from record_files import FITTING, write_fitting
 from vpae_jax.config import DataConfig
 from vpae_jax.data.order import held_out
 from vpae_jax.data.records import LatentRecords
-from vpae_jax.inference.pipeline import load_pipeline
+from vpae_jax.inference.pipeline import Pipeline, load_pipeline
 from vpae_jax.metrics import networks
+from vpae_jax.metrics.archive import Shelf
 from vpae_jax.tasks.base import Feed, TooFew, rows_of
 from vpae_jax.tasks.video.task import FEWEST, Video
 from vpae_jax.types import Batch, UserError
@@ -120,6 +121,22 @@ def test_real_clips_are_their_own_floor(pipeline, folders):
     half = rows_of(found.real, slice(None))
     spoilt = {**half, "sharpness": half["sharpness"] / 2}
     assert video.scores(found, spoilt)["i2v/sharpness"] == pytest.approx(0.5)
+
+
+def test_real_clips_that_are_kept_are_not_decoded_again(pipeline, folders, tmp_path, monkeypatch):
+    video, shelf = task(folders[0]), Shelf(tmp_path, "this")
+    asked = video.held_out(pipeline, "evaluation", 9)
+    kept, plain = video.with_real(asked, pipeline, shelf), video.with_real(asked, pipeline)
+    assert len(kept.files) == 9 and all(file.is_file() for file in kept.files) and not plain.files
+    assert len(list(tmp_path.rglob("*.mp4"))) == 9, "the other clips are shown to nobody"
+    monkeypatch.setattr(Pipeline, "decode", lambda *_: pytest.fail("decoded"))
+    again = video.with_real(asked, pipeline, shelf)
+    for found in (kept, again):
+        for name, value in plain.real.items():
+            np.testing.assert_allclose(found.real[name], value, rtol=1e-5, atol=1e-5)
+        assert found.others.keys() == plain.others.keys()
+    with pytest.raises(pytest.fail.Exception, match="decoded"):
+        video.with_real(asked, pipeline, Shelf(tmp_path, "another version"))
 
 
 def test_a_mixture_holds_out_of_every_folder(pipeline, folders):

@@ -65,12 +65,13 @@ def first_pictures(pipeline: Pipeline, prompts: Sequence[Captioned]) -> Measures
 
 
 def measured(
-    pipeline: Pipeline, name: str, clips: Sequence[Captioned], measure: Measure, shelf: Shelf | None
+    pipeline: Pipeline, name: str, clips: Sequence[Captioned], measure: Measure, shelf: Shelf | None, shown: bool
 ) -> tuple[tuple[Path, ...], Measures]:
     """What is measured of clips of one size; and their files, where a shelf keeps them.
 
     Args:
       name: what they are called on the shelf.
+      shown: whether it keeps them as videos, too.
     """
     archive = None
     if shelf is not None:
@@ -86,10 +87,11 @@ def measured(
             found.append(some)
             continue
         for place in range(count):
-            archive.keep_video(left[rows][place], frames[place], pipeline.defaults.fps)
+            if shown:
+                archive.keep_video(left[rows][place], frames[place], pipeline.defaults.fps)
             archive.keep(left[rows][place], {key: np.asarray(value[place]) for key, value in some.items()})
     if archive is None:
         return (), joined(found)
     kept = archive.all_measures(range(len(clips)))
     assert kept is not None  # decoding raises for clips that are not finite
-    return tuple(archive.video(index) for index in range(len(clips))), kept
+    return tuple(archive.video(index) for index in range(len(clips))) if shown else (), kept

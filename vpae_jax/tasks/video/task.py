@@ -128,9 +128,9 @@ class Video:
             given = first_pictures(pipeline, asked) if asked[0].given else {}
             return replace(held_out, real=rows_of(given, clip_of_row))
         measure = partial(scores.measure, purpose=held_out.purpose)
-        files, real = measured(pipeline, "real", asked, measure, shelf)
+        files, real = measured(pipeline, "real", asked, measure, shelf, shown=True)
         del asked  # which may be large
-        beside = measured(pipeline, "others", list(_readable(others, OTHERS)), measure, shelf)[1]
+        beside = measured(pipeline, "others", list(_readable(others, OTHERS)), measure, shelf, shown=False)[1]
         return replace(held_out, files=files, real=rows_of(real, clip_of_row), others=beside)
 
     def measure(self, clips: Clips, latents: Float[np.ndarray, "b f h w c"], purpose: Purpose) -> Measures:
