@@ -26,7 +26,7 @@ from vpae_jax import tasks
 from vpae_jax.config import DataConfig
 from vpae_jax.flow.sampler import parse_steps
 from vpae_jax.inference.pipeline import Pipeline, load_pipeline
-from vpae_jax.metrics.distances import FeatureScale, features, kernel_distance
+from vpae_jax.metrics.distances import FeatureScale, Kernels, features
 from vpae_jax.run.generation import Generation
 from vpae_jax.tasks.base import HeldOut, in_batches
 from vpae_jax.tasks.digits.clips import MovingDigits
@@ -78,7 +78,7 @@ class Judge:
     def scores(self, found: dict, rows: np.ndarray) -> dict:
         """Scores of the chosen clips."""
         pairs = zip(found["features"], self.others, strict=True)
-        whole, *frames = (kernel_distance(x[rows], y) for x, y in pairs)
+        whole, *frames = (Kernels.of(x[rows], y).distance for x, y in pairs)
         return {
             "kvd": whole,
             "kvd_frame": np.array(frames),

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -18,7 +19,7 @@ from vpae_jax.encoding.encoder import encode_into
 from vpae_jax.files import resolve
 from vpae_jax.inference.pipeline import Pipeline
 from vpae_jax.metrics.archive import Shelf
-from vpae_jax.metrics.base import Clips
+from vpae_jax.metrics.base import Clips, Pictures
 from vpae_jax.metrics.intervals import Interval
 from vpae_jax.tasks.base import (
     OTHER_NOISE,
@@ -230,20 +231,13 @@ def _part_scores(held_out: HeldOut, mode: Mode, made: Measures, real: Measures) 
     return values
 
 
-def _condition(pipeline: Pipeline, captions: tuple[str, ...], pictures: Clips | np.ndarray, parts: tuple) -> Condition:
-    """What the pipeline's encoders make of captions and first frames; these are left out in text-to-video."""
-    whole = pipeline.condition(list(captions), pictures if pipeline.takes_image else None)
-    given = np.zeros(len(captions), bool)
+def _condition(pipeline: Pipeline, captions: tuple[str, ...], pictures: Pictures, parts: Sequence[Part]) -> Condition:
+    """What the pipeline's encoders make of captions, and in image-to-video of first frames."""
+    found = []
     for part in parts:
-        given[part.rows] = given[part.again] = part.name == "i2v"
-
-    def kept(values: object) -> np.ndarray | None:
-        if values is None:
-            return None
-        array = np.asarray(values)
-        return np.where(given.reshape(-1, *[1] * (array.ndim - 1)), array, 0)
-
-    return Condition(np.asarray(whole.text), np.asarray(whole.text_mask), kept(whole.image), kept(whole.frames))
+        rows = slice(part.rows.start, part.again.stop)  # with those of the second time
+        found.append(pipeline.condition(list(captions[rows]), pictures[rows] if part.name == "i2v" else None))
+    return jax.tree.map(lambda *values: np.concatenate(values), *found)
 
 
 def _check_size(model: str, pipeline: Pipeline) -> None:
