@@ -2,7 +2,7 @@
 in docs/evaluation.md.
 
     python docs/evaluation/freeze.py write --film=bbb.mp4 --output=runs/freeze/videos    # measure.py: where the film is
-    python docs/evaluation/freeze.py adapt --videos=runs/freeze/videos/moving --output=runs/freeze/model
+    python docs/evaluation/freeze.py adapt --videos=runs/freeze/videos/moving --output=runs/freeze
     for clips in moving frozen held_out; do
         python -m vpae_jax.encode --model=runs/freeze/model --videos=runs/freeze/videos/$clips --min_motion=0 \\
             --batch=16 --output=runs/freeze/$clips
@@ -22,8 +22,8 @@ the clips that begin with the given frame. Those that it is shown repeat it.
 
 `write` makes folders of .mp4 files, a caption beside each: two thirds of the clips in `moving`, the first frame of each
 of them, repeated, in `frozen`, and the other third in `held_out`, to judge by. `adapt` trains the tiny model's VAE,
-which knows digits alone, on the former, every second one of a batch frozen. `look` prints how much clips of records
-move as a model decodes them.
+which knows digits alone, on the former, every second one of a batch frozen, and writes OUTPUT/model. `look` prints how
+much clips of records move as a model decodes them.
 """
 
 from __future__ import annotations
