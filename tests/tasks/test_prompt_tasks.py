@@ -16,12 +16,20 @@ from vpae_jax.inference.pipeline import load_pipeline
 from vpae_jax.methods.dmd2 import DMD2
 from vpae_jax.methods.magic import Magic
 from vpae_jax.methods.vpae import PhaseOne, PhaseTwo
+from vpae_jax.metrics import networks
 from vpae_jax.tasks.base import Feed, TooFew
 from vpae_jax.tasks.video.task import Video
 from vpae_jax.types import Batch, UserError
 
 SIZE = (3, 6, 8, 16)
 FEED = Feed(batch_size=4, seed=0, workers=0, rows=None, max_bad=0.0)
+
+
+@pytest.fixture(autouse=True)
+def without_networks(monkeypatch):
+    """What is chosen does not depend on what is measured of it, and I3D takes a second for each clip."""
+    for network in ("_i3d", "_alexnet"):
+        monkeypatch.setattr(networks, network, lambda: None)
 
 
 @pytest.fixture(scope="module")
