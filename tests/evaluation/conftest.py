@@ -27,7 +27,8 @@ def run(models, prompts):
 
     def call(output, *more, **options):
         given = {"model": models["t2v"], "prompts": prompts[0], "batch": 4, "devices": 1, "output": output, **options}
-        evaluate.main([*(f"--{name}={value}" for name, value in given.items()), *map(str, more)])
+        flags = [f"--{name}={value}" for name, value in given.items() if value is not None]
+        evaluate.main([*flags, *map(str, more)])
 
     return call
 

@@ -149,3 +149,10 @@ def test_what_cannot_be_asked_for(run, prompts, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         run(tmp_path / "out", **options)
     assert not (tmp_path / "out" / "clips").exists()
+
+
+def test_a_row_is_made_in_two_batches_so_that_its_time_is_known(run, rows, tmp_path):
+    """Where no size of a batch was asked for."""
+    run(tmp_path / "out", steps=1, guidance=1, batch=None)
+    (found,) = rows(tmp_path / "out").values()
+    assert found["times"].keys() >= {"network_seconds", "decode_seconds", "whole_seconds", "first_call_seconds"}

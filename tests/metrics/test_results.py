@@ -21,7 +21,7 @@ HALVES = ("t2v", "i2v")
 def row(name, evaluations, kvd, network=None, **scores):
     values = {"kvd": kvd, "sharpness": 1.0, **scores}
     found = {f"{half}/{key}": value for half in HALVES for key, value in values.items()}
-    times = {} if network is None else {"text": 0.1, "network": network, "peak memory": 4e9}
+    times = {} if network is None else {"text": 0.06, "network": network, "decode": 0.04, "peak memory": 4e9}
     return Row(name, evaluations, found, {"model": "a/b"}, times=times)
 
 
@@ -72,18 +72,20 @@ def test_times():
         "text": 0.5,
         "first frame": 0.25,
         "network": 2.0,
+        "decode": 0.25,
         "evaluation": 0.5,
         "first call": 60.0,
         "peak memory": 8.0,
     }
-    assert whole(times) == 2.75 and whole({"evaluation": 1.0}) is None
+    assert whole(times) == 3.0 and whole({"evaluation": 1.0}) is None
     assert as_json(times) == {
         "text_seconds": 0.5,
         "first_frame_seconds": 0.25,
         "network_seconds": 2.0,
+        "decode_seconds": 0.25,
         "evaluation_seconds": 0.5,
         "first_call_seconds": 60.0,
-        "whole_seconds": 2.75,
+        "whole_seconds": 3.0,
         "peak_memory_bytes": 8.0,
     }
     assert as_json({}) == {} and time_table([REAL]) is None
@@ -157,3 +159,10 @@ def test_names_of_files_do_not_collide():
     found = stems([Row(name, 1, {}) for name in names])
     assert len({one.lower() for one in found.values()}) == len(names)
     assert not any("/" in one or one.startswith(".") for one in found.values())
+
+
+def test_a_clip_is_whole_only_with_its_network_and_decoder():
+    stages = {"text": 0.5, "network": 2.0, "decode": 0.25}
+    assert whole(stages) == 2.75
+    for absent in ("network", "decode"):
+        assert whole({name: value for name, value in stages.items() if name != absent}) is None

@@ -144,7 +144,7 @@ class Making:
 
     def _make(self, row: Opened, left: Sequence[int]) -> None:
         archive, held_out = row.archive, row.held_out
-        batch, mesh = self._laid_out(held_out.shape)
+        batch, mesh = self._laid_out(held_out.shape, len(left))
         pipeline = self._with_transformer(row, mesh)
         generation, pace = Generation(pipeline, held_out, batch), Pace(len(left), row.entry.name)
         known = self._costs.get(row.entry.model, {})
@@ -202,15 +202,17 @@ class Making:
         assert self._last[1] is not None
         return self._last[1]
 
-    def _laid_out(self, shape: tuple[int, ...]) -> tuple[int, Mesh | None]:
-        """How many clips are made at once, and the mesh: clips over devices as far as there are enough, else tokens."""
-        devices = len(self.devices)
-        fitting = clips_at_once(shape)
-        batch = self.batch or (fitting // devices * devices if fitting > devices else fitting)
+    def _laid_out(self, shape: tuple[int, ...], clips: int) -> tuple[int, Mesh | None]:
+        """How many of these clips are made at once, in two batches at least, since the first one's time is a
+        compiler's; and the mesh: clips over devices as far as there are enough at once, else tokens."""
+        devices, batch = len(self.devices), self.batch
+        if batch is None:
+            batch = min(clips_at_once(shape), max(1, -(-clips // 2)))
+            batch = batch // devices * devices if batch > devices else batch
         if devices == 1:
             return batch, None
-        clips = math.gcd(batch, devices)
-        return batch, sharding.make_mesh(MeshConfig(data=1, fsdp=clips, context=devices // clips), self.devices)
+        apart = math.gcd(batch, devices)
+        return batch, sharding.make_mesh(MeshConfig(data=1, fsdp=apart, context=devices // apart), self.devices)
 
     def _identity(self, entry: Entry, model: ModelDirectory, sampler: Sampler, held_out: HeldOut) -> Mapping[str, Any]:
         """All that decides a row's clips."""

@@ -14,9 +14,9 @@ ABSENT, TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
 
 
 def whole(times: Mapping[str, float]) -> float | None:
-    """Seconds of a whole clip: of all stages that were timed; None where none was."""
+    """Seconds of a whole clip: of all stages that were timed; None where the network or the decoder was not."""
     timed = [times[stage] for stage in STAGES if stage in times]
-    return sum(timed) if timed else None
+    return sum(timed) if times.keys() >= {"network", "decode"} else None
 
 
 def speedup(first: Row, row: Row, of: Literal["network", "whole"]) -> float | None:
