@@ -19,7 +19,7 @@ folder; the last one to end writes the report. Writes
     metrics.json    every score of every row and of the real clips, with its 95 % interval over clips, and those of each
                     frame as curves; number of evaluations, and where a clip's seconds go
     samples/        the first clips of every row, as mp4 and png
-    report.html     one page with all of it, and with the training curves of the runs
+    report.html     one page with all of it, and with the training curves of the runs; many clips lie in report_files/
     clips/          every clip as mp4, its latents and what was measured of it; may be removed
 """
 
@@ -85,7 +85,7 @@ def parser() -> cli.Parser:
     add("--task", choices=("digits", "video"), help="what is asked for; by default what the runs were trained on")
     add("--records", default="", help="folders of records, DIR,DIR, whose clips are asked for; none may be trained on")
     add("--prompts", type=Path, help="file of prompts that are asked for, without real clips: as of vpae_jax.encode")
-    add("--images", type=Path, help="folder of their first frames: files called by the prompt's row, from 1, or its id")
+    add("--images", type=Path, help="folder of their first frames: files called by the prompt's row, from 1")
     add("--count", type=int, default=128, help="clips for each of text-to-video and image-to-video, at most")
     add("--batch", type=int, help="clips generated at once; by default as many as their size allows")
     add("--devices", type=int, help="devices of this process that share a batch; all by default")
