@@ -156,6 +156,14 @@ def test_rates_of_links():
     assert rate("all-to-all", range(8), "v5p") == CHIPS["v5p"].link / 2
 
 
+@pytest.mark.parametrize(("chip", "reached"), [("v5p", 136e12), ("v6e", 260e12), ("tpu7x", 384e12), ("h200", 610e12)])
+def test_rates_agree_with_what_others_reach(chip, reached):
+    """Of Wan 14B's forward pass at 720p: MaxDiffusion's rates on TPUs, and cuDNN's and FastVideo's on an H200."""
+    products, attention = 1.81e15, 4.73e15
+    seconds = roofline.arithmetic(CHIPS[chip], 1, Work(products + attention, attention=attention))
+    assert (products + attention) / seconds == pytest.approx(reached, rel=0.03)
+
+
 def test_time_is_the_longest_part():
     rates = CHIPS["v5p"].rates
     shares = (rates.products, 0.5 * rates.attention, 0.5 * rates.attention_backward)  # one second, and half of one each
