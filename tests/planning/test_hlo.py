@@ -67,7 +67,8 @@ def test_nothing_is_sent_by_a_program_of_one_device():
 
 
 # As a GPU's and a TPU's compiler print them; computations before those that call them, as XLA does.
-FORMS = """HloModule forms
+FORMS = (
+    """HloModule forms
 
 %fused_start (p: bf16[4,8]) -> bf16[16,8] {
   %p = bf16[4,8]{1,0} parameter(0)
@@ -114,10 +115,15 @@ ENTRY %main (x: bf16[4,8]) -> f32[4,8] {
   %while.2 = (s32[]) while(%x), condition=%condition.2, body=%body.2
   %all-gather-start = (f32[4]{0}, f32[8]{0}) all-gather-start(%x), channel_id=9, replica_groups=[4,2]<=[2,4]T(1,0)
   %all-gather-done = f32[8]{0} all-gather-done(%all-gather-start)
+  %reduce-scatter-start = ((f32[16,8]{1,0}), f32[2,8]{1,0}) reduce-scatter-start(%x), channel_id=13, SCATTERED
+  %reduce-scatter-done = f32[2,8]{1,0} reduce-scatter-done(%reduce-scatter-start)
+  %negate.3.remat2 = f32[2,8]{1,0} negate(%reduce-scatter-done)
+  %copy.5 = f32[2,8]{1,0} copy(%negate.3.remat2), metadata={op_name="not.remat = anything"}
   ROOT %all-reduce.4 = f32[10]{0} all-reduce(%x), channel_id=10, OUTER
 }
-""".replace("INNER", "replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}").replace(
-    "OUTER", "replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}, to_apply=%add"
+""".replace("INNER", "replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}")
+    .replace("SCATTERED", "replica_groups=[1,8]<=[8], to_apply=%add")
+    .replace("OUTER", "replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}, to_apply=%add")
 )
 
 
@@ -127,16 +133,18 @@ def test_forms_of_gpu_and_tpu():
         ("all-gather", ("fsdp",)): (6, 6 * 16 * 8 * 2 * 3 / 4),  # one channel in two fusions, six turns
         ("reduce-scatter", ("fsdp",)): (6, 6 * 16 * 8 * 4 * 3 / 4),
         ("all-gather", ("data",)): (1, 8 * 4 / 2),
+        ("reduce-scatter", ("data", "fsdp")): (1, 16 * 8 * 4 * 7 / 8),
         ("all-reduce", ("data",)): (1, 2 * 10 * 4 / 2),
         ("all-reduce", ("data", "fsdp")): (1, 2 * 2 * 4 * 7 / 8),
     }
+    assert read.rematerialised == 1
     assert read.unknown_loops == 1  # the second loop does not say how often it turns
 
 
 def test_a_long_line_is_read_at_once():
     filler = "  %fusion.{} = f32[8]{{0}} fusion(" + ", ".join(f"%p.{i}" for i in range(4000)) + "), calls=%none\n"
     text = FORMS + "".join(filler.format(i) for i in range(500))  # 17 MB
-    assert len(communication(text, SIZES).collectives) == 5
+    assert len(communication(text, SIZES).collectives) == 6
 
 
 @pytest.mark.parametrize(

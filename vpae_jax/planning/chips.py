@@ -14,6 +14,25 @@ its clock is the H100's. NVLink counts both directions (900 or 1800 GB/s); `link
 400 Gb/s adapters of a host of eight.
 `reserved` of GPUs is for the CUDA context, NCCL's buffers and fragmentation: 8 %, so that
 XLA_PYTHON_CLIENT_MEM_FRACTION=.92 gives the rest to XLA, whose default is .75.
+
+Hosts: devices and memory of Google Cloud's machine types (ct4p-hightpu-4t, ct5lp-hightpu-8t, ct5p-hightpu-4t,
+ct6e-standard-4t, tpu7x-standard-4t, a3-highgpu-8g, a3-ultragpu-8g, a4-highgpu-8g); of H20 hosts, which it does not rent
+out, an H100's.
+
+Rates, as shares of the peak:
+
+    H100, H200   attention at 16k tokens and head dimension 128: cuDNN 9 reaches 595 TFLOP/s forward (FlashAttention-3's
+                 chart, arXiv 2407.08608) and 516 backward. Products 665: FastVideo's whole Wan 14B forward pass at 720p
+                 takes 9.8 s on an H200, 665 TFLOP/s.
+    H20, B200    no figures of Wan: the H100's shares. An H20 is more easily kept busy than that.
+    v4, v5e, v5p products: MaxText's Llama 2 70B trains at 57, 57 and 65 % (its getting_started/Run_Llama2.md).
+    v6e, tpu7x   products: the v5e's.
+    TPUs         attention: what is left of MaxDiffusion's rate over Wan 14B at 720p, of whose FLOPs 28 % are products:
+                 136 TFLOP/s a v5p (30 %), 260 a v6e (28 %), 384 a TPU7x device (33 %, its pull request 487). So 25,
+                 24 and 28 %. For v4 and v5e, the v5p's. Backward as forward: no figure is known.
+    tiles        plain tiles have no kernel: thousands of small programs one after the other. 2 % is a guess.
+
+The rates hold for kernels as others run them; none of ours has been timed on any of these chips.
 """
 
 from __future__ import annotations
@@ -44,6 +63,35 @@ class Gpu:
 
 
 @dataclass(frozen=True)
+class Rates:
+    """What programs reach of a device's peak, as shares of it.
+
+    Attributes:
+      products: matrix products and convolutions.
+      attention, attention_backward: attention kernels.
+      tiled: attention by plain tiles, where no kernel serves.
+    """
+
+    products: float
+    attention: float
+    attention_backward: float
+    tiled: float = 0.02
+
+
+@dataclass(frozen=True)
+class Host:
+    """The machine that devices are plugged into.
+
+    Attributes:
+      devices: JAX devices of one host.
+      memory: its bytes.
+    """
+
+    devices: int
+    memory: int
+
+
+@dataclass(frozen=True)
 class Chip:
     """One JAX device.
 
@@ -53,6 +101,8 @@ class Chip:
       memory: bytes of HBM.
       reserved: bytes of it that a program cannot have.
       flops: peak dense bf16 FLOP/s.
+      rates: what of it programs reach.
+      host: the machine that it is plugged into.
       bandwidth: HBM bytes/s.
       link: bytes/s that a device sends to devices of its own host (GPU) or along one axis of the torus (TPU).
       network: bytes/s that a device sends out of its host (GPU); a TPU slice is one network, so 0.
@@ -66,6 +116,8 @@ class Chip:
     memory: int
     reserved: int
     flops: float
+    rates: Rates
+    host: Host
     bandwidth: float
     link: float
     network: float = 0.0
@@ -79,30 +131,44 @@ class Chip:
         return self.memory - self.reserved
 
 
-def _tpu(name: str, memory: float, usable: float, flops: float, bandwidth: float, link: float, axes: int) -> Chip:
+_HOPPER = Rates(0.67, 0.60, 0.52)
+
+
+def _tpu(
+    name: str,
+    memory: float,
+    usable: float,
+    flops: float,
+    rates: Rates,
+    host: Host,
+    bandwidth: float,
+    link: float,
+    axes: int,
+) -> Chip:
     size = int(memory * GIB)
-    return Chip(name, "tpu", size, size - int(usable * GIB), flops, bandwidth, link, 0.0, axes, f"TPU {name}")
+    reserved = size - int(usable * GIB)
+    return Chip(name, "tpu", size, reserved, flops, rates, host, bandwidth, link, 0.0, axes, f"TPU {name}")
 
 
-def _gpu(name: str, memory: int, flops: float, bandwidth: float, link: float, description: str, gpu: Gpu) -> Chip:
-    return Chip(name, "cuda", memory, int(0.08 * memory), flops, bandwidth, link, 50e9, 1, description, gpu)
+def _gpu(name: str, memory: int, flops: float, bandwidth: float, link: float, host: int, gpu: Gpu) -> Chip:
+    reserved, description = int(0.08 * memory), f"NVIDIA {name.upper()}"
+    machine = Host(8, host * GIB)
+    return Chip(name, "cuda", memory, reserved, flops, _HOPPER, machine, bandwidth, link, 50e9, 1, description, gpu)
 
 
 CHIPS: Mapping[str, Chip] = MappingProxyType(
     {
         chip.name: chip
         for chip in (
-            _tpu("v4", 32.0, 30.75, 275e12, 1.2e12, 100e9, 3),
-            _tpu("v5e", 16.0, 15.75, 197e12, 819e9, 100e9, 2),
-            _tpu("v5p", 95.74, 95.74, 459e12, 2.765e12, 200e9, 3),
-            _tpu("v6e", 32.0, 31.25, 918e12, 1.638e12, 200e9, 2),
-            _tpu("tpu7x", 96.0, 94.75, 1153.5e12, 3.69e12, 100e9, 3),
-            _gpu("h20", 102_005_473_280, 148e12, 4.0e12, 450e9, "NVIDIA H20", Gpu((9, 0), 78, 62_914_560, 1.98)),
-            _gpu("h100", 84_942_979_072, 989e12, 3.352e12, 450e9, "NVIDIA H100", Gpu((9, 0), 132, 52_428_800, 1.98)),
-            _gpu("h200", 151_397_597_184, 989e12, 4.8e12, 450e9, "NVIDIA H200", Gpu((9, 0), 132, 52_428_800, 1.98)),
-            _gpu(
-                "b200", 191_514_411_008, 2250e12, 7.672e12, 900e9, "NVIDIA B200", Gpu((10, 0), 148, 132_644_864, 1.965)
-            ),
+            _tpu("v4", 32.0, 30.75, 275e12, Rates(0.57, 0.25, 0.25), Host(4, 407 * GIB), 1.2e12, 100e9, 3),
+            _tpu("v5e", 16.0, 15.75, 197e12, Rates(0.57, 0.25, 0.25), Host(8, 384 * GIB), 819e9, 100e9, 2),
+            _tpu("v5p", 95.74, 95.74, 459e12, Rates(0.65, 0.25, 0.25), Host(4, 448 * GIB), 2.765e12, 200e9, 3),
+            _tpu("v6e", 32.0, 31.25, 918e12, Rates(0.57, 0.24, 0.24), Host(4, 720 * GIB), 1.638e12, 200e9, 2),
+            _tpu("tpu7x", 96.0, 94.75, 1153.5e12, Rates(0.57, 0.28, 0.28), Host(8, 960 * GIB), 3.69e12, 100e9, 3),
+            _gpu("h20", 102_005_473_280, 148e12, 4.0e12, 450e9, 1872, Gpu((9, 0), 78, 62_914_560, 1.98)),
+            _gpu("h100", 84_942_979_072, 989e12, 3.352e12, 450e9, 1872, Gpu((9, 0), 132, 52_428_800, 1.98)),
+            _gpu("h200", 151_397_597_184, 989e12, 4.8e12, 450e9, 2952, Gpu((9, 0), 132, 52_428_800, 1.98)),
+            _gpu("b200", 191_514_411_008, 2250e12, 7.672e12, 900e9, 3968, Gpu((10, 0), 148, 132_644_864, 1.965)),
         )
     }
 )

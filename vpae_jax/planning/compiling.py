@@ -11,7 +11,7 @@ import jax
 from vpae_jax.config import Experiment
 from vpae_jax.planning import flops, hlo, memory, roofline
 from vpae_jax.planning.clips import ClipSize
-from vpae_jax.planning.programs import Program, Programs, draw_up, setting_of
+from vpae_jax.planning.programs import Program, Programs, draw_up, setting_of, transformer_of
 from vpae_jax.planning.result import Plan, ProgramPlan
 from vpae_jax.planning.topology import Topology
 from vpae_jax.runtime.progress import working
@@ -40,29 +40,34 @@ def make_plan(
       UserError: for a config that does not fit itself or the devices.
     """
     programs = draw_up(experiment, clip, devices)
+    setting, chip = setting_of(experiment, programs.mesh), topology.chip
+    width = transformer_of(experiment).width
+    workspace = memory.workspace(chip, clip, width, experiment.batch_size, setting)
     kept = memory.persistent(programs)
     made: list[ProgramPlan] = []
     for program in programs.updates:
         with working(f"compiling {program.name} for {topology.name}", say):
             made.append(_compile(program, programs, topology))
-        held = sizes(kept, made)
-        if fail_fast and (None in held.values() or sum(s or 0 for s in held.values()) > topology.chip.capacity):
+        held = sizes(kept, made, workspace)
+        if fail_fast and (None in held.values() or sum(s or 0 for s in held.values()) > chip.capacity):
             break
+    offloaded = max((p.footprint.offloaded for p in made if p.footprint is not None), default=0)
     return Plan(
         phase=experiment.name,
         topology=topology.name,
-        chip=topology.chip,
+        chip=chip,
         devices=len(devices),
-        setting=setting_of(experiment, programs.mesh),
+        setting=setting,
         clip=clip,
         batch_size=experiment.batch_size,
-        memory=sizes(kept, made),
+        memory=sizes(kept, made, workspace),
+        host=memory.on_host(chip, len(devices), programs, offloaded),
         programs=tuple(made),
     )
 
 
-def sizes(kept: dict[str, int], programs: Sequence[ProgramPlan]) -> dict[str, int | None]:
-    """Memory by kind: the state once, the hungriest program's temporaries, the code of all."""
+def sizes(kept: dict[str, int], programs: Sequence[ProgramPlan], workspace: int = 0) -> dict[str, int | None]:
+    """Memory by kind: the state once, the hungriest program's temporaries, its kernels' workspace, the code of all."""
     base = sum(kept.values())
     extra: list[int | None] = []
     for program in programs:
@@ -71,7 +76,8 @@ def sizes(kept: dict[str, int], programs: Sequence[ProgramPlan]) -> dict[str, in
         else:  # the refusal counts arguments too
             extra.append(None if program.needed is None else max(program.needed - base, 0))
     temporaries = None if None in extra else max((size or 0 for size in extra), default=0)
-    return {**kept, "temporaries": temporaries, "code": sum(p.footprint.code for p in programs if p.footprint)}
+    code = sum(p.footprint.code for p in programs if p.footprint)
+    return {**kept, "temporaries": temporaries, "workspace": workspace, "code": code}
 
 
 def trained_by(program: Program, state: TrainState) -> list[Any]:

@@ -13,13 +13,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from vpae_jax.models.kernels import tiled
+
 # How `jax.checkpoint` marks what the backward pass computes again.
 RECOMPUTED = "rematted_computation"
+# Products of an attention kernel's forward pass: logits, and weights times values.
+FORWARD = 2
 # Of an attention kernel's products, by their number, those that repeat: the backward pass's dQ, dK and dV, and all.
 REPEATED = {3: 2, 4: 1, 5: 1}
 
@@ -31,6 +35,9 @@ class Work:
     Attributes:
       flops: of all products.
       recomputed: the part of them that repeats what was computed before.
+      attention: the part of them inside the forward passes of attention kernels.
+      attention_backward: the part of them inside their backward passes.
+      tiled: the part of them inside attention by plain tiles, which has no kernel.
       activation_bytes: operands and results of the products, but for weights, each read or written once.
       weight_bytes: the same for weights (operands of at most two axes), as each device sees them whole.
       unknown_loops: loops with products whose number of turns is not in the program; counted as one turn.
@@ -38,25 +45,26 @@ class Work:
 
     flops: float = 0.0
     recomputed: float = 0.0
+    attention: float = 0.0
+    attention_backward: float = 0.0
+    tiled: float = 0.0
     activation_bytes: float = 0.0
     weight_bytes: float = 0.0
     unknown_loops: int = 0
 
     def __add__(self, other: Work) -> Work:
-        return Work(
-            self.flops + other.flops,
-            self.recomputed + other.recomputed,
-            self.activation_bytes + other.activation_bytes,
-            self.weight_bytes + other.weight_bytes,
-            self.unknown_loops + other.unknown_loops,
-        )
+        return Work(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
 
     def times(self, turns: int, devices: int = 1) -> Work:
         """The same `turns` times on each of `devices`."""
+        everywhere = turns * devices
         return Work(
-            self.flops * turns * devices,
-            self.recomputed * turns * devices,
-            self.activation_bytes * turns * devices,
+            self.flops * everywhere,
+            self.recomputed * everywhere,
+            self.attention * everywhere,
+            self.attention_backward * everywhere,
+            self.tiled * everywhere,
+            self.activation_bytes * everywhere,
             self.weight_bytes * turns,
             self.unknown_loops,
         )
@@ -76,8 +84,9 @@ def count(jaxpr: Jaxpr | ClosedJaxpr, again: bool = False) -> Work:
     inner = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
     total = Work()
     for equation in inner.eqns:
-        repeats = again or RECOMPUTED in str(equation.source_info.name_stack)
-        total += _equation(equation, repeats)
+        scopes = str(equation.source_info.name_stack)
+        work = _equation(equation, again or RECOMPUTED in scopes)
+        total += replace(work, tiled=work.flops) if tiled.SCOPE in scopes else work
     return total
 
 
@@ -88,7 +97,7 @@ def _equation(equation: Any, again: bool) -> Work:
     if name == "conv_general_dilated":
         return _product(equation, _conv_flops(equation), again)
     if name.startswith("dot_product_attention_fwd"):
-        return _cudnn(equation, 2, 2, again)
+        return _cudnn(equation, FORWARD, FORWARD, again)
     if name.startswith("dot_product_attention_bwd"):
         return _cudnn(equation, 5, 4, again)
     if name == "cond":
@@ -122,7 +131,7 @@ def _product(equation: Any, flops: float, again: bool) -> Work:
     arrays = [variable.aval for variable in (*equation.invars, *equation.outvars)]
     weights = sum((_bytes(a) for a in arrays if a.ndim <= 2), 0.0)
     activations = sum((_bytes(a) for a in arrays if a.ndim > 2), 0.0)
-    return Work(flops, flops if again else 0.0, activations, weights)
+    return Work(flops, flops if again else 0.0, activation_bytes=activations, weight_bytes=weights)
 
 
 def _dot_flops(equation: Any) -> float:
@@ -143,7 +152,7 @@ def _cudnn(equation: Any, products: int, needed: int, again: bool) -> Work:
     one = 2.0 * math.prod(q) * k[1 + int(equation.params.get("layout", 0))]
     flops = products * one
     moved = sum(_bytes(variable.aval) for variable in (*equation.invars, *equation.outvars))
-    return Work(flops, flops if again else (products - needed) * one, moved)
+    return _attention(flops, flops if again else (products - needed) * one, products, moved)
 
 
 def _kernel(equation: Any, body: Work, again: bool) -> Work:
@@ -155,7 +164,14 @@ def _kernel(equation: Any, body: Work, again: bool) -> Work:
     products = sum(_products(jaxpr) for jaxpr in _inner(equation.params))
     repeated = flops * (1 if again else REPEATED.get(products, 0) / max(products, 1))
     moved = sum(_bytes(variable.aval) for variable in (*equation.invars, *equation.outvars))
-    return Work(flops, repeated, moved, 0.0, body.unknown_loops + unknown)
+    made = _attention(flops, repeated, products, moved)
+    return replace(made, unknown_loops=body.unknown_loops + unknown)
+
+
+def _attention(flops: float, repeated: float, products: int, moved: float) -> Work:
+    """The work of a kernel with so many products: two are attention's forward pass, more its backward pass."""
+    forward, backward = (flops if products == FORWARD else 0.0), (flops if products > FORWARD else 0.0)
+    return Work(flops, repeated, forward, backward, activation_bytes=moved)
 
 
 def _products(jaxpr: Jaxpr | ClosedJaxpr) -> int:

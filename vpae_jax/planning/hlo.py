@@ -9,6 +9,9 @@ array that is gathered, reduced or exchanged, as one device holds it):
     all-gather, reduce-scatter, all-to-all    V (g - 1) / g
     all-reduce                                2 V (g - 1) / g
     collective-permute                        V
+
+An asynchronous instruction's type holds operand and result: V (1 + 1/g) of a gather or a reduce-scatter, 2 V of an
+exchange or a permutation, V alone of an all-reduce.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ _CONSTANT = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = s(?:32|64)\[\]\S* constant
 _SIZE = re.compile(r"'([^']+)'=(\d+)")
 _NAMED = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
 _TRIPS = '"known_trip_count":{"n":"'
+# How XLA names an instruction that it computes again by itself, to save memory: "fusion.12.remat", "dot.remat2".
+_AGAIN = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+\.remat[\d.]* = ")
 
 
 @dataclass(frozen=True)
@@ -69,10 +74,13 @@ class Communication:
     Attributes:
       collectives: by kind and axes, most bytes first.
       unknown_loops: loops that communicate and whose number of turns the text does not say; counted as one turn.
+      rematerialised: instructions that XLA computes again by itself, to save memory; a program on its way to not
+        fitting.
     """
 
     collectives: tuple[Collective, ...]
     unknown_loops: int
+    rematerialised: int = 0
 
     @property
     def bytes(self) -> float:
@@ -87,7 +95,8 @@ def communication(text: str, mesh: Mapping[str, int]) -> Communication:
       text: `jax.stages.Compiled.as_text()`.
       mesh: sizes of the mesh's axes, in order; its devices in row-major order are the module's.
     """
-    parts, entry = _read(text.splitlines())
+    lines = text.splitlines()
+    parts, entry = _read(lines)
     times: dict[str, int] = defaultdict(int)
     times[entry] = 1
     totals: dict[tuple[str, tuple[str, ...]], list] = {}
@@ -109,7 +118,8 @@ def communication(text: str, mesh: Mapping[str, int]) -> Communication:
             total[1] += turns
             total[2] += turns * sent
     result = [Collective(kind, axes, *total) for (kind, axes), total in totals.items()]
-    return Communication(tuple(sorted(result, key=lambda c: -c.bytes)), unknown)
+    again = sum(1 for line in lines if ".remat" in line and _AGAIN.match(line))
+    return Communication(tuple(sorted(result, key=lambda c: -c.bytes)), unknown, again)
 
 
 def axes_of(group: Sequence[int], mesh: Mapping[str, int]) -> tuple[str, ...]:
@@ -219,14 +229,14 @@ def _known_trips(line: str) -> int | None:
 def _sent(kind: str, started: bool, result: str, g: int) -> float:
     """Bytes that a device sends, from the instruction's result type."""
     size = type_bytes(result[result.find("=") + 1 :])
-    if started and kind == "all-gather":
-        size /= 1 + 1 / g  # the type holds operand and result
+    if started and kind in ("all-gather", "reduce-scatter"):
+        size /= 1 + 1 / g
     elif started and kind != "all-reduce":
         size /= 2
+    elif kind == "reduce-scatter":
+        size *= g  # the result is one part
     if kind == "collective-permute":
         return size
-    if kind == "reduce-scatter":
-        return size * (g - 1)  # the result is one part
     return (2 if kind == "all-reduce" else 1) * size * (g - 1) / g
 
 

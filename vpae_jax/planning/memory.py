@@ -9,10 +9,14 @@ from typing import Any
 
 import jax
 
-from vpae_jax.planning.programs import Programs
+from vpae_jax.planning.chips import Chip
+from vpae_jax.planning.clips import ClipSize
+from vpae_jax.planning.programs import Programs, Setting
 
 # In the order in which they are shown.
-KINDS = ("parameters", "optimizer", "averages", "frozen", "batch", "temporaries", "code")
+KINDS = ("parameters", "optimizer", "averages", "frozen", "batch", "temporaries", "workspace", "code")
+# Batches on the devices at once: the one at work, and the next one on its way.
+BATCHES = 2
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # libtpu's refusals: "Used 21.5G of 15.75G hbm", "required for HLO temporaries (1.2T) exceeds available HBM (15.75G)".
 _NEEDED = re.compile(r"(?:Used |memory required for [^()]*\()([0-9.]+)([KMGT]?)")
@@ -26,11 +30,15 @@ class Footprint:
       arguments: of the state, the frozen weights and the batch, what it reads.
       temporaries: gradients, activations and all else that it makes, and results that do not take an argument's place.
       code: the program itself.
+      peak: XLA's own count of the most that is in use at once, arguments and all but `code`; 0 where it has none.
+      offloaded: what of its temporaries lies in the host's memory.
     """
 
     arguments: int
     temporaries: int
     code: int
+    peak: int = 0
+    offloaded: int = 0
 
     @property
     def total(self) -> int:
@@ -52,7 +60,32 @@ def persistent(programs: Programs) -> dict[str, int]:
         "optimizer": tree_bytes(programs.state.opt),
         "averages": tree_bytes(programs.state.averages),
         "frozen": tree_bytes(programs.frozen),
-        "batch": tree_bytes(programs.batch),
+        "batch": BATCHES * tree_bytes(programs.batch),
+    }
+
+
+def workspace(chip: Chip, clip: ClipSize, width: int, batch_size: int, setting: Setting) -> int:
+    """Bytes on one device that the chip's attention kernels take beside the program's own count.
+
+    cuDNN's backward pass sums the queries' gradient in float32, in a workspace whose size it says only on a GPU
+    (FlashAttention-3, arXiv 2407.08608, section 3; a program that was compiled without one holds no space for it).
+    """
+    if chip.platform != "cuda":
+        return 0
+    clips = batch_size / (setting.data * setting.fsdp * setting.accumulation)
+    return round(4 * max(clips, 1) * clip.tokens * width / (setting.context * setting.tensor))
+
+
+def on_host(chip: Chip, devices: int, programs: Programs, offloaded: int) -> dict[str, int]:
+    """Bytes of one host's memory, by what takes them.
+
+    A checkpoint is copied to the host before it is written. Offloaded activations lie there while an update runs.
+    """
+    state = programs.state
+    each = min(chip.host.devices, devices)
+    return {
+        "checkpoint": each * sum(map(tree_bytes, (state.params, state.opt, state.averages))),
+        "offloaded": each * offloaded,
     }
 
 
@@ -61,7 +94,11 @@ def footprint(compiled: jax.stages.Compiled) -> Footprint:
     stats: Any = compiled.memory_analysis()
     made = max(stats.output_size_in_bytes - stats.alias_size_in_bytes, 0)
     return Footprint(
-        stats.argument_size_in_bytes, stats.temp_size_in_bytes + made, max(stats.generated_code_size_in_bytes, 0)
+        stats.argument_size_in_bytes,
+        stats.temp_size_in_bytes + made,
+        max(stats.generated_code_size_in_bytes, 0),
+        stats.peak_memory_in_bytes,
+        stats.host_temp_size_in_bytes,
     )
 
 

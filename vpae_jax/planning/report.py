@@ -13,13 +13,13 @@ BAR = 40
 
 def page(plan: Plan) -> str:
     """The whole plan, 100 columns at most."""
-    parts = [_head(plan), _memory(plan), _programs(plan), _communication(plan), _step(plan)]
+    parts = [_head(plan), _memory(plan), _host(plan), _programs(plan), _communication(plan), _step(plan)]
     return "\n\n".join(part for part in parts if part)
 
 
 def proposal(found: SearchResult) -> str:
     """What a search came to."""
-    rows = [["setting", "expected", "", "compiled", "outcome"]]
+    rows = [["setting", "expected", "", "compiled", "", "outcome"]]
     for t in found.tried:
         s = t.setting
         layout = f"fsdp {s.fsdp} x context {s.context}, {_parts(s.accumulation)}, remat {s.remat}"
@@ -29,14 +29,15 @@ def proposal(found: SearchResult) -> str:
                 "-" if t.expected is None else _gib(t.expected[0]),
                 "-" if t.expected is None else f"{t.expected[1]:.3g} s",
                 "-" if t.total is None else _gib(t.total),
+                "-" if t.seconds is None else f"{t.seconds:.3g} s",
                 t.outcome,
             ]
         )
-    lines = [f"search over {found.settings} settings", *_table(rows, "<>>><")]
+    lines = [f"search over {found.settings} settings", *_table(rows, "<>>>><")]
     if found.plan is None:
         lines.append("none of these fits: use more devices, or raise --tries")
     else:
-        lines.append(f"fastest that fits: {found.plan.setting.flags}")
+        lines.append(f"fastest of those that fit: {found.plan.setting.flags}")
     return "\n".join(lines)
 
 
@@ -68,7 +69,25 @@ def _memory(plan: Plan) -> str:
             f"  {'total':<12} {_gib(plan.total):>12} {plan.total / capacity:>8.1%}  {_bar(plan.total / capacity)}"
         )
     lines.append(f"  {'capacity':<12} {_gib(capacity):>12}           {_verdict(plan)}")
+    if plan.peak is not None:
+        lines.append(f"  {'at its peak':<12} {_gib(plan.peak):>12} {plan.peak / capacity:>8.1%}  by XLA's own count")
+    if plan.tiled:
+        lines.append(
+            "  warning: attention runs in plain tiles, very slowly, as the chip's kernel does not serve this setting"
+        )
+    if plan.rematerialised:
+        lines.append(
+            f"  warning: to save memory XLA computes {plan.rematerialised} instructions again; a smaller part of the "
+            "batch, a\n  larger context or more devices leave it room"
+        )
     return "\n".join(lines)
+
+
+def _host(plan: Plan) -> str:
+    total, capacity = sum(plan.host.values()), plan.chip.host.memory
+    parts = " + ".join(f"{name} {_gib(size)}" for name, size in plan.host.items() if size)
+    verdict = "" if total <= capacity else f"; DOES NOT FIT by {_gib(total - capacity)}"
+    return f"memory of one host: {parts}, of {_gib(capacity)}{verdict}"
 
 
 def _verdict(plan: Plan) -> str:
@@ -76,6 +95,8 @@ def _verdict(plan: Plan) -> str:
     if plan.fits and plan.total is not None:
         return f"FITS, {_gib(capacity - plan.total)} to spare"
     refused = f"; the compiler refused {', '.join(plan.refused)}" if plan.refused else ""
+    if plan.total is not None and plan.total <= capacity and not plan.refused:
+        return "DOES NOT FIT the memory of the hosts"
     over = "" if plan.total is None or plan.total <= capacity else f" by {_gib(plan.total - capacity)}"
     return f"DOES NOT FIT{over}{refused}"
 

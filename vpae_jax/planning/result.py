@@ -58,6 +58,7 @@ class Plan:
       batch_size: clips a step.
       memory: bytes on one device by kind (`memory.KINDS`); "temporaries" is None if the compiler refused a program and
         did not say how much it wanted.
+      host: bytes of one host's memory by what takes them (`memory.on_host`).
       programs: the updates.
     """
 
@@ -69,7 +70,21 @@ class Plan:
     clip: ClipSize
     batch_size: int
     memory: dict[str, int | None]
+    host: dict[str, int]
     programs: tuple[ProgramPlan, ...]
+
+    @property
+    def peak(self) -> int | None:
+        """Bytes on one device at the worst moment by XLA's own count of each program, with what else lies there; None
+        where XLA has no count of some program."""
+        kept = sum(size or 0 for kind, size in self.memory.items() if kind != "temporaries")
+        peaks = [p.footprint.peak - p.footprint.arguments for p in self.programs if p.footprint and p.footprint.peak]
+        return kept + max(peaks) if peaks and len(peaks) == len(self.programs) else None
+
+    @property
+    def rematerialised(self) -> int:
+        """Instructions that XLA computes again by itself, over all programs."""
+        return sum(p.communication.rematerialised for p in self.programs if p.communication)
 
     @property
     def total(self) -> int | None:
@@ -84,7 +99,14 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return not self.refused and self.total is not None and self.total <= self.chip.capacity
+        """Whether the devices' memory holds it all, and the hosts' what goes there."""
+        held = not self.refused and self.total is not None and self.total <= self.chip.capacity
+        return held and sum(self.host.values()) <= self.chip.host.memory
+
+    @property
+    def tiled(self) -> bool:
+        """Whether attention is computed by plain tiles, where the chip's kernel does not serve."""
+        return any(p.work.tiled for p in self.programs)
 
     def step(self, serial: bool) -> float | None:
         """Seconds of one step, communication hidden or not; None when a program was refused."""
@@ -121,6 +143,8 @@ class Plan:
             "batch_size": self.batch_size,
             "memory": self.memory,
             "total": self.total,
+            "peak": self.peak,
+            "host": {**self.host, "capacity": self.chip.host.memory},
             "fits": self.fits,
             "programs": [_program(p) for p in self.programs],
             "step": {
@@ -148,6 +172,7 @@ def _program(program: ProgramPlan) -> dict[str, Any]:
         if sent is None
         else [{"kind": c.kind, "axes": c.axes, "count": c.count, "bytes": c.bytes} for c in sent.collectives],
         "seconds": None if time is None else dataclasses.asdict(time),
+        "rematerialised": 0 if sent is None else sent.rematerialised,
         "unknown_loops": program.work.unknown_loops + (sent.unknown_loops if sent else 0),
         "compile_seconds": round(program.compile_seconds, 1),
     }

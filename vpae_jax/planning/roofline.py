@@ -2,7 +2,8 @@
 
 Assumptions, on the cautious side:
 
-    compute         60 % of the chip's bf16 peak; work is spread evenly over the devices
+    compute         the chip's own shares of its bf16 peak for products, attention forward and attention backward
+                    (`chips.Rates`, with their sources); work is spread evenly over the devices
     memory          80 % of the HBM's bandwidth; every product's operands and results pass through it once, and the
                     optimizer reads and writes its state once; what lies between products is fused into them
     communication   80 % of the links' bandwidth; a group talks along one axis of the torus, in both directions,
@@ -21,7 +22,7 @@ from vpae_jax.planning.chips import Chip
 from vpae_jax.planning.flops import Work
 from vpae_jax.planning.hlo import Collective
 
-COMPUTE, MEMORY, LINK = 0.6, 0.8, 0.8
+MEMORY, LINK = 0.8, 0.8
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,20 @@ def estimate(
       collectives: what it sends.
       hosts: the host of each device of the mesh, in the mesh's order.
     """
-    compute = work.flops / devices / (chip.flops * COMPUTE)
     sent = sum((c.bytes / (rate(chip, c, hosts) * LINK) for c in collectives), 0.0)
-    return Time(compute, memory_bytes / (chip.bandwidth * MEMORY), sent)
+    return Time(arithmetic(chip, devices, work), memory_bytes / (chip.bandwidth * MEMORY), sent)
+
+
+def arithmetic(chip: Chip, devices: int, work: Work) -> float:
+    """Seconds that the work's products take."""
+    kernels = work.attention + work.attention_backward + work.tiled
+    full = (
+        (work.flops - kernels) / chip.rates.products
+        + work.attention / chip.rates.attention
+        + work.attention_backward / chip.rates.attention_backward
+        + work.tiled / chip.rates.tiled
+    )
+    return full / (devices * chip.flops)
 
 
 def rate(chip: Chip, collective: Collective, hosts: Sequence[int]) -> float:

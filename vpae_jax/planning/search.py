@@ -1,17 +1,20 @@
 """Looks for the fastest setting that fits: fsdp x context x accumulation x rematerialisation.
 
 Every setting of the devices is estimated in closed form, in a moment; those that may fit are compiled from the fastest
-on, until one does; each that does not fit corrects the estimates of those after it. They only decide the order and what
-is not worth compiling: what is proposed was compiled.
+on, until no estimate of the rest is below the time of the fastest that was compiled and fits. Each that is compiled
+corrects the estimates of those after it. They only decide the order and what is not worth compiling: what is proposed
+was compiled, and no other that was compiled is faster by its compiled program.
 
     memory   the state as sharded, float32 gradients of the trained weights, and for every clip on the device and every
              token of its share, what a block keeps for the backward pass (`SAVED`, in units of the hidden state)
-    time     arithmetic with what is recomputed (`REPEATED`), weights gathered once an evaluation and part of the batch,
-             four all-to-alls a block for the sequence's share
+    time     arithmetic with what is recomputed (`REPEATED`); for each evaluation and part of the batch, weights
+             gathered over fsdp x context, four all-to-alls a block among the devices that exchange tokens for heads,
+             and keys and values once around the ring of those that do not
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -66,12 +69,14 @@ class Tried:
       setting: what was tried.
       expected: bytes on one device and seconds of a step before it was compiled; None for what could not be drawn up.
       total: bytes on one device as compiled; None if it was refused without a number or could not be drawn up.
-      outcome: "fits", "does not fit", or why training cannot run it.
+      seconds: of a step as compiled, communication not hidden; None for what was refused or could not be drawn up.
+      outcome: "fits", "does not fit", "plain tiles" for attention without a kernel, or why training cannot run it.
     """
 
     setting: Setting
     expected: tuple[float, float] | None
     total: int | None
+    seconds: float | None
     outcome: str
 
 
@@ -80,7 +85,7 @@ class SearchResult:
     """The end of a search.
 
     Attributes:
-      plan: the fastest setting that fits; None when none of those tried does.
+      plan: the fastest by its compiled programs of those that were tried and fit; None when none does.
       tried: what was compiled, in order.
       settings: how many settings there are.
     """
@@ -100,6 +105,7 @@ class SearchResult:
                     "estimated_bytes": None if t.expected is None else t.expected[0],
                     "estimated_seconds": None if t.expected is None else t.expected[1],
                     "total": t.total,
+                    "seconds": t.seconds,
                     "outcome": t.outcome,
                 }
                 for t in self.tried
@@ -135,11 +141,12 @@ def search(
     """
     options = list(settings(asked.setting, len(devices), experiment.batch_size))
     estimates, tried = _estimates(experiment, clip, topology, devices, asked, options)
-    scale = _scale(asked, estimates)
+    scale, slower = _scale(asked, estimates), _slower(asked, estimates)
+    best, quickest = None, math.inf
     for _ in range(tries):
         limit = SLACK * topology.chip.capacity
         estimate = next((e for e in estimates if e.kept + scale * e.made <= limit), None)
-        if estimate is None:
+        if estimate is None or slower * estimate.seconds >= quickest:
             break
         estimates.remove(estimate)
         say(f"trying {estimate.setting.flags}")
@@ -147,13 +154,15 @@ def search(
         if estimate.setting != asked.setting:
             changed = with_setting(experiment, estimate.setting)
             plan = make_plan(changed, clip, topology, devices, say, fail_fast=True)
-        expected = (estimate.kept + scale * estimate.made, estimate.seconds)
-        tried.append(Tried(estimate.setting, expected, plan.total, "fits" if plan.fits else "does not fit"))
-        if plan.fits:
-            return SearchResult(plan, tuple(tried), len(options))
-        if plan.total is not None:  # do not try again what is now known to be too large
+        expected = (estimate.kept + scale * estimate.made, slower * estimate.seconds)
+        seconds = plan.step(serial=True)
+        outcome = "plain tiles" if plan.tiled else "fits" if plan.fits else "does not fit"
+        tried.append(Tried(estimate.setting, expected, plan.total, seconds, outcome))
+        if outcome == "fits" and seconds is not None and seconds < quickest:
+            best, quickest = plan, seconds
+        if not plan.fits and plan.total is not None:  # do not try again what is now known to be too large
             scale = max(scale, (plan.total - estimate.kept) / estimate.made)
-    return SearchResult(None, tuple(tried), len(options))
+    return SearchResult(best, tuple(tried), len(options))
 
 
 def _estimates(
@@ -175,7 +184,7 @@ def _estimates(
             drawn[mesh] = _draw(experiment, setting, clip, devices)
             reason = drawn[mesh]
             if isinstance(reason, str):
-                refused.append(Tried(setting, None, None, reason))
+                refused.append(Tried(setting, None, None, None, reason))
         programs = drawn[mesh]
         if isinstance(programs, str) or not _runs(experiment, setting):
             continue
@@ -191,6 +200,13 @@ def _scale(asked: Plan, estimates: Sequence[Estimate]) -> float:
     made = asked.memory["temporaries"]
     known = [e.made for e in estimates if e.setting == asked.setting]
     return made / known[0] if made and known else 1.0
+
+
+def _slower(asked: Plan, estimates: Sequence[Estimate]) -> float:
+    """Seconds of a step of the asked setting as compiled, over its estimate; 1 if it was refused."""
+    compiled = asked.step(serial=True)
+    known = [e.seconds for e in estimates if e.setting == asked.setting]
+    return compiled / known[0] if compiled and known else 1.0
 
 
 def _runs(experiment: Experiment, setting: Setting) -> bool:
@@ -226,20 +242,27 @@ def seconds(config: WanTransformerConfig, clip: ClipSize, chip: Chip, asked: Pla
     devices, batch = asked.devices, asked.batch_size
     weights = config.num_layers * config.width * (8 * config.width + 2 * config.ffn_dim)
     forward = 2.0 * batch * clip.tokens * (weights + 2.0 * config.num_layers * clip.tokens * config.width)
-    flops = asked.model_flops * REPEATED[setting.remat]
-    evaluations = flops / forward
-    hosts = [i // topology_host(chip) for i in range(devices)]
-    gathered = evaluations * setting.accumulation * 2.0 * weights * (setting.fsdp - 1) / setting.fsdp
-    hidden = 2.0 * batch / (setting.data * setting.fsdp) * clip.tokens / setting.context * config.width
-    exchanged = evaluations * 4 * config.num_layers * hidden * (setting.context - 1) / setting.context
-    across = tuple(range(0, setting.fsdp * setting.context * setting.tensor, setting.context * setting.tensor))
-    beside = tuple(range(0, setting.context * setting.tensor, setting.tensor))
+    repeated = REPEATED[setting.remat]
+    evaluations = asked.model_flops * repeated / forward
+    arithmetic = sum(p.calls * roofline.arithmetic(chip, devices, p.work) for p in asked.programs)
+    split = setting.fsdp * setting.context
+    gathered = evaluations * setting.accumulation * 2.0 * weights / setting.tensor * (split - 1) / split
+    # One of queries, keys, values and results on a device, in all blocks of an evaluation of its clips.
+    share = 2.0 * batch / (setting.data * setting.fsdp) * clip.tokens * config.width * config.num_layers
+    share *= evaluations / (setting.context * setting.tensor)
+    ulysses = math.gcd(setting.context, config.num_attention_heads // setting.tensor)
+    ring = setting.context // ulysses
+    step = setting.tensor
     parts = [
-        Collective("all-gather", ("fsdp",), across, 1, gathered),
-        Collective("all-to-all", ("context",), beside, 1, exchanged),
+        Collective("all-gather", ("fsdp", "context"), tuple(range(0, split * step, step)), 1, gathered),
+        Collective(
+            "all-to-all", ("context",), tuple(range(0, ulysses * step, step)), 1, 4 * share * (ulysses - 1) / ulysses
+        ),
+        Collective("collective-permute", ("context",), (0, ulysses * step), 1, 2 * share * (ring - 1)),
     ]
-    sent = sum((part.bytes / (roofline.rate(chip, part, hosts) * roofline.LINK) for part in parts), 0.0)
-    return flops / (devices * chip.flops * roofline.COMPUTE) + sent
+    hosts = [i // topology_host(chip) for i in range(devices)]
+    sent = sum((part.bytes / (roofline.rate(chip, part, hosts) * roofline.LINK) for part in parts if part.bytes), 0.0)
+    return arithmetic * repeated / REPEATED[asked.setting.remat] + sent
 
 
 def topology_host(chip: Chip) -> int:

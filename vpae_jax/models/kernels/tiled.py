@@ -25,6 +25,8 @@ from vpae_jax.models.kernels.remat import RESIDUALS
 TILE = 512
 # Tiles of all sizes but the last are a multiple of this, the width of a processor's vectors.
 VECTOR = 16
+# Scope of everything that is computed here, by which a plan knows it.
+SCOPE = "tiled_attention"
 
 HeadQueries = Float[Array, "n head_dim"]
 HeadKeys = Float[Array, "m head_dim"]
@@ -91,6 +93,7 @@ def backward(
     return _tokens_first(dq, q), _tokens_first(dk, k), _tokens_first(dv, v)
 
 
+@jax.named_scope(SCOPE)
 def _each_head(one: Callable[..., Any], tokens: tuple[Array, ...], rows: tuple[Array, ...], bias: Bias | None) -> Any:
     """Calls `one` with what belongs to each head of each clip, one after the other."""
     b, _, heads, _ = tokens[0].shape
