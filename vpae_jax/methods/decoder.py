@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from vpae_jax.methods.base import Context, Method, Nets, Role, Update, averages
 from vpae_jax.methods.common import check_at_least, example_mean, f32, named_keys
@@ -66,7 +67,7 @@ class Decoder(Method):
         metrics = {"l1": l1.mean(), "psnr": (10 * jnp.log10(4 / jnp.maximum(l2, 1e-10))).mean()}
         return self.l1 * l1 + self.l2 * l2, metrics
 
-    def piece(self, latents: Latents, key: PRNGKey) -> Latents:
+    def piece(self, latents: Latents, key: PRNGKey) -> Float[Array, "b frames rows columns c"]:
         """What of the clips is decoded."""
         _, f, h, w, _ = latents.shape
         frames, rows, columns = (
