@@ -33,8 +33,9 @@ from vpae_jax.flow.chunks import Chunks
 from vpae_jax.flow.rollout import make_chunk, remember
 from vpae_jax.flow.sampler import Sampler
 from vpae_jax.inference import samplers
-from vpae_jax.inference.samplers import MASK_CHANNELS, Denoiser, Grey, Pixels
+from vpae_jax.inference.samplers import MASK_CHANNELS, Denoiser, Pixels
 from vpae_jax.models.wan_vae import Cache, WanVAE
+from vpae_jax.models.wan_vae_grey import Grey
 from vpae_jax.types import Condition, Latents, Memory, Params, PRNGKey, UserError
 
 
@@ -133,7 +134,7 @@ class Stream:
             return jnp.zeros((*shape[:-1], MASK_CHANNELS + shape[-1])), None
         if grey is None:
             return samplers.encode_first_frame(self.vae, self.first, shape[1])
-        return _encode_grey(*vae, grey, shape[1])
+        return _encode_grey(*vae, grey, *shape[1:3])
 
 
 def _fetched(frames: Pixels, finite: Bool[Array, ""]) -> UInt8[np.ndarray, "t height width 3"]:
@@ -195,6 +196,6 @@ def _decode(
     return frames, finite, left
 
 
-@partial(jax.jit, static_argnums=(0, 3), donate_argnums=2)
-def _encode_grey(graph: nnx.GraphDef, weights: Params, past: Grey, frames: int) -> tuple[Latents, Grey]:
-    return samplers.encode_grey(nnx.merge(graph, weights), past, frames)
+@partial(jax.jit, static_argnums=(0, 3, 4), donate_argnums=2)
+def _encode_grey(graph: nnx.GraphDef, weights: Params, past: Grey, frames: int, rows: int) -> tuple[Latents, Grey]:
+    return samplers.grey_frames(nnx.merge(graph, weights), past, frames, rows)
