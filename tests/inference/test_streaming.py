@@ -116,6 +116,21 @@ def test_a_text_to_video_model_continues_a_picture(t2v, picture, guidance):
     assert np.abs(other - expected)[1:].max() > 1
 
 
+def test_a_whole_clip_is_decoded_piece_by_piece(t2v):
+    """Its frames are those of decoding all at once; no more than those of two latent frames are on the device."""
+    latents = jax.random.normal(jax.random.key(0), t2v.latent_shape(1, 17))
+    expected, pieces = np.asarray(t2v.decode(latents))[0].astype(int), []
+    for piece in streaming.decoded(t2v.vae, latents):
+        pieces.append(piece)
+        on_device = [x for x in jax.live_arrays() if x.dtype == jnp.uint8 and x.shape == (1, 4, HEIGHT, WIDTH, 3)]
+        assert len(on_device) <= 2
+    assert [len(piece) for piece in pieces] == [1, 4, 4, 4, 4] and expected.std() > 5
+    assert np.abs(np.concatenate(pieces) - expected).max() <= 1
+    broken = latents.at[0, 2, 0, 0, 0].set(jnp.nan)
+    with pytest.raises(UserError, match="the video is not finite"):
+        list(streaming.decoded(t2v.vae, broken))
+
+
 def test_a_seed_decides(t2v):
     def made(seed):
         return np.concatenate(list(t2v.stream(PROMPT, sampler=ONE, seed=seed)))

@@ -1,5 +1,7 @@
 """The autoencoder with the rows of a clip over several devices, against one device."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,12 +14,23 @@ from vpae_jax.models.wan_vae_grey import encode_first, encode_grey
 from vpae_jax.models.wan_vae_rows import Rows
 from vpae_jax.sharding import make_mesh
 
-CONFIG = WanVAEConfig(base_dim=4, num_res_blocks=1, latents_mean=(0.1,) * 16, latents_std=(1.2,) * 16)
+CONFIG = WanVAEConfig(
+    base_dim=4,
+    z_dim=4,
+    dim_mult=(1, 2, 2),
+    num_res_blocks=1,
+    temperal_downsample=(False, True),
+    scale_factor_temporal=2,
+    scale_factor_spatial=4,
+    latents_mean=(0.1,) * 4,
+    latents_std=(1.2,) * 4,
+)
 
 
+@functools.cache
 def model(mesh: MeshConfig | None = None, devices: int = 1):
-    """Compiled encoding of a clip in two pieces, of a first frame, and decoding in two pieces; with random weights whose
-    attention does something."""
+    """Compiled encoding of a clip, of a first frame, and decoding in two pieces; with random weights whose attention does
+    something."""
     vae = WanVAE(CONFIG, rngs=nnx.Rngs(0))
     for block in (vae.encoder.mid_block, vae.decoder.mid_block):
         kernel = block.attentions[0].proj.kernel
@@ -31,9 +44,7 @@ def model(mesh: MeshConfig | None = None, devices: int = 1):
 
     @jax.jit
     def encode(weights, video):
-        vae = nnx.merge(graph, weights)
-        begun, cache = vae.encode_next(video[:, :5])
-        return jnp.concatenate([begun, vae.encode_next(video[:, 5:], cache)[0]], axis=1)
+        return nnx.merge(graph, weights).encode(video)
 
     @jax.jit
     def still(weights, first):
@@ -53,19 +64,17 @@ def model(mesh: MeshConfig | None = None, devices: int = 1):
 @pytest.mark.parametrize(
     "mesh, devices, rows",
     [
-        (dict(fsdp=1, context=2), 2, 5),  # 3 rows and 2
-        (dict(fsdp=1, context=4), 4, 8),
-        (dict(fsdp=2, context=2, tensor=2), 8, 7),  # clips, and 2 rows, but for the last
-        (dict(fsdp=1, context=8), 8, 6),  # two devices have none
+        (MeshConfig(fsdp=1, context=2), 2, 5),  # 3 rows and 2
+        (MeshConfig(fsdp=2, context=2, tensor=2), 8, 8),  # clips, and 2 rows each
+        (MeshConfig(fsdp=1, context=8), 8, 6),  # two devices have none
     ],
-    ids=lambda value: str(value) if isinstance(value, int) else "-".join(f"{k}{v}" for k, v in value.items()),
 )
 def test_equals_one_device(mesh, devices, rows):
     weights, *alone = model()
-    _, *spread = model(MeshConfig(**mesh), devices)
+    _, *spread = model(mesh, devices)
     draw = np.random.default_rng(0)
-    video = draw.uniform(-1, 1, (2, 9, 8 * rows, 16, 3)).astype(np.float32)
-    latents = draw.normal(size=(2, 3, rows, 2, 16)).astype(np.float32)
+    video = draw.uniform(-1, 1, (2, 5, 4 * rows, 8, 3)).astype(np.float32)
+    latents = draw.normal(size=(2, 3, rows, 2, 4)).astype(np.float32)
     for one, several, x in zip(alone, spread, (video, video[:, :1], latents), strict=True):
         expected, found = (np.asarray(run(weights, x)) for run in (one, several))
         assert found.shape == expected.shape and expected.std() > 0.1
@@ -75,10 +84,10 @@ def test_equals_one_device(mesh, devices, rows):
 def test_devices_hold_strips_and_exchange_rows():
     """Compiled: no device holds another's rows, but for keys and values; each 3x3 convolution asks its neighbours."""
     weights, _, _, decode = model(MeshConfig(fsdp=1, context=4), 4)
-    latents = jax.ShapeDtypeStruct((1, 3, 8, 4, 16), jnp.float32)
+    latents = jax.ShapeDtypeStruct((1, 3, 32, 4, 4), jnp.float32)
     program = decode.lower(weights, latents).compile()
     text = program.as_text()
-    assert text.count("collective-permute(") > 40 and "all-to-all" not in text
+    assert text.count("collective-permute(") > 20 and "all-to-all" not in text
     alone = model()[3].lower(weights, latents).compile()
     share = program.memory_analysis().temp_size_in_bytes / alone.memory_analysis().temp_size_in_bytes
-    assert share < 0.6  # halos are as large as strips of a row
+    assert share < 0.5

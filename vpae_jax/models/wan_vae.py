@@ -366,7 +366,7 @@ class WanVAE(nnx.Module):
         self, run: Callable[..., tuple[Volume, Any]], x: Volume, carried: Any, latent_rows: int
     ) -> tuple[Volume, Any]:
         """`run(vae, x, carried, strip)`; where there are `rows`, on each device with its own (`Rows.run`)."""
-        if self.rows is None:
+        if self.rows is None or self.rows.devices == 1:
             return run(self, x, carried, None)
         graph, weights = nnx.split(self)
 
