@@ -45,6 +45,7 @@ from vpae_jax.models.clip import CLIPVision
 from vpae_jax.models.umt5 import UMT5Encoder
 from vpae_jax.models.wan_dit import WanTransformer
 from vpae_jax.models.wan_vae import WanVAE
+from vpae_jax.runtime.platforms import compute_dtype
 from vpae_jax.train.roles import split
 from vpae_jax.types import Condition, Latents, Mask, PRNGKey, UserError, Video
 from vpae_jax.weights.directory import ModelDirectory
@@ -107,9 +108,7 @@ class Pipeline:
           merge: what is added to its weights (`weights.merging.open_merging`).
         """
         first, second = experts.load(model, dtype, mesh, merge)
-        vae = (
-            self.vae if mesh is None else load_part(model, "vae", jnp.float32, experts.place(mesh, sharding.REPLICATED))
-        )
+        vae = self.vae if mesh is None else experts.load_vae(model, self.vae.dtype, mesh)
         return dataclasses.replace(self, transformer=first, transformer_2=second, vae=vae)
 
     def on(self, device: Any) -> Pipeline:
@@ -271,7 +270,7 @@ class Pipeline:
         space, frames = self.vae.config.scale_factor_spatial, self._sizes.latent_frames(num_frames)
         return batch, frames, height // space, width // space, self.vae.config.z_dim
 
-    def __call__(
+    def pieces(
         self,
         prompt: str,
         image: UInt8[np.ndarray, "image_height image_width 3"] | None = None,
@@ -287,8 +286,8 @@ class Pipeline:
         noise: Latents | None = None,
         window: int | None = None,
         sink: int | None = None,
-    ) -> UInt8[np.ndarray, "t height width 3"]:
-        """Makes one video.
+    ) -> Iterator[streaming.Piece]:
+        """Makes one video, and gives its frames while later ones are being decoded; a call gives all at once.
 
         Args:
           prompt: what it shows.
@@ -326,7 +325,9 @@ class Pipeline:
         condition = self.condition([prompt], pictures, num_frames, height, width)
         unconditional = self._unconditional(condition, negative_prompt) if sampler.guidance > 1 else None
         latents = self.sample(noise, condition, unconditional, sampler, key[None], given=given)
-        return np.asarray(self.decode(latents)[0])
+        yield from streaming.decoded(self.vae, latents)
+
+    __call__ = streaming.joined(pieces)
 
     def stream(
         self,
@@ -338,7 +339,7 @@ class Pipeline:
         num_frames: int | float | None = None,
         height: int | None = None,
         width: int | None = None,
-    ) -> Iterator[UInt8[np.ndarray, "t height width 3"]]:
+    ) -> Iterator[streaming.Piece]:
         """Makes one video with a causal model, and gives each chunk's frames while the next chunks are being made.
 
         They are the frames of a call. Memory does not grow with their number, where the model sees a window of them.
@@ -439,25 +440,29 @@ class Pipeline:
 
 def load_pipeline(
     path: str | Path | ModelDirectory | None = None,
-    dtype: DTypeLike = jnp.float32,
+    dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     with_transformer: bool = True,
+    vae_dtype: DTypeLike = jnp.float32,
 ) -> Pipeline:
     """Loads a model.
 
     Args:
       path: a folder in any layout (`weights/find.py`), or `OWNER/NAME` of the Hugging Face hub; "tiny" or None for
         the model inside this package; or what `weights.find.find_model` has found.
-      dtype: weights and compute dtype of the transformer and the encoders. The VAE is float32 always, as in Wan.
+      dtype: weights and compute dtype of the transformer and the encoders; by default bfloat16 on accelerators, and
+        float32 on processors.
       mesh: devices over which the transformer's weights and tokens are sharded (`sharding.TRANSFORMER_RULES`,
-        `parallel.MeshLayout`) and the other parts replicated; None uses the default device.
+        `parallel.MeshLayout`) and the other parts replicated, the VAE with the rows of a clip over `context` and
+        `tensor` (`models.wan_vae_rows`); None uses the default device.
       with_transformer: False leaves the transformers' weights in their files, for a caller that brings others
         (`Pipeline.sample`'s denoiser); it then has shapes only.
+      vae_dtype: weights and compute dtype of the VAE: float32, as Wan's own, whatever `dtype` is.
 
     Raises:
       UserError: there is no Wan model, a part of it is missing or broken, or its parts do not fit together.
     """
-    model = find_model(path)
+    model, dtype = find_model(path), jnp.dtype(compute_dtype() if dtype is None else dtype)
     model.require_whole()
     check_fit({name: source.config for name, source in model.parts.items()}, str(model.path))
     with model.open_tokenizer() as folder:
@@ -476,7 +481,7 @@ def load_pipeline(
         raise UserError(f"{model.path}: is causal and has two experts, which does not work here; load one of them")
     return Pipeline(
         transformer=transformer,
-        vae=load_part(model, "vae", jnp.float32, experts.place(mesh, sharding.REPLICATED)),
+        vae=experts.load_vae(model, vae_dtype, mesh),
         text_encoder=load_part(model, "text_encoder", dtype, experts.place(mesh, sharding.REPLICATED)),
         image_encoder=image_encoder,
         tokenizer=tokenizer,
