@@ -1,7 +1,7 @@
 """Makes one video from a model directory.
 
     python -m vpae_jax.sample --model=DIR --prompt=... [--image=FILE] [--steps=N|N,M] [--guidance=W] [--seed=0] \\
-        [--devices=N] [--stream] --output=out.mp4
+        [--devices=N] [--decoder=FILE] [--stream] --output=out.mp4
 
 The output is an .mp4, or a .png that shows every frame. A model is sampled as its author samples it: a student in the
 steps that it was trained for, a teacher in many and with guidance. Where --steps says otherwise, a line on standard
@@ -66,6 +66,7 @@ def parser() -> cli.Parser:
     add("--shift", type=float, help="of even times, for more than one step; the model's own by default")
     add("--dtype", choices=cli.DTYPES, help=cli.DTYPE_HELP)
     add("--devices", type=int, default=1, help="of this process, that share the video and the weights; 1 by default")
+    add("--decoder", help="small decoder in the place of the VAE: TAEHV's taew2_1, or what configs/decoder.py has left")
     add("--num_frames", type=int, help="frames of the video; the model's own by default")
     add(
         "--window",
@@ -102,7 +103,7 @@ def main(argv: list[str]) -> None:
     devices = cli.local_devices(given.devices)
     mesh = make_mesh(MeshConfig(fsdp=1, context=len(devices)), devices) if len(devices) > 1 else None
     with working(f"reading {given.model}"):
-        pipeline = load_pipeline(given.model, given.dtype, mesh)
+        pipeline = load_pipeline(given.model, given.dtype, mesh, decoder=given.decoder)
     advised, own = pipeline.sampler(), pipeline.defaults
     if given.steps not in (None, advised.asked):
         advice = f"--steps={typed(advised.asked)} --guidance={advised.guidance}"

@@ -42,6 +42,7 @@ from vpae_jax.inference.tokenizer import (
     tokenize,
 )
 from vpae_jax.models.clip import CLIPVision
+from vpae_jax.models.tiny_decoder import TinyDecoder
 from vpae_jax.models.umt5 import UMT5Encoder
 from vpae_jax.models.wan_dit import WanTransformer
 from vpae_jax.models.wan_vae import WanVAE
@@ -69,6 +70,7 @@ class Pipeline:
       defaults: the clip that a call without sizes makes, and its negative prompt.
       transformer_2: the other expert; None where one network is for all times.
       boundary: time in (0, 1) that divides the experts; 0 with one network.
+      small_decoder: what decodes latents in the place of the VAE; None for the VAE.
     """
 
     transformer: WanTransformer
@@ -81,6 +83,12 @@ class Pipeline:
     defaults: Defaults
     transformer_2: WanTransformer | None = None
     boundary: float = 0.0
+    small_decoder: TinyDecoder | None = None
+
+    @property
+    def decoder(self) -> WanVAE | TinyDecoder:
+        """What makes frames of latents."""
+        return self.small_decoder or self.vae
 
     @property
     def takes_image(self) -> bool:
@@ -119,8 +127,13 @@ class Pipeline:
             return nnx.merge(graph, jax.device_put(weights, device))
 
         image = None if self.image_encoder is None else moved(self.image_encoder)
+        small = None if self.small_decoder is None else moved(self.small_decoder)
         return dataclasses.replace(
-            self, vae=moved(self.vae), text_encoder=moved(self.text_encoder), image_encoder=image
+            self,
+            vae=moved(self.vae),
+            text_encoder=moved(self.text_encoder),
+            image_encoder=image,
+            small_decoder=small,
         )
 
     def encode_prompt(self, prompts: Sequence[str]) -> tuple[Float[Array, "b s d"], Mask]:
@@ -257,7 +270,7 @@ class Pipeline:
         Raises:
           UserError: latents or pixels are not finite.
         """
-        frames, finite = samplers.decode(self.vae, latents)
+        frames, finite = samplers.decode(self.decoder, latents)
         samplers.check_finite(finite)
         return frames
 
@@ -325,7 +338,7 @@ class Pipeline:
         condition = self.condition([prompt], pictures, num_frames, height, width)
         unconditional = self._unconditional(condition, negative_prompt) if sampler.guidance > 1 else None
         latents = self.sample(noise, condition, unconditional, sampler, key[None], given=given)
-        yield from streaming.decoded(self.vae, latents)
+        yield from streaming.decoded(self.decoder, latents)
 
     __call__ = streaming.joined(pieces)
 
@@ -369,7 +382,7 @@ class Pipeline:
         unconditional = self._unconditional(condition, negative_prompt) if sampler.guidance > 1 else None
         first = None if pictures is None else first_frames(pictures, *self._sizes.clip(1, height, width)[1:])
         clip = (condition, unconditional, first, given, (1, latent_frames, *space), seed)
-        return streaming.Stream(self.vae, self.denoiser, sampler, self.takes_image, *clip).frames()
+        return streaming.Stream(self.vae, self.decoder, self.denoiser, sampler, self.takes_image, *clip).frames()
 
     def fit(self, height: int, width: int) -> tuple[int, int]:
         """The video's height and width for a picture's: its aspect ratio at the model's own area (`pictures.fitted`).
@@ -444,6 +457,7 @@ def load_pipeline(
     mesh: Mesh | None = None,
     with_transformer: bool = True,
     vae_dtype: DTypeLike = jnp.float32,
+    decoder: str | Path | None = None,
 ) -> Pipeline:
     """Loads a model.
 
@@ -457,6 +471,8 @@ def load_pipeline(
         `tensor` (`models.wan_vae_rows`); None uses the default device.
       with_transformer: False leaves the transformers' weights in their files, for a caller that brings others
         (`Pipeline.sample`'s denoiser); it then has shapes only.
+      decoder: where a small decoder is that takes the VAE's place: TAEHV's file for Wan 2.1 (`taew2_1`), or the model
+        directory that `configs/decoder.py` leaves. It has the `vae_dtype`.
       vae_dtype: weights and compute dtype of the VAE: float32, as Wan's own, whatever `dtype` is.
 
     Raises:
@@ -479,7 +495,12 @@ def load_pipeline(
     scheduler = read_scheduler(model.folder, image)
     if scheduler.chunks is not None and transformer_2 is not None:
         raise UserError(f"{model.path}: is causal and has two experts, which does not work here; load one of them")
+    small = None
+    if decoder is not None:
+        small = load_part(find_model(decoder), "decoder", vae_dtype, experts.place(mesh, sharding.REPLICATED))
+        check_fit({"transformer": transformer.config, "decoder": small.config}, str(decoder))
     return Pipeline(
+        small_decoder=small,
         transformer=transformer,
         vae=experts.load_vae(model, vae_dtype, mesh),
         text_encoder=load_part(model, "text_encoder", dtype, experts.place(mesh, sharding.REPLICATED)),

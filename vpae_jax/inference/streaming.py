@@ -34,6 +34,7 @@ from vpae_jax.flow.rollout import make_chunk, remember
 from vpae_jax.flow.sampler import Sampler
 from vpae_jax.inference import samplers
 from vpae_jax.inference.samplers import MASK_CHANNELS, Denoiser, Pixels
+from vpae_jax.models.tiny_decoder import TinyDecoder
 from vpae_jax.models.wan_vae import Cache, WanVAE
 from vpae_jax.models.wan_vae_grey import Grey
 from vpae_jax.types import Condition, Latents, Memory, Params, PRNGKey, UserError
@@ -69,7 +70,8 @@ class Stream:
     """One clip, of which nothing is made yet.
 
     Attributes:
-      vae: decodes it, and encodes its condition frames.
+      vae: encodes its condition frames.
+      decoder: decodes it.
       denoiser: a causal network.
       sampler: with `chunks`.
       takes_image: whether the network reads condition frames.
@@ -82,6 +84,7 @@ class Stream:
     """
 
     vae: WanVAE
+    decoder: WanVAE | TinyDecoder
     denoiser: Denoiser
     sampler: Sampler
     takes_image: bool
@@ -101,7 +104,8 @@ class Stream:
         chunks = self.sampler.chunks
         assert chunks is not None
         b, latent_frames, h, w, c = self.shape
-        vae, (graph, weights) = nnx.split(self.vae), (self.denoiser.graph, self.denoiser.weights)
+        vae, decoder = nnx.split(self.vae), nnx.split(self.decoder)
+        graph, weights = self.denoiser.graph, self.denoiser.weights
         guided = (self.unconditional, jnp.float32(self.sampler.guidance))
         noise_key, key = draws.keys_of_seed(self.seed)
         memory = _empty(graph, chunks, (b, chunks.slots(latent_frames), h, w, c), weights, *guided)
@@ -119,7 +123,7 @@ class Stream:
                 plan = replace(self.sampler, times=times, first=(), guidance=1.0)  # one program for all guidances
                 key_of_chunk = (key[None], jnp.uint32(number))
                 latents = _make(graph, plan, weights, *guided, noise, own, key_of_chunk, memory)
-            frames, finite, cache = _decode(*vae, latents, cache)
+            frames, finite, cache = _decode(*decoder, latents, cache)
             frames.copy_to_host_async()
             if stop < latent_frames:
                 memory = _remember(graph, chunks, weights, *guided, latents, own, memory)
@@ -153,13 +157,13 @@ def joined(
     return whole
 
 
-def decoded(vae: WanVAE, latents: Latents) -> Iterator[Piece]:
+def decoded(decoder: WanVAE | TinyDecoder, latents: Latents) -> Iterator[Piece]:
     """Frames of one clip, those of a latent frame at a time: they are copied to the host, and used there, while the
     device decodes the next ones. On the device are those of two latent frames, however long the clip.
 
     Raises as `Stream.frames`.
     """
-    own, cache = nnx.split(vae), None
+    own, cache = nnx.split(decoder), None
     waiting: deque[tuple[Pixels, Bool[Array, ""]]] = deque()
     for number in range(latents.shape[1]):
         frames, finite, cache = _decode_one(*own, latents, jnp.uint32(number), cache)
