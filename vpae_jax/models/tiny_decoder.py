@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from vpae_jax.models.wan_vae import WAN_LATENTS_MEAN, WAN_LATENTS_STD
-from vpae_jax.models.wan_vae_blocks import Volume, conv_frames
+from vpae_jax.models.wan_vae_blocks import Volume
 from vpae_jax.types import Latents, UserError, Video
 
 # Blocks of a level.
@@ -81,7 +81,10 @@ class Conv(nnx.Module):
         self.bias = nnx.Param(zeros_init()(rngs.params(), (cout,), param_dtype)) if bias else None
 
     def __call__(self, x: Volume) -> Volume:
-        y = conv_frames(x, self.kernel[...].astype(self.dtype))
+        frames, layout = rearrange(x, "b t h w c -> (b t) h w c"), ("NHWC", "HWIO", "NHWC")
+        kernel = self.kernel[...].astype(self.dtype)
+        y = jax.lax.conv_general_dilated(frames, kernel, (1, 1), "SAME", dimension_numbers=layout)
+        y = rearrange(y, "(b t) h w c -> b t h w c", t=x.shape[1])
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
