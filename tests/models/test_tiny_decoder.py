@@ -11,6 +11,7 @@ import torch
 from original_taehv import random_taehv
 from safetensors.torch import save_file
 
+from vpae_jax.models.wan_vae import WAN_LATENTS_MEAN, WAN_LATENTS_STD
 from vpae_jax.types import UserError
 from vpae_jax.weights.find import find_model
 from vpae_jax.weights.loading import load_part
@@ -60,6 +61,14 @@ def test_pieces_are_the_whole_clip(files):
     rest, _ = model.decode_next(z[:, 2:], cache)
     assert first.shape[1] == 5 and rest.shape[1] == 12
     np.testing.assert_allclose(np.concatenate([first, rest], 1), model.decode(z), atol=1e-6)
+
+
+def test_a_config_beside_the_file_says_that_latents_are_not_normalised(files, tmp_path):
+    save_file(random_taehv().state_dict(), tmp_path / "lighttaew2_1.safetensors")
+    (tmp_path / "config.json").write_text('{"raw_latents": true}')
+    raw, z = decoder(tmp_path / "lighttaew2_1.safetensors"), jnp.asarray(latents(1, 1, 2, 2, 16))
+    expected = decoder(files[256, 128, 64, 64]).decode(z * np.array(WAN_LATENTS_STD) + np.array(WAN_LATENTS_MEAN))
+    np.testing.assert_allclose(raw.decode(z), expected, atol=1e-5)
 
 
 def test_what_is_no_such_decoder_is_one_line(files, tmp_path):
