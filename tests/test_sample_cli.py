@@ -160,6 +160,26 @@ def test_flags_reach_the_pipeline(model, run, tmp_path):
     assert frames(height=16, width=48, num_frames=1).shape == (16, 48, 3)
 
 
+def test_devices_share_a_video(model, run, tmp_path, monkeypatch):
+    """They make the frames of one device, and 8 of them hold an eighth of the weights each."""
+    Image.new("RGB", (40, 40), (200, 30, 30)).save(tmp_path / "first.png")
+    loaded = []
+    monkeypatch.setattr(sample, "load_pipeline", lambda *given: loaded.append(load_pipeline(*given)) or loaded[-1])
+
+    def frames(**options):
+        asked = dict(prompt="a three moves up", image=tmp_path / "first.png", steps=1, guidance=1)
+        code, err = run(model=model, output=tmp_path / "clip.png", **asked, **options)
+        assert not code, err
+        return read_image(tmp_path / "clip.png").astype(int)
+
+    alone = frames()
+    assert np.abs(frames(devices=8) - alone).max() <= 1 and alone.std() > 5
+    kernel = loaded[1].transformer.blocks.attn1.to_q.kernel.get_value()
+    assert kernel.addressable_shards[0].data.size * 8 == kernel.size and kernel.dtype == "float32"
+    code, err = run(model=model, prompt="a three", output=tmp_path / "clip.png", devices=7)
+    assert code == 2 and len(err.splitlines()) == 1 and "is not divisible by fsdp x context=7" in err
+
+
 def test_a_causal_model(causal, run, tmp_path):
     """Its first chunk in more steps than the others, and clips of more chunks than it was made for."""
 
@@ -187,6 +207,7 @@ def test_a_causal_model(causal, run, tmp_path):
         ({"output": "clip.gif"}, "--output=clip.gif: expected a name that ends in .mp4 or .png"),
         ({"output": f"{__file__}/clip.mp4"}, "clip.mp4: cannot be written: "),
         ({"model": "nowhere"}, "nowhere: no such folder"),
+        ({"devices": 9}, "--devices=9: this process has 8; ask for as many at most, and at least 1"),
         ({"steps": 0}, "steps is 0, expected at least 1"),
         ({"steps": "four"}, "--steps=four: expected a number of steps, or of a causal model"),
         ({"steps": "4,1"}, "steps is 4,1, but this model is not causal"),

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jax
 from absl import app, flags, logging
 
 from vpae_jax.files import local_path
@@ -23,6 +24,7 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended
 # Precisions that networks run in and that weights are written in.
 DTYPES = ("float32", "bfloat16")
+DTYPE_HELP = "precision of the networks; by default bfloat16 on accelerators, float32 on processors"
 
 # What absl passes on of Python, and what it means.
 _EXPECTED = {"invalid literal for int()": "a whole number", "could not convert string to float": "a number"}
@@ -59,6 +61,16 @@ def finite(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text!r} is no finite number")
     return value
+
+
+def local_devices(asked: int | None) -> list[Any]:
+    """The first so many devices of this process, by default all. Raises `UserError` for more than it has, or none."""
+    found = jax.local_devices()
+    if asked is None:
+        return found
+    if not 1 <= asked <= len(found):
+        raise UserError(f"--devices={asked}: this process has {len(found)}; ask for as many at most, and at least 1")
+    return found[:asked]
 
 
 def run(main: Main, argv: list[str] | None = None) -> None:

@@ -55,6 +55,7 @@ from vpae_jax.run import guard
 from vpae_jax.run.agreement import digest_of_code
 from vpae_jax.run.workdir import read_run as read_past_run
 from vpae_jax.runtime import distributed
+from vpae_jax.runtime.platforms import compute_dtype
 from vpae_jax.suites import cli as suites
 from vpae_jax.tasks.base import Task
 from vpae_jax.train.checkpoint import CONFIG_FILE
@@ -89,7 +90,7 @@ def parser() -> cli.Parser:
     add("--count", type=int, default=128, help="clips for each of text-to-video and image-to-video, at most")
     add("--batch", type=int, help="clips generated at once; by default as many as their size allows")
     add("--devices", type=int, help="devices of this process that share a batch; all by default")
-    add("--dtype", choices=cli.DTYPES, default="float32", help="precision of the networks")
+    add("--dtype", choices=cli.DTYPES, help=cli.DTYPE_HELP)
     add("--process_id", type=int, help="which of several processes this is, from 0")
     add("--num_processes", type=int, help="how many share the clips")
     add("--output", type=Path, required=True, help="folder to write into, and to go on in")
@@ -208,13 +209,10 @@ def main(argv: list[str]) -> None:
         suites.main(argv)
         return
     given = parser().parse_args(argv)
-    for name in ("batch", "devices"):
-        if (number := getattr(given, name)) is not None and number < 1:
-            raise UserError(f"--{name}={number}: expected at least 1")
+    if given.batch is not None and given.batch < 1:
+        raise UserError(f"--batch={given.batch}: expected at least 1")
     share = Share(*distributed.share(given.process_id, given.num_processes, environ))
-    devices = jax.local_devices()[: given.devices]
-    if given.devices is not None and given.devices > len(devices):
-        raise UserError(f"--devices={given.devices}: this process has {len(devices)}; ask for as many at most")
+    devices = cli.local_devices(given.devices)
     asked, output = entries(given), given.output
     runs = [read_run(name, workdir) for name, workdir in workdirs(given).items()]
     if output.exists() and not output.is_dir():
@@ -222,7 +220,7 @@ def main(argv: list[str]) -> None:
     for row in asked:  # before any clip is made
         row.sampler(row.find())
     shelf = Shelf(output / "clips", measured_by())
-    making = Making(shelf, task_chooser(given), given.count, given.batch, given.dtype, devices)
+    making = Making(shelf, task_chooser(given), given.count, given.batch, given.dtype or compute_dtype(), devices)
     rows = []
     for row in asked:
         rows.append(making.open(row, share))

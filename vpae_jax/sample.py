@@ -1,11 +1,14 @@
 """Makes one video from a model directory.
 
     python -m vpae_jax.sample --model=DIR --prompt=... [--image=FILE] [--steps=N|N,M] [--guidance=W] [--seed=0] \\
-        [--stream] --output=out.mp4
+        [--devices=N] [--decoder=FILE] [--stream] --output=out.mp4
 
 The output is an .mp4, or a .png that shows every frame. A model is sampled as its author samples it: a student in the
 steps that it was trained for, a teacher in many and with guidance. Where --steps says otherwise, a line on standard
 error tells the author's.
+
+With --devices=8 eight devices make the video together: each holds an eighth of the transformer's weights, and works on
+an eighth of the tokens, and of the rows of frames.
 
 Of a causal model, which makes a clip chunk by chunk, --steps=4,1 makes the first chunk in four steps and each later one
 in one. Its clips may be longer than those that it was trained on: --num_frames=N, with a --window of latent frames that
@@ -25,14 +28,16 @@ from pathlib import Path
 from time import perf_counter
 from typing import cast
 
-import jax.numpy as jnp
+import numpy as np
 
 from vpae_jax import cli
+from vpae_jax.config import MeshConfig
 from vpae_jax.flow.draws import check_seed
 from vpae_jax.flow.sampler import SOLVERS, Sampler, Solver, parse_steps, typed
 from vpae_jax.inference.pipeline import Pipeline, load_pipeline
-from vpae_jax.media import Frames, Picture, read_image, write_contact_sheet, write_stream, write_video
+from vpae_jax.media import Frames, Picture, read_image, write_contact_sheet, write_stream
 from vpae_jax.runtime.progress import working
+from vpae_jax.sharding import make_mesh
 from vpae_jax.types import UserError
 
 
@@ -59,7 +64,9 @@ def parser() -> cli.Parser:
     add("--seed", type=int, default=0, help="decides the noise; 0 by default")
     add("--solver", choices=SOLVERS, help="how the steps are taken; the model's own by default")
     add("--shift", type=float, help="of even times, for more than one step; the model's own by default")
-    add("--dtype", choices=cli.DTYPES, default="float32", help="precision of the networks")
+    add("--dtype", choices=cli.DTYPES, help=cli.DTYPE_HELP)
+    add("--devices", type=int, default=1, help="of this process, that share the video and the weights; 1 by default")
+    add("--decoder", help="small decoder in the place of the VAE: TAEHV's taew2_1, or what configs/decoder.py has left")
     add("--num_frames", type=int, help="frames of the video; the model's own by default")
     add(
         "--window",
@@ -93,8 +100,10 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--output={output}: --stream writes .mp4 alone; a .png shows frames that are all there")
     check_seed(given.seed, "--seed")
     image = None if given.image is None else read_image(given.image)
+    devices = cli.local_devices(given.devices)
+    mesh = make_mesh(MeshConfig(fsdp=1, context=len(devices)), devices) if len(devices) > 1 else None
     with working(f"reading {given.model}"):
-        pipeline = load_pipeline(given.model, jnp.dtype(given.dtype))
+        pipeline = load_pipeline(given.model, given.dtype, mesh, decoder=given.decoder)
     advised, own = pipeline.sampler(), pipeline.defaults
     if given.steps not in (None, advised.asked):
         advice = f"--steps={typed(advised.asked)} --guidance={advised.guidance}"
@@ -117,8 +126,8 @@ def main(argv: list[str]) -> None:
         sampler = pipeline.sampler(*asked)
         stream(pipeline, sampler, image, given)
         return
-    with working("compiling, and making the video"):
-        frames = pipeline(
+    with working("compiling, and making the video"), _writable(output):
+        pieces = pipeline.pieces(
             given.prompt,
             image=image,
             steps=given.steps,
@@ -133,12 +142,26 @@ def main(argv: list[str]) -> None:
             window=given.window,
             sink=given.sink,
         )
-    with _writable(output):
         if kind == ".mp4":
-            write_video(output, frames, own.fps)
+            count, height, width = _written(output, pieces, own.fps)
         else:
+            frames = np.concatenate([*pieces])
             write_contact_sheet(output, frames)
-    print(f"{output}: {_counted(len(frames))} of {frames.shape[1]}x{frames.shape[2]}")
+            count, height, width, _ = frames.shape
+    print(f"{output}: {_counted(count)} of {height}x{width}")
+
+
+def _written(output: Path, pieces: Iterator[Frames], fps: float) -> tuple[int, int, int]:
+    """Writes a video while later frames are being made; returns how many there are, their height and width."""
+    shapes = []
+
+    def watched() -> Iterator[Frames]:
+        for frames in pieces:
+            shapes.append(frames.shape)
+            yield frames
+
+    write_stream(output, watched(), fps)
+    return sum(shape[0] for shape in shapes), *shapes[0][1:3]
 
 
 def stream(pipeline: Pipeline, sampler: Sampler, image: Picture | None, given: argparse.Namespace) -> None:

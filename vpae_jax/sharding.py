@@ -72,6 +72,7 @@ RULES: Mapping[str, Rules] = MappingProxyType(
         "transformer": TRANSFORMER_RULES,
         "heads": HEADS_RULES,
         "vae": REPLICATED,
+        "decoder": REPLICATED,
         "encoders": REPLICATED,
         "image_encoder": REPLICATED,
     }

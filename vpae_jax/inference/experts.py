@@ -1,4 +1,4 @@
-"""A model directory's transformers: one, or two experts for different times."""
+"""A model directory's networks on devices: the transformer, or two experts for different times; the autoencoder."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from jax.typing import DTypeLike
 from vpae_jax import sharding
 from vpae_jax.models.parallel import MeshLayout
 from vpae_jax.models.wan_dit import WanTransformer
+from vpae_jax.models.wan_vae import WanVAE
+from vpae_jax.models.wan_vae_rows import Rows
 from vpae_jax.weights.directory import ModelDirectory
 from vpae_jax.weights.loading import load_part
 from vpae_jax.weights.parts import LOW, abstract
@@ -41,6 +43,13 @@ def shapes(model: ModelDirectory, dtype: DTypeLike, mesh: Mesh | None = None) ->
         return nnx.merge(*abstract(name, model.part(name).config, dtype))
 
     return _laid_out(shape("transformer"), shape(LOW) if LOW in model.parts else None, mesh)
+
+
+def load_vae(model: ModelDirectory, dtype: DTypeLike, mesh: Mesh | None = None) -> WanVAE:
+    """The autoencoder, whole on every device of a mesh, over which it spreads the rows of clips. Raises as `load`."""
+    vae: WanVAE = load_part(model, "vae", dtype, place(mesh, sharding.REPLICATED))
+    vae.rows = None if mesh is None else Rows(mesh)
+    return vae
 
 
 def place(mesh: Mesh | None, rules: sharding.Rules) -> Placement | None:

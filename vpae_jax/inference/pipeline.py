@@ -42,9 +42,11 @@ from vpae_jax.inference.tokenizer import (
     tokenize,
 )
 from vpae_jax.models.clip import CLIPVision
+from vpae_jax.models.tiny_decoder import TinyDecoder
 from vpae_jax.models.umt5 import UMT5Encoder
 from vpae_jax.models.wan_dit import WanTransformer
 from vpae_jax.models.wan_vae import WanVAE
+from vpae_jax.runtime.platforms import compute_dtype
 from vpae_jax.train.roles import split
 from vpae_jax.types import Condition, Latents, Mask, PRNGKey, UserError, Video
 from vpae_jax.weights.directory import ModelDirectory
@@ -68,6 +70,7 @@ class Pipeline:
       defaults: the clip that a call without sizes makes, and its negative prompt.
       transformer_2: the other expert; None where one network is for all times.
       boundary: time in (0, 1) that divides the experts; 0 with one network.
+      small_decoder: what decodes latents in the place of the VAE; None for the VAE.
     """
 
     transformer: WanTransformer
@@ -80,6 +83,12 @@ class Pipeline:
     defaults: Defaults
     transformer_2: WanTransformer | None = None
     boundary: float = 0.0
+    small_decoder: TinyDecoder | None = None
+
+    @property
+    def decoder(self) -> WanVAE | TinyDecoder:
+        """What makes frames of latents."""
+        return self.small_decoder or self.vae
 
     @property
     def takes_image(self) -> bool:
@@ -107,9 +116,7 @@ class Pipeline:
           merge: what is added to its weights (`weights.merging.open_merging`).
         """
         first, second = experts.load(model, dtype, mesh, merge)
-        vae = (
-            self.vae if mesh is None else load_part(model, "vae", jnp.float32, experts.place(mesh, sharding.REPLICATED))
-        )
+        vae = self.vae if mesh is None else experts.load_vae(model, self.vae.dtype, mesh)
         return dataclasses.replace(self, transformer=first, transformer_2=second, vae=vae)
 
     def on(self, device: Any) -> Pipeline:
@@ -120,8 +127,13 @@ class Pipeline:
             return nnx.merge(graph, jax.device_put(weights, device))
 
         image = None if self.image_encoder is None else moved(self.image_encoder)
+        small = None if self.small_decoder is None else moved(self.small_decoder)
         return dataclasses.replace(
-            self, vae=moved(self.vae), text_encoder=moved(self.text_encoder), image_encoder=image
+            self,
+            vae=moved(self.vae),
+            text_encoder=moved(self.text_encoder),
+            image_encoder=image,
+            small_decoder=small,
         )
 
     def encode_prompt(self, prompts: Sequence[str]) -> tuple[Float[Array, "b s d"], Mask]:
@@ -258,7 +270,7 @@ class Pipeline:
         Raises:
           UserError: latents or pixels are not finite.
         """
-        frames, finite = samplers.decode(self.vae, latents)
+        frames, finite = samplers.decode(self.decoder, latents)
         samplers.check_finite(finite)
         return frames
 
@@ -271,7 +283,7 @@ class Pipeline:
         space, frames = self.vae.config.scale_factor_spatial, self._sizes.latent_frames(num_frames)
         return batch, frames, height // space, width // space, self.vae.config.z_dim
 
-    def __call__(
+    def pieces(
         self,
         prompt: str,
         image: UInt8[np.ndarray, "image_height image_width 3"] | None = None,
@@ -287,8 +299,8 @@ class Pipeline:
         noise: Latents | None = None,
         window: int | None = None,
         sink: int | None = None,
-    ) -> UInt8[np.ndarray, "t height width 3"]:
-        """Makes one video.
+    ) -> Iterator[streaming.Piece]:
+        """Makes one video, and gives its frames while later ones are being decoded; a call gives all at once.
 
         Args:
           prompt: what it shows.
@@ -326,7 +338,9 @@ class Pipeline:
         condition = self.condition([prompt], pictures, num_frames, height, width)
         unconditional = self._unconditional(condition, negative_prompt) if sampler.guidance > 1 else None
         latents = self.sample(noise, condition, unconditional, sampler, key[None], given=given)
-        return np.asarray(self.decode(latents)[0])
+        yield from streaming.decoded(self.decoder, latents)
+
+    __call__ = streaming.joined(pieces)
 
     def stream(
         self,
@@ -338,7 +352,7 @@ class Pipeline:
         num_frames: int | float | None = None,
         height: int | None = None,
         width: int | None = None,
-    ) -> Iterator[UInt8[np.ndarray, "t height width 3"]]:
+    ) -> Iterator[streaming.Piece]:
         """Makes one video with a causal model, and gives each chunk's frames while the next chunks are being made.
 
         They are the frames of a call. Memory does not grow with their number, where the model sees a window of them.
@@ -368,7 +382,7 @@ class Pipeline:
         unconditional = self._unconditional(condition, negative_prompt) if sampler.guidance > 1 else None
         first = None if pictures is None else first_frames(pictures, *self._sizes.clip(1, height, width)[1:])
         clip = (condition, unconditional, first, given, (1, latent_frames, *space), seed)
-        return streaming.Stream(self.vae, self.denoiser, sampler, self.takes_image, *clip).frames()
+        return streaming.Stream(self.vae, self.decoder, self.denoiser, sampler, self.takes_image, *clip).frames()
 
     def fit(self, height: int, width: int) -> tuple[int, int]:
         """The video's height and width for a picture's: its aspect ratio at the model's own area (`pictures.fitted`).
@@ -439,25 +453,32 @@ class Pipeline:
 
 def load_pipeline(
     path: str | Path | ModelDirectory | None = None,
-    dtype: DTypeLike = jnp.float32,
+    dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     with_transformer: bool = True,
+    vae_dtype: DTypeLike = jnp.float32,
+    decoder: str | Path | None = None,
 ) -> Pipeline:
     """Loads a model.
 
     Args:
       path: a folder in any layout (`weights/find.py`), or `OWNER/NAME` of the Hugging Face hub; "tiny" or None for
         the model inside this package; or what `weights.find.find_model` has found.
-      dtype: weights and compute dtype of the transformer and the encoders. The VAE is float32 always, as in Wan.
+      dtype: weights and compute dtype of the transformer and the encoders; by default bfloat16 on accelerators, and
+        float32 on processors.
       mesh: devices over which the transformer's weights and tokens are sharded (`sharding.TRANSFORMER_RULES`,
-        `parallel.MeshLayout`) and the other parts replicated; None uses the default device.
+        `parallel.MeshLayout`) and the other parts replicated, the VAE with the rows of a clip over `context` and
+        `tensor` (`models.wan_vae_rows`); None uses the default device.
       with_transformer: False leaves the transformers' weights in their files, for a caller that brings others
         (`Pipeline.sample`'s denoiser); it then has shapes only.
+      decoder: where a small decoder is that takes the VAE's place: TAEHV's file for Wan 2.1 (`taew2_1`), or the model
+        directory that `configs/decoder.py` leaves. It has the `vae_dtype`.
+      vae_dtype: weights and compute dtype of the VAE: float32, as Wan's own, whatever `dtype` is.
 
     Raises:
       UserError: there is no Wan model, a part of it is missing or broken, or its parts do not fit together.
     """
-    model = find_model(path)
+    model, dtype = find_model(path), jnp.dtype(compute_dtype() if dtype is None else dtype)
     model.require_whole()
     check_fit({name: source.config for name, source in model.parts.items()}, str(model.path))
     with model.open_tokenizer() as folder:
@@ -474,9 +495,14 @@ def load_pipeline(
     scheduler = read_scheduler(model.folder, image)
     if scheduler.chunks is not None and transformer_2 is not None:
         raise UserError(f"{model.path}: is causal and has two experts, which does not work here; load one of them")
+    small = None
+    if decoder is not None:
+        small = load_part(find_model(decoder), "decoder", vae_dtype, experts.place(mesh, sharding.REPLICATED))
+        check_fit({"transformer": transformer.config, "decoder": small.config}, str(decoder))
     return Pipeline(
+        small_decoder=small,
         transformer=transformer,
-        vae=load_part(model, "vae", jnp.float32, experts.place(mesh, sharding.REPLICATED)),
+        vae=experts.load_vae(model, vae_dtype, mesh),
         text_encoder=load_part(model, "text_encoder", dtype, experts.place(mesh, sharding.REPLICATED)),
         image_encoder=image_encoder,
         tokenizer=tokenizer,

@@ -23,8 +23,9 @@ from vpae_jax.flow.rollout import Guided, Recurrent, Solve, roll_out
 from vpae_jax.flow.sampler import Sampler, Solver
 from vpae_jax.flow.solvers import VelocityFn
 from vpae_jax.models.wan_causal import CausalWan
-from vpae_jax.models.wan_vae import Cache, WanVAE
-from vpae_jax.types import MASK_CHANNELS, Condition, Latents, Params, PRNGKey, UserError, Video, pytree
+from vpae_jax.models.wan_vae import WanVAE
+from vpae_jax.models.wan_vae_grey import Grey, encode_first, encode_grey
+from vpae_jax.types import MASK_CHANNELS, Condition, Latents, Params, PRNGKey, UserError, Video
 
 Pixels = UInt8[Array, "b t height width 3"]
 
@@ -43,22 +44,6 @@ class Denoiser:
     weights: Params
     low: tuple[nnx.GraphDef, Params] | None = None
     boundary: float = 0.0
-
-
-@pytree
-class Grey:
-    """How far the encoding of a first frame, and of the grey ones that follow it, has come.
-
-    Attributes:
-      cache: what the autoencoder needs of the frames so far.
-      latents: of the last latent frame.
-      settled: whether all later ones are equal to it. The encoder sees a finite number of earlier frames, so that its
-        cache becomes the same after each further grey frame, and there is nothing left to encode.
-    """
-
-    cache: Cache
-    latents: Float[Array, "b 1 h w c"]
-    settled: Bool[Array, ""]
 
 
 def apply(model: nnx.Module, *inputs: Any) -> Any:
@@ -124,28 +109,16 @@ def _apply(graph: nnx.GraphDef, weights: nnx.State, *inputs: Any) -> Any:
 @partial(jax.jit, static_argnums=(0, 3))
 def _encode_first_frame(graph: nnx.GraphDef, weights: nnx.State, first: Video, frames: int) -> tuple[Latents, Grey]:
     vae: WanVAE = nnx.merge(graph, weights)
-    latents, cache = vae.encode_next(first)
+    latents, past = encode_first(vae, first)
     mask = jnp.ones((*latents.shape[:-1], MASK_CHANNELS))
-    grey, past = encode_grey(vae, Grey(cache, latents, jnp.bool_(False)), frames - 1)
+    grey, past = grey_frames(vae, past, frames - 1, latents.shape[2])
     return jnp.concatenate([jnp.concatenate([mask, latents], axis=-1), grey], axis=1), past
 
 
-def encode_grey(vae: WanVAE, past: Grey, frames: int) -> tuple[Latents, Grey]:
-    """The next condition frames of a clip, which are grey, so many latent frames; and where their encoding stands."""
-    time, space = vae.config.scale_factor_temporal, vae.config.scale_factor_spatial
-    b, _, h, w, _ = past.latents.shape
-
-    def encode(past: Grey) -> Grey:
-        latents, cache = vae.encode_next(jnp.zeros((b, time, h * space, w * space, 3)), past.cache)
-        same = jax.tree.map(lambda old, new: (old == new).all(), past.cache, cache)
-        return Grey(cache, latents, jnp.stack(same).all())
-
-    def step(past: Grey, _: None) -> tuple[Grey, Float[Array, "b h w c"]]:
-        past = jax.lax.cond(past.settled, lambda past: past, encode, past)
-        return past, past.latents[:, 0]
-
-    past, latents = jax.lax.scan(step, past, length=frames)
-    latents = jnp.moveaxis(latents, 0, 1)
+def grey_frames(vae: WanVAE, past: Grey, frames: int, rows: int) -> tuple[Latents, Grey]:
+    """The next condition frames of a clip, which are grey: so many latent frames of so many rows; and where their
+    encoding stands."""
+    latents, past = encode_grey(vae, past, frames, rows)
     return jnp.concatenate([jnp.zeros((*latents.shape[:-1], MASK_CHANNELS)), latents], axis=-1), past
 
 

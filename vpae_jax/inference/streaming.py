@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, Concatenate, ParamSpec
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +33,15 @@ from vpae_jax.flow.chunks import Chunks
 from vpae_jax.flow.rollout import make_chunk, remember
 from vpae_jax.flow.sampler import Sampler
 from vpae_jax.inference import samplers
-from vpae_jax.inference.samplers import MASK_CHANNELS, Denoiser, Grey, Pixels
+from vpae_jax.inference.samplers import MASK_CHANNELS, Denoiser, Pixels
+from vpae_jax.models.tiny_decoder import TinyDecoder
 from vpae_jax.models.wan_vae import Cache, WanVAE
+from vpae_jax.models.wan_vae_grey import Grey
 from vpae_jax.types import Condition, Latents, Memory, Params, PRNGKey, UserError
+
+Arguments = ParamSpec("Arguments")
+# Frames of a video that follow each other.
+Piece = UInt8[np.ndarray, "_ height width 3"]
 
 
 def frames_held(chunks: Chunks | None, frames: int) -> int:
@@ -64,7 +70,8 @@ class Stream:
     """One clip, of which nothing is made yet.
 
     Attributes:
-      vae: decodes it, and encodes its condition frames.
+      vae: encodes its condition frames.
+      decoder: decodes it.
       denoiser: a causal network.
       sampler: with `chunks`.
       takes_image: whether the network reads condition frames.
@@ -77,6 +84,7 @@ class Stream:
     """
 
     vae: WanVAE
+    decoder: WanVAE | TinyDecoder
     denoiser: Denoiser
     sampler: Sampler
     takes_image: bool
@@ -87,7 +95,7 @@ class Stream:
     shape: tuple[int, int, int, int, int]
     seed: int
 
-    def frames(self) -> Iterator[UInt8[np.ndarray, "t height width 3"]]:
+    def frames(self) -> Iterator[Piece]:
         """Each chunk's frames.
 
         Raises:
@@ -96,7 +104,8 @@ class Stream:
         chunks = self.sampler.chunks
         assert chunks is not None
         b, latent_frames, h, w, c = self.shape
-        vae, (graph, weights) = nnx.split(self.vae), (self.denoiser.graph, self.denoiser.weights)
+        vae, decoder = nnx.split(self.vae), nnx.split(self.decoder)
+        graph, weights = self.denoiser.graph, self.denoiser.weights
         guided = (self.unconditional, jnp.float32(self.sampler.guidance))
         noise_key, key = draws.keys_of_seed(self.seed)
         memory = _empty(graph, chunks, (b, chunks.slots(latent_frames), h, w, c), weights, *guided)
@@ -114,7 +123,7 @@ class Stream:
                 plan = replace(self.sampler, times=times, first=(), guidance=1.0)  # one program for all guidances
                 key_of_chunk = (key[None], jnp.uint32(number))
                 latents = _make(graph, plan, weights, *guided, noise, own, key_of_chunk, memory)
-            frames, finite, cache = _decode(*vae, latents, cache)
+            frames, finite, cache = _decode(*decoder, latents, cache)
             frames.copy_to_host_async()
             if stop < latent_frames:
                 memory = _remember(graph, chunks, weights, *guided, latents, own, memory)
@@ -133,10 +142,39 @@ class Stream:
             return jnp.zeros((*shape[:-1], MASK_CHANNELS + shape[-1])), None
         if grey is None:
             return samplers.encode_first_frame(self.vae, self.first, shape[1])
-        return _encode_grey(*vae, grey, shape[1])
+        return _encode_grey(*vae, grey, *shape[1:3])
 
 
-def _fetched(frames: Pixels, finite: Bool[Array, ""]) -> UInt8[np.ndarray, "t height width 3"]:
+def joined(
+    pieces: Callable[Concatenate[Any, Arguments], Iterator[Piece]],
+) -> Callable[Concatenate[Any, Arguments], Piece]:
+    """A method that gives all pieces of a video at once."""
+
+    @wraps(pieces)
+    def whole(self: Any, *args: Arguments.args, **options: Arguments.kwargs) -> Piece:
+        return np.concatenate([*pieces(self, *args, **options)])
+
+    return whole
+
+
+def decoded(decoder: WanVAE | TinyDecoder, latents: Latents) -> Iterator[Piece]:
+    """Frames of one clip, those of a latent frame at a time: they are copied to the host, and used there, while the
+    device decodes the next ones. On the device are those of two latent frames, however long the clip.
+
+    Raises as `Stream.frames`.
+    """
+    own, cache = nnx.split(decoder), None
+    waiting: deque[tuple[Pixels, Bool[Array, ""]]] = deque()
+    for number in range(latents.shape[1]):
+        frames, finite, cache = _decode_one(*own, latents, jnp.uint32(number), cache)
+        frames.copy_to_host_async()
+        waiting.append((frames, finite))
+        if len(waiting) > 1:
+            yield _fetched(*waiting.popleft())
+    yield _fetched(*waiting.popleft())
+
+
+def _fetched(frames: Pixels, finite: Bool[Array, ""]) -> Piece:
     """Copied as they are: a slice would be a program, behind those of the next chunk."""
     samplers.check_finite(finite)
     return np.asarray(frames)[0]
@@ -195,6 +233,15 @@ def _decode(
     return frames, finite, left
 
 
-@partial(jax.jit, static_argnums=(0, 3), donate_argnums=2)
-def _encode_grey(graph: nnx.GraphDef, weights: Params, past: Grey, frames: int) -> tuple[Latents, Grey]:
-    return samplers.encode_grey(nnx.merge(graph, weights), past, frames)
+@partial(jax.jit, static_argnums=0, donate_argnums=4)
+def _decode_one(
+    graph: nnx.GraphDef, weights: Params, latents: Latents, number: UInt32[Array, ""], cache: Cache | None
+) -> tuple[Pixels, Bool[Array, ""], Cache]:
+    one = jax.lax.dynamic_slice_in_dim(latents, number, 1, axis=1)
+    pixels, left = nnx.merge(graph, weights).decode_next(one, cache)
+    return *samplers.in_8_bits(one, pixels), left
+
+
+@partial(jax.jit, static_argnums=(0, 3, 4), donate_argnums=2)
+def _encode_grey(graph: nnx.GraphDef, weights: Params, past: Grey, frames: int, rows: int) -> tuple[Latents, Grey]:
+    return samplers.grey_frames(nnx.merge(graph, weights), past, frames, rows)

@@ -12,6 +12,7 @@ from vpae_jax.methods.base import Method
 from vpae_jax.methods.causal_init import CausalInit, CausalODE
 from vpae_jax.methods.contrastive import Contrastive
 from vpae_jax.methods.dcm import DCMDetail, DCMSemantic
+from vpae_jax.methods.decoder import Decoder
 from vpae_jax.methods.dmd2 import DMD2
 from vpae_jax.methods.flow_matching import FlowMatching
 from vpae_jax.methods.kd import KnowledgeDistillation
@@ -33,6 +34,7 @@ METHODS: Mapping[str, type] = {
     "dmd2": DMD2,
     "dcm_detail": DCMDetail,
     "dcm_semantic": DCMSemantic,
+    "decoder": Decoder,
     "flow_matching": FlowMatching,
     "kd": KnowledgeDistillation,
     "lcm": LCM,

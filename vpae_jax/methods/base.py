@@ -220,7 +220,7 @@ class Role:
 
     start: str
     trains: bool = False
-    part: Literal["transformer", "heads", "vae", "encoders", "image_encoder"] = "transformer"
+    part: Literal["transformer", "heads", "vae", "decoder", "encoders", "image_encoder"] = "transformer"
     outputs: int = 1
     adapters: Adapters | None = None
     averages: Mapping[str, Average] = field(default_factory=dict)

@@ -8,12 +8,13 @@ presets serve parts that start from random weights, planning, and tests.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from vpae_jax.config import nearest
 from vpae_jax.models.clip import CLIPVisionConfig
 from vpae_jax.models.heads import HeadsConfig, default_taps
+from vpae_jax.models.tiny_decoder import TinyDecoderConfig
 from vpae_jax.models.umt5 import UMT5Config
 from vpae_jax.models.wan_dit import WanTransformerConfig
 from vpae_jax.models.wan_vae import WanVAEConfig
@@ -28,6 +29,7 @@ class Preset:
       transformer: the diffusion transformer.
       heads: discriminator heads on its features.
       vae: the video autoencoder.
+      decoder: the small one that may take its decoder's place.
       text_encoder: the text encoder.
       image_encoder: the image encoder; None for text-to-video.
     """
@@ -37,6 +39,7 @@ class Preset:
     vae: WanVAEConfig
     text_encoder: UMT5Config
     image_encoder: CLIPVisionConfig | None
+    decoder: TinyDecoderConfig = field(default_factory=TinyDecoderConfig)
 
 
 # One transformer for text-to-video (zero image, zero first frame) and image-to-video.
@@ -63,6 +66,7 @@ TINY = Preset(
         image_size=32,
         patch_size=8,
     ),
+    decoder=TinyDecoderConfig(widths=(32, 24, 12, 8)),
 )
 
 UMT5_XXL = UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)

@@ -10,8 +10,9 @@ Source: Wan 2.1 (arXiv:2503.20314, section 4.1); names follow Diffusers' `Autoen
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -33,10 +34,14 @@ from vpae_jax.models.wan_vae_blocks import (
     Volume,
     rematerialised,
 )
+from vpae_jax.models.wan_vae_rows import Rows, Strip
 from vpae_jax.types import Latents, UserError, Video
 
 # What the temporal convolutions remember of a clip's frames so far: the last ones that each has seen.
 Cache = list[Volume]
+Stage = Callable[[Volume, History], Volume]
+# Of the encoder's products of float32.
+PRECISION = "tensorfloat32"
 
 # fmt: off
 WAN_LATENTS_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -128,12 +133,32 @@ class Encoder(nnx.Module):
         self.norm_out = RMSNorm(width, **kw)
         self.conv_out = CausalConv3d(width, 2 * config.z_dim, (3, 3, 3), **kw)
 
-    def __call__(self, x: Volume, history: History) -> Volume:
-        x = self.conv_in(x, history)
+    @property
+    def stages(self) -> list[Stage]:
+        """What it does, one resolution after the other."""
+        levels: list[list[nnx.Module]] = [[]]
         for block in self.down_blocks:
-            x = block(x, history)
-        x = self.mid_block(x, history)
-        return self.conv_out(self.norm_out(x, silu=True), history)
+            levels[-1].append(block)
+            if isinstance(block, Downsample):
+                levels.append([])
+
+        def first(x: Volume, history: History) -> Volume:
+            return _in_turn(levels[0], self.conv_in(x, history), history)
+
+        def last(x: Volume, history: History) -> Volume:
+            x = self.mid_block(_in_turn(levels[-1], x, history), history)
+            return self.conv_out(self.norm_out(x, silu=True), history)
+
+        return [first, *(partial(_in_turn, level) for level in levels[1:-1]), last]
+
+    def __call__(self, x: Volume, history: History) -> Volume:
+        return _in_turn(self.stages, x, history)
+
+
+def _in_turn(layers: Sequence[Any], x: Volume, history: History) -> Volume:
+    for layer in layers:
+        x = layer(x, history)
+    return x
 
 
 class Decoder(nnx.Module):
@@ -164,7 +189,12 @@ class Decoder(nnx.Module):
 
 
 def _in_chunks(
-    run: Callable[[Volume, History], Volume], x: Volume, size: int, out_size: int, cache: Cache | None
+    run: Callable[[Volume, History], Volume],
+    x: Volume,
+    size: int,
+    out_size: int,
+    cache: Cache | None,
+    strip: Strip | None,
 ) -> tuple[Volume, Cache]:
     """Runs over chunks of `size` frames, each with the history that the last one left. A clip's first frame, where
     there is none yet (`cache`), is a chunk by itself.
@@ -175,7 +205,7 @@ def _in_chunks(
     Returns:
       the result, and the history that the last chunk left.
     """
-    history, head = History(cache), 1 if cache is None else size
+    history, head = History(cache, strip), 1 if cache is None else size
     first = run(x[:, :head], history)
     chunks, begin = (x.shape[1] - head) // size, first.shape[1]
     if chunks == 0:
@@ -183,7 +213,7 @@ def _in_chunks(
 
     def step(carry: tuple[Cache, Volume], index: Int[Array, ""]) -> tuple[tuple[Cache, Volume], None]:
         frames, out = carry
-        history = History(frames)
+        history = History(frames, strip)
         chunk = run(jax.lax.dynamic_slice_in_dim(x, head + index * size, size, axis=1), history)
         return (history.seen, jax.lax.dynamic_update_slice_in_dim(out, chunk, begin + index * out_size, axis=1)), None
 
@@ -201,6 +231,9 @@ class WanVAE(nnx.Module):
       rngs: where initial weights come from.
       dtype: of convolutions and attention; norms and softmax are float32 in any case.
       param_dtype: of the weights.
+
+    Attributes:
+      rows: devices over which `encode`, `decode` and those piece by piece spread the rows of a clip; None does not.
     """
 
     def __init__(
@@ -213,6 +246,7 @@ class WanVAE(nnx.Module):
     ):
         kw: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.config, self.dtype = config, dtype
+        self.rows: Rows | None = None
         self.encoder = Encoder(config, **kw)
         self.quant_conv = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1), **kw)
         self.post_quant_conv = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1), **kw)
@@ -225,7 +259,7 @@ class WanVAE(nnx.Module):
           UserError: the frames are not 1 + a multiple of the temporal compression, or rows or columns no multiple of
             the spatial one.
         """
-        self._check_video(video)
+        self.check_video(video)
         mean, logvar = jnp.split(self._encode(video, History()), 2, axis=-1)
         return mean, logvar
 
@@ -258,14 +292,14 @@ class WanVAE(nnx.Module):
 
         Raises as `moments`.
         """
-        self._check_video(video, begun=cache is not None)
+        self.check_video(video, begun=cache is not None)
 
-        def run(x: Volume, history: History) -> Volume:
-            mean = self._encode(x, history)[..., : self.config.z_dim]
-            return (mean - jnp.asarray(self.config.latents_mean)) / jnp.asarray(self.config.latents_std)
+        def run(vae: WanVAE, x: Volume, cache: Cache | None, strip: Strip | None) -> tuple[Volume, Cache]:
+            stages = vae.encode_stages()
+            with jax.default_matmul_precision(PRECISION):
+                return _in_chunks(partial(_in_turn, stages), x, vae.config.scale_factor_temporal, 1, cache, strip)
 
-        with jax.default_matmul_precision("tensorfloat32"):
-            return _in_chunks(run, video, self.config.scale_factor_temporal, 1, cache)
+        return self.by_rows(run, video, cache, video.shape[2] // self.config.scale_factor_spatial)
 
     def decode(self, latents: Latents) -> Video:
         """Inverse of `encode`, clipped to [-1, 1]; memory does not grow with the number of frames.
@@ -289,11 +323,10 @@ class WanVAE(nnx.Module):
         """
         self._check_channels(latents)
 
-        def run(x: Volume, history: History) -> Volume:
-            z = x * jnp.asarray(self.config.latents_std) + jnp.asarray(self.config.latents_mean)
-            return jnp.clip(self._decode(z, history), -1.0, 1.0)
+        def run(vae: WanVAE, x: Volume, cache: Cache | None, strip: Strip | None) -> tuple[Volume, Cache]:
+            return _in_chunks(vae.decode_piece, x, 1, vae.config.scale_factor_temporal, cache, strip)
 
-        return _in_chunks(run, latents, 1, self.config.scale_factor_temporal, cache)
+        return self.by_rows(run, latents, cache, latents.shape[2])
 
     def decode_at(self, latents: Latents, frame: Int[Array, ""]) -> Video:
         """The first video frame and those of one latent frame, as `decode` makes them; for a judge of frames.
@@ -329,6 +362,34 @@ class WanVAE(nnx.Module):
         last = self._decode(jax.lax.dynamic_slice_in_dim(z, frame, 1, axis=1), History(seen), remat=True)
         return jnp.clip(jnp.concatenate([first, last], axis=1), -1.0, 1.0)
 
+    def by_rows(
+        self, run: Callable[..., tuple[Volume, Any]], x: Volume, carried: Any, latent_rows: int
+    ) -> tuple[Volume, Any]:
+        """`run(vae, x, carried, strip)`; where there are `rows`, on each device with its own (`Rows.run`)."""
+        if self.rows is None or self.rows.devices == 1:
+            return run(self, x, carried, None)
+        graph, weights = nnx.split(self)
+
+        def local(weights: Any, *given: Any) -> tuple[Volume, Any]:
+            return run(nnx.merge(graph, weights), *given)
+
+        return self.rows.run(local, weights, x, carried, latent_rows)
+
+    def encode_stages(self) -> list[Stage]:
+        """What is done to a piece of a clip, one resolution after the other, until it is normalised latents."""
+        *first, last = self.encoder.stages
+
+        def end(x: Volume, history: History) -> Volume:
+            mean = self.quant_conv(last(x, history), history)[..., : self.config.z_dim].astype(jnp.float32)
+            return (mean - jnp.asarray(self.config.latents_mean)) / jnp.asarray(self.config.latents_std)
+
+        return [lambda x, history: first[0](x.astype(self.dtype), history), *first[1:], end]
+
+    def decode_piece(self, x: Volume, history: History) -> Volume:
+        """Video of a clip's first latent frames, or of the next ones."""
+        z = x * jnp.asarray(self.config.latents_std) + jnp.asarray(self.config.latents_mean)
+        return jnp.clip(self._decode(z, history), -1.0, 1.0)
+
     def _encode(self, x: Volume, history: History) -> Volume:
         return self.quant_conv(self.encoder(x.astype(self.dtype), history), history).astype(jnp.float32)
 
@@ -336,7 +397,8 @@ class WanVAE(nnx.Module):
         x = self.post_quant_conv(z.astype(self.dtype), history)
         return self.decoder(x, history, remat).astype(jnp.float32)
 
-    def _check_video(self, video: Video, begun: bool = False) -> None:
+    def check_video(self, video: Video, begun: bool = False) -> None:
+        """Raises `UserError` for a video that cannot be encoded; of one that has `begun`, for its next frames."""
         time, space = self.config.scale_factor_temporal, self.config.scale_factor_spatial
         _, t, height, width, _ = video.shape
         if t < 1 or (t if begun else t - 1) % time or height % space or width % space:

@@ -21,6 +21,8 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
+from vpae_jax.models.wan_vae_rows import Strip
+
 Volume = Float[Array, "_ _ _ _ _"]  # [b, t, h, w, c]; each of them may change from input to output
 
 
@@ -28,11 +30,12 @@ class History:
     """The last frames seen by each temporal convolution, in the order in which the convolutions run.
 
     Lives for one pass over one chunk: a pass pops the frames that the chunk before left (`frames`) and appends its
-    own (`seen`). Without `frames` the chunk is the clip's first, or the whole clip.
+    own (`seen`). Without `frames` the chunk is the clip's first, or the whole clip. `strip` says which rows of all
+    frames a device has; None if all.
     """
 
-    def __init__(self, frames: Sequence[Volume] | None = None):
-        self.first = frames is None
+    def __init__(self, frames: Sequence[Volume] | None = None, strip: Strip | None = None):
+        self.first, self.strip = frames is None, strip
         self.frames = list(frames or ())
         self.seen: list[Volume] = []
 
@@ -50,7 +53,7 @@ def rematerialised(block: nnx.Module, x: Volume, history: History) -> Volume:
     first = history.first
 
     def run(weights: Any, x: Volume, frames: list[Volume]) -> tuple[Volume, list[Volume], list[Volume]]:
-        own = History(None if first else frames)
+        own = History(None if first else frames, history.strip)
         made: Any = nnx.merge(graph, weights)
         return made(x, own), own.seen, own.frames
 
@@ -62,12 +65,18 @@ def rematerialised(block: nnx.Module, x: Volume, history: History) -> Volume:
 def conv_frames(
     x: Float[Array, "b t h w c"],
     kernel: Float[Array, "kh kw c cout"],
+    strip: Strip | None,
     stride: int = 1,
-    padding: str | tuple[tuple[int, int], ...] = "SAME",
 ) -> Float[Array, "b t h_out w_out cout"]:
-    """A 2-D convolution of every frame, frames folded into the batch."""
+    """A 2-D convolution of every frame, frames folded into the batch. Rows and columns are filled up with zeros on both
+    sides; with stride 2, of three taps, below and right alone."""
+    before = (kernel.shape[0] - stride) // 2
+    sides = (before, kernel.shape[0] - stride - before) if kernel.shape[0] > 1 else (0, 0)
+    rows = sides
+    if strip is not None and sum(sides):
+        x, rows = strip.extended(x, *sides), (0, 0)
     frames, layout = rearrange(x, "b t h w c -> (b t) h w c"), ("NHWC", "HWIO", "NHWC")
-    y = jax.lax.conv_general_dilated(frames, kernel, (stride, stride), padding, dimension_numbers=layout)
+    y = jax.lax.conv_general_dilated(frames, kernel, (stride, stride), (rows, sides), dimension_numbers=layout)
     return rearrange(y, "(b t) h w c -> b t h w c", t=x.shape[1])
 
 
@@ -81,19 +90,18 @@ class Conv2d(nnx.Module):
         size: int,
         *,
         stride: int = 1,
-        padding: str | tuple[tuple[int, int], ...] = "SAME",
         kernel_init: Initializer | None = None,
         rngs: nnx.Rngs,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
     ):
-        self.stride, self.padding, self.dtype = stride, padding, dtype
+        self.stride, self.dtype = stride, dtype
         self.kernel = nnx.Param((kernel_init or lecun_normal())(rngs.params(), (size, size, cin, cout), param_dtype))
         self.bias = nnx.Param(zeros_init()(rngs.params(), (cout,), param_dtype))
 
-    def __call__(self, x: Volume) -> Volume:
+    def __call__(self, x: Volume, history: History) -> Volume:
         kernel = self.kernel[...].astype(self.dtype)
-        return conv_frames(x, kernel, self.stride, self.padding) + self.bias[...].astype(self.dtype)
+        return conv_frames(x, kernel, history.strip, self.stride) + self.bias[...].astype(self.dtype)
 
 
 class CausalConv3d(nnx.Module):
@@ -126,7 +134,7 @@ class CausalConv3d(nnx.Module):
         # Taps in time become input channels of one 2-D convolution: on CPU twice as fast as a 3-D one.
         taps = [x[:, k : k + (steps - 1) * stride + 1 : stride] for k in range(size)]
         kernel = kernel.transpose(1, 2, 0, 3, 4).reshape(*kernel.shape[1:3], -1, kernel.shape[-1])
-        return conv_frames(jnp.concatenate(taps, axis=-1), kernel) + self.bias[...].astype(self.dtype)
+        return conv_frames(jnp.concatenate(taps, axis=-1), kernel, history.strip) + self.bias[...].astype(self.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -173,10 +181,16 @@ class AttentionBlock(nnx.Module):
 
     def __call__(self, x: Volume, history: History) -> Volume:
         _, t, h, _, c = x.shape
-        q, k, v = jnp.split(rearrange(self.to_qkv(self.norm(x)), "b t h w c3 -> (b t) (h w) c3"), 3, axis=-1)
+        q, k, v = jnp.split(self.to_qkv(self.norm(x), history), 3, axis=-1)
+        mask = None
+        if history.strip is not None:
+            seen = history.strip.seen(h)
+            mask = None if seen is None else jnp.repeat(seen, x.shape[3])
+            k, v = (history.strip.gathered(one) for one in (k, v))
+        q, k, v = (rearrange(one, "b t h w c -> (b t) (h w) c") for one in (q, k, v))
         scores = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32) * c**-0.5
-        out = jnp.einsum("bqk,bkc->bqc", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
-        return x + self.proj(rearrange(out, "(b t) (h w) c -> b t h w c", t=t, h=h))
+        out = jnp.einsum("bqk,bkc->bqc", jax.nn.softmax(scores, axis=-1, where=mask).astype(v.dtype), v)
+        return x + self.proj(rearrange(out, "(b t) (h w) c -> b t h w c", t=t, h=h), history)
 
 
 class Downsample(nnx.Module):
@@ -184,11 +198,11 @@ class Downsample(nnx.Module):
 
     def __init__(self, channels: int, temporal: bool, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
         kw: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-        self.resample = Conv2d(channels, channels, 3, stride=2, padding=((0, 1), (0, 1)), **kw)
+        self.resample = Conv2d(channels, channels, 3, stride=2, **kw)
         self.time_conv = CausalConv3d(channels, channels, (3, 1, 1), time_stride=2, **kw) if temporal else None
 
     def __call__(self, x: Volume, history: History) -> Volume:
-        x = self.resample(x)
+        x = self.resample(x, history)
         if self.time_conv is None:
             return x
         if not history.first:
@@ -198,7 +212,7 @@ class Downsample(nnx.Module):
         if x.shape[1] == 1:
             history.seen.append(first)
             return first
-        rest = History([first])
+        rest = History([first], history.strip)
         out = self.time_conv(x[:, 1:], rest)
         history.seen += rest.seen
         return jnp.concatenate([first, out], axis=1)
@@ -218,7 +232,7 @@ class Upsample(nnx.Module):
             alone = 1 if history.first else 0
             doubled = _double_frames(self.time_conv, x[:, alone:], history)
             x = jnp.concatenate([x[:, :alone], doubled], axis=1)
-        return self.resample(jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3))
+        return self.resample(jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3), history)
 
 
 def _double_frames(time_conv: CausalConv3d, x: Volume, history: History) -> Volume:

@@ -300,6 +300,9 @@ def write_student(
             export.write_student(workdir, source, trained, student.sampler, shift, low, boundary, facts, loras)
         return folder
     final = {name: to_host((averages or {}).get(f"{name}_{EMA}", tree)) for name, tree in params.items()}
-    if is_first():
+    if is_first() and source is not None and "decoder" in final:
+        sizes = presets.find(experiment.model.preset)
+        export.write_decoder(workdir, source, sizes.decoder, final["decoder"])
+    elif is_first():
         task.write_model(workdir, experiment.model.preset, final, source, Scheduler.of(ONE_STEP))
     return folder

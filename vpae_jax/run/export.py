@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from vpae_jax.flow.sampler import Sampler
+from vpae_jax.models.tiny_decoder import TinyDecoderConfig
 from vpae_jax.models.wan_dit import WanTransformerConfig
 from vpae_jax.types import Params
 from vpae_jax.weights.directory import ModelDirectory
@@ -85,6 +86,11 @@ def write_student(
     scheduler = Scheduler.of(sampler, shift)
     contents = Contents(others, parts, scheduler, boundary=boundary, lora=lora, base_loras=tuple(loras))
     return write_product(workdir, contents, facts)
+
+
+def write_decoder(workdir: Path, base: ModelDirectory, config: TinyDecoderConfig, params: Params) -> Path:
+    """The model directory that the run started from, with a decoder beside its parts; `model/` in the workdir."""
+    return write_product(workdir, Contents(base, {"decoder": from_tree("decoder", config, params)}))
 
 
 def _apart(boundary: float, sampler: Sampler) -> float:

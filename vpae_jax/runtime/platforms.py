@@ -1,4 +1,4 @@
-"""Which kinds of devices JAX looks for.
+"""Which kinds of devices JAX looks for, and what networks run in on them.
 
 Where libtpu is installed, as `plan` and the tests want it, JAX looks for TPUs on every machine, and libtpu prints a
 page of errors on one that has none.
@@ -14,6 +14,12 @@ import jax
 PCI = Path("/sys/bus/pci/devices")
 GOOGLE = "0x1ae0"  # what TPUs give as their vendor; JAX looks for them in the same place
 GPUS = (Path("/dev/nvidiactl"), Path("/dev/dxg"), Path("/dev/kfd"))
+
+
+def compute_dtype() -> str:
+    """The precision that networks are sampled in where nobody says: bfloat16 on accelerators, for which it is the fast
+    one and Wan's own, and float32 on processors."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def skip_absent_tpus(pci: Path = PCI, gpus: tuple[Path, ...] = GPUS) -> None:

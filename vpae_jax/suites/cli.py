@@ -23,8 +23,6 @@ from functools import partial
 from os import environ
 from pathlib import Path
 
-import jax.numpy as jnp
-
 from vpae_jax import cli
 from vpae_jax.flow.sampler import parse_steps
 from vpae_jax.inference.pipeline import load_pipeline
@@ -72,7 +70,7 @@ def parser() -> cli.Parser:
     add("--num_frames", type=int, help="frames of a video; the model's own by default")
     add("--height", type=int, help="pixels; the model's own by default")
     add("--width", type=int, help="pixels; the model's own by default")
-    add("--dtype", choices=cli.DTYPES, help="precision of the networks; float32 by default")
+    add("--dtype", choices=cli.DTYPES, help=cli.DTYPE_HELP)
     add("--process_id", type=int, help="which of several processes this is, from 0")
     add("--num_processes", type=int, help="how many share the work")
     add(
@@ -127,7 +125,7 @@ def make_clips(given: argparse.Namespace) -> None:
         pictures = check_pictures(suite, given.checkout, crop, prompts)
     clips = [clip for prompt in prompts for clip in prompt.clips]
     with working(f"reading {given.model}"):
-        pipeline = load_pipeline(model, jnp.dtype(given.dtype or "float32"))
+        pipeline = load_pipeline(model, given.dtype)
     sampler = pipeline.sampler(given.steps, given.guidance)
     pipeline.latent_shape(1, own.num_frames, own.height, own.width)
     crf = CRF if suite.crf is None else suite.crf

@@ -22,6 +22,7 @@ from vpae_jax.models.heads import DiscriminatorHeads, HeadsConfig
 from vpae_jax.models.lora import LoRASpec
 from vpae_jax.models.pair_encoder import PairEncoder
 from vpae_jax.models.pixels import PixelCLIPConfig, PixelEncoderConfig, Preprocessing
+from vpae_jax.models.tiny_decoder import TinyDecoder
 from vpae_jax.models.wan_dit import WanTransformer, WanTransformerConfig
 from vpae_jax.models.wan_vae import WanVAE, WanVAEConfig
 from vpae_jax.train.roles import RoleModels, split, split_lora
@@ -120,6 +121,8 @@ def _network(
     preset = presets.find(model.preset)
     if role.part == "vae":
         return WanVAE(preset.vae if role.trains else looked_by.vae, rngs=rngs, dtype=dtype)
+    if role.part == "decoder":
+        return TinyDecoder(preset.decoder, rngs=rngs, dtype=dtype)
     if preset.image_encoder is None:
         raise UserError(f"preset {model.preset!r} has no image encoder to train; choose another")
     return PairEncoder(preset.text_encoder, preset.image_encoder, rngs=rngs)

@@ -87,6 +87,7 @@ NETWORKS: Mapping[str, Callable[..., Any]] = {
     "transformer": TransformerNetwork,
     "heads": HeadsNetwork,
     "vae": ModelNetwork,
+    "decoder": ModelNetwork,
     "encoders": ModelNetwork,
     "image_encoder": ModelNetwork,
 }

@@ -220,8 +220,11 @@ def marks(tensors: Mapping[str, StoredTensor]) -> list[tuple[str, Layout, str]]:
     found = []
     for name in tensors:
         for (part, layout), mark in marks.items():
-            if name == mark or name.endswith("." + mark):
-                found.append((part, layout, name[: len(name) - len(mark)]))
+            prefix = name[: len(name) - len(mark)]
+            # A part may be called the same in both layouts.
+            known = any((part, prefix) == (one, other) for one, _, other in found)
+            if (name == mark or name.endswith("." + mark)) and not known:
+                found.append((part, layout, prefix))
     return found
 
 

@@ -161,6 +161,18 @@ def image_encoder(shapes: Shapes) -> dict[str, Any]:
     }
 
 
+def decoder(shapes: Shapes) -> dict[str, Any]:
+    """Fields of `TinyDecoderConfig` that shapes decide."""
+    grown = [shapes(f"levels/{level}/grow/kernel", 4) for level in range(3)]
+    if any(out % width for *_, width, out in grown):
+        raise UserError(f"{shapes.where}: the decoder makes no whole number of frames of one; no TAEHV does")
+    return {
+        "z_dim": shapes("conv_in/kernel", 4)[-2],
+        "widths": (*[width for *_, width, _ in grown], shapes("conv_out/kernel", 4)[-2]),
+        "grows": tuple(out // width for *_, width, out in grown),
+    }
+
+
 def vae_table(layout: Layout, found: Mapping[str, StoredTensor], where: str) -> tuple[NameRow, ...]:
     """The autoencoder's table, whose names depend on its depth."""
     sizes = vae(Shapes(vae_rows(1, 1), layout, found, where))

@@ -305,3 +305,21 @@ def _image_encoder() -> tuple[NameRow, ...]:
 
 
 IMAGE_ENCODER_ROWS = _image_encoder()
+
+
+def _decoder() -> tuple[NameRow, ...]:
+    """TAEHV's decoder, one row of modules: input, for each level three blocks, an upsampling, more frames and another
+    width, and the output. No other layout has it."""
+    rows = [*_affine("conv_in", "decoder.1", "decoder.1"), *_affine("conv_out", "decoder.22", "decoder.22")]
+    for level in range(3):
+        first = 3 + 6 * level
+        for block in range(3):
+            for number in range(3):
+                theirs = f"decoder.{first + block}.conv.{2 * number}"
+                rows += _affine(f"levels/{level}/blocks/{block}/conv{number + 1}", theirs, theirs)
+        for ours, theirs in (("grow", f"decoder.{first + 4}.conv"), ("conv", f"decoder.{first + 5}")):
+            rows += _affine(f"levels/{level}/{ours}", theirs, theirs)
+    return tuple(rows)
+
+
+DECODER_ROWS = _decoder()

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 
 from vpae_jax.config import build
 from vpae_jax.models.clip import CLIPVision, CLIPVisionConfig
+from vpae_jax.models.tiny_decoder import TinyDecoder, TinyDecoderConfig
 from vpae_jax.models.umt5 import UMT5Config, UMT5Encoder
 from vpae_jax.models.wan_dit import WanTransformer, WanTransformerConfig
 from vpae_jax.models.wan_vae import WanVAE, WanVAEConfig
@@ -138,6 +139,17 @@ PARTS: Mapping[str, Part] = {
             "diffusers": r"(\.position_ids|^(visual_projection\.weight|text_model\..*|text_projection.*|logit_scale))$",
             "wan": r"^(textual\..*|log_scale|.*visual\.head(\..*)?)$",
         },
+    ),
+    "decoder": Part(
+        model=TinyDecoder,
+        config=TinyDecoderConfig,
+        rows=lambda config: names.DECODER_ROWS,
+        infer=infer.decoder,
+        mark="levels/0/blocks/0/conv1/kernel",
+        stem="diffusion_pytorch_model",
+        wan_file="taew2_1.pth",
+        identity={"_class_name": "TAEHV"},
+        extras={"diffusers": r"^encoder\.", "wan": r"^encoder\."},
     ),
 }
 
@@ -289,6 +301,8 @@ def check_fit(configs: Mapping[str, Any], where: str, without: Container[str] = 
         facts.append(("text_dim", transformer.text_dim, "text_encoder's d_model", text.d_model))
     if vae is not None:
         facts.append(("out_channels", transformer.out_channels, "vae's z_dim", vae.z_dim))
+    if (decoder := configs.get("decoder")) is not None:
+        facts.append(("out_channels", transformer.out_channels, "decoder's z_dim", decoder.z_dim))
     whole = text is not None and vae is not None and "image_encoder" not in without
     if image is not None or whole:
         width = None if image is None else image.hidden_size

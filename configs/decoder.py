@@ -1,0 +1,38 @@
+"""A small decoder in the place of the video autoencoder's, distilled from it on the user's clips.
+
+    python -m vpae_jax.main --config=configs/decoder.py --workdir=runs/decoder
+    python -m vpae_jax.main --config=configs/decoder.py:t2v-14b-720p --config.data.records=DIR --workdir=runs/decoder
+    python -m vpae_jax.sample --model=MODEL --decoder=runs/decoder/model ...
+
+For one-step students, of whose clips the autoencoder takes a good part of the time. The records' latents are decoded by
+the frozen autoencoder of the model directory, which serves all models of Wan 2.1, and the small decoder learns to do
+the same: a piece of 6 latent frames of 32 x 32 (21 frames of 256 x 256 pixels) of each clip. TAEHV's `taew2_1` is such
+a decoder, and `--decoder` takes it too; train one where your clips look unlike what others trained on. What the tiny
+one reaches is in docs/benchmarks.md; nothing of the larger presets has been run.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import PRESETS, adam, check, experiment, wan
+
+
+def get_config(preset: str = "tiny") -> ConfigDict:
+    check(preset, PRESETS)
+    tiny = preset == "tiny"
+    values = dict(
+        name="decoder",
+        preset=preset,
+        method={"name": "decoder"} if tiny else {"name": "decoder", "frames": 6, "side": 32, "ema": 0.999},
+        optimizers={"decoder": adam(2e-3 if tiny else 3e-4, b1=0.9, b2=0.99, clip_norm=1.0, warmup_steps=50)},
+        steps=1000 if tiny else 20000,
+        seed=0,
+    )
+    if tiny:
+        values |= dict(batch_size=8, log_every=20, checkpoint_every=500, model={"preset": preset})
+        values["optimizers"]["decoder"]["decay_steps"] = 950
+        return experiment(**values)
+    shared = wan(preset)
+    # Nothing here is split over devices, and what is learnt is the autoencoder at its own precision.
+    shared |= {"mesh": {}, "accumulation": 1, "sample_every": 0, "log_every": 10, "checkpoint_every": 500}
+    shared["model"] |= {"dtype": "float32", "frozen_dtype": "float32", "remat": "none"}
+    return experiment(**{**shared, **values})

@@ -1,0 +1,121 @@
+"""The rows of a clip's frames over the devices of a mesh, for an autoencoder that is too slow or too large on one.
+
+Each device holds a strip: a run of the rows of every array, at every resolution those of the same latent rows. What
+crosses strips is a row above and one below for each 3x3 convolution, and keys and values of the attention. A number of
+latent rows that the devices do not divide is filled up with rows that nobody sees: what is convolved is zero there, as
+it is beyond a frame's edge, and attention masks them.
+
+The result is that of one device but for the order of sums. Halo exchange for convolutions: Dryden et al.,
+arXiv:1903.06681.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float
+
+from vpae_jax.sharding import AXES
+
+CLIP_AXES, ROW_AXES = ("data", "fsdp"), ("context", "tensor")
+P = PartitionSpec
+Frames = Float[Array, "_ _ _ _ _"]  # [b, t, rows, w, c]; each may change from input to output
+
+
+@dataclass(frozen=True)
+class Strip:
+    """What a device knows of its rows, inside a program that runs on each with its own.
+
+    Attributes:
+      devices: over which rows are spread, in order.
+      valid, padded: latent rows of a frame, and those that they are filled up to.
+    """
+
+    devices: int
+    valid: int
+    padded: int
+
+    def extended(self, x: Frames, above: int, below: int) -> Frames:
+        """This device's rows, zero where they fill up, between the last ones of the strip above and the first ones of
+        the strip below; zero beyond a frame's edge."""
+        own, last = x.shape[2], self.devices - 1
+        if self.valid != self.padded:
+            place = jax.lax.axis_index(ROW_AXES) * own + jnp.arange(own)
+            x = jnp.where((place < self._valid(own))[:, None, None], x, 0)
+        parts = [x]
+        if above:
+            down = [(i, i + 1) for i in range(last)]  # who is sent nothing gets zeros
+            parts.insert(0, jax.lax.ppermute(x[:, :, -above:], ROW_AXES, down))
+        if below:
+            up = [(i + 1, i) for i in range(last)]
+            parts.append(jax.lax.ppermute(x[:, :, :below], ROW_AXES, up))
+        return jnp.concatenate(parts, axis=2)
+
+    def seen(self, own: int) -> Bool[Array, "rows"] | None:
+        """Which of all rows are the frame's, where a device has so many; None if all."""
+        return None if self.valid == self.padded else jnp.arange(own * self.devices) < self._valid(own)
+
+    def _valid(self, own: int) -> int:
+        """Rows of a frame, where a device has so many."""
+        return self.valid * own * self.devices // self.padded
+
+    def gathered(self, x: Frames) -> Frames:
+        """All rows, those that fill up included."""
+        return jax.lax.all_gather(x, ROW_AXES, axis=2, tiled=True)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How the clips of an autoencoder lie on a mesh: rows along `context` and `tensor`, clips along the other axes.
+
+    Attributes:
+      mesh: axes as in `sharding`.
+    """
+
+    mesh: Mesh
+
+    @property
+    def devices(self) -> int:
+        """Over which the rows of a clip are spread."""
+        return math.prod(self.mesh.shape[axis] for axis in ROW_AXES)
+
+    def run(
+        self, function: Callable[..., tuple[Frames, Any]], weights: Any, x: Frames, carried: Any, latent_rows: int
+    ) -> tuple[Frames, Any]:
+        """`function(weights, x, carried, strip)` on each device with its rows: frames, and what the next call is given.
+
+        Args:
+          weights: the same on all devices.
+          x: frames of clips.
+          carried: of the call before, or None. Arrays of five axes in it are frames and lie in strips, filled up;
+            others are the same on all devices.
+          latent_rows: of the clip; `x` has a multiple of them.
+        """
+        padded = -(-latent_rows // self.devices) * self.devices
+        strip, scale = Strip(self.devices, latent_rows, padded), x.shape[2] // latent_rows
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, (padded - latent_rows) * scale), (0, 0), (0, 0)))
+        clips = math.prod(self.mesh.shape[axis] for axis in CLIP_AXES)
+        frames = P(CLIP_AXES if x.shape[0] % clips == 0 else None, None, ROW_AXES)
+
+        def places(tree: Any) -> Any:
+            return jax.tree.map(lambda leaf: frames if leaf.ndim == 5 else P(), tree)
+
+        def local(weights: Any, x: Frames, carried: Any) -> Any:
+            return function(weights, x, carried, strip)
+
+        made = places(jax.eval_shape(lambda *given: function(*given, None), weights, x, carried))
+        given = (jax.tree.map(lambda _: P(), weights), frames, places(carried))
+        mapped = jax.shard_map(local, mesh=self.mesh, in_specs=given, out_specs=made, check_vma=False)
+        out, carried = mapped(weights, x, carried)
+        return out[:, :, : out.shape[2] * latent_rows // padded], carried
+
+
+def agreed(flag: Bool[Array, ""], strip: Strip | None) -> Bool[Array, ""]:
+    """Whether a flag is true on all devices, which then take the same way."""
+    return flag if strip is None else jax.lax.pmin(flag.astype(jnp.int32), AXES) == 1
