@@ -50,7 +50,7 @@ from vpae_jax.types import Condition, Latents, Mask, PRNGKey, UserError, Video
 from vpae_jax.weights.directory import ModelDirectory
 from vpae_jax.weights.find import find_model
 from vpae_jax.weights.image_processor import ImageProcessor, read_image_processor
-from vpae_jax.weights.loading import load_part
+from vpae_jax.weights.loading import left_part, load_part
 from vpae_jax.weights.parts import check_fit, makes_from_image
 from vpae_jax.weights.settings import Defaults, Scheduler, read_defaults, read_scheduler
 from vpae_jax.weights.stream import Merge
@@ -68,6 +68,7 @@ class Pipeline:
       defaults: the clip that a call without sizes makes, and its negative prompt.
       transformer_2: the other expert; None where one network is for all times.
       boundary: time in (0, 1) that divides the experts; 0 with one network.
+      directory: where its parts were read, or left.
     """
 
     transformer: WanTransformer
@@ -80,6 +81,7 @@ class Pipeline:
     defaults: Defaults
     transformer_2: WanTransformer | None = None
     boundary: float = 0.0
+    directory: ModelDirectory | None = None
 
     @property
     def takes_image(self) -> bool:
@@ -442,6 +444,7 @@ def load_pipeline(
     dtype: DTypeLike = jnp.float32,
     mesh: Mesh | None = None,
     with_transformer: bool = True,
+    with_encoders: bool = True,
 ) -> Pipeline:
     """Loads a model.
 
@@ -453,6 +456,7 @@ def load_pipeline(
         `parallel.MeshLayout`) and the other parts replicated; None uses the default device.
       with_transformer: False leaves the transformers' weights in their files, for a caller that brings others
         (`Pipeline.sample`'s denoiser); it then has shapes only.
+      with_encoders: False leaves the encoders' weights there in the same way, for a caller whose prompts are encoded.
 
     Raises:
       UserError: there is no Wan model, a part of it is missing or broken, or its parts do not fit together.
@@ -463,9 +467,10 @@ def load_pipeline(
     with model.open_tokenizer() as folder:
         tokenizer = load_tokenizer(folder)
     check_ids(max(tokenizer.get_vocab().values(), default=0), model.part("text_encoder").config.vocab_size)
+    load_encoder = load_part if with_encoders else left_part
     image_encoder, image_processor = None, None
     if "image_encoder" in model.parts:
-        image_encoder = load_part(model, "image_encoder", dtype, experts.place(mesh, sharding.REPLICATED))
+        image_encoder = load_encoder(model, "image_encoder", dtype, experts.place(mesh, sharding.REPLICATED))
         image_processor = read_image_processor(model.image_processor, image_encoder.config.image_size)
     load = experts.load if with_transformer else experts.shapes
     transformer, transformer_2 = load(model, dtype, mesh)
@@ -477,7 +482,7 @@ def load_pipeline(
     return Pipeline(
         transformer=transformer,
         vae=load_part(model, "vae", jnp.float32, experts.place(mesh, sharding.REPLICATED)),
-        text_encoder=load_part(model, "text_encoder", dtype, experts.place(mesh, sharding.REPLICATED)),
+        text_encoder=load_encoder(model, "text_encoder", dtype, experts.place(mesh, sharding.REPLICATED)),
         image_encoder=image_encoder,
         tokenizer=tokenizer,
         image_processor=image_processor,
@@ -485,6 +490,7 @@ def load_pipeline(
         defaults=read_defaults(model.folder, image),
         transformer_2=transformer_2,
         boundary=0.0 if model.boundary is None else model.boundary,
+        directory=model,
     )
 
 

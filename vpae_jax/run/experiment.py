@@ -168,7 +168,7 @@ class Inputs(NamedTuple):
       source: the model directory; None for a method that trains its parts on pixels.
       loras: what is merged into it.
       encoder: of a discriminator on pixels.
-      pipeline: the model directory's, without its transformer's weights.
+      pipeline: the model directory's, without its transformer's weights, and its encoders' where all is encoded.
       given: the model directory that stands for the phase before; None where that is a run, or there is none.
     """
 
@@ -180,8 +180,8 @@ class Inputs(NamedTuple):
 
 
 def _inputs(experiment: Experiment, method: Method, workdir: Path) -> Inputs:
-    """Finds what a run reads, compares it between processes, and loads what encodes prompts and makes clips of
-    latents."""
+    """Finds what a run reads, compares it between processes, and loads what makes clips of latents, and of
+    prompts and pictures what networks read, where that is not in records."""
     source = None if method.batch is PixelBatch else find_start(experiment, method, workdir)
     loras = lora_files(experiment.model.lora, workdir)
     check_loras(loras, source is not None and starts_from_transformer(method))
@@ -196,7 +196,8 @@ def _inputs(experiment: Experiment, method: Method, workdir: Path) -> Inputs:
     require_same("what they read", lambda: reads(source, tasks.digests(experiment.data, workdir), more))
     pipeline = None
     if source is not None:
-        pipeline = load_pipeline(source, jnp.dtype(experiment.model.dtype), with_transformer=False)
+        dtype, encodes = jnp.dtype(experiment.model.dtype), tasks.encodes(experiment.data)
+        pipeline = load_pipeline(source, dtype, with_transformer=False, with_encoders=encodes)
     return Inputs(source, loras, encoder, pipeline, given)
 
 
