@@ -38,16 +38,6 @@ WIDTH = 2048  # of a matrix: 16 MiB, of which a state holds three, the weights a
 NAMES = ("save, until training goes on", "save, until complete", "restore, from the disk", "restore, from memory")
 
 
-class Position:
-    """Of a run without data."""
-
-    def get_state(self) -> dict[str, int]:
-        return {}
-
-    def set_state(self, state: Any) -> None:
-        del state
-
-
 @dataclasses.dataclass(frozen=True)
 class Took:
     """Seconds that passed, and that this process computed."""
@@ -82,7 +72,7 @@ def measure(state: TrainState, folder: Path) -> dict[str, Took]:
     took = {}
     with tempfile.TemporaryDirectory(dir=folder) as workdir, Checkpoints(Path(workdir)) as checkpoints:
         begun = _clock()
-        checkpoints.save(state, Position())
+        checkpoints.save(state, {})
         took[NAMES[0]] = _since(begun)
         checkpoints.wait()
         took[NAMES[1]] = _since(begun)
@@ -90,10 +80,9 @@ def measure(state: TrainState, folder: Path) -> dict[str, Took]:
             if name == NAMES[2]:
                 _forget(Path(workdir) / FOLDER)
             begun = _clock()
-            step = checkpoints.newest()
-            assert step is not None
-            restored, _ = checkpoints.restore(step, state, Position())
-            jax.block_until_ready(restored)
+            moment = checkpoints.newest()
+            assert moment is not None
+            jax.block_until_ready(checkpoints.restore(moment, state)[0])
             took[name] = _since(begun)
     return took
 

@@ -6,7 +6,8 @@
 # Reads NAME (vpae), IMAGE: this project in its working directory, with its packages; VOLUME: a persistent volume claim
 # that all hosts can write, mounted as /data (vpae-data); HOSTS (16 for tpu, 2 for gpu).
 # For tpu: ACCELERATOR (tpu-v5p-slice), TOPOLOGY (4x4x4), CHIPS of a host (4). For gpu: ACCELERATOR (nvidia-h100-80gb),
-# GPUS of a host (8).
+# GPUS of a host (8), each with a process of its own. GRACE (1800): seconds from SIGTERM to the end of a pod, long enough
+# for an update and a checkpoint.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/common.sh
@@ -34,6 +35,7 @@ fill ACCELERATOR "${ACCELERATOR:-$accelerator}"
 fill TOPOLOGY "${TOPOLOGY:-4x4x4}"
 fill CHIPS "${CHIPS:-4}"
 fill GPUS "${GPUS:-8}"
+fill GRACE "${GRACE:-1800}"
 share_secret
 fill SECRET "$VPAE_SECRET"
 fill ARGUMENTS "$list"

@@ -3,7 +3,9 @@
 #
 #   launch/local.sh CONFIG WORKDIR [FLAG ...] [--dry-run]
 #
-# Reads PROCESSES (1), GPUS (all that nvidia-smi lists; shared out evenly if there are several processes) and PORT.
+# Reads PROCESSES (1), GPUS (all that nvidia-smi lists; shared out evenly if there are several processes) and PORT. As
+# one of several hosts, each of which runs it: HOSTS (1), HOST (which of them this is, from 0), COORDINATOR (the address
+# of the first one) and the same VPAE_SECRET.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/common.sh
@@ -11,7 +13,8 @@ source launch/common.sh
 parse "$@"
 ((${#ARGUMENTS[@]} >= 2)) || fail "usage: launch/local.sh CONFIG WORKDIR [FLAG ...] [--dry-run]"
 processes=${PROCESSES:-1}
-if ((processes == 1)); then
+hosts=${HOSTS:-1} host=${HOST:-0}
+if ((processes * hosts == 1)); then
   exec launch/run.sh "${ARGUMENTS[@]}" ${DRY_RUN:+--dry-run}
 fi
 
@@ -21,7 +24,11 @@ each=$((gpus / processes))
 share_secret
 children=()
 for ((i = 0; i < processes; i++)); do
-  settings=("JAX_COORDINATOR_ADDRESS=localhost:${PORT:-12355}" "JAX_NUM_PROCESSES=$processes" "JAX_PROCESS_ID=$i")
+  settings=(
+    "JAX_COORDINATOR_ADDRESS=${COORDINATOR:-localhost}:${PORT:-12355}"
+    "JAX_NUM_PROCESSES=$((hosts * processes))"
+    "JAX_PROCESS_ID=$((host * processes + i))"
+  )
   if ((each)); then settings+=("JAX_LOCAL_DEVICE_IDS=$(seq -s, $((i * each)) $((i * each + each - 1)))"); fi
   if [[ -n $DRY_RUN ]]; then
     run env "${settings[@]}" launch/run.sh "${ARGUMENTS[@]}"
@@ -40,6 +47,7 @@ for child in "${children[@]}"; do
     wait "$child" || ended=$?
     kill -0 "$child" 2>/dev/null || break
   done
-  ((ended == 0)) || status=$ended
+  # Bad input of one of them is the job's, whatever that did to the others.
+  ((ended == 0 || status == 2)) || status=$ended
 done
 exit "$status"

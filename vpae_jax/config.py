@@ -223,6 +223,8 @@ class Experiment:
         too; 0 scores it as far as the guard needs, before the first and after the last step.
       score_clips: held-out clips of a mode (text-to-video and image-to-video) that are made for a score, at most.
       checkpoint_every: steps between two checkpoints.
+      checkpoint_minutes: a checkpoint is made, too, after the update that runs when so many minutes have passed since
+        the last one; 0 makes none.
       keep: how many checkpoints are kept.
       sample_steps: Euler steps of the teacher's previews.
       sample_guidance: guidance of the teacher's previews.
@@ -242,6 +244,7 @@ class Experiment:
     score_every: int = 0
     score_clips: int = 64
     checkpoint_every: int = 100
+    checkpoint_minutes: float = 30.0
     keep: int = 2
     sample_steps: int = 50
     sample_guidance: float = 1.0
@@ -257,7 +260,7 @@ class Experiment:
     def __post_init__(self) -> None:
         _at_least(self, 1, "steps", "batch_size", "log_every", "checkpoint_every", "keep")
         _at_least(self, 1, "sample_steps", "score_clips")
-        _at_least(self, 0, "sample_every", "score_every")
+        _at_least(self, 0, "sample_every", "score_every", "checkpoint_minutes")
         check_seed(self.seed)
         if self.accumulation < 1 and self.accumulation != -1:
             raise UserError(f"accumulation is {self.accumulation}, expected at least 1, or -1 for one clip at a time")

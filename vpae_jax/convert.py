@@ -42,7 +42,7 @@ from vpae_jax import cli
 from vpae_jax.config import parse, read
 from vpae_jax.methods import make_method
 from vpae_jax.methods.base import Method, all_views
-from vpae_jax.run.first_weights import previous_model, previous_step, read_previous, remembered, resolve_model
+from vpae_jax.run.first_weights import previous_model, previous_moment, read_previous, remembered, resolve_model
 from vpae_jax.run.guard import Verdict, compared_scores, verdict
 from vpae_jax.run.loras import lora_files
 from vpae_jax.run.student import averaged_view
@@ -264,8 +264,8 @@ class _Held:
         experiment = parse(self.run.whole)
         if (given := previous_model(experiment, self.workdir)) is not None:
             return read_part(given, "transformer", None)[1]
-        step = previous_step(experiment, self.workdir, remembered(self.workdir))
-        return read_previous(experiment, self.workdir, earlier, None, step)
+        moment = previous_moment(experiment, self.workdir, remembered(self.workdir))
+        return read_previous(experiment, self.workdir, earlier, None, moment)
 
 
 def read_adapters(workdir: Path, name: str) -> tuple[Lora, dict[str, str]]:

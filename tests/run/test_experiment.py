@@ -21,11 +21,11 @@ from vpae_jax.inference.pipeline import load_pipeline
 from vpae_jax.media import read_image
 from vpae_jax.methods import make_method
 from vpae_jax.run import experiment, previews
-from vpae_jax.run.first_weights import previous_step, read_previous
+from vpae_jax.run.first_weights import previous_moment, read_previous, remember, remembered
 from vpae_jax.tasks.digits.clips import MovingDigits
 from vpae_jax.train.checkpoint import read_state
 from vpae_jax.train.metrics import read_metrics
-from vpae_jax.train.newest import FOLDER
+from vpae_jax.train.newest import FOLDER, Moment
 from vpae_jax.types import Note, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -162,14 +162,22 @@ def test_a_failed_phase_exports_the_weights_it_started_from(workdir, tmp_path):
 
 def test_a_failed_phase_goes_back_to_the_very_step_that_it_started_from(workdir):
     experiment_ = parse(small(phase2))
-    for step in (1, 2):
+    for step in (Moment(1), Moment(2)):
         expected = read_state(workdir / "phase1", step)["averages"]["generator_ema"]
         like = jax.tree.map(lambda x: jax.device_put(x, jax.devices()[0]), expected)
-        assert previous_step(experiment_, workdir / "phase2", step) == step
+        assert previous_moment(experiment_, workdir / "phase2", step) == step
         found = read_previous(experiment_, workdir / "phase2", "generator", like, step)
         assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True))
     with pytest.raises(UserError, match=r"no checkpoint of step 7 in .*, the newest is of step 2"):
-        previous_step(experiment_, workdir / "phase2", 7)
+        previous_moment(experiment_, workdir / "phase2", Moment(7))
+
+
+def test_a_start_within_a_step_is_remembered(tmp_path):
+    assert remembered(tmp_path) is None
+    for moment, kept in ((Moment(2), 2), (Moment(2, 3), "2+3")):
+        remember(tmp_path, moment)
+        assert json.loads((tmp_path / "start.json").read_text()) == {"previous_step": kept}
+        assert remembered(tmp_path) == moment
 
 
 def test_a_phase_starts_from_the_newest_whole_checkpoint_of_the_one_before(workdir, tmp_path):
@@ -178,10 +186,10 @@ def test_a_phase_starts_from_the_newest_whole_checkpoint_of_the_one_before(workd
     (newest / "state" / "manifest.ocdbt").write_bytes(b"")
     experiment_ = parse(small(phase2))
     with pytest.warns(Note, match=r"/checkpoints/2 is damaged \(state/manifest.ocdbt has 0 bytes.*of step 1 takes its"):
-        assert previous_step(experiment_, tmp_path / "phase2") == 1
+        assert previous_moment(experiment_, tmp_path / "phase2") == Moment(1)
     assert newest.is_dir(), "another run's folder is left alone"
     with pytest.raises(UserError, match=r"phase1/checkpoints/2 is damaged .*, and needed; copy it here again"):
-        previous_step(experiment_, tmp_path / "phase2", 2)
+        previous_moment(experiment_, tmp_path / "phase2", Moment(2))
 
 
 def test_convert_reads_the_newest_whole_checkpoint(workdir, tmp_path, capsys):

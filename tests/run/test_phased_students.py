@@ -15,7 +15,7 @@ from vpae_jax.config import parse
 from vpae_jax.inference.pipeline import load_pipeline
 from vpae_jax.run import experiment
 from vpae_jax.train.checkpoint import read_state
-from vpae_jax.train.newest import newest_whole
+from vpae_jax.train.newest import Moment, newest_whole
 from vpae_jax.types import UserError
 from vpae_jax.weights.find import find_model
 from vpae_jax.weights.loading import read_part
@@ -79,7 +79,7 @@ def experts(folder):
 
 
 def semantic_at(workdir, step):
-    return flat(read_state(workdir / "dcm_semantic", step)["averages"]["generator_ema"])
+    return flat(read_state(workdir / "dcm_semantic", Moment(step))["averages"]["generator_ema"])
 
 
 def assert_equal(one, other):
@@ -90,7 +90,7 @@ def assert_equal(one, other):
 
 @pytest.mark.long
 def test_the_semantic_expert_is_trained_alone_and_sampled_alone(workdir):
-    state = read_state(workdir / "dcm_semantic", 2, items=("params", "averages"))
+    state = read_state(workdir / "dcm_semantic", Moment(2), items=("params", "averages"))
     assert set(state["params"]) == {"generator"}
     model = find_model(workdir / "dcm_semantic" / "model")
     assert model.boundary is None and load_pipeline(model).scheduler.steps == 4
@@ -177,7 +177,7 @@ def test_a_run_goes_on_whose_start_is_not_known_any_more(workdir, tmp_path, caps
     file = tmp_path / "dcm_detail" / "start.json"
     file.write_bytes(damage)
     train(dcm_detail, tmp_path / "dcm_detail", 2, generator_rank=4)
-    newest = newest_whole(tmp_path / "dcm_semantic" / "checkpoints")[0]
+    newest = newest_whole(tmp_path / "dcm_semantic" / "checkpoints")[0].step
     said = [line for line in capsys.readouterr().out.splitlines() if "start.json" in line]
     assert len(said) == 1 and said[0].startswith(f"{file} cannot be read, and is now called damaged-start.json; ")
     assert json.loads(file.read_text()) == {"previous_step": newest}

@@ -15,6 +15,7 @@ import yaml
 from running import HANGS, ROOT, TOY, environment, free_port, wait_for_step, wait_until
 
 from vpae_jax.train.metrics import read_metrics
+from vpae_jax.train.newest import latest
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
@@ -78,6 +79,38 @@ def test_local_processes_share_the_gpus_out():
     assert refused.returncode == 2 and refused.stderr.startswith("error: GPUS is 8, expected a multiple of PROCESSES")
 
 
+def test_processes_of_several_hosts_are_counted_through():
+    settings = {"PROCESSES": "2", "GPUS": "2", "HOSTS": "3", "HOST": "2", "COORDINATOR": "first", "PORT": "7"}
+    lines = [shlex.split(line) for line in dry("local.sh", CONFIG, WORKDIR, **settings).splitlines()]
+    assert [line[1:5] for line in lines] == [
+        [
+            "JAX_COORDINATOR_ADDRESS=first:7",
+            "JAX_NUM_PROCESSES=6",
+            f"JAX_PROCESS_ID={i}",
+            f"JAX_LOCAL_DEVICE_IDS={i - 4}",
+        ]
+        for i in (4, 5)
+    ]
+    alone = shlex.split(dry("local.sh", CONFIG, WORKDIR, **{**settings, "PROCESSES": "1", "GPUS": "0"}))
+    assert alone[1:4] == ["JAX_COORDINATOR_ADDRESS=first:7", "JAX_NUM_PROCESSES=3", "JAX_PROCESS_ID=2"]
+
+
+def test_bad_input_of_one_local_process_is_the_status_of_all(tmp_path):
+    fake = program(tmp_path, "[[ $JAX_PROCESS_ID == 0 ]] && exit 2; exit 75")
+    settings = {"PYTHON": str(fake), "PROCESSES": "2", "GPUS": "0", "RETRIES": "0"}
+    assert launch("local.sh", CONFIG, str(tmp_path / "run"), **settings).returncode == 2
+
+
+def test_slurm_starts_a_process_for_each_gpu_and_leaves_time_for_an_update():
+    text = (LAUNCH / "slurm.sh").read_text()
+    options = dict(
+        line.removeprefix("#SBATCH --").partition("=")[::2] for line in text.splitlines() if "#SBATCH" in line
+    )
+    assert options["ntasks-per-node"] == options["gpus-per-node"] == "8"
+    assert options["signal"] == "B:TERM@1800"
+    assert "--cpu-bind=none" in shlex.split(dry("slurm.sh", CONFIG, WORKDIR))
+
+
 def test_local_processes_share_a_secret_that_no_command_line_shows(tmp_path):
     tell = f'echo "$VPAE_SECRET" > {tmp_path}/$JAX_PROCESS_ID; [[ $(ps -o args= -p $$) != *$VPAE_SECRET* ]]'
     for _ in range(2):
@@ -91,20 +124,32 @@ def test_local_processes_share_a_secret_that_no_command_line_shows(tmp_path):
 @pytest.mark.parametrize("kind", ["tpu", "gpu"])
 def test_the_jobset_is_one(kind):
     text = dry(
-        "gke.sh", kind, CONFIG, "/data/it's", "--config.steps=3", IMAGE="registry/vpae_jax:1", HOSTS="4", NAME="a"
+        "gke.sh",
+        kind,
+        CONFIG,
+        "/data/it's",
+        "--config.steps=3",
+        IMAGE="registry/vpae_jax:1",
+        HOSTS="4",
+        NAME="a",
+        GRACE="900",
     )
     document = yaml.safe_load(text)
     jsonschema.validate(document, SCHEMA)
     (job,) = document["spec"]["replicatedJobs"]
     assert job["template"]["spec"]["parallelism"] == job["template"]["spec"]["completions"] == 4
+    assert job["template"]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == 900
     (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
-    assert container["command"] == ["launch/run.sh"] and container["image"] == "registry/vpae_jax:1"
+    assert (
+        container["command"] == [{"tpu": "launch/run.sh", "gpu": "launch/local.sh"}[kind]]
+        and container["image"] == "registry/vpae_jax:1"
+    )
     end = ["--detect_cluster"] if kind == "tpu" else []
     assert container["args"] == [CONFIG, "/data/it's", "--config.steps=3", *end]
     variables = {entry["name"]: entry.get("value") for entry in container["env"]}
     if kind == "gpu":  # Kubernetes names a pod JOBSET-JOB-0-INDEX.JOBSET
-        assert variables["JAX_COORDINATOR_ADDRESS"] == f"a-{job['name']}-0-0.a:12355"
-        assert variables["JAX_NUM_PROCESSES"] == "4" and len(variables["VPAE_SECRET"]) == 32
+        assert variables["COORDINATOR"] == f"a-{job['name']}-0-0.a" and len(variables["VPAE_SECRET"]) == 32
+        assert (variables["HOSTS"], variables["PROCESSES"], variables["GPUS"]) == ("4", "8", "8")
     volumes = {v["name"] for v in job["template"]["spec"]["template"]["spec"]["volumes"]}
     assert {mount["name"] for mount in container["volumeMounts"]} == volumes
     assert "<" not in text
@@ -154,11 +199,11 @@ def test_sigterm_is_handed_on_and_an_unfinished_run_says_so(tmp_path, unfinished
 
 
 SRUN = """
-# Two tasks on two nodes of the same name, as SLURM would start them.
-[ "$1" = --unbuffered ] && shift
-export SLURM_STEP_NODELIST=localhost SLURM_STEP_NUM_NODES=2 SLURM_STEP_NUM_TASKS=2 SLURM_LOCALID=0
+# Two tasks on a node, or on two of the same name, as SLURM would start them.
+while [[ $1 == --* ]]; do shift; done
+export SLURM_STEP_NODELIST=localhost SLURM_STEP_NUM_NODES=@ SLURM_STEP_NUM_TASKS=2
 tasks=()
-for i in 0 1; do SLURM_PROCID=$i "$@" & tasks+=($!); done
+for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$((i * (2 - @))) "$@" & tasks+=($!); done
 trap 'kill -TERM "${tasks[@]}"' TERM
 status=0
 for task in "${tasks[@]}"; do
@@ -169,11 +214,11 @@ exit $status
 """
 
 
-def simulated_slurm(folder: Path, steps: int, pause: float) -> dict[str, str]:
+def simulated_slurm(folder: Path, nodes: int, steps: int, pause: float) -> dict[str, str]:
     """A scheduler that has only srun and scontrol, and the toy in place of the main program."""
     tools = folder / "tools"
     tools.mkdir(parents=True)
-    program(tools, SRUN, "srun")
+    program(tools, SRUN.replace(" @)", f" {nodes})").replace("=@", f"={nodes}"), "srun")
     program(tools, f'echo "$@" >> {folder}/scontrol.log', "scontrol")
     toy = program(tools, f"exec {sys.executable} {TOY} {folder}/run {steps} fsdp {pause}", "toy")
     job = {"SLURM_JOB_ID": "4242", "SLURM_SUBMIT_DIR": str(ROOT), "VPAE_PORT": str(free_port()), "RETRIES": "0"}
@@ -181,8 +226,8 @@ def simulated_slurm(folder: Path, steps: int, pause: float) -> dict[str, str]:
 
 
 @pytest.mark.long
-def test_slurms_variables_make_one_run_of_two_tasks(tmp_path):
-    result = launch("slurm.sh", CONFIG, str(tmp_path / "run"), **simulated_slurm(tmp_path, 6, 0))
+def test_slurms_variables_make_one_run_of_two_tasks_on_a_node(tmp_path):
+    result = launch("slurm.sh", CONFIG, str(tmp_path / "run"), **simulated_slurm(tmp_path, 1, 6, 0))
     assert result.returncode == 0, result.stdout + result.stderr
     assert "[0] ended at step 6 of 6" in result.stdout
     assert "[1] ended" not in result.stdout, "the first process alone speaks"
@@ -192,7 +237,7 @@ def test_slurms_variables_make_one_run_of_two_tasks(tmp_path):
 
 @pytest.mark.long
 def test_a_slurm_job_that_is_stopped_saves_and_queues_again(tmp_path):
-    settings = environment(**simulated_slurm(tmp_path, 100_000, 0.05))
+    settings = environment(**simulated_slurm(tmp_path, 2, 100_000, 0.05))
     command = [str(LAUNCH / "slurm.sh"), CONFIG, str(tmp_path / "run")]
     running = subprocess.Popen(command, cwd=ROOT, env=settings, stdout=subprocess.PIPE, text=True)
     wait_for_step(tmp_path / "run", 1, [running])
@@ -201,7 +246,7 @@ def test_a_slurm_job_that_is_stopped_saves_and_queues_again(tmp_path):
     assert running.returncode == 0, out
     last = read_metrics(tmp_path / "run")[-1]["step"]
     assert f"[0] ended at step {last} of 100000" in out
-    assert (tmp_path / "run" / "checkpoints" / str(last)).is_dir()
+    assert latest(tmp_path / "run").step == last
     assert (tmp_path / "scontrol.log").read_text() == "requeue 4242\n"
 
 

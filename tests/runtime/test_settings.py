@@ -62,6 +62,14 @@ def test_several_tasks_on_a_node_have_a_device_each():
     assert shared is not None and shared.devices == (2,)
 
 
+def test_a_task_that_is_bound_to_its_device_has_all_that_it_sees():
+    """As with --gpus-per-task: the only device that is left is the first one, whichever place the task has."""
+    task = {**SLURM, "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "6", "SLURM_LOCALID": "2"}
+    bound, free = (find({**task, "CUDA_VISIBLE_DEVICES": visible}) for visible in ("3", "0,1,2,3"))
+    assert bound is not None and bound.devices is None
+    assert free is not None and free.devices == (2,)
+
+
 def test_a_job_that_is_no_step_is_one_process():
     assert find({"SLURM_JOB_ID": "5", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}) is None
     assert find({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}) is None

@@ -16,7 +16,7 @@ from running import HANGS, finish, run, started, wait_for_step, wait_until
 from vpae_jax.runtime import preemption, processes
 from vpae_jax.train.checkpoint import read_state
 from vpae_jax.train.metrics import read_metrics
-from vpae_jax.train.newest import FOLDER, latest_step
+from vpae_jax.train.newest import FOLDER, Moment, latest
 
 STEPS = 10
 AGREEING = Path(__file__).with_name("agreeing.py")
@@ -29,11 +29,11 @@ def records(workdir: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in record.items() if k not in timing} for record in read_metrics(workdir)]
 
 
-def weights(workdir: Path, step: int | None = None) -> list[np.ndarray]:
+def weights(workdir: Path, step: Moment | None = None) -> list[np.ndarray]:
     return jax.tree.leaves(read_state(workdir, step, items=("params", "opt", "averages")))
 
 
-def same_bits(one: Path, other: Path, step: int | None = None) -> bool:
+def same_bits(one: Path, other: Path, step: Moment | None = None) -> bool:
     pairs = zip(weights(one, step), weights(other, step), strict=True)
     return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
 
@@ -92,7 +92,7 @@ def test_a_run_continues_on_other_numbers_of_processes_and_devices(one, two, tmp
 def test_a_process_that_is_killed_takes_the_other_down_and_a_restart_ends_with_the_same_bits(two, tmp_path):
     folder = tmp_path / "run"
     with started(2, folder, STEPS, "fsdp", 0, TOY_HOLDS="1 at 5") as running:
-        wait_until(lambda: (folder / "held").exists() and latest_step(folder) == 4, running)
+        wait_until(lambda: (folder / "held").exists() and latest(folder) == Moment(4), running)
         running[1].send_signal(signal.SIGKILL)
         out, err = running[0].communicate(timeout=HANGS)
         assert running[0].returncode == 75, err
@@ -167,7 +167,7 @@ def test_sigterm_to_one_saves_and_ends_all_well(count, tmp_path):
         wait_for_step(folder, 3, running)
         running[-1].send_signal(signal.SIGTERM)
         out = finish(running, 0)[0][0]
-    step = latest_step(folder)
+    step = latest(folder).step
     assert out.splitlines()[-1] == f"ended at step {step} of {LONG}"
     assert records(folder)[-1]["step"] == step
     # It goes on as if nothing had happened.
@@ -190,7 +190,7 @@ def test_a_second_sigterm_ends_at_once(tmp_path):
             time.sleep(0.1)
         assert running[0].returncode == -signal.SIGTERM
         assert sent[-1] - sent[0] > preemption.SAME_SECONDS
-    assert latest_step(folder) is None
+    assert latest(folder) is None
 
 
 @pytest.mark.parametrize("index", [pytest.param(0, marks=pytest.mark.long), 1])

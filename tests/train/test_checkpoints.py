@@ -20,36 +20,24 @@ from vpae_jax.config import OptimizerConfig
 from vpae_jax.methods.base import Role, averages
 from vpae_jax.train import checksums
 from vpae_jax.train.checkpoint import UNFINISHED, Checkpoints, read_state
-from vpae_jax.train.newest import FOLDER, latest_step, steps_in, whole_step
+from vpae_jax.train.newest import FOLDER, Moment, latest, moments_in, whole_moment
 from vpae_jax.train.optim import make_optimizer
 from vpae_jax.train.state import TrainState, create
 from vpae_jax.types import Note, UserError
 
-OLD, NEW = 3, 6
+OLD, NEW = Moment(3), Moment(6)
 ROLES = {"net": Role("fresh", True, part="vae", averages=averages(0.9))}
 
 
-class Position:
-    """What a checkpoint asks of an iterator."""
-
-    def __init__(self, batches: int = 0):
-        self.batches = batches
-
-    def get_state(self):
-        return {"batches": self.batches}
-
-    def set_state(self, state):
-        self.batches = state["batches"]
-
-
-def state_at(step: int, width: int = 64) -> TrainState:
+def state_at(step: int | Moment, width: int = 64) -> TrainState:
     """Numbers that no compression makes small, others at every step."""
+    step = step.step if isinstance(step, Moment) else step
     params = {"net": {"w": jax.random.normal(jax.random.key(step), (width, width)), "b": jnp.full(8, step / 7)}}
     state = create(step, params, ROLES, {"net": make_optimizer(OptimizerConfig(0.1))})
     return dataclasses.replace(state, step=jnp.int32(step))
 
 
-def same(state: TrainState, step: int) -> bool:
+def same(state: TrainState, step: Moment) -> bool:
     def bits(state):
         plain = dataclasses.replace(state, key=jax.random.key_data(state.key))
         return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(plain)]
@@ -61,8 +49,8 @@ def same(state: TrainState, step: int) -> bool:
 def saved(tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("saved")
     with Checkpoints(workdir) as checkpoints:
-        for step in (1, OLD, NEW):
-            checkpoints.save(state_at(step), Position(10 * step))
+        for step in (1, OLD.step, NEW.step):
+            checkpoints.save(state_at(step), {"batches": 10 * step})
     return workdir
 
 
@@ -83,10 +71,28 @@ def test_a_checkpoint_is_complete_and_the_last_two_are_kept(saved):
     folder = saved / FOLDER
     assert sorted(path.name for path in folder.iterdir()) == [str(OLD), str(NEW)]
     with Checkpoints(saved) as checkpoints:
-        step = checkpoints.newest()
-        state, position = checkpoints.restore(step, state_at(0), Position())
-    assert step == latest_step(saved) == whole_step(saved) == NEW
-    assert same(state, NEW) and position.batches == 10 * NEW
+        found = checkpoints.newest()
+        state, position, metrics = checkpoints.restore(found, state_at(0))
+    assert found == latest(saved) == whole_moment(saved) == NEW
+    assert same(state, NEW) and position == {"batches": 60} and metrics == {}
+
+
+def test_a_checkpoint_within_a_step_comes_between_those_of_whole_ones(workdir):
+    metrics = {"net/loss": 0.1, "net/grad_norm": 1e-30}
+    with Checkpoints(workdir) as checkpoints:
+        for updates in (2, 10):  # numbers, and not words
+            checkpoints.save(state_at(NEW), {"batches": 60 + updates}, updates, metrics)
+    assert moments_in(workdir / FOLDER) == [(6, 2), (6, 10)]
+    assert {path.name for path in (workdir / FOLDER).iterdir()} == {"6+2", "6+10"}
+    with Checkpoints(workdir) as checkpoints:
+        found = checkpoints.newest()
+        state, position, again = checkpoints.restore(found, state_at(0))
+        assert found == Moment(6, 10) < Moment(7)
+        assert same(state, NEW) and position == {"batches": 70} and again == metrics
+        checkpoints.save(state_at(7), {})
+    assert moments_in(workdir / FOLDER) == [(6, 10), (7, 0)]
+    assert int(read_state(workdir, Moment(6, 10))["step"]) == 6
+    assert all(Moment.named(name) is None for name in ("06", "6+", "6+0", "+3", "6+-1", "damaged-6", "unfinished", "٦"))
 
 
 def test_every_file_has_a_checksum(saved):
@@ -170,10 +176,10 @@ def test_a_damaged_newest_checkpoint_is_put_aside_and_the_whole_one_taken(damage
     is_folder = (workdir / FOLDER / str(NEW)).is_dir()
     left = files_of(workdir / FOLDER / str(NEW)) if is_folder else {}
     with Checkpoints(workdir) as checkpoints:
-        step = checkpoints.newest()
+        found = checkpoints.newest()
         said = capsys.readouterr().out
-        state, position = checkpoints.restore(step, state_at(0), Position())
-    assert step == OLD and same(state, OLD) and position.batches == 10 * OLD
+        state, position, _ = checkpoints.restore(found, state_at(0))
+    assert found == OLD and same(state, OLD) and position == {"batches": 30}
     assert said.count("\n") == 1 and f"/{NEW} is damaged (" in said
     assert f"now called damaged-{NEW}; the run goes back to step {OLD}" in said
     assert sorted(path.name for path in (workdir / FOLDER).iterdir()) == [str(OLD), f"damaged-{NEW}"]
@@ -184,11 +190,11 @@ def test_steps_are_numbers_and_not_words(workdir):
     """10 comes after 9, for who reads and for what is removed."""
     for step, later in ((OLD, 9), (NEW, 10)):
         (workdir / FOLDER / str(step)).rename(workdir / FOLDER / str(later))
-    assert steps_in(workdir / FOLDER) == [9, 10] and whole_step(workdir) == latest_step(workdir) == 10
+    assert moments_in(workdir / FOLDER) == [(9, 0), (10, 0)] and whole_moment(workdir) == latest(workdir) == (10, 0)
     with Checkpoints(workdir) as checkpoints:
-        assert checkpoints.newest() == 10
-        checkpoints.save(state_at(11), Position())
-    assert steps_in(workdir / FOLDER) == [10, 11]
+        assert checkpoints.newest() == Moment(10)
+        checkpoints.save(state_at(11), {})
+    assert moments_in(workdir / FOLDER) == [(10, 0), (11, 0)]
 
 
 def test_a_run_that_went_back_saves_the_same_step_again(workdir):
@@ -197,8 +203,8 @@ def test_a_run_that_went_back_saves_the_same_step_again(workdir):
         with Checkpoints(workdir) as checkpoints:
             assert checkpoints.newest() == (NEW if again else OLD)
             if not again:
-                checkpoints.save(state_at(NEW), Position())
-    assert steps_in(workdir / FOLDER) == [OLD, NEW] and (workdir / FOLDER / f"damaged-{NEW}").is_dir()
+                checkpoints.save(state_at(NEW), {})
+    assert moments_in(workdir / FOLDER) == [OLD, NEW] and (workdir / FOLDER / f"damaged-{NEW}").is_dir()
     DAMAGES["emptied"](largest(workdir / FOLDER / str(NEW), FILES["values"]))
     assert Checkpoints(workdir).newest() == OLD
     assert (workdir / FOLDER / f"damaged-{NEW}-2").is_dir(), "the second one takes no other's place"
@@ -236,13 +242,13 @@ def test_a_file_that_may_not_be_read_is_no_damage(workdir, monkeypatch):
     monkeypatch.setattr(Path, "read_bytes", refused)
     with pytest.raises(UserError, match=rf"{NEW}/{checksums.FILE}: cannot be read: Permission denied; when that has"):
         Checkpoints(workdir).newest()
-    assert steps_in(workdir / FOLDER) == [OLD, NEW]
+    assert moments_in(workdir / FOLDER) == [OLD, NEW]
 
 
 def test_a_whole_checkpoint_is_read_without_a_word(workdir, caplog):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert int(read_state(workdir)["step"]) == NEW
+        assert int(read_state(workdir)["step"]) == NEW.step
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
@@ -252,13 +258,13 @@ def test_who_reads_another_runs_checkpoints_takes_the_whole_one_and_changes_noth
     before = files_of(workdir)
     with pytest.warns(Note, match=rf"/{NEW} is damaged \(.*\); the checkpoint of step {OLD} takes its place"):
         found = read_state(workdir)
-    assert int(found["step"]) == OLD
+    assert int(found["step"]) == OLD.step
     np.testing.assert_array_equal(found["params"]["net"]["w"], state_at(OLD).params["net"]["w"])
     with pytest.raises(UserError, match=rf"/{NEW} is damaged \(.*\), and needed; copy it here again"):
-        whole_step(workdir, NEW)
+        whole_moment(workdir, NEW)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert whole_step(workdir, OLD) == OLD
+        assert whole_moment(workdir, OLD) == OLD
     assert files_of(workdir) == before
 
 
@@ -317,7 +323,7 @@ def test_a_full_disk_is_one_line_and_the_older_checkpoint_stays(size, workdir, c
     caplog.clear()
     with caplog.at_level(logging.WARNING), pytest.raises(UserError) as caught, limited(size):  # noqa: SIM117
         with Checkpoints(workdir) as checkpoints:
-            checkpoints.save(state, Position())
+            checkpoints.save(state, {})
             checkpoints.wait()
     line = str(caught.value)
     assert line.startswith(str(workdir / FOLDER)) and "cannot be written: File too large; make room there" in line
@@ -334,12 +340,12 @@ def test_a_checkpoint_that_could_not_be_written_is_known_before_the_next_one(wor
     state = state_at(9, width=400)
     with Checkpoints(workdir) as checkpoints:
         with limited(30_000):
-            checkpoints.save(state, Position())
+            checkpoints.save(state, {})
             futures.wait([checkpoints.saving])
         with pytest.raises(UserError, match="cannot be written"):
             checkpoints.check()
         checkpoints.check()
-    assert whole_step(workdir) == NEW
+    assert whole_moment(workdir) == NEW
 
 
 def test_what_a_killed_run_has_left_half_written_goes(workdir):
@@ -348,5 +354,5 @@ def test_what_a_killed_run_has_left_half_written_goes(workdir):
     (left / "half").write_text("written")
     with Checkpoints(workdir) as checkpoints:
         assert checkpoints.newest() == NEW
-        checkpoints.save(state_at(9), Position())
+        checkpoints.save(state_at(9), {})
     assert sorted(path.name for path in (workdir / FOLDER).iterdir()) == [str(NEW), "9"]

@@ -2,20 +2,24 @@
 
 import dataclasses
 import errno
+import itertools
 import re
+import shutil
 import time
 from contextlib import suppress
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from toy_training import batches, parts, run, slopes
 
 from vpae_jax.train import checksums
 from vpae_jax.train.checkpoint import read_state
-from vpae_jax.train.loop import Clock, Hook
+from vpae_jax.train.clocks import Alarm, Clock
+from vpae_jax.train.loop import Hook
 from vpae_jax.train.metrics import read_metrics
-from vpae_jax.train.newest import FOLDER, latest_step
+from vpae_jax.train.newest import FOLDER, Moment, latest, moments_in
 from vpae_jax.train.roles import merge_trees
 from vpae_jax.train.step import make_update
 from vpae_jax.types import UserError
@@ -55,16 +59,55 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, stop):
     with pytest.raises(Killed):
         run(tmp_path / "cut", hooks=(Hook(1, kill, "killing"),))
     resumed = run(tmp_path / "cut")
-    for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(resumed.params), strict=True):
-        assert a.tobytes() == b.tobytes()
-    for a, b in zip(jax.tree.leaves(whole.averages), jax.tree.leaves(resumed.averages), strict=True):
-        assert a.tobytes() == b.tobytes()
+    assert bits(resumed) == bits(whole) and losses(tmp_path / "whole") == losses(tmp_path / "cut")
 
-    def losses(folder):
-        timing = ("seconds_per_step", "data_wait", "bad_records")
-        return [{k: v for k, v in r.items() if k not in timing} for r in read_metrics(folder)]
 
-    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+def bits(state):
+    plain = dataclasses.replace(state, key=jax.random.key_data(state.key))
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(plain)]
+
+
+def losses(folder):
+    timing = ("seconds_per_step", "data_wait", "bad_records")
+    return [{k: v for k, v in r.items() if k not in timing} for r in read_metrics(folder)]
+
+
+def test_a_run_that_is_stopped_between_the_updates_of_its_steps_ends_with_the_same_bits(tmp_path, capsys):
+    """Two repeats of the follower's update a step, and on each second step the leader's."""
+    hooked = []
+    hook = Hook(1, lambda step, state: hooked.append(step) or {}, "looking")
+    whole = run(tmp_path / "whole", steps=5, hooks=(hook,))
+    seen, hooked[:] = [*hooked], []
+    for updates, name in ((1, "0+1"), (2, "1+1"), (1, "1+2"), (2, "2+1"), (3, "3+2")):
+        answers = iter([*[False] * (updates - 1), True])
+        state = run(tmp_path / "cut", steps=5, hooks=(hook,), stop=lambda answers=answers: next(answers))
+        assert latest(tmp_path / "cut") == Moment.named(name) and int(state.step) == int(name[0])
+        assert next(answers, None) is None, "one question an update"
+    last = run(tmp_path / "cut", steps=5, hooks=(hook,))
+    assert bits(last) == bits(whole) and losses(tmp_path / "whole") == losses(tmp_path / "cut")
+    assert "leader/loss" in losses(tmp_path / "cut")[1] and "follower/loss" in losses(tmp_path / "cut")[1]
+    assert hooked == seen == [0, 1, 2, 3, 4, 5]
+    assert "continuing from step 3+2 of " in capsys.readouterr().out
+
+
+def test_minutes_make_checkpoints_between_updates_from_which_the_bits_are_the_same(tmp_path):
+    whole = run(tmp_path / "whole", steps=4)
+    run(tmp_path / "often", steps=2, checkpoint_every=100, checkpoint_minutes=1e-9)
+    assert moments_in(tmp_path / "often" / FOLDER) == [Moment(1, 2), Moment(2)], "the last two of all"
+    shutil.rmtree(tmp_path / "often" / FOLDER / "2")
+    assert bits(run(tmp_path / "often", steps=4)) == bits(whole)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "often")
+
+
+def test_the_alarm_rings_when_its_minutes_are_over():
+    now = [100.0]
+    alarm, never = Alarm(1.5, lambda: now[0]), Alarm(0.0, lambda: now[0])
+    now[0] += 89.0
+    assert not alarm.rings()
+    now[0] += 1.0
+    assert alarm.rings() and alarm.rings() and not never.rings()
+    alarm.wind()
+    assert not alarm.rings()
 
 
 @pytest.mark.parametrize("cut", ["while it scores", "after it has scored", "by a signal, before it scores"])
@@ -91,8 +134,9 @@ def test_what_is_due_after_a_checkpoint_is_done_once_wherever_the_run_is_cut(tmp
 
     hooks = (Hook(3, score, "scoring", lambda step: step in scored()), Hook(1, look, "looking"))
     with suppress(Killed):
-        run(tmp_path, hooks=hooks, stop=lambda step: cut.startswith("by a signal") and step in cuts)
-    assert latest_step(tmp_path) == 6 and scored() == ([0, 3, 6] if cut == "after it has scored" else [0, 3])
+        questions = itertools.count(1)
+        run(tmp_path, hooks=hooks, stop=lambda: cut.startswith("by a signal") and next(questions) == 15)
+    assert latest(tmp_path) == Moment(6) and scored() == ([0, 3, 6] if cut == "after it has scored" else [0, 3])
     cuts.clear()
     run(tmp_path, hooks=hooks)
     assert scored() == [0, 3, 6, 8]
@@ -191,7 +235,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_before_the_next_one(tm
     wait = Hook(1, lambda step, state: time.sleep(0.2 if step > 6 else 0) or {}, "waiting")
     with pytest.raises(UserError, match=r"checkpoints: cannot be written: No space left on device"):
         run(tmp_path, steps=100, hooks=(wait,), checkpoint_every=3)
-    assert 6 <= read_metrics(tmp_path)[-1]["step"] <= 8 and latest_step(tmp_path) == 3
+    assert 6 <= read_metrics(tmp_path)[-1]["step"] <= 8 and latest(tmp_path) == Moment(3)
     assert [path.name for path in (tmp_path / FOLDER).iterdir()] == ["3"]
 
 
@@ -199,7 +243,7 @@ def test_not_finite_stops_with_the_culprit_and_keeps_the_last_checkpoint(tmp_pat
     run(tmp_path, steps=3)
     with pytest.raises(UserError, match=r"is not finite; the checkpoint of step 3 is kept; lower that role's"):
         run(tmp_path, steps=6, scale=1e30)
-    assert latest_step(tmp_path) == 3
+    assert latest(tmp_path) == Moment(3)
 
 
 def test_every_step_is_checked_not_only_the_logged_ones(tmp_path):

@@ -102,13 +102,15 @@ def run(
     hooks=(),
     scale=1.0,
     checkpoint_every=3,
+    checkpoint_minutes=30.0,
     given=None,
     put=lambda x: x,
     log_every=1,
     stop=never,
 ):
     workdir.mkdir(parents=True, exist_ok=True)
-    experiment = dataclasses.replace(EXPERIMENT, log_every=log_every, steps=steps, checkpoint_every=checkpoint_every)
+    due = {"checkpoint_every": checkpoint_every, "checkpoint_minutes": checkpoint_minutes}
+    experiment = dataclasses.replace(EXPERIMENT, log_every=log_every, steps=steps, **due)
     method, models, optimizers, state, frozen = parts(noise)
     given = batches(scale) if given is None else given
     return train(experiment, method, models, optimizers, state, frozen, given, put, workdir, hooks, stop)

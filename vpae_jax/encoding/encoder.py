@@ -39,7 +39,10 @@ from vpae_jax.encoding.units import Units
 from vpae_jax.inference.tokenizer import TooLong
 from vpae_jax.pages import jpeg
 from vpae_jax.runtime.processes import wait_for_all
+from vpae_jax.sharding import param_path
 from vpae_jax.types import Latents, UserError
+from vpae_jax.weights.directory import ModelDirectory
+from vpae_jax.weights.loading import open_parameters
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -84,6 +87,8 @@ class Encoders(Protocol):
     def tokenizer(self) -> Any: ...
     @property
     def defaults(self) -> Any: ...
+    @property
+    def directory(self) -> Any: ...
     @property
     def takes_image(self) -> bool: ...
     def tokenize(self, prompts: Sequence[str]) -> Any: ...
@@ -412,25 +417,38 @@ def strip(video: UInt8[np.ndarray, "t height width 3"]) -> str:
 
 def fingerprint(encoders: Encoders) -> str:
     """16 hexadecimal digits of the encoders' configs and weights, the tokenizer's pieces, the image preparation and the
-    negative prompt. Weights are compared as bfloat16, so that one model has one print whatever it is loaded as."""
+    negative prompt. Weights are compared as bfloat16, so that one model has one print whatever it is loaded as; those
+    that were left in their files are read from there, one after the other."""
     digest = hashlib.sha256()
-    models = (encoders.vae, encoders.text_encoder, encoders.image_encoder)
-    for model in models:
+    models = {part: getattr(encoders, part) for part in ("vae", "text_encoder", "image_encoder")}
+    for part, model in models.items():
         if model is not None:
-            add_weights(digest, model)
+            add_weights(digest, model, encoders.directory, part)
     tokenizer = encoders.tokenizer
     digest.update(repr((sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length)).encode())
     digest.update(repr((encoders.image_processor, encoders.defaults.negative_prompt)).encode())
     return digest.hexdigest()[:16]
 
 
-def add_weights(digest: Any, model: Any) -> None:
-    """Takes a model's config and weights, as bfloat16, into a `hashlib` digest."""
+def add_weights(digest: Any, model: Any, directory: ModelDirectory | None = None, part: str = "") -> None:
+    """Takes a model's config and weights, as bfloat16, into a `hashlib` digest.
+
+    Args:
+      directory, part: where weights are of which the model has the shapes alone.
+    """
     digest.update(repr(model.config).encode())
-    for path, value in jax.tree_util.tree_flatten_with_path(nnx.split(model, nnx.Param, ...)[1])[0]:
-        host = np.asarray(value).astype(ml_dtypes.bfloat16)
-        digest.update(f"{jax.tree_util.keystr(path)} {host.shape}".encode())
-        digest.update(host.tobytes())
+    leaves = jax.tree_util.tree_flatten_with_path(nnx.split(model, nnx.Param, ...)[1])[0]
+    with ExitStack() as stack:
+        read = None
+        for path, value in leaves:
+            if isinstance(value, jax.ShapeDtypeStruct):
+                if read is None:
+                    assert directory is not None  # `load_pipeline` knows it
+                    read = stack.enter_context(open_parameters(directory, part, ml_dtypes.bfloat16))
+                value = read(param_path(path))
+            host = np.asarray(value).astype(ml_dtypes.bfloat16)
+            digest.update(f"{jax.tree_util.keystr(path)} {host.shape}".encode())
+            digest.update(host.tobytes())
 
 
 def dtype_of(model: Any) -> str:

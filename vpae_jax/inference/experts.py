@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
@@ -14,8 +13,8 @@ from vpae_jax.models.wan_dit import WanTransformer
 from vpae_jax.models.wan_vae import WanVAE
 from vpae_jax.models.wan_vae_rows import Rows
 from vpae_jax.weights.directory import ModelDirectory
-from vpae_jax.weights.loading import load_part
-from vpae_jax.weights.parts import LOW, abstract
+from vpae_jax.weights.loading import left_part, load_part
+from vpae_jax.weights.parts import LOW
 from vpae_jax.weights.stream import Merge, Placement
 
 Experts = tuple[WanTransformer, WanTransformer | None]
@@ -38,11 +37,8 @@ def load(model: ModelDirectory, dtype: DTypeLike, mesh: Mesh | None = None, merg
 
 def shapes(model: ModelDirectory, dtype: DTypeLike, mesh: Mesh | None = None) -> Experts:
     """The same without weights."""
-
-    def shape(name: str) -> WanTransformer:
-        return nnx.merge(*abstract(name, model.part(name).config, dtype))
-
-    return _laid_out(shape("transformer"), shape(LOW) if LOW in model.parts else None, mesh)
+    second = left_part(model, LOW, dtype) if LOW in model.parts else None
+    return _laid_out(left_part(model, "transformer", dtype), second, mesh)
 
 
 def load_vae(model: ModelDirectory, dtype: DTypeLike, mesh: Mesh | None = None) -> WanVAE:

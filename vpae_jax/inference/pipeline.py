@@ -52,7 +52,7 @@ from vpae_jax.types import Condition, Latents, Mask, PRNGKey, UserError, Video
 from vpae_jax.weights.directory import ModelDirectory
 from vpae_jax.weights.find import find_model
 from vpae_jax.weights.image_processor import ImageProcessor, read_image_processor
-from vpae_jax.weights.loading import load_part
+from vpae_jax.weights.loading import left_part, load_part
 from vpae_jax.weights.parts import check_fit, makes_from_image
 from vpae_jax.weights.settings import Defaults, Scheduler, read_defaults, read_scheduler
 from vpae_jax.weights.stream import Merge
@@ -71,6 +71,7 @@ class Pipeline:
       transformer_2: the other expert; None where one network is for all times.
       boundary: time in (0, 1) that divides the experts; 0 with one network.
       small_decoder: what decodes latents in the place of the VAE; None for the VAE.
+      directory: where its parts were read, or left.
     """
 
     transformer: WanTransformer
@@ -84,6 +85,7 @@ class Pipeline:
     transformer_2: WanTransformer | None = None
     boundary: float = 0.0
     small_decoder: TinyDecoder | None = None
+    directory: ModelDirectory | None = None
 
     @property
     def decoder(self) -> WanVAE | TinyDecoder:
@@ -456,6 +458,7 @@ def load_pipeline(
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     with_transformer: bool = True,
+    with_encoders: bool = True,
     vae_dtype: DTypeLike = jnp.float32,
     decoder: str | Path | None = None,
 ) -> Pipeline:
@@ -471,9 +474,10 @@ def load_pipeline(
         `tensor` (`models.wan_vae_rows`); None uses the default device.
       with_transformer: False leaves the transformers' weights in their files, for a caller that brings others
         (`Pipeline.sample`'s denoiser); it then has shapes only.
+      with_encoders: False leaves the encoders' weights there in the same way, for a caller whose prompts are encoded.
+      vae_dtype: weights and compute dtype of the VAE: float32, as Wan's own, whatever `dtype` is.
       decoder: where a small decoder is that takes the VAE's place: TAEHV's file for Wan 2.1 (`taew2_1`), or the model
         directory that `configs/decoder.py` leaves. It has the `vae_dtype`.
-      vae_dtype: weights and compute dtype of the VAE: float32, as Wan's own, whatever `dtype` is.
 
     Raises:
       UserError: there is no Wan model, a part of it is missing or broken, or its parts do not fit together.
@@ -484,9 +488,10 @@ def load_pipeline(
     with model.open_tokenizer() as folder:
         tokenizer = load_tokenizer(folder)
     check_ids(max(tokenizer.get_vocab().values(), default=0), model.part("text_encoder").config.vocab_size)
+    load_encoder = load_part if with_encoders else left_part
     image_encoder, image_processor = None, None
     if "image_encoder" in model.parts:
-        image_encoder = load_part(model, "image_encoder", dtype, experts.place(mesh, sharding.REPLICATED))
+        image_encoder = load_encoder(model, "image_encoder", dtype, experts.place(mesh, sharding.REPLICATED))
         image_processor = read_image_processor(model.image_processor, image_encoder.config.image_size)
     load = experts.load if with_transformer else experts.shapes
     transformer, transformer_2 = load(model, dtype, mesh)
@@ -503,7 +508,7 @@ def load_pipeline(
         small_decoder=small,
         transformer=transformer,
         vae=experts.load_vae(model, vae_dtype, mesh),
-        text_encoder=load_part(model, "text_encoder", dtype, experts.place(mesh, sharding.REPLICATED)),
+        text_encoder=load_encoder(model, "text_encoder", dtype, experts.place(mesh, sharding.REPLICATED)),
         image_encoder=image_encoder,
         tokenizer=tokenizer,
         image_processor=image_processor,
@@ -511,6 +516,7 @@ def load_pipeline(
         defaults=read_defaults(model.folder, image),
         transformer_2=transformer_2,
         boundary=0.0 if model.boundary is None else model.boundary,
+        directory=model,
     )
 
 

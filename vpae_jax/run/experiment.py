@@ -49,7 +49,7 @@ from vpae_jax.tasks.base import Feed, Task, TooFew
 from vpae_jax.train import trackers
 from vpae_jax.train.blueprint import PixelParts, draw_up
 from vpae_jax.train.loop import Hook, train
-from vpae_jax.train.newest import latest_step
+from vpae_jax.train.newest import Moment, latest
 from vpae_jax.train.optim import make_optimizer
 from vpae_jax.train.roles import check_roles
 from vpae_jax.train.state import abstract, create
@@ -71,7 +71,7 @@ def run(experiment: Experiment, workdir: Path, devices: Sequence[Any] | None = N
 
     Args:
       devices: JAX's devices that the mesh is laid over; all devices of all processes by default.
-      stop: whether to stop after a step, with a checkpoint and no model directory.
+      stop: whether to stop after an update, with a checkpoint and no model directory.
 
     Raises:
       UserError: for a config that does not fit itself, the method, the devices, the model directory, the workdir or the
@@ -95,7 +95,7 @@ def _run(experiment: Experiment, workdir: Path, lock: Lock, devices: Sequence[An
     fresh = presets.find(experiment.model.preset).transformer
     transformer = fresh if pipeline is None else pipeline.transformer.config
     tasks.check(experiment, method, pipeline, workdir)
-    continuing = as_first_says("continuing", latest_step(workdir) is not None)
+    continuing = as_first_says("continuing", latest(workdir) is not None)
     looked_by = None
     if encoder is not None and pipeline is not None:
         looked_by = PixelParts(pipeline.vae.config, encoder.config)
@@ -104,12 +104,12 @@ def _run(experiment: Experiment, workdir: Path, lock: Lock, devices: Sequence[An
     # A run that continues has its trained weights in its checkpoint; so the phase before may be gone by then, unless a
     # frozen role starts from it.
     needed = [name for name in method.roles if name in blueprint.frozen or not continuing]
-    begun = as_first_says("start", remembered(workdir)) if continuing else None
+    begun = Moment.named(as_first_says("start", str(remembered(workdir)))) if continuing else None
     known = begun is not None
     readers = {} if encoder is None else {image_encoders.PART: encoder.read}
-    weights, first_step = make_weights(blueprint, experiment, workdir, source, needed, begun, readers)
+    weights, first = make_weights(blueprint, experiment, workdir, source, needed, begun, readers)
     frozen = {name: weights.pop(name) for name in blueprint.frozen}
-    begun = first_step if begun is None else begun
+    begun = first if begun is None else begun
     if begun is not None and not continuing:
         folder, kind = resolve(experiment.previous.workdir, workdir), experiment.previous.weights
         doubted = f"; {doubts}" if (doubts := doubt(folder)) else ""
@@ -168,7 +168,7 @@ class Inputs(NamedTuple):
       source: the model directory; None for a method that trains its parts on pixels.
       loras: what is merged into it.
       encoder: of a discriminator on pixels.
-      pipeline: the model directory's, without its transformer's weights.
+      pipeline: the model directory's, without its transformer's weights, and its encoders' where all is encoded.
       given: the model directory that stands for the phase before; None where that is a run, or there is none.
     """
 
@@ -180,8 +180,8 @@ class Inputs(NamedTuple):
 
 
 def _inputs(experiment: Experiment, method: Method, workdir: Path) -> Inputs:
-    """Finds what a run reads, compares it between processes, and loads what encodes prompts and makes clips of
-    latents."""
+    """Finds what a run reads, compares it between processes, and loads what makes clips of latents, and of
+    prompts and pictures what networks read, where that is not in records."""
     source = None if method.batch is PixelBatch else find_start(experiment, method, workdir)
     loras = lora_files(experiment.model.lora, workdir)
     check_loras(loras, source is not None and starts_from_transformer(method))
@@ -196,7 +196,8 @@ def _inputs(experiment: Experiment, method: Method, workdir: Path) -> Inputs:
     require_same("what they read", lambda: reads(source, tasks.digests(experiment.data, workdir), more))
     pipeline = None
     if source is not None:
-        pipeline = load_pipeline(source, jnp.dtype(experiment.model.dtype), with_transformer=False)
+        dtype, encodes = jnp.dtype(experiment.model.dtype), tasks.encodes(experiment.data)
+        pipeline = load_pipeline(source, dtype, with_transformer=False, with_encoders=encodes)
     return Inputs(source, loras, encoder, pipeline, given)
 
 

@@ -20,7 +20,7 @@ from vpae_jax.run.workdir import read_object
 from vpae_jax.runtime.processes import say
 from vpae_jax.train.blueprint import Blueprint
 from vpae_jax.train.checkpoint import read_state
-from vpae_jax.train.newest import latest_step, whole_step
+from vpae_jax.train.newest import Moment, latest, whole_moment
 from vpae_jax.train.state import places_of
 from vpae_jax.types import Params, UserError
 from vpae_jax.weights.directory import ModelDirectory
@@ -37,17 +37,16 @@ START = "start.json"
 Reader = Callable[[np.dtype, Placement], Params]
 
 
-def remember(workdir: Path, step: int | None) -> None:
-    """Writes down which step of the phase before a run starts from; None for a run that starts from none."""
-    if step is not None:
-        write_text(workdir / START, json.dumps({"previous_step": step}))
+def remember(workdir: Path, moment: Moment | None) -> None:
+    """Writes down which checkpoint of the phase before a run starts from; None for a run that starts from none."""
+    if moment is not None:
+        write_text(workdir / START, json.dumps({"previous_step": str(moment) if moment.updates else moment.step}))
 
 
-def remembered(workdir: Path) -> int | None:
-    """The step of the phase before that a run has started from; None where it is not written down, or cannot be read.
-    Then that phase's newest whole checkpoint is meant."""
-    step = (read_object(workdir / START) or {}).get("previous_step")
-    return step if type(step) is int else None
+def remembered(workdir: Path) -> Moment | None:
+    """Which checkpoint of the phase before a run has started from; None where it is not written down, or cannot be
+    read. Then that phase's newest whole one is meant."""
+    return Moment.named(str((read_object(workdir / START) or {}).get("previous_step")))
 
 
 def forget_damaged(workdir: Path) -> None:
@@ -109,20 +108,20 @@ def make_weights(
     workdir: Path,
     source: ModelDirectory | None,
     names: Iterable[str],
-    step: int | None = None,
+    moment: Moment | None = None,
     readers: Mapping[str, Reader] = MappingProxyType({}),
-) -> tuple[dict[str, Params], int | None]:
+) -> tuple[dict[str, Params], Moment | None]:
     """First weights of some roles, read or drawn straight into their places.
 
     Args:
       source: the model directory, for roles that start from it.
       names: which roles.
-      step: of the phase before; by default that of its newest whole checkpoint. A run that continues names the one
+      moment: which checkpoint of the phase before; by default its newest whole one. A run that continues names the one
         that it has started from, since roles that are frozen are read again.
       readers: of pretrained parts that are not the model directory's own, by part.
 
     Returns:
-      the weights by role, and the step of the phase before that they start from (None when they do not).
+      the weights by role, and the checkpoint of the phase before that they start from (None when they do not).
 
     Raises:
       UserError: when the previous phase's checkpoint is missing, damaged, or lacks a role, or sat on another model; for
@@ -132,7 +131,7 @@ def make_weights(
     like = blueprint.held
     continued = any(role.previous(name) is not None for name, role in roles.items())
     given = previous_model(experiment, workdir) if continued else None
-    start = previous_step(experiment, workdir, step) if continued and given is None else None
+    start = previous_moment(experiment, workdir, moment) if continued and given is None else None
     if start is not None:
         compare_loras(experiment, workdir, blueprint.models.roles)
     result: dict[str, Params] = {}
@@ -168,7 +167,7 @@ def read_pretrained(
 def previous_model(experiment: Experiment, workdir: Path) -> ModelDirectory | None:
     """The model directory that `config.previous.workdir` names in the place of a workdir; None where it names none."""
     folder = resolve(experiment.previous.workdir, workdir) if experiment.previous.workdir else None
-    if folder is None or not folder.is_dir() or is_workdir(folder) or latest_step(folder) is not None:
+    if folder is None or not folder.is_dir() or is_workdir(folder) or latest(folder) is not None:
         return None
     found = find_model(folder)
     return found if "transformer" in found.parts else None
@@ -193,8 +192,8 @@ def _places(like: Params) -> tuple[np.dtype, Placement]:
     return next(iter(leaves.values())).dtype, lambda path, _: leaves[path].sharding
 
 
-def previous_step(experiment: Experiment, workdir: Path, step: int | None = None) -> int:
-    """The step of the phase before that a run starts from: of its newest whole checkpoint, or `step`, if that is whole.
+def previous_moment(experiment: Experiment, workdir: Path, moment: Moment | None = None) -> Moment:
+    """Which checkpoint of the phase before a run starts from: its newest whole one, or `moment`'s, if that is whole.
 
     Raises:
       UserError: there is no such checkpoint, which says how to make one, or it is damaged.
@@ -203,21 +202,21 @@ def previous_step(experiment: Experiment, workdir: Path, step: int | None = None
     if not previous.workdir:
         raise UserError("config.previous.workdir is empty, but method.init is 'previous'; name the phase before")
     folder = resolve(previous.workdir, workdir)
-    if latest_step(folder) is None:
+    if latest(folder) is None:
         raise UserError(
             f"{experiment.name} starts from the previous phase, but there is no checkpoint in {folder}; run: "
             f"{previous.command} --workdir={folder}, or set --config.previous.workdir"
         )
-    return whole_step(folder, step)
+    return whole_moment(folder, moment)
 
 
-def read_previous(experiment: Experiment, workdir: Path, role: str, like: Params | None, step: int) -> Params:
+def read_previous(experiment: Experiment, workdir: Path, role: str, like: Params | None, moment: Moment) -> Params:
     """A role's weights in the phase before.
 
     Args:
       role: its name there.
       like: shapes with places; None for arrays on the host, as they are stored.
-      step: as `previous_step` gives it.
+      moment: as `previous_moment` gives it.
 
     Raises:
       UserError: the phase before has no such role, or one of other sizes.
@@ -226,7 +225,7 @@ def read_previous(experiment: Experiment, workdir: Path, role: str, like: Params
     folder = resolve(previous.workdir, workdir)
     places = [("averages", f"{role}_{EMA}"), ("params", role)]
     for item, name in places if previous.weights == "ema" else places[1:]:
-        state = read_state(folder, step, (item,), None if like is None else {item: {name: like}})
+        state = read_state(folder, moment, (item,), None if like is None else {item: {name: like}})
         if name in state[item]:
             return state[item][name]
     raise UserError(f"{folder} holds no {role} to start from; config.previous.workdir names another method's")

@@ -41,6 +41,7 @@ FREE = (
     "score_every",
     "score_clips",
     "checkpoint_every",
+    "checkpoint_minutes",
     "keep",
     "guard",
     "tracker",

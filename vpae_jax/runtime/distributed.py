@@ -103,7 +103,8 @@ def share(process_id: int | None, num_processes: int | None, environment: Mappin
 
 
 def _slurm(environment: Mapping[str, str]) -> ProcessSpec | None:
-    """The task of a step that `srun` started. A node's only task has all of its devices, else each has one."""
+    """The task of a step that `srun` started. A node's only task has all of its devices, else each has one: of all that
+    it sees the one of its place on the node, unless SLURM has bound it to one, which then is all that it sees."""
     names = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_NODES", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
     if any(name not in environment for name in names) or environment["SLURM_STEP_NUM_TASKS"] == "1":
         return None
@@ -113,7 +114,9 @@ def _slurm(environment: Mapping[str, str]) -> ProcessSpec | None:
     if found is None:
         raise UserError(f"SLURM_STEP_NODELIST is {environment['SLURM_STEP_NODELIST']!r}, expected names of nodes")
     port = environment.get("VPAE_PORT") or 61440 + job % 4096  # the same on all nodes, another one for each job
-    local = environment.get("SLURM_LOCALID") if tasks > nodes else None
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    bound = visible != "" and "," not in visible
+    local = environment.get("SLURM_LOCALID") if tasks > nodes and not bound else None
     devices = None if local is None else (_number("SLURM_LOCALID", local),)
     return ProcessSpec(f"{found[1]}{found[2] or ''}:{port}", tasks, index, devices, environment.get(SECRET, ""))
 

@@ -1,17 +1,20 @@
-"""SIGTERM: finish the step, save, and end well.
+"""SIGTERM: finish the update that runs, save, and end well.
 
-Schedulers send it before they take a machine away. The first one asks for a stop after the current step. One that comes
-while the run is stopping ends it at once; not in the first seconds, though, since a scheduler may send the same to a
-process and to its parent, which hands it on. All processes stop at the same step: JAX's preemption service, which
-listens for SIGTERM itself once processes have joined, lets them agree on the largest step that one of them has begun.
+Schedulers send it before they take a machine away. The first one asks for a stop after the running update. One that
+comes while the run is stopping ends it at once; not in the first seconds, though, since a scheduler may send the same
+to a process and to its parent, which hands it on. All processes stop at the same place: they ask after every update,
+and JAX's preemption service, which listens for SIGTERM itself once processes have joined, lets them agree on the first
+question that none of them has asked yet.
 """
 
 from __future__ import annotations
 
+import itertools
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from jax.experimental import multihost_utils
@@ -19,13 +22,12 @@ from jax.experimental import multihost_utils
 from vpae_jax.runtime import processes
 
 SAME_SECONDS = 2.0
-# Given the number of completed steps, whether to stop there. To be asked after every step.
-Stop = Callable[[int], bool]
+# Whether to stop here. All processes ask equally often, and none goes on before all of its work so far is done.
+Stop = Callable[[], bool]
 
 
-def never(step: int) -> bool:
+def never() -> bool:
     """A run that does not stop early."""
-    del step
     return False
 
 
@@ -33,7 +35,7 @@ def never(step: int) -> bool:
 def on_sigterm() -> Iterator[Stop]:
     """While the body runs, SIGTERM asks for a stop; in the main thread only."""
     if processes.client() is not None:
-        yield _agreed
+        yield partial(_agreed, itertools.count(1))
         return
     asked = []
 
@@ -44,13 +46,13 @@ def on_sigterm() -> Iterator[Stop]:
 
     before = signal.signal(signal.SIGTERM, ask)
     try:
-        yield lambda step: bool(asked)
+        yield lambda: bool(asked)
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _agreed(step: int) -> bool:
-    stop = multihost_utils.reached_preemption_sync_point(step)
+def _agreed(questions: Iterator[int]) -> bool:
+    stop = multihost_utils.reached_preemption_sync_point(next(questions))
     if stop:
         _end_on_another()
     return stop

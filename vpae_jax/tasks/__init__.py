@@ -18,6 +18,11 @@ def name_of(data: DataConfig) -> Literal["digits", "video"]:
     return "video" if data.records or data.videos else "digits"
 
 
+def encodes(data: DataConfig) -> bool:
+    """Whether a run encodes clips or prompts: records hold what encoders made of them."""
+    return not data.records
+
+
 def check(experiment: Experiment, method: Method, pipeline: Pipeline | None, workdir: Path) -> None:
     """Raises `UserError` for what shows before anything is written: a method, a model, or a number of clips that do not
     fit the task, or prompts alone for a method that needs clips."""

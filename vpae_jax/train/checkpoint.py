@@ -1,6 +1,7 @@
 """Checkpoints: the whole train state and the data iterator's position, written by Orbax.
 
     checkpoints/200, checkpoints/300   complete, each called by its step, with checksums of all files (`checksums.py`)
+    checkpoints/300+2                  the same in the middle of step 301, after two of its updates
     checkpoints/unfinished             what is being written or removed; worth nothing once its run has ended
     checkpoints/damaged-300            not what was written, and put aside
 
@@ -17,14 +18,13 @@ A run looks for its start in this order:
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import jax
@@ -37,7 +37,7 @@ from vpae_jax.runtime.processes import first_decides, is_first, say
 from vpae_jax.sharding import param_path
 from vpae_jax.train import checksums
 from vpae_jax.train.async_writer import AsyncWriter, remove_what_is_written
-from vpae_jax.train.newest import FOLDER, newest_whole, steps_in, whole_step
+from vpae_jax.train.newest import FOLDER, Moment, moments_in, newest_whole, whole_moment
 from vpae_jax.train.state import TrainState
 from vpae_jax.types import Params, UserError
 
@@ -60,30 +60,43 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, keep: int = 2):
         self.folder, self.keep = (workdir / FOLDER).absolute(), keep
-        self.writer = AsyncWriter(state=ocp.StandardCheckpointHandler(), data=ocp.JsonCheckpointHandler())
+        self.writer = AsyncWriter(
+            state=ocp.StandardCheckpointHandler(), data=ocp.JsonCheckpointHandler(), metrics=ocp.JsonCheckpointHandler()
+        )
         self.thread, self.entered = ThreadPoolExecutor(1, "checkpoint"), ExitStack()
         self.saving: Future[None] | None = None
         if is_first() and (self.folder / UNFINISHED).exists():
             with refused_writes(self.folder):
                 shutil.rmtree(self.folder / UNFINISHED)
 
-    def save(self, state: TrainState, data: Any) -> None:
+    def save(
+        self,
+        state: TrainState,
+        position: Mapping[str, Any],
+        updates: int = 0,
+        metrics: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
         """Writes the state (at its own step) and the data iterator's position; complete or not there at all.
 
         Returns when the state is copied, and may be given up; writing goes on. Waits for the one before.
+
+        Args:
+          updates: what is done of the step that is under way, each repeat counted.
+          metrics: what these updates reported.
 
         Raises:
           UserError: this one, or the one before, cannot be written.
         """
         self.wait()
-        step, unfinished = int(state.step), self.folder / UNFINISHED
-        position = json.loads(json.dumps(data.get_state()))
-        items = {"state": ocp.args.StandardSave(_plain(state)), "data": ocp.args.JsonSave(position)}
+        moment, unfinished = Moment(int(state.step), updates), self.folder / UNFINISHED
+        items = {"state": ocp.args.StandardSave(_plain(state)), "data": ocp.args.JsonSave(dict(position))}
+        if updates:
+            items["metrics"] = ocp.args.JsonSave(dict(metrics))
         with refused_writes(self.folder):
             if is_first():
                 unfinished.mkdir(parents=True, exist_ok=True)
-            self.writer.save(unfinished / str(step), **items)
-        self.saving = self.thread.submit(self._finish, step)
+            self.writer.save(unfinished / str(moment), **items)
+        self.saving = self.thread.submit(self._finish, moment)
 
     def check(self) -> None:
         """Raises `UserError` when the last checkpoint could not be written, as far as that is known."""
@@ -96,32 +109,33 @@ class Checkpoints:
         if saving is not None:
             saving.result()
 
-    def latest(self) -> int | None:
-        """The step of the last complete checkpoint, which is waited for; None if there is none."""
+    def latest(self) -> Moment | None:
+        """What the last complete checkpoint is of, which is waited for; None if there is none."""
         self.wait()
-        return max(steps_in(self.folder), default=None)
+        return max(moments_in(self.folder), default=None)
 
-    def newest(self) -> int | None:
-        """The step of the newest whole checkpoint; damaged ones that are newer are put aside. None if there is none.
+    def newest(self) -> Moment | None:
+        """What the newest whole checkpoint is of; damaged ones that are newer are put aside. None if there is none.
 
         Raises:
           UserError: none of them is whole.
         """
-        step, faults = newest_whole(self.folder)
+        found, faults = newest_whole(self.folder)
         for damaged, fault in faults.items() if is_first() else ():
             path = self.folder / str(damaged)
             aside = put_aside(path)
-            say(f"{path} is damaged ({fault}), and now called {aside.name}; the run goes back to step {step}")
-        return step
+            say(f"{path} is damaged ({fault}), and now called {aside.name}; the run goes back to step {found}")
+        return found
 
-    def restore(self, step: int, like: TrainState, data: Any) -> tuple[TrainState, Any]:
-        """A checkpoint, in the shapes and shardings of `like`, which may be no more than these; the iterator continues
-        after its last batch."""
+    def restore(self, moment: Moment, like: TrainState) -> tuple[TrainState, dict[str, Any], dict[str, float]]:
+        """A checkpoint: its state, in the shapes and shardings of `like`, which may be no more than these; the data
+        iterator's position; and what the updates of the step that was under way reported."""
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _plain(like, _abstract_key_data))
         items = {"state": ocp.args.StandardRestore(abstract), "data": ocp.args.JsonRestore()}
-        restored = self.writer.restore(self.folder / str(step), **items)
-        data.set_state(restored["data"])
-        return _state(restored["state"]), data
+        if moment.updates:
+            items["metrics"] = ocp.args.JsonRestore()
+        found = self.writer.restore(self.folder / str(moment), **items)
+        return _state(found["state"]), found["data"], found["metrics"] if moment.updates else {}
 
     def __enter__(self) -> Checkpoints:
         self.entered.enter_context(self.writer)
@@ -142,25 +156,25 @@ class Checkpoints:
             if is_first() and (self.writer.failed or (self.folder / UNFINISHED).exists()):
                 remove_what_is_written(self.folder / UNFINISHED)
 
-    def _finish(self, step: int) -> None:
+    def _finish(self, moment: Moment) -> None:
         """Sums what is written; then the checkpoint gets its name. In a thread of its own, on all processes."""
         with refused_writes(self.folder):
             self.writer.finish()
-            own = checksums.of_process(self.folder / UNFINISHED / str(step), jax.process_index())
-            first_decides(f"{self.folder}/{step} is written", own, partial(self._complete, step))
+            own = checksums.of_process(self.folder / UNFINISHED / str(moment), jax.process_index())
+            first_decides(f"{self.folder}/{moment} is written", own, partial(self._complete, moment))
 
-    def _complete(self, step: int, sums: list[checksums.Sums]) -> None:
+    def _complete(self, moment: Moment, sums: list[checksums.Sums]) -> None:
         unfinished = self.folder / UNFINISHED
-        checksums.write(unfinished / str(step), sums)
-        (unfinished / str(step)).rename(self.folder / str(step))
-        for old in steps_in(self.folder)[: -self.keep]:
+        checksums.write(unfinished / str(moment), sums)
+        (unfinished / str(moment)).rename(self.folder / str(moment))
+        for old in moments_in(self.folder)[: -self.keep]:
             (self.folder / str(old)).rename(unfinished / str(old))
         shutil.rmtree(unfinished, ignore_errors=True)  # what another host still reads goes the next time
 
 
 def read_state(
     workdir: Path,
-    step: int | None = None,
+    moment: Moment | None = None,
     items: tuple[str, ...] = ("step", "params", "averages"),
     like: Mapping[str, Mapping[str, Params]] | None = None,
 ) -> dict[str, Any]:
@@ -168,16 +182,16 @@ def read_state(
 
     Args:
       workdir: the run's folder.
-      step: which checkpoint, as `whole_step` has given it; by default that is asked.
+      moment: which checkpoint, as `whole_moment` has given it; by default that is asked.
       items: of "step", "key", "params", "opt", "averages".
       like: of "params" and "averages", shapes with places of what is wanted, by name. They then hold these alone, as
         far as they are there, on their devices.
 
     Raises:
-      UserError: as `whole_step`, or for a checkpoint of other shapes.
+      UserError: as `whole_moment`, or for a checkpoint of other shapes.
     """
-    step = whole_step(workdir) if step is None else step
-    folder = (workdir / FOLDER).absolute() / str(step) / "state"
+    moment = whole_moment(workdir) if moment is None else moment
+    folder = (workdir / FOLDER).absolute() / str(moment) / "state"
     handler = ocp.PyTreeCheckpointHandler()
     # The checkpointer's own `metadata` would warn of a file that is not needed.
     tree = handler.metadata(folder).tree  # pyright: ignore[reportArgumentType]

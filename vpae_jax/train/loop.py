@@ -1,17 +1,17 @@
 """The only training loop.
 
-Each step runs the method's due updates in order, each repeat on the next batch. Metrics are read one step late, so the
-host never waits for the device; checkpoints hold everything that the next step depends on, so an interrupted run ends
-with the same bits as an uninterrupted one.
+Each step runs the method's due updates in order, each repeat on the next batch. While one runs, the host prepares the
+batch of the next one, and then waits: a large update takes minutes, and behind a queue of them SIGTERM would be heeded
+too late. Between any two of them a run can save and end. Checkpoints hold everything that the rest depends on, so an
+interrupted run ends with the same bits as an uninterrupted one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,9 @@ from vpae_jax.runtime.preemption import Stop, never
 from vpae_jax.runtime.processes import say
 from vpae_jax.train import step as steps
 from vpae_jax.train.checkpoint import Checkpoints
+from vpae_jax.train.clocks import Alarm, Clock
 from vpae_jax.train.metrics import MetricsLog
+from vpae_jax.train.newest import Moment
 from vpae_jax.train.roles import RoleModels
 from vpae_jax.train.state import TrainState, places_of
 from vpae_jax.train.trackers import Tracker
@@ -90,7 +92,7 @@ def train(
     Args:
       batches: their position is part of every checkpoint.
       put: moves this process's part of a batch to the devices, in the right sharding.
-      stop: whether to stop after this step, on all processes alike.
+      stop: whether to stop after this update, on all processes alike.
 
     Returns:
       The last state, which is also the newest checkpoint.
@@ -100,46 +102,78 @@ def train(
         stays. When there are checkpoints, but none is whole.
     """
     with Checkpoints(workdir, experiment.keep) as checkpoints, ExitStack() as stack:
-        start = checkpoints.newest()
-        if start is not None:
-            state, batches = checkpoints.restore(start, state, batches)
-            say(f"continuing from step {start} of {workdir}")
-        start = int(state.step)
+        begun, values = checkpoints.newest(), {}  # what the updates of the running step have reported
+        if begun is not None:
+            state, position, values = checkpoints.restore(begun, state)
+            batches.set_state(position)
+            say(f"continuing from step {begun} of {workdir}")
+        begun = begun or Moment(int(state.step))
         places = places_of(state)
         programs = [
             steps.make_update(update, i, models, optimizers, experiment.accumulation, places)
             for i, update in enumerate(method.updates)
         ]
-        metrics = MetricsLog(workdir, start, experiment.steps, _tracker(experiment, workdir))
+        metrics = MetricsLog(workdir, begun.step, experiment.steps, _tracker(experiment, workdir))
         stack.callback(metrics.close)
-        missed = hooks if start == 0 else tuple(hook for hook in hooks if not hook.done(start))
-        _run_hooks(missed, start, experiment.steps, state, metrics)
-        pending: tuple[int, dict[str, Any]] | None = None
-        clock, scalars_of_update = Clock(), {}
-        for step in range(start, experiment.steps):
-            scalars: dict[str, Any] = {}
-            for index, update in steps.due(method.updates, step):
-                for repeat in range(update.repeats):
-                    with clock.waiting(scalars_of_update):
-                        batch = next(batches)
-                    with metrics.first_time(f"compiling the {update.name}'s update"):
-                        state, scalars_of_update = programs[index](state, frozen, put(batch), jnp.int32(repeat))
-                    scalars |= scalars_of_update
+        if not begun.updates:
+            missed = hooks if begun.step == 0 else tuple(hook for hook in hooks if not hook.done(begun.step))
+            _run_hooks(missed, begun.step, experiment.steps, state, metrics)
+        clock, alarm, ahead = Clock(), Alarm(experiment.checkpoint_minutes), _Ahead(batches, put)
+
+        def pause(updates: int = 0, due: bool = False) -> bool:
+            """After an update: a checkpoint, if one is due or the run is to stop; and whether it is."""
+            stopping = stop()
+            if due or stopping or alarm.rings():
+                checkpoints.save(state, ahead.position, updates, values)
+                alarm.wind()
+            return stopping
+
+        for step in range(begun.step, experiment.steps):
+            turns = steps.due(method.updates, step)
+            for done, (index, repeat) in enumerate(turns, start=1):
+                if Moment(step, done) <= begun:
+                    continue
+                with clock.waiting(None):
+                    batch = ahead.take()
+                with metrics.first_time(f"compiling the {method.updates[index].name}'s update"):
+                    state, running = programs[index](state, frozen, batch, jnp.int32(repeat))
+                if done < len(turns) or step + 1 < experiment.steps:
+                    with clock.waiting(running):
+                        ahead.prepare()
+                values |= _read(running, step + 1, checkpoints)
+                if done < len(turns) and pause(done):
+                    return state
             state = replace(state, step=state.step + 1)
-            if pending is not None:
-                _record(metrics, *pending, clock, batches, experiment, checkpoints)
-            pending = (step + 1, scalars)
+            _record(metrics, step + 1, values, clock, batches, experiment)
+            values = {}
             metrics.advance()
             checkpoints.check()
-            last, stopping = step + 1 == experiment.steps, stop(step + 1)
-            if last or stopping or (step + 1) % experiment.checkpoint_every == 0:
-                _record(metrics, *pending, clock, batches, experiment, checkpoints)
-                pending = None
-                checkpoints.save(state, batches)
-            if stopping and not last:
-                break
+            last = step + 1 == experiment.steps
+            if pause(due=last or (step + 1) % experiment.checkpoint_every == 0) and not last:
+                return state
             _run_hooks(hooks, step + 1, experiment.steps, state, metrics)
     return state
+
+
+class _Ahead:
+    """Batches on the devices, one of which is prepared before its time.
+
+    Attributes:
+      position: in the data, after the batches that were taken.
+    """
+
+    def __init__(self, batches: Data, put: Callable[[Any], Any]) -> None:
+        self.batches, self.put = batches, put
+        self.position, self.next = batches.get_state(), None
+
+    def prepare(self) -> None:
+        self.next = self.put(next(self.batches))
+
+    def take(self) -> Any:
+        if self.next is None:
+            self.prepare()
+        self.position, batch, self.next = self.batches.get_state(), self.next, None
+        return batch
 
 
 def _tracker(experiment: Experiment, workdir: Path) -> Callable[[], Tracker] | None:
@@ -149,46 +183,9 @@ def _tracker(experiment: Experiment, workdir: Path) -> Callable[[], Tracker] | N
     return partial(Tracker, experiment.tracker, workdir, experiment.name, dataclasses.asdict(experiment))
 
 
-class Clock:
-    """Time a step since the last reading, and how much of it the devices were idle for want of data."""
-
-    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
-        self.now, self.time, self.step, self.waited = now, now(), None, 0.0
-
-    @contextmanager
-    def waiting(self, running: Any) -> Iterator[None]:
-        """Around what waits for data. It is counted only when what was `running` on the devices, arrays that are yet to
-        be computed, has ended by then: else the devices had work all the time."""
-        since = self.now()
-        yield
-        if all(value.is_ready() for value in jax.tree.leaves(running)):
-            self.waited += self.now() - since
-
-    def read(self, step: int) -> dict[str, float]:
-        """`seconds_per_step`, and `data_wait`, the share of them spent waiting for data; 0 at the first reading."""
-        now, before = self.now(), self.step
-        passed = now - self.time
-        known = before is not None and passed > 0
-        result = {
-            "seconds_per_step": passed / max(1, step - before) if before is not None else 0.0,
-            "data_wait": self.waited / passed if known else 0.0,
-        }
-        self.time, self.step, self.waited = now, step, 0.0
-        return result
-
-
-def _record(
-    metrics: MetricsLog,
-    step: int,
-    scalars: dict,
-    clock: Clock,
-    data: Data,
-    experiment: Experiment,
-    checkpoints: Checkpoints,
-) -> None:
-    """Waits for one step's metrics, checks them, and writes them when due, and those of the last step, with what slowed
-    any of the processes."""
-    values = {name: float(value) for name, value in jax.device_get(scalars).items()}
+def _read(running: Mapping[str, Any], step: int, checkpoints: Checkpoints) -> dict[str, float]:
+    """Waits for an update, and returns its metrics. Raises `UserError` for one that is not finite."""
+    values = {name: float(value) for name, value in jax.device_get(running).items()}
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if bad:
         saved = checkpoints.latest()
@@ -196,6 +193,13 @@ def _record(
         raise UserError(
             f"step {step}: {bad[0]} is not finite; {kept}; lower that role's learning_rate or clip_norm and start again"
         )
+    return values
+
+
+def _record(
+    metrics: MetricsLog, step: int, values: Mapping[str, float], clock: Clock, data: Data, experiment: Experiment
+) -> None:
+    """Writes one step's metrics when due, and those of the last step, with what slowed any of the processes."""
     if step % experiment.log_every == 0 or step == experiment.steps:
         times = clock.read(step)
         waits, bad = processes.of_all(np.array([times["data_wait"], data.bad])).T

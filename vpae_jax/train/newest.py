@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
@@ -14,60 +16,82 @@ from vpae_jax.types import Note, UserError
 FOLDER = "checkpoints"
 
 
-def steps_in(folder: Path) -> list[int]:
+class Moment(NamedTuple):
+    """How far a run is, and what its checkpoint of that is called: "50", or "50+3" in the middle of a step.
+
+    Attributes:
+      step: completed steps.
+      updates: what is done of the next one: so many updates, each repeat counted.
+    """
+
+    step: int
+    updates: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.step}+{self.updates}" if self.updates else str(self.step)
+
+    @staticmethod
+    def named(name: str) -> Moment | None:
+        """What a checkpoint of this name is of; None for what is called otherwise."""
+        found = re.fullmatch(r"(0|[1-9]\d*)(?:\+([1-9]\d*))?", name, re.ASCII)
+        return None if found is None else Moment(int(found[1]), int(found[2] or 0))
+
+
+def moments_in(folder: Path) -> list[Moment]:
     """Of the checkpoints in a folder, be they whole or damaged, in order. A folder that is called otherwise is none."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
+    return sorted(filter(None, map(Moment.named, names)))
 
 
-def latest_step(workdir: Path) -> int | None:
-    """The step of a run's newest checkpoint, be it whole or damaged; None when it has none."""
-    return max(steps_in(workdir / FOLDER), default=None)
+def latest(workdir: Path) -> Moment | None:
+    """What a run's newest checkpoint is of, be it whole or damaged; None when it has none."""
+    return max(moments_in(workdir / FOLDER), default=None)
 
 
-def whole_step(workdir: Path, step: int | None = None) -> int:
-    """The step of a run's newest whole checkpoint; newer ones that are damaged are a `Note`. All processes call this,
+def whole_moment(workdir: Path, wanted: Moment | None = None) -> Moment:
+    """What a run's newest whole checkpoint is of; newer ones that are damaged are a `Note`. All processes call this,
     and each looks at its share of the files.
 
     Args:
       workdir: the run's folder, which may be another's: nothing is changed there.
-      step: which checkpoint, where no other will do.
+      wanted: which checkpoint, where no other will do.
 
     Raises:
       UserError: no checkpoint, none that is whole, or not the one that is wanted.
     """
-    folder, newest = (workdir / FOLDER).absolute(), latest_step(workdir)
+    folder, newest = (workdir / FOLDER).absolute(), latest(workdir)
     if newest is None:
         raise UserError(f"no checkpoint in {workdir}")
-    if step is None:
+    if wanted is None:
         found, faults = newest_whole(folder)
         assert found is not None
         for damaged, fault in faults.items() if is_first() else ():
             message = f"{folder / str(damaged)} is damaged ({fault}); the checkpoint of step {found} takes its place"
             warnings.warn(message, Note, stacklevel=2)
         return found
-    if step not in steps_in(folder):
-        raise UserError(f"no checkpoint of step {step} in {workdir}, the newest is of step {newest}")
-    fault = checksums.fault(folder / str(step), jax.process_index(), jax.process_count())
+    if wanted not in moments_in(folder):
+        raise UserError(f"no checkpoint of step {wanted} in {workdir}, the newest is of step {newest}")
+    fault = checksums.fault(folder / str(wanted), jax.process_index(), jax.process_count())
     if fault is not None:
-        raise UserError(f"{folder / str(step)} is damaged ({fault}), and needed; copy it here again")
-    return step
+        raise UserError(f"{folder / str(wanted)} is damaged ({fault}), and needed; copy it here again")
+    return wanted
 
 
-def newest_whole(folder: Path) -> tuple[int | None, dict[int, str]]:
-    """The step of the newest whole checkpoint, and what is wrong with newer ones; the same on all processes, each of
+def newest_whole(folder: Path) -> tuple[Moment | None, dict[Moment, str]]:
+    """What the newest whole checkpoint is of, and what is wrong with newer ones; the same on all processes, each of
     which looks at its share of the files.
 
     Raises:
       UserError: there are some, but none is whole.
     """
-    faults: dict[int, str] = {}
-    for step in reversed(as_first_says(f"checkpoints in {folder}", steps_in(folder))):
-        own = checksums.fault(folder / str(step), jax.process_index(), jax.process_count())
-        fault = first_decides(f"{folder}/{step} is whole", own, lambda found: next(filter(None, found), None))
+    faults: dict[Moment, str] = {}
+    names = as_first_says(f"checkpoints in {folder}", [str(moment) for moment in moments_in(folder)])
+    for moment in filter(None, map(Moment.named, reversed(names))):
+        own = checksums.fault(folder / str(moment), jax.process_index(), jax.process_count())
+        fault = first_decides(f"{folder}/{moment} is whole", own, lambda found: next(filter(None, found), None))
         if fault is None:
-            return step, faults
-        faults[step] = fault
+            return moment, faults
+        faults[moment] = fault
     if faults:
         reasons = ", ".join(f"{step} ({fault})" for step, fault in faults.items())
         raise UserError(

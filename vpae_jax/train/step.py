@@ -129,6 +129,7 @@ def _finished(value: Array | Metric) -> Array:
     return value.compute() if isinstance(value, Metric) else value
 
 
-def due(updates: tuple[Update, ...], step: int) -> list[tuple[int, Update]]:
-    """The updates that run on a step, with their places in the method's order."""
-    return [(i, u) for i, u in enumerate(updates) if step >= u.starts and (step - u.starts) % u.every == 0]
+def due(updates: tuple[Update, ...], step: int) -> list[tuple[int, int]]:
+    """What runs on a step, in order: the place of an update among the method's, and which repeat it is."""
+    found = [(i, u) for i, u in enumerate(updates) if step >= u.starts and (step - u.starts) % u.every == 0]
+    return [(i, repeat) for i, update in found for repeat in range(update.repeats)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,34 @@ def load_part(
 ) -> Any:
     """One part as a model whose weights and compute dtype are `dtype`. Arguments and errors as `read_part`."""
     return nnx.merge(*_read(_source(model, part), dtype, placement, merge))
+
+
+def left_part(model: ModelDirectory, part: str, dtype: DTypeLike, placement: Placement | None = None) -> Any:
+    """The same without weights, which stay in their files: shapes take their place."""
+    del placement
+    return nnx.merge(*abstract(part, model.part(part).config, dtype))
+
+
+@contextmanager
+def open_parameters(model: ModelDirectory, part: str, dtype: DTypeLike) -> Iterator[Callable[[str], HostArray]]:
+    """What reads single parameters of a part, each by its path and whole, onto the host: for who looks at all of them
+    and needs none in a device's memory. Errors as `read_part`."""
+    source = model.part(part)
+    if source.layout == "orbax":
+        place = SingleDeviceSharding(jax.local_devices()[0])
+        kept = flat(orbax.stored(source.files[0]))
+
+        def restored(path: str) -> HostArray:
+            tree: Any = jax.ShapeDtypeStruct(kept[path].shape, dtype, sharding=place)
+            for name in reversed(path.split("/")):
+                tree = {name: tree}
+            return np.asarray(jax.tree.leaves(orbax.restore(source.files[0], tree))[0])
+
+        yield restored
+        return
+    with source.open() as tensors:
+        parameters = {parameter.path: parameter for parameter in tensors.parameters}
+        yield lambda path: stream.read(tensors, parameters[path], dtype)
 
 
 def build(part: str, config: Any, params: Weights, dtype: DTypeLike = jnp.float32) -> Any:

@@ -69,6 +69,16 @@ def load(
     return result
 
 
+def read(tensors: PartTensors, parameter: Parameter, dtype: DTypeLike) -> HostArray:
+    """One parameter of an open part, whole, on the host. Raises `UserError` as `load`."""
+    bounds = _bounds((), parameter.full_shape)
+    shards = {bounds: np.empty(parameter.full_shape, dtype)}
+    with ThreadPoolExecutor(THREADS) as pool:
+        for _ in pool.map(partial(_fill, tensors, parameter, shards, None), _chunks(tensors, parameter)):
+            pass
+    return shards[bounds]
+
+
 def widest(dtypes: Iterable[np.dtype]) -> np.dtype:
     """The dtype of a parameter whose layers have these: it holds all of their values."""
     kinds = set(dtypes)

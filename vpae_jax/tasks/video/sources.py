@@ -20,7 +20,7 @@ from vpae_jax.encoding.videos import VideoClips
 from vpae_jax.files import is_address, resolve
 from vpae_jax.inference.pipeline import Pipeline
 from vpae_jax.methods.base import Method
-from vpae_jax.runtime.processes import is_first, say
+from vpae_jax.runtime.processes import as_first_says, is_first, say
 from vpae_jax.types import UserError
 
 # Of one video of a folder that is encoded before a run, at most.
@@ -50,7 +50,8 @@ def open_sources(data: DataConfig, workdir: Path, pipeline: Pipeline, model: str
 
 def open_records(names: str, key: str, workdir: Path, pipeline: Pipeline, model: str) -> Sources:
     """Folders of records, "DIR,DIR" or "DIR=WEIGHT,...". Raises `UserError` as `open_sources`, naming `key`."""
-    found, expected = [], fingerprint(pipeline)
+    # Once for all processes: they have compared their models' files, and large encoders take long to read.
+    found, expected = [], as_first_says(f"encoders of {key}", fingerprint(pipeline) if is_first() else None)
     for name, weight in parse_sources(names):
         folder = _location(name, workdir)
         if weight is not None and isinstance(folder, Path) and not folder.exists():

@@ -74,6 +74,7 @@ class Video:
         self._sources: Sources | None = None
         self._opened_for: Pipeline | None = None
         self._judged: Sources = ()
+        self._judged_for: Pipeline | None = None
 
     def batches(self, kind: type, pipeline: Pipeline | None, feed: Feed) -> Batches:
         assert pipeline is not None  # `tasks.check` refuses methods without one
@@ -82,7 +83,8 @@ class Video:
         return latent_batches(sources, *how, most_held_out=self._most, seeds=feed.seeds)
 
     def held_out(self, pipeline: Pipeline, purpose: Purpose, count: int) -> HeldOut:
-        self._judged = self._apart(pipeline)
+        if self._judged_for is not pipeline:
+            self._judged, self._judged_for = self._apart(pipeline), pipeline
         asked, others = self._chosen(purpose, count)
         judged = purpose != "preview" and asked and "latents" in asked[0].arrays
         if not asked or (judged and min(len(asked), len(others)) < FEWEST):
@@ -99,15 +101,15 @@ class Video:
         conditions = [
             _condition(asked[clip], part.name) for part in parts for clip in clip_of_row[: len(asked) + again]
         ]
-        arrays, null = asked[0].arrays, pipeline.encode_prompt([pipeline.defaults.negative_prompt])
+        arrays, records = asked[0].arrays, self._judged[0][0]  # of the same encoders all, and negative prompt
         shape = arrays["latents"].shape if "latents" in arrays else tuple(int(size) for size in arrays["size"])
         return HeldOut(
             purpose=purpose,
             parts=parts,
             captions=tuple(asked[clip].caption for clip in clip_of_row),
             condition=_stacked(conditions),
-            null_text=np.asarray(null[0]),
-            null_mask=np.asarray(null[1]),
+            null_text=records.null_text[None],
+            null_mask=records.null_mask[None],
             shape=shape,
             seeds=tuple([*range(len(asked)), *range(OTHER_NOISE, OTHER_NOISE + again)] * len(modes)),
             origins=tuple(asked[clip].origin for clip in clip_of_row),
