@@ -203,10 +203,15 @@ def gather(params: Params, rules: Rules, mesh: Mesh | None, prefix: str = "", st
 
     def one(path: tuple[Any, ...], leaf: Array) -> Array:
         spec = find_rule(prefix + param_path(path), rules)[1 if stacked else 0 :]
-        whole = P(*(None if axes == SPLIT else axes for axes in spec))
-        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, whole))
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, P(*map(_without_split, spec))))
 
     return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _without_split(axes: str | tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """What of an axis's place is left when weights are gathered."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return tuple(name for name in names if name not in SPLIT) or None
 
 
 @dataclass(frozen=True)
@@ -238,6 +243,16 @@ class Ring:
         count = self.stride * self.size
         return jax.lax.ppermute(arrays, CONTEXT_AXIS, [(i, (i + self.stride) % count) for i in range(count)])
 
+    def meanwhile(self, found: Any, turn: int, k: Keys, v: Keys) -> tuple[Any, Sequence[Array]]:
+        """What this turn's attention found, and the keys and values of the next turn, which travel while it runs.
+
+        The barrier holds the next turn's attention back until this one's is done: else a compiler may begin with the
+        one that has to wait for its keys.
+        """
+        if turn + 1 == self.size:
+            return found, (k, v)
+        return jax.lax.optimization_barrier((found, self.turn(k, v)))
+
 
 def ring_attention(q: Queries, k: Queries, v: Queries, ring: Ring, passes: kernels.Passes) -> Queries:
     """Attention of this device's queries to the keys of all devices of its ring, one device's keys at a time.
@@ -258,9 +273,7 @@ def _ring_forward(
 ) -> tuple[Queries, LogSumExp]:
     out, lse = None, None
     for turn in range(ring.size):
-        # Asked for before this turn's attention, which does not need them, so that they travel meanwhile.
-        following = ring.turn(k, v) if turn + 1 < ring.size else (k, v)
-        part, part_lse = passes.forward(q, k, v, ring.visible(turn))
+        (part, part_lse), (k, v) = ring.meanwhile(passes.forward(q, k, v, ring.visible(turn)), turn, k, v)
         part = part.astype(jnp.float32)
         if out is None or lse is None:
             out, lse = part, part_lse
@@ -268,7 +281,6 @@ def _ring_forward(
             total = jnp.logaddexp(lse, part_lse)
             out = out * _share(lse, total) + part * _share(part_lse, total)
             lse = total
-        k, v = following
     assert out is not None and lse is not None
     return out.astype(q.dtype), lse
 
@@ -293,10 +305,9 @@ def _ring_backward(
     d_q = jnp.zeros(q.shape, jnp.float32)
     d_k, d_v = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for turn in range(ring.size):
-        following = ring.turn(k, v) if turn + 1 < ring.size else (k, v)
-        of_q, of_k, of_v = passes.backward(q, k, v, ring.visible(turn), out, lse, d_out)
+        found = passes.backward(q, k, v, ring.visible(turn), out, lse, d_out)
+        (of_q, of_k, of_v), (k, v) = ring.meanwhile(found, turn, k, v)
         d_q, d_k, d_v = d_q + of_q, d_k + of_k, d_v + of_v
         # After the last turn the gradients are at home again, with the keys and values that are theirs.
         d_k, d_v = ring.turn(d_k, d_v)
-        k, v = following
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)

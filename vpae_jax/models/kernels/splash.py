@@ -7,6 +7,8 @@ tiles of which nothing is seen, and computes the mask within the others.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import FullMask, Mask, SegmentIds
@@ -102,19 +104,19 @@ def _passes(mask: Mask, interpret: bool) -> Passes:
     """Of the kernels for a mask: pads, puts heads first, and hides keys. Logits are not scaled."""
     splash, (rows, columns) = Splash(mask, interpret), mask.shape
 
-    def given(q: Wide, k: WideKeys, v: Keys, visible: Count | None) -> tuple[Array, Array, Array, SegmentIds | None]:
+    def given(q: Wide, k: WideKeys, v: Keys, visible: Any) -> tuple[Array, Array, Array, SegmentIds | None]:
         segments = None
         if visible is not None:
             hidden = jnp.arange(columns) >= visible
             segments = SegmentIds(jnp.zeros(rows, jnp.int32), hidden.astype(jnp.int32))
         return _padded(q, rows), _padded(k, columns), _padded(v, columns), segments
 
-    def forward(q: Wide, k: WideKeys, v: Keys, visible: Count | None) -> tuple[Queries, LogSumExp]:
+    def forward(q: Wide, k: WideKeys, v: Keys, visible: Any) -> tuple[Queries, LogSumExp]:
         out, lse = splash.forward(*given(q, k, v, visible))
         return _tokens_first(out, q), lse[:, :, : q.shape[1]]
 
     def backward(
-        q: Wide, k: WideKeys, v: Keys, visible: Count | None, out: Queries, lse: LogSumExp, d_out: Queries
+        q: Wide, k: WideKeys, v: Keys, visible: Any, out: Queries, lse: LogSumExp, d_out: Queries
     ) -> tuple[Wide, WideKeys, Keys]:
         lse = jnp.pad(lse, ((0, 0), (0, 0), (0, rows - q.shape[1])))
         dq, dk, dv = splash.backward(*given(q, k, v, visible), _padded(out, rows), lse, _padded(d_out, rows))
