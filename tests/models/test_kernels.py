@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from vpae_jax.models import kernels
-from vpae_jax.models.kernels import reference, splash, tiled
+from vpae_jax.models.kernels import reference, splash, splash_kernel, tiled
+from vpae_jax.models.kernels.chunk_mask import ChunkMask, Seen
 
 
 def draw(seed, *shape):
@@ -184,7 +185,7 @@ def test_checkpoint_keeps_the_residuals():
     ],
 )
 def test_splash_equals_the_whole(monkeypatch, kind, n, m, dtype):
-    monkeypatch.setattr(splash, "TILES", (128,))
+    monkeypatch.setattr(splash_kernel, "SMALL", (128,))
     *given, d_out = qkv(n, m, heads=1, head_dim=128, dtype=dtype)
     bias = make_bias(kind, m)
     expected = exact(*(x.astype(jnp.float32) for x in given), bias, d_out.astype(jnp.float32))
@@ -209,9 +210,9 @@ def test_checkpoint_keeps_splashs_residuals(biased):
         program = jax.jit(jax.grad(loss)).trace(*given).lower(lowering_platforms=("tpu",)).as_text()
         return sorted(re.findall(r'kernel_name = "splash_mha_([a-z]+)', program))
 
-    assert kernel_calls(jax.checkpoint_policies.nothing_saveable) == ["dkv", "dq", "fwd", "fwd"]
-    assert kernel_calls(jax.checkpoint_policies.save_only_these_names(kernels.RESIDUALS)) == ["dkv", "dq", "fwd"]
-    assert kernel_calls(kernels.save_attention) == ["dkv", "dq", "fwd"]
+    assert kernel_calls(jax.checkpoint_policies.nothing_saveable) == ["dkv", "fwd", "fwd"]
+    assert kernel_calls(jax.checkpoint_policies.save_only_these_names(kernels.RESIDUALS)) == ["dkv", "fwd"]
+    assert kernel_calls(kernels.save_attention) == ["dkv", "fwd"]
 
 
 LONG, TEXT = (1, 9450, 40, 128), (1, 512, 40, 128)
@@ -282,7 +283,7 @@ def test_keys_are_hidden_from_a_number_on(monkeypatch, name, small, visible):
 )
 def test_splash_hides_keys_from_a_number_on(monkeypatch, visible, n, m):
     """Within a tile, and in whole tiles."""
-    monkeypatch.setattr(splash, "TILES", (128,))
+    monkeypatch.setattr(splash_kernel, "SMALL", (128,))
     given = qkv(n, m, heads=1, head_dim=128)
     found = hidden_from(visible, lambda q, k, v, n: splash.attention(q, k, v, visible=n, interpret=True), *given)
     assert_hidden_from(visible, found, *given)
@@ -309,7 +310,7 @@ def by_slices(q, k, v, past, stops):
 )
 def test_splash_by_chunks(monkeypatch, stops, with_past):
     """Chunks that share tiles; a first one that is shorter, longer or like the others."""
-    monkeypatch.setattr(splash, "TILES", (128,))
+    monkeypatch.setattr(splash_kernel, "SMALL", (128,))
     q, k, v, d_out = qkv(stops[-1], stops[-1], b=1, heads=2, head_dim=128)
     past = (k[:, ::-1] + 0.5, v[:, ::-1] - 0.5) if with_past else None
 
@@ -327,9 +328,9 @@ def test_splash_by_chunks(monkeypatch, stops, with_past):
 
 def test_the_mask_of_chunks_leaves_out_tiles(monkeypatch):
     """Of eight chunks of a tile each, a chunk sees itself and those before it."""
-    monkeypatch.setattr(splash, "TILES", (128,))
+    monkeypatch.setattr(splash_kernel, "SMALL", (128,))
     stops = tuple(range(128, 1025, 128))
-    mask = splash._Chunks(1024, 1024, stops, splash._Seen(128, 128, None))
+    mask = ChunkMask(1024, 1024, stops, Seen(128, 128, None))
     tiles = [slice(i * 128, i * 128 + 128) for i in range(8)]
     seen = [[bool(mask[rows, columns].any()) for columns in tiles] for rows in tiles]
     assert seen == np.tril(np.ones((8, 8), bool)).tolist()

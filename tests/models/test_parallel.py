@@ -1,16 +1,18 @@
 """Attention across a mesh equals attention on one device, in values and gradients, with tokens that fill no device."""
 
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from vpae_jax.config import MeshConfig
-from vpae_jax.models.kernels import reference
-from vpae_jax.models.parallel import MeshLayout
+from vpae_jax.models import kernels
+from vpae_jax.models.kernels import reference, splash
+from vpae_jax.models.parallel import MeshLayout, Ring, ring_attention
 from vpae_jax.models.wan_dit import WanTransformer, WanTransformerConfig
 from vpae_jax.sharding import make_mesh
 from vpae_jax.types import Condition, UserError
@@ -51,6 +53,37 @@ def test_self_attention_equals_the_reference(case, tokens):
     np.testing.assert_allclose(jax.jit(across)(q, k, v), reference.attention(q, k, v), atol=2e-6)
     found, expected = total(across)(q, k, v), total(reference.attention)(q, k, v)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), found, expected)
+
+
+SPLASH = kernels.Passes(partial(splash.forward, interpret=True), partial(splash.backward, interpret=True))
+
+
+@pytest.mark.parametrize("size, tokens, dtype", [(2, 40, "float32"), (4, 41, "float32"), (4, 57, "bfloat16")])
+def test_a_ring_of_a_tpus_kernels_equals_the_reference(size, tokens, dtype):
+    """Of 80 tokens, four devices hold 20 each: some hold padding alone, their own keys or those of a later turn."""
+    padded = 40 if size == 2 else 80
+    mesh = make_mesh(MeshConfig(fsdp=1, context=size), jax.devices()[:size])
+    ring, spec = Ring(1, size, tokens, padded), PartitionSpec(None, "context")
+    attend = jax.shard_map(
+        lambda q, k, v: ring_attention(q, k, v, ring, SPLASH),
+        mesh=mesh,
+        in_specs=(spec, spec, spec),
+        out_specs=spec,
+        check_vma=False,
+    )
+    q, k, v, weight = (x.astype(dtype) for x in random(*[(1, tokens, 1, 128)] * 4))
+    fill = lambda x: jnp.pad(x, ((0, 0), (0, padded - tokens), (0, 0), (0, 0)), constant_values=7.0)  # noqa: E731
+
+    def run(function, *given):
+        out, vjp = jax.vjp(function, *given)
+        return out, *vjp(weight.astype(out.dtype))
+
+    found = jax.jit(partial(run, lambda q, k, v: attend(fill(q), fill(k), fill(v))[:, :tokens]))(q, k, v)
+    expected = run(reference.attention, *(x.astype(jnp.float32) for x in (q, k, v)))
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == dtype
+        error = np.linalg.norm(np.asarray(one, np.float32) - other) / np.linalg.norm(other)
+        assert error < (2e-6 if dtype == "float32" else 1e-2)
 
 
 def test_cross_attention_exchanges_nothing():

@@ -20,12 +20,11 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
 
 from vpae_jax.models import kernels
-from vpae_jax.models.kernels import tiled
+from vpae_jax.models.kernels.reference import Count, LogSumExp
 from vpae_jax.sharding import SPLIT, Rules, find_rule, param_path
 from vpae_jax.types import Params, Tokens, UserError
 
@@ -163,7 +162,8 @@ class MeshLayout:
         if self.ulysses > 1:
             q, k, v = (exchange(x, split_axis=2, concat_axis=1) for x in (q, k, v))
         if self.ring > 1:
-            out: Any = ring_attention(q, k, v, Ring(self.ulysses, self.ring, tokens, padded))
+            ring = Ring(self.ulysses, self.ring, tokens, padded)
+            out: Any = ring_attention(q, k, v, ring, kernels.passes(self.platform, q.shape, k.shape, q.dtype))
         else:
             out = kernels.attention(q, k[:, :tokens], v[:, :tokens], platform=self.platform)
         return exchange(out, split_axis=1, concat_axis=2) if self.ulysses > 1 else out
@@ -203,10 +203,15 @@ def gather(params: Params, rules: Rules, mesh: Mesh | None, prefix: str = "", st
 
     def one(path: tuple[Any, ...], leaf: Array) -> Array:
         spec = find_rule(prefix + param_path(path), rules)[1 if stacked else 0 :]
-        whole = P(*(None if axes == SPLIT else axes for axes in spec))
-        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, whole))
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, P(*map(_without_split, spec))))
 
     return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _without_split(axes: str | tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """What of an axis's place is left when weights are gathered."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return tuple(name for name in names if name not in SPLIT) or None
 
 
 @dataclass(frozen=True)
@@ -225,45 +230,50 @@ class Ring:
     tokens: int
     padded: int
 
-    def bias(self, turn: int) -> Float[Array, "1 m"] | None:
-        """Of the keys that this device holds after `turn` turns; None where no key is hidden."""
+    def visible(self, turn: int) -> Count | None:
+        """How many of the keys that this device holds after `turn` turns are not hidden; None where all are not."""
         if self.tokens == self.padded:
             return None
         length = self.padded // self.size
         chunk = (jax.lax.axis_index(CONTEXT_AXIS) // self.stride - turn) % self.size
-        return jnp.where(chunk * length + jnp.arange(length) < self.tokens, 0.0, -jnp.inf)[None]
+        return jnp.clip(self.tokens - chunk * length, 0, length)
 
     def turn(self, *arrays: Array) -> Sequence[Array]:
         """Hands arrays on to the next device of the ring."""
         count = self.stride * self.size
         return jax.lax.ppermute(arrays, CONTEXT_AXIS, [(i, (i + self.stride) % count) for i in range(count)])
 
+    def meanwhile(self, found: Any, turn: int, k: Keys, v: Keys) -> tuple[Any, Sequence[Array]]:
+        """What this turn's attention found, and the keys and values of the next turn, which travel while it runs.
 
-def ring_attention(q: Queries, k: Queries, v: Queries, ring: Ring) -> Queries:
+        The barrier holds the next turn's attention back until this one's is done: else a compiler may begin with the
+        one that has to wait for its keys.
+        """
+        if turn + 1 == self.size:
+            return found, (k, v)
+        return jax.lax.optimization_barrier((found, self.turn(k, v)))
+
+
+def ring_attention(q: Queries, k: Queries, v: Queries, ring: Ring, passes: kernels.Passes) -> Queries:
     """Attention of this device's queries to the keys of all devices of its ring, one device's keys at a time.
 
     Memory is that of one device's share; nothing of size tokens x tokens is kept for the backward pass.
+
+    Args:
+      q: queries.
+      k, v: of the same tokens.
+      ring: where keys and values travel.
+      passes: of the kernel, which are run for each device's keys. What hides keys is their number.
     """
-
-    @jax.custom_vjp
-    def attend(q: Queries, k: Queries, v: Queries) -> Queries:
-        return _ring_forward(ring, q, k, v)[0]
-
-    def forward(q: Queries, k: Queries, v: Queries) -> tuple[Queries, tuple[Array, ...]]:
-        return _ring_forward(ring, q, k, v)
-
-    def backward(residuals: tuple[Array, ...], d_out: Queries) -> tuple[Queries, Queries, Queries]:
-        return _ring_backward(ring, residuals, d_out)
-
-    attend.defvjp(forward, backward)
-    return attend(q, k, v)
+    return kernels.Passes(partial(_ring_forward, ring, passes), partial(_ring_backward, ring, passes)).attend(q, k, v)
 
 
-def _ring_forward(ring: Ring, q: Queries, k: Queries, v: Queries) -> tuple[Queries, tuple[Array, ...]]:
-    own_k, own_v = k, v
+def _ring_forward(
+    ring: Ring, passes: kernels.Passes, q: Queries, k: Queries, v: Queries, hidden: None
+) -> tuple[Queries, LogSumExp]:
     out, lse = None, None
     for turn in range(ring.size):
-        part, part_lse = tiled.forward(q, k, v, ring.bias(turn))
+        (part, part_lse), (k, v) = ring.meanwhile(passes.forward(q, k, v, ring.visible(turn)), turn, k, v)
         part = part.astype(jnp.float32)
         if out is None or lse is None:
             out, lse = part, part_lse
@@ -271,26 +281,33 @@ def _ring_forward(ring: Ring, q: Queries, k: Queries, v: Queries) -> tuple[Queri
             total = jnp.logaddexp(lse, part_lse)
             out = out * _share(lse, total) + part * _share(part_lse, total)
             lse = total
-        if turn + 1 < ring.size:
-            k, v = ring.turn(k, v)
     assert out is not None and lse is not None
-    out = checkpoint_name(out.astype(q.dtype), kernels.RESIDUALS)
-    lse = checkpoint_name(lse, kernels.RESIDUALS)
-    return out, (q, own_k, own_v, out, lse)
+    return out.astype(q.dtype), lse
 
 
-def _share(part: Float[Array, "b heads n"], total: Float[Array, "b heads n"]) -> Float[Array, "b n heads 1"]:
-    """How much of the whole a part is. Every query sees some key, so `total` is finite."""
-    return jnp.swapaxes(jnp.exp(part - total), 1, 2)[..., None]
+def _share(part: LogSumExp, total: LogSumExp) -> Float[Array, "b n heads 1"]:
+    """How much of the whole a part is. A part of no visible key may come before the first one that has some."""
+    seen = jnp.where(total == -jnp.inf, 0, jnp.exp(part - total))
+    return jnp.swapaxes(seen, 1, 2)[..., None]
 
 
-def _ring_backward(ring: Ring, residuals: tuple[Array, ...], d_out: Queries) -> tuple[Queries, Queries, Queries]:
-    q, k, v, out, lse = residuals
+def _ring_backward(
+    ring: Ring,
+    passes: kernels.Passes,
+    q: Queries,
+    k: Queries,
+    v: Queries,
+    hidden: None,
+    out: Queries,
+    lse: LogSumExp,
+    d_out: Queries,
+) -> tuple[Queries, Queries, Queries]:
     d_q = jnp.zeros(q.shape, jnp.float32)
     d_k, d_v = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for turn in range(ring.size):
-        of_q, of_k, of_v = tiled.backward(q, k, v, ring.bias(turn), out, lse, d_out)
+        found = passes.backward(q, k, v, ring.visible(turn), out, lse, d_out)
+        (of_q, of_k, of_v), (k, v) = ring.meanwhile(found, turn, k, v)
         d_q, d_k, d_v = d_q + of_q, d_k + of_k, d_v + of_v
-        # After the last turn, keys, values and their gradients are at home again.
-        k, v, d_k, d_v = ring.turn(k, v, d_k, d_v)
+        # After the last turn the gradients are at home again, with the keys and values that are theirs.
+        d_k, d_v = ring.turn(d_k, d_v)
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)

@@ -11,16 +11,18 @@ passes again.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Int
 
-from vpae_jax.models.kernels import cudnn, reference, splash, tiled
-from vpae_jax.models.kernels.reference import Bias, Keys, Queries
+from vpae_jax.models.kernels import cudnn, reference, splash, splash_kernel, tiled
+from vpae_jax.models.kernels.passes import Passes
+from vpae_jax.models.kernels.reference import Bias, Count, Keys, LogSumExp, Queries
 from vpae_jax.models.kernels.remat import RESIDUALS, save_attention
 
-__all__ = ["RESIDUALS", "attention", "choose", "save_attention"]
+__all__ = ["RESIDUALS", "Passes", "attention", "choose", "passes", "save_attention"]
 
 # Logits, over clips and heads, up to which writing them out is faster than tiles; 4 MiB of float32.
 SMALL_LOGITS = 2**20
@@ -42,7 +44,7 @@ def attention(
     v: Keys,
     bias: Bias | None = None,
     platform: str | None = None,
-    visible: Int[Array, ""] | None = None,
+    visible: Count | None = None,
 ) -> Queries:
     """softmax(q k^T / sqrt(head_dim) + bias) v, the softmax in float32, by the kernel that suits the call.
 
@@ -61,7 +63,7 @@ def attention(
     if visible is not None and name in _COUNTING:
         return _COUNTING[name](q, k, v, visible=visible)
     if visible is not None:
-        bias = jnp.where(jnp.arange(k.shape[1]) < visible, 0.0, -jnp.inf)[None]
+        bias = _bias(k, visible)
     return _KERNELS[name](q, k, v, None if bias is None else jax.lax.stop_gradient(bias))
 
 
@@ -77,10 +79,35 @@ def choose(platform: str, q_shape: tuple[int, ...], k_shape: tuple[int, ...], dt
     b, n, heads, head_dim = q_shape
     if b * heads * n * k_shape[1] <= SMALL_LOGITS:
         return "reference"
-    if platform == "tpu" and head_dim % splash.LANES == 0:
+    if platform == "tpu" and head_dim % splash_kernel.LANES == 0:
         return "splash"
     half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
     # cuDNN: head_dim a multiple of 8, at most 128 on all GPUs that have the kernel.
     if platform in ("gpu", "cuda") and half and head_dim % 8 == 0 and head_dim <= 128:
         return "cudnn"
     return "tiled"
+
+
+def passes(platform: str | None, q_shape: tuple[int, ...], k_shape: tuple[int, ...], dtype: DTypeLike) -> Passes:
+    """The two passes of the kernel for a call, for attention to the keys of one device after the other; as `choose`.
+
+    What hides keys is their number, those from which on are hidden; it may be 0.
+    """
+    name = choose(platform or jax.default_backend(), q_shape, k_shape, dtype)
+    return _PASSES.get(name, _TILED)
+
+
+def _tiled_forward(q: Queries, k: Keys, v: Keys, visible: Count | None) -> tuple[Queries, LogSumExp]:
+    return tiled.forward(q, k, v, _bias(k, visible))
+
+
+def _tiled_backward(q: Queries, k: Keys, v: Keys, visible: Count | None, *given: Any) -> tuple[Queries, Keys, Keys]:
+    return tiled.backward(q, k, v, _bias(k, visible), *given)
+
+
+def _bias(k: Keys, visible: Count | None) -> Bias | None:
+    return None if visible is None else jnp.where(jnp.arange(k.shape[1]) < visible, 0.0, -jnp.inf)[None]
+
+
+_PASSES = {"splash": Passes(splash.forward, splash.backward), "cudnn": Passes(cudnn.forward, cudnn.backward)}
+_TILED = Passes(_tiled_forward, _tiled_backward)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 Queries = Float[Array, "b n heads head_dim"]
 Keys = Float[Array, "b m heads head_dim"]
 Bias = Float[Array, "#b m"]
 LogSumExp = Float[Array, "b heads n"]
+# Keys from this number on are hidden.
+Count = Int[Array, ""]
 
 
 def attention(q: Queries, k: Keys, v: Keys, bias: Bias | None = None) -> Queries:

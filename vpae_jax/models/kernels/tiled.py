@@ -15,11 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from vpae_jax.models.kernels.passes import Passes
 from vpae_jax.models.kernels.reference import Bias, Keys, LogSumExp, Queries
-from vpae_jax.models.kernels.remat import RESIDUALS
 
 # Queries and keys of a tile.
 TILE = 512
@@ -34,23 +33,9 @@ PerQuery = Float[Array, "n"]
 HeadBias = Float[Array, "m"]
 
 
-@jax.custom_vjp
 def attention(q: Queries, k: Keys, v: Keys, bias: Bias | None = None) -> Queries:
     """As `reference.attention`, in memory linear in the tokens; the bias is a constant and gets no gradient."""
-    return forward(q, k, v, bias)[0]
-
-
-def _with_residuals(q: Queries, k: Keys, v: Keys, bias: Bias | None = None) -> tuple[Queries, tuple[Any, ...]]:
-    out, lse = (checkpoint_name(x, RESIDUALS) for x in forward(q, k, v, bias))
-    return out, (q, k, v, bias, out, lse)
-
-
-def _gradients(residuals: tuple[Any, ...], d_out: Queries) -> tuple[Queries, Keys, Keys, None]:
-    q, k, v, bias, out, lse = residuals
-    return *backward(q, k, v, bias, out, lse, d_out), None
-
-
-attention.defvjp(_with_residuals, _gradients)
+    return Passes(forward, backward).attend(q, k, v, bias)
 
 
 def forward(q: Queries, k: Keys, v: Keys, bias: Bias | None = None) -> tuple[Queries, LogSumExp]:

@@ -1,0 +1,215 @@
+"""JAX's Pallas kernels of splash attention as two passes, with tiles and vector memory that suit the chip.
+
+`jax.experimental.pallas.ops.tpu.splash_attention` has a differentiable attention, but none whose backward pass takes
+the log-sum-exp of more keys than it is given, and no argument for the vector memory that a kernel may take. So its two
+passes are called by their private names, and the limit is written into their programs.
+
+    forward    one kernel
+    backward   one kernel for dQ, dK and dV: five products instead of the seven of two kernels. It leaves the part of dQ
+               of each tile of keys, which are summed after: as many times the queries' size as there are such tiles.
+
+Heads are mapped over, so that they are a parallel axis of the kernels' grids. As an axis of the kernel itself they are
+not in the backward pass, and one of the two cores of a TPU v4 or v5p would rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.extend as jex
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    BlockSizes,
+    Mask,
+    MultiHeadMask,
+    SegmentIds,
+    make_splash_mha,
+    splash_attention_kernel,
+)
+from jaxtyping import Array, Float
+
+MIB, GIB = 2**20, 2**30
+# Head dimensions and tiles are multiples of this.
+LANES = 128
+# Of whole tiles, heads first. Queries and keys may have channels that values do not have.
+Wide = Float[Array, "b heads rows d"]
+WideKeys = Float[Array, "b heads columns d"]
+Values = Float[Array, "b heads columns head_dim"]
+Result = Float[Array, "b heads rows head_dim"]
+PerRow = Float[Array, "b heads rows"]
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How the kernels cut queries and keys on one kind of chip.
+
+    Attributes:
+      sizes: tokens of a tile; of several that pad equally little, the first.
+      parts: bytes of parts of dQ that are there at once; more heads are done one group after the other.
+      vmem: bytes of vector memory that a kernel may take; None is the compiler's default, 16 MiB.
+    """
+
+    sizes: tuple[int, ...]
+    parts: int
+    vmem: int | None = None
+
+
+SMALL, LARGE = (1024, 768, 512), (2048, 1920, 1792, 1536, 1280, 1024)
+# By `pltpu.ChipVersion`.
+TILES: Mapping[str, Tiles] = MappingProxyType(
+    {
+        "v4": Tiles(SMALL, 2 * GIB),
+        "v5e": Tiles(LARGE, 1 * GIB, 64 * MIB),
+        "v5p": Tiles(LARGE, 6 * GIB, 48 * MIB),
+        "v6e": Tiles(LARGE, 2 * GIB, 64 * MIB),
+        "7x": Tiles(LARGE, 6 * GIB, 48 * MIB),
+    }
+)
+
+
+def tiles() -> Tiles:
+    """Those of the chip that is being compiled for, which Pallas knows from the mesh; small ones for others."""
+    version = str(pltpu.get_tpu_info().chip_version) if pltpu.is_tpu_device() else ""
+    return TILES.get(version, Tiles(SMALL, GIB))
+
+
+def tile(n: int) -> int:
+    """Tokens of a tile: a short sequence is one, a long one has the tile size that pads least."""
+    sizes = tiles().sizes
+    if n <= sizes[0]:
+        return -(-n // LANES) * LANES
+    return min(sizes, key=lambda size: -n % size)
+
+
+def whole_tiles(n: int) -> int:
+    """Tokens with their padding."""
+    return -(-n // tile(n)) * tile(n)
+
+
+@dataclass(frozen=True)
+class Splash:
+    """The kernels for one mask. Logits are not scaled.
+
+    Attributes:
+      mask: what queries see; of whole tiles.
+      interpret: runs without a TPU, slowly; for tests.
+    """
+
+    mask: Mask
+    interpret: bool = False
+
+    def forward(self, q: Wide, k: WideKeys, v: Values, segments: SegmentIds | None) -> tuple[Result, PerRow]:
+        """Result and log-sum-exp; about -2e38 where no key is visible."""
+        kernel, blocks = self._kernel()
+
+        def one_head(q: Array, k: Array, v: Array) -> Any:
+            out, (lse,) = splash_attention_kernel._splash_attention_forward(
+                kernel.fwd_mask_info,
+                *(x[None] for x in (q, k, v)),
+                segments,
+                None,
+                mask_value=kernel.kwargs["mask_value"],
+                is_mqa=False,
+                block_sizes=blocks,
+                residual_checkpoint_name=None,
+                save_residuals=True,
+                mask_function=kernel.kwargs["mask_function"],
+                interpret=self.interpret,
+            )
+            return out[0], lse[0]
+
+        return _each_head(jax.vmap(_with_vector_memory(one_head)), q, k, v)
+
+    def backward(
+        self,
+        q: Wide,
+        k: WideKeys,
+        v: Values,
+        segments: SegmentIds | None,
+        out: Result,
+        lse: PerRow,
+        d_out: Result,
+    ) -> tuple[Wide, WideKeys, Values]:
+        """Gradients with respect to q, k and v."""
+        kernel, blocks = self._kernel()
+
+        def one_head(q: Array, k: Array, v: Array, out: Array, lse: Array, d_out: Array) -> Any:
+            arrays = [x[None] for x in (q, k, v, out, lse)]
+            residuals = (*arrays[:3], segments, None, *arrays[3:], None, kernel.dkv_mask_info)
+            found = splash_attention_kernel._splash_attention_bwd(
+                False,
+                kernel.kwargs["mask_value"],
+                False,
+                blocks,
+                None,
+                kernel.kwargs["mask_function"],
+                None,
+                self.interpret,
+                residuals,
+                d_out[None],
+            )
+            return tuple(x[0] for x in found[3:6])
+
+        group = _at_once(q.shape[0] * q.shape[1], k.shape[2] // blocks.block_kv_dkv * q[0, 0].size * q.dtype.itemsize)
+        one_head = _with_vector_memory(one_head)
+        if group == q.shape[0] * q.shape[1]:
+            return _each_head(jax.vmap(one_head), q, k, v, out, lse, d_out)
+        in_turn = partial(jax.lax.map, lambda arrays: one_head(*arrays), batch_size=group)
+        return _each_head(lambda *arrays: in_turn(arrays), q, k, v, out, lse, d_out)
+
+    def _kernel(self) -> tuple[Any, BlockSizes]:
+        rows, columns = (tile(n) for n in self.mask.shape)
+        blocks = BlockSizes(
+            block_q=rows,
+            block_kv=columns,
+            block_kv_compute=_product(columns),
+            block_q_dkv=rows,
+            block_kv_dkv=columns,
+            block_kv_dkv_compute=_product(columns),
+            use_fused_bwd_kernel=True,
+        )
+        return make_splash_mha(MultiHeadMask([self.mask]), block_sizes=blocks, head_shards=1, q_seq_shards=1), blocks
+
+
+def _product(tile: int) -> int:
+    """Keys of one product: a part of a large tile, so that two overlap in the pipeline."""
+    if tile <= 512:
+        return tile
+    return next((tile // parts for parts in (2, 3) if tile % (parts * LANES) == 0), tile)
+
+
+def _at_once(heads: int, bytes_of_one: int) -> int:
+    """Heads whose parts of dQ the memory is given to: a divisor of their number."""
+    fitting = [n for n in range(1, heads + 1) if heads % n == 0 and n * bytes_of_one <= tiles().parts]
+    return max(fitting, default=1)
+
+
+def _each_head(mapped: Callable[..., Any], *arrays: Array) -> Any:
+    b, heads = arrays[0].shape[:2]
+    found = mapped(*(x.reshape(b * heads, *x.shape[2:]) for x in arrays))
+    return jax.tree.map(lambda x: x.reshape(b, heads, *x.shape[1:]), found)
+
+
+def _with_vector_memory(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, whose kernels may take as much vector memory as the chip's tiles need."""
+    limit = tiles().vmem
+    if limit is None:
+        return function
+
+    def allowed(equation: Any) -> Any:
+        if equation.primitive.name != "pallas_call":
+            return equation
+        params = replace(equation.params["compiler_params"], vmem_limit_bytes=limit)
+        return equation.replace(params=equation.params | {"compiler_params": params})
+
+    def run(*arrays: Array) -> Any:
+        program, shapes = jax.make_jaxpr(function, return_shape=True)(*arrays)
+        program = program.replace(jaxpr=program.jaxpr.replace(eqns=[allowed(e) for e in program.jaxpr.eqns]))
+        return jax.tree.unflatten(jax.tree.structure(shapes), jex.core.jaxpr_as_fun(program)(*arrays))
+
+    return run
