@@ -272,12 +272,12 @@ def test_which_clips_are_perturbed():
 def test_the_whole_loss():
     """Hinge plus weight times penalty, and what is reported."""
     judge, shown = linear(), shown_of()
-    plain, metrics = discriminator_loss(judge, shown, "hinge", DifferencePenalty(weight=0.0), KEY)
+    plain, metrics = discriminator_loss(judge, shown, "hinge", DifferencePenalty(weight=0.0), KEY, 0)
     real, fake = judge(shown.real, shown.real_t), judge(shown.fake, shown.fake_t)
     np.testing.assert_allclose(plain, (jnp.maximum(1 - real, 0) + jnp.maximum(1 + fake, 0))[:, 0], rtol=1e-5)
     assert "penalty" not in metrics
     assert float(metrics["logit_gap"]) == pytest.approx(float((real - fake).mean()), rel=1e-4)
-    full, metrics = discriminator_loss(judge, shown, "hinge", DifferencePenalty(weight=0.5), KEY)
+    full, metrics = discriminator_loss(judge, shown, "hinge", DifferencePenalty(weight=0.5), KEY, 0)
     np.testing.assert_allclose(full.mean() - plain.mean(), 0.5 * metrics["penalty"], rtol=1e-3)
 
 
@@ -288,9 +288,9 @@ def test_each_logit_is_judged_alone():
     def judge(x, t):
         return jnp.broadcast_to(jnp.array([3.0, -3.0]), (len(x), 2))
 
-    loss, _ = discriminator_loss(judge, shown, "hinge", DifferencePenalty(weight=0.0), KEY)
+    loss, _ = discriminator_loss(judge, shown, "hinge", DifferencePenalty(weight=0.0), KEY, 0)
     np.testing.assert_allclose(loss, 2 + 2)
-    mean, _ = discriminator_loss(lambda x, t: judge(x, t).mean(1, keepdims=True), shown, "hinge", FREE, KEY)
+    mean, _ = discriminator_loss(lambda x, t: judge(x, t).mean(1, keepdims=True), shown, "hinge", FREE, KEY, 0)
     np.testing.assert_allclose(mean, 1 + 1)
 
 

@@ -141,7 +141,7 @@ def generated(method, step=0, latents=BATCH.latents):
         seen.append((x, t))
         return x
 
-    method.generate(record, replace(BATCH, latents=latents), jnp.int32(step), KEY)
+    method.generate({"generator": record}, replace(BATCH, latents=latents), context(step), KEY)
     return np.asarray(seen[0][0]), np.asarray(seen[0][1])
 
 

@@ -32,12 +32,14 @@ from vpae_jax.flow.schedule import add_noise
 from vpae_jax.flow.times import VALUES_720P, TimeDistribution
 from vpae_jax.methods.base import FeatureExtractor, Heads
 from vpae_jax.methods.common import (
+    Step,
     Term,
     check_at_least,
     check_choice,
     example_mean,
     example_sum,
     f32,
+    lazily,
     named_keys,
     term_of,
 )
@@ -177,6 +179,9 @@ class DifferencePenalty:
       temporal: eps_t drawn a frame and channel ("channel"), a frame ("frame"), or for every value ("iid"); broadcast
         over rows and columns.
       norm: the denominator: mean or sum of delta^2 over the clip, or 1 ("fixed", APT).
+      every: the penalty is part of every so many steps, at so many times its weight, and is not computed between them
+        (StyleGAN2's lazy regularisation, 1912.04958, appendix B). The gradient is the same on average, but comes in
+        blows, which Adam shortens by up to the root of `every`. `docs/methods.md`, "Less work a step", has the price.
     """
 
     weight: float = 1.0
@@ -186,6 +191,7 @@ class DifferencePenalty:
     spatial: Literal["iid", "shared"] = "iid"
     temporal: Literal["channel", "frame", "iid"] = "channel"
     norm: Literal["mean", "sum", "fixed"] = "mean"
+    every: int = 1
 
     def __post_init__(self) -> None:
         choices = {
@@ -196,6 +202,7 @@ class DifferencePenalty:
         }
         check_choice("DifferencePenalty", choices, self)
         check_at_least("DifferencePenalty", 0, weight=self.weight, sigma_s=self.sigma_s, sigma_t=self.sigma_t)
+        check_at_least("DifferencePenalty", 1, every=self.every)
         if self.weight > 0 and self.sigma_s == 0 and self.sigma_t == 0:
             raise UserError("DifferencePenalty.sigma_s and sigma_t are both 0; set one, or weight=0")
 
@@ -232,7 +239,7 @@ NO_PENALTY = DifferencePenalty(weight=0.0)
 
 
 def discriminator_loss(
-    judge: Judge, shown: Judged, kind: AdversarialKind, penalty: DifferencePenalty, key: PRNGKey
+    judge: Judge, shown: Judged, kind: AdversarialKind, penalty: DifferencePenalty, key: PRNGKey, step: Step
 ) -> tuple[PerExample, Metrics]:
     """The discriminator's loss of each pair of clips.
 
@@ -242,12 +249,14 @@ def discriminator_loss(
       kind: the adversarial loss.
       penalty: the gradient penalty.
       key: for the penalty's perturbations.
+      step: completed steps.
 
     Returns:
-      The loss, and: logits, their gap, accuracy (of the sign, or of the order for a relative loss), the penalty.
+      The loss, and: logits, their gap, accuracy (of the sign, or of the order for a relative loss), the penalty (0 on a
+      step without it).
     """
     real, fake = judge(shown.real, shown.real_t), judge(shown.fake, shown.fake_t)
-    return loss_of_logits(judge, shown, real, fake, kind, penalty, key)
+    return loss_of_logits(judge, shown, real, fake, kind, penalty, key, step)
 
 
 def loss_of_logits(
@@ -258,6 +267,7 @@ def loss_of_logits(
     kind: AdversarialKind,
     penalty: DifferencePenalty,
     key: PRNGKey,
+    step: Step,
 ) -> tuple[PerExample, Metrics]:
     """`discriminator_loss` where the logits of `shown` are already there, as those of a pass that served more."""
     adversarial = LOSSES[kind]
@@ -270,8 +280,8 @@ def loss_of_logits(
         "adversarial": loss.mean(),
     }
     if penalty.weight:
-        value = penalty(judge, shown, real, fake, key)
-        loss = loss + penalty.weight * value
+        value = lazily(penalty.every, step, lambda: penalty(judge, shown, real, fake, key))
+        loss = loss + penalty.weight * penalty.every * value
         metrics["penalty"] = value.mean()
     return loss, metrics
 
