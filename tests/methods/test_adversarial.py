@@ -18,6 +18,7 @@ from vpae_jax.methods.adversarial import (
     accuracy,
     discriminator_loss,
 )
+from vpae_jax.methods.common import named_keys
 from vpae_jax.types import UserError
 
 # This generator compiles three times faster than the default one; the draws only need to be independent.
@@ -281,6 +282,71 @@ def test_the_whole_loss():
     np.testing.assert_allclose(full.mean() - plain.mean(), 0.5 * metrics["penalty"], rtol=1e-3)
 
 
+def test_a_lazy_penalty_is_there_on_every_third_step_alone():
+    """At three times its weight then; else it is not computed."""
+    shown, w, seen = shown_of(), linear().w, []
+
+    @jax.jit
+    def run(w, step):
+        def loss(w):
+            def judge(x, t):
+                jax.debug.callback(lambda: seen.append(1))
+                return Linear(w)(x, t)
+
+            values, metrics = discriminator_loss(judge, shown, "hinge", DifferencePenalty(0.5, every=3), KEY, step)
+            return values.mean(), metrics["penalty"]
+
+        return jax.value_and_grad(loss, has_aux=True)(w)
+
+    def run_at(weight):
+        def loss(w):
+            found = discriminator_loss(Linear(w), shown, "hinge", DifferencePenalty(weight), KEY, 0)
+            return found[0].mean()
+
+        return jax.value_and_grad(loss)(w)
+
+    for step, weight, evaluations in ((0, 0.0, 2), (1, 0.0, 2), (2, 1.5, 3), (3, 0.0, 2), (5, 1.5, 3)):
+        seen.clear()
+        (value, penalty), grad = run(w, jnp.int32(step))
+        jax.effects_barrier()
+        expected, wanted = run_at(weight)
+        assert float(value) == pytest.approx(float(expected), rel=1e-5) and len(seen) == evaluations
+        np.testing.assert_allclose(grad, wanted, rtol=1e-4, atol=1e-5)
+        assert (float(penalty) > 0) == (weight > 0)
+
+
+def test_halves_apart_are_each_its_own_square():
+    """For a linear judge the spatial amplitude cancels: (w delta_s)^2 + (w delta_t)^2, of the very draws of "together",
+    whose square has the product of the two besides."""
+    judge, shown = linear(), shown_of()
+    key = named_keys(KEY, "fake", "real").fake
+    spatial, temporal = (jnp.broadcast_to(d, shown.fake.shape) for d in DifferencePenalty().halves(shown.fake, key))
+    changes = [np.asarray((d * judge.w).sum((1, 2, 3, 4))) for d in (spatial, temporal)]
+    together = penalise(judge, shown, norm="fixed")
+    np.testing.assert_allclose(together, (changes[0] + changes[1]) ** 2, rtol=1e-3)
+    for amplitude in (0.001, 0.1):
+        found = penalise(judge, shown, norm="fixed", apart=amplitude)
+        np.testing.assert_allclose(found, changes[0] ** 2 + changes[1] ** 2, rtol=1e-2)
+    mean = np.asarray(((spatial + temporal) ** 2).mean((1, 2, 3, 4)))
+    np.testing.assert_allclose(penalise(judge, shown, apart=0.1), found / mean, rtol=1e-2)
+
+
+def test_spatial_noise_apart_has_the_amplitude_asked_for():
+    """And one half alone costs one evaluation."""
+    shown, seen = shown_of(50), []
+
+    def judge(x, t):
+        seen.append(x - shown.fake)
+        return x.mean((1, 2, 3, 4))[:, None]
+
+    logit = jnp.zeros((50, 1))
+    for sigmas, stds in (((0.01, 0.1), (0.3, 0.1)), ((0.5, 0.0), (0.5,)), ((0.0, 0.1), (0.1,))):
+        seen.clear()
+        penalty = DifferencePenalty(sigma_s=sigmas[0], sigma_t=sigmas[1], apart=0.3)
+        penalty(judge, shown, logit, logit, KEY)
+        assert [float(change.std()) for change in seen] == [pytest.approx(std, rel=0.1) for std in stds]
+
+
 def test_each_logit_is_judged_alone():
     """Losses are averaged after their non-linearity: logits of 3 and -3 cost a hinge 2, their mean of 0 costs 1."""
     shown = shown_of()
@@ -305,6 +371,8 @@ def test_a_penalty_is_the_mean_over_logits():
     [
         (lambda: DifferencePenalty(weight=-1.0), "weight"),
         (lambda: DifferencePenalty(sigma_s=0.0, sigma_t=0.0), "sigma_s"),
+        (lambda: DifferencePenalty(apart=-0.1), r"DifferencePenalty\.apart"),
+        (lambda: DifferencePenalty(every=0), r"DifferencePenalty\.every is 0, expected 1 or more"),
         (lambda: DiscriminatorNoise(kind="v1"), "kind"),
         (lambda: DiscriminatorNoise(kind="clean", real="clean"), r"DiscriminatorNoise\.real"),
     ],

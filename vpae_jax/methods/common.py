@@ -214,7 +214,7 @@ def drift(x0: Latents, data: Latents | None) -> Metrics:
 def is_due(every: int, step: Step) -> Bool[Array, ""]:
     """Whether a term of every so many steps is part of this one, of which `step` are complete: of number `every`, of
     twice that, and so on."""
-    return (step + 1) % every == 0
+    return (jnp.asarray(step) + 1) % every == 0
 
 
 def lazily(every: int, step: Step, term: Callable[[], T]) -> T:

@@ -96,7 +96,8 @@ class TaughtDistillation(Distillation):
 
     def make(self, nets: Nets, batch: Batch, context: Context) -> Made:
         """Clips to share."""
-        keys = named_keys(context.clips, "images", "generate")
+        own = draws.numbered(context.clips, jnp.full(1, 2**32 - 1, jnp.uint32))[0]  # the losses split the clips' keys
+        keys = named_keys(own, "images", "generate")
         return Made(self.generate(nets, self.drop_images(batch, keys.images), context, keys.generate), keys.images)
 
     def with_clips(

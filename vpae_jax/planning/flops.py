@@ -55,7 +55,7 @@ class Work:
             self.unknown_loops + other.unknown_loops,
         )
 
-    def times(self, turns: float, devices: int = 1) -> Work:
+    def times(self, turns: int | float, devices: int = 1) -> Work:
         """The same `turns` times on each of `devices`; less than once for what is not part of every step."""
         return Work(
             self.flops * turns * devices,
