@@ -18,6 +18,7 @@ from vpae_jax.methods.adversarial import (
     accuracy,
     discriminator_loss,
 )
+from vpae_jax.methods.common import named_keys
 from vpae_jax.types import UserError
 
 # This generator compiles three times faster than the default one; the draws only need to be independent.
@@ -272,13 +273,78 @@ def test_which_clips_are_perturbed():
 def test_the_whole_loss():
     """Hinge plus weight times penalty, and what is reported."""
     judge, shown = linear(), shown_of()
-    plain, metrics = discriminator_loss(judge, shown, "hinge", DifferencePenalty(weight=0.0), KEY)
+    plain, metrics = discriminator_loss(judge, shown, "hinge", DifferencePenalty(weight=0.0), KEY, 0)
     real, fake = judge(shown.real, shown.real_t), judge(shown.fake, shown.fake_t)
     np.testing.assert_allclose(plain, (jnp.maximum(1 - real, 0) + jnp.maximum(1 + fake, 0))[:, 0], rtol=1e-5)
     assert "penalty" not in metrics
     assert float(metrics["logit_gap"]) == pytest.approx(float((real - fake).mean()), rel=1e-4)
-    full, metrics = discriminator_loss(judge, shown, "hinge", DifferencePenalty(weight=0.5), KEY)
+    full, metrics = discriminator_loss(judge, shown, "hinge", DifferencePenalty(weight=0.5), KEY, 0)
     np.testing.assert_allclose(full.mean() - plain.mean(), 0.5 * metrics["penalty"], rtol=1e-3)
+
+
+def test_a_lazy_penalty_is_there_on_every_third_step_alone():
+    """At three times its weight then; else it is not computed."""
+    shown, w, seen = shown_of(), linear().w, []
+
+    @jax.jit
+    def run(w, step):
+        def loss(w):
+            def judge(x, t):
+                jax.debug.callback(lambda: seen.append(1))
+                return Linear(w)(x, t)
+
+            values, metrics = discriminator_loss(judge, shown, "hinge", DifferencePenalty(0.5, every=3), KEY, step)
+            return values.mean(), metrics["penalty"]
+
+        return jax.value_and_grad(loss, has_aux=True)(w)
+
+    def run_at(weight):
+        def loss(w):
+            found = discriminator_loss(Linear(w), shown, "hinge", DifferencePenalty(weight), KEY, 0)
+            return found[0].mean()
+
+        return jax.value_and_grad(loss)(w)
+
+    for step, weight, evaluations in ((0, 0.0, 2), (1, 0.0, 2), (2, 1.5, 3), (3, 0.0, 2), (5, 1.5, 3)):
+        seen.clear()
+        (value, penalty), grad = run(w, jnp.int32(step))
+        jax.effects_barrier()
+        expected, wanted = run_at(weight)
+        assert float(value) == pytest.approx(float(expected), rel=1e-5) and len(seen) == evaluations
+        np.testing.assert_allclose(grad, wanted, rtol=1e-4, atol=1e-5)
+        assert (float(penalty) > 0) == (weight > 0)
+
+
+def test_halves_apart_are_each_its_own_square():
+    """For a linear judge the spatial amplitude cancels: (w delta_s)^2 + (w delta_t)^2, of the very draws of "together",
+    whose square has the product of the two besides."""
+    judge, shown = linear(), shown_of()
+    key = named_keys(KEY, "fake", "real").fake
+    spatial, temporal = (jnp.broadcast_to(d, shown.fake.shape) for d in DifferencePenalty().halves(shown.fake, key))
+    changes = [np.asarray((d * judge.w).sum((1, 2, 3, 4))) for d in (spatial, temporal)]
+    together = penalise(judge, shown, norm="fixed")
+    np.testing.assert_allclose(together, (changes[0] + changes[1]) ** 2, rtol=1e-3)
+    for amplitude in (0.001, 0.1):
+        found = penalise(judge, shown, norm="fixed", apart=amplitude)
+        np.testing.assert_allclose(found, changes[0] ** 2 + changes[1] ** 2, rtol=1e-2)
+    mean = np.asarray(((spatial + temporal) ** 2).mean((1, 2, 3, 4)))
+    np.testing.assert_allclose(penalise(judge, shown, apart=0.1), found / mean, rtol=1e-2)
+
+
+def test_spatial_noise_apart_has_the_amplitude_asked_for():
+    """And one half alone costs one evaluation."""
+    shown, seen = shown_of(50), []
+
+    def judge(x, t):
+        seen.append(x - shown.fake)
+        return x.mean((1, 2, 3, 4))[:, None]
+
+    logit = jnp.zeros((50, 1))
+    for sigmas, stds in (((0.01, 0.1), (0.3, 0.1)), ((0.5, 0.0), (0.5,)), ((0.0, 0.1), (0.1,))):
+        seen.clear()
+        penalty = DifferencePenalty(sigma_s=sigmas[0], sigma_t=sigmas[1], apart=0.3)
+        penalty(judge, shown, logit, logit, KEY)
+        assert [float(change.std()) for change in seen] == [pytest.approx(std, rel=0.1) for std in stds]
 
 
 def test_each_logit_is_judged_alone():
@@ -288,9 +354,9 @@ def test_each_logit_is_judged_alone():
     def judge(x, t):
         return jnp.broadcast_to(jnp.array([3.0, -3.0]), (len(x), 2))
 
-    loss, _ = discriminator_loss(judge, shown, "hinge", DifferencePenalty(weight=0.0), KEY)
+    loss, _ = discriminator_loss(judge, shown, "hinge", DifferencePenalty(weight=0.0), KEY, 0)
     np.testing.assert_allclose(loss, 2 + 2)
-    mean, _ = discriminator_loss(lambda x, t: judge(x, t).mean(1, keepdims=True), shown, "hinge", FREE, KEY)
+    mean, _ = discriminator_loss(lambda x, t: judge(x, t).mean(1, keepdims=True), shown, "hinge", FREE, KEY, 0)
     np.testing.assert_allclose(mean, 1 + 1)
 
 
@@ -305,6 +371,8 @@ def test_a_penalty_is_the_mean_over_logits():
     [
         (lambda: DifferencePenalty(weight=-1.0), "weight"),
         (lambda: DifferencePenalty(sigma_s=0.0, sigma_t=0.0), "sigma_s"),
+        (lambda: DifferencePenalty(apart=-0.1), r"DifferencePenalty\.apart"),
+        (lambda: DifferencePenalty(every=0), r"DifferencePenalty\.every is 0, expected 1 or more"),
         (lambda: DiscriminatorNoise(kind="v1"), "kind"),
         (lambda: DiscriminatorNoise(kind="clean", real="clean"), r"DiscriminatorNoise\.real"),
     ],

@@ -141,7 +141,7 @@ def generated(method, step=0, latents=BATCH.latents):
         seen.append((x, t))
         return x
 
-    method.generate(record, replace(BATCH, latents=latents), jnp.int32(step), KEY)
+    method.generate({"generator": record}, replace(BATCH, latents=latents), context(step), KEY)
     return np.asarray(seen[0][0]), np.asarray(seen[0][1])
 
 
@@ -315,6 +315,20 @@ def test_trainable_backbone_adds_the_gradient_through_its_weights():
     with pytest.warns(UserWarning, match="blinding"):
         alone = PhaseTwo(backbone="online_trainable", noise=FULL, csds=ScoreDistillation(weight=0.0))
     assert touched(evaluate(alone, alone.generator_loss)[2]) == {"generator", "heads"}
+
+
+def test_the_distance_of_every_second_step():
+    """Twice its weight on steps 2, 4, ...; the adversarial term alone on the others."""
+    csds = ((3.0, 2), (0.0, 1), (6.0, 1))
+    lazy, plain, twice = (PhaseTwo(noise=FULL, csds=ScoreDistillation(weight, every=k)) for weight, k in csds)
+    for step, expected in ((0, plain), (1, twice), (2, plain)):
+        values, metrics, grads = evaluate(lazy, lazy.generator_loss, step=step)
+        wanted, _, moved = evaluate(expected, expected.generator_loss, step=step)
+        np.testing.assert_allclose(values, wanted, rtol=1e-5)
+        np.testing.assert_allclose(grads["generator"], moved["generator"], rtol=1e-4, atol=1e-7)
+        assert all((metrics[name] > 0) == (expected is twice) for name in ("csds", "csds_grad", "adv_csds_ratio"))
+    with pytest.raises(UserError, match=r"ScoreDistillation\.every is 0, expected 1 or more"):
+        ScoreDistillation(every=0)
 
 
 def test_pure_noise_gives_the_generator_no_adversarial_gradient():

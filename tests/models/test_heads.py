@@ -168,9 +168,10 @@ def test_the_grid_is_part_of_a_program():
     assert jax.tree.map(lambda x: 2 * x, on_grid((4, 5, 6))).grid == (4, 5, 6)
 
 
-def test_convolutions_are_the_same_on_a_mesh():
-    """Tokens that are split over devices are put together for them."""
-    config = make("conv3d", hidden=16).config
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_are_the_same_on_a_mesh(kind):
+    """Tokens that are split over devices are put together for convolutions; matrices are gathered a tap at a time."""
+    config = make(kind, hidden=16).config
     mesh = make_mesh(MeshConfig(fsdp=2, context=4))
     alone, spread = (DiscriminatorHeads(config, rngs=nnx.Rngs(0), mesh=m) for m in (None, mesh))
     given = on_grid((2, 4, 5))

@@ -1,5 +1,7 @@
 """FLOPs against counts by hand."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import Mesh, PartitionSpec
 
+from vpae_jax.methods.common import lazily
 from vpae_jax.models import presets
 from vpae_jax.models.wan_dit import WanTransformer
 from vpae_jax.planning.flops import Work, count
@@ -48,6 +51,18 @@ def test_recomputation_counts_apart(policy, passes):
     work = counted(jax.grad(loss, argnums=(0, 1)), (7, 16, 16), (4, 16))
     once = 7 * 2 * 4 * 16 * 16
     assert (work.flops, work.model_flops, work.recomputed) == (passes * once, 3 * once, (passes - 3) * once)
+
+
+def test_a_term_of_every_fourth_step_counts_a_quarter():
+    """Forwards and backwards, and what is written down beside it as a whole."""
+
+    def loss(every, w, x):
+        rare = lazily(every, 3, lambda: jnp.sum(jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x)))
+        return jnp.sum(jnp.tanh(x @ w)) + rare
+
+    usual, rare = (counted(jax.grad(partial(loss, every)), (16, 16), (4, 16)).flops for every in (1, 4))
+    beside = counted(jax.grad(lambda w, x: jnp.sum(jnp.tanh(x @ w))), (16, 16), (4, 16)).flops
+    assert rare == beside + (usual - beside) / 4 and beside < rare < usual
 
 
 def test_the_dearest_branch_counts():

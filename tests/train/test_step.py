@@ -9,7 +9,9 @@ import optax
 import pytest
 from toy_training import RATE, Follow, parts, slopes
 
-from vpae_jax.methods.base import Update, View, all_views
+from vpae_jax.flow import draws
+from vpae_jax.flow.draws import following_key
+from vpae_jax.methods.base import Made, Update, View, all_views
 from vpae_jax.methods.common import Ratio, drift
 from vpae_jax.train.state import places_of
 from vpae_jax.train.step import due, make_update
@@ -233,7 +235,45 @@ def test_parts_of_a_batch_add_up_to_the_whole(accumulation):
     assert results[1][1] == pytest.approx(results[0][1], rel=1e-5)
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_updates_that_follow_learn_from_the_same_clips(accumulation):
+    """The leader makes clips y = a x and is drawn to 3 x; then the follower, twice, to these clips, which are constants
+    made before the leader moved."""
+    _, models, _, state, frozen = parts()
+    root = jax.random.clone(state.key)
+
+    def make(nets, batch, context):
+        return Made(nets["leader"](batch), context.clips)
+
+    def lead(nets, batch, context):
+        return ((context.made.x0 - 3 * batch) ** 2).mean((1, 2, 3, 4)), {}
+
+    def follow(nets, batch, context):
+        drawn = draws.uniform(context.clips, len(batch))
+        return ((nets["follower"](batch) - context.made.x0) ** 2).mean((1, 2, 3, 4)), {"drawn": drawn}
+
+    sgd = optax.sgd(RATE)
+    state = dataclasses.replace(state, opt={role: sgd.init(state.params[role]) for role in ("leader", "follower")})
+    update = Update(("leader",), lead, makes=make, then=(Update(("follower",), follow, repeats=2),))
+    run = make_update(update, 0, models, {"leader": sgd, "follower": sgd}, accumulation)
+    clips = jnp.asarray([1.0, 2.0, 3.0, 4.0]).reshape(4, 1, 1, 1, 1)
+    state, metrics = run(state, frozen, clips, jnp.int32(0))
+    square = 7.5  # mean of x^2
+    leader = 1.0 - RATE * 2 * (1.0 - 3.0) * square
+    follower = 2.0
+    for _ in range(2):
+        last, follower = follower, follower - RATE * 2 * (follower - 1.0) * square
+    assert slopes(state) == {"leader": pytest.approx(leader), "follower": pytest.approx(follower)}
+    assert float(metrics["leader/loss"]) == pytest.approx(4 * square)
+    assert float(metrics["follower/loss"]) == pytest.approx((last - 1.0) ** 2 * square, rel=1e-5)
+    # Of the last repeat: the numbers that its key gives each clip, whatever parts they are in.
+    key = following_key(jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(root, 0), 0), 0), 0, 1)
+    assert float(metrics["follower/drawn"]) == pytest.approx(float(draws.uniform(key, 4).mean()))
+
+
 def test_due_follows_every_and_starts():
     updates = Follow().updates
     follower = [(0, 0), (0, 1)]
     assert [due(updates, step) for step in range(4)] == [follower, [*follower, (1, 0)]] * 2
+    warming = (dataclasses.replace(updates[0], ends=2), updates[1])
+    assert [due(warming, step) for step in range(1, 3)] == [[*follower, (1, 0)], []]

@@ -13,7 +13,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Key, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from vpae_jax.types import PRNGKey, UserError
 
@@ -48,6 +48,12 @@ def numbered(key: PRNGKey, numbers: UInt32[Array, "n"]) -> PRNGKey:
 def batch_key(key: PRNGKey) -> PRNGKey:
     """A key for what all clips of a batch share, independent of every clip's own key."""
     return jax.random.fold_in(key, jnp.uint32(2**32 - 1))  # no clip has this number
+
+
+def following_key(key: PRNGKey, number: int, repeat: Int[Array, ""] | int) -> PRNGKey:
+    """A key for a repeat of the update of this number that follows another one, whose key this is, on the same batch;
+    independent of every clip's own key and of `batch_key`."""
+    return jax.random.fold_in(jax.random.fold_in(key, jnp.uint32(2**32 - 2 - number)), repeat)
 
 
 def normal(key: PRNGKey, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Float[Array, "b *shape"]:

@@ -36,6 +36,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import jax.numpy as jnp
@@ -117,9 +118,9 @@ class ADD(FewStepDistillation, JudgedDistillation):
         gradients with respect to x0 and the ratio of these.
         """
         keys = named_keys(context.clips, "images", "generate", "noise", "csds")
-        batch = self.drop_images(batch, keys.images)
-        x0 = self.generate(nets, batch, context, keys.generate)
+        make = partial(self.generate, nets, context=context, key=keys.generate)
+        batch, x0 = self.with_clips(batch, context, keys.images, make)
         term, metrics, disc_t = self.judged_term(nets, batch, context, x0, keys.noise)
         judged = term.scaled(self.adversarial_weight)
-        loss, more = with_distance(x0, judged, self.csds, nets, batch, disc_t, keys.csds)
+        loss, more = with_distance(x0, judged, self.csds, nets, batch, disc_t, keys.csds, context.step)
         return loss, {**metrics, **more}

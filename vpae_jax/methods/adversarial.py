@@ -32,12 +32,14 @@ from vpae_jax.flow.schedule import add_noise
 from vpae_jax.flow.times import VALUES_720P, TimeDistribution
 from vpae_jax.methods.base import FeatureExtractor, Heads
 from vpae_jax.methods.common import (
+    Step,
     Term,
     check_at_least,
     check_choice,
     example_mean,
     example_sum,
     f32,
+    lazily,
     named_keys,
     term_of,
 )
@@ -163,7 +165,7 @@ class DiscriminatorNoise:
 class DifferencePenalty:
     """A gradient penalty by finite differences: V-PAE's STR1 (Eq. 4), APT's approximate R1, AAPT's R1 + R2.
 
-        mean (D(x + delta, t) - D(x, t))^2 / ||delta||^2,     delta = sigma_s eps_s + sigma_t eps_t
+        mean (D(x + delta, t) - D(x, t))^2 / ||delta||^2,     delta = delta_s + delta_t = sigma_s eps_s + sigma_t eps_t
 
     For a linear D(x) = w x + b and independent noise the expectation is |w|^2 under "mean" and |w|^2 / d under "sum",
     whatever sigma is. Under "mean" the denominator is sigma_s^2 + sigma_t^2 = .0101 on average, so weight 1 acts as
@@ -177,6 +179,14 @@ class DifferencePenalty:
       temporal: eps_t drawn a frame and channel ("channel"), a frame ("frame"), or for every value ("iid"); broadcast
         over rows and columns.
       norm: the denominator: mean or sum of delta^2 over the clip, or 1 ("fixed", APT).
+      apart: 0 perturbs a clip by both noises at once. Above 0, each has an evaluation of its own, and the spatial noise
+        this standard deviation if sigma_s is smaller: with a = max(apart, sigma_s) / sigma_s, the squared difference is
+        (D(x + a delta_s) - D(x))^2 / a^2 + (D(x + delta_t) - D(x))^2, whose expectation is the same for a linear D. In
+        bfloat16 a change by sigma_s = .01 is rounding in large part, and one by .1 is not (`docs/methods.md`,
+        "Precision of the penalty"). With both sigmas it costs one more evaluation of the backbone.
+      every: the penalty is part of every so many steps, at so many times its weight, and is not computed between them
+        (StyleGAN2's lazy regularisation, 1912.04958, appendix B). The gradient is the same on average, but comes in
+        blows, which Adam shortens by up to the root of `every`. `docs/methods.md`, "Less work a step", has the price.
     """
 
     weight: float = 1.0
@@ -186,6 +196,8 @@ class DifferencePenalty:
     spatial: Literal["iid", "shared"] = "iid"
     temporal: Literal["channel", "frame", "iid"] = "channel"
     norm: Literal["mean", "sum", "fixed"] = "mean"
+    apart: float = 0.0
+    every: int = 1
 
     def __post_init__(self) -> None:
         choices = {
@@ -196,17 +208,24 @@ class DifferencePenalty:
         }
         check_choice("DifferencePenalty", choices, self)
         check_at_least("DifferencePenalty", 0, weight=self.weight, sigma_s=self.sigma_s, sigma_t=self.sigma_t)
+        check_at_least("DifferencePenalty", 0, apart=self.apart)
+        check_at_least("DifferencePenalty", 1, every=self.every)
         if self.weight > 0 and self.sigma_s == 0 and self.sigma_t == 0:
             raise UserError("DifferencePenalty.sigma_s and sigma_t are both 0; set one, or weight=0")
 
     def perturbation(self, like: Latents, key: PRNGKey) -> Latents:
         """A draw of delta, in the shape of `like`."""
+        spatial, temporal = self.halves(like, key)
+        return jnp.broadcast_to(spatial + temporal, like.shape)
+
+    def halves(self, like: Latents, key: PRNGKey) -> tuple[Float[Array, "b _ h w c"], Float[Array, "b f _ _ _"]]:
+        """Draws of delta_s and delta_t, which spread to the shape of `like`."""
         keys = named_keys(key, "spatial", "temporal")
         b, f, h, w, c = like.shape
         spatial = {"iid": (b, f, h, w, c), "shared": (b, 1, h, w, c)}[self.spatial]
         temporal = {"channel": (b, f, 1, 1, c), "frame": (b, f, 1, 1, 1), "iid": (b, f, h, w, c)}[self.temporal]
         noise = self.sigma_s * draws.normal(keys.spatial, spatial, like.dtype)
-        return jnp.broadcast_to(noise + self.sigma_t * draws.normal(keys.temporal, temporal, like.dtype), like.shape)
+        return noise, self.sigma_t * draws.normal(keys.temporal, temporal, like.dtype)
 
     def ratio(self, change: Logits, delta: Float[Array, "b *shape"]) -> PerExample:
         """change^2, the mean over a clip's logits, over the chosen norm of delta."""
@@ -220,11 +239,22 @@ class DifferencePenalty:
         keys = named_keys(key, "fake", "real")
         total = jnp.zeros(len(fake_logit))
         if self.on in ("fake", "both"):
-            delta = self.perturbation(shown.fake, keys.fake)
-            total += self.ratio(judge(shown.fake + delta, shown.fake_t) - fake_logit, delta)
+            total += self._of_clips(judge, shown.fake, shown.fake_t, fake_logit, keys.fake)
         if self.on in ("real", "both"):
-            delta = self.perturbation(shown.real, keys.real)
-            total += self.ratio(judge(shown.real + delta, shown.real_t) - real_logit, delta)
+            total += self._of_clips(judge, shown.real, shown.real_t, real_logit, keys.real)
+        return total
+
+    def _of_clips(self, judge: Judge, x: Latents, t: Times, logit: Logits, key: PRNGKey) -> PerExample:
+        delta = self.perturbation(x, key)
+        if not self.apart:
+            return self.ratio(judge(x + delta, t) - logit, delta)
+        spatial, temporal = self.halves(x, key)
+        total = jnp.zeros(len(x))
+        if self.sigma_s:
+            gain = max(1.0, self.apart / self.sigma_s)
+            total += self.ratio((judge(x + gain * spatial, t) - logit) / gain, delta)
+        if self.sigma_t:
+            total += self.ratio(judge(x + temporal, t) - logit, delta)
         return total
 
 
@@ -232,7 +262,7 @@ NO_PENALTY = DifferencePenalty(weight=0.0)
 
 
 def discriminator_loss(
-    judge: Judge, shown: Judged, kind: AdversarialKind, penalty: DifferencePenalty, key: PRNGKey
+    judge: Judge, shown: Judged, kind: AdversarialKind, penalty: DifferencePenalty, key: PRNGKey, step: Step
 ) -> tuple[PerExample, Metrics]:
     """The discriminator's loss of each pair of clips.
 
@@ -242,12 +272,14 @@ def discriminator_loss(
       kind: the adversarial loss.
       penalty: the gradient penalty.
       key: for the penalty's perturbations.
+      step: completed steps.
 
     Returns:
-      The loss, and: logits, their gap, accuracy (of the sign, or of the order for a relative loss), the penalty.
+      The loss, and: logits, their gap, accuracy (of the sign, or of the order for a relative loss), the penalty (0 on a
+      step without it).
     """
     real, fake = judge(shown.real, shown.real_t), judge(shown.fake, shown.fake_t)
-    return loss_of_logits(judge, shown, real, fake, kind, penalty, key)
+    return loss_of_logits(judge, shown, real, fake, kind, penalty, key, step)
 
 
 def loss_of_logits(
@@ -258,6 +290,7 @@ def loss_of_logits(
     kind: AdversarialKind,
     penalty: DifferencePenalty,
     key: PRNGKey,
+    step: Step,
 ) -> tuple[PerExample, Metrics]:
     """`discriminator_loss` where the logits of `shown` are already there, as those of a pass that served more."""
     adversarial = LOSSES[kind]
@@ -270,8 +303,8 @@ def loss_of_logits(
         "adversarial": loss.mean(),
     }
     if penalty.weight:
-        value = penalty(judge, shown, real, fake, key)
-        loss = loss + penalty.weight * value
+        value = lazily(penalty.every, step, lambda: penalty(judge, shown, real, fake, key))
+        loss = loss + penalty.weight * penalty.every * value
         metrics["penalty"] = value.mean()
     return loss, metrics
 

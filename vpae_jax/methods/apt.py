@@ -31,6 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from vpae_jax.flow.sampler import ONE_STEP
@@ -80,7 +81,7 @@ class APT(JudgedDistillation):
         to x0.
         """
         keys = named_keys(context.clips, "images", "generate", "noise")
-        batch = self.drop_images(batch, keys.images)
-        x0 = self.generate(nets, batch, context, keys.generate)
+        make = partial(self.generate, nets, context=context, key=keys.generate)
+        batch, x0 = self.with_clips(batch, context, keys.images, make)
         term, metrics, _ = self.judged_term(nets, batch, context, x0, keys.noise)
         return inject(x0, term), {**metrics, "adv_grad": term.grad_norm}

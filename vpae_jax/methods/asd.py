@@ -89,9 +89,9 @@ class ASD(SelfForcing):
 
     @property
     def updates(self) -> tuple[Update, ...]:
-        fake_score, generator = super().updates
+        *others, generator = super().updates
         heads = Update(("heads",), self.heads_loss, repeats=self.disc_updates)
-        return (fake_score, heads, generator) if self.alpha else (fake_score, generator)
+        return (*others, heads, generator) if self.alpha else (*others, generator)
 
     def judged_term(
         self, nets: Nets, batch: Batch, context: Context, x0: Latents, key: PRNGKey
@@ -118,7 +118,9 @@ class ASD(SelfForcing):
             for more, key in ((0, keys.own), (1, keys.other))
         )
         judged = self.judge(nets, batch.condition, last, constant=True)
-        return discriminator_loss(judged, self.noise(own, other, keys.noise), "rpgan", self.penalty, keys.penalty)
+        return discriminator_loss(
+            judged, self.noise(own, other, keys.noise), "rpgan", self.penalty, keys.penalty, context.step
+        )
 
     def judge(self, nets: Nets, condition: Condition, last: Step, constant: bool = False) -> Judge:
         """D_n with n - 1 = `last`.

@@ -49,6 +49,19 @@ Nets = Mapping[str, Any]
 
 
 @pytree
+class Made:
+    """Generated clips that several updates learn from.
+
+    Attributes:
+      x0: the clips, float32.
+      images: the keys by which images were withheld from them.
+    """
+
+    x0: Latents
+    images: PRNGKey
+
+
+@pytree
 class Context:
     """What a loss knows besides networks and batch.
 
@@ -56,14 +69,18 @@ class Context:
       step: completed steps.
       clips: one key for each clip, from which all that is drawn for the clip comes (`flow.draws`).
       batch: one key for the whole batch, for what its clips share: an exit step, a phase.
+      made: the clips to learn from, where an update has `Update.makes` or follows one that has; None for a loss that
+        makes its own.
     """
 
     step: Int[Array, ""]
     clips: PRNGKey
     batch: PRNGKey
+    made: Made | None = None
 
 
 LossFn = Callable[[Nets, Any, Context], tuple[PerExample, Metrics]]
+MakeFn = Callable[[Nets, Any, Context], Made]
 
 
 @runtime_checkable
@@ -266,6 +283,10 @@ class Update:
       delay: the method's field that `starts` comes from, for messages.
       followers: other trained roles, which after each update move towards the one that it trains: by name, the share of
         their own weights that they keep, in [0, 1).
+      ends: the first step on which it no longer runs; None for never.
+      makes: makes the clips that this update and those of `then` learn from. They are differentiated in this one.
+      then: updates that follow in the same program, on the same batch and the same clips, which are constants to them.
+        Of these, `trains`, `loss`, `repeats` (each with draws of its own) and `followers` count.
     """
 
     trains: tuple[str, ...]
@@ -275,11 +296,19 @@ class Update:
     starts: int = 0
     delay: str = ""
     followers: Mapping[str, float] = field(default_factory=dict)
+    ends: int | None = None
+    makes: MakeFn | None = None
+    then: tuple[Update, ...] = ()
 
     @property
     def name(self) -> str:
         """The roles, for metrics and messages: "fake_score+heads"."""
         return "+".join(self.trains)
+
+    @property
+    def program(self) -> tuple[Update, ...]:
+        """This update and those that follow it in its program."""
+        return self, *self.then
 
 
 @dataclass(frozen=True)

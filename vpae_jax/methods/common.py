@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,16 @@ from clu.metrics import Metric
 from flax import struct
 from jax import Array
 from jax.lax import stop_gradient
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 
 from vpae_jax.flow import draws
 from vpae_jax.flow.guidance import guided
 from vpae_jax.flow.schedule import velocity_to_x0
 from vpae_jax.methods.base import Velocity
 from vpae_jax.types import Batch, Condition, Latents, Metrics, PerExample, PRNGKey, Times, UserError
+
+T = TypeVar("T")
+Step = Int[Array, ""] | int
 
 
 def named_keys(key: PRNGKey, *names: str) -> SimpleNamespace:
@@ -206,6 +209,27 @@ def drift(x0: Latents, data: Latents | None) -> Metrics:
         "x0_mean_drift": MeanDrift(clips * x0.mean(axes), clips * data.mean(axes), clips),
         "x0_std_ratio": StdRatio(per_clip(x0), per_clip(x0**2), per_clip(data), per_clip(data**2), clips),
     }
+
+
+def is_due(every: int, step: Step) -> Bool[Array, ""]:
+    """Whether a term of every so many steps is part of this one, of which `step` are complete: of number `every`, of
+    twice that, and so on."""
+    return (jnp.asarray(step) + 1) % every == 0
+
+
+def lazily(every: int, step: Step, term: Callable[[], T]) -> T:
+    """`term()` on every so many steps (`is_due`), and zeros in its place between them, when nothing of it is computed,
+    forwards or backwards. All devices take the same branch, so it may hold collectives.
+
+    The scope's name tells `planning.flops` how often the branch is taken.
+    """
+    if every == 1:
+        return term()
+    shapes = jax.eval_shape(term)
+    with jax.named_scope(f"every_{every}_steps"):
+        return jax.lax.cond(
+            is_due(every, step), term, lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        )
 
 
 def check_choice(owner: str, choices: Mapping[str, tuple[Any, ...]], values: Any) -> None:

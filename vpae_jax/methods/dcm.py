@@ -261,7 +261,7 @@ class DCMDetail(DualExpert):
         fake, real = (add_noise(x, noise, times.inside) for x in (stop_gradient(found.reached), found.target))
         judged = judge(ConstantFeatures(nets["teacher"]), nets["heads"], batch.condition)
         shown = Judged(fake, times.inside, real, times.inside)
-        return discriminator_loss(judged, shown, self.adversarial, NO_PENALTY, keys.penalty)
+        return discriminator_loss(judged, shown, self.adversarial, NO_PENALTY, keys.penalty, context.step)
 
     def generator_loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
         """Eq. 5.

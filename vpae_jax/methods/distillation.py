@@ -1,7 +1,8 @@
 """What methods share that make a generator out of a frozen teacher.
 
     Distillation             a generator (`methods/generator.py`) that starts from the teacher, or from the phase before
-    FakeScoreDistillation    and a fake score, which follows the distribution of its clips
+    TaughtDistillation       and a network that learns from its clips
+    FakeScoreDistillation    which is a fake score, and follows their distribution
     FewStepDistillation      and a generator of one or of several steps, trained at the times at which it is sampled
 
 A student of N steps predicts a clip at each of its times 1 = t_0 > ... > t_{N-1} and noises it afresh to the next one
@@ -16,7 +17,8 @@ All clips of a batch share i. Or, more simply, a noised real clip stands for x_i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -30,14 +32,21 @@ from vpae_jax.flow import draws
 from vpae_jax.flow.sampler import Sampler
 from vpae_jax.flow.schedule import add_noise
 from vpae_jax.flow.times import TimeDistribution
-from vpae_jax.methods.base import Adapters, Context, Nets, Role, Student, View
-from vpae_jax.methods.common import check_at_least, check_choice, drop_conditions, named_keys, predict_x0, real_clips
+from vpae_jax.methods.base import Adapters, Context, Made, Nets, Role, Student, Update, View
+from vpae_jax.methods.common import (
+    Step,
+    check_at_least,
+    check_choice,
+    drop_conditions,
+    named_keys,
+    predict_x0,
+    real_clips,
+)
 from vpae_jax.methods.generator import GeneratorTraining
 from vpae_jax.methods.scores import SCORE_TIMES, DistributionMatching
 from vpae_jax.types import Batch, Latents, PRNGKey, Times, UserError
 
 MATCHING = DistributionMatching()
-Step = Int[Array, ""] | int
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,59 @@ class Distillation(GeneratorTraining):
 
 
 @dataclass(frozen=True)
-class FakeScoreDistillation(Distillation):
+class TaughtDistillation(Distillation):
+    """A method in which another network, the learner, is trained on the generator's clips, too.
+
+    Attributes:
+      clips: which clips the learner is trained on. "own": each of its updates has the generator make some, of a batch
+        of its own. "generator": those that the generator's update made, in the same program, with times and noise drawn
+        anew in each of the learner's updates. Then the generator's update comes first, so that the clips are one update
+        old, and a step takes one batch. `docs/methods.md`, "Less work a step", has the price.
+    """
+
+    clips: Literal["own", "generator"] = "own"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(type(self).__name__, {"clips": ("own", "generator")}, self)
+
+    @abstractmethod
+    def generate(self, nets: Nets, batch: Batch, context: Context, key: PRNGKey) -> Latents:
+        """The generator's clips, float32.
+
+        Args:
+          key: of what clips draw.
+        """
+
+    def make(self, nets: Nets, batch: Batch, context: Context) -> Made:
+        """Clips to share."""
+        own = draws.numbered(context.clips, jnp.full(1, 2**32 - 1, jnp.uint32))[0]  # the losses split the clips' keys
+        keys = named_keys(own, "images", "generate")
+        return Made(self.generate(nets, self.drop_images(batch, keys.images), context, keys.generate), keys.images)
+
+    def with_clips(
+        self, batch: Batch, context: Context, images: PRNGKey, make: Callable[[Batch], Latents]
+    ) -> tuple[Batch, Latents]:
+        """The batch with images withheld, and clips for it: the shared ones, or else what `make` makes.
+
+        Args:
+          images: decides which images are withheld from `make`'s.
+        """
+        if context.made is not None:
+            return self.drop_images(batch, context.made.images), context.made.x0
+        batch = self.drop_images(batch, images)
+        return batch, make(batch)
+
+    def in_turn(self, learner: Update, generator: Update) -> tuple[Update, ...]:
+        """The updates of a step: the learner's, then the generator's; or the generator's with the learner's in it."""
+        if self.clips == "own":
+            return learner, generator
+        both = replace(generator, makes=self.make, then=(learner,))
+        return (replace(learner, ends=generator.starts), both) if generator.starts else (both,)
+
+
+@dataclass(frozen=True)
+class FakeScoreDistillation(TaughtDistillation):
     """A method that matches distributions by a role "fake_score", which is trained on the generator's clips.
 
     Attributes:

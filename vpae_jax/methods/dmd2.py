@@ -39,6 +39,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from jax.lax import stop_gradient
@@ -141,7 +142,7 @@ class DMD2(FewStepDistillation, FakeScoreDistillation):
     @property
     def updates(self) -> tuple[Update, ...]:
         followed = ("fake_score", "heads") if self.judged else ("fake_score",)
-        return (
+        return self.in_turn(
             Update(followed, self.fake_score_loss, repeats=self.fake_updates),
             Update(("generator",), self.generator_loss, followers=self.aligned(self.fake, self.ida)),
         )
@@ -153,8 +154,8 @@ class DMD2(FewStepDistillation, FakeScoreDistillation):
         gradients with respect to x0 and the ratio of these.
         """
         keys = named_keys(context.clips, "images", "generate", "matching", "noise")
-        batch = self.drop_images(batch, keys.images)
-        x0 = self.generate(nets, batch, context, keys.generate)
+        make = partial(self.generate, nets, context=context, key=keys.generate)
+        batch, x0 = self.with_clips(batch, context, keys.images, make)
         constant, condition = stop_gradient(x0), batch.condition
         scores = nets["teacher"], nets["fake_score"]
         matching, metrics = self.matching(constant, *scores, condition, batch.unconditional, keys.matching)
@@ -182,8 +183,8 @@ class DMD2(FewStepDistillation, FakeScoreDistillation):
     def fake_score_loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
         """Eq. 3."""
         keys = named_keys(context.clips, "images", "generate", "t", "noise", "real_noise", "penalty")
-        batch = self.drop_images(batch, keys.images)
-        x0 = self.constant(nets, batch, context, keys.generate)
+        make = partial(self.constant, nets, context=context, key=keys.generate)
+        batch, x0 = self.with_clips(batch, context, keys.images, make)
         condition, fake = batch.condition, nets["fake_score"]
         t, noise = self.fake_t(keys.t, x0.shape), draws.normal(keys.noise, x0.shape, x0.dtype)
         x = add_noise(x0, noise, t)
@@ -202,6 +203,6 @@ class DMD2(FewStepDistillation, FakeScoreDistillation):
         logits = discriminator(shown.real, t), f32(heads(features))
         followed = velocity_error(v, x0, noise, t, self.fake_loss)
         told_apart, metrics = loss_of_logits(
-            discriminator, shown, *logits, self.adversarial, self.penalty, keys.penalty
+            discriminator, shown, *logits, self.adversarial, self.penalty, keys.penalty, context.step
         )
         return followed + self.disc_weight * told_apart, {"diffusion": followed, **metrics}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import partial
 
 import jax.numpy as jnp
 from jax.lax import stop_gradient
@@ -32,16 +33,19 @@ from vpae_jax.methods.adversarial import (
 from vpae_jax.methods.base import Context, FeatureExtractor, Nets, Update
 from vpae_jax.methods.common import (
     Ratio,
+    Step,
     Term,
     check_at_least,
     check_choice,
     drift,
     inject,
+    is_due,
+    lazily,
     named_keys,
     predict_x0,
     real_clips,
 )
-from vpae_jax.methods.distillation import Distillation
+from vpae_jax.methods.distillation import TaughtDistillation
 from vpae_jax.methods.scores import ScoreDistillation
 from vpae_jax.types import Batch, Latents, Metrics, PerExample, PRNGKey, Times
 
@@ -50,7 +54,7 @@ STR1 = DifferencePenalty()
 
 
 @dataclass(frozen=True)
-class JudgedDistillation(Distillation):
+class JudgedDistillation(TaughtDistillation):
     """A method with roles "generator" and "heads", and a network "backbone" or the roles of a discriminator on pixels.
 
     Attributes:
@@ -100,7 +104,7 @@ class JudgedDistillation(Distillation):
     @property
     def updates(self) -> tuple[Update, ...]:
         trained = ("heads", "backbone") if self.trains_backbone else ("heads",)
-        return (
+        return self.in_turn(
             Update(trained, self.discriminator_loss, repeats=self.disc_updates),
             Update(("generator",), self.generator_loss, starts=self.disc_warmup, delay="disc_warmup"),
         )
@@ -121,12 +125,12 @@ class JudgedDistillation(Distillation):
     def discriminator_loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
         """The adversarial loss of a generated and a real clip, and the penalty."""
         keys = named_keys(context.clips, "images", "generate", "noise", "penalty")
-        batch = self.drop_images(batch, keys.images)
-        x0 = stop_gradient(self.generate(nets, batch, context, keys.generate))
-        shown = self.noise(x0, real_clips(batch), keys.noise)
+        make = partial(self.generate, nets, context=context, key=keys.generate)
+        batch, x0 = self.with_clips(batch, context, keys.images, make)
+        shown = self.noise(stop_gradient(x0), real_clips(batch), keys.noise)
         backbone = self.backbone_of(nets, batch, context)
         judged = judge(backbone if self.trains_backbone else ConstantFeatures(backbone), nets["heads"], batch.condition)
-        return discriminator_loss(judged, shown, self.adversarial, self.penalty, keys.penalty)
+        return discriminator_loss(judged, shown, self.adversarial, self.penalty, keys.penalty, context.step)
 
     @abstractmethod
     def generator_loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
@@ -150,23 +154,28 @@ def with_distance(
     batch: Batch,
     disc_t: Times,
     key: PRNGKey,
+    step: Step,
 ) -> tuple[PerExample, Metrics]:
     """The generator's loss of clips: a weighted adversarial term, if any, and the weighted distance to the teacher.
 
     Args:
       x0: the clips, attached to the generator.
       disc_t: the times that the discriminator was told.
+      step: completed steps.
 
     Returns:
       their sum, and as metrics the distance and, for a clip, the L2 norms of both weighted gradients with respect to x0
-      and the ratio of these.
+      and the ratio of these; 0 each on a step without the distance.
     """
     terms: dict[str, Term] = {} if adversarial is None else {"adv": adversarial}
     metrics = {}
     if distance.weight:
-        term = distance(x0, nets["teacher"], batch.condition, batch.unconditional, key, disc_t)
-        metrics["csds"], terms["csds"] = term.value, term.scaled(distance.weight)
+        measure = partial(distance, x0, nets["teacher"], batch.condition, batch.unconditional, key, disc_t)
+        term = lazily(distance.every, step, measure)
+        metrics["csds"], terms["csds"] = term.value, term.scaled(distance.weight * distance.every)
     metrics |= {f"{name}_grad": term.grad_norm for name, term in terms.items()}
     if len(terms) == 2:
-        metrics["adv_csds_ratio"] = Ratio(*(term.grad_norm.sum() for term in terms.values()))
+        above, below = (term.grad_norm.sum() for term in terms.values())
+        compared = above if distance.every == 1 else jnp.where(is_due(distance.every, step), above, 0.0)
+        metrics["adv_csds_ratio"] = Ratio(compared, below)
     return inject(x0, *terms.values()) if terms else jnp.zeros(len(x0)), metrics

@@ -33,6 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from jax.lax import stop_gradient
@@ -118,7 +119,7 @@ class Magic(FewStepDistillation, FakeScoreDistillation):
     @property
     def updates(self) -> tuple[Update, ...]:
         followed = ("fake_score", "heads") if self.judged else ("fake_score",)
-        return (
+        return self.in_turn(
             Update(followed, self.fake_score_loss, repeats=self.fake_updates),
             Update(("generator",), self.generator_loss),
         )
@@ -130,8 +131,8 @@ class Magic(FewStepDistillation, FakeScoreDistillation):
         of their weighted gradients with respect to x0.
         """
         keys = named_keys(context.clips, "images", "generate", "matching", "noise")
-        batch = self.drop_images(batch, keys.images)
-        x0 = self.generate(nets, batch, context, keys.generate)
+        make = partial(self.generate, nets, context=context, key=keys.generate)
+        batch, x0 = self.with_clips(batch, context, keys.images, make)
         constant, condition = stop_gradient(x0), batch.condition
         x, t = self.matching.noised(constant, keys.matching)
         real = predict_x0(nets["real_score"], x, t, condition, batch.unconditional, self.matching.guidance)
@@ -153,12 +154,14 @@ class Magic(FewStepDistillation, FakeScoreDistillation):
     def fake_score_loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
         """Eq. 5. Its two halves share the generated clips and no weights."""
         keys = named_keys(context.clips, "images", "generate", "loss", "noise", "penalty")
-        batch = self.drop_images(batch, keys.images)
-        x0 = self.constant(nets, batch, context, keys.generate)
+        make = partial(self.constant, nets, context=context, key=keys.generate)
+        batch, x0 = self.with_clips(batch, context, keys.images, make)
         followed = fake_score_loss(nets["fake_score"], x0, batch.condition, self.fake_t, keys.loss, self.fake_loss)
         if not self.judged:
             return followed, {}
         shown = self.noise(x0, real_clips(batch), keys.noise)
         discriminator = judge(ConstantFeatures(nets["backbone"]), nets["heads"], batch.condition)
-        told_apart, metrics = discriminator_loss(discriminator, shown, self.adversarial, NO_PENALTY, keys.penalty)
+        told_apart, metrics = discriminator_loss(
+            discriminator, shown, self.adversarial, NO_PENALTY, keys.penalty, context.step
+        )
         return followed + told_apart, {"diffusion": followed, **metrics}

@@ -147,7 +147,7 @@ class PCM(Distillation):
         found = jumps(nets, batch, times.t, times.before, times.end, self.guidance, keys.noise)
         shown = self.shown(stop_gradient(found.reached), found.target, times, keys.judged)
         judged = judge(ConstantFeatures(nets["teacher"]), nets["heads"], batch.condition)
-        return discriminator_loss(judged, shown, self.adversarial, NO_PENALTY, keys.penalty)
+        return discriminator_loss(judged, shown, self.adversarial, NO_PENALTY, keys.penalty, context.step)
 
     def generator_loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
         """Eq. 4.

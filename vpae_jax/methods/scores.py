@@ -163,6 +163,9 @@ class ScoreDistillation:
       reduction: of the squared error over a clip's values. "sum" multiplies the weight by their number.
       time_weight: "one", or "one_minus_t" (ADD's c(t)).
       frames: restrict the loss to the first latent frames; 0 takes the whole clip.
+      every: the term is part of every so many steps, at so many times its weight; the teacher is not evaluated between
+        them. It changes the objective that each step sees: most steps follow the discriminator alone, and Adam shortens
+        the blows of the others. `docs/methods.md`, "Less work a step", has the price.
     """
 
     weight: float = 10.0
@@ -172,6 +175,7 @@ class ScoreDistillation:
     reduction: Literal["mean", "sum"] = "mean"
     time_weight: Literal["one", "one_minus_t"] = "one"
     frames: int = 0
+    every: int = 1
 
     def __post_init__(self) -> None:
         choices = {
@@ -181,6 +185,7 @@ class ScoreDistillation:
         }
         check_choice("ScoreDistillation", choices, self)
         check_at_least("ScoreDistillation", 0, weight=self.weight, frames=self.frames)
+        check_at_least("ScoreDistillation", 1, every=self.every)
 
     def __call__(
         self,

@@ -50,12 +50,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import jax.numpy as jnp
-from jax import Array
 from jax.lax import stop_gradient
-from jaxtyping import Int
 
 from vpae_jax.flow import draws
 from vpae_jax.flow.sampler import ONE_STEP
@@ -63,7 +62,7 @@ from vpae_jax.flow.schedule import add_noise
 from vpae_jax.flow.times import VALUES_720P, TimeDistribution
 from vpae_jax.methods import pixels
 from vpae_jax.methods.adversarial import generator_loss, judge
-from vpae_jax.methods.base import EMA, Context, Nets, Role, Student, Update, Velocity, View
+from vpae_jax.methods.base import EMA, Context, Nets, Role, Student, Update, View
 from vpae_jax.methods.common import (
     check_at_least,
     check_choice,
@@ -119,6 +118,11 @@ class PhaseOne(FakeScoreDistillation):
         check_fraction("PhaseOne", anneal_from=self.anneal_from)
         check_at_least("PhaseOne", 1, anneal_steps=self.anneal_steps)
         _ = self.updates  # refuses an alignment of networks of two shapes
+        if self.clips == "generator" and self.count == "all":
+            raise UserError(
+                "PhaseOne.clips is 'generator', but with count='all' most steps have no update of the generator; set "
+                "count='generator', or clips='own'"
+            )
         if self.input == "anneal" and self.t.kind != "uniform":
             raise UserError(f"PhaseOne.t is {self.t.kind!r}, without a lower end to anneal; set t.kind='uniform'")
 
@@ -141,20 +145,21 @@ class PhaseOne(FakeScoreDistillation):
         if self.count == "all":
             last = self.fake_updates - 1
             return fake_score, replace(generator, every=self.fake_updates, starts=last, delay="fake_updates")
-        return replace(fake_score, repeats=self.fake_updates), generator
+        return self.in_turn(replace(fake_score, repeats=self.fake_updates), generator)
 
     @property
     def student(self) -> Student:
         return self.sampled_by(ONE_STEP)
 
-    def generate(self, generator: Velocity, batch: Batch, step: Int[Array, ""], key: PRNGKey) -> Latents:
-        """The generator's clips in one evaluation, float32, at a step of the training."""
+    def generate(self, nets: Nets, batch: Batch, context: Context, key: PRNGKey) -> Latents:
+        """The generator's clips in one evaluation, float32."""
+        generator = nets["generator"]
         keys = named_keys(key, "t", "noise")
         noise = draws.normal(keys.noise, batch.shape, jnp.float32)
         if self.input == "pure_noise":
             return predict_x0(generator, noise, jnp.ones(len(noise)), batch.condition)
         if self.input == "anneal":
-            progress = jnp.clip(step / self.anneal_steps, 0.0, 1.0).astype(jnp.float32)
+            progress = jnp.clip(context.step / self.anneal_steps, 0.0, 1.0).astype(jnp.float32)
             t = self.t(keys.t, batch.shape, self.anneal_from + progress * (self.t.low - self.anneal_from))
         else:
             t = self.t(keys.t, batch.shape)
@@ -163,8 +168,8 @@ class PhaseOne(FakeScoreDistillation):
     def generator_loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
         """Eq. 1."""
         keys = named_keys(context.clips, "images", "generate", "matching")
-        batch = self.drop_images(batch, keys.images)
-        x0 = self.generate(nets["generator"], batch, context.step, keys.generate)
+        make = partial(self.generate, nets, context=context, key=keys.generate)
+        batch, x0 = self.with_clips(batch, context, keys.images, make)
         term, metrics = self.matching(
             x0, nets["teacher"], nets["fake_score"], batch.condition, batch.unconditional, keys.matching
         )
@@ -173,8 +178,8 @@ class PhaseOne(FakeScoreDistillation):
     def fake_score_loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
         """Eq. 2."""
         keys = named_keys(context.clips, "images", "generate", "loss")
-        batch = self.drop_images(batch, keys.images)
-        x0 = self.generate(nets["generator"], batch, context.step, keys.generate)
+        make = partial(self.generate, nets, context=context, key=keys.generate)
+        batch, x0 = self.with_clips(batch, context, keys.images, make)
         return fake_score_loss(nets["fake_score"], x0, batch.condition, self.fake_t, keys.loss, self.fake_loss), {}
 
 
@@ -253,8 +258,8 @@ class PhaseTwo(JudgedDistillation):
         with respect to x0 and the ratio of these. "online_trainable" has no separate adversarial gradient to report.
         """
         keys = named_keys(context.clips, "images", "generate", "noise", "csds")
-        batch = self.drop_images(batch, keys.images)
-        x0 = self.generate(nets, batch, context, keys.generate)
+        make = partial(self.generate, nets, context=context, key=keys.generate)
+        batch, x0 = self.with_clips(batch, context, keys.images, make)
         if self.backbone == "online_trainable":
             shown = self.noise(x0, real_clips(batch), keys.noise)
             judged = judge(nets["backbone"], nets["heads"], batch.condition)
@@ -264,5 +269,5 @@ class PhaseTwo(JudgedDistillation):
         else:
             term, metrics, disc_t = self.judged_term(nets, batch, context, x0, keys.noise)
             direct, term = 0.0, term.scaled(self.adversarial_weight)
-        loss, more = with_distance(x0, term, self.csds, nets, batch, disc_t, keys.csds)
+        loss, more = with_distance(x0, term, self.csds, nets, batch, disc_t, keys.csds, context.step)
         return self.adversarial_weight * direct + loss, {**metrics, **more}

@@ -1,10 +1,11 @@
 """Arithmetic of a program, counted from its jaxpr: what is multiplied, how often, and what of it is done again.
 
 Matrix products, convolutions and attention kernels are counted, 2 FLOPs for a multiply and add; all else is small
-beside them. A scan counts as often as it turns; of branches the dearest counts. `recomputed` is what `jax.checkpoint`
-repeats in the backward pass, and what attention kernels do: the backward pass needs four products (dV, dP, dQ, dK), and
-a kernel that makes all of them has a fifth, the logits again (FlashAttention, arXiv 2205.14135); two kernels, one for
-dQ with three products and one for dK and dV with four, repeat the logits twice and dP once.
+beside them. A scan counts as often as it turns; of branches the dearest counts, and of a term of every so many steps
+its share of a step. `recomputed` is what `jax.checkpoint` repeats in the backward pass, and what attention kernels do:
+the backward pass needs four products (dV, dP, dQ, dK), and a kernel that makes all of them has a fifth, the logits
+again (FlashAttention, arXiv 2205.14135); two kernels, one for dQ with three products and one for dK and dV with four,
+repeat the logits twice and dP once.
 
 The compiler's own count (`cost_analysis`) is of no use here: it takes a loop's body once, and a kernel not at all.
 """
@@ -12,6 +13,7 @@ The compiler's own count (`cost_analysis`) is of no use here: it takes a loop's 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
 from typing import Any
@@ -24,6 +26,8 @@ from vpae_jax.models.kernels import tiled
 RECOMPUTED = "rematted_computation"
 # Products of an attention kernel's forward pass: logits, and weights times values.
 FORWARD = 2
+# How `methods.common.lazily` marks what is part of every so many steps.
+RARE = re.compile(r"every_(\d+)_steps")
 # Of an attention kernel's products, by their number, those that repeat: the backward pass's dQ, dK and dV, and all.
 REPEATED = {3: 2, 4: 1, 5: 1}
 
@@ -55,8 +59,8 @@ class Work:
     def __add__(self, other: Work) -> Work:
         return Work(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
 
-    def times(self, turns: int, devices: int = 1) -> Work:
-        """The same `turns` times on each of `devices`."""
+    def times(self, turns: int | float, devices: int = 1) -> Work:
+        """The same `turns` times on each of `devices`; less than once for what is not part of every step."""
         everywhere = turns * devices
         return Work(
             self.flops * everywhere,
@@ -101,7 +105,9 @@ def _equation(equation: Any, again: bool) -> Work:
     if name.startswith("dot_product_attention_bwd"):
         return _cudnn(equation, 5, 4, again)
     if name == "cond":
-        return max((count(branch, again) for branch in params["branches"]), key=lambda work: work.flops)
+        dearest = max((count(branch, again) for branch in params["branches"]), key=lambda work: work.flops)
+        rare = RARE.search(str(equation.source_info.name_stack))
+        return dearest.times(1 / int(rare[1])) if rare else dearest
     inside = Work()
     for jaxpr in _inner(params):
         inside += count(jaxpr, again)

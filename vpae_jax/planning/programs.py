@@ -140,13 +140,14 @@ def draw_up(experiment: Experiment, clip: ClipSize, devices: Any) -> Programs:
     updates = tuple(
         Program(
             update.name,
-            update.trains,
+            tuple(role for one in update.program for role in one.trains),
             update.repeats,
             update.every,
             make_update(update, index, blueprint.models, optimizers, parts, places),
             (state, blueprint.frozen, batch, repeat),
         )
         for index, update in enumerate(method.updates)
+        if update.ends is None  # what only warms up is no part of a step
     )
     return Programs(updates, state, blueprint.frozen, batch, mesh)
 

@@ -194,7 +194,8 @@ def check_roles(method: Method, optimizers: Mapping[str, Any]) -> None:
     An optimizer may lie unused: a config holds one for every role that some setting of its method trains.
     """
     trained = {name for name, role in method.roles.items() if role.trains}
-    updated = {name for update in method.updates for name in update.trains}
+    updates = [one for update in method.updates for one in update.program]
+    updated = {name for update in updates for name in update.trains}
     if trained != updated:
         raise UserError(
             f"the method trains {sorted(trained)}, but has updates for {sorted(updated)}; correct the method"
@@ -207,7 +208,7 @@ def check_roles(method: Method, optimizers: Mapping[str, Any]) -> None:
             raise UserError(
                 f"role {name} holds adapters on {role.adapters.on!r}, which is no whole {role.part}; correct the method"
             )
-    for update in method.updates:
+    for update in updates:
         for name in update.followers:
             pair = [method.roles[one] for one in (name, *update.trains) if one in method.roles]
             parts, adapters = ({getattr(role, field) for role in pair} for field in ("part", "adapters"))

@@ -4,6 +4,7 @@
 
 It differentiates the update's loss with respect to the weights of the roles that it trains and nothing else, applies
 each role's optimizer and averages, moves the roles that follow it, and leaves everything else in the state as it is.
+Then come the updates that learn from the clips that it made (`Update.then`), if any: the clips live within the program.
 Records come as they are stored, in bfloat16, and are computed with in float32. The state's buffers are donated; frozen
 weights are an argument, never a constant of the program.
 """
@@ -11,7 +12,8 @@ weights are an argument, never a constant of the program.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,12 +23,12 @@ from clu.metrics import Metric
 from jax import Array
 
 from vpae_jax import sharding
-from vpae_jax.flow.draws import batch_key, clip_keys
+from vpae_jax.flow.draws import batch_key, clip_keys, following_key
 from vpae_jax.methods.base import Context, Update
 from vpae_jax.train import ema
 from vpae_jax.train.roles import RoleModels
 from vpae_jax.train.state import TrainState
-from vpae_jax.types import Params, in_float32
+from vpae_jax.types import Params, PRNGKey, in_float32
 
 UpdateFn = Callable[[TrainState, Mapping[str, Params], Any, Any], tuple[TrainState, Mapping[str, Array]]]
 
@@ -54,65 +56,106 @@ def make_update(
       batch; and for each role that it trains the L2 norms `<role>/grad_norm`, `/update_norm` and `/param_norm`.
     """
 
+    one = partial(_Step, models=models, optimizers=optimizers, accumulation=accumulation, places=places)
+
     def run(
         state: TrainState, frozen: Mapping[str, Params], batch: Any, repeat: Any
     ) -> tuple[TrainState, Mapping[str, Array]]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(state.key, state.step), index), repeat)
-        constants = {**frozen, **state.params}
-        own = {role: state.params[role] for role in update.trains}
+        state, scalars, made = one(update)(state, frozen, batch, key)
+        for number, following in enumerate(update.then):
 
-        def placed(grads: Params) -> Params:
-            """Gradients lie where their weights do, so that summing them over devices leaves each its own share."""
-            if places is None:
-                return grads
-            return jax.lax.with_sharding_constraint(grads, {role: places.params[role] for role in update.trains})
+            def again(state: TrainState, repeat: Any, number: int = number, following: Update = following) -> Any:
+                own = following_key(key, number, repeat)
+                state, scalars, _ = one(following)(state, frozen, batch, own, made)
+                return state, scalars
 
-        def differentiate(batch: Any, keys: Any) -> tuple[tuple[Array, dict[str, Any]], Params]:
-            batch = in_float32(batch)  # here, so that of a batch in parts one is wide at a time
-            context = Context(state.step, keys, batch_key(key))
+            if following.repeats == 1:
+                state, more = again(state, 0)
+            else:
+                state, each = jax.lax.scan(again, state, jnp.arange(following.repeats))
+                more = jax.tree.map(lambda values: values[-1], each)
+            scalars |= more
+        return state, scalars
 
-            def mean_loss(trained: dict[str, Params]) -> tuple[Array, dict[str, Any]]:
-                nets = models.networks({**constants, **trained}, state.averages, constants, update.trains)
-                loss, reported = update.loss(nets, batch, context)
-                return jnp.mean(loss), {name: _of_part(value) for name, value in reported.items()}
+    if places is None:
+        return jax.jit(run, donate_argnums=0)
+    return jax.jit(run, donate_argnums=0, out_shardings=(places, places.step))
 
-            value, grads = jax.value_and_grad(mean_loss, has_aux=True)(own)
-            return value, placed(grads)
 
-        keys = clip_keys(key, sharding.count_clips(batch))
-        if accumulation == 1:
-            (loss, reported), grads = differentiate(batch, keys)
-        else:
+@dataclass(frozen=True)
+class _Step:
+    """One update of a state, as it is traced; fields as the arguments of `make_update`."""
 
-            def add(total: Params, part: Array) -> tuple[Params, tuple[Array, dict[str, Any]]]:
-                value, grads = differentiate(*sharding.part_of((batch, keys), part, accumulation))
-                return jax.tree.map(jnp.add, total, grads), value
+    update: Update
+    models: RoleModels
+    optimizers: Mapping[str, optax.GradientTransformation]
+    accumulation: int
+    places: TrainState | None
 
-            zeros = placed(jax.tree.map(jnp.zeros_like, own))
-            total, values = jax.lax.scan(add, zeros, jnp.arange(accumulation))
-            grads = jax.tree.map(lambda grad: grad / accumulation, total)
-            loss = values[0].mean()
-            reported = {name: _merged(value) for name, value in values[1].items()}
-
-        scalars = {f"{update.name}/{name}": _finished(value) for name, value in reported.items()}
-        scalars[f"{update.name}/loss"] = loss
+    def __call__(
+        self, state: TrainState, frozen: Mapping[str, Params], batch: Any, key: PRNGKey, made: Any = None
+    ) -> tuple[TrainState, dict[str, Array], Any]:
+        """The new state, metrics, and the clips that the update makes for others, if any, as these are given `made`:
+        of a batch in parts, on a leading axis."""
+        loss, reported, grads, made = self._differentiate(state, frozen, batch, key, made)
+        scalars = {f"{self.update.name}/{name}": _finished(value) for name, value in reported.items()}
+        scalars[f"{self.update.name}/loss"] = loss
         params, opt, averages = dict(state.params), dict(state.opt), dict(state.averages)
-        for role in update.trains:
-            steps, opt[role] = optimizers[role].update(grads[role], state.opt[role], state.params[role])
+        for role in self.update.trains:
+            steps, opt[role] = self.optimizers[role].update(grads[role], state.opt[role], state.params[role])
             params[role] = optax.apply_updates(state.params[role], steps)
-            for name, average in models.roles[role].averages.items():
+            for name, average in self.models.roles[role].averages.items():
                 name = f"{role}_{name}"
                 decay = jnp.where(state.step >= average.start, average.decay, 0.0)
                 averages[name] = ema.update(averages[name], params[role], decay)
             norms = {"grad_norm": grads[role], "update_norm": steps, "param_norm": params[role]}
             scalars |= {f"{role}/{name}": optax.tree.norm(tree) for name, tree in norms.items()}
-        for role, kept in update.followers.items():
-            params[role] = ema.update(params[role], params[update.trains[0]], kept)
-        return replace(state, params=params, opt=opt, averages=averages), scalars
+        for role, kept in self.update.followers.items():
+            params[role] = ema.update(params[role], params[self.update.trains[0]], kept)
+        return replace(state, params=params, opt=opt, averages=averages), scalars, made
 
-    if places is None:
-        return jax.jit(run, donate_argnums=0)
-    return jax.jit(run, donate_argnums=0, out_shardings=(places, places.step))
+    def _differentiate(
+        self, state: TrainState, frozen: Mapping[str, Params], batch: Any, key: PRNGKey, made: Any
+    ) -> tuple[Array, dict[str, Any], Params, Any]:
+        """Loss, what it reports, gradients and clips of the whole batch."""
+        update, parts = self.update, self.accumulation
+        constants = {**frozen, **state.params}
+        own = {role: state.params[role] for role in update.trains}
+
+        def of_part(batch: Any, keys: Any, given: Any) -> tuple[tuple[Array, tuple[dict[str, Any], Any]], Params]:
+            batch = in_float32(batch)  # here, so that of a batch in parts one is wide at a time
+
+            def mean_loss(trained: dict[str, Params]) -> tuple[Array, tuple[dict[str, Any], Any]]:
+                nets = self.models.networks({**constants, **trained}, state.averages, constants, update.trains)
+                context = Context(state.step, keys, batch_key(key), given)
+                fresh = None if update.makes is None else update.makes(nets, batch, context)
+                loss, reported = update.loss(nets, batch, context if fresh is None else replace(context, made=fresh))
+                return jnp.mean(loss), ({name: _of_part(value) for name, value in reported.items()}, fresh)
+
+            value, grads = jax.value_and_grad(mean_loss, has_aux=True)(own)
+            return value, self._placed(grads)
+
+        keys = clip_keys(key, sharding.count_clips(batch))
+        if parts == 1:
+            (loss, (reported, fresh)), grads = of_part(batch, keys, made)
+            return loss, reported, grads, fresh
+
+        def add(total: Params, part: tuple[Array, Any]) -> tuple[Params, tuple[Array, tuple[dict[str, Any], Any]]]:
+            number, given = part
+            value, grads = of_part(*sharding.part_of((batch, keys), number, parts), given)
+            return jax.tree.map(jnp.add, total, grads), value
+
+        zeros = self._placed(jax.tree.map(jnp.zeros_like, own))
+        total, (losses, (reported, fresh)) = jax.lax.scan(add, zeros, (jnp.arange(parts), made))
+        grads = jax.tree.map(lambda grad: grad / parts, total)
+        return losses.mean(), {name: _merged(value) for name, value in reported.items()}, grads, fresh
+
+    def _placed(self, grads: Params) -> Params:
+        """Gradients lie where their weights do, so that summing them over devices leaves each its own share."""
+        if self.places is None:
+            return grads
+        return jax.lax.with_sharding_constraint(grads, {role: self.places.params[role] for role in self.update.trains})
 
 
 def _of_part(value: Array | Metric) -> Array | Metric:
@@ -131,5 +174,6 @@ def _finished(value: Array | Metric) -> Array:
 
 def due(updates: tuple[Update, ...], step: int) -> list[tuple[int, int]]:
     """What runs on a step, in order: the place of an update among the method's, and which repeat it is."""
-    found = [(i, u) for i, u in enumerate(updates) if step >= u.starts and (step - u.starts) % u.every == 0]
+    running = [(i, u) for i, u in enumerate(updates) if u.starts <= step and (u.ends is None or step < u.ends)]
+    found = [(i, u) for i, u in running if (step - u.starts) % u.every == 0]
     return [(i, repeat) for i, update in found for repeat in range(update.repeats)]
