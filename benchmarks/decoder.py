@@ -24,7 +24,7 @@ from rounds import Timed, measure
 from vpae_jax import cli
 from vpae_jax.data.batches import to_float
 from vpae_jax.inference import samplers
-from vpae_jax.inference.pipeline import load_pipeline
+from vpae_jax.inference.loading import load_pipeline
 from vpae_jax.metrics.base import Clips
 from vpae_jax.metrics.measures import psnr
 from vpae_jax.metrics.networks import lpips

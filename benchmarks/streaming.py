@@ -33,7 +33,8 @@ from vpae_jax import cli
 from vpae_jax.flow.chunks import Chunks
 from vpae_jax.flow.draws import noise_of_seed
 from vpae_jax.flow.sampler import ONE_STEP, Sampler
-from vpae_jax.inference.pipeline import Pipeline, load_pipeline
+from vpae_jax.inference.loading import load_pipeline
+from vpae_jax.inference.pipeline import Pipeline
 from vpae_jax.types import UserError
 
 BEGIN, BEGIN_MEMORY = "<!-- made by benchmarks/streaming.py -->", "<!-- made by benchmarks/streaming.py, memory -->"

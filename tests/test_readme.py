@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vpae_jax.inference.pipeline import load_pipeline
+from vpae_jax.inference.loading import load_pipeline
 from vpae_jax.weights.find import find_model
 from vpae_jax.weights.layout import Contents, write_model
 from vpae_jax.weights.locate import embedded_model

@@ -13,7 +13,7 @@ from PIL import Image
 from vpae_jax import cli, sample
 from vpae_jax.flow.chunks import Chunks
 from vpae_jax.flow.sampler import Sampler
-from vpae_jax.inference.pipeline import load_pipeline
+from vpae_jax.inference.loading import load_pipeline
 from vpae_jax.media import read_image, write_video
 from vpae_jax.weights.settings import Defaults, Scheduler
 

@@ -38,7 +38,8 @@ from vpae_jax.encoding.synthetic import Recipe
 from vpae_jax.encoding.units import Units
 from vpae_jax.encoding.videos import VideoClips
 from vpae_jax.flow.draws import check_seed
-from vpae_jax.inference.pipeline import Pipeline, load_pipeline
+from vpae_jax.inference.loading import load_pipeline
+from vpae_jax.inference.pipeline import Pipeline
 from vpae_jax.runtime import distributed
 from vpae_jax.types import UserError
 

@@ -34,7 +34,8 @@ from vpae_jax import cli
 from vpae_jax.config import MeshConfig
 from vpae_jax.flow.draws import check_seed
 from vpae_jax.flow.sampler import SOLVERS, Sampler, Solver, parse_steps, typed
-from vpae_jax.inference.pipeline import Pipeline, load_pipeline
+from vpae_jax.inference.loading import load_pipeline
+from vpae_jax.inference.pipeline import Pipeline
 from vpae_jax.media import Frames, Picture, read_image, write_contact_sheet, write_stream
 from vpae_jax.runtime.progress import working
 from vpae_jax.sharding import make_mesh

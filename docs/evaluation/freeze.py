@@ -42,7 +42,7 @@ from measure import FILM, cut, frames_of, frozen
 
 from vpae_jax.config import OptimizerConfig
 from vpae_jax.data.records import LatentRecords
-from vpae_jax.inference.pipeline import load_pipeline
+from vpae_jax.inference.loading import load_pipeline
 from vpae_jax.media import read_video, write_video
 from vpae_jax.methods.autoencoder import Autoencoder
 from vpae_jax.methods.base import Context

@@ -25,7 +25,8 @@ from matplotlib.figure import Figure
 from vpae_jax import tasks
 from vpae_jax.config import DataConfig
 from vpae_jax.flow.sampler import parse_steps
-from vpae_jax.inference.pipeline import Pipeline, load_pipeline
+from vpae_jax.inference.loading import load_pipeline
+from vpae_jax.inference.pipeline import Pipeline
 from vpae_jax.metrics.distances import FeatureScale, Kernels, features
 from vpae_jax.run.generation import Generation
 from vpae_jax.tasks.base import HeldOut, in_batches

@@ -21,7 +21,7 @@ from vpae_jax.data import stores
 from vpae_jax.data.batches import latent_batches
 from vpae_jax.data.records import LatentRecords
 from vpae_jax.data.stores import Address
-from vpae_jax.inference.pipeline import load_pipeline
+from vpae_jax.inference.loading import load_pipeline
 from vpae_jax.tasks.video.sources import open_sources
 from vpae_jax.types import UserError
 

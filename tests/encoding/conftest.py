@@ -6,7 +6,7 @@ from encoding_runs import COUNT, add_bad_videos, call, make_videos
 from manifests import CAPTIONS
 
 from vpae_jax import encode
-from vpae_jax.inference.pipeline import load_pipeline
+from vpae_jax.inference.loading import load_pipeline
 
 LOADED = functools.cache(load_pipeline)
 

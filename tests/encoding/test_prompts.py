@@ -17,7 +17,8 @@ from vpae_jax.data.records import LatentRecords
 from vpae_jax.encoding.captions import Captions
 from vpae_jax.encoding.clip_source import Reject
 from vpae_jax.encoding.pictures import Pictures
-from vpae_jax.inference.pipeline import Pipeline, load_pipeline
+from vpae_jax.inference.loading import load_pipeline
+from vpae_jax.inference.pipeline import Pipeline
 from vpae_jax.media import read_image
 from vpae_jax.types import UserError
 

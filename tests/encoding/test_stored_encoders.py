@@ -8,7 +8,7 @@ import random_model
 from vpae_jax import convert
 from vpae_jax.encoding.encoder import fingerprint
 from vpae_jax.inference import pipeline as pipelines
-from vpae_jax.inference.pipeline import load_pipeline
+from vpae_jax.inference.loading import load_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 

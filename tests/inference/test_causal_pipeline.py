@@ -11,8 +11,8 @@ import random_model
 
 from vpae_jax.flow.chunks import Chunks
 from vpae_jax.flow.sampler import Sampler
+from vpae_jax.inference.loading import load_pipeline
 from vpae_jax.inference.pictures import first_frames
-from vpae_jax.inference.pipeline import load_pipeline
 from vpae_jax.types import UserError
 from vpae_jax.weights.find import find_model
 from vpae_jax.weights.layout import Contents, write_model

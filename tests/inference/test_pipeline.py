@@ -20,7 +20,8 @@ from vpae_jax.config import MeshConfig
 from vpae_jax.flow.sampler import Sampler
 from vpae_jax.flow.schedule import shifted_times
 from vpae_jax.inference import samplers
-from vpae_jax.inference.pipeline import clean_prompt, load_pipeline
+from vpae_jax.inference.loading import load_pipeline
+from vpae_jax.inference.pipeline import clean_prompt
 from vpae_jax.inference.samplers import Denoiser
 from vpae_jax.models.wan_dit import WanTransformer
 from vpae_jax.sharding import make_mesh

@@ -14,7 +14,7 @@ import random_model
 import torch
 from PIL import Image
 
-from vpae_jax.inference.pipeline import load_pipeline
+from vpae_jax.inference.loading import load_pipeline
 from vpae_jax.weights.settings import Defaults, Scheduler
 
 PROMPT, NEGATIVE = "a three moves up", "the digit seven"

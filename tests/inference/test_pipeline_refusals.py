@@ -9,7 +9,7 @@ import pytest
 import random_model
 from transformers import AutoTokenizer
 
-from vpae_jax.inference.pipeline import load_pipeline
+from vpae_jax.inference.loading import load_pipeline
 from vpae_jax.types import UserError
 from vpae_jax.weights.settings import Defaults, Scheduler
 

@@ -17,8 +17,8 @@ from vpae_jax.flow.chunks import Chunks
 from vpae_jax.flow.draws import noise_of_seed
 from vpae_jax.flow.sampler import Sampler
 from vpae_jax.inference import samplers, streaming
+from vpae_jax.inference.loading import load_pipeline
 from vpae_jax.inference.pictures import first_frames
-from vpae_jax.inference.pipeline import load_pipeline
 from vpae_jax.sharding import make_mesh
 from vpae_jax.types import UserError
 from vpae_jax.weights.settings import Defaults

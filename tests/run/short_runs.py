@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from vpae_jax.config import parse
-from vpae_jax.inference.pipeline import load_pipeline
+from vpae_jax.inference.loading import load_pipeline
 from vpae_jax.run import experiment
 from vpae_jax.train.metrics import read_metrics
 

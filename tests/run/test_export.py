@@ -14,7 +14,7 @@ from PIL import Image
 
 from vpae_jax.flow.draws import noise_of_seed
 from vpae_jax.flow.sampler import Sampler
-from vpae_jax.inference.pipeline import load_pipeline
+from vpae_jax.inference.loading import load_pipeline
 from vpae_jax.models.lora import LoRASpec
 from vpae_jax.models.wan_dit import WanTransformer
 from vpae_jax.run.export import Trained, write_student

@@ -13,7 +13,7 @@ from PIL import Image
 from configs import lcm, phase1, phase2
 from vpae_jax.config import parse
 from vpae_jax.flow.draws import noise_of_seed
-from vpae_jax.inference.pipeline import load_pipeline
+from vpae_jax.inference.loading import load_pipeline
 from vpae_jax.run import experiment
 from vpae_jax.train.checkpoint import read_state
 from vpae_jax.types import UserError

@@ -13,7 +13,7 @@ import suite_checkouts
 from test_suite_scores import I2V, results
 
 from vpae_jax import evaluate
-from vpae_jax.inference.pipeline import load_pipeline
+from vpae_jax.inference.loading import load_pipeline
 from vpae_jax.media import read_image, write_video
 from vpae_jax.runtime.progress import Pace
 from vpae_jax.suites.export import prepare

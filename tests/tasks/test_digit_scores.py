@@ -5,7 +5,7 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from vpae_jax.config import DataConfig
-from vpae_jax.inference.pipeline import load_pipeline
+from vpae_jax.inference.loading import load_pipeline
 from vpae_jax.tasks.base import Feed, Measures, TooFew, joined, rows_of
 from vpae_jax.tasks.digits import measures, scores
 from vpae_jax.tasks.digits import task as digit_task

@@ -12,7 +12,7 @@ from vpae_jax.data.order import held_out
 from vpae_jax.data.records import LatentRecords
 from vpae_jax.encoding.encoder import fingerprint
 from vpae_jax.encoding.units import Units
-from vpae_jax.inference.pipeline import load_pipeline
+from vpae_jax.inference.loading import load_pipeline
 from vpae_jax.methods.dmd2 import DMD2
 from vpae_jax.methods.magic import Magic
 from vpae_jax.methods.vpae import PhaseOne, PhaseTwo

@@ -7,7 +7,8 @@ from record_files import FITTING, write_fitting
 from vpae_jax.config import DataConfig
 from vpae_jax.data.order import held_out
 from vpae_jax.data.records import LatentRecords
-from vpae_jax.inference.pipeline import Pipeline, load_pipeline
+from vpae_jax.inference.loading import load_pipeline
+from vpae_jax.inference.pipeline import Pipeline
 from vpae_jax.metrics import networks
 from vpae_jax.metrics.archive import Shelf
 from vpae_jax.tasks.base import Feed, TooFew, rows_of

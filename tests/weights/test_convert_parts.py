@@ -13,7 +13,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from vpae_jax import cli
 from vpae_jax.convert import main
-from vpae_jax.inference.pipeline import load_pipeline
+from vpae_jax.inference.loading import load_pipeline
 from vpae_jax.inference.tokenizer import load_tokenizer
 from vpae_jax.types import UserError
 from vpae_jax.weights.find import find_model

@@ -25,7 +25,8 @@ from vpae_jax.evaluation.costs import WRITE, encoding, peak_memory
 from vpae_jax.evaluation.rows import Entry
 from vpae_jax.files import claimed
 from vpae_jax.flow.sampler import Sampler
-from vpae_jax.inference.pipeline import Pipeline, load_pipeline
+from vpae_jax.inference.loading import load_pipeline
+from vpae_jax.inference.pipeline import Pipeline
 from vpae_jax.metrics.archive import Archive, Shelf
 from vpae_jax.metrics.base import Clips
 from vpae_jax.metrics.times import FIRST_CALL, MEMORY

@@ -20,7 +20,8 @@ from vpae_jax import sharding, tasks
 from vpae_jax.config import Experiment
 from vpae_jax.files import resolve
 from vpae_jax.flow.sampler import ONE_STEP, Sampler
-from vpae_jax.inference.pipeline import Pipeline, load_pipeline
+from vpae_jax.inference.loading import load_pipeline
+from vpae_jax.inference.pipeline import Pipeline
 from vpae_jax.inference.samplers import Denoiser
 from vpae_jax.methods import make_method
 from vpae_jax.methods.base import EMA, Method

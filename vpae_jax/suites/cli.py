@@ -25,7 +25,7 @@ from pathlib import Path
 
 from vpae_jax import cli
 from vpae_jax.flow.sampler import parse_steps
-from vpae_jax.inference.pipeline import load_pipeline
+from vpae_jax.inference.loading import load_pipeline
 from vpae_jax.media import CRF
 from vpae_jax.runtime import distributed
 from vpae_jax.runtime.progress import working
