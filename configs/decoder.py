@@ -18,21 +18,29 @@ from configs.common import PRESETS, adam, check, experiment, wan
 
 def get_config(preset: str = "tiny") -> ConfigDict:
     check(preset, PRESETS)
-    tiny = preset == "tiny"
-    values = dict(
-        name="decoder",
-        preset=preset,
-        method={"name": "decoder"} if tiny else {"name": "decoder", "frames": 6, "side": 32, "ema": 0.999},
-        optimizers={"decoder": adam(2e-3 if tiny else 3e-4, b1=0.9, b2=0.99, clip_norm=1.0, warmup_steps=50)},
-        steps=1000 if tiny else 20000,
-        seed=0,
-    )
-    if tiny:
-        values |= dict(batch_size=8, log_every=20, checkpoint_every=500, model={"preset": preset})
-        values["optimizers"]["decoder"]["decay_steps"] = 950
-        return experiment(**values)
+    optimizer = {"b1": 0.9, "b2": 0.99, "clip_norm": 1.0, "warmup_steps": 50}
+    if preset == "tiny":
+        return experiment(
+            name="decoder",
+            preset=preset,
+            method={"name": "decoder"},
+            optimizers={"decoder": adam(2e-3, **optimizer, decay_steps=950)},
+            steps=1000,
+            batch_size=8,
+            seed=0,
+            log_every=20,
+            checkpoint_every=500,
+            model={"preset": preset},
+        )
     shared = wan(preset)
     # Nothing here is split over devices, and what is learnt is the autoencoder at its own precision.
     shared |= {"mesh": {}, "accumulation": 1, "sample_every": 0, "log_every": 10, "checkpoint_every": 500}
     shared["model"] |= {"dtype": "float32", "frozen_dtype": "float32", "remat": "none"}
-    return experiment(**{**shared, **values})
+    return experiment(
+        name="decoder",
+        method={"name": "decoder", "frames": 6, "side": 32, "ema": 0.999},
+        optimizers={"decoder": adam(3e-4, **optimizer)},
+        steps=20000,
+        seed=0,
+        **shared,
+    )

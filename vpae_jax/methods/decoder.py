@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vpae_jax.methods.base import Context, Method, Nets, Role, Update, averages
-from vpae_jax.methods.common import check_at_least, example_mean, f32, named_keys
+from vpae_jax.methods.common import check_at_least, example_mean, f32, named_keys, real_clips
 from vpae_jax.types import Batch, Latents, Metrics, PerExample, PRNGKey, UserError
 
 
@@ -59,7 +59,7 @@ class Decoder(Method):
 
     def loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
         """Reconstruction of what the autoencoder makes of the latents."""
-        latents = self.piece(f32(batch.latents), context.batch)
+        latents = self.piece(real_clips(batch), context.batch)
         video = f32(jax.lax.stop_gradient(nets["vae"].decode(latents)))
         error = f32(nets["decoder"].decode_raw(latents)[0]) - video
         l1, l2 = example_mean(jnp.abs(error)), example_mean(error**2)
