@@ -13,12 +13,12 @@ h20, h100, h200, b200:N (GPUs, in hosts of eight; needs jax[cuda12]).
     phase, topology, devices, batch_size, chip {name, memory, capacity: bytes}
     setting       {data, fsdp, context, tensor, accumulation, remat}, and the same as `flags`
     clip          {frames, height, width, text_tokens, tokens}
-    memory        bytes on one device: parameters, optimizer, averages, frozen, batch, temporaries, workspace, code;
-                  null: unknown
+    memory        bytes on one device: parameters, optimizer, averages, frozen, decoder, batch, temporaries, workspace,
+                  code; null: unknown
     total, peak   bytes on one device: the sum, and XLA's own count at the worst moment; null: unknown
     host          bytes of one host's memory: checkpoint, offloaded, and the host's capacity
     fits          true or false
-    programs      a list of {name, calls (a step), flops and model_flops (all devices, one run), memory_bytes (traffic
+    programs      a list of {name, calls (a step; 0: between steps), flops and model_flops (all devices, one run), memory_bytes (traffic
                   of one device), footprint {arguments, temporaries, code, peak, offloaded: bytes} or null if the
                   compiler refused it, needed (bytes, of a refused one), communication [{kind, axes, count, bytes}] or
                   null, seconds {compute, memory, communication} or null, rematerialised (instructions that XLA computes

@@ -48,7 +48,7 @@ def program(name="generator", temporaries=20 * GIB, refused=None, calls=1.0) -> 
 
 
 def plan(*programs: ProgramPlan) -> Plan:
-    sizes = dict(zip(memory.KINDS, (4 * GIB, 8 * GIB, 4 * GIB, 2 * GIB, GIB), strict=False))
+    sizes = dict(zip(memory.KINDS, (4 * GIB, 8 * GIB, 4 * GIB, GIB, GIB, GIB), strict=False))
     return Plan(
         "phase2",
         "v5p:2x2x4",
@@ -88,7 +88,7 @@ def test_the_page_reads_in_columns():
     lines = page.splitlines()
     assert max(map(len, lines)) <= 100
     kinds = [line for line in lines if line.startswith("  ") and line.split()[0] in (*memory.KINDS, "total")]
-    assert len(kinds) == 9 and len({line.index("%") for line in kinds}) == 1
+    assert len(kinds) == 10 and len({line.index("%") for line in kinds}) == 1
     assert "mesh data 1 x fsdp 8 x context 2 x tensor 1, batch in 1 part, remat full" in page
     assert "FITS, 54.74 GiB to spare" in page
     assert "20 s if communication hides behind the rest, 26 s if none does" in page

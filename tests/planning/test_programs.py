@@ -59,7 +59,7 @@ def test_the_state_is_that_of_a_run(tiny, tmp_path):
 def test_memory_by_kind_is_what_lies_on_a_device(tiny):
     _, drawn = tiny
     kept = memory.persistent(drawn)
-    assert set(kept) == set(memory.KINDS[:5])
+    assert set(kept) == set(memory.KINDS[:6])
     # Two moments of every trained weight, and a few counters.
     assert 0 <= kept["optimizer"] - 2 * kept["parameters"] < 100
     generator = memory.tree_bytes(drawn.state.params["generator"])

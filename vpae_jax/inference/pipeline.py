@@ -43,6 +43,7 @@ from vpae_jax.models.tiny_decoder import TinyDecoder
 from vpae_jax.models.umt5 import UMT5Encoder
 from vpae_jax.models.wan_dit import WanTransformer
 from vpae_jax.models.wan_vae import WanVAE
+from vpae_jax.models.wan_vae_rows import Rows
 from vpae_jax.train.roles import split
 from vpae_jax.types import Condition, Latents, Mask, PRNGKey, UserError, Video
 from vpae_jax.weights.directory import ModelDirectory
@@ -113,6 +114,15 @@ class Pipeline:
         first, second = experts.load(model, dtype, mesh, merge)
         vae = self.vae if mesh is None else experts.load_vae(model, self.vae.dtype, mesh)
         return dataclasses.replace(self, transformer=first, transformer_2=second, vae=vae)
+
+    def over(self, mesh: Mesh) -> Pipeline:
+        """The same pipeline, whose VAE lies on every device of a mesh, over which it spreads the rows of clips."""
+        if self.vae.rows is not None and self.vae.rows.mesh == mesh:
+            return self
+        graph, weights = nnx.split(self.vae)
+        vae = nnx.merge(graph, sharding.beside(weights, mesh))
+        vae.rows = Rows(mesh)
+        return dataclasses.replace(self, vae=vae)
 
     def on(self, device: Any) -> Pipeline:
         """The same pipeline with all but its transformer on one device."""

@@ -59,7 +59,7 @@ def encode_first_frame(vae: nnx.Module, first: Video, frames: int) -> tuple[Late
 
 def decode(vae: nnx.Module, latents: Latents) -> tuple[Pixels, Bool[Array, ""]]:
     """Normalised latents to pixels, and whether both are finite."""
-    return _decode(*nnx.split(vae), latents)
+    return decoding(*nnx.split(vae), latents)
 
 
 def check_finite(finite: Bool[Array, ""]) -> None:
@@ -123,7 +123,8 @@ def grey_frames(vae: WanVAE, past: Grey, frames: int, rows: int) -> tuple[Latent
 
 
 @partial(jax.jit, static_argnums=0)
-def _decode(graph: nnx.GraphDef, weights: nnx.State, latents: Latents) -> tuple[Pixels, Bool[Array, ""]]:
+def decoding(graph: nnx.GraphDef, weights: nnx.State, latents: Latents) -> tuple[Pixels, Bool[Array, ""]]:
+    """`decode`, of a split autoencoder; compiled."""
     return in_8_bits(latents, nnx.merge(graph, weights).decode(latents))
 
 

@@ -45,7 +45,7 @@ def make_plan(
     workspace = memory.workspace(chip, clip, width, experiment.batch_size, setting)
     kept = memory.persistent(programs)
     made: list[ProgramPlan] = []
-    for program in programs.updates:
+    for program in (*programs.updates, programs.preview):
         with working(f"compiling {program.name} for {topology.name}", say):
             made.append(_compile(program, programs, topology))
         held = sizes(kept, made, workspace)

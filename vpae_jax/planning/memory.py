@@ -14,7 +14,7 @@ from vpae_jax.planning.clips import ClipSize
 from vpae_jax.planning.programs import Programs, Setting
 
 # In the order in which they are shown.
-KINDS = ("parameters", "optimizer", "averages", "frozen", "batch", "temporaries", "workspace", "code")
+KINDS = ("parameters", "optimizer", "averages", "frozen", "decoder", "batch", "temporaries", "workspace", "code")
 # Batches on the devices at once: the one at work, and the next one on its way.
 BATCHES = 2
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -60,6 +60,7 @@ def persistent(programs: Programs) -> dict[str, int]:
         "optimizer": tree_bytes(programs.state.opt),
         "averages": tree_bytes(programs.state.averages),
         "frozen": tree_bytes(programs.frozen),
+        "decoder": tree_bytes(programs.preview.arguments[1]),  # of previews and scores; weights without the graph
         "batch": BATCHES * tree_bytes(programs.batch),
     }
 

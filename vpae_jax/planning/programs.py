@@ -12,13 +12,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vpae_jax import sharding
 from vpae_jax.config import Experiment
+from vpae_jax.inference import samplers
 from vpae_jax.methods import make_method
 from vpae_jax.models import presets
 from vpae_jax.models.wan_dit import WanTransformerConfig
+from vpae_jax.models.wan_vae import WanVAE
+from vpae_jax.models.wan_vae_rows import Rows
 from vpae_jax.planning.clips import ClipSize
 from vpae_jax.train import blueprint as blueprints
 from vpae_jax.train.optim import make_optimizer
@@ -63,7 +67,7 @@ class Program:
     Attributes:
       name: the roles that it trains, as one word.
       trains: these roles.
-      repeats: how often it runs in a row.
+      repeats: how often it runs in a row; 0 for what is no part of a step.
       every: on each how-manieth step it runs.
       jitted: the update, as `train.step.make_update` makes it.
       arguments: abstract (state, frozen weights, batch, repeat).
@@ -92,6 +96,7 @@ class Programs:
       frozen: weights that it does not.
       batch: one global batch.
       mesh: where all of it lies.
+      preview: decodes one clip between steps.
     """
 
     updates: tuple[Program, ...]
@@ -99,6 +104,7 @@ class Programs:
     frozen: Mapping[str, Any]
     batch: Batch
     mesh: Mesh
+    preview: Program
 
 
 def setting_of(experiment: Experiment, mesh: Mesh) -> Setting:
@@ -149,7 +155,18 @@ def draw_up(experiment: Experiment, clip: ClipSize, devices: Any) -> Programs:
         for index, update in enumerate(method.updates)
         if update.ends is None  # what only warms up is no part of a step
     )
-    return Programs(updates, state, blueprint.frozen, batch, mesh)
+    return Programs(updates, state, blueprint.frozen, batch, mesh, preview_of(experiment, clip, mesh))
+
+
+def preview_of(experiment: Experiment, clip: ClipSize, mesh: Mesh) -> Program:
+    """What decodes a clip for a preview or a score: on all devices, each with its rows (`run.generation`)."""
+    vae = nnx.eval_shape(lambda: WanVAE(presets.find(experiment.model.preset).vae, rngs=nnx.Rngs(0)))
+    vae.rows = Rows(mesh)
+    graph, weights = nnx.split(vae)
+    whole = NamedSharding(mesh, PartitionSpec())
+    shapes = (weights, jax.ShapeDtypeStruct((1, *clip.latents), jnp.float32))
+    weights, latents = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
+    return Program("preview", (), 0, 1, samplers.decoding, (graph, weights, latents))
 
 
 def abstract_batch(experiment: Experiment, clip: ClipSize, mesh: Mesh, seeds: bool = False) -> Batch:

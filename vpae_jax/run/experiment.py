@@ -126,16 +126,19 @@ def _run(experiment: Experiment, workdir: Path, lock: Lock, devices: Sequence[An
 
     task = tasks.open_task(experiment.data, workdir, experiment.model.path, experiment.method)
     maker = None if method.student is None else Maker(blueprint.models, method.student, frozen)
-    scorer, guard = make_scorer(experiment, method, maker, workdir, task, pipeline)
+    judging = pipeline
+    if pipeline is not None and mesh.size > 1 and not mesh.is_multi_process:  # real clips are decoded here, too
+        judging = pipeline.over(mesh)
+    scorer, guard = make_scorer(experiment, method, maker, workdir, task, judging)
     for one in (scorer, guard):
         if one is not None and not continuing:
             one.begin()
-    hooks = make_hooks(experiment, workdir, task, pipeline, scorer, maker)
+    hooks = make_hooks(experiment, workdir, task, judging, scorer, maker)
     rows = sharding.own_rows(mesh, experiment.batch_size)
     data = experiment.data
     feed = Feed(experiment.batch_size, experiment.seed, data.workers, rows, data.max_bad, method.known_noise)
     batches = task.batches(method.batch, pipeline, feed)
-    del pipeline  # and with it the encoders: hooks keep what they need
+    del pipeline, judging  # and with it the encoders: hooks keep what they need
     if continuing:
         state = abstract(blueprint.trained, method.roles, optimizers)
     else:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from vpae_jax import sharding
@@ -19,6 +19,7 @@ from vpae_jax.flow.sampler import Sampler
 from vpae_jax.inference.pipeline import Pipeline
 from vpae_jax.inference.samplers import Denoiser, check_finite
 from vpae_jax.metrics.base import Clips
+from vpae_jax.models.wan_vae_rows import Rows
 from vpae_jax.runtime.processes import everywhere
 from vpae_jax.tasks.base import HeldOut, Measures, Task, clips_at_once, in_batches, joined
 from vpae_jax.types import Condition
@@ -59,6 +60,7 @@ class Generation:
     def __init__(self, pipeline: Pipeline, held_out: HeldOut, batch: int | None = None) -> None:
         self.pipeline, self.held_out = pipeline.without_encoders(), held_out
         self.batch = batch or clips_at_once(held_out.shape)
+        self._over: Pipeline | None = None
 
     def __call__(self, denoiser: Denoiser, sampler: Sampler) -> Clips:
         """All clips. Raises `UserError` for some that are not finite."""
@@ -78,11 +80,19 @@ class Generation:
             sampled = time.perf_counter()
             latents = np.asarray(made)
             moved = time.perf_counter()
-            clips, seconds = decoded(self.pipeline, latents, mesh)
+            clips, seconds = decoded(self._spread(mesh), latents, mesh)
             seconds = {"network": sampled - start, **seconds}
             seconds["transfer"] += moved - sampled
             each = {name: value / len(filled) for name, value in seconds.items()}
             yield Made(wanted[some], latents[:count], None if clips is None else clips[:count], each)
+
+    def _spread(self, mesh: Mesh | None) -> Pipeline:
+        """The pipeline, whose decoder lies where the network does."""
+        if mesh is None or mesh.size == 1:
+            return self.pipeline
+        if self._over is None or self._over.vae.rows != Rows(mesh):
+            self._over = self.pipeline.over(mesh)
+        return self._over
 
     def _sample(self, denoiser: Denoiser, sampler: Sampler, rows: Any, mesh: Mesh | None) -> Float[Array, "b f h w c"]:
         asked = self.held_out
@@ -115,15 +125,25 @@ class Generation:
 def decoded(
     pipeline: Pipeline, latents: Float[np.ndarray, "b f h w c"], mesh: Mesh | None = None
 ) -> tuple[Clips | None, dict[str, float]]:
-    """Clips of latents, None where these are not finite, and the seconds of decoding and of fetching them. Each process
-    decodes by itself; its own mesh shares the clips out. Raises `UserError` for pixels that are not finite."""
+    """Clips of latents, None where these are not finite, and the seconds of decoding and of fetching them.
+
+    Args:
+      pipeline: decodes; on the devices of the mesh, if there is one (`Pipeline.over`).
+      latents: the same in every process.
+      mesh: shares the clips out among its devices, and the rows of each. All of its processes call this.
+
+    Raises:
+      UserError: pixels that are not finite.
+    """
     start = time.perf_counter()
     if not np.isfinite(latents).all():
         return None, {"decode": 0.0, "transfer": 0.0}
     placed = jnp.asarray(latents)
-    if mesh is not None and not mesh.is_multi_process and len(latents) % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0:
-        placed = sharding.put_batch(latents, mesh)
-    frames = jax.block_until_ready(pipeline.decode(placed))
+    if mesh is not None and mesh.size > 1:
+        shared = len(latents) % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
+        place = NamedSharding(mesh, PartitionSpec(("data", "fsdp") if shared else None))
+        placed = jax.make_array_from_callback(latents.shape, place, lambda index: latents[index])
+    frames = jax.block_until_ready(everywhere(pipeline.decode(placed)))
     ready = time.perf_counter()
     return np.asarray(frames), {"decode": ready - start, "transfer": time.perf_counter() - ready}
 
