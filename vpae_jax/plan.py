@@ -18,11 +18,11 @@ h20, h100, h200, b200:N (GPUs, in hosts of eight; needs jax[cuda12]).
     total, peak   bytes on one device: the sum, and XLA's own count at the worst moment; null: unknown
     host          bytes of one host's memory: checkpoint, offloaded, and the host's capacity
     fits          true or false
-    programs      a list of {name, calls (a step; 0: between steps), flops and model_flops (all devices, one run), memory_bytes (traffic
-                  of one device), footprint {arguments, temporaries, code, peak, offloaded: bytes} or null if the
-                  compiler refused it, needed (bytes, of a refused one), communication [{kind, axes, count, bytes}] or
-                  null, seconds {compute, memory, communication} or null, rematerialised (instructions that XLA computes
-                  again by itself), unknown_loops, compile_seconds}
+    programs      a list of {name, calls (a step; 0: between steps), flops and model_flops (all devices, one run),
+                  memory_bytes (traffic of one device), footprint {arguments, temporaries, code, peak, offloaded:
+                  bytes} or null if the compiler refused it, needed (bytes, of a refused one), communication [{kind,
+                  axes, count, bytes}] or null, seconds {compute, memory, communication} or null, rematerialised
+                  (instructions that XLA computes again by itself), unknown_loops, compile_seconds}
     step          {flops, model_flops, seconds_overlapped, seconds_serial, mfu_overlapped, mfu_serial}
     search        with --search: {flags, plan (as above), settings, tried [{flags, estimated_bytes, estimated_seconds,
                   total, seconds, outcome}]}
