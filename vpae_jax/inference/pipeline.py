@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from vpae_jax import sharding
 from vpae_jax.flow.draws import check_seed, noise_of_seed
 from vpae_jax.flow.sampler import Sampler, Solver, Steps
 from vpae_jax.inference import experts, samplers, streaming
