@@ -12,8 +12,8 @@ in OpenXLA (xla/backends/gpu/target_config/specs/{h100_sxm,h200,b200}.txtpb); de
 60 MB of L2, NVLink 900 GB/s as resellers publish them (NVIDIA has no public data sheet; 95 GiB is what is left of 96);
 its clock is the H100's. NVLink counts both directions (900 or 1800 GB/s); `link` is one. `network` is the usual eight
 400 Gb/s adapters of a host of eight.
-`reserved` of GPUs is for the CUDA context, NCCL's buffers and fragmentation: 8 %, so that
-XLA_PYTHON_CLIENT_MEM_FRACTION=.92 gives the rest to XLA, whose default is .75.
+`reserved` of GPUs is for the CUDA context, NCCL's buffers and fragmentation: what is left of
+`runtime.platforms.GPU_MEMORY`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
+
+from vpae_jax.runtime.platforms import GPU_MEMORY
 
 GIB, MIB = 2**30, 2**20
 
@@ -85,7 +87,9 @@ def _tpu(name: str, memory: float, usable: float, flops: float, bandwidth: float
 
 
 def _gpu(name: str, memory: int, flops: float, bandwidth: float, link: float, description: str, gpu: Gpu) -> Chip:
-    return Chip(name, "cuda", memory, int(0.08 * memory), flops, bandwidth, link, 50e9, 1, description, gpu)
+    return Chip(
+        name, "cuda", memory, memory - int(GPU_MEMORY * memory), flops, bandwidth, link, 50e9, 1, description, gpu
+    )
 
 
 CHIPS: Mapping[str, Chip] = MappingProxyType(
