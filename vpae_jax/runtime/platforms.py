@@ -6,8 +6,9 @@ Every program calls `prepare` when it begins (`cli.py`), so a command that is ty
 TPU_FLAGS are those of the recipes of MaxDiffusion and MaxText for v5p, v6e and tpu7x that make gathers and exchanges
 asynchronous. Without them libtpu compiles all of these synchronous: of a transformer's step, forward and backward, 34
 gathers and 27 all-to-alls; with them 13 gathers are, and no all-to-all (libtpu 0.0.42, v5p:2x2x1, fsdp 2 x context 2;
-`tests/planning/test_overlap.py` counts those of a smaller block). Flags that move collectives to the SparseCore are left
-out: they are reported to hang on v5p. A flag that is not known ends a process at its start, so tests start with each.
+`tests/planning/test_overlap.py` counts those of a smaller block). Flags that move collectives to the SparseCore are
+left out: they are reported to hang on v5p. A flag that is not known ends a process at its start, so tests start with
+each.
 
 GPU_FLAGS gather a block's weights while the one before runs. XLA schedules for overlap anyhow: with its latency-hiding
 scheduler asked for, or forbidden, a sharded block compiles to the same text. The thresholds up to which collectives are
