@@ -30,9 +30,9 @@ PIECE_BYTES = 256 * 2**20
 def client() -> Any:
     """The coordination service, by which processes tell each other things and wait; None for one process.
 
-    `jax.distributed` lets it begin and end, no more, and what `multihost_utils` offers runs on the devices: it waits for
-    ever for a process that is gone, and cannot be used from a thread beside the training. So the client is taken from
-    where JAX keeps it (`jax._src`); a test asks for the names that are used of it.
+    `jax.distributed` lets it begin and end, no more, and what `multihost_utils` offers runs on the devices: it waits
+    for ever for a process that is gone, and cannot be used from a thread beside the training. So the client is taken
+    from where JAX keeps it (`jax._src`); a test asks for the names that are used of it.
     """
     return distributed.global_state.client
 
