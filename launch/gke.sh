@@ -6,7 +6,7 @@
 # Reads NAME (vpae), IMAGE: this project in its working directory, with its packages; VOLUME: a persistent volume claim
 # that all hosts can write, mounted as /data (vpae-data); HOSTS (16 for tpu, 2 for gpu).
 # For tpu: ACCELERATOR (tpu-v5p-slice), TOPOLOGY (4x4x4), CHIPS of a host (4). For gpu: ACCELERATOR (nvidia-h100-80gb),
-# GPUS of a host (8), each with a process of its own. GRACE (1800): seconds from SIGTERM to the end of a pod, long enough
+# GPUS of a host (8), each with a process of its own, and XLA_FLAGS. GRACE (1800): seconds from SIGTERM to the end of a pod, long enough
 # for an update and a checkpoint.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -36,6 +36,7 @@ fill TOPOLOGY "${TOPOLOGY:-4x4x4}"
 fill CHIPS "${CHIPS:-4}"
 fill GPUS "${GPUS:-8}"
 fill GRACE "${GRACE:-1800}"
+fill XLA_FLAGS "${XLA_FLAGS:-}"
 share_secret
 fill SECRET "$VPAE_SECRET"
 fill ARGUMENTS "$list"

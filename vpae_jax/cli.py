@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import jax
 from absl import app, flags, logging
 
 from vpae_jax.files import local_path
-from vpae_jax.runtime.platforms import skip_absent_tpus
+from vpae_jax.runtime import platforms
 from vpae_jax.types import Note, UserError
 
 EXIT_BAD_INPUT = 2
@@ -139,8 +140,8 @@ def _in_words(error: str) -> str:
 
 
 def _begin() -> None:
-    """Looks for no TPU where none can be, and shows every `Note` in one line; other warnings stay as they are."""
-    skip_absent_tpus()
+    """Prepares for the machine's accelerators, and shows every `Note` in one line; other warnings stay as they are."""
+    platforms.prepare(os.environ, platforms.found())
     others = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:

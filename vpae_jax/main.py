@@ -20,7 +20,7 @@ from vpae_jax import cli, config
 from vpae_jax.files import local_path
 from vpae_jax.run import keys
 from vpae_jax.run.experiment import run
-from vpae_jax.runtime import distributed, preemption
+from vpae_jax.runtime import distributed, platforms, preemption
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with a preset after a colon.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, samples, the model it makes.")
@@ -37,6 +37,7 @@ def main(argv: list[str]) -> None:
     del argv
     experiment = config.parse(CONFIG.value)
     workdir = local_path(str(WORKDIR.value))
+    platforms.keep_compiled(os.environ, platforms.found(), workdir / "compiled")
     where: distributed.Where = distributed.AUTOMATIC
     if not DETECT_CLUSTER.value:
         where = distributed.find(os.environ, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)

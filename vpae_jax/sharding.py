@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
@@ -82,12 +83,15 @@ RULES: Mapping[str, Rules] = MappingProxyType(
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Lays devices out along the four axes.
 
+    On TPUs, neighbours along an axis are neighbours in the torus, as far as its shape allows; several slices, which a
+    slower network joins, lie along `data`, and then `fsdp`. Other devices keep their order.
+
     Args:
       config: sizes; at most one may be -1.
       devices: all devices of all processes by default.
 
     Raises:
-      UserError: when the sizes do not multiply to the number of devices.
+      UserError: when the sizes do not multiply to the number of devices, or would part clips or blocks between slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [getattr(config, axis) for axis in AXES]
@@ -97,7 +101,24 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     sizes = [len(devices) // known if s == -1 else s for s in sizes]
     if int(np.prod(sizes)) != len(devices):
         raise UserError(f"config.mesh: {dict(zip(AXES, sizes, strict=True))} does not fit {len(devices)} devices")
-    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(_laid_out(devices, sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _laid_out(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
+    if devices[0].platform != "tpu":
+        return np.asarray(devices).reshape(sizes)
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    data = math.gcd(sizes[0], slices)
+    between = (data, slices // data, 1, 1)
+    if sizes[1] % between[1]:
+        raise UserError(
+            f"config.mesh: {dict(zip(AXES, sizes, strict=True))} does not fit {slices} TPU slices; make data x fsdp a "
+            f"multiple of {slices}, since context and tensor stay within a slice"
+        )
+    within = [size // outer for size, outer in zip(sizes, between, strict=True)]
+    return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
 
 
 def parts_of_batch(experiment: Experiment, mesh: Mesh) -> int:

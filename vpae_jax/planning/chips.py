@@ -12,8 +12,8 @@ in OpenXLA (xla/backends/gpu/target_config/specs/{h100_sxm,h200,b200}.txtpb); de
 60 MB of L2, NVLink 900 GB/s as resellers publish them (NVIDIA has no public data sheet; 95 GiB is what is left of 96);
 its clock is the H100's. NVLink counts both directions (900 or 1800 GB/s); `link` is one. `network` is the usual eight
 400 Gb/s adapters of a host of eight.
-`reserved` of GPUs is for the CUDA context, NCCL's buffers and fragmentation: 8 %, so that
-XLA_PYTHON_CLIENT_MEM_FRACTION=.92 gives the rest to XLA, whose default is .75.
+`reserved` of GPUs is for the CUDA context, NCCL's buffers and fragmentation: what is left of
+`runtime.platforms.GPU_MEMORY`.
 
 Hosts: devices and memory of Google Cloud's machine types (ct4p-hightpu-4t, ct5lp-hightpu-8t, ct5p-hightpu-4t,
 ct6e-standard-4t, tpu7x-standard-4t, a3-highgpu-8g, a3-ultragpu-8g, a4-highgpu-8g); of H20 hosts, which it does not rent
@@ -41,6 +41,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
+
+from vpae_jax.runtime.platforms import GPU_MEMORY
 
 GIB, MIB = 2**30, 2**20
 
@@ -151,7 +153,7 @@ def _tpu(
 
 
 def _gpu(name: str, memory: int, flops: float, bandwidth: float, link: float, host: int, gpu: Gpu) -> Chip:
-    reserved, description = int(0.08 * memory), f"NVIDIA {name.upper()}"
+    reserved, description = memory - int(GPU_MEMORY * memory), f"NVIDIA {name.upper()}"
     machine = Host(8, host * GIB)
     return Chip(name, "cuda", memory, reserved, flops, _HOPPER, machine, bandwidth, link, 50e9, 1, description, gpu)
 

@@ -18,6 +18,7 @@ from jax.experimental import topologies
 
 from vpae_jax.config import nearest
 from vpae_jax.planning.chips import CHIPS, Chip
+from vpae_jax.runtime.platforms import GPU_FLAGS, TPU_FLAGS, with_flags
 from vpae_jax.types import UserError
 
 GPUS_PER_HOST = 8
@@ -71,7 +72,8 @@ def installed(module: str) -> bool:
 
 
 def prepare(topology: Topology) -> None:
-    """Sets this process up to compile for devices that it does not have. Call it before JAX touches any device.
+    """Sets this process up to compile for devices that it does not have, with the flags that a program on them has.
+    Call it before JAX touches any device.
 
     Raises:
       UserError: when the package that compiles for them is not installed; says which.
@@ -89,6 +91,7 @@ def prepare(topology: Topology) -> None:
             "TPU_STDERR_LOG_LEVEL": "3",
             "TPU_MIN_LOG_LEVEL": "3",
             "TPU_LOG_DIR": "disabled",
+            "LIBTPU_INIT_ARGS": with_flags(os.environ.get("LIBTPU_INIT_ARGS", ""), TPU_FLAGS),
         }
     else:
         if not (installed("jax_plugins.xla_cuda12") or installed("jax_plugins.xla_cuda13")):
@@ -98,7 +101,7 @@ def prepare(topology: Topology) -> None:
             )
         # There is no device to time kernels on; untimed, Triton's products do not compile for every shape, cuBLAS's do.
         untimed = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
-        settings["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {untimed}".strip()
+        settings["XLA_FLAGS"] = f"{with_flags(os.environ.get('XLA_FLAGS', ''), GPU_FLAGS)} {untimed}"
     settings["TF_CPP_MIN_LOG_LEVEL"] = "3"
     os.environ.update(settings)
     jax.config.update("jax_platforms", "cpu")

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax._src import distributed  # no public name gives a key-value store, or a barrier that gives up
+from jax._src import distributed
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float
@@ -28,7 +28,12 @@ PIECE_BYTES = 256 * 2**20
 
 
 def client() -> Any:
-    """The coordination service, by which processes tell each other things and wait; None for one process."""
+    """The coordination service, by which processes tell each other things and wait; None for one process.
+
+    `jax.distributed` lets it begin and end, no more, and what `multihost_utils` offers runs on the devices: it waits
+    for ever for a process that is gone, and cannot be used from a thread beside the training. So the client is taken
+    from where JAX keeps it (`jax._src`); a test asks for the names that are used of it.
+    """
     return distributed.global_state.client
 
 
