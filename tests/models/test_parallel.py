@@ -55,6 +55,13 @@ def test_self_attention_equals_the_reference(case, tokens):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), found, expected)
 
 
+@pytest.mark.parametrize("platform, aligned, plain", [("cuda", 64, 24), ("gpu", 64, 24), ("tpu", 24, 24)])
+def test_gpus_fill_clips_up_to_whole_vectors_of_a_device(monkeypatch, platform, aligned, plain):
+    monkeypatch.setattr(MeshLayout, "platform", platform)
+    layout = MeshLayout(make_mesh(MeshConfig(fsdp=1, context=8)), 8)
+    assert (layout.padded(21), layout.padded(21, aligned=False)) == (aligned, plain)
+
+
 SPLASH = kernels.Passes(partial(splash.forward, interpret=True), partial(splash.backward, interpret=True))
 
 

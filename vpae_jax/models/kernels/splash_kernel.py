@@ -191,7 +191,8 @@ def _at_once(heads: int, bytes_of_one: int) -> int:
 
 def _each_head(mapped: Callable[..., Any], *arrays: Array) -> Any:
     b, heads = arrays[0].shape[:2]
-    found = mapped(*(x.reshape(b * heads, *x.shape[2:]) for x in arrays))
+    # A program within the program: what `jax.checkpoint` does not need again it leaves out, but no bare kernel.
+    found = jax.jit(mapped)(*(x.reshape(b * heads, *x.shape[2:]) for x in arrays))
     return jax.tree.map(lambda x: x.reshape(b, heads, *x.shape[1:]), found)
 
 
