@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from vpae_jax.models import kernels
 from vpae_jax.models.kernels import reference, splash, splash_kernel, tiled
 from vpae_jax.models.kernels.chunk_mask import ChunkMask, Seen
+from vpae_jax.planning import flops
 
 
 def draw(seed, *shape):
@@ -213,6 +215,37 @@ def test_checkpoint_keeps_splashs_residuals(biased):
     assert kernel_calls(jax.checkpoint_policies.nothing_saveable) == ["dkv", "fwd", "fwd"]
     assert kernel_calls(jax.checkpoint_policies.save_only_these_names(kernels.RESIDUALS)) == ["dkv", "fwd"]
     assert kernel_calls(kernels.save_attention) == ["dkv", "fwd"]
+
+
+@pytest.mark.parametrize(
+    "kind, vmem, at_once", [("TPU v5", 48, 12), ("TPU v6 lite", 64, 12), ("TPU v4", None, 6), ("TPU v99", None, 4)]
+)
+def test_splash_suits_the_chip(kind, vmem, at_once):
+    """One forward and one backward kernel, of two and five products, with the vector memory that the chip's tiles need.
+    The parts of dQ are 134 MB a head, or 268 MB with small tiles: as many heads at once as their memory holds."""
+    x = jax.ShapeDtypeStruct((1, 32760, 12, 128), jnp.bfloat16)
+
+    def gradients(q, k, v, d_out):
+        return jax.vjp(lambda q, k, v: kernels.attention(q, k, v, platform="tpu"), q, k, v)[1](d_out)
+
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice(kind, 1, "tpu"))):
+        traced = jax.jit(gradients).trace(x, x, x, x)
+        program = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert sorted(re.findall(r'kernel_name = "splash_mha_([a-z]+)', program)) == ["dkv", "fwd"]
+    limits = re.findall(r"scoped_memory_configs[^]]*size[^0-9]*22[^0-9]*(\d+)", program)
+    assert limits == ([] if vmem is None else [str(vmem * 2**20)] * 2)
+    work, one = flops.count(traced.jaxpr), 2 * 12 * 32768**2 * 128
+    assert work.flops == pytest.approx(7 * one, rel=1e-3) and work.model_flops == pytest.approx(6 * one, rel=1e-3)
+    tiles = 16 if vmem else 32
+    assert f"bf16[{at_once},{tiles},1,32768,128]" in str(traced.jaxpr)
+
+
+@pytest.mark.parametrize(
+    "n, tile, padded", [(75600, 2048, 75776), (32760, 2048, 32768), (9450, 1920, 9600), (70, 128, 128)]
+)
+def test_tiles_pad_little(monkeypatch, n, tile, padded):
+    monkeypatch.setattr(splash_kernel, "tiles", lambda: splash_kernel.TILES["v5p"])
+    assert (splash_kernel.tile(n), splash_kernel.whole_tiles(n)) == (tile, padded)
 
 
 LONG, TEXT = (1, 9450, 40, 128), (1, 512, 40, 128)

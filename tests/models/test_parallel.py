@@ -1,5 +1,6 @@
 """Attention across a mesh equals attention on one device, in values and gradients, with tokens that fill no device."""
 
+import re
 from functools import cache, partial
 
 import jax
@@ -14,6 +15,7 @@ from vpae_jax.models import kernels
 from vpae_jax.models.kernels import reference, splash
 from vpae_jax.models.parallel import MeshLayout, Ring, ring_attention
 from vpae_jax.models.wan_dit import WanTransformer, WanTransformerConfig
+from vpae_jax.planning import flops
 from vpae_jax.sharding import make_mesh
 from vpae_jax.types import Condition, UserError
 
@@ -55,6 +57,13 @@ def test_self_attention_equals_the_reference(case, tokens):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), found, expected)
 
 
+@pytest.mark.parametrize("platform, aligned, plain", [("cuda", 64, 24), ("gpu", 64, 24), ("tpu", 24, 24)])
+def test_gpus_fill_clips_up_to_whole_vectors_of_a_device(monkeypatch, platform, aligned, plain):
+    monkeypatch.setattr(MeshLayout, "platform", platform)
+    layout = MeshLayout(make_mesh(MeshConfig(fsdp=1, context=8)), 8)
+    assert (layout.padded(21), layout.padded(21, aligned=False)) == (aligned, plain)
+
+
 SPLASH = kernels.Passes(partial(splash.forward, interpret=True), partial(splash.backward, interpret=True))
 
 
@@ -84,6 +93,29 @@ def test_a_ring_of_a_tpus_kernels_equals_the_reference(size, tokens, dtype):
         assert one.dtype == dtype
         error = np.linalg.norm(np.asarray(one, np.float32) - other) / np.linalg.norm(other)
         assert error < (2e-6 if dtype == "float32" else 1e-2)
+
+
+@pytest.mark.parametrize(
+    "platform, forward, backward",
+    [("cuda", "dot_product_attention_fwd_wrapper", "dot_product_attention_bwd_wrapper"), ("tpu", "_fwd_", "_dkv_")],
+)
+@pytest.mark.parametrize("tokens", [32760, 32755])
+def test_a_ring_runs_the_accelerators_kernels_alone(monkeypatch, platform, forward, backward, tokens):
+    """12 heads on eight devices: four rings of two. Two products forward and five backward for each turn, no tile."""
+    monkeypatch.setattr(MeshLayout, "platform", platform)
+    layout = MeshLayout(make_mesh(MeshConfig(fsdp=1, context=8)), 12)
+    assert (layout.ulysses, layout.ring) == (4, 2)
+    x = jax.ShapeDtypeStruct((1, layout.padded(tokens), 12, 128), jnp.bfloat16)
+
+    def gradients(q, k, v, d_out):
+        return jax.vjp(lambda q, k, v: layout.self_attention(q, k, v, tokens), q, k, v)[1](d_out)
+
+    program = jax.make_jaxpr(gradients)(x, x, x, x)
+    work = flops.count(program)
+    assert work.flops == pytest.approx(7 * 2 * 12 * 32760**2 * 128, rel=0.01) and not work.unknown_loops
+    kernel = rf"{forward}\[" if platform == "cuda" else rf"name=splash_mha{forward}"
+    behind = rf"{backward}\[" if platform == "cuda" else rf"name=splash_mha{backward}"
+    assert (len(re.findall(kernel, str(program))), len(re.findall(behind, str(program)))) == (2, 2)
 
 
 def test_cross_attention_exchanges_nothing():

@@ -30,6 +30,8 @@ from vpae_jax.types import Params, Tokens, UserError
 
 CLIP_AXES = ("data", "fsdp")
 CONTEXT_AXIS = "context"
+# XLA fills the operands of a GPU's 16-bit products up to a multiple of this, which copies them.
+ALIGNED = 8
 P = PartitionSpec
 Queries = Float[Array, "b n heads head_dim"]
 Keys = Float[Array, "b m heads head_dim"]
@@ -85,9 +87,14 @@ class MeshLayout:
         """Of the mesh's devices, which need not be at hand."""
         return None if self.mesh is None else self.mesh.devices.flat[0].platform
 
-    def padded(self, tokens: int) -> int:
-        """Tokens that a clip is filled up to, so that `context` divides them."""
-        return -(-tokens // self._size(CONTEXT_AXIS)) * self._size(CONTEXT_AXIS)
+    def padded(self, tokens: int, aligned: bool = True) -> int:
+        """Tokens that a clip is filled up to, so that `context` divides them.
+
+        Args:
+          aligned: and so that GPUs need not copy the tokens of a device to fill them up themselves (`ALIGNED`).
+        """
+        unit = self._size(CONTEXT_AXIS) * (ALIGNED if aligned and self.platform in ("gpu", "cuda") else 1)
+        return -(-tokens // unit) * unit
 
     def place(self, x: Tokens) -> Tokens:
         """Hidden states: clips over `data` and `fsdp`, tokens over `context`."""

@@ -146,7 +146,7 @@ class CausalWan:
     def _enter(
         self, x: Latents, t: Times | FrameTimes, condition: Condition
     ) -> tuple[Tokens, Float[Array, "b *f d"], Context]:
-        hidden, embedding, context = self.model.enter(x, t, condition)
+        hidden, embedding, context = self.model.enter(x, t, condition, aligned=False)
         self.model.layout.check_causal(context.tokens)
         if t.ndim == 1:
             return hidden, embedding, context

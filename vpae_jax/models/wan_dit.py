@@ -191,9 +191,9 @@ class WanTransformer(nnx.Module):
         return grid
 
     def enter(
-        self, x: Latents, t: Times | FrameTimes, condition: Condition
+        self, x: Latents, t: Times | FrameTimes, condition: Condition, aligned: bool = True
     ) -> tuple[Tokens, Float[Array, "b *f d"], Context]:
-        """Latents and condition to tokens, time embedding and what the blocks read."""
+        """Latents and condition to tokens, time embedding and what blocks read; `aligned` as in `MeshLayout.padded`."""
         config, grid = self.config, self._grid(x)
         if condition.frames is not None:
             x = jnp.concatenate([x, condition.frames.astype(x.dtype)], axis=-1)
@@ -216,7 +216,7 @@ class WanTransformer(nnx.Module):
             )
         hidden = self.patch_embedding(self.layout.place_clips(x))
         tokens = hidden.shape[1]
-        padding = self.layout.padded(tokens) - tokens
+        padding = self.layout.padded(tokens, aligned) - tokens
         if padding:
             hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
         hidden = self.layout.place(hidden)

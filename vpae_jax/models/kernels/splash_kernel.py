@@ -60,7 +60,11 @@ class Tiles:
 
 
 SMALL, LARGE = (1024, 768, 512), (2048, 1920, 1792, 1536, 1280, 1024)
-# By `pltpu.ChipVersion`.
+# By `pltpu.ChipVersion`. A step of a kernel's grid costs some .35 us beside its products, and those of 1024 x 1024 tokens
+# take 1.2 us on a TPU v5p: hence large tiles. MaxDiffusion runs Wan with 2048 x 2048 and fused backward kernels on
+# TPU7x, 3024 x 2048 on v6e, and 64 MiB of vector memory on v5p, and its products are of 1024 keys, as these. A v4 has
+# 16 MiB in all (libtpu refuses larger tiles), v5p and TPU7x have 64, v5e and v6e 128 (`pltpu.get_tpu_info`).
+# docs/benchmarks.md says what libtpu compiles. `parts` is about a sixteenth of a chip's memory.
 TILES: Mapping[str, Tiles] = MappingProxyType(
     {
         "v4": Tiles(SMALL, 2 * GIB),
@@ -191,7 +195,8 @@ def _at_once(heads: int, bytes_of_one: int) -> int:
 
 def _each_head(mapped: Callable[..., Any], *arrays: Array) -> Any:
     b, heads = arrays[0].shape[:2]
-    found = mapped(*(x.reshape(b * heads, *x.shape[2:]) for x in arrays))
+    # A program within the program: what `jax.checkpoint` does not need again it leaves out, but no bare kernel.
+    found = jax.jit(mapped)(*(x.reshape(b * heads, *x.shape[2:]) for x in arrays))
     return jax.tree.map(lambda x: x.reshape(b, heads, *x.shape[1:]), found)
 
 
