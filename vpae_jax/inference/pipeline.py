@@ -457,7 +457,8 @@ def load_pipeline(
         `tensor` (`models.wan_vae_rows`); None uses the default device.
       with_transformer: False leaves the transformers' weights in their files, for a caller that brings others
         (`Pipeline.sample`'s denoiser); it then has shapes only.
-      vae_dtype: weights and compute dtype of the VAE: float32, as Wan's own, whatever `dtype` is.
+      vae_dtype: weights and compute dtype of the VAE; float32, as Wan's own, unless it is said. What is trained on is
+        encoded in float32. In bfloat16 decoding takes half the memory, and its video is 60 dB from float32's.
 
     Raises:
       UserError: there is no Wan model, a part of it is missing or broken, or its parts do not fit together.
