@@ -64,6 +64,7 @@ def rematerialised(block: nnx.Module, x: Volume, history: History) -> Volume:
 
 
 Sides = tuple[int, int]
+FEW_CHANNELS = 64
 Kernel = Float[Array, "kt kh kw c cout"]
 
 
@@ -96,14 +97,14 @@ def conv_causal(x: Volume, kernel: Kernel, padding: tuple[Sides, Sides], stride:
     """A convolution of frames in time, where there is no padding and `stride` counts, and in space.
 
     On TPUs it is what it says. On GPUs, whose 3-D kernels want channels before frames, taps in time become input
-    channels of a 2-D one with its bias. On processors it is a sum over taps: there 3-D ones take twice as long, and
-    merging taps copies them and the kernel.
+    channels of a 2-D one with its bias. On processors 3-D ones take twice as long, and merging copies the taps and the
+    kernel: with as many channels as Wan has a sum over taps is faster.
     """
     if len(kernel) == 1:
         return conv_frames(x, kernel[0], padding)
-    forms = (partial(form, padding=padding, stride=stride) for form in (conv_summed, conv_whole, conv_merged))
-    cpu, tpu, default = forms
-    return jax.lax.platform_dependent(x, kernel, cpu=cpu, tpu=tpu, default=default)
+    cpu = conv_merged if x.shape[-1] < FEW_CHANNELS else conv_summed
+    forms = (partial(form, padding=padding, stride=stride) for form in (cpu, conv_whole, conv_merged))
+    return jax.lax.platform_dependent(x, kernel, **dict(zip(("cpu", "tpu", "default"), forms, strict=True)))
 
 
 def conv_whole(x: Volume, kernel: Kernel, padding: tuple[Sides, Sides], stride: int) -> Volume:
