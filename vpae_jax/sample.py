@@ -37,6 +37,7 @@ from vpae_jax.flow.sampler import SOLVERS, Sampler, Solver, parse_steps, typed
 from vpae_jax.inference.loading import load_pipeline
 from vpae_jax.inference.pipeline import Pipeline
 from vpae_jax.media import Frames, Picture, read_image, write_contact_sheet, write_stream
+from vpae_jax.runtime.platforms import compute_dtype
 from vpae_jax.runtime.progress import working
 from vpae_jax.sharding import make_mesh
 from vpae_jax.types import UserError
@@ -104,7 +105,8 @@ def main(argv: list[str]) -> None:
     devices = cli.local_devices(given.devices)
     mesh = make_mesh(MeshConfig(fsdp=1, context=len(devices)), devices) if len(devices) > 1 else None
     with working(f"reading {given.model}"):
-        pipeline = load_pipeline(given.model, given.dtype, mesh, decoder=given.decoder)
+        dtype = given.dtype or compute_dtype()
+        pipeline = load_pipeline(given.model, dtype, mesh, vae_dtype=dtype, decoder=given.decoder)
     advised, own = pipeline.sampler(), pipeline.defaults
     if given.steps not in (None, advised.asked):
         advice = f"--steps={typed(advised.asked)} --guidance={advised.guidance}"

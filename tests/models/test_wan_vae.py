@@ -12,6 +12,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock
 from flax import nnx
 
 from vpae_jax.models.wan_vae import WanVAE, WanVAEConfig
+from vpae_jax.models.wan_vae_blocks import conv_merged, conv_summed, conv_whole
 from vpae_jax.types import UserError
 
 
@@ -201,6 +202,19 @@ def test_a_clip_may_come_in_pieces(name, method, sizes):
     np.testing.assert_allclose(np.concatenate(made, axis=1), whole, rtol=0, atol=1e-6)
     assert shapes == shapes[:1] * len(sizes) and step._cache_size() <= 1 + len(set(sizes[1:]))
     assert np.abs(made[1] - np.asarray(step(weights, pieces[1], cache)[0])).max() > 1e-3  # after other frames
+
+
+@pytest.mark.parametrize("form", [conv_summed, conv_whole, conv_merged])
+@pytest.mark.parametrize("stride, padding", [(1, ((1, 1), (1, 1))), (2, ((0, 0), (1, 1)))])
+def test_all_platforms_convolve_alike(form, stride, padding):
+    draw = np.random.default_rng(0)
+    x, kernel = (draw.normal(size=shape).astype(np.float32) for shape in ((2, 7, 5, 6, 4), (3, 3, 3, 4, 8)))
+    expected = torch.nn.functional.conv3d(
+        torch.nn.functional.pad(to_torch(x), (*padding[1], *padding[0], 0, 0)),
+        torch.from_numpy(kernel).permute(4, 3, 0, 1, 2),
+        stride=(stride, 1, 1),
+    )
+    assert error(form(jnp.asarray(x), jnp.asarray(kernel), padding, stride), from_torch(expected)) < 1e-6
 
 
 def test_gradients_equal_pytorch():

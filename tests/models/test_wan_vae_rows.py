@@ -29,8 +29,8 @@ CONFIG = WanVAEConfig(
 
 @functools.cache
 def model(mesh: MeshConfig | None = None, devices: int = 1):
-    """Compiled encoding of a clip, of a first frame, and decoding in two pieces; with random weights whose attention
-    does something."""
+    """Random weights, whose attention does something; compiled encoding of a clip and of a first frame, and decoding in
+    two pieces."""
     vae = WanVAE(CONFIG, rngs=nnx.Rngs(0))
     for block in (vae.encoder.mid_block, vae.decoder.mid_block):
         kernel = block.attentions[0].proj.kernel

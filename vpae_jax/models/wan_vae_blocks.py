@@ -9,6 +9,7 @@ Source: Wan 2.1 (arXiv:2503.20314, section 4.1); names follow Diffusers' `Autoen
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -62,22 +63,72 @@ def rematerialised(block: nnx.Module, x: Volume, history: History) -> Volume:
     return x
 
 
+Sides = tuple[int, int]
+FEW_CHANNELS = 64
+Kernel = Float[Array, "kt kh kw c cout"]
+
+
+def widened(x: Volume, size: int, stride: int, strip: Strip | None) -> tuple[Volume, tuple[Sides, Sides]]:
+    """Frames that a 2-D convolution can be applied to, and the zeros that it puts around them: as many on both sides;
+    with stride 2, of three taps, below and right alone. A strip is given its neighbours' rows instead."""
+    before = (size - stride) // 2
+    sides = (before, size - stride - before) if size > 1 else (0, 0)
+    if strip is None or not sum(sides):
+        return x, (sides, sides)
+    return strip.extended(x, *sides), ((0, 0), sides)
+
+
 def conv_frames(
     x: Float[Array, "b t h w c"],
     kernel: Float[Array, "kh kw c cout"],
-    strip: Strip | None,
+    padding: tuple[Sides, Sides],
     stride: int = 1,
+    made: DTypeLike | None = None,
 ) -> Float[Array, "b t h_out w_out cout"]:
-    """A 2-D convolution of every frame, frames folded into the batch. Rows and columns are filled up with zeros on both
-    sides; with stride 2, of three taps, below and right alone."""
-    before = (kernel.shape[0] - stride) // 2
-    sides = (before, kernel.shape[0] - stride - before) if kernel.shape[0] > 1 else (0, 0)
-    rows = sides
-    if strip is not None and sum(sides):
-        x, rows = strip.extended(x, *sides), (0, 0)
+    """A 2-D convolution of every frame, frames folded into the batch; of dtype `made`, by default that of x."""
     frames, layout = rearrange(x, "b t h w c -> (b t) h w c"), ("NHWC", "HWIO", "NHWC")
-    y = jax.lax.conv_general_dilated(frames, kernel, (stride, stride), (rows, sides), dimension_numbers=layout)
+    y = jax.lax.conv_general_dilated(
+        frames, kernel, (stride, stride), padding, dimension_numbers=layout, preferred_element_type=made
+    )
     return rearrange(y, "(b t) h w c -> b t h w c", t=x.shape[1])
+
+
+def conv_causal(x: Volume, kernel: Kernel, padding: tuple[Sides, Sides], stride: int) -> Volume:
+    """A convolution of frames in time, where there is no padding and `stride` counts, and in space.
+
+    On TPUs it is what it says. On GPUs, whose 3-D kernels want channels before frames, taps in time become input
+    channels of a 2-D one with its bias. On processors 3-D ones take twice as long, and merging copies the taps and the
+    kernel: with as many channels as Wan has a sum over taps is faster.
+    """
+    if len(kernel) == 1:
+        return conv_frames(x, kernel[0], padding)
+    cpu = conv_merged if x.shape[-1] < FEW_CHANNELS else conv_summed
+    forms = (partial(form, padding=padding, stride=stride) for form in (cpu, conv_whole, conv_merged))
+    return jax.lax.platform_dependent(x, kernel, **dict(zip(("cpu", "tpu", "default"), forms, strict=True)))
+
+
+def conv_whole(x: Volume, kernel: Kernel, padding: tuple[Sides, Sides], stride: int) -> Volume:
+    """`conv_causal` as one 3-D convolution."""
+    strides, layout = (stride, 1, 1), ("NDHWC", "DHWIO", "NDHWC")
+    return jax.lax.conv_general_dilated(x, kernel, strides, ((0, 0), *padding), dimension_numbers=layout)
+
+
+def conv_merged(x: Volume, kernel: Kernel, padding: tuple[Sides, Sides], stride: int) -> Volume:
+    """`conv_causal` as one 2-D convolution of all taps."""
+    channels = kernel.transpose(1, 2, 0, 3, 4).reshape(*kernel.shape[1:3], -1, kernel.shape[-1])
+    return conv_frames(jnp.concatenate(_taps(x, len(kernel), stride), axis=-1), channels, padding)
+
+
+def conv_summed(x: Volume, kernel: Kernel, padding: tuple[Sides, Sides], stride: int) -> Volume:
+    """`conv_causal` as a sum of a 2-D convolution of each tap, in float32."""
+    taps = zip(_taps(x, len(kernel), stride), kernel, strict=True)
+    return sum((conv_frames(tap, one, padding, made=jnp.float32) for tap, one in taps), jnp.float32(0)).astype(x.dtype)
+
+
+def _taps(x: Volume, size: int, stride: int) -> list[Volume]:
+    """The frames that each of `size` taps of a kernel sees."""
+    steps = (x.shape[1] - size) // stride + 1
+    return [x[:, k : k + (steps - 1) * stride + 1 : stride] for k in range(size)]
 
 
 class Conv2d(nnx.Module):
@@ -100,8 +151,10 @@ class Conv2d(nnx.Module):
         self.bias = nnx.Param(zeros_init()(rngs.params(), (cout,), param_dtype))
 
     def __call__(self, x: Volume, history: History) -> Volume:
-        kernel = self.kernel[...].astype(self.dtype)
-        return conv_frames(x, kernel, history.strip, self.stride) + self.bias[...].astype(self.dtype)
+        x, padding = widened(x, self.kernel.shape[0], self.stride, history.strip)
+        return conv_frames(x, self.kernel[...].astype(self.dtype), padding, self.stride) + self.bias[...].astype(
+            self.dtype
+        )
 
 
 class CausalConv3d(nnx.Module):
@@ -130,11 +183,8 @@ class CausalConv3d(nnx.Module):
         size, stride = kernel.shape[0], self.time_stride
         if size > stride:
             x = history.join(x, size - stride)
-        steps = (x.shape[1] - size) // stride + 1
-        # Taps in time become input channels of one 2-D convolution: on CPU twice as fast as a 3-D one.
-        taps = [x[:, k : k + (steps - 1) * stride + 1 : stride] for k in range(size)]
-        kernel = kernel.transpose(1, 2, 0, 3, 4).reshape(*kernel.shape[1:3], -1, kernel.shape[-1])
-        return conv_frames(jnp.concatenate(taps, axis=-1), kernel, history.strip) + self.bias[...].astype(self.dtype)
+        x, padding = widened(x, kernel.shape[1], 1, history.strip)
+        return conv_causal(x, kernel, padding, stride) + self.bias[...].astype(self.dtype)
 
 
 class RMSNorm(nnx.Module):
