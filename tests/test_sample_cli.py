@@ -164,7 +164,12 @@ def test_devices_share_a_video(model, run, tmp_path, monkeypatch):
     """They make the frames of one device, and 8 of them hold an eighth of the weights each."""
     Image.new("RGB", (40, 40), (200, 30, 30)).save(tmp_path / "first.png")
     loaded = []
-    monkeypatch.setattr(sample, "load_pipeline", lambda *given, **more: loaded.append(load_pipeline(*given, **more)) or loaded[-1])
+
+    def load(*given, **options):
+        loaded.append(load_pipeline(*given, **options))
+        return loaded[-1]
+
+    monkeypatch.setattr(sample, "load_pipeline", load)
 
     def frames(**options):
         asked = dict(prompt="a three moves up", image=tmp_path / "first.png", steps=1, guidance=1)

@@ -209,26 +209,28 @@ def test_estimates_follow_what_drives_them():
 
 
 def test_a_search_proposes_the_fastest_as_compiled(monkeypatch):
-    """Programs whose times contradict the estimates: the order of the estimates does not decide, and what cannot be
-    faster any more is not compiled."""
+    """Programs whose times contradict the estimates: the order of the estimates does not decide, what cannot be faster
+    any more is not compiled, and what has no kernel for its attention is not proposed."""
     experiment = config.parse(phase2.get_config("i2v-14b-720p"))
-    settings = [dataclasses.replace(ASKED, accumulation=n) for n in (1, 2, 4)]
-    expected = zip(settings, (9.0, 12.0, 13.5), strict=True)
+    settings = [dataclasses.replace(ASKED, accumulation=n) for n in (1, 2, 4, 8)]
+    expected = zip(settings, (8.0, 9.0, 12.0, 13.5), strict=True)
     estimates = [search.Estimate(s, 0.0, 1.0 * GIB, seconds) for s, seconds in expected]
-    compiled = {1: 26.0, 2: 13.0, 4: 13.5}
+    compiled = {1: 26.0, 2: 1.0, 4: 13.0, 8: 13.5}
 
     def made(changed, *_, **__):
         ratio = compiled[changed.accumulation] / 13.0
-        one = dataclasses.replace(program(), time=Time(10 * ratio, 2 * ratio, 3 * ratio))
+        work = Work(8e17, tiled=1e17 if changed.accumulation == 2 else 0.0)
+        one = dataclasses.replace(program(), time=Time(10 * ratio, 2 * ratio, 3 * ratio), work=work)
         return dataclasses.replace(plan(one), setting=dataclasses.replace(ASKED, accumulation=changed.accumulation))
 
-    asked = dataclasses.replace(made(dataclasses.replace(experiment, accumulation=4)), setting=settings[2])
+    asked = dataclasses.replace(made(dataclasses.replace(experiment, accumulation=8)), setting=settings[3])
     monkeypatch.setattr(search, "_estimates", lambda *_: (list(estimates), []))
     monkeypatch.setattr(search, "make_plan", made)
     found = search.search(experiment, CLIP, parse("v5p:2x2x4"), range(16), asked, print, tries=9)
-    assert found.plan is not None and found.plan.setting.accumulation == 2
-    assert [tried.setting.accumulation for tried in found.tried] == [1, 2]
-    assert [tried.seconds for tried in found.tried] == pytest.approx([26.0, 13.0])
+    assert found.plan is not None and found.plan.setting.accumulation == 4
+    assert [tried.setting.accumulation for tried in found.tried] == [1, 2, 4]
+    assert [tried.outcome for tried in found.tried] == ["fits", "plain tiles", "fits"]
+    assert [tried.seconds for tried in found.tried] == pytest.approx([26.0, 1.0, 13.0])
 
 
 @pytest.mark.long
