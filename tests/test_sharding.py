@@ -88,11 +88,12 @@ def placed(config, **targets):
 
 @pytest.mark.parametrize("name", transformers())
 def test_every_parameter_has_a_rule_and_the_large_ones_are_sharded(name):
-    """Kernels of the blocks lie along both axes of weights; under a hundredth of all weights is replicated."""
+    """Kernels of the blocks lie along all axes of weights, and along SPLIT by their rows, so that a TPU scatters their
+    gradients; under a hundredth of all weights is replicated."""
     shapes, specs = placed(transformers()[name])
     kernels = [path for path in shapes if path.startswith("blocks/") and path.endswith("/kernel")]
     assert len(kernels) >= 10 and all(len(shapes[path]) == 3 for path in kernels)
-    assert all(specs[path][0] is None and set(specs[path][1:]) == {SPLIT, "tensor"} for path in kernels)
+    assert {specs[path] for path in kernels} == {P(None, SPLIT, "tensor"), P(None, ("tensor", *SPLIT), None)}
     assert all(SPLIT in spec for path, spec in specs.items() if "/lora_" in path)
     sizes = {path: int(np.prod(shape)) for path, shape in shapes.items()}
     whole = {path: sizes[path] for path, spec in specs.items() if spec == P()}

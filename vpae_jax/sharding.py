@@ -42,7 +42,8 @@ SPLIT = ("fsdp", "context")
 # Paths as `param_path` spells them. Blocks are stacked: their leading axis is the layer.
 TRANSFORMER_RULES: Rules = (
     (rf"{_IN}/kernel$", P(None, SPLIT, "tensor")),
-    (rf"{_OUT}/kernel$", P(None, "tensor", SPLIT)),
+    # Both on the rows: along the minor axis, columns, a TPU all-reduces gradients instead of reduce-scattering them.
+    (rf"{_OUT}/kernel$", P(None, ("tensor", *SPLIT), None)),
     (rf"({_IN}|{_OUT})/lora_a$", P(None, SPLIT, None)),
     (rf"({_IN}|{_OUT})/lora_b$", P(None, None, SPLIT)),
     (rf"({_IN}|{_OUT})/bias$", P()),

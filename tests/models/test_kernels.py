@@ -218,7 +218,7 @@ def test_checkpoint_keeps_splashs_residuals(biased):
 
 
 @pytest.mark.parametrize(
-    "kind, vmem, at_once", [("TPU v5", 48, 12), ("TPU v6 lite", 64, 12), ("TPU v4", None, 6), ("TPU v99", None, 4)]
+    "kind, vmem, at_once", [("TPU v5", 48, 12), ("TPU v6 lite", 48, 12), ("TPU v4", None, 6), ("TPU v99", None, 4)]
 )
 def test_splash_suits_the_chip(kind, vmem, at_once):
     """One forward and one backward kernel, of two and five products, with the vector memory that the chip's tiles need.

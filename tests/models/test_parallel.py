@@ -13,10 +13,10 @@ from jax.sharding import PartitionSpec
 from vpae_jax.config import MeshConfig
 from vpae_jax.models import kernels
 from vpae_jax.models.kernels import reference, splash
-from vpae_jax.models.parallel import MeshLayout, Ring, ring_attention
+from vpae_jax.models.parallel import MeshLayout, Ring, gather, ring_attention
 from vpae_jax.models.wan_dit import WanTransformer, WanTransformerConfig
 from vpae_jax.planning import flops
-from vpae_jax.sharding import make_mesh
+from vpae_jax.sharding import TRANSFORMER_RULES, make_mesh
 from vpae_jax.types import Condition, UserError
 
 # Mesh, heads, and how the context axis is used.
@@ -116,6 +116,16 @@ def test_a_ring_runs_the_accelerators_kernels_alone(monkeypatch, platform, forwa
     kernel = rf"{forward}\[" if platform == "cuda" else rf"name=splash_mha{forward}"
     behind = rf"{backward}\[" if platform == "cuda" else rf"name=splash_mha{backward}"
     assert (len(re.findall(kernel, str(program))), len(re.findall(behind, str(program)))) == (2, 2)
+
+
+def test_gathered_weights_stay_split_over_tensor_alone():
+    mesh = make_mesh(MeshConfig(fsdp=2, context=2, tensor=2))
+    layer = {
+        "attn1": {"to_q": {"kernel": jnp.ones((8, 16))}, "to_out": {"kernel": jnp.ones((16, 8)), "bias": jnp.ones(8)}}
+    }
+    found = jax.jit(lambda x: gather(x, TRANSFORMER_RULES, mesh, "blocks/", stacked=True))(layer)["attn1"]
+    shapes = jax.tree.map(lambda x: x.addressable_shards[0].data.shape, found)
+    assert shapes == {"to_q": {"kernel": (8, 8)}, "to_out": {"kernel": (8, 8), "bias": (8,)}}
 
 
 def test_cross_attention_exchanges_nothing():

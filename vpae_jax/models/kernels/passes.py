@@ -53,7 +53,8 @@ def _forward(passes: Passes, q: Wide, k: WideKeys, v: Keys, hidden: Any) -> tupl
 
 
 def _backward(passes: Passes, residuals: tuple[Any, ...], d_out: Queries) -> tuple[Any, ...]:
-    return *passes.backward(*residuals, d_out), None
+    q, k, v, hidden, out, lse = residuals
+    return *passes.backward(q, k, v, hidden, out, lse, d_out), None
 
 
 _attend.defvjp(_forward, _backward)

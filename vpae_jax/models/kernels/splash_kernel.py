@@ -60,17 +60,17 @@ class Tiles:
 
 
 SMALL, LARGE = (1024, 768, 512), (2048, 1920, 1792, 1536, 1280, 1024)
-# By `pltpu.ChipVersion`. A step of a kernel's grid costs some .35 us beside its products, and those of 1024 x 1024 tokens
-# take 1.2 us on a TPU v5p: hence large tiles. MaxDiffusion runs Wan with 2048 x 2048 and fused backward kernels on
-# TPU7x, 3024 x 2048 on v6e, and 64 MiB of vector memory on v5p, and its products are of 1024 keys, as these. A v4 has
-# 16 MiB in all (libtpu refuses larger tiles), v5p and TPU7x have 64, v5e and v6e 128 (`pltpu.get_tpu_info`).
+# By `pltpu.ChipVersion`. A step of a kernel's grid costs some .35 us beside its products, and those of 1024 x 1024
+# tokens take 1.2 us on a TPU v5p: hence large tiles. MaxDiffusion runs Wan with 2048 x 2048 and fused backward kernels
+# on TPU7x, 3024 x 2048 on v6e, and 64 MiB of vector memory on v5p, and its products are of 1024 keys, as these. A v4
+# has 16 MiB in all (libtpu refuses larger tiles), v5p and TPU7x have 64, v5e and v6e 128 (`pltpu.get_tpu_info`).
 # docs/benchmarks.md says what libtpu compiles. `parts` is about a sixteenth of a chip's memory.
 TILES: Mapping[str, Tiles] = MappingProxyType(
     {
         "v4": Tiles(SMALL, 2 * GIB),
         "v5e": Tiles(LARGE, 1 * GIB, 64 * MIB),
         "v5p": Tiles(LARGE, 6 * GIB, 48 * MIB),
-        "v6e": Tiles(LARGE, 2 * GIB, 64 * MIB),
+        "v6e": Tiles(LARGE, 2 * GIB, 48 * MIB),
         "7x": Tiles(LARGE, 6 * GIB, 48 * MIB),
     }
 )
@@ -112,9 +112,11 @@ class Splash:
         kernel, blocks = self._kernel()
 
         def one_head(q: Array, k: Array, v: Array) -> Any:
-            out, (lse,) = splash_attention_kernel._splash_attention_forward(
+            found: Any = splash_attention_kernel._splash_attention_forward(
                 kernel.fwd_mask_info,
-                *(x[None] for x in (q, k, v)),
+                q[None],
+                k[None],
+                v[None],
                 segments,
                 None,
                 mask_value=kernel.kwargs["mask_value"],
@@ -125,6 +127,7 @@ class Splash:
                 mask_function=kernel.kwargs["mask_function"],
                 interpret=self.interpret,
             )
+            out, (lse,) = found
             return out[0], lse[0]
 
         return _each_head(jax.vmap(_with_vector_memory(one_head)), q, k, v)
@@ -143,8 +146,7 @@ class Splash:
         kernel, blocks = self._kernel()
 
         def one_head(q: Array, k: Array, v: Array, out: Array, lse: Array, d_out: Array) -> Any:
-            arrays = [x[None] for x in (q, k, v, out, lse)]
-            residuals = (*arrays[:3], segments, None, *arrays[3:], None, kernel.dkv_mask_info)
+            arrays = q[None], k[None], v[None], segments, None, out[None], lse[None]
             found = splash_attention_kernel._splash_attention_bwd(
                 False,
                 kernel.kwargs["mask_value"],
@@ -154,12 +156,12 @@ class Splash:
                 kernel.kwargs["mask_function"],
                 None,
                 self.interpret,
-                residuals,
+                (*arrays, None, kernel.dkv_mask_info),
                 d_out[None],
             )
             return tuple(x[0] for x in found[3:6])
 
-        group = _at_once(q.shape[0] * q.shape[1], k.shape[2] // blocks.block_kv_dkv * q[0, 0].size * q.dtype.itemsize)
+        group = _at_once(q.shape[0] * q.shape[1], k.shape[2] // tile(k.shape[2]) * q[0, 0].size * q.dtype.itemsize)
         one_head = _with_vector_memory(one_head)
         if group == q.shape[0] * q.shape[1]:
             return _each_head(jax.vmap(one_head), q, k, v, out, lse, d_out)
