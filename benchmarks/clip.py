@@ -56,7 +56,7 @@ def ours(given: argparse.Namespace, folder: Path) -> Stages:
     mesh = None
     if given.devices > 1:
         mesh = sharding.make_mesh(MeshConfig(fsdp=1, context=given.devices), jax.local_devices()[: given.devices])
-    options = {} if given.vae_dtype is None else {"vae_dtype": jnp.dtype(given.vae_dtype)}
+    options: dict[str, Any] = {} if given.vae_dtype is None else {"vae_dtype": jnp.dtype(given.vae_dtype)}
     pipe = load_pipeline(given.model, jnp.dtype(given.dtype), mesh, **options)
     if not pipe.takes_image:
         raise UserError(f"--model={given.model}: makes videos from text alone; name an image-to-video model")
@@ -94,7 +94,8 @@ def ours(given: argparse.Namespace, folder: Path) -> Stages:
 def diffusers(given: argparse.Namespace, folder: Path) -> Stages:
     """Those of Diffusers' pipeline, as its call goes through them."""
     import torch
-    from diffusers import AutoencoderKLWan, WanImageToVideoPipeline
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+    from diffusers.pipelines.wan.pipeline_wan_i2v import WanImageToVideoPipeline
     from PIL import Image
 
     source, device = find_model(given.model).path, theirs.device()
