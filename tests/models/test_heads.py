@@ -170,7 +170,7 @@ def test_the_grid_is_part_of_a_program():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_heads_are_the_same_on_a_mesh(kind):
-    """Tokens that are split over devices are put together for convolutions; matrices are gathered a tap at a time."""
+    """Tokens that are split over devices are put together for convolutions."""
     config = make(kind, hidden=16).config
     mesh = make_mesh(MeshConfig(fsdp=2, context=4))
     alone, spread = (DiscriminatorHeads(config, rngs=nnx.Rngs(0), mesh=m) for m in (None, mesh))

@@ -56,6 +56,15 @@ def test_the_penalty_keeps_its_size_in_bfloat16(penalty):
     assert penalty(jnp.bfloat16) / penalty(jnp.float32) == pytest.approx(1, abs=0.35)
 
 
+def test_the_spatial_half_survives_apart(penalty):
+    """In float32 a tenfold amplitude changes little of it, D being nearly linear so near; in bfloat16 it is then not
+    rounding any more."""
+    exact = penalty(jnp.float32, sigma_t=0.0)
+    assert penalty(jnp.float32, sigma_t=0.0, apart=0.1) / exact == pytest.approx(1, abs=0.1)
+    apart, together = (penalty(jnp.bfloat16, sigma_t=0.0, apart=a) / exact for a in (0.1, 0.0))
+    assert apart == pytest.approx(1, abs=0.1) and abs(apart - 1) < abs(together - 1)
+
+
 def test_heads_of_14b_are_as_large_as_those_of_1_3b():
     """As wide as the transformer they would hold 1.18 billion parameters, more than the smaller transformer."""
     sizes = {}

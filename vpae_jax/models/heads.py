@@ -19,7 +19,7 @@ too, and gathered in it: that changes the discriminator a little, but all clips 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,17 +28,16 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from vpae_jax.models.kernels.reference import attention
-from vpae_jax.models.lora import PRODUCT, Linear
+from vpae_jax.models.lora import Linear
 from vpae_jax.models.norms import LayerNorm, RMSNorm
 from vpae_jax.models.parallel import gather
-from vpae_jax.sharding import HEADS_RULES, SPLIT, param_path
-from vpae_jax.types import Features, Params, Tokens, UserError
+from vpae_jax.sharding import HEADS_RULES, param_path
+from vpae_jax.types import Features, Tokens, UserError
 
 
 @dataclass(frozen=True)
@@ -131,42 +130,6 @@ def default_taps(num_layers: int) -> tuple[int, ...]:
     if num_layers < 1:
         raise UserError(f"num_layers is {num_layers}, expected at least 1")
     return tuple(sorted({-(-num_layers * tap // 36) for tap in (16, 26, 36)}))
-
-
-@dataclass(frozen=True)
-class InTurn:
-    """Runs a part of the heads with its matrices in the compute dtype, which on a mesh that splits them are whole on a
-    device only while it runs: they are gathered when the part before it is done, and again in the backward pass.
-
-    Attributes:
-      mesh: None for where the arguments are.
-      dtype: the compute dtype.
-    """
-
-    mesh: Mesh | None
-    dtype: DTypeLike
-
-    def __call__(self, path: str, part: nnx.Module, *given: Any, after: Sequence[Array] = ()) -> Any:
-        """What the part makes of what it is given.
-
-        Args:
-          path: of the part in the heads.
-          after: what has to be there before its weights are gathered.
-        """
-        graph, weights = nnx.split(part)
-
-        def run(weights: Params, *given: Any) -> Any:
-            weights = jax.tree_util.tree_map_with_path(self._cast, weights)
-            return nnx.merge(graph, gather(weights, HEADS_RULES, self.mesh, f"heads/{path}/"))(*given)
-
-        if self.mesh is None or all(self.mesh.shape[axis] == 1 for axis in SPLIT):
-            return run(weights, *given)
-        if after:
-            weights, _ = jax.lax.optimization_barrier((weights, after))
-        return jax.checkpoint(run, policy=jax.checkpoint_policies.save_only_these_names(PRODUCT))(weights, *given)
-
-    def _cast(self, path: tuple[Any, ...], weight: Array) -> Array:
-        return weight.astype(self.dtype) if param_path(path).endswith("kernel") else weight
 
 
 class QueryAttention(nnx.Module):
@@ -270,18 +233,18 @@ class QueryHeads(nnx.Module):
         # Small but not zero: zero weights would send no gradient to what is judged.
         self.proj_out = Linear(d, outputs, kernel_init=nnx.initializers.normal(0.02), **given)
 
-    def __call__(self, features: Features, run: InTurn) -> Float[Array, "b k"]:
+    def __call__(self, features: Features) -> Float[Array, "b k"]:
         b = features.taps[0].shape[0]
         query = self.query[...].astype(jnp.float32)
         queries = jnp.broadcast_to(query, (b, *query.shape))
         if self.mixer is not None:
-            queries = run("mixer", self.mixer, queries, features)
-        read: list[Array] = []
+            queries = self.mixer(queries, features)
+        read = []
         for index, (head, hidden) in enumerate(zip(self.taps, features.taps, strict=True)):
             own = queries if self.shared else queries[:, index : index + 1]
-            read.append(run(f"taps/{index}", head, own, hidden, after=read[-1:]).reshape(b, -1))
+            read.append(head(own, hidden).reshape(b, -1))
         joined = self.norm(jnp.concatenate(read, axis=-1))
-        return self.proj_out(jax.nn.gelu(run("proj_in", self.proj_in, joined)))
+        return self.proj_out(jax.nn.gelu(self.proj_in(joined)))
 
 
 class ConvHeads(nnx.Module):
@@ -294,12 +257,9 @@ class ConvHeads(nnx.Module):
         self.projs_in = nnx.List([Linear(config.width, d, dtype=dtype, **given) for _ in taps])
         self.projs_out = nnx.List([Linear(d, outputs, kernel_init=init, **given) for _ in taps])
 
-    def __call__(self, features: Features, run: InTurn) -> Float[Array, "b k"]:
+    def __call__(self, features: Features) -> Float[Array, "b k"]:
         heads = zip(self.norms, self.projs_in, self.projs_out, features.taps, strict=True)
-        logits: list[Array] = []
-        for index, (norm, proj_in, proj_out, hidden) in enumerate(heads):
-            tokens = run(f"projs_in/{index}", proj_in, norm(hidden), after=logits[-1:])
-            logits.append(proj_out(jax.nn.gelu(tokens)))
+        logits = [proj_out(jax.nn.gelu(proj_in(norm(hidden)))) for norm, proj_in, proj_out, hidden in heads]
         return rearrange(jnp.stack(logits), "taps b n k -> b (taps n k)")
 
 
@@ -314,7 +274,7 @@ class Conv3d(nnx.Module):
     def __call__(self, x: Float[Array, "b f h w d"]) -> Float[Array, "b _ _ _ d"]:
         kernel, layout = self.kernel[...].astype(self.dtype), ("NDHWC", "DHWIO", "NDHWC")
         out = jax.lax.conv_general_dilated(x, kernel, (2, 2, 2), ((1, 1),) * 3, dimension_numbers=layout)
-        return checkpoint_name(out, PRODUCT) + self.bias[...].astype(self.dtype)
+        return out + self.bias[...].astype(self.dtype)
 
 
 class Conv3dHeads(nnx.Module):
@@ -329,15 +289,13 @@ class Conv3dHeads(nnx.Module):
         self.norms_out = nnx.List([RMSNorm(d, eps=config.eps, param_dtype=param_dtype) for _ in taps])
         self.projs_out = nnx.List([Linear(d, outputs, kernel_init=init, **given) for _ in taps])
 
-    def __call__(self, features: Features, run: InTurn) -> Float[Array, "b k"]:
+    def __call__(self, features: Features) -> Float[Array, "b k"]:
         f, h, w = features.grid
         parts = zip(self.norms, self.projs_in, self.convs, self.norms_out, self.projs_out, features.taps, strict=True)
-        logits: list[Array] = []
-        for index, (norm, proj_in, conv, norm_out, proj_out, hidden) in enumerate(parts):
-            tokens = run(f"projs_in/{index}", proj_in, norm(hidden), after=logits[-1:])
-            tokens = rearrange(tokens, "b (f h w) d -> b f h w d", f=f, h=h, w=w)
-            convolved = run(f"convs/{index}", conv, jax.nn.gelu(tokens))
-            logits.append(proj_out(jax.nn.gelu(norm_out(convolved))))
+        logits = []
+        for norm, proj_in, conv, norm_out, proj_out, hidden in parts:
+            tokens = rearrange(proj_in(norm(hidden)), "b (f h w) d -> b f h w d", f=f, h=h, w=w)
+            logits.append(proj_out(jax.nn.gelu(norm_out(conv(jax.nn.gelu(tokens))))))
         return rearrange(jnp.stack(logits), "taps b f h w k -> b (taps f h w k)")
 
 
@@ -388,11 +346,17 @@ class DiscriminatorHeads(nnx.Module):
             raise UserError(
                 f"heads: {len(features.taps)} taps were given, {len(self.config.taps)} are expected; set heads.taps"
             )
+        graph, weights = nnx.split(self.heads)
+        weights = jax.tree_util.tree_map_with_path(self._rounded, weights)
         with jax.default_matmul_precision("float32"):  # of products in bfloat16 it changes nothing
-            logits = self.heads(features, InTurn(self.mesh, self.dtype))
+            logits = nnx.merge(graph, gather(weights, HEADS_RULES, self.mesh, "heads/"))(features)
         if self.config.average == "losses":
             return logits
         return logits.reshape(len(logits), -1, self.outputs).mean(axis=1)
+
+    def _rounded(self, path: tuple[Any, ...], weight: Array) -> Array:
+        """A matrix in the compute dtype; here, so that what is gathered is half as large in 16 bits."""
+        return weight.astype(self.dtype) if param_path(path).endswith("kernel") else weight
 
 
 def sinusoid(length: int, width: int) -> Float[np.ndarray, "n d"]:

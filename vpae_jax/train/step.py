@@ -47,13 +47,14 @@ def make_update(
       update: what is trained, on which loss.
       index: the update's place in the method's order; part of its randomness.
       models: how weights become networks.
-      optimizers: by role, of those that it trains at least.
+      optimizers: by role, of those that its program (`Update.program`) trains at least.
       accumulation: parts that the batch is processed in, one after the other; their gradients are averaged.
       places: the state's shardings; a new state lies where the old one did. None leaves it to the compiler.
 
     Returns:
       The step. Its metrics are scalars: `<update>/loss` and what the loss reports under `<update>/`, of the whole
-      batch; and for each role that it trains the L2 norms `<role>/grad_norm`, `/update_norm` and `/param_norm`.
+      batch; and for each role that it trains the L2 norms `<role>/grad_norm`, `/update_norm` and `/param_norm`. Of
+      updates that follow in the program, those of the last repeat.
     """
 
     one = partial(_Step, models=models, optimizers=optimizers, accumulation=accumulation, places=places)
