@@ -99,6 +99,9 @@ def whole_tiles(n: int) -> int:
 class Splash:
     """The kernels for one mask. Logits are not scaled.
 
+    Each pass is a program within the program: `jax.checkpoint` leaves such a one out where it is not needed again, but
+    no bare kernel, and equal ones are written down once.
+
     Attributes:
       mask: what queries see; of whole tiles.
       interpret: runs without a TPU, slowly; for tests.
@@ -107,6 +110,7 @@ class Splash:
     mask: Mask
     interpret: bool = False
 
+    @partial(jax.jit, static_argnums=0)
     def forward(self, q: Wide, k: WideKeys, v: Values, segments: SegmentIds | None) -> tuple[Result, PerRow]:
         """Result and log-sum-exp; about -2e38 where no key is visible."""
         kernel, blocks = self._kernel()
@@ -132,6 +136,7 @@ class Splash:
 
         return _each_head(jax.vmap(_with_vector_memory(one_head)), q, k, v)
 
+    @partial(jax.jit, static_argnums=0)
     def backward(
         self,
         q: Wide,
@@ -197,8 +202,7 @@ def _at_once(heads: int, bytes_of_one: int) -> int:
 
 def _each_head(mapped: Callable[..., Any], *arrays: Array) -> Any:
     b, heads = arrays[0].shape[:2]
-    # A program within the program: what `jax.checkpoint` does not need again it leaves out, but no bare kernel.
-    found = jax.jit(mapped)(*(x.reshape(b * heads, *x.shape[2:]) for x in arrays))
+    found = mapped(*(x.reshape(b * heads, *x.shape[2:]) for x in arrays))
     return jax.tree.map(lambda x: x.reshape(b, heads, *x.shape[1:]), found)
 
 
