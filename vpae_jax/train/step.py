@@ -144,7 +144,8 @@ class _Step:
 
         def add(total: Params, part: tuple[Array, Any]) -> tuple[Params, tuple[Array, tuple[dict[str, Any], Any]]]:
             number, given = part
-            value, grads = of_part(*sharding.part_of((batch, keys), number, parts), given)
+            clips, own_keys = sharding.part_of((batch, keys), number, parts)
+            value, grads = of_part(clips, own_keys, given)
             return jax.tree.map(jnp.add, total, grads), value
 
         zeros = self._placed(jax.tree.map(jnp.zeros_like, own))
