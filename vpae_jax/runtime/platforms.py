@@ -7,9 +7,9 @@ TPU_FLAGS are those of the recipes of MaxDiffusion and MaxText that make gathers
 transformer's step, forward and backward, libtpu 0.0.42 compiles 34 gathers and 27 all-to-alls synchronous without them,
 and 13 and none with them (v5p:2x2x1, fsdp 2 x context 2; `tests/planning/test_overlap.py` counts those of a smaller
 block). In the environment all six are set: the multiple_steps flag alone, which is enough as a compiler's option, does
-nothing there. On v6e all is asynchronous without any, and on tpu7x none of them does anything to the smaller block. Flags
-that move collectives to the SparseCore are left out: they are reported to hang on v5p. A flag that is not known ends a
-process at its start, so tests start with each.
+nothing there. On v6e all is asynchronous without any, and on tpu7x none of them does anything to the smaller block.
+Flags that move collectives to the SparseCore are left out: they are reported to hang on v5p. A flag that is not known
+ends a process at its start, so tests start with each.
 
 GPU_FLAGS gather a block's weights while the one before runs. XLA schedules for overlap anyhow: with its latency-hiding
 scheduler asked for, or forbidden, a sharded block compiles to the same text. The thresholds up to which collectives are
