@@ -1,4 +1,4 @@
-"""What the flags for TPUs do to a sharded block, by libtpu's own compiler."""
+"""What the flag for TPUs does to a sharded block, by libtpu's own compiler."""
 
 import json
 import os
@@ -20,9 +20,9 @@ def collectives(*arguments: str) -> dict[str, dict[str, int]]:
 
 
 @pytest.mark.long
-def test_gathers_and_exchanges_run_beside_other_work_with_the_flags_and_none_does_without():
+def test_exchanges_run_beside_other_work_with_the_flag_and_none_does_without():
     bare, flagged = collectives("--bare"), collectives()
-    assert bare["all-gather"] == {"synchronous": 4, "asynchronous": 0}
     assert bare["all-to-all"] == {"synchronous": 5, "asynchronous": 0}
-    assert flagged["all-gather"]["asynchronous"] >= 1
     assert flagged["all-to-all"] == {"synchronous": 0, "asynchronous": 5}
+    # Nothing in the environment makes gathers asynchronous that every libtpu takes.
+    assert bare["all-gather"] == flagged["all-gather"] == {"synchronous": 4, "asynchronous": 0}

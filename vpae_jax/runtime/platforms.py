@@ -3,13 +3,13 @@
 Every program calls `prepare` when it begins (`cli.py`), so a command that is typed and a launcher get the same, and
 `plan` compiles with the same flags. What the user has set in the environment stays, flag by flag.
 
-TPU_FLAGS are those of the recipes of MaxDiffusion and MaxText that make gathers and exchanges asynchronous on v5p. Of a
-transformer's step, forward and backward, libtpu 0.0.42 compiles 34 gathers and 27 all-to-alls synchronous without them,
-and 13 and none with them (v5p:2x2x1, fsdp 2 x context 2; `tests/planning/test_overlap.py` counts those of a smaller
-block). In the environment all six are set: the multiple_steps flag alone, which is enough as a compiler's option, does
-nothing there. On v6e all is asynchronous without any, and on tpu7x none of them does anything to the smaller block.
-Flags that move collectives to the SparseCore are left out: they are reported to hang on v5p. A flag that is not known
-ends a process at its start, so tests start with each.
+TPU_FLAGS makes exchanges of tokens for heads run beside other work: without it libtpu compiles all 27 all-to-alls of a
+transformer's step on v5p synchronous, with it none (v5p:2x2x1, fsdp 2 x context 2; `tests/planning/test_overlap.py`
+counts those of a smaller block). Gathers of weights stay synchronous there. MaxDiffusion's and MaxText's recipes fuse
+them with other work (xla_tpu_enable_async_collective_fusion_fuse_all_gather and five flags beside it), which libtpu
+0.0.42 does for 21 of 34; but libtpu 0.0.50 refuses to on v5p, since it may give wrong results or hang. On v6e all is
+asynchronous without any flag. Flags that move collectives to the SparseCore are left out: they are reported to hang on
+v5p. A flag that is not known ends a process at its start, so tests start with each.
 
 GPU_FLAGS gather a block's weights while the one before runs. XLA schedules for overlap anyhow: with its latency-hiding
 scheduler asked for, or forbidden, a sharded block compiles to the same text. The thresholds up to which collectives are
@@ -35,16 +35,7 @@ GPUS = (Path("/dev/nvidiactl"), Path("/dev/dxg"), Path("/dev/kfd"))
 GPU_MEMORY = 0.92
 MEMORY_NAMES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # XLA refuses both at once
 Flags = Mapping[str, str]
-TPU_FLAGS: Flags = MappingProxyType(
-    {
-        "xla_enable_async_all_gather": "true",
-        "xla_tpu_enable_async_collective_fusion": "true",
-        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
-        "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
-        "xla_tpu_overlap_compute_collective_tc": "true",
-        "xla_tpu_enable_async_all_to_all": "true",
-    }
-)
+TPU_FLAGS: Flags = MappingProxyType({"xla_tpu_enable_async_all_to_all": "true"})
 GPU_FLAGS: Flags = MappingProxyType({"xla_gpu_enable_pipelined_all_gather": "true"})
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 
