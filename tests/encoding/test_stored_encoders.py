@@ -7,7 +7,7 @@ import random_model
 
 from vpae_jax import convert
 from vpae_jax.encoding.encoder import fingerprint
-from vpae_jax.inference import pipeline as pipelines
+from vpae_jax.inference import experts, loading
 from vpae_jax.inference.loading import load_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -25,13 +25,14 @@ def models(tmp_path_factory):
 @pytest.mark.parametrize("layout", ["diffusers", "orbax"])
 def test_encoders_that_stay_in_their_files_have_the_print_of_those_that_are_read(models, layout, monkeypatch):
     expected, read = fingerprint(load_pipeline(models / layout, jnp.bfloat16)), []
-    load = pipelines.load_part
+    load = loading.load_part
 
     def noted(model, part, *more):
         read.append(part)
         return load(model, part, *more)
 
-    monkeypatch.setattr(pipelines, "load_part", noted)
+    for module in (loading, experts):
+        monkeypatch.setattr(module, "load_part", noted)
     left = load_pipeline(models / layout, with_transformer=False, with_encoders=False)
     assert read == ["vae"]
     for model in (left.text_encoder, left.image_encoder):
