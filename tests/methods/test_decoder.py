@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +69,15 @@ def test_pieces_are_cut_anywhere_in_rows_and_columns_from_the_first_frame_on():
         places.add((row, column))
     assert {row for row, _ in places} == {0, 1, 2} and {column for _, column in places} == {0, 1, 2, 3}
     assert Decoder(frames=9, side=9).piece(z, jax.random.key(0)).shape == z.shape
+
+
+def test_parts_of_a_batch_see_the_same_place():
+    whole, context_of = batch(2, 2, 5, 6, 16), context()
+    method, nets = Decoder(side=3), {"vae": Painter(1.0), "decoder": Painter(0.5)}
+    parts = [
+        method.loss(nets, replace(whole, latents=whole.latents[i : i + 1]), context_of)[0].item() for i in range(2)
+    ]
+    np.testing.assert_allclose(method.loss(nets, whole, context_of)[0], parts, rtol=1e-6)
 
 
 def test_a_loss_of_nothing_is_refused():

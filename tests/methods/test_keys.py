@@ -24,7 +24,8 @@ VARIANTS = {
 CASES = [
     pytest.param(cls, options, number, id=f"{name}, {variant}, update {number}")
     for name, cls in METHODS.items()
-    if cls.batch is Batch and not cls.known_noise  # which draws from its clips' seeds
+    # All but what draws from its clips' seeds, and what makes no clips of conditions.
+    if cls.batch is Batch and not cls.known_noise and "image_dropout" in cls.__dataclass_fields__
     for variant, options in VARIANTS.items()
     if options.keys() <= cls.__dataclass_fields__.keys()
     for number in range(len(cls().updates))

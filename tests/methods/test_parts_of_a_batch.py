@@ -23,7 +23,7 @@ SEVERAL = 3
 CASES = [
     pytest.param(cls, number, id=f"{name}, update {number}")
     for name, cls in METHODS.items()
-    if cls.batch is Batch and not cls.whole_batch
+    if cls.batch is Batch and not cls.whole_batch and "image_dropout" in cls.__dataclass_fields__
     for number in range(len(cls().updates))
 ]
 
