@@ -2,7 +2,7 @@
 
     python -m vpae_jax.main --config=configs/decoder.py --workdir=runs/decoder
     python -m vpae_jax.main --config=configs/decoder.py:t2v-14b-720p --config.data.records=DIR --workdir=runs/decoder
-    python -m vpae_jax.sample --model=MODEL --decoder=runs/decoder/model ...
+    python -m vpae_jax.sample --model=MODEL --decoder=runs/decoder/model --prompt=... --output=out.mp4
 
 For one-step students, of whose clips the autoencoder takes a good part of the time. The records' latents are decoded by
 the frozen autoencoder of the model directory, which serves all models of Wan 2.1, and the small decoder learns to do
