@@ -97,9 +97,11 @@ def _run(experiment: Experiment, workdir: Path, lock: Lock, devices: Sequence[An
     transformer = fresh if pipeline is None else pipeline.transformer.config
     tasks.check(experiment, method, pipeline, workdir)
     continuing = as_first_says("continuing", latest(workdir) is not None)
-    looked_by = None
-    if encoder is not None and pipeline is not None:
-        looked_by = PixelParts(pipeline.vae.config, encoder.config)
+    looked_by = PixelParts.of(presets.find(experiment.model.preset))
+    if pipeline is not None:
+        looked_by = dataclasses.replace(looked_by, vae=pipeline.vae.config)
+    if encoder is not None:
+        looked_by = dataclasses.replace(looked_by, image_encoder=encoder.config)
     blueprint = draw_up(experiment, method, mesh, transformer, looked_by)
     optimizers = {role: make_optimizer(experiment.optimizers[role]) for role in blueprint.trained}
     # A run that continues has its trained weights in its checkpoint; so the phase before may be gone by then, unless a
