@@ -18,13 +18,13 @@ from configs.common import PRESETS, adam, check, experiment, wan
 
 def get_config(preset: str = "tiny") -> ConfigDict:
     check(preset, PRESETS)
-    optimizer = {"b1": 0.9, "b2": 0.99, "clip_norm": 1.0, "warmup_steps": 50}
+    optimizer = {"b1": 0.9, "b2": 0.99, "clip_norm": 1.0, "warmup_steps": 100}
     if preset == "tiny":
         return experiment(
             name="decoder",
             preset=preset,
             method={"name": "decoder"},
-            optimizers={"decoder": adam(2e-3, **optimizer, decay_steps=950)},
+            optimizers={"decoder": adam(1e-3, **optimizer, decay_steps=900)},
             steps=1000,
             batch_size=8,
             seed=0,

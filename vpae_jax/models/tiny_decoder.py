@@ -29,6 +29,9 @@ from vpae_jax.types import Latents, UserError, Video
 
 # Blocks of a level.
 BLOCKS = 3
+# Blocks begin as the identity, and frames as black, nearly: without norms, a first frame of noise is pulled to black by
+# steps that leave no unit alive.
+SMALL = nnx.initializers.variance_scaling(0.01, "fan_in", "normal")
 # The last frame that each block has seen of what came before.
 Memory = list[Float[Array, "b 1 _ _ _"]]
 
@@ -94,8 +97,7 @@ class Block(nnx.Module):
     def __init__(self, width: int, **kw: Any):
         self.conv1 = Conv(2 * width, width, **kw)
         self.conv2 = Conv(width, width, **kw)
-        # Starts small, so that a fresh decoder is well conditioned without norms.
-        self.conv3 = Conv(width, width, kernel_init=nnx.initializers.variance_scaling(0.01, "fan_in", "normal"), **kw)
+        self.conv3 = Conv(width, width, kernel_init=SMALL, **kw)
 
     def __call__(self, x: Volume, before: Volume) -> tuple[Volume, Volume]:
         """The result, and the last frame of x."""
@@ -148,7 +150,7 @@ class TinyDecoder(nnx.Module):
         self.conv_in = Conv(config.z_dim, widths[0], **kw)
         pairs = zip(widths[:-1], widths[1:], config.grows, strict=True)
         self.levels = nnx.List([Level(width, to, grow, **kw) for width, to, grow in pairs])
-        self.conv_out = Conv(widths[-1], 3, kernel_init=lecun_normal(), **kw)
+        self.conv_out = Conv(widths[-1], 3, kernel_init=SMALL, **kw)
 
     def decode(self, latents: Latents) -> Video:
         """A whole clip, a latent frame at a time, clipped to [-1, 1]; memory does not grow with the number of frames.
