@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from clu.metrics import Metric
 
+from vpae_jax.flow import draws
 from vpae_jax.flow.chunks import Chunks
 from vpae_jax.flow.schedule import expand
 from vpae_jax.methods.base import Context, all_views
@@ -424,3 +425,20 @@ def assert_heads_learn(method, loss, clips):
         (_, before), grad = step(weights["heads"])
         (_, after), _ = step(weights["heads"] - 0.003 * grad)
         assert after > before
+
+
+def drawn_keys(monkeypatch) -> list[bytes]:
+    """The keys of everything that is drawn from now on, one after the other."""
+    used = []
+
+    def noted(draw):
+        def call(key, *others):
+            used.append(np.asarray(jax.random.key_data(draws.clip_keys(key, B))).tobytes())
+            return draw(key, *others)
+
+        return call
+
+    # The others draw by the first two. A key that others come from by a split gives no numbers of its own.
+    for name in ("normal", "uniform", "split"):
+        monkeypatch.setattr(draws, name, noted(getattr(draws, name)))
+    return used

@@ -3,11 +3,9 @@ whatever it draws."""
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from networks import BATCH, B, made, nets_of, weights_of
+from networks import BATCH, B, drawn_keys, made, nets_of, weights_of
 
-from vpae_jax.flow import draws
 from vpae_jax.methods import METHODS
 from vpae_jax.methods.adversarial import DifferencePenalty, DiscriminatorNoise
 from vpae_jax.methods.base import Context
@@ -35,18 +33,7 @@ CASES = [
 @pytest.mark.filterwarnings("ignore:.*noise.kind is .fig_literal.:UserWarning")
 @pytest.mark.parametrize(("cls", "options", "number"), CASES)
 def test_no_key_serves_two_draws(cls, options, number, monkeypatch):
-    used, method = [], made(cls, **options)
-
-    def noted(draw):
-        def call(key, *others):
-            used.append(np.asarray(jax.random.key_data(draws.clip_keys(key, B))).tobytes())
-            return draw(key, *others)
-
-        return call
-
-    # The others draw by the first two. A key that others come from by a split gives no numbers of its own.
-    for name in ("normal", "uniform", "split"):
-        monkeypatch.setattr(draws, name, noted(getattr(draws, name)))
+    used, method = drawn_keys(monkeypatch), made(cls, **options)
     context = Context(jnp.int32(0), jax.random.split(jax.random.key(5), B), jax.random.key(6))
     if hasattr(cls, "last"):  # one draw, however often a loss asks for it
         chosen = method.last(context)

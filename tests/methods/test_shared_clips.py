@@ -6,7 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import BATCH, KEY, B, context, evaluate, made, make_batch, nets_of, record, touched, weights_of
+from networks import (
+    BATCH,
+    KEY,
+    B,
+    context,
+    drawn_keys,
+    evaluate,
+    made,
+    make_batch,
+    nets_of,
+    record,
+    touched,
+    weights_of,
+)
 
 from vpae_jax.flow import draws
 from vpae_jax.flow.draws import following_key
@@ -95,18 +108,8 @@ def test_clips_are_differentiated_in_the_generators_update_alone(cls):
 @pytest.mark.parametrize("name", LEARNING)
 def test_no_key_serves_two_draws_of_a_program(name, monkeypatch):
     """Withheld pictures aside, which are the same for all."""
-    used = []
+    used = drawn_keys(monkeypatch)
     method, update = shared(LEARNING[name])
-
-    def noted(draw):
-        def call(key, *others):
-            used.append(np.asarray(jax.random.key_data(draws.clip_keys(key, B))).tobytes())
-            return draw(key, *others)
-
-        return call
-
-    for drawn in ("normal", "uniform", "split"):
-        monkeypatch.setattr(draws, drawn, noted(getattr(draws, drawn)))
 
     def known(key):
         return Context(jnp.int32(0), draws.clip_keys(key, B), draws.batch_key(key))

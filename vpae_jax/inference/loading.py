@@ -45,7 +45,8 @@ def load_pipeline(
         (`Pipeline.sample`'s denoiser); it then has shapes only.
       with_encoders: False leaves the encoders' weights there in the same way, for a caller whose prompts are encoded.
       vae_dtype: weights and compute dtype of the VAE; float32, as Wan's own, unless it is said. What is trained on is
-        encoded in float32. In bfloat16 decoding takes half the memory, and its video is 60 dB from float32's.
+        encoded in float32. In bfloat16 decoding takes half to two thirds of the memory (docs/benchmarks.md), and the
+        tiny model's video is 60 dB from float32's.
       decoder: where a small decoder is that takes the VAE's place: TAEHV's file for Wan 2.1 (`taew2_1`), or the model
         directory that `configs/decoder.py` leaves. It has the `vae_dtype`.
 

@@ -4,7 +4,7 @@
 
 z are latents of the user's clips, or a piece of them: both networks see the same piece, as a clip of its own, so that
 large clips need not be decoded whole. The autoencoder is frozen. TAEHV (github.com/madebyollin/taehv) and LightX2V's
-LightTAE publish their decoders, but no recipe; they add perceptual or adversarial losses, which this does not.
+LightTAE publish their decoders, but no recipe.
 """
 
 from __future__ import annotations

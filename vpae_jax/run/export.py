@@ -3,7 +3,7 @@
 Every run writes `model/` in its workdir, a complete directory in the Diffusers layout: the parts that it trained, and
 all others as they were. So a student is a directory that Diffusers loads, but for a causal one: its index names a
 pipeline that Diffusers does not have, since Diffusers' let all frames see each other. Of a run that trains other parts,
-its task writes it (`tasks.base.Task.write_model`).
+its task writes it (`tasks.base.Task.write_model`), but for a small decoder, which any task can train.
 """
 
 from __future__ import annotations

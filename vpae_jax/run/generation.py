@@ -19,7 +19,6 @@ from vpae_jax.flow.sampler import Sampler
 from vpae_jax.inference.pipeline import Pipeline
 from vpae_jax.inference.samplers import Denoiser, check_finite
 from vpae_jax.metrics.base import Clips
-from vpae_jax.models.wan_vae_rows import Rows
 from vpae_jax.runtime.processes import everywhere
 from vpae_jax.tasks.base import HeldOut, Measures, Task, clips_at_once, in_batches, joined
 from vpae_jax.types import Condition
@@ -60,7 +59,6 @@ class Generation:
     def __init__(self, pipeline: Pipeline, held_out: HeldOut, batch: int | None = None) -> None:
         self.pipeline, self.held_out = pipeline.without_encoders(), held_out
         self.batch = batch or clips_at_once(held_out.shape)
-        self._over: Pipeline | None = None
 
     def __call__(self, denoiser: Denoiser, sampler: Sampler) -> Clips:
         """All clips. Raises `UserError` for some that are not finite."""
@@ -72,6 +70,8 @@ class Generation:
     def batches(self, denoiser: Denoiser, sampler: Sampler, rows: Sequence[int] | None = None) -> Iterator[Made]:
         """The clips as they are made, in order; of all rows by default."""
         mesh = sharding.mesh_of(denoiser.weights)
+        if mesh is not None and mesh.size > 1:  # the decoder comes to lie where the network does
+            self.pipeline = self.pipeline.over(mesh)
         wanted = np.arange(len(self.held_out)) if rows is None else np.array(rows, int)
         for some, filled in in_batches(len(wanted), self.batch):
             count = some.stop - some.start
@@ -80,19 +80,11 @@ class Generation:
             sampled = time.perf_counter()
             latents = np.asarray(made)
             moved = time.perf_counter()
-            clips, seconds = decoded(self._spread(mesh), latents, mesh)
+            clips, seconds = decoded(self.pipeline, latents, mesh)
             seconds = {"network": sampled - start, **seconds}
             seconds["transfer"] += moved - sampled
             each = {name: value / len(filled) for name, value in seconds.items()}
             yield Made(wanted[some], latents[:count], None if clips is None else clips[:count], each)
-
-    def _spread(self, mesh: Mesh | None) -> Pipeline:
-        """The pipeline, whose decoder lies where the network does."""
-        if mesh is None or mesh.size == 1:
-            return self.pipeline
-        if self._over is None or self._over.vae.rows != Rows(mesh):
-            self._over = self.pipeline.over(mesh)
-        return self._over
 
     def _sample(self, denoiser: Denoiser, sampler: Sampler, rows: Any, mesh: Mesh | None) -> Float[Array, "b f h w c"]:
         asked = self.held_out

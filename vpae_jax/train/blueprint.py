@@ -53,8 +53,8 @@ class Blueprint:
 
 @dataclass(frozen=True)
 class PixelParts:
-    """Sizes of what a discriminator on pixels looks by: the autoencoder, whose decoder makes frames, and the encoder
-    that reads them."""
+    """Sizes of the frozen parts that make frames of latents and read them, as a discriminator on pixels looks by: the
+    autoencoder, from which a small decoder learns, too, and the image encoder."""
 
     vae: WanVAEConfig
     image_encoder: PixelEncoderConfig
@@ -78,7 +78,7 @@ def draw_up(
 
     Args:
       transformer: sizes of the roles that are transformers.
-      looked_by: sizes for a method whose discriminator looks at pixels; by default the preset's.
+      looked_by: sizes for a method with a frozen autoencoder or image encoder; by default the preset's.
 
     Raises:
       UserError: settings that do not fit each other, or weights that the mesh does not divide.
