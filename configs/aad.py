@@ -15,8 +15,8 @@ unstated: APT's. AAD-1's batch is 256 (--config.batch_size=256), here V-PAE's 32
 
 from ml_collections import ConfigDict
 
-from configs import apt
-from configs.common import check
+from vpae_jax.configs import apt
+from vpae_jax.configs.common import check
 
 START = (
     "python -m vpae_jax.main --config=configs/dmd2.py:{preset} --config.method.steps=1 "

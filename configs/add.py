@@ -18,7 +18,7 @@ from dataclasses import replace
 
 from ml_collections import ConfigDict
 
-from configs.common import TINY_TIMES, adam, check, every_block, experiment, wan
+from vpae_jax.configs.common import TINY_TIMES, adam, check, every_block, experiment, wan
 from vpae_jax.methods.add import TEACHER
 
 

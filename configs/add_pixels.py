@@ -12,8 +12,8 @@ as they are. All else is `configs/add.py`'s.
 
 from ml_collections import ConfigDict
 
-from configs import add
-from configs.common import look_at_pixels
+from vpae_jax.configs import add
+from vpae_jax.configs.common import look_at_pixels
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:

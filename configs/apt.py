@@ -21,7 +21,7 @@ from dataclasses import replace
 
 from ml_collections import ConfigDict
 
-from configs.common import check, experiment, wan
+from vpae_jax.configs.common import check, experiment, wan
 from vpae_jax.methods.apt import R1
 
 START = "python -m vpae_jax.main --config=configs/lcm.py:{preset} --config.method.distance=squared"

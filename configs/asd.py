@@ -17,8 +17,8 @@ own is Self-Forcing's (`configs/self_forcing.py`). Its weight (30), penalty (600
 
 from ml_collections import ConfigDict
 
-from configs import self_forcing
-from configs.common import TINY_TIMES, check, experiment
+from vpae_jax.configs import self_forcing
+from vpae_jax.configs.common import TINY_TIMES, check, experiment
 from vpae_jax.models import presets
 
 TAPS = (12, 21, 29)  # of 30 blocks

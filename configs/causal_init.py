@@ -13,7 +13,7 @@ are shifted by 5. The tiny clip has three latent frames, each a chunk.
 
 from ml_collections import ConfigDict
 
-from configs.common import TINY_TIMES, adam, check, experiment, wan
+from vpae_jax.configs.common import TINY_TIMES, adam, check, experiment, wan
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:

@@ -10,7 +10,7 @@ teacher and chunks of 3 latent frames; guidance 5 and times shifted by 5, as Sel
 
 from ml_collections import ConfigDict
 
-from configs.common import adam, check, experiment, wan
+from vpae_jax.configs.common import adam, check, experiment, wan
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:

@@ -13,8 +13,8 @@ values, with reasons beside them.
 
 from ml_collections import ConfigDict
 
-from configs.common import adam, check, every_block, experiment, wan
-from configs.dcm_semantic import TINY, TINY_METHOD
+from vpae_jax.configs.common import adam, check, every_block, experiment, wan
+from vpae_jax.configs.dcm_semantic import TINY, TINY_METHOD
 
 PREVIOUS = "python -m vpae_jax.main --config=configs/dcm_semantic.py:{preset}"
 

@@ -12,7 +12,7 @@ values, with reasons beside them.
 
 from ml_collections import ConfigDict
 
-from configs.common import adam, check, experiment, wan
+from vpae_jax.configs.common import adam, check, experiment, wan
 
 # A clip of 1,728 values is unreadable at the times that matter at 720p, so the tiny grid is not shifted. Guidance is
 # phase one's, and the tiny model makes videos from text alone too.

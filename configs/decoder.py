@@ -13,7 +13,7 @@ one reaches is in docs/benchmarks.md; nothing of the larger presets has been run
 
 from ml_collections import ConfigDict
 
-from configs.common import PRESETS, adam, check, experiment, wan
+from vpae_jax.configs.common import PRESETS, adam, check, experiment, wan
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:

@@ -17,7 +17,7 @@ Without a discriminator, as Self-Forcing trains: --config.method.adversarial_wei
 
 from ml_collections import ConfigDict
 
-from configs.common import TINY_TIMES, adam, check, experiment, wan
+from vpae_jax.configs.common import TINY_TIMES, adam, check, experiment, wan
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:

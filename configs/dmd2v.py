@@ -16,8 +16,8 @@ of the transformer's width, which is FastGen's.
 
 from ml_collections import ConfigDict
 
-from configs import dmd2
-from configs.common import check
+from vpae_jax.configs import dmd2
+from vpae_jax.configs.common import check
 
 WARM_UP = "python -m vpae_jax.main --config=configs/kd.py:{preset} --config.data.records=..."
 

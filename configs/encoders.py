@@ -8,7 +8,7 @@ must find its caption among the others of the batch, so text states must tell di
 
 from ml_collections import ConfigDict
 
-from configs.common import adam, check, experiment
+from vpae_jax.configs.common import adam, check, experiment
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:

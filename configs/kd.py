@@ -13,7 +13,7 @@ three moves up and to the left".
 
 from ml_collections import ConfigDict
 
-from configs.common import adam, check, experiment, wan
+from vpae_jax.configs.common import adam, check, experiment, wan
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:

@@ -14,7 +14,7 @@ them.
 
 from ml_collections import ConfigDict
 
-from configs.common import adam, check, experiment, wan
+from vpae_jax.configs.common import adam, check, experiment, wan
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:

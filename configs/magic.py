@@ -13,7 +13,7 @@ HunyuanVideo's last double block is its 20th of 60.
 
 from ml_collections import ConfigDict
 
-from configs.common import TINY_TIMES, adam, check, experiment, wan
+from vpae_jax.configs.common import TINY_TIMES, adam, check, experiment, wan
 from vpae_jax.models import presets
 
 

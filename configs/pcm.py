@@ -15,7 +15,7 @@ says. The tiny preset has its own values, with reasons beside them.
 
 from ml_collections import ConfigDict
 
-from configs.common import adam, check, every_block, experiment, wan
+from vpae_jax.configs.common import adam, check, every_block, experiment, wan
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:

@@ -15,7 +15,7 @@ work a step").
 
 from ml_collections import ConfigDict
 
-from configs.common import TINY_TIMES, adam, check, experiment, wan
+from vpae_jax.configs.common import TINY_TIMES, adam, check, experiment, wan
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:

@@ -13,7 +13,7 @@ and 3.7 % of a step at 14B (`docs/methods.md`, "Less work a step").
 
 from ml_collections import ConfigDict
 
-from configs.common import adam, check, experiment, wan
+from vpae_jax.configs.common import adam, check, experiment, wan
 from vpae_jax.flow.times import TimeDistribution
 
 PREVIOUS = "python -m vpae_jax.main --config=configs/phase1.py:{preset}"

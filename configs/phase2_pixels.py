@@ -12,8 +12,8 @@ has one (--config.model.image_encoder=...). Clips are judged as they are. The he
 
 from ml_collections import ConfigDict
 
-from configs import phase2
-from configs.common import look_at_pixels
+from vpae_jax.configs import phase2
+from vpae_jax.configs.common import look_at_pixels
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:

@@ -11,8 +11,8 @@ begins and how fast it rises is unstated; here from .5 over all 500 steps. All e
 
 from ml_collections import ConfigDict
 
-from configs import phase1
-from configs.common import check
+from vpae_jax.configs import phase1
+from vpae_jax.configs.common import check
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:

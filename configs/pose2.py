@@ -14,8 +14,8 @@ distance to the teacher, is as in version 2, `configs/phase2.py`.
 
 from ml_collections import ConfigDict
 
-from configs import phase2
-from configs.common import check
+from vpae_jax.configs import phase2
+from vpae_jax.configs.common import check
 
 PREVIOUS = "python -m vpae_jax.main --config=configs/pose1.py:{preset}"
 

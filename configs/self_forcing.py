@@ -16,7 +16,7 @@ one of the generator, batch 64, times shifted by 5, average .99, guidance 3 (1.3
 
 from ml_collections import ConfigDict
 
-from configs.common import TINY_TIMES, adam, check, experiment, wan
+from vpae_jax.configs.common import TINY_TIMES, adam, check, experiment, wan
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:

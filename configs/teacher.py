@@ -19,7 +19,7 @@ has been made. All of the network is trained with --config.method.generator=full
 
 from ml_collections import ConfigDict
 
-from configs.common import adam, check, experiment, wan
+from vpae_jax.configs.common import adam, check, experiment, wan
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:

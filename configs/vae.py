@@ -8,7 +8,7 @@ a small KL term; no perceptual or adversarial loss, which digits do not need.
 
 from ml_collections import ConfigDict
 
-from configs.common import adam, check, experiment
+from vpae_jax.configs.common import adam, check, experiment
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:

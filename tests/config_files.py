@@ -1,17 +1,12 @@
 """The config files that there are, and the presets of each: found, so that a new one is tested without being listed."""
 
 import importlib
-from pathlib import Path
 
-from configs.common import PRESETS
+from vpae_jax.config_files import bundled
+from vpae_jax.configs.common import PRESETS
 from vpae_jax.types import UserError
 
-FOLDER = Path(__file__).parent.parent / "configs"
-CONFIGS = {
-    path.stem: importlib.import_module(f"configs.{path.stem}")
-    for path in sorted(FOLDER.glob("*.py"))
-    if path.stem != "common"
-}
+CONFIGS = {name: importlib.import_module(f"vpae_jax.configs.{name}") for name in bundled()}
 
 
 def has(module, preset):

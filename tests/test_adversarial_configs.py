@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from configs import aad, add, add_pixels, apt, phase1, phase2, phase2_pixels, pose1, pose2
-from configs.common import PRESETS, TINY_TIMES
 from vpae_jax.config import parse
+from vpae_jax.configs import aad, add, add_pixels, apt, phase1, phase2, phase2_pixels, pose1, pose2
+from vpae_jax.configs.common import PRESETS, TINY_TIMES
 from vpae_jax.flow.times import VALUES_720P, TimeDistribution
 from vpae_jax.methods import make_method
 from vpae_jax.methods.add import RENOISED
@@ -34,7 +34,7 @@ def opened(module, preset, **changes):
 def test_every_preset_fits_its_method_and_is_plain_json(module, preset):
     experiment, method = opened(module, preset)
     check_roles(method, experiment.optimizers)
-    assert module.__name__ == f"configs.{experiment.name}"
+    assert module.__name__ == f"vpae_jax.configs.{experiment.name}"
     again = json.loads(json.dumps(dataclasses.asdict(experiment)))
     assert make_method(parse(again).method) == method
     width = presets.find(experiment.model.preset).transformer.width
@@ -47,7 +47,7 @@ def test_judges_of_pixels_differ_by_what_they_look_at(module, latent, kind, pres
     """Heads fit the image encoder, which a text-to-video preset takes from another model."""
     (experiment, method), (plain, judged) = opened(module, preset), opened(latent, preset)
     check_roles(method, experiment.optimizers)
-    assert module.__name__ == f"configs.{experiment.name}" and method.sees_pixels
+    assert module.__name__ == f"vpae_jax.configs.{experiment.name}" and method.sees_pixels
     clean = dataclasses.replace(judged.noise, kind="clean")
     assert method == dataclasses.replace(judged, backbone="image_encoder", noise=clean)
     sizes = presets.find(experiment.model.preset)

@@ -9,9 +9,9 @@ from absl import flags
 from config_files import CONFIGS, OPENINGS
 from ml_collections import ConfigDict, config_flags
 
-from configs import phase1, phase2, teacher, vae
-from configs.common import PRESETS
 from vpae_jax.config import build, complete, parse, parse_sources
+from vpae_jax.configs import phase1, phase2, teacher, vae
+from vpae_jax.configs.common import PRESETS
 from vpae_jax.flow.sampler import Sampler
 from vpae_jax.flow.times import VALUES_720P, TimeDistribution
 from vpae_jax.methods import METHODS, make_method

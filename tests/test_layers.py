@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "vpae_jax"
 # From the ground up; a module may import its own room and those before it.
 ROOMS = (
-    ("types", "config", "sharding", "files", "impostors", "media", "pages", "cli", "flow", "runtime"),
+    ("types", "config", "config_files", "sharding", "files", "impostors", "media", "pages", "cli", "flow", "runtime"),
     ("models", "methods"),
     ("train",),
     ("weights", "data", "metrics"),
@@ -16,7 +16,7 @@ ROOMS = (
     ("encoding",),
     ("tasks",),
     ("run", "planning", "suites", "evaluation"),
-    ("main", "encode", "sample", "convert", "evaluate", "plan", "vote"),
+    ("configs", "main", "encode", "sample", "convert", "evaluate", "plan", "vote"),
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")

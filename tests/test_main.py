@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from configs import phase1, phase2
 from vpae_jax.config import parse
+from vpae_jax.configs import phase1, phase2
 from vpae_jax.run.experiment import run
 from vpae_jax.types import UserError
 

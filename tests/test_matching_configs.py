@@ -2,9 +2,9 @@
 
 import pytest
 
-from configs import dmd2, dmd2v, kd, magic
-from configs.common import PRESETS
 from vpae_jax.config import parse
+from vpae_jax.configs import dmd2, dmd2v, kd, magic
+from vpae_jax.configs.common import PRESETS
 from vpae_jax.flow.times import VALUES_720P
 from vpae_jax.methods import make_method
 from vpae_jax.methods.scores import SCORE_TIMES

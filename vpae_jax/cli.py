@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import jax
 from absl import app, flags, logging
 
+from vpae_jax.config_files import resolved
 from vpae_jax.files import local_path
 from vpae_jax.runtime import platforms
 from vpae_jax.types import Note, UserError
@@ -99,7 +100,7 @@ def launch(main: Main, check: Callable[[list[str]], None], page: Callable[[list[
             print(f"{sys.modules['__main__'].__doc__}\n{flags.FLAGS.main_module_help()}\n{page(argv)}")
             sys.exit(0)
         check(argv)
-        return _parse(argv)
+        return _parse(resolved(argv))
 
     try:
         app.run(_without_trace(main), flags_parser=parse)

@@ -9,12 +9,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import runpy
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
 from ml_collections import ConfigDict, FieldReference
@@ -271,21 +269,6 @@ class Experiment:
 def parse(config: Mapping[str, Any] | ConfigDict) -> Experiment:
     """A config file's ConfigDict as an `Experiment`. Raises `UserError` for an unknown, missing or ill-typed key."""
     return build(Experiment, config.to_dict() if isinstance(config, ConfigDict) else config, "config")
-
-
-def read(place: str) -> Experiment:
-    """The experiment of a config file, and of a preset after a colon, as `--config` takes them.
-
-    Raises:
-      UserError: no such file, or no config in it; or as `parse`.
-    """
-    path, _, preset = place.partition(":")
-    if not Path(path).is_file():
-        raise UserError(f"{path}: is no file; expected a config such as configs/self_forcing.py:t2v-1.3b-480p")
-    get_config = runpy.run_path(path).get("get_config")
-    if get_config is None:
-        raise UserError(f"{path}: has no get_config, and is no config; expected one of configs/")
-    return parse(get_config(*[preset] if preset else []))
 
 
 def complete(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:

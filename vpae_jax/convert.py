@@ -39,7 +39,8 @@ from typing import Any, get_args
 import numpy as np
 
 from vpae_jax import cli
-from vpae_jax.config import parse, read
+from vpae_jax.config import parse
+from vpae_jax.config_files import load
 from vpae_jax.methods import make_method
 from vpae_jax.methods.base import Method, all_views
 from vpae_jax.run.first_weights import previous_model, previous_moment, read_previous, remembered, resolve_model
@@ -142,7 +143,7 @@ def read_model(source: str, base: str | None, weights: str | None = None) -> Inp
 
 def sampled_as(config: str) -> Scheduler:
     """How the student of a config is sampled. Raises `UserError` for none, or one that makes no student."""
-    experiment = read(config)
+    experiment = parse(load(config))
     student = make_method(experiment.method).student
     if student is None:
         raise UserError(f"--student={config}: its method makes no student; name the config of one that does")

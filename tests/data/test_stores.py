@@ -14,9 +14,9 @@ from object_stores import HOST, S3, BadNetwork, google
 from record_files import SMALL, WIDE, write_fitting, write_folder
 from s3fs.core import S3FileSystem
 
-from configs import phase1
 from vpae_jax import encode
 from vpae_jax.config import parse
+from vpae_jax.configs import phase1
 from vpae_jax.data import stores
 from vpae_jax.data.batches import latent_batches
 from vpae_jax.data.records import LatentRecords

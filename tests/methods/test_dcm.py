@@ -24,9 +24,9 @@ from networks import (
 )
 from oracles import Backbone, LinearHeads, constant
 
-from configs import dcm_detail, dcm_semantic
-from configs.common import PRESETS
 from vpae_jax.config import parse
+from vpae_jax.configs import dcm_detail, dcm_semantic
+from vpae_jax.configs.common import PRESETS
 from vpae_jax.flow.schedule import expand, shift, unshift
 from vpae_jax.methods import make_method
 from vpae_jax.methods.base import Adapters, Role, View

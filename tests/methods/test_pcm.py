@@ -21,9 +21,9 @@ from networks import (
 )
 from oracles import Backbone, LinearHeads, constant, gaussian, state
 
-from configs import pcm
-from configs.common import PRESETS
 from vpae_jax.config import parse
+from vpae_jax.configs import pcm
+from vpae_jax.configs.common import PRESETS
 from vpae_jax.flow.sampler import Sampler
 from vpae_jax.flow.schedule import expand, unshift
 from vpae_jax.flow.times import Phased, TimeDistribution

@@ -8,8 +8,8 @@ import json
 
 import jax
 
-from configs import teacher
 from vpae_jax import config
+from vpae_jax.configs import teacher
 from vpae_jax.planning import compiling, report, search
 from vpae_jax.planning.chips import CHIPS
 from vpae_jax.planning.clips import size_of

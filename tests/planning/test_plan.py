@@ -9,8 +9,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from configs import phase2
 from vpae_jax import config
+from vpae_jax.configs import phase2
 from vpae_jax.planning import compiling, memory, report, roofline, search
 from vpae_jax.planning.chips import CHIPS, GIB
 from vpae_jax.planning.clips import size_of

@@ -1,10 +1,10 @@
 """The recorded table: rows in order of importance, each kept once, and a stopped run continues."""
 
 import json
-from pathlib import Path
 
 import pytest
 
+from vpae_jax.config_files import bundled
 from vpae_jax.planning import survey
 from vpae_jax.planning.clips import SIZES
 from vpae_jax.planning.topology import parse
@@ -34,8 +34,7 @@ def test_rows_are_presets_on_machines_that_exist():
     rows = list(survey.rows())
     assert rows[0] == ("i2v-14b-720p", "phase2", "h100:8") and rows[1][1] == "phase1"
     assert len(rows) == len(set(rows)) == 5 * 7 * 2 + len(survey.OTHERS) * 3 + 4 * 2 * 2
-    configs = {path.stem for path in (Path(__file__).parents[2] / "configs").glob("*.py")}
-    others = configs - {"common", "vae", "encoders", "teacher", "decoder"}
+    others = set(bundled()) - {"vae", "encoders", "teacher", "decoder"}
     assert {*survey.OTHERS, *survey.PHASES, *survey.CAUSAL} == others
     assert {preset for preset, _, _ in rows} == set(SIZES) - {"tiny"}
     assert all(parse(name) for _, _, name in rows)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import common, phase1, phase2, phase2_pixels, vae
 from vpae_jax import config, sharding
+from vpae_jax.configs import common, phase1, phase2, phase2_pixels, vae
 from vpae_jax.flow.times import VALUES_720P
 from vpae_jax.methods import make_method
 from vpae_jax.planning import memory

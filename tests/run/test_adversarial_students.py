@@ -3,7 +3,7 @@
 import pytest
 from short_runs import run, small
 
-from configs import aad, add, apt, dmd2, lcm, pose1, pose2
+from vpae_jax.configs import aad, add, apt, dmd2, lcm, pose1, pose2
 from vpae_jax.train.checkpoint import read_state
 from vpae_jax.types import UserError
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from configs import phase1
 from vpae_jax.config import parse
+from vpae_jax.configs import phase1
 from vpae_jax.run import agreement
 from vpae_jax.run.agreement import OWN, difference, flat, reads, require_same, started_with
 from vpae_jax.weights.directory import ModelDirectory, StoredPart

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from short_runs import run, small
 
-from configs import self_forcing
 from vpae_jax import tasks
 from vpae_jax.config import DataConfig
+from vpae_jax.configs import self_forcing
 from vpae_jax.convert import main as convert
 from vpae_jax.media import read_image, write_contact_sheet
 from vpae_jax.run.generation import Generation

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from vpae_jax.config_files import load
 from vpae_jax.run import keys
 from vpae_jax.types import UserError
 
@@ -51,7 +52,7 @@ def test_a_config_file_may_define_a_dataclass(tmp_path):
         "from ml_collections import ConfigDict\n\n@dataclasses.dataclass\nclass Sizes:\n    kind: ClassVar[str] = 'x'\n"
         "    width: int = 3\n\n\ndef get_config():\n    return ConfigDict(dataclasses.asdict(Sizes()))\n"
     )
-    assert keys.load(str(tmp_path / "mine.py")).width == 3
+    assert load(str(tmp_path / "mine.py")).width == 3
 
 
 @pytest.mark.parametrize(
@@ -65,4 +66,4 @@ def test_a_config_file_may_define_a_dataclass(tmp_path):
 def test_a_file_that_is_no_config(tmp_path, content, name, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
-        keys.load(str(tmp_path / name))
+        load(str(tmp_path / name))

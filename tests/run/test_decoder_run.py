@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 from short_runs import run, small
 
-from configs import decoder
+from vpae_jax.configs import decoder
 from vpae_jax.inference.loading import load_pipeline
 from vpae_jax.run import experiment
 

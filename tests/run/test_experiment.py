@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import encoders, phase1, phase2, teacher, vae
 from vpae_jax import cli, convert, tasks
 from vpae_jax.config import parse
+from vpae_jax.configs import encoders, phase1, phase2, teacher, vae
 from vpae_jax.inference.loading import load_pipeline
 from vpae_jax.media import read_image
 from vpae_jax.methods import make_method

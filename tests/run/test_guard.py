@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import dcm_detail, dcm_semantic, encoders, pcm, phase1, phase2, teacher, vae
 from vpae_jax.config import parse
+from vpae_jax.configs import dcm_detail, dcm_semantic, encoders, pcm, phase1, phase2, teacher, vae
 from vpae_jax.flow.draws import normal
 from vpae_jax.flow.sampler import Sampler
 from vpae_jax.inference import samplers

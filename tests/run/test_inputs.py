@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from configs import phase1, phase2, vae
 from vpae_jax import encode, tasks
 from vpae_jax.config import parse
+from vpae_jax.configs import phase1, phase2, vae
 from vpae_jax.flow.sampler import ONE_STEP
 from vpae_jax.inference.loading import load_pipeline
 from vpae_jax.media import write_video

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from short_runs import run, small
 
-from configs import dmd2, dmd2v, kd, magic
 from vpae_jax import encode
+from vpae_jax.configs import dmd2, dmd2v, kd, magic
 from vpae_jax.tasks.digits.clips import MovingDigits
 from vpae_jax.train.checkpoint import read_state
 from vpae_jax.train.metrics import read_metrics

@@ -2,9 +2,9 @@
 
 import jax
 
-from configs import phase1
 from vpae_jax import sharding
 from vpae_jax.config import parse
+from vpae_jax.configs import phase1
 from vpae_jax.methods import make_method
 from vpae_jax.models import presets
 from vpae_jax.run.overview import overview

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from test_students import assert_same_clip, loaded, run
 
-from configs import dcm_detail, dcm_semantic, pcm
 from vpae_jax import convert
 from vpae_jax.config import parse
+from vpae_jax.configs import dcm_detail, dcm_semantic, pcm
 from vpae_jax.inference.loading import load_pipeline
 from vpae_jax.run import experiment
 from vpae_jax.train.checkpoint import read_state

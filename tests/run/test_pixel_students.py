@@ -13,8 +13,8 @@ from einops import rearrange
 from flax import nnx
 from short_runs import small
 
-from configs import add_pixels, phase2_pixels
 from vpae_jax.config import parse
+from vpae_jax.configs import add_pixels, phase2_pixels
 from vpae_jax.methods import make_method
 from vpae_jax.run import experiment, image_encoders
 from vpae_jax.train.checkpoint import read_state

@@ -9,9 +9,9 @@ import pytest
 import random_model
 from PIL import Image
 
-from configs import dmd2, phase1, phase2
 from vpae_jax import encode, evaluate
 from vpae_jax.config import parse
+from vpae_jax.configs import dmd2, phase1, phase2
 from vpae_jax.inference.loading import load_pipeline
 from vpae_jax.run import experiment
 from vpae_jax.train.metrics import read_metrics

@@ -8,8 +8,8 @@ import pytest
 from short_runs import small
 from tensorboard_events import scalars
 
-from configs import phase1
 from vpae_jax.config import parse
+from vpae_jax.configs import phase1
 from vpae_jax.run import experiment
 from vpae_jax.train.metrics import read_metrics
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from configs import lcm, phase1, phase2
 from vpae_jax.config import parse
+from vpae_jax.configs import lcm, phase1, phase2
 from vpae_jax.flow.draws import noise_of_seed
 from vpae_jax.inference.loading import load_pipeline
 from vpae_jax.run import experiment

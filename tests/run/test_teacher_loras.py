@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from test_students import TINY, assert_same_clip, loaded
 
-from configs import encoders, lcm, phase1, teacher
 from vpae_jax import cli, convert, sharding
 from vpae_jax.config import MeshConfig, parse
+from vpae_jax.configs import encoders, lcm, phase1, teacher
 from vpae_jax.methods import make_method
 from vpae_jax.methods.base import Adapters, Role
 from vpae_jax.run import experiment

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from configs import phase1
 from vpae_jax.config import Experiment, parse
+from vpae_jax.configs import phase1
 from vpae_jax.run import experiment, workdir
 from vpae_jax.run.workdir import FREE, FREE_DATA, LOCK, Lock, claim, read_run, require_config, write_config
 from vpae_jax.types import UserError

@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import vpae_jax
-from configs import phase1
 from vpae_jax import cli, tasks
 from vpae_jax.config import parse
+from vpae_jax.configs import phase1
 from vpae_jax.run.agreement import reads, require_same, started_with
 from vpae_jax.runtime import distributed
 

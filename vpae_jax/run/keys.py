@@ -5,20 +5,18 @@ A key's meaning stands in the docstring of the dataclass that it becomes a field
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import re
-import sys
 import textwrap
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from vpae_jax.config import Experiment, nearest
+from vpae_jax.config_files import given, load
 from vpae_jax.methods import METHODS
 from vpae_jax.models.heads import HeadsConfig
 from vpae_jax.types import UserError
@@ -29,35 +27,6 @@ _NAME = r"""\.([^=.\[\]]*)|\['([^']*)'\]|\["([^"]*)"\]"""
 _OVERRIDE = re.compile(rf"--?(?:no)?config(?P<names>(?:{_NAME})+)(?:=|$)")
 # "      name, other: what they are", and lines that go on, indented further.
 _ATTRIBUTE = re.compile(r"^ {2}(?P<names>\w+(?:, \w+)*): (?P<text>.*(?:\n {4,}.*)*)", re.M)
-
-
-def load(path: str) -> ConfigDict:
-    """A config as a file makes it, "FILE.py" or "FILE.py:PRESET".
-
-    Raises:
-      UserError: there is no such file, it is no config file, or has no such preset.
-    """
-    file, *preset = path.split(":", 1)
-    if not Path(file).is_file():
-        raise UserError(f"--config={path}: no such file; configs/ holds one for each method")
-    spec = importlib.util.spec_from_file_location("config_file", file)
-    if spec is None or spec.loader is None:
-        raise UserError(f"--config={path}: expected a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for the names in their annotations
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, "get_config", None)):
-        raise UserError(f"--config={path}: defines no get_config, as the files of configs/ do")
-    return module.get_config(*preset)
-
-
-def given(argv: Sequence[str]) -> str | None:
-    """What a command line gives as --config."""
-    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
-        name, equals, value = argument.lstrip("-").partition("=")
-        if argument.startswith("-") and name == "config":
-            return value if equals else following
-    return None
 
 
 def check(argv: Sequence[str]) -> None:
