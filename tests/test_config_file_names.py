@@ -39,7 +39,7 @@ def test_a_file_of_the_users_comes_before_a_bundled_one(tmp_path, monkeypatch):
 def test_a_name_that_nothing_has_is_one_line(tmp_path, monkeypatch, place):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        UserError, match=rf"^--config={place}: no such file or bundled config; (did you mean '|known: )[^\n]+$"
+        UserError, match=rf"^{place}: no such config file or bundled config; (did you mean '|known: )[^\n]+$"
     ):
         find(place)
 

@@ -37,7 +37,7 @@ def find(place: str) -> tuple[Path, str | None]:
     if not path.is_file():
         name = path.stem if path == Path("configs") / f"{path.stem}.py" else text
         if name not in known:
-            raise UserError(f"--config={place}: no such file or bundled config{nearest(name, known)}")
+            raise UserError(f"{place}: no such config file or bundled config{nearest(name, known)}")
         path = known[name]
     return path, preset if colon else None
 
@@ -51,12 +51,12 @@ def load(place: str) -> ConfigDict:
     path, preset = find(place)
     spec = importlib.util.spec_from_file_location("config_file", path)
     if spec is None or spec.loader is None:
-        raise UserError(f"--config={place}: expected a Python file")
+        raise UserError(f"{place}: expected a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look up the names in their annotations
     spec.loader.exec_module(module)
     if not callable(getattr(module, "get_config", None)):
-        raise UserError(f"--config={place}: defines no get_config, as the files of configs/ do")
+        raise UserError(f"{place}: defines no get_config, as the files of configs/ do")
     return module.get_config(*[] if preset is None else [preset])
 
 
