@@ -1,6 +1,8 @@
 # make demo    everything on real data: phase 1 -> phase 2 -> sample -> evaluate -> runs/demo/report.html
 # make test    every test but the long ones        make test-all    the long ones too
 # make check   format, lint and types              make tiny        trains the embedded model again
+# make docs    the documentation site -> docs/site/index.html (warnings are errors)      make links   its external links
+# make lock    the versions installed here -> locks/ (make test with them: PIP_CONSTRAINT=locks/py311.txt make test)
 # make plans   compiles every large preset for every kind of machine -> runs/plans/ (hours; continues where it stopped)
 # make clean   removes .venv, caches and runs/
 
@@ -16,7 +18,7 @@ SHORT = --config.method.ema=0.98 --config.data.clips=1024 --config.log_every=5 -
 # Compiled programs are kept between runs; a second demo or test run skips most of the compiling.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: demo test test-all check format tiny plans clean
+.PHONY: demo test test-all check format docs links lock tiny plans clean
 
 demo: $(VENV)/installed
 	$(RUN) -m vpae_jax.main --config=configs/phase1.py $(SHORT) --config.steps=200 --workdir=$(WORKDIR)/phase1
@@ -42,6 +44,18 @@ format: $(VENV)/installed-dev
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
+docs: $(VENV)/installed-dev
+	$(RUN) -m sphinx -W --keep-going -q -b html docs docs/site
+	@echo "open docs/site/index.html"
+
+links: $(VENV)/installed-dev
+	$(RUN) -m sphinx -q -b linkcheck docs docs/site/links
+
+lock: $(VENV)/installed-dev
+	mkdir -p locks
+	$(RUN) -m pip freeze --exclude-editable | sed 's/+cpu$$//' > \
+		locks/py$$($(RUN) -c "import sys; print(f'{sys.version_info[0]}{sys.version_info[1]}')").txt
+
 tiny: $(VENV)/installed
 	$(RUN) -m vpae_jax.main --config=configs/vae.py --workdir=runs/tiny/vae
 	$(RUN) -m vpae_jax.main --config=configs/encoders.py --workdir=runs/tiny/encoders
@@ -60,4 +74,4 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 	touch $@
 
 clean:
-	rm -rf runs .cache $(VENV)
+	rm -rf runs .cache docs/site $(VENV)

@@ -1,0 +1,45 @@
+"""Sphinx configuration: `make docs` builds the site from these pages and from the package's docstrings."""
+
+import os
+import re
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import vpae_jax  # noqa: E402
+
+project = "vpae_jax"
+author = "The vpae_jax authors"
+copyright = "2026, the vpae_jax authors"
+version = release = vpae_jax.__version__
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+html_theme = "furo"
+html_title = "vpae_jax"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+exclude_patterns = ["site"]
+nitpicky = False
+
+myst_heading_anchors = 4
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+nb_execution_mode = "off"  # the notebook's outputs are stored in it; a test runs it
+
+autodoc_member_order = "bysource"
+autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_preserve_defaults = True
+autodoc_typehints = "signature"
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+
+
+def markdown_docstring(app, what, name, obj, options, lines):
+    """Docstrings have Markdown's inline code and indented commands; reStructuredText spells both differently."""
+    text = "\n".join(lines)
+    text = re.sub(r"(?<!`)`([^`\n]+)`(?!`)(?=(\w)?)", lambda m: f"``{m[1]}``" + ("\\ " if m[2] else ""), text)
+    # A block that is indented after a paragraph, in Markdown, is code.
+    text = re.sub(r"(?m)^(?![ -]|Args:|Returns:|Raises:|Attributes:|Yields:)(.*[^:\s]):?\n\n(?= {4}\S)", r"\1::\n\n", text)
+    lines[:] = text.split("\n")
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", markdown_docstring, priority=100)
