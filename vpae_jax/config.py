@@ -228,6 +228,7 @@ class Experiment:
       sample_guidance: guidance of the teacher's previews.
       sample_shift: shift of the teacher's time grid, and of a one-step student's where it is sampled in more.
       tracker: what gets metrics and previews besides the workdir: "wandb" or "trackio", packages to be installed.
+      profile: "FROM:TO", steps (from 1, inclusive) that are profiled into `WORKDIR/profile` for XProf; empty for none.
     """
 
     name: str
@@ -248,6 +249,7 @@ class Experiment:
     sample_guidance: float = 1.0
     sample_shift: float = 1.0
     tracker: Literal["none", "wandb", "trackio"] = "none"
+    profile: str = ""
     networks: Mapping[str, Any] = field(default_factory=dict)
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()

@@ -107,10 +107,11 @@ def run(
     put=lambda x: x,
     log_every=1,
     stop=never,
+    profile="",
 ):
     workdir.mkdir(parents=True, exist_ok=True)
     due = {"checkpoint_every": checkpoint_every, "checkpoint_minutes": checkpoint_minutes}
-    experiment = dataclasses.replace(EXPERIMENT, log_every=log_every, steps=steps, **due)
+    experiment = dataclasses.replace(EXPERIMENT, log_every=log_every, steps=steps, profile=profile, **due)
     method, models, optimizers, state, frozen = parts(noise)
     given = batches(scale) if given is None else given
     return train(experiment, method, models, optimizers, state, frozen, given, put, workdir, hooks, stop)

@@ -52,6 +52,7 @@ from vpae_jax.train.blueprint import PixelParts, draw_up
 from vpae_jax.train.loop import Hook, train
 from vpae_jax.train.newest import Moment, latest
 from vpae_jax.train.optim import make_optimizer
+from vpae_jax.train.profiling import Window
 from vpae_jax.train.roles import check_roles
 from vpae_jax.train.state import abstract, create
 from vpae_jax.types import Params, PixelBatch, UserError
@@ -208,7 +209,11 @@ def _inputs(experiment: Experiment, method: Method, workdir: Path) -> Inputs:
 
 
 def check_settings(experiment: Experiment, method: Method) -> None:
-    """Raises `UserError` for an update that the run is too short for, or a batch in parts that must stay whole."""
+    """Raises `UserError` for an update or a profile that the run is too short for, or a batch in parts that must stay
+    whole."""
+    window = Window.parse(experiment.profile)
+    if window is not None and window.last > experiment.steps:
+        raise UserError(f"config.profile ends at step {window.last}, but config.steps is {experiment.steps}; lower it")
     if method.whole_batch and experiment.accumulation not in (1, -1):
         raise UserError(
             f"config.accumulation is {experiment.accumulation}, but the method compares the clips of a batch with each "

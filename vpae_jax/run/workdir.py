@@ -45,6 +45,7 @@ FREE = (
     "keep",
     "guard",
     "tracker",
+    "profile",
 )
 FREE_DATA = ("data.folder", "data.records", "data.videos", "data.workers", "data.max_bad", "data.held_out_records")
 

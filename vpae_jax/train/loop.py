@@ -31,6 +31,7 @@ from vpae_jax.train.checkpoint import Checkpoints
 from vpae_jax.train.clocks import Alarm, Clock
 from vpae_jax.train.metrics import MetricsLog
 from vpae_jax.train.newest import Moment
+from vpae_jax.train.profiling import Profiler, Window
 from vpae_jax.train.roles import RoleModels
 from vpae_jax.train.state import TrainState, places_of
 from vpae_jax.train.trackers import Tracker
@@ -115,6 +116,8 @@ def train(
         ]
         metrics = MetricsLog(workdir, begun.step, experiment.steps, _tracker(experiment, workdir))
         stack.callback(metrics.close)
+        profiler = Profiler(Window.parse(experiment.profile), workdir)
+        stack.callback(profiler.close)
         if not begun.updates:
             missed = hooks if begun.step == 0 else tuple(hook for hook in hooks if not hook.done(begun.step))
             _run_hooks(missed, begun.step, experiment.steps, state, metrics)
@@ -135,7 +138,8 @@ def train(
                     continue
                 with clock.waiting(None):
                     batch = ahead.take()
-                with metrics.first_time(f"compiling the {method.updates[index].name}'s update"):
+                name = method.updates[index].name
+                with metrics.first_time(f"compiling the {name}'s update"), profiler.update(name, step + 1):
                     state, running = programs[index](state, frozen, batch, jnp.int32(repeat))
                 if done < len(turns) or step + 1 < experiment.steps:
                     with clock.waiting(running):
@@ -144,6 +148,7 @@ def train(
                 if done < len(turns) and pause(done):
                     return state
             state = replace(state, step=state.step + 1)
+            profiler.after(step + 1)
             _record(metrics, step + 1, values, clock, batches, experiment)
             values = {}
             metrics.advance()
