@@ -1,7 +1,7 @@
 # make demo    everything on real data: phase 1 -> phase 2 -> sample -> evaluate -> runs/demo/report.html
 # make test    every test but the long ones        make test-all    the long ones too
 # make check   format, lint and types              make tiny        trains the embedded model again
-# make docs    the documentation site -> docs/site/index.html (warnings are errors)      make links   its external links
+# make docs    the documentation site -> build/site/index.html (warnings are errors)      make links   its external links
 # make lock    the versions installed here -> locks/ (make test with them: PIP_CONSTRAINT=locks/py311.txt make test)
 # make plans   compiles every large preset for every kind of machine -> runs/plans/ (hours; continues where it stopped)
 # make clean   removes .venv, caches and runs/
@@ -45,11 +45,11 @@ format: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check --fix .
 
 docs: $(VENV)/installed-dev
-	$(RUN) -m sphinx -W --keep-going -q -b html docs docs/site
-	@echo "open docs/site/index.html"
+	$(RUN) -m sphinx -W --keep-going -q -b html docs build/site
+	@echo "open build/site/index.html"
 
 links: $(VENV)/installed-dev
-	$(RUN) -m sphinx -q -b linkcheck docs docs/site/links
+	$(RUN) -m sphinx -q -b linkcheck docs build/site/links
 
 lock: $(VENV)/installed-dev
 	mkdir -p locks
@@ -74,4 +74,4 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 	touch $@
 
 clean:
-	rm -rf runs .cache docs/site $(VENV)
+	rm -rf runs .cache build/site $(VENV)

@@ -17,7 +17,7 @@ html_theme = "furo"
 html_title = "vpae_jax"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
-exclude_patterns = ["site"]
+exclude_patterns = []
 nitpicky = False
 
 myst_heading_anchors = 4
