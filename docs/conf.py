@@ -5,7 +5,7 @@ import re
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import vpae_jax  # noqa: E402
+import vpae_jax
 
 project = "vpae_jax"
 author = "The vpae_jax authors"
@@ -25,11 +25,12 @@ myst_enable_extensions = ["colon_fence", "dollarmath"]
 nb_execution_mode = "off"  # the notebook's outputs are stored in it; a test runs it
 
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_default_options = {"members": True}
 autodoc_preserve_defaults = True
 autodoc_typehints = "signature"
-napoleon_use_ivar = True
+napoleon_custom_sections = [("Attributes", "params_style")]
 napoleon_use_rtype = False
+highlight_language = "text"
 
 
 def markdown_docstring(app, what, name, obj, options, lines):
@@ -37,9 +38,20 @@ def markdown_docstring(app, what, name, obj, options, lines):
     text = "\n".join(lines)
     text = re.sub(r"(?<!`)`([^`\n]+)`(?!`)(?=(\w)?)", lambda m: f"``{m[1]}``" + ("\\ " if m[2] else ""), text)
     # A block that is indented after a paragraph, in Markdown, is code.
-    text = re.sub(r"(?m)^(?![ -]|Args:|Returns:|Raises:|Attributes:|Yields:)(.*[^:\s]):?\n\n(?= {4}\S)", r"\1::\n\n", text)
+    text = re.sub(
+        r"(?m)^(?![ -]|Args:|Returns:|Raises:|Attributes:|Yields:)(.*[^:\s]):?\n\n(?= {4}\S)", r"\1::\n\n", text
+    )
     lines[:] = text.split("\n")
+
+
+def plain_signature(app, what, name, obj, options, signature, returned):
+    """Types by the names that the source gives them; a protocol is not constructed."""
+    if getattr(obj, "_is_protocol", False):
+        return "", None
+    texts = (None if text is None else text.replace("jaxlib._jax.Array", "Array") for text in (signature, returned))
+    return tuple(None if text is None else re.sub(r"\b(jaxtyping|numpy)\.", "", text) for text in texts)
 
 
 def setup(app):
     app.connect("autodoc-process-docstring", markdown_docstring, priority=100)
+    app.connect("autodoc-process-signature", plain_signature)
