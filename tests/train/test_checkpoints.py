@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from full_disk import limited
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from vpae_jax.config import OptimizerConfig
 from vpae_jax.methods.base import Role, averages
@@ -75,6 +77,29 @@ def test_a_checkpoint_is_complete_and_the_last_two_are_kept(saved):
         state, position, metrics = checkpoints.restore(found, state_at(0))
     assert found == latest(saved) == whole_moment(saved) == NEW
     assert same(state, NEW) and position == {"batches": 60} and metrics == {}
+
+
+def spread(state: TrainState, places: P) -> TrainState:
+    """The state with every matrix at these places of a mesh of 4 x 2 devices, and all else on each device."""
+    mesh = jax.make_mesh((4, 2), ("fsdp", "context"))
+
+    def put(leaf):
+        return jax.device_put(leaf, NamedSharding(mesh, places if leaf.ndim == 2 else P()))
+
+    plain = jax.tree.map(put, dataclasses.replace(state, key=jax.random.key_data(state.key)))
+    return dataclasses.replace(plain, key=jax.random.wrap_key_data(plain.key))
+
+
+def test_a_checkpoint_is_restored_into_other_places_than_it_was_saved_from(tmp_path):
+    """A later version may place a parameter along another axis, as `sharding.py` once did with two projections."""
+    by_columns, by_rows = P(None, ("fsdp", "context")), P(("fsdp", "context"), None)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(spread(state_at(NEW), by_columns), {})
+    with Checkpoints(tmp_path) as checkpoints:
+        found, *_ = checkpoints.restore(checkpoints.newest(), spread(state_at(0), by_rows))
+    assert same(found, NEW)
+    matrices = [leaf for leaf in jax.tree.leaves((found.params, found.opt, found.averages)) if leaf.ndim == 2]
+    assert len(matrices) == 4 and all(leaf.addressable_shards[0].data.shape == (8, 64) for leaf in matrices)
 
 
 def test_a_checkpoint_within_a_step_comes_between_those_of_whole_ones(workdir):
