@@ -105,7 +105,7 @@ def unipc_levels(
 
 
 def unipc_times(levels: Float[np.ndarray, "n"]) -> Float[np.ndarray, "m"]:
-    """The timesteps that the network is told: all levels but the last, truncated to thousandths as both libraries do."""
+    """The timesteps that the network is told: all levels but the last, cut to thousandths as both libraries do."""
     return ((levels[:-1] * 1000).astype(np.int64) / 1000).astype(np.float32)
 
 
