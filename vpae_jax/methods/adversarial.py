@@ -119,13 +119,13 @@ DISC_TIMES = TimeDistribution(low=0.9, high=0.999, stated_for=VALUES_720P)
 class DiscriminatorNoise:
     """How clips are noised before the discriminator sees them.
 
-    The gradient of a logit reaches the clip through d x_t / d x0 = 1 - t, so high timesteps leave little of it, and t = 1
-    none at all (V-PAE v1).
+    The gradient of a logit reaches the clip through d x_t / d x0 = 1 - t, so high timesteps leave little of it, and
+    t = 1 none at all (V-PAE v1).
 
     Attributes:
       kind: "shared": one t for a real and a generated clip, independent noise. "independent": a t for each as well
-        (ASD). "fig_literal": as in figure 2, `t` for generated clips and any timestep in (0, 1] for real ones, which can
-        be told apart by their noise level alone; only for reproduction. "clean": no noise, and the backbone is told a
+        (ASD). "fig_literal": as in figure 2, `t` for generated clips and any timestep in (0, 1] for real ones, so that
+        the noise level alone tells them apart; only for reproduction. "clean": no noise, and the backbone is told a
         random timestep (APT).
       t: distribution of t.
       real: "clean" leaves real clips without noise (Eq. 3 read literally).
@@ -276,8 +276,8 @@ def discriminator_loss(
       step: completed steps.
 
     Returns:
-      The loss, and as metrics the logits, their gap, the accuracy (of the sign, or of the order for a relative loss) and
-      the penalty (0 on a step without it).
+      The loss, and as metrics the logits, their gap, the accuracy (of the sign, or of the order for a relative loss)
+      and the penalty (0 on a step without it).
     """
     real, fake = judge(shown.real, shown.real_t), judge(shown.fake, shown.fake_t)
     return loss_of_logits(judge, shown, real, fake, kind, penalty, key, step)
@@ -311,7 +311,7 @@ def loss_of_logits(
 
 
 def generator_loss(judge: Judge, shown: Judged, kind: AdversarialKind) -> tuple[PerExample, Logits]:
-    """The generator's adversarial loss of each clip, differentiable in the generated clips of `shown`, and their logits.
+    """The generator's adversarial loss of each clip, differentiable in the generated clips of `shown`, and the logits.
 
     A relative loss also evaluates the real clips.
     """
