@@ -69,7 +69,9 @@ class LCM(Distillation):
         check_at_least("LCM", 0, guidance=self.guidance)
         check_huber("LCM", self.huber)
         if self.t.kind not in ("grid", "list"):
-            raise UserError(f"LCM.t is of kind {self.t.kind!r}, expected 'grid' or 'list', which have discrete timesteps")
+            raise UserError(
+                f"LCM.t is of kind {self.t.kind!r}, expected 'grid' or 'list', which have discrete timesteps"
+            )
         _ = self.student  # raises for an invalid sampler
 
     @property
