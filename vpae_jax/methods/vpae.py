@@ -231,7 +231,8 @@ class PhaseTwo(JudgedDistillation):
             pixels.check_distance("PhaseTwo", self.csds)
         if self.backbone == "online_trainable":
             warnings.warn(
-                "PhaseTwo.backbone is 'online_trainable': the generator can lower its loss by blinding its own judge",
+                "PhaseTwo.backbone is 'online_trainable': the generator can lower its loss by blinding its own "
+                "discriminator",
                 stacklevel=3,
             )
 
