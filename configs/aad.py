@@ -6,11 +6,12 @@
     python -m vpae_jax.main --config=configs/aad.py:t2v-14b-480p --workdir=... --config.model.path=... \\
         --config.data.records=...
 
-Starts from distribution matching without a discriminator, by default in the folder `aad_init` beside this run's
-workdir: 100 updates of the generator, beyond which, AAD-1 says, videos lose their motion. The presets of 1.3B and 14B
-hold AAD-1's values for Wan 14B: 200 steps, generator 4e-7, the discriminator's backbone 1e-6, its heads 2e-6 on blocks
-19, 29 and 39, average .98, penalties of 20 at sigma .05 on both sides (0 collapses, 50 leaves a grid). The optimizer is
-unstated: APT's. AAD-1's batch is 256 (--config.batch_size=256), here V-PAE's 32. All else is `configs/apt.py`'s.
+Starts from distribution matching without a discriminator, by default in the folder `aad_init` next to this run's
+workdir: 100 updates of the generator, beyond which, according to AAD-1, videos lose their motion. The presets for 1.3B
+and 14B use AAD-1's values for Wan 14B: 200 steps, learning rates of 4e-7 for the generator, 1e-6 for the
+discriminator's backbone and 2e-6 for its heads on blocks 19, 29 and 39, average with decay 0.98, penalties of 20 at
+sigma 0.05 on both sides (0 collapses, 50 leaves a grid pattern). The optimizer is unstated and is APT's. AAD-1's batch
+is 256 (--config.batch_size=256), here it is V-PAE's 32. Everything else is as in `configs/apt.py`.
 """
 
 from ml_collections import ConfigDict
@@ -30,7 +31,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     config.name = "aad"
     method, heads, command = config.method, config.networks.heads, START.format(preset=preset)
     method.noise.kind = "shared"
-    method.noise.t.shift, method.noise.t.stated_for = 1.0, None  # all times, for clips of any size
+    method.noise.t.shift, method.noise.t.stated_for = 1.0, None  # all timesteps, for clips of any size
     method.penalty.on, method.penalty.sigma_s = "both", 0.05
     if preset == "tiny":
         method.ema = 0.99

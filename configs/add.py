@@ -1,17 +1,17 @@
-"""ADD, adversarial diffusion distillation in latents (2311.17042, 2403.12015), as the paper's tables compare with it.
+"""ADD, adversarial diffusion distillation in latents (2311.17042, 2403.12015), a baseline of the paper's tables.
 
     python -m vpae_jax.main --config=configs/add.py --workdir=runs/tiny/add                      # tiny, CPU, 4 steps
     python -m vpae_jax.main --config=configs/add.py --config.method.steps=1 --workdir=runs/tiny/add1
     python -m vpae_jax.main --config=configs/add.py:i2v-14b-720p --workdir=... --config.model.path=... \\
         --config.data.records=...
 
-V-PAE's paper gives no settings for its baselines, and its ADD of one step has the very numbers of its own second phase
-from the raw teacher (tables 1 and 2), which is another command (`docs/methods.md`). This one is ADD's method. The
-presets of 1.3B and 14B hold FastGen's values for Wan 1.3B: 2e-6, heads 4e-6, Adam (.9, .999) with decay .01, a head a
-quarter as wide as the transformer; heads on every block are LADD's; the batch is V-PAE's, and so are 1,500 steps, the
-sum of its two phases. The tiny preset has its own values, with reasons beside them.
+V-PAE's paper gives no settings for its baselines, and its one-step ADD has exactly the numbers of its own second phase
+from the raw teacher (Tables 1 and 2), which is a different command (`docs/methods.md`). This config is ADD's method.
+The presets for 1.3B and 14B use FastGen's values for Wan 1.3B: 2e-6, heads 4e-6, Adam (0.9, 0.999) with weight decay
+0.01, heads a quarter as wide as the transformer. Heads on every block are LADD's. The batch is V-PAE's, and so are the
+1,500 steps, the sum of its two phases. The tiny preset has its own values, with reasons in the comments.
 
-LADD's own form, on clips that the teacher made: --config.method.csds.weight=0 --config.data.records=...
+LADD's own form, on clips that the teacher generated: --config.method.csds.weight=0 --config.data.records=...
 """
 
 from dataclasses import replace
@@ -51,18 +51,18 @@ def tiny() -> ConfigDict:
         preset="tiny",
         method={
             "name": "add",
-            # Clips are judged at the times for 720p, translated: in so small a clip logit-normal (-1.4, 1).
-            "shift": 1.0,  # a clip of 1,728 values is unreadable at the times that matter at 720p
+            # The discriminator sees the timesteps for 720p, translated: for so small a clip logit-normal (-1.4, 1).
+            "shift": 1.0,  # a clip of 1,728 values is unreadable at the timesteps that matter at 720p
             "early_steps": 100,  # of 800
-            "csds": replace(TEACHER, guidance=3.0, t=TINY_TIMES),  # as phase one's
-            "disc_warmup": 50,  # as phase two's: the heads start from random weights
-            "image_dropout": 0.5,  # the tiny model makes videos from text alone too
+            "csds": replace(TEACHER, guidance=3.0, t=TINY_TIMES),  # as in phase one
+            "disc_warmup": 50,  # as in phase two: the heads start from random weights
+            "image_dropout": 0.5,  # the tiny model also generates from text alone
             "ema": 0.99,
         },
         networks={"heads": {"kind": "conv", "taps": every_block("tiny")}},
         optimizers={
-            "generator": adam(1e-4, b1=0.5),  # as phase one's
-            "heads": adam(1e-3, b1=0.5),  # as phase two's
+            "generator": adam(1e-4, b1=0.5),  # as in phase one
+            "heads": adam(1e-3, b1=0.5),  # as in phase two
         },
         steps=800,
         batch_size=16,

@@ -5,14 +5,15 @@
     python -m vpae_jax.main --config=configs/asd.py:t2v-1.3b-480p --workdir=... --config.model.path=... \\
         --config.previous.workdir=... --config.data.records=...
 
-The student takes fewer evaluations a chunk, too, and more for the first chunk (First-Frame Enhancement):
+The student can also be sampled with fewer evaluations per chunk, or with more for the first chunk (First-Frame
+Enhancement):
 
     python -m vpae_jax.sample --model=runs/tiny/asd/model --steps=1 --prompt=... --output=...
     python -m vpae_jax.sample --model=runs/tiny/asd/model --steps=4,1 --prompt=... --output=...
 
-It starts from the causal model of `configs/causal_init.py`. Its learning rates and length are unstated: what is not its
-own is Self-Forcing's (`configs/self_forcing.py`). Its weight (30), penalty (600, sigma .05) and taps (12, 21 and 29 of
-30 blocks, in proportion at 14B) are. Heads are of kind "ca", with an output for each n.
+Starts from the causal model of `configs/causal_init.py`. The paper states the adversarial weight (30), the penalty
+(600, sigma 0.05) and the taps (12, 21 and 29 of 30 blocks, in proportion at 14B), but no learning rates or length: the
+rest is Self-Forcing's (`configs/self_forcing.py`). Heads are of kind "ca", with an output for each n.
 """
 
 from ml_collections import ConfigDict
@@ -30,7 +31,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     shared = {key: value for key, value in config["method"].items() if key not in ("name", "penalty")}
     method = {"name": "asd", **shared}
     if preset == "tiny":
-        # The judge hears clips at the times at which the scores do.
+        # The discriminator sees clips at the same timesteps as the scores do.
         method["noise"] = {"kind": "independent", "t": TINY_TIMES}
         method["alpha"] = 1.0
         heads = {"kind": "ca"}

@@ -1,14 +1,14 @@
-"""Makes a causal model of a teacher, from which Self-Forcing and ASD start (CausVid, 2412.07772).
+"""Turns a teacher into a causal model, from which Self-Forcing and ASD start (CausVid, 2412.07772).
 
     python -m vpae_jax.main --config=configs/causal_init.py --workdir=runs/tiny/causal_init         # tiny, CPU
     python -m vpae_jax.main --config=configs/causal_init.py:t2v-1.3b-480p --workdir=... --config.model.path=... \\
         --config.data.records=...
 
-`--config.method.kind=diffusion_forcing` shows a chunk the earlier ones as they are noised; `configs/causal_ode.py` is
-the other beginning, without clips.
+With `--config.method.kind=diffusion_forcing` a chunk sees the earlier ones with their own noise.
+`configs/causal_ode.py` is the other initialisation, without clips.
 
-The presets of 1.3B and 14B hold Self-Forcing's learning rate (2e-6), batch (64) and chunks (3 latent frames); its times
-are shifted by 5. The tiny clip has three latent frames, each a chunk.
+The presets for 1.3B and 14B use Self-Forcing's learning rate (2e-6), batch (64) and chunks (3 latent frames), with
+timesteps shifted by 5. The tiny clip has three latent frames, each of which is a chunk.
 """
 
 from ml_collections import ConfigDict
@@ -40,9 +40,9 @@ def tiny() -> ConfigDict:
             "chunks": {"size": 1},  # three latent frames
             "t": TINY_TIMES,
             "steps": 20,
-            "shift": 1.0,  # a clip of 1,728 values is unreadable at the times that matter at 720p
-            "guidance": 3.0,  # as phase one's
-            "image_dropout": 0.5,  # the tiny model makes videos from text alone too
+            "shift": 1.0,  # a clip of 1,728 values is unreadable at the timesteps that matter at 720p
+            "guidance": 3.0,  # as in phase one
+            "image_dropout": 0.5,  # the tiny model also generates from text alone
             "ema": 0.99,
         },
         optimizers={"generator": adam(3e-4, b1=0.9)},

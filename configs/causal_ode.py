@@ -4,8 +4,8 @@
     python -m vpae_jax.main --config=configs/causal_ode.py:t2v-1.3b-480p --workdir=... --config.model.path=... \\
         --config.data.records=...
 
-The presets of 1.3B and 14B hold CausVid's learning rate (2e-6), batch (64), length (3,000 steps), 48 steps of the
-teacher and chunks of 3 latent frames; guidance 5 and times shifted by 5, as Self-Forcing's four.
+The presets for 1.3B and 14B use CausVid's learning rate (2e-6), batch (64), length (3,000 steps), 48 steps of the
+teacher and chunks of 3 latent frames; guidance is 5 and the student's timesteps are Self-Forcing's four, shifted by 5.
 """
 
 from ml_collections import ConfigDict
@@ -35,10 +35,10 @@ def tiny() -> ConfigDict:
         method={
             "name": "causal_ode",
             "chunks": {"size": 1},  # three latent frames
-            "shift": 1.0,  # a clip of 1,728 values is unreadable at the times that matter at 720p
+            "shift": 1.0,  # a clip of 1,728 values is unreadable at the timesteps that matter at 720p
             "ode_steps": 20,
-            "guidance": 3.0,  # as phase one's
-            "image_dropout": 0.5,  # the tiny model makes videos from text alone too
+            "guidance": 3.0,  # as in phase one
+            "image_dropout": 0.5,  # the tiny model also generates from text alone
             "ema": 0.99,
         },
         optimizers={"generator": adam(3e-4, b1=0.9)},

@@ -1,7 +1,7 @@
 """What the configs share: presets, and the settings that do not belong to a method.
 
-A config file is `get_config(preset)`; its docstring is its lab notebook. What the tiny
-preset changes has its reason beside it.
+A config file is `get_config(preset)`; its docstring is its lab notebook. Comments give the reason for each value that
+the tiny preset changes.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from vpae_jax.models import presets
 from vpae_jax.models.heads import HeadsConfig, even_taps
 from vpae_jax.types import UserError
 
-# In so small a clip the same noise hides more than at 720p, so the tiny presets' times are lower than Wan's.
+# In so small a clip the same noise hides more than at 720p, so the tiny presets' timesteps are lower than Wan's.
 TINY_TIMES = TimeDistribution(low=0.02, high=0.98)
 PRESETS = ("tiny", "t2v-1.3b-480p", "t2v-14b-480p", "t2v-14b-720p", "i2v-14b-480p", "i2v-14b-720p")
 
@@ -27,11 +27,12 @@ def check(preset: str, known: tuple[str, ...] = PRESETS) -> None:
 
 
 def experiment(preset: str, **values) -> ConfigDict:
-    """A whole config: the given values, and every default that they leave open, so that each of their keys can be
-    overridden. A command line cannot add optimizers, nor patterns to `model.init_scale`.
+    """A whole config: the given values, completed with every default, so that each of their keys can be overridden.
+
+    A command line can add neither optimizers nor patterns of `model.init_scale`.
 
     Args:
-      preset: sizes of the heads, where `model.preset` does not say.
+      preset: sizes of the heads, unless `model.preset` is given.
       values: keys of `Experiment`.
     """
     method = dict(values["method"])
@@ -45,12 +46,12 @@ def experiment(preset: str, **values) -> ConfigDict:
 
 
 def wan(preset: str) -> dict:
-    """What all distillations set for 1.3B and 14B besides the method, its optimizers and the number of steps."""
+    """Settings for 1.3B and 14B that all distillations share: all but the method, its optimizers and the step count."""
     return {
         "preset": preset,
         "batch_size": 32,
-        # One clip at a time on every eight devices, four for 1.3B with its twelve heads; so each holds an eighth of a
-        # clip's tokens. `python -m vpae_jax.plan` says what fits where.
+        # One clip at a time on every eight devices (four for 1.3B with its twelve heads), so each device has an eighth
+        # of a clip's tokens. `python -m vpae_jax.plan` reports what fits where.
         "accumulation": -1,
         "mesh": {"context": 4 if "1.3b" in preset else 8},
         "log_every": 1,
@@ -70,18 +71,20 @@ def wan(preset: str) -> dict:
 
 
 def every_block(preset: str) -> tuple[int, ...]:
-    """Taps of discriminator heads that read every block of a model."""
+    """Taps of discriminator heads that read every block of a model, counted from 1."""
     return tuple(range(1, presets.find(preset).transformer.num_layers + 1))
 
 
 def look_at_pixels(config: ConfigDict) -> ConfigDict:
-    """Turns a config's discriminator into one on pixels, whose heads read the image encoder at even depths. They are as
-    wide as it: 1280 with Wan's, as the heads on transformers of 14B."""
+    """Turns a config's discriminator into one on pixels, whose heads read the image encoder at evenly spaced depths.
+
+    The heads are as wide as the encoder: 1280 for Wan's, the same as heads on 14B transformers.
+    """
     preset = presets.find(config.model.preset)
     encoder = preset.image_encoder or presets.CLIP_VIT_H
     config.name += "_pixels"
     config.method.backbone, config.method.noise.kind = "image_encoder", "clean"
-    if preset.image_encoder is None:  # a text-to-video model borrows that of another one
+    if preset.image_encoder is None:  # a text-to-video model uses that of another model
         config.model.image_encoder = "models/i2v-14b-480p"
     heads = config.networks.heads
     heads.width = heads.hidden = encoder.hidden_size

@@ -4,18 +4,18 @@
     python -m vpae_jax.main --config=configs/dcm_semantic.py:i2v-14b-720p --workdir=... --config.model.path=... \\
         --config.data.records=...
 
-V-PAE's paper gives no settings for its baselines. The presets of 1.3B and 14B hold those of the authors' code for Wan
-(learning rate 1e-6, Adam (.9, .999), decay .001, norms clipped at 1, 50 points of shift 17 parted at 35, w = 6, 1,000
-steps), with the paper's batch of 32. What the two configs share, they have to agree on. The tiny preset has its own
-values, with reasons beside them.
+V-PAE's paper gives no settings for its baselines. The presets for 1.3B and 14B use those of the authors' code for Wan
+(learning rate 1e-6, Adam (0.9, 0.999), weight decay 0.001, gradient norms clipped at 1, 50 points of shift 17 split at
+35, w = 6, 1,000 steps), with the paper's batch of 32. Keys that the two configs share must have the same values. The
+tiny preset has its own values, with reasons in the comments.
 """
 
 from ml_collections import ConfigDict
 
 from vpae_jax.configs.common import adam, check, experiment, wan
 
-# A clip of 1,728 values is unreadable at the times that matter at 720p, so the tiny grid is not shifted. Guidance is
-# phase one's, and the tiny model makes videos from text alone too.
+# A clip of 1,728 values is unreadable at the timesteps that matter at 720p, so the tiny grid is not shifted. Guidance
+# is phase one's, and the tiny model also generates from text alone.
 TINY_METHOD = {"shift": 1.0, "guidance": 3.0, "image_dropout": 0.5, "ema": 0.99}
 TINY = {
     "batch_size": 16,
@@ -51,8 +51,8 @@ def tiny() -> ConfigDict:
         method={
             "name": "dcm_semantic",
             **TINY_METHOD,
-            "coherence_frames": 1,  # a clip has three latent frames, and so none that are three apart
+            "coherence_frames": 1,  # a clip has three latent frames, so none are three apart
         },
-        optimizers={"generator": adam(1e-4, b1=0.9)},  # a hundred times the rate of 14B
+        optimizers={"generator": adam(1e-4, b1=0.9)},  # 100 times the rate for 14B
         steps=400,
     )

@@ -1,14 +1,14 @@
-"""A small decoder in the place of the video autoencoder's, distilled from it on the user's clips.
+"""A small decoder that replaces that of the video autoencoder, distilled from it on your clips.
 
     python -m vpae_jax.main --config=configs/decoder.py --workdir=runs/decoder
     python -m vpae_jax.main --config=configs/decoder.py:t2v-14b-720p --config.data.records=DIR --workdir=runs/decoder
     python -m vpae_jax.sample --model=MODEL --decoder=runs/decoder/model --prompt=... --output=out.mp4
 
-For one-step students, of whose clips the autoencoder takes a good part of the time. The records' latents are decoded by
-the frozen autoencoder of the model directory, which serves all models of Wan 2.1, and the small decoder learns to do
-the same: a piece of 6 latent frames of 32 x 32 (21 frames of 256 x 256 pixels) of each clip. TAEHV's `taew2_1` is such
-a decoder, and `--decoder` takes it too; train one where your clips look unlike what others trained on. What the tiny
-one reaches is in docs/benchmarks.md; nothing of the larger presets has been run.
+For one-step students, whose sampling time is in good part spent in the autoencoder. The records' latents are decoded
+by the frozen autoencoder of the model directory, which is the same for all Wan 2.1 models, and the small decoder learns
+to reproduce the result, on a piece of 6 latent frames of 32 x 32 (21 frames of 256 x 256 pixels) of each clip. TAEHV's
+`taew2_1` is such a decoder, which `--decoder` accepts as well; train your own if your clips look unlike what others
+trained on. docs/benchmarks.md has the results of the tiny preset; the larger presets have not been run.
 """
 
 from ml_collections import ConfigDict
@@ -33,7 +33,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
             model={"preset": preset},
         )
     shared = wan(preset)
-    # Nothing here is split over devices, and what is learnt is the autoencoder at its own precision.
+    # Nothing is split over devices, and the decoder learns from the autoencoder at its own precision.
     shared |= {"mesh": {}, "accumulation": 1, "sample_every": 0, "log_every": 10, "checkpoint_every": 500}
     shared["model"] |= {"dtype": "float32", "frozen_dtype": "float32", "remat": "none"}
     return experiment(

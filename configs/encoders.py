@@ -2,8 +2,8 @@
 
     python -m vpae_jax.main --config=configs/encoders.py --workdir=runs/tiny/encoders
 
-Second of the three trainings behind the embedded model. UMT5 and CLIP at toy width; the pair (first frame, last frame)
-must find its caption among the others of the batch, so text states must tell digits and directions apart.
+Second of the three trainings behind the embedded model. UMT5 and CLIP at toy width: the pair (first frame, last frame)
+must find its caption among the others of the batch, so text states must distinguish digits and directions.
 """
 
 from ml_collections import ConfigDict

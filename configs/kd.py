@@ -5,10 +5,10 @@
     python -m vpae_jax.main --config=configs/kd.py:t2v-1.3b-480p --workdir=... --config.model.path=... \\
         --config.data.records=...
 
-The records are a teacher's clips, `python -m vpae_jax.encode --captions=... --teacher=...`: DMD2-v takes 500,000 of
-Wan2.1-T2V-14B. Its step size and length are unstated; the presets of 1.3B and 14B hold FastGen's for this regression on
-Wan 1.3B: 7e-5, Adam (.9, .999) with decay .01, 6,000 iterations. Of the embedded model, captions are lines such as "a
-three moves up and to the left".
+The records are a teacher's clips, made by `python -m vpae_jax.encode --captions=... --teacher=...`; DMD2-v uses 500,000
+of Wan2.1-T2V-14B. Its learning rate and length are unstated; the presets for 1.3B and 14B use FastGen's for this
+regression on Wan 1.3B: 7e-5, Adam (0.9, 0.999) with weight decay 0.01, 6,000 iterations. For the embedded model,
+captions are lines such as "a three moves up and to the left".
 """
 
 from ml_collections import ConfigDict
@@ -37,10 +37,10 @@ def tiny() -> ConfigDict:
         preset="tiny",
         method={
             "name": "kd",
-            "image_dropout": 0.5,  # the tiny model makes videos from text alone too
+            "image_dropout": 0.5,  # the tiny model also generates from text alone
             "ema": 0.99,
         },
-        optimizers={"generator": adam(3e-4, b1=0.9)},  # a regression bears more than the 1e-4 of the other phases
+        optimizers={"generator": adam(3e-4, b1=0.9)},  # a regression tolerates more than the 1e-4 of the other methods
         steps=400,
         batch_size=16,
         log_every=10,

@@ -4,13 +4,13 @@
     python -m vpae_jax.main --config=configs/phase1.py:i2v-14b-720p --workdir=... --config.model.path=... \\
         --config.data.records=synthetic=1,koala=1,intern4k=1
 
-Paper: batch 32, Adam (.9, .999), learning rate 1e-6, 500 steps on Wan2.1-I2V-14B at 720p; on clips that Wan2.1-T2V-14B
-makes for captions of OpenVID-1M, "for the distributional alignment", and on Koala-36M and Intern4K, to raise the upper
-bound. It says not in what shares: the ones above are equal, and a run's metrics decide. The presets of 1.3B and 14B
-hold these values; the ranges of t are translated to the size of the clips (`docs/methods.md`). The fake score's step
-size is 2e-5, since adapters at 1e-6 hardly move in 500 steps (the paper gives one rate for both). The tiny preset has
-its own values, with reasons beside them. `method.clips=generator` saves 15 % of a step at 14B (`docs/methods.md`, "Less
-work a step").
+Paper: batch 32, Adam (0.9, 0.999), learning rate 1e-6, 500 steps on Wan2.1-I2V-14B at 720p; on clips that
+Wan2.1-T2V-14B generates for captions of OpenVID-1M, "for the distributional alignment", and on Koala-36M and Intern4K,
+to raise the upper bound. The proportions are not stated: those above are equal, to be adjusted by a run's metrics. The
+presets for 1.3B and 14B use these values; the ranges of t are translated to the size of the clips (`docs/methods.md`).
+The learning rate of the fake score is 2e-5, since adapters at 1e-6 hardly move in 500 steps (the paper gives one rate
+for both). The tiny preset has its own values, with reasons in the comments. `method.clips=generator` saves 15% of a
+step at 14B (`docs/methods/less_work.md`).
 """
 
 from ml_collections import ConfigDict
@@ -27,7 +27,7 @@ def paper(preset: str) -> ConfigDict:
     return experiment(
         **wan(preset),
         name="phase1",
-        # Every default of the method is the paper's, or `docs/methods.md` says why it is not.
+        # Every default of the method is the paper's, or `docs/methods/vpae.md` explains why it is not.
         method={"name": "vpae_phase1"},
         optimizers={
             "generator": adam(1e-6, b1=0.9),
@@ -43,22 +43,22 @@ def tiny() -> ConfigDict:
         preset="tiny",
         method={
             "name": "vpae_phase1",
-            # One evaluation from pure noise is what the student is asked for, and a clip of 1,728 values is already
-            # unreadable at t = .9 of the paper's; so it is primed where it will be used.
+            # The student is sampled with one evaluation from pure noise, and a clip of 1,728 values is already
+            # unreadable at the paper's t = 0.9, so it is primed where it will be used.
             "input": "pure_noise",
             "matching": {
-                # From 3 to 5 this teacher meets its goals; at 3 it is nearest to real clips (docs/tiny.md).
+                # This teacher meets its goals from 3 to 5, and is nearest to real clips at 3 (docs/tiny.md).
                 "guidance": 3.0,
                 "t": TINY_TIMES,
             },
             "fake_t": TINY_TIMES,
             "fake_rank": 16,  # of a width of 192
-            "fake_updates": 2,  # with the fake score's high rate, two follow as well as five (measured)
-            "image_dropout": 0.5,  # the tiny model makes videos from text alone too
+            "fake_updates": 2,  # at the fake score's high rate, 2 work as well as 5 (measured)
+            "image_dropout": 0.5,  # the tiny model also generates from text alone
             "ema": 0.99,
         },
         optimizers={
-            # A hundred times the paper's rates: a model of 3.8 million parameters.
+            # 100 times the paper's rates, for a model of 3.8 million parameters.
             "generator": adam(1e-4, b1=0.0),
             "fake_score": adam(3e-3, b1=0.0),
         },
@@ -68,6 +68,6 @@ def tiny() -> ConfigDict:
         sample_every=200,
         checkpoint_every=200,
         sample_guidance=3.0,
-        model={"remat": "dots"},  # faster on a CPU: less is written to memory
+        model={"remat": "dots"},  # faster on a CPU, since less is written to memory
         data={"clips": 4096},
     )

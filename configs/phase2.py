@@ -4,11 +4,15 @@
     python -m vpae_jax.main --config=configs/phase2.py:i2v-14b-720p --workdir=... --config.model.path=... \\
         --config.data.records=synthetic=1,koala=1,intern4k=1
 
-Starts from phase one's checkpoint, by default in the folder `phase1` beside this run's workdir. Paper: batch 32, Adam
-(.5, .999), learning rate 2e-6, 1000 steps, EMA .995, lambda 10, sigma_s .01, sigma_t .1. The presets of 1.3B and 14B
-hold these values; the ranges of t are translated to the size of the clips (`docs/methods.md`). The tiny preset has its
-own, with reasons beside them. `method.clips=generator`, `method.penalty.every=16` and `method.csds.every=2` save 7.5, 7
-and 3.7 % of a step at 14B (`docs/methods.md`, "Less work a step").
+Starts from phase one's checkpoint, by default in the folder `phase1` next to this run's workdir. Paper: batch 32, Adam
+(0.5, 0.999), learning rate 2e-6, 1000 steps, EMA 0.995, lambda 10, sigma_s 0.01, sigma_t 0.1. The presets for 1.3B and
+14B use these values; the ranges of t are translated to the size of the clips (`docs/methods.md`). The tiny preset has
+its own, with reasons in the comments. `method.clips=generator`, `method.penalty.every=16` and `method.csds.every=2`
+save 7.5%, 7% and 3.7% of a step at 14B (`docs/methods/less_work.md`). The paper's ablations (Table 3):
+
+    --config.method.csds.weight=2.5            lambda of Eq. 5 and 6: 0, 2.5, 10 or 100
+    --config.networks.heads.kind=ca            type of the discriminator's heads: conv, ca or ca_mm
+    --config.method.backbone=frozen_teacher    what the heads read: frozen_teacher, full_copy or ema
 """
 
 from ml_collections import ConfigDict
@@ -37,7 +41,7 @@ def paper(preset: str) -> ConfigDict:
         steps=1000,
         previous={
             "workdir": "{workdir}/../phase1",
-            "weights": "online",  # as the text has it; measured in docs/methods.md
+            "weights": "online",  # as in the text; measured in docs/methods/vpae.md
             "command": PREVIOUS.format(preset=preset),
         },
     )
@@ -49,11 +53,12 @@ def tiny() -> ConfigDict:
         preset="tiny",
         method={
             "name": "vpae_phase2",
-            # The paper's [.9, .999] hides everything in a clip of 1,728 values.
+            # The paper's [0.9, 0.999] hides everything in a clip of 1,728 values.
             "noise": {"t": TimeDistribution()},
             "penalty": {"weight": 0.05},  # at the paper's 1 the heads stay at chance over so few steps
-            # Guided, it holds the digits' classes, which the judge alone lets go; a weight of 10 slows the judge's work
-            # (docs/tiny.md). In so small a clip the same noise hides more than at 720p, so its times are lower.
+            # With guidance it preserves the digits' classes, which the adversarial loss alone loses; a weight of 10
+            # halves the speed of the adversarial gain (docs/tiny.md). The same noise hides more of so small a clip
+            # than at 720p, so its timesteps are lower.
             "csds": {"weight": 5.0, "guidance": 4.0, "t": TimeDistribution(low=0.3, high=0.9)},
             "disc_updates": 2,
             "disc_warmup": 50,  # the heads start from random weights

@@ -1,13 +1,13 @@
-"""V-PAE's phase two with a discriminator on pixels: ADD's choice (2311.17042) in the place of the generator's average.
+"""V-PAE's phase two with a discriminator on pixels: ADD's choice (2311.17042) in place of the generator's average.
 
     python -m vpae_jax.main --config=configs/phase2_pixels.py --workdir=runs/tiny/phase2_pixels      # tiny, CPU
     python -m vpae_jax.main --config=configs/phase2_pixels.py:i2v-14b-720p --workdir=... --config.model.path=... \\
         --config.data.records=...
 
-Starts from phase one's checkpoint, by default in the folder `phase1` beside this run's workdir. A few frames of every
+Starts from phase one's checkpoint, by default in the folder `phase1` next to this run's workdir. A few frames of every
 clip are decoded and read by the model directory's own image encoder; a text-to-video model names another directory that
-has one (--config.model.image_encoder=...). Clips are judged as they are. The heads attend to four depths of the encoder
-("ca"; it reads no prompt). All else is `configs/phase2.py`'s.
+has one (--config.model.image_encoder=...). Clips are shown without noise. The heads attend to four depths of the
+encoder ("ca", since it reads no prompt). Everything else is as in `configs/phase2.py`.
 """
 
 from ml_collections import ConfigDict

@@ -9,12 +9,13 @@
 The tiny preset is the last of the three trainings behind the embedded model: Wan's transformer at toy size, on latents
 of moving digits. One transformer serves both modes: half of the clips come with their first frame (image-to-video),
 half without (text-to-video). It starts from random weights, or with --config.method.init=pretrained from those of the
-model directory; with --config.method.generator=lora as well, low-rank adapters on these are all that is trained. The
-model directory that such a run leaves has them merged, and beside it pytorch_lora_weights.safetensors, which
---config.model.lora takes in a distillation.
+model directory; with --config.method.generator=lora as well, only low-rank adapters on these are trained. The model
+directory that such a run leaves has them merged in, and next to it pytorch_lora_weights.safetensors, which
+--config.model.lora accepts in a distillation.
 
-The presets of 1.3B and 14B train a LoRA. Rank 32 and a step size of 1e-4 are starting points, not a recipe: no such run
-has been made. All of the network is trained with --config.method.generator=full, at a step size of about 1e-5.
+The presets for 1.3B and 14B train a LoRA. Rank 32 and a learning rate of 1e-4 are starting points, not a recipe: no
+such run has been made. To train the whole network, set --config.method.generator=full and a learning rate of about
+1e-5.
 """
 
 from ml_collections import ConfigDict
@@ -40,8 +41,8 @@ def fine_tune(preset: str) -> ConfigDict:
             "generator_scale": 1.0,
             "t": {"shift": shared["sample_shift"]},
             "shift": shared["sample_shift"],
-            "image_dropout": 0.0,  # Wan's models make videos either from text or from a first frame
-            "ema": 0.0,  # as is usual for LoRAs
+            "image_dropout": 0.0,  # each of Wan's models generates either from text or from a first frame
+            "ema": 0.0,  # as usual for LoRAs
         },
         optimizers={"generator": adam(1e-4, b1=0.9)},
         steps=1000,
@@ -55,7 +56,7 @@ def tiny() -> ConfigDict:
         method={
             "name": "flow_matching",
             # A clip here has 2,800 times fewer values than one at 720p; the same noise hides far more of it, so the
-            # times that matter are lower than Wan's shifted ones.
+            # timesteps that matter are lower than Wan's shifted ones.
             "t": {"kind": "logit_normal", "mean": 0.0, "std": 1.0},
             "text_dropout": 0.1,
             "image_dropout": 0.5,
@@ -73,8 +74,8 @@ def tiny() -> ConfigDict:
         model={
             "preset": "tiny",
             "path": "{workdir}/../encoders/model",
-            "remat": "dots",  # faster on a CPU: less is written to memory
-            # Ten words stand among five hundred tokens of padding: cross-attention has to be able to single them out.
+            "remat": "dots",  # faster on a CPU, since less is written to memory
+            # Ten words among five hundred padding tokens: cross-attention has to be able to single them out.
             "init_scale": {r"attn2/norm_[qk]/": 2.0},
         },
         data={"clips": 20480},

@@ -53,7 +53,7 @@ def check(program, words):
 
 
 def found():
-    for path in [ROOT / "docs" / "methods.md"]:
+    for path in [ROOT / "docs" / "methods.md", *sorted((ROOT / "docs" / "methods").glob("*.md"))]:
         for number, command in enumerate(commands(path.read_text())):
             yield pytest.param(*command, id=f"{path.name} {number}")
     for line in (ROOT / "docs" / "methods" / "train_tiny.sh").read_text().splitlines():

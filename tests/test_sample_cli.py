@@ -214,7 +214,7 @@ def test_a_causal_model(causal, run, tmp_path):
         ({"model": "nowhere"}, "nowhere: no such folder"),
         ({"devices": 9}, "--devices=9: this process has 8; ask for as many at most, and at least 1"),
         ({"steps": 0}, "steps is 0, expected at least 1"),
-        ({"steps": "four"}, "--steps=four: expected a number of steps, or of a causal model"),
+        ({"steps": "four"}, "--steps=four: expected a number of steps, or for a causal model"),
         ({"steps": "4,1"}, "steps is 4,1, but this model is not causal"),
         ({"window": 3}, "window is 3, but this model is not causal"),
         ({"solver": "heun"}, "heun"),

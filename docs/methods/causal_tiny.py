@@ -1,15 +1,16 @@
-"""Scores causal students of digits as whole clips and frame by frame: a table and a picture of docs/methods.md.
+"""Scores causal students of digits as whole clips and frame by frame: a table and figures of docs/methods/causal.md.
 
 python docs/methods/causal_tiny.py RESULTS.json NAME=DIR[,DIR ...]:STEPS[:WINDOW] ...  # measures rows
-python docs/methods/causal_tiny.py RESULTS.json PICTURE.png                             # prints the table, draws curves
+python docs/methods/causal_tiny.py RESULTS.json FIGURE.png                              # prints the table, draws curves
 
-A row is the model directories of one method, of several seeds, sampled in STEPS evaluations a chunk: "1", or "4,1" for
-four in the first chunk and one in the later ones (First-Frame Enhancement), or "own" for what the directories say. The
-kernel distance of a frame is that of the frame standing still. Errors are 95 % intervals of draws of seeds, and of half
-of the clips of each, without replacement: a clip that is drawn twice would meet itself in the kernel.
+A row is the model directories of one method, one for each seed, sampled with STEPS evaluations per chunk: "1", or "4,1"
+for four in the first chunk and one in the later ones (First-Frame Enhancement), or "own" for the directories' own
+number. The kernel distance of a frame is that of a clip that repeats the frame. Errors are 95% intervals over draws of
+seeds, and of half of each seed's clips without replacement: a clip drawn twice would be compared with itself in the
+kernel.
 
-FRAMES=25 in the environment asks for longer clips than the models were trained on, each chunk of which sees the WINDOW
-latent frames before it. Real clips are as long then, and their digits bounce off the walls, which no training showed.
+FRAMES=25 in the environment samples clips longer than those in training; each chunk then sees the WINDOW latent frames
+before it. Real clips are equally long, and their digits bounce off the walls, which no training showed.
 """
 
 import json
@@ -47,7 +48,7 @@ CURVES = {
 
 
 def still(clips: np.ndarray, frame: int) -> np.ndarray:
-    """Features of one frame, as of a clip that stands still."""
+    """Features of one frame, repeated as a static clip."""
     return features(np.repeat(clips[:, frame : frame + 1], 3, axis=1))
 
 
@@ -57,7 +58,7 @@ def moved(clips: np.ndarray) -> np.ndarray:
 
 
 class Judge:
-    """Compares clips with real ones, of which `others` are features: of clips, then of each frame."""
+    """Compares clips with real ones; `others` are features of other real clips, then of each of their frames."""
 
     def __init__(self, clips: np.ndarray, digits: np.ndarray, others: list[np.ndarray]) -> None:
         self.digits, self.speed = digits, moved(clips).mean(0)
@@ -67,7 +68,7 @@ class Judge:
         self.others = [scale(found) for scale, found in zip(self.scales, known, strict=True)]
 
     def measure(self, clips: np.ndarray) -> dict:
-        """Numbers of each clip, from which the scores of any choice of clips follow."""
+        """Per-clip values from which the scores of any subset of clips follow."""
         frames = range(clips.shape[1])
         found = [features(clips), *(still(clips, frame) for frame in frames)]
         return {
@@ -77,7 +78,7 @@ class Judge:
         }
 
     def scores(self, found: dict, rows: np.ndarray) -> dict:
-        """Scores of the chosen clips."""
+        """Scores of a subset of clips."""
         pairs = zip(found["features"], self.others, strict=True)
         whole, *frames = (Kernels.of(x[rows], y).distance for x, y in pairs)
         return {
@@ -88,7 +89,7 @@ class Judge:
         }
 
     def summary(self, seeds: list[dict]) -> dict:
-        """Means over seeds, and half the width of their intervals."""
+        """Means over seeds, with half the width of their 95% intervals."""
         rng, count = np.random.default_rng(0), len(self.digits)
         every = [self.scores(one, np.arange(count)) for one in seeds]
         draws = []
@@ -112,7 +113,7 @@ def real_clips(split: str, seed: int, count: int) -> tuple[np.ndarray, np.ndarra
 
 
 def asked(pipe: Pipeline, clips: np.ndarray) -> HeldOut:
-    """What is asked of models: each caption once with the first frame and once without."""
+    """The inputs that models are given: each caption once with the first frame and once without."""
     held_out = tasks.open_task(DataConfig(), Path(), "tiny", {}).held_out(pipe, "evaluation", COUNT)
     held_out = replace(held_out, parts=tuple(replace(part, again=slice(0, 0)) for part in held_out.parts))
     shape = pipe.latent_shape(1, FRAMES)[1:]
@@ -150,7 +151,7 @@ def measure(path: Path, rows: list[str]) -> None:
 
 
 def table(results: dict) -> str:
-    """A row a method: kernel distance of clips, and of the first and the last frame; the caption's digit in these."""
+    """One row per method: kernel distance of clips, first and last frame; the caption's digit in these frames."""
     lines = ["| row | KVD of clips | seeds | first frame | last frame | digit, first | digit, last |", "|---" * 7 + "|"]
     for mode, title in TITLES.items():
         for name, found in results.items():

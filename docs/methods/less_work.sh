@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What less work a step costs in quality: both phases of the tiny model with each option off and on, over seeds, and the
-# kernel distances of their students: the table of docs/methods.md, "Less work a step". What is there is not run again.
+# Measures the effect on quality of the options in docs/methods/less_work.md: both phases of the tiny model with each
+# option off and on, over seeds, and the kernel distances of their students. Existing runs are reused.
 #
 #   docs/methods/less_work.sh RUNS [SEED ...]
 set -euo pipefail
@@ -10,7 +10,7 @@ seeds=(0 1 2)
 mkdir -p "$runs"
 rows=()
 
-# train NAME CONFIG STEPS [OVERRIDE ...]: a run in RUNS/NAME. All of a seed see the same clips and begin alike.
+# train NAME CONFIG STEPS [OVERRIDE ...]: a run in RUNS/NAME. All runs of a seed see the same clips and start alike.
 train() {
     [ -d "$runs/$1/model" ] || python -m vpae_jax.main --config="configs/$2.py" --config.method.ema=0.98 \
         --config.batch_size=8 --config.data.clips=1024 --config.log_every=10 --config.sample_every=0 \
@@ -22,7 +22,7 @@ train() {
 for seed in "${seeds[@]}"; do
     train "one_$seed" phase1 200 --config.seed="$seed" --config.method.fake_updates=5
     train "one_clips_$seed" phase1 200 --config.seed="$seed" --config.method.fake_updates=5 --config.method.clips=generator
-    # Phase two begins with the same student, whatever its options.
+    # Phase two starts from the same student, whatever its options.
     from=(--config.seed="$seed" --config.previous.workdir="$runs/one_$seed" --config.method.disc_warmup=20)
     train "two_$seed" phase2 150 "${from[@]}"
     train "two_clips_$seed" phase2 150 "${from[@]}" --config.method.clips=generator

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains the tiny config of every method for a few minutes and scores the students: the table of docs/methods.md,
-# "The tiny configs, trained". About an hour and a half of one core.
+# Trains the tiny config of every method for a few minutes and scores the students: the table of
+# docs/methods/tiny_results.md. Takes about an hour and a half on one core.
 #
 #   docs/methods/train_tiny.sh RUNS
 set -euo pipefail
@@ -8,7 +8,7 @@ runs=$1
 mkdir -p "$runs"
 rows=()
 
-# train NAME CONFIG STEPS [OVERRIDE ...]: a run in RUNS/NAME, where the runs that start from it look for it.
+# train NAME CONFIG STEPS [OVERRIDE ...]: a run in RUNS/NAME, where the runs that start from it find it.
 train() {
     python -m vpae_jax.main --config="configs/$2.py" --config.method.ema=0.98 --config.data.clips=2048 \
         --config.sample_every=0 --config.checkpoint_every=100 --config.guard.enabled=False --config.steps="$3" "${@:4}" \
@@ -32,7 +32,7 @@ train aad aad 200
 train pose1 pose1 200
 train pose2 pose2 200
 
-# Knowledge distillation takes clips that the teacher has made of known noise.
+# Knowledge distillation needs clips that the teacher has generated from known noise.
 python -c '
 from vpae_jax.tasks.digits.clips import MovingDigits
 clips = MovingDigits("train", 400)

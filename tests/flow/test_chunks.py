@@ -71,7 +71,7 @@ def test_slots_hold_what_chunks_see_and_a_chunk(chunks, frames, slots):
 @pytest.mark.parametrize(
     ("frames", "chunks", "near"),
     [
-        (2, Chunks(), "no whole number of chunks (first 3, then 3 each); make it 3, or"),
+        (2, Chunks(), "not a whole number of chunks (first 3, then 3 each); make it 3, or"),
         (7, Chunks(), "make it 6, or"),
         (8, Chunks(), "make it 9, or"),
         (6, Chunks(first=1), "(first 1, then 3 each); make it 7, or"),

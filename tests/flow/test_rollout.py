@@ -137,7 +137,7 @@ def test_given_frames_that_are_no_chunk_are_refused():
     noise, condition = inputs(6)
     with pytest.raises(UserError, match=r"^1 latent frames are given, but the first chunk has 3; set chunks.first=1$"):
         roll_out(Recalling(Chunks()), noise, condition, jax.random.key(0), solve, given=noise[:, :1])
-    with pytest.raises(UserError, match=r"^a clip of 6 latent frames is no whole number of chunks"):
+    with pytest.raises(UserError, match=r"^a clip of 6 latent frames is not a whole number of chunks"):
         roll_out(Recalling(Chunks(4)), noise, condition, jax.random.key(0), solve)
 
 

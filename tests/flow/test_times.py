@@ -183,8 +183,8 @@ def test_a_clip_keeps_its_phase_in_a_part_of_the_batch():
 @pytest.mark.parametrize(
     ("distribution", "phases", "message"),
     [
-        (TimeDistribution("list"), 1, "kind is 'list', expected 'grid': times in phases"),
-        (TimeDistribution(), 1, "kind is 'uniform', expected 'grid': times in phases"),
+        (TimeDistribution("list"), 1, "kind is 'list', expected 'grid', which has phases"),
+        (TimeDistribution(), 1, "kind is 'uniform', expected 'grid', which has phases"),
         (GRID, 0, "phases are 0, expected 1 to 100"),
         (changed(GRID, low=0.9), 11, "phases are 11, expected 1 to 10"),
     ],
@@ -236,7 +236,7 @@ def test_a_clip_keeps_its_time_in_a_part_of_the_batch(distribution):
         ({"kind": "grid", "points": 0}, "points is 0"),
         ({"kind": "grid", "points": 10, "low": 0.91, "high": 0.99}, r"no multiple of 1 / 10 is in .* \(0.91, 0.99\]"),
         ({"kind": "list", "values": ()}, r"values are \(\)"),
-        ({"kind": "list", "values": (0.5, 0.5)}, r"values are \(0.5, 0.5\), expected times that fall"),
+        ({"kind": "list", "values": (0.5, 0.5)}, r"values are \(0.5, 0.5\), expected falling timesteps"),
         ({"kind": "list", "values": (1.0, 0.0)}, r"values are \(1.0, 0.0\)"),
         ({"kind": "list", "values": (1.5, 0.5)}, r"values are \(1.5, 0.5\)"),
         ({"kind": "list", "weights": (1.0,)}, r"weights are \(1.0,\), expected one for each of values"),

@@ -297,7 +297,7 @@ def test_choices_are_named(field):
 
 @pytest.mark.parametrize("cls", [APT, ADD])
 def test_noise_that_tells_nothing_is_warned_about(cls):
-    with pytest.warns(UserWarning, match=rf"{cls.__name__}\.noise\.kind is 'fig_literal': .* by their noise level"):
+    with pytest.warns(UserWarning, match=rf"{cls.__name__}\.noise\.kind is 'fig_literal': the noise level alone"):
         cls(noise=DiscriminatorNoise(kind="fig_literal"))
     with pytest.warns(UserWarning, match=rf"{cls.__name__}\.noise\.t is always 1: .* pure noise"):
         cls(noise=DiscriminatorNoise(t=TimeDistribution(low=1.0)))

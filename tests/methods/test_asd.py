@@ -184,7 +184,7 @@ def test_the_heads_learn():
 
 
 def test_a_student_follows_itself_with_one_step_more():
-    with pytest.raises(UserError, match="steps is 1: a student follows itself"):
+    with pytest.raises(UserError, match="steps is 1, but the student follows itself"):
         ASD(steps=1)
     with pytest.raises(UserError, match="heads compare the student with itself"):
         ASD(adversarial_weight=0.1, disc_weight=0.1)

@@ -123,5 +123,5 @@ def test_what_chunks_have_frames_have():
 
 
 def test_the_students_times_lie_on_the_path():
-    with pytest.raises(UserError, match=r"CausalODE.ode_steps is 10, no multiple of steps \(4\)"):
+    with pytest.raises(UserError, match=r"CausalODE.ode_steps is 10, not a multiple of steps \(4\)"):
         CausalODE(ode_steps=10)

@@ -397,7 +397,7 @@ def test_a_step_of_the_heads_raises_real_minus_fake(adversarial):
             r"DMD2\.adversarial_weight is 0.03 and disc_weight 0.0: .* set both above 0, or both to 0",
         ),
         ({"adversarial_weight": 0.0}, r"DMD2\.adversarial_weight is 0.0 and disc_weight 0.03"),
-        ({"ida": 1.0}, r"DMD2\.ida is 1.0, expected a share below 1"),
+        ({"ida": 1.0}, r"DMD2\.ida is 1.0, expected a fraction below 1"),
         ({"ida": 0.97, "fake": "lora"}, r"DMD2\.ida is 0.97, but fake is 'lora': .* set fake='full', or ida=0"),
         ({"ida": 0.97, "generator": "lora"}, r"DMD2\.ida is 0.97, but generator is 'lora'"),
     ],

@@ -367,10 +367,10 @@ def test_training_makes_a_phase_a_map_of_the_flow():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"t": TimeDistribution()}, r"PCM\.t is no whole grid; set kind='grid'"),
-        ({"t": replace(GRID, low=0.5)}, r"PCM\.t is no whole grid"),
-        ({"t": replace(GRID, clip=(0.0, 0.9))}, r"PCM\.t is no whole grid"),
-        ({"t": replace(GRID, stated_for=7)}, r"PCM\.t\.stated_for is 7, but the student is sampled at the same times"),
+        ({"t": TimeDistribution()}, r"PCM\.t is not a whole grid; set kind='grid'"),
+        ({"t": replace(GRID, low=0.5)}, r"PCM\.t is not a whole grid"),
+        ({"t": replace(GRID, clip=(0.0, 0.9))}, r"PCM\.t is not a whole grid"),
+        ({"t": replace(GRID, stated_for=7)}, r"PCM\.t\.stated_for is 7, but the student is sampled at the same time"),
         ({"phases": 0}, r"PCM\.phases are 0, expected 1 to 100"),
         ({"phases": 101}, r"PCM\.phases are 101, expected 1 to 100"),
         ({"huber": 0.0}, r"PCM\.huber is 0.0"),

@@ -141,5 +141,5 @@ def test_the_student_makes_chunks():
 
 def test_clips_are_whole_numbers_of_chunks():
     method = method_of(3)
-    with pytest.raises(UserError, match="a clip of 4 latent frames is no whole number of chunks"):
+    with pytest.raises(UserError, match="a clip of 4 latent frames is not a whole number of chunks"):
         evaluate(method, method.generator_loss, batch=CLIPS)

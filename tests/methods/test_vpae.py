@@ -66,7 +66,7 @@ def test_a_full_fake_score_may_be_aligned():
         PhaseOne(ida=0.97)
     with pytest.raises(UserError, match=r"PhaseOne\.ida is 0.97, but generator is 'lora'"):
         PhaseOne(fake="full", ida=0.97, generator="lora")
-    with pytest.raises(UserError, match=r"PhaseOne\.ida is -0.5, expected a share below 1"):
+    with pytest.raises(UserError, match=r"PhaseOne\.ida is -0.5, expected a fraction below 1"):
         PhaseOne(fake="full", ida=-0.5)
 
 

@@ -111,7 +111,7 @@ def test_a_method_that_needs_clips_says_so_and_looks_for_them(method):
                 lambda weights, loss=loss: loss(nets_of(method, weights), batch, context()), weights_of(method)
             )
         except ValueError as error:
-            assert "a loss reads real clips, but the batch has prompts alone" in str(error)
+            assert "a loss reads real clips, but the batch has prompts only" in str(error)
             told += 1
     assert told
 

@@ -1,4 +1,4 @@
-"""How many parameters heads have, in every config for 1.3B and 14B: as docs/methods.md says, and never a billion."""
+"""Parameters of the heads in every config for 1.3B and 14B: as docs/methods/discriminators.md says, never a billion."""
 
 import re
 from pathlib import Path
@@ -20,7 +20,7 @@ ROW = re.compile(
 )
 ROWS = {
     name: row
-    for row in ROW.finditer((ROOT / "docs/methods.md").read_text())
+    for row in ROW.finditer((ROOT / "docs/methods/discriminators.md").read_text())
     for name in re.findall(r"`(\w+)`", row["configs"])
 }
 

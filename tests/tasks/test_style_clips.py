@@ -1,4 +1,4 @@
-"""The script of the style in docs/methods.md: its clips are what it says, and are read back as such."""
+"""The script of the style in docs/methods/low_rank.md: its clips are as described, and are read back as such."""
 
 import importlib.util
 from pathlib import Path

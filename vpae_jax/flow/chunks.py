@@ -1,4 +1,4 @@
-"""How a causal model divides a clip: chunks of latent frames, made one after the other, and what each remembers."""
+"""How a causal model divides a clip: chunks of latent frames, generated one after the other, and what each one sees."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from vpae_jax.types import UserError
 
 @dataclass(frozen=True)
 class Chunks:
-    """Chunks of latent frames. A frame sees its own chunk and those before it.
+    """Chunks of latent frames. A frame sees its own chunk and the chunks before it.
 
     Attributes:
-      size: latent frames of a chunk: 1 (frame-wise) or 3 (CausVid's and Self-Forcing's, 2412.07772 and 2506.08009).
-      first: latent frames of the first chunk; 0 where it is like the others.
-      window: how many of the latest earlier frames a chunk sees; 0 for all.
-      sink: how many of a clip's first frames it sees besides, where there is a window. They stand directly before the
-        window then, however long the clip is.
+      size: latent frames per chunk: 1 (frame-wise) or 3 (CausVid's and Self-Forcing's, 2412.07772 and 2506.08009).
+      first: latent frames of the first chunk; 0 makes it like the others.
+      window: number of most recent earlier frames that a chunk sees; 0 for all.
+      sink: number of the clip's first frames that a chunk sees in addition to its window. They are placed directly
+        before the window, however long the clip is.
 
     Raises:
-      UserError: less than one frame, or a sink without a window.
+      UserError: a chunk has less than one frame, or there is a sink without a window.
     """
 
     size: int = 3
@@ -36,37 +36,40 @@ class Chunks:
             raise UserError(f"chunks.sink is {self.sink}, but there is no window; set chunks.window, or sink=0")
 
     def spans(self, frames: int) -> tuple[tuple[int, int], ...]:
-        """First frame and the one after the last of each chunk of a clip.
+        """The chunks of a clip, each as (first frame, one after its last frame).
 
         Raises:
-          UserError: the clip is no whole number of chunks.
+          UserError: the clip is not a whole number of chunks.
         """
         first, near = self.first or self.size, self.nearest(frames)
         if near != frames:
             raise UserError(
-                f"a clip of {frames} latent frames is no whole number of chunks (first {first}, then {self.size} "
+                f"a clip of {frames} latent frames is not a whole number of chunks (first {first}, then {self.size} "
                 f"each); make it {near}, or set chunks.size"
             )
         return tuple(self.walk(frames))
 
     def walk(self, frames: int) -> Iterator[tuple[int, int]]:
-        """The same one by one, however many there are; a chunk that would not be whole is left out."""
+        """The same lazily, for clips of any length; an incomplete last chunk is left out."""
         start, stop = 0, self.first or self.size
         while stop <= frames:
             yield start, stop
             start, stop = stop, stop + self.size
 
     def nearest(self, frames: int) -> int:
-        """The length next to this one of a clip that is a whole number of chunks, in latent frames."""
+        """The nearest clip length, in latent frames, that is a whole number of chunks."""
         first = self.first or self.size
         return first + max(0, round((frames - first) / self.size)) * self.size
 
     def remembered(self, start: int) -> tuple[tuple[int, int, int], ...]:
-        """What a chunk sees of the frames before it, as runs (first frame, the one after the last, how many places
-        later than its own the run stands).
+        """What a chunk sees of the frames before it, as runs of frames.
 
         Args:
           start: the chunk's first frame.
+
+        Returns:
+          Runs as (first frame, one after the last frame, places): the run is positioned that many places later than its
+          own frames.
         """
         if not start:
             return ()
@@ -76,7 +79,7 @@ class Chunks:
         return ((0, self.sink, start - self.window - self.sink), window) if self.sink else (window,)
 
     def slots(self, frames: int) -> int:
-        """Frames that a memory has to hold for a clip of so many: those that its chunks see, and a chunk's own."""
+        """Frames that the memory of a clip of `frames` has to hold: those that its chunks see, and the chunk's own."""
         if not self.window:
             return frames
         return min(frames, max(self.first, self.sink + self.window + self.size))

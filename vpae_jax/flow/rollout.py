@@ -1,13 +1,13 @@
-"""A clip made chunk by chunk by a causal model, each after a memory of those before it.
+"""Generation of a clip chunk by chunk with a causal model, each chunk with a memory of those before it.
 
 For each chunk in turn:
 
-    1. solve      noise -> the chunk, by any solver, in evaluations that read the memory
-    2. remember   the chunk as it was made, at t = 0, behind the memory
+    1. solve      noise -> the chunk, with any solver, whose network evaluations read the memory
+    2. remember   the finished chunk, at t = 0, is appended to the memory
 
-(CausVid 2412.07772, Self-Forcing 2506.08009.) The memory has a fixed shape, so all chunks of one length are one program
-and the loop over them is a scan. `next_chunk` is one turn of it, and `make_chunk` and `remember` its halves, for those
-who take chunks as they come.
+(CausVid 2412.07772, Self-Forcing 2506.08009.) The memory has a fixed shape, so all chunks of one length share one
+program and the loop over them is a scan. `next_chunk` is one iteration, and `make_chunk` and `remember` are its halves,
+for callers that stream chunks.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from vpae_jax.flow.guidance import guided
 from vpae_jax.flow.solvers import VelocityFn
 from vpae_jax.types import Condition, Latents, Memory, PRNGKey, Times, UserError
 
-# (velocity of the chunk, its noise, a key for each clip) -> the chunk, and what else the caller wants of it: latents of
-# the chunk's size, or None.
+# (velocity of the chunk, its noise, a key for each clip) -> the chunk, and optionally further latents of its size that
+# the caller needs; None without them.
 Solve = Callable[[VelocityFn, Latents, PRNGKey], tuple[Latents, Any]]
 
 
@@ -39,25 +39,26 @@ class Recurrent(Protocol):
     def chunks(self) -> Chunks: ...
 
     def empty(self, x: Latents) -> Memory:
-        """A memory without frames, for clips of the size of `x`."""
+        """An empty memory for clips of the size of `x`."""
         ...
 
     def step(self, x: Latents, t: Times, condition: Condition, past: Memory) -> tuple[Latents, Any]:
-        """Velocity of a chunk after what is remembered, and what `memorize` takes."""
+        """Velocity of a chunk given the memory, and the keys and values that `memorize` takes."""
         ...
 
     def memorize(self, past: Memory, pair: Any, frames: int) -> Memory:
-        """The memory with a chunk of so many frames behind what it holds."""
+        """The memory with a chunk of `frames` appended."""
         ...
 
 
 @dataclass(frozen=True)
 class Guided:
-    """A causal network under classifier-free guidance, which remembers every clip under both prompts.
+    """A causal network under classifier-free guidance; its memory holds every clip under both prompts.
 
     Attributes:
-      network: of which one evaluation serves both prompts.
-      unconditional: what guidance moves away from; its `frames`, if any, are those of the chunk's condition.
+      network: evaluated once for both prompts.
+      unconditional: the condition that guidance moves away from; its `frames` are replaced by those of the chunk's
+        condition.
       guidance: w of `v_u + w (v_c - v_u)`.
     """
 
@@ -85,7 +86,7 @@ class Guided:
 def next_chunk(
     network: Recurrent, noise: Latents, condition: Condition, key: PRNGKey, past: Memory, solve: Solve
 ) -> tuple[Latents, Any, Memory]:
-    """Makes one chunk and remembers it.
+    """Generates one chunk and appends it to the memory.
 
     Args:
       network: causal.
@@ -93,10 +94,10 @@ def next_chunk(
       condition: of the chunk.
       key: one for each clip.
       past: of the chunks before it.
-      solve: how the chunk is made.
+      solve: generates the chunk.
 
     Returns:
-      the chunk, what `solve` returns besides, and the memory with it.
+      The chunk, the second result of `solve`, and the memory including the chunk.
     """
     x0, more = make_chunk(network, noise, condition, key, past, solve)
     return x0, more, remember(network, x0, condition, past)
@@ -105,12 +106,12 @@ def next_chunk(
 def make_chunk(
     network: Recurrent, noise: Latents, condition: Condition, key: PRNGKey, past: Memory, solve: Solve
 ) -> tuple[Latents, Any]:
-    """Makes one chunk, as `next_chunk`, which remembers it besides."""
+    """Generates one chunk, as `next_chunk`, without remembering it."""
     return solve(lambda x, t: network.step(x, t, condition, past)[0], noise, key)
 
 
 def remember(network: Recurrent, chunk: Latents, condition: Condition, past: Memory) -> Memory:
-    """The memory with a chunk as it was made."""
+    """The memory with a finished chunk appended."""
     _, pair = network.step(chunk, jnp.zeros(len(chunk)), condition, past)
     return network.memorize(past, pair, chunk.shape[1])
 
@@ -124,22 +125,23 @@ def roll_out(
     first: Solve | None = None,
     given: Float[Array, "b first h w c"] | None = None,
 ) -> tuple[Latents, Any, Memory]:
-    """A whole clip from noise.
+    """Generates a whole clip from noise.
 
     Args:
       network: causal.
       noise: standard normal.
       condition: of the whole clip.
       key: one for each clip, or one for all.
-      solve: how a chunk is made.
-      first: how the first chunk is made, where that differs (First-Frame Enhancement, 2511.01419).
-      given: the first chunk itself, which is remembered and not made; `solve` returns nothing besides then.
+      solve: generates a chunk.
+      first: generates the first chunk, if that differs (First-Frame Enhancement, 2511.01419).
+      given: the first chunk itself, which is then remembered instead of generated; the second result of `solve` must be
+        None in this case.
 
     Returns:
-      the clip, what `solve` returns besides, put together along frames, and the memory after the last chunk.
+      The clip, the second results of `solve` concatenated along frames, and the memory after the last chunk.
 
     Raises:
-      UserError: a clip that is no whole number of chunks, or given frames that are not the first chunk's.
+      UserError: the clip is not a whole number of chunks, or `given` does not have the frames of the first chunk.
     """
     clips, frames = noise.shape[:2]
     spans = network.chunks.spans(frames)
@@ -178,5 +180,5 @@ def roll_out(
 
 
 def cut(condition: Condition, start: int, stop: int) -> Condition:
-    """What the chunk of these latent frames is conditioned on."""
+    """The condition of the chunk of these latent frames."""
     return condition if condition.frames is None else replace(condition, frames=condition.frames[:, start:stop])

@@ -1,4 +1,4 @@
-"""How a network is turned into clips: a solver, the times of its evaluations, guidance."""
+"""How a network is sampled: a solver, the timesteps of its evaluations, guidance."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vpae_jax.types import UserError
 
 Solver = Literal["euler", "consistency", "unipc"]
 SOLVERS: tuple[Solver, ...] = ("euler", "consistency", "unipc")
-# Network evaluations of a clip, or of a causal model's first chunk and of each later one.
+# Steps of a clip, or of a causal model's first chunk and of each later one.
 Steps = int | tuple[int, int]
 
 MAX_STEPS, MAX_GUIDANCE = 1000, 1000.0
@@ -22,20 +22,20 @@ MAX_STEPS, MAX_GUIDANCE = 1000, 1000.0
 
 @dataclass(frozen=True)
 class Sampler:
-    """A way to sample a network; a program is compiled for each.
+    """A way to sample a network. Each one is compiled separately.
 
     Attributes:
-      solver: "euler", "consistency" (predict x0, noise it afresh to the next time) or "unipc" (Wan's own for the
-        teacher).
-      times: falling times, one for each evaluation, from 1 (UniPC: just below it), and the last one 0.
-      guidance: w of `v_u + w (v_c - v_u)`, from 1 to `MAX_GUIDANCE`. 1 is no guidance; any other needs two evaluations
-        a time.
-      chunks: of a causal network, which makes a clip chunk by chunk, each by this solver; None for one that sees whole
-        clips.
-      first: times for the first chunk, where they differ (First-Frame Enhancement); empty where they do not.
+      solver: "euler", "consistency" (predict x0, re-noise it to the next timestep) or "unipc" (Wan's own solver, for
+        the teacher).
+      times: falling timesteps, one for each step, from 1 (UniPC: just below 1), and a final 0.
+      guidance: w of `v_u + w (v_c - v_u)`, from 1 to `MAX_GUIDANCE`. 1 is no guidance; any other value needs two
+        evaluations per step.
+      chunks: of a causal network, which generates a clip chunk by chunk, each with this solver; None for a network that
+        sees whole clips.
+      first: timesteps of the first chunk, if they differ (First-Frame Enhancement); otherwise empty.
 
     Raises:
-      UserError: an unknown solver, times that do not fall from 1 to 0, or a guidance out of bounds.
+      UserError: the solver is unknown, the timesteps do not fall from 1 to 0, or the guidance is out of bounds.
     """
 
     solver: Solver = "euler"
@@ -62,10 +62,12 @@ class Sampler:
 
     @classmethod
     def even(cls, steps: int = 1, shift: float = 1.0, guidance: float = 1.0, solver: Solver = "euler") -> Sampler:
-        """Times that are even on the raw axis, 1, ..., 0, and then shifted (`flow.schedule` Eq. 8); UniPC's own levels.
+        """A sampler whose timesteps are evenly spaced on the raw axis, 1, ..., 0, then shifted (`flow.schedule` Eq. 8).
+
+        UniPC uses its own levels.
 
         Raises:
-          UserError: less than one step or more than `MAX_STEPS`, a shift that is not positive, and as the class.
+          UserError: less than one step or more than `MAX_STEPS`, a shift that is not positive, or as the class.
         """
         if not 0 < shift < float("inf"):
             raise UserError(f"shift is {shift}, expected a positive number")
@@ -76,18 +78,20 @@ class Sampler:
 
     @property
     def steps(self) -> int:
-        """Times at which the network is evaluated."""
+        """Number of timesteps at which the network is evaluated."""
         return len(self.times) - 1
 
     @property
     def asked(self) -> Steps:
-        """The numbers of steps that a call asks for."""
+        """The steps, as a caller specifies them."""
         return (len(self.first) - 1, self.steps) if self.first else self.steps
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations a clip; guidance doubles them. Of a causal network those of the chunk that takes most,
-        without the one that remembers it."""
+        """Network evaluations per clip; guidance doubles them.
+
+        For a causal network: those of the chunk with the most steps, without the one that remembers the chunk.
+        """
         return max(self.steps, len(self.first) - 1) * (2 if self.guidance > 1 else 1)
 
 
@@ -95,13 +99,13 @@ ONE_STEP = Sampler()
 
 
 def parse_steps(text: str, name: str) -> Steps:
-    """Steps as they are typed: "4", or "4,1" for a first chunk in four and later ones in one (First-Frame Enhancement).
+    """Parses steps: "4", or "4,1" for four in the first chunk and one in later ones (First-Frame Enhancement).
 
     Args:
-      name: what the text was given as, for messages.
+      name: of the option, for messages.
 
     Raises:
-      UserError: neither.
+      UserError: the text is neither.
     """
     try:
         numbers = tuple(int(part) for part in text.split(","))
@@ -112,11 +116,11 @@ def parse_steps(text: str, name: str) -> Steps:
     if len(numbers) == 2:
         return numbers
     raise UserError(
-        f"{name}={text}: expected a number of steps, or of a causal model the first chunk's and the later ones', such "
-        "as 4,1"
+        f"{name}={text}: expected a number of steps, or for a causal model those of the first chunk and of later ones, "
+        "such as 4,1"
     )
 
 
 def typed(steps: Steps) -> str:
-    """Steps as `parse_steps` takes them."""
+    """Steps in the format of `parse_steps`."""
     return str(steps) if isinstance(steps, int) else ",".join(map(str, steps))

@@ -1,4 +1,4 @@
-"""Rectified-flow algebra: noise, predictions and their conversions, and time axes.
+"""Rectified-flow algebra: noise, predictions and their conversions, and the two axes of timesteps.
 
 Everything follows from one path and one prediction (Wan 2.1; t in [0, 1], 1 = noise):
 
@@ -10,22 +10,22 @@ Everything follows from one path and one prediction (Wan 2.1; t in [0, 1], 1 = n
     (6)        = -(x_t - (1 - t) x0) / t^2                                the same with an x0 prediction
     (7)  SNR   = ((1 - t) / t)^2
 
-Two time axes occur. A grid or a draw is made on the *raw* axis u and *shifted* to the *sigma* axis, which is the t of
-(1) to (7) and what the network sees (times 1000):
+Timesteps have two axes. A grid or a draw is made on the *raw* axis u and *shifted* to the *sigma* axis, which is the t
+of (1) to (7) and what the network sees (multiplied by 1000):
 
     (8)  t = s u / (1 + (s - 1) u),      u = t / (s - (s - 1) t)
 
-The shift s grows with resolution, because the same noise hides less of a larger clip. A time t stated for clips of N
-values corresponds, for clips of n values, to the time of equal signal after averaging N / n values:
+The shift s grows with resolution, because the same noise hides less of a larger clip. A timestep t stated for clips of
+N values corresponds, for clips of n values, to the timestep of equal signal after averaging N / n values:
 
     (9)  t_n = t / (a - (a - 1) t),      a = sqrt(N / n)                  the inverse of (8) with s = a
 
-A state of the path at time r is noised on to a later one by
+A state of the path at timestep r is noised further, to a higher timestep t, by
 
     (10) x_t = a x_r + sqrt(t^2 - a^2 r^2) eps,   a = (1 - t) / (1 - r),   with (1)'s signal and noise
 
-Arrays are `[b, ...]` with one time an example. The time is cast to the array's dtype: pass float32 arrays where
-(1 - t) is small.
+Arrays are `[b, ...]` with one timestep per example. The timestep is cast to the array's dtype: pass float32 arrays
+where (1 - t) is small.
 """
 
 from __future__ import annotations
@@ -44,8 +44,7 @@ TimeLike = TypeVar("TimeLike", Float[Array, "*n"], Float[np.ndarray, "*n"], floa
 
 
 def expand(t: Times | FrameTimes, like: Signal) -> Float[Array, "b *ones"]:
-    """`t`, of clips or of their frames, as `[b, 1, ...]` or `[b, f, 1, ...]` in the dtype of `like`, ready to multiply
-    it."""
+    """`t` of clips or of frames as `[b, 1, ...]` or `[b, f, 1, ...]`, in the dtype of `like`, to broadcast with it."""
     return t.reshape(t.shape + (1,) * (like.ndim - t.ndim)).astype(like.dtype)
 
 
@@ -81,7 +80,7 @@ def x0_to_score(x0: Signal, x: Signal, t: Times) -> Signal:
 
 
 def shift(u: TimeLike, s: float) -> TimeLike:
-    """Eq. 8: raw axis to sigma axis. Keeps 0 and 1; s > 1 moves times towards noise."""
+    """Eq. 8: raw axis to sigma axis. Keeps 0 and 1; s > 1 moves timesteps towards noise."""
     return s * u / (1 + (s - 1) * u)
 
 
@@ -91,12 +90,12 @@ def unshift(t: TimeLike, s: float) -> TimeLike:
 
 
 def translate(t: TimeLike, values_from: int, values_to: int) -> TimeLike:
-    """Eq. 9: the time at which a clip of `values_to` values keeps as much signal as one of `values_from` at t."""
+    """Eq. 9: the timestep at which a clip of `values_to` values keeps as much signal as one of `values_from` at t."""
     return unshift(t, math.sqrt(values_from / values_to))
 
 
 def shifted_times(steps: int, s: float) -> Float[np.ndarray, "n"]:
-    """Times of `steps` evaluations: 1, ..., 0 evenly spaced on the raw axis, then shifted. `steps + 1` numbers."""
+    """The timesteps of `steps` evaluations and a final 0: evenly spaced on the raw axis, then shifted."""
     if steps < 1:
         raise UserError(f"steps is {steps}, expected at least 1")
     return np.asarray(shift(np.linspace(1.0, 0.0, steps + 1), s), np.float32)

@@ -1,7 +1,7 @@
-"""Samplers: Euler, consistency re-noising, and UniPC as Wan uses it.
+"""Solvers: Euler, consistency re-noising, and UniPC as Wan uses it.
 
-Each is a pure function of a `velocity(x, t)` callable (x `[b, ...]`, t `[b]` in [0, 1]) and of a list of times that
-falls from 1 to 0, one evaluation an interval. All can be jitted; more than one step is a `lax.scan`, so that
+Each is a pure function of a `velocity(x, t)` callable (x `[b, ...]`, t `[b]` in [0, 1]) and of a list of timesteps that
+falls from 1 to 0, with one evaluation per interval. All can be jitted; more than one step is a `lax.scan`, so that
 compilation takes as long for fifty steps as for two.
 
 UniPC (Zhao et al., 2302.04867; order 2, B(h) = e^h - 1, data prediction). With lambda = log((1 - t) / t), h the step in
@@ -14,8 +14,8 @@ lambda, m = x_t - t v the x0 prediction, and base(x, m) = (t' / t) x + (1 - t') 
                          [[1, 1], [r, 1]] rho = b
 
 Both are linear in x and in three predictions, so the whole solver is one table of coefficients, computed on the host in
-float64, and a scan of one evaluation a step. The first step is of order 1 for want of history and the last for
-stability (`lower_order_final`).
+float64, and a scan with one evaluation per step. The first step is of order 1 because there is no history yet, and the
+last for stability (`lower_order_final`).
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ TimeList = Float[Array, "n"] | Float[np.ndarray, "n"]
 
 
 def _at(velocity: VelocityFn, x: Signal, t: Float[Array, ""]) -> Signal:
-    """The velocity at one time for the whole batch, in the dtype of x."""
+    """The velocity at one timestep for the whole batch, in the dtype of x."""
     return velocity(x, jnp.broadcast_to(t, x.shape[:1]).astype(jnp.float32)).astype(x.dtype)
 
 
 def euler(velocity: VelocityFn, x: Signal, times: TimeList) -> Signal:
-    """x_{t'} = x_t + (t' - t) v(x_t, t) along the list; one step from t = 1 is x0 = eps - v(eps, 1).
+    """x_{t'} = x_t + (t' - t) v(x_t, t) along the list; a single step from t = 1 is x0 = eps - v(eps, 1).
 
     Args:
       velocity: see the module's docstring.
@@ -62,13 +62,13 @@ def euler(velocity: VelocityFn, x: Signal, times: TimeList) -> Signal:
 
 
 def consistency(velocity: VelocityFn, x: Signal, times: TimeList, key: PRNGKey) -> Signal:
-    """Predict x0, noise it afresh to the next time, repeat: the multistep sampler of consistency models and DMD2.
+    """Repeatedly predicts x0 and re-noises it to the next timestep, as consistency models and DMD2 are sampled.
 
     Args:
       velocity: see the module's docstring.
       x: noise, the state at `times[0]`.
       times: falling, `times[-1]` = 0; length = evaluations + 1.
-      key: for the fresh noise: one for each clip, or one for all, which is then folded with a clip's number.
+      key: for the fresh noise: one for each clip, or one for all, which is then folded with the clip's index.
     """
     times = jnp.asarray(times)
     size = x.shape[0]
@@ -91,8 +91,8 @@ def unipc_levels(
     """UniPC's noise levels, `steps + 1` numbers that end in 0, float64.
 
     Neither library spaces 1 to 0 evenly. Diffusers (`use_flow_sigmas=True`) spaces the raw axis from 1 to 1/1000, drops
-    the last, shifts, and lowers the first by 1e-6 where it is 1, since log(1 - t) must be finite. Wan 2.1's
-    `FlowUniPCMultistepScheduler` spaces it from .999 to 0 and drops the last. Both append 0. Raises `UserError` for
+    the last, shifts, and lowers the first by 1e-6 if it is 1, since log(1 - t) must be finite. Wan 2.1's
+    `FlowUniPCMultistepScheduler` spaces it from 0.999 to 0 and drops the last. Both append 0. Raises `UserError` for
     less than one step.
     """
     if steps < 1:
@@ -105,13 +105,16 @@ def unipc_levels(
 
 
 def unipc_times(levels: Float[np.ndarray, "n"]) -> Float[np.ndarray, "m"]:
-    """What the network is told at each level but the last: whole thousandths, cut off, as both libraries do."""
+    """The timesteps that the network is told: all levels but the last, cut to thousandths as both libraries do."""
     return ((levels[:-1] * 1000).astype(np.int64) / 1000).astype(np.float32)
 
 
 def unipc_coefficients(sigmas: Float[np.ndarray, "n"]) -> Float[np.ndarray, "m 8"]:
-    """One row a step: weights of (x, x_last, m_i, m_{i-1}, m_{i-2}) in the corrected state, then of
-    (corrected, m_i, m_{i-1}) in the next one. Levels are rounded to float32, as Diffusers keeps them."""
+    """The coefficients of UniPC, one row per step.
+
+    A row has the weights of (x, x_last, m_i, m_{i-1}, m_{i-2}) in the corrected state, then those of
+    (corrected, m_i, m_{i-1}) in the next one. Levels are rounded to float32, as Diffusers stores them.
+    """
     sigmas = sigmas.astype(np.float32).astype(np.float64)
     alphas = 1 - sigmas
     with np.errstate(divide="ignore"):
@@ -160,7 +163,7 @@ def unipc(
     sigmas: Float[np.ndarray, "n"],
     times: Float[np.ndarray, "m"] | None = None,
 ) -> Signal:
-    """UniPC of order 2 along fixed noise levels; one evaluation a level.
+    """UniPC of order 2 along fixed noise levels, with one evaluation per level.
 
     Equals diffusers' `UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=...)`
     with `sigmas = unipc_levels(steps, flow_shift)` and `times = unipc_times(sigmas)`.
@@ -168,8 +171,8 @@ def unipc(
     Args:
       velocity: see the module's docstring.
       x: noise.
-      sigmas: falling noise levels below 1, the last 0 (host numbers: the coefficients are computed from them).
-      times: what the network is told instead of `sigmas[:-1]`.
+      sigmas: falling noise levels below 1, the last one 0 (host numbers, from which the coefficients are computed).
+      times: the timesteps that the network is told, by default `sigmas[:-1]`.
     """
     if times is None:
         times = sigmas[:-1]

@@ -1,7 +1,7 @@
-"""Distributions of the time t at which a clip is noised, for every method that draws one.
+"""Distributions of the timestep t at which a clip is noised, for every method that draws one.
 
-A draw is made on the raw axis and shifted to the sigma axis (`flow.schedule` Eq. 8), clipped, and translated from the
-clip size for which it is stated to that of the clips at hand (Eq. 9).
+A draw is made on the raw axis, shifted to the sigma axis (`flow.schedule` Eq. 8), clipped, and translated from the
+clip size for which it is stated to that of the batch (Eq. 9).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vpae_jax.types import PRNGKey, Times, UserError
 # Values of one 81 x 720 x 1280 latent, 21 x 90 x 160 x 16: the size for which the papers' noise ranges are stated.
 VALUES_720P = 4_838_400
 
-# What each kind has of its own; it shares the other fields with all.
+# The fields that apply to only some kinds; all other fields apply to every kind.
 OWN: Mapping[str, tuple[str, ...]] = {
     "uniform": ("low", "high"),
     "logit_normal": ("mean", "std"),
@@ -36,7 +36,7 @@ OWN: Mapping[str, tuple[str, ...]] = {
 
 
 class _Points(NamedTuple):
-    """Discrete times on the raw axis, the next lower ones, and their probabilities."""
+    """Discrete timesteps on the raw axis, the next lower ones, and their probabilities."""
 
     times: Float[np.ndarray, "n"]
     before: Float[np.ndarray, "n"]
@@ -44,13 +44,13 @@ class _Points(NamedTuple):
 
 
 class Phased(NamedTuple):
-    """Times of a grid that is parted into phases.
+    """Timesteps of a grid that is divided into phases.
 
     Attributes:
       t: as drawn.
-      before: the next lower time of the whole grid.
-      end: the lower end of the phase that t is in; 0, or a point of the phase below.
-      inside: another time of this phase, from its end on and below its top.
+      before: the next lower point of the whole grid.
+      end: the lower end of the phase of t: 0, or a point of the phase below.
+      inside: another timestep of this phase, at or above its end and below its top.
     """
 
     t: Times
@@ -61,7 +61,7 @@ class Phased(NamedTuple):
 
 @dataclass(frozen=True)
 class TimeDistribution:
-    """A distribution of t on the sigma axis; `distribution(key, latents.shape)` draws one time for each clip.
+    """A distribution of t on the sigma axis; `distribution(key, latents.shape)` draws one timestep for each clip.
 
         uniform        uniform on (low, high]
         logit_normal   sigmoid(mean + std n) with n standard normal (Stable Diffusion 3, LADD)
@@ -69,17 +69,17 @@ class TimeDistribution:
         list           one of `values` (ADD, LADD)
 
     Attributes:
-      kind: one of the above. A field of another kind that is not at its default is refused, since it has no effect.
+      kind: one of the above. A field of another kind that is not at its default is an error, since it has no effect.
       low: lower end, in [0, 1], never drawn itself (t = 0 has no noise) unless `high` equals it.
       high: upper end, in [low, 1]; for "uniform", equal to `low` for a fixed time.
-      mean, std: of the logit; a larger mean is noisier.
-      points: of the whole grid from 1 / points to 1, of which (low, high] may be a part.
-      values: falling times in (0, 1].
-      weights: how often each of `values` is drawn, up to a common factor; empty draws all equally often.
+      mean, std: of the logit; a larger mean gives more noise.
+      points: number of points of the whole grid, from 1 / points to 1; (low, high] may select a part of it.
+      values: falling timesteps in (0, 1].
+      weights: relative frequency of each of `values`; if empty, all are equally likely.
       shift: s of Eq. 8. All of the above is stated on the raw axis of this shift; at 1 that is the sigma axis.
       clip: (low, high) on the sigma axis, applied after the shift.
-      stated_for: values of one latent clip for which all of the above is stated: 4,838,400 for 720p. Draws for clips
-        of another size are translated (Eq. 9). None takes them as they stand.
+      stated_for: number of values of the latent clip for which all of the above is stated: 4,838,400 for 720p. Draws
+        for clips of another size are translated (Eq. 9). None uses the same timesteps for every size.
     """
 
     kind: Literal["uniform", "logit_normal", "grid", "list"] = "uniform"
@@ -106,7 +106,7 @@ class TimeDistribution:
             raise UserError(f"points is {self.points}, expected at least 1")
         falling = all(later < earlier for earlier, later in pairwise(self.values))
         if not self.values or not falling or self.values[0] > 1 or self.values[-1] <= 0:
-            raise UserError(f"values are {self.values}, expected times that fall, from at most 1 and above 0")
+            raise UserError(f"values are {self.values}, expected falling timesteps of at most 1 and above 0")
         if self.weights and (
             len(self.weights) != len(self.values) or min(self.weights) < 0 or not 0 < sum(self.weights) < math.inf
         ):
@@ -129,12 +129,12 @@ class TimeDistribution:
             raise UserError(f"{found} has no effect on kind {self.kind!r}; set {reset}, or another kind")
 
     def __call__(self, key: PRNGKey, shape: Sequence[int], low: Float[Array, ""] | None = None) -> Times:
-        """Independent times for latents of this shape, `[b, ...]`.
+        """Draws independent timesteps for latents of shape `[b, ...]`.
 
         Args:
           key: one key, or one for each clip.
-          shape: of the latents that are to be noised.
-          low: in place of the lower end of "uniform", for a range that moves during training.
+          shape: of the latents to be noised.
+          low: overrides the lower end of "uniform", for a range that moves during training.
         """
         if self.kind == "uniform":
             width = self.high - (self.low if low is None else low)
@@ -146,10 +146,10 @@ class TimeDistribution:
         return self._placed(raw, shape)
 
     def pair(self, key: PRNGKey, shape: Sequence[int]) -> tuple[Times, Times]:
-        """The times of a call and, of each, the next lower one of the whole grid or list; 0 below the lowest.
+        """Draws timesteps as a call does, each with the next lower one of the whole grid or list; 0 below the lowest.
 
         Raises:
-          UserError: for a kind without discrete times.
+          UserError: the kind has no discrete timesteps.
         """
         points = self._points
         cumulative = jnp.asarray(np.cumsum(points.probabilities), jnp.float32)
@@ -158,13 +158,13 @@ class TimeDistribution:
         return self._placed(drawn, shape), self._placed(before, shape)
 
     def phased(self, key: PRNGKey, shape: Sequence[int], phases: int = 1) -> Phased:
-        """The times of a call on a grid, with the phase that each is in and another time of it, drawn independently.
+        """Draws timesteps of a grid as a call does, each with its phase and another independent timestep of that phase.
 
-        The points of (low, high] are parted into phases as equal as whole numbers allow; a phase reaches down to the
-        highest point of the one below, the lowest one to the point below `low`, or to 0.
+        The points of (low, high] are divided into phases of sizes as equal as possible; a phase reaches down to the
+        highest point of the one below, the lowest phase to the point below `low`, or to 0.
 
         Raises:
-          UserError: no grid, or more phases than points.
+          UserError: the kind is not a grid, or there are more phases than points.
         """
         starts, points = self._starts(phases), self._points
         sizes = np.diff(starts, append=len(points.times))
@@ -177,8 +177,11 @@ class TimeDistribution:
         return Phased(*(self._placed(one, shape) for one in raw))
 
     def ends(self, phases: int = 1) -> tuple[float, ...]:
-        """The ends of the phases of `phased` on the sigma axis, falling, from the top of the highest to the end of the
-        lowest, as stated: a student that jumps from each to the next is sampled at them.
+        """The boundaries of the phases of `phased`, at which a student that jumps from each to the next is sampled.
+
+        Returns:
+          Falling timesteps on the sigma axis, from the top of the highest phase to the end of the lowest, without
+          translation to another clip size.
 
         Raises:
           UserError: as `phased`.
@@ -188,19 +191,19 @@ class TimeDistribution:
         return tuple(np.clip(shift(raw, self.shift), *self.clip).tolist())
 
     def _starts(self, phases: int) -> Int[np.ndarray, "phases"]:
-        """The lowest point of each phase, counted from the lowest of all."""
+        """Index of the lowest point of each phase, counted from the lowest point of all."""
         if self.kind != "grid":
-            raise UserError(f"kind is {self.kind!r}, expected 'grid': times in phases")
+            raise UserError(f"kind is {self.kind!r}, expected 'grid', which has phases")
         points = len(self._points.times)
         if not 1 <= phases <= points:
-            raise UserError(f"phases are {phases}, expected 1 to {points}, as many as the grid has points")
+            raise UserError(f"phases are {phases}, expected 1 to {points}, the number of points of the grid")
         return np.arange(phases) * points // phases
 
     @property
     def _points(self) -> _Points:
         if self.kind == "grid":
             numbers = np.arange(1, self.points + 1)
-            # A little room for ends such as .74 that are points but for rounding.
+            # Some tolerance for ends such as 0.74, which are points up to rounding.
             low, high = (end * self.points + 1e-6 for end in (self.low, self.high))
             numbers = numbers[(numbers > low) & (numbers <= high)]
             times, before, weights = numbers / self.points, (numbers - 1) / self.points, np.ones(len(numbers))
@@ -208,11 +211,11 @@ class TimeDistribution:
             times, before = np.array(self.values), np.array([*self.values[1:], 0.0])
             weights = np.array(self.weights or (1.0,) * len(times))
         else:
-            raise UserError(f"kind is {self.kind!r}, expected 'grid' or 'list': times that have a next lower one")
+            raise UserError(f"kind is {self.kind!r}, expected 'grid' or 'list', which have discrete timesteps")
         return _Points(times, before, weights / weights.sum())
 
     def _placed(self, raw: Times, shape: Sequence[int]) -> Times:
-        """From the raw axis to the sigma axis of these latents."""
+        """Raw timesteps on the sigma axis, for latents of this shape."""
         t = shift(raw, self.shift)
         if self.clip != (0, 1):
             t = jnp.clip(t, *self.clip)

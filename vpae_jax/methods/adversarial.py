@@ -1,7 +1,7 @@
-"""Adversarial losses, what a noise-level discriminator sees, and its finite-difference gradient penalty.
+"""Adversarial losses, the noise on the discriminator's input, and its finite-difference gradient penalty.
 
-A discriminator here is a backbone's hidden states and small heads on them: logits [b, k], high for real. Each logit is
-judged alone, and losses are averaged over k.
+A discriminator is a set of small heads on the hidden states of a backbone: logits [b, k], high for real. The loss is
+computed for each logit and averaged over k.
 
     kind          discriminator                        generator
     hinge         relu(1 - r) + relu(1 + f)            -f                    Miyato et al. (V-PAE's text)
@@ -10,9 +10,9 @@ judged alone, and losses are averaged over k.
     rpgan         softplus(-(r - f))                   softplus(-(f - r))    AAPT, ASD
     literal       softplus(-r) + softplus(f)           -softplus(f)          V-PAE's Eq. 3
 
-with r and f the logits of a real and of a generated clip. Eq. 3 is log D(fake) + log(1 - D(real)) with D the
-probability of "fake"; the discriminator maximises it and the generator minimises its first term, the original
-saturating game.
+where r and f are the logits of a real and of a generated clip. Eq. 3 is log D(fake) + log(1 - D(real)), where D is the
+probability of "fake"; the discriminator maximises it and the generator minimises its first term: the original
+saturating GAN loss.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class AdversarialLoss:
     """A pair of losses of (real logit, fake logit), both minimised.
 
     Attributes:
-      discriminator: the discriminator's.
-      generator: the generator's.
-      relative: whether the generator's needs the real logit and only differences of logits matter.
+      discriminator: the discriminator's loss.
+      generator: the generator's loss.
+      relative: whether only differences of logits matter, so that the generator's loss needs the real logit.
     """
 
     discriminator: Callable[[Logits, Logits], Logits]
@@ -89,7 +89,7 @@ class ConstantFeatures:
     """A backbone whose hidden states are constants: only heads are trained on them.
 
     Attributes:
-      backbone: what is read.
+      backbone: the network whose hidden states are read.
     """
 
     backbone: FeatureExtractor
@@ -99,12 +99,12 @@ class ConstantFeatures:
 
 
 def judge(backbone: FeatureExtractor, heads: Heads, condition: Condition) -> Judge:
-    """The discriminator as a function of (clip, time), in float32."""
+    """The discriminator as a function of (clip, timestep), in float32."""
     return lambda x, t: f32(heads(backbone.features(x, t, condition, heads.taps)))
 
 
 class Judged(NamedTuple):
-    """What the discriminator is shown: clips and the times it is told."""
+    """The input of the discriminator: clips and the timesteps that it is told."""
 
     fake: Latents
     fake_t: Times
@@ -117,16 +117,16 @@ DISC_TIMES = TimeDistribution(low=0.9, high=0.999, stated_for=VALUES_720P)
 
 @dataclass(frozen=True)
 class DiscriminatorNoise:
-    """How clips are noised before they are judged.
+    """How clips are noised before the discriminator sees them.
 
-    The gradient of a logit reaches the clip through d x_t / d x0 = 1 - t, so high times leave little of it, and t = 1
-    none at all (V-PAE v1).
+    The gradient of a logit reaches the clip through d x_t / d x0 = 1 - t, so high timesteps leave little of it, and
+    t = 1 none at all (V-PAE v1).
 
     Attributes:
-      kind: "shared": one t for a real and a generated clip, independent noise. "independent": a t for each, too (ASD).
-        "fig_literal": figure 2's, `t` for
-        generated clips and any time, (0, 1], for real ones, which can be told apart by their noise level alone; only to
-        reproduce. "clean": no noise, the backbone is told a random time (APT).
+      kind: "shared": one t for a real and a generated clip, independent noise. "independent": a t for each as well
+        (ASD). "fig_literal": as in figure 2, `t` for generated clips and any timestep in (0, 1] for real ones, so that
+        the noise level alone tells them apart; only for reproduction. "clean": no noise, and the backbone is told a
+        random timestep (APT).
       t: distribution of t.
       real: "clean" leaves real clips without noise (Eq. 3 read literally).
     """
@@ -168,25 +168,26 @@ class DifferencePenalty:
         mean (D(x + delta, t) - D(x, t))^2 / ||delta||^2,     delta = delta_s + delta_t = sigma_s eps_s + sigma_t eps_t
 
     For a linear D(x) = w x + b and independent noise the expectation is |w|^2 under "mean" and |w|^2 / d under "sum",
-    whatever sigma is. Under "mean" the denominator is sigma_s^2 + sigma_t^2 = .0101 on average, so weight 1 acts as
-    weight 99 on the plain squared difference, close to APT's 100.
+    for any sigma. Under "mean" the denominator is sigma_s^2 + sigma_t^2 = 0.0101 on average, so weight 1 acts as weight
+    99 on the plain squared difference, close to APT's 100.
 
     Attributes:
       weight: 0 switches the penalty off and saves the backbone's extra evaluation.
       on: which clips are perturbed (after noising): generated ones (V-PAE), real ones (APT), or both (AAPT, AAD-1).
       sigma_s, sigma_t: standard deviations of the spatial and of the temporal perturbation.
-      spatial: eps_s drawn for every value ("iid"), or once for all frames ("shared").
-      temporal: eps_t drawn a frame and channel ("channel"), a frame ("frame"), or for every value ("iid"); broadcast
-        over rows and columns.
+      spatial: eps_s is drawn for every value ("iid"), or once for all frames ("shared").
+      temporal: eps_t is drawn per frame and channel ("channel") or per frame ("frame"), and broadcast over rows and
+        columns, or for every value ("iid").
       norm: the denominator: mean or sum of delta^2 over the clip, or 1 ("fixed", APT).
-      apart: 0 perturbs a clip by both noises at once. Above 0, each has an evaluation of its own, and the spatial noise
-        this standard deviation if sigma_s is smaller: with a = max(apart, sigma_s) / sigma_s, the squared difference is
-        (D(x + a delta_s) - D(x))^2 / a^2 + (D(x + delta_t) - D(x))^2, whose expectation is the same for a linear D. In
-        bfloat16 a change by sigma_s = .01 is rounding in large part, and one by .1 is not (`docs/methods.md`,
-        "Precision of the penalty"). With both sigmas it costs one more evaluation of the backbone.
-      every: the penalty is part of every so many steps, at so many times its weight, and is not computed between them
-        (StyleGAN2's lazy regularisation, 1912.04958, appendix B). The gradient is the same on average, but comes in
-        blows, which Adam shortens by up to the root of `every`. `docs/methods.md`, "Less work a step", has the price.
+      apart: 0 perturbs a clip by both noises at once. Above 0, each noise has an evaluation of its own, and the spatial
+        one has this standard deviation if sigma_s is smaller: with a = max(apart, sigma_s) / sigma_s, the squared
+        difference is (D(x + a delta_s) - D(x))^2 / a^2 + (D(x + delta_t) - D(x))^2, whose expectation is the same for a
+        linear D. In bfloat16 a change by sigma_s = 0.01 is mostly rounding error, and one by 0.1 is not
+        (`docs/methods/discriminators.md`, "Precision of the penalty"). With both sigmas above 0 it costs one more
+        evaluation of the backbone.
+      every: the penalty is computed on every `every`-th step only, with its weight multiplied by `every` (StyleGAN2's
+        lazy regularisation, 1912.04958, appendix B). The gradient is the same on average, but comes in large steps,
+        which Adam shortens by up to the square root of `every`. `docs/methods/less_work.md` has the cost.
     """
 
     weight: float = 1.0
@@ -214,12 +215,12 @@ class DifferencePenalty:
             raise UserError("DifferencePenalty.sigma_s and sigma_t are both 0; set one, or weight=0")
 
     def perturbation(self, like: Latents, key: PRNGKey) -> Latents:
-        """A draw of delta, in the shape of `like`."""
+        """Draws delta, in the shape of `like`."""
         spatial, temporal = self.halves(like, key)
         return jnp.broadcast_to(spatial + temporal, like.shape)
 
     def halves(self, like: Latents, key: PRNGKey) -> tuple[Float[Array, "b _ h w c"], Float[Array, "b f _ _ _"]]:
-        """Draws of delta_s and delta_t, which spread to the shape of `like`."""
+        """Draws delta_s and delta_t, which broadcast to the shape of `like`."""
         keys = named_keys(key, "spatial", "temporal")
         b, f, h, w, c = like.shape
         spatial = {"iid": (b, f, h, w, c), "shared": (b, 1, h, w, c)}[self.spatial]
@@ -228,14 +229,14 @@ class DifferencePenalty:
         return noise, self.sigma_t * draws.normal(keys.temporal, temporal, like.dtype)
 
     def ratio(self, change: Logits, delta: Float[Array, "b *shape"]) -> PerExample:
-        """change^2, the mean over a clip's logits, over the chosen norm of delta."""
+        """change^2, averaged over a clip's logits, divided by the chosen norm of delta."""
         squared = example_mean(change**2)
         if self.norm == "fixed":
             return squared
         return squared / (example_mean if self.norm == "mean" else example_sum)(delta**2)
 
     def __call__(self, judge: Judge, shown: Judged, real_logit: Logits, fake_logit: Logits, key: PRNGKey) -> PerExample:
-        """The unweighted penalty of each clip; the logits of `shown` are given, so a side costs one evaluation."""
+        """The unweighted penalty of each clip; the logits of `shown` are given, so each side costs one evaluation."""
         keys = named_keys(key, "fake", "real")
         total = jnp.zeros(len(fake_logit))
         if self.on in ("fake", "both"):
@@ -267,7 +268,7 @@ def discriminator_loss(
     """The discriminator's loss of each pair of clips.
 
     Args:
-      judge: the discriminator, differentiated in what is being trained of it.
+      judge: the discriminator, differentiated in those of its weights that are being trained.
       shown: noised clips, constants.
       kind: the adversarial loss.
       penalty: the gradient penalty.
@@ -275,8 +276,8 @@ def discriminator_loss(
       step: completed steps.
 
     Returns:
-      The loss, and: logits, their gap, accuracy (of the sign, or of the order for a relative loss), the penalty (0 on a
-      step without it).
+      The loss, and as metrics the logits, their gap, the accuracy (of the sign, or of the order for a relative loss)
+      and the penalty (0 on a step without it).
     """
     real, fake = judge(shown.real, shown.real_t), judge(shown.fake, shown.fake_t)
     return loss_of_logits(judge, shown, real, fake, kind, penalty, key, step)
@@ -292,7 +293,7 @@ def loss_of_logits(
     key: PRNGKey,
     step: Step,
 ) -> tuple[PerExample, Metrics]:
-    """`discriminator_loss` where the logits of `shown` are already there, as those of a pass that served more."""
+    """`discriminator_loss`, given the logits of `shown`, for example from a forward pass with several uses."""
     adversarial = LOSSES[kind]
     loss = example_mean(adversarial.discriminator(real, fake))
     metrics = {
@@ -310,8 +311,10 @@ def loss_of_logits(
 
 
 def generator_loss(judge: Judge, shown: Judged, kind: AdversarialKind) -> tuple[PerExample, Logits]:
-    """The generator's adversarial loss of each clip, differentiable in the generated clips of `shown`, and their
-    logits. A relative loss asks for those of the real clips, too."""
+    """The generator's adversarial loss of each clip, differentiable in the generated clips of `shown`, and the logits.
+
+    A relative loss also evaluates the real clips.
+    """
     loss = LOSSES[kind]
     fake = judge(shown.fake, shown.fake_t)
     real = judge(shown.real, shown.real_t) if loss.relative else jnp.zeros_like(fake)
@@ -332,7 +335,7 @@ def adversarial_term(
       key: for the noise.
 
     Returns:
-      the term, the logits as a metric, and the times that the discriminator was told of the generated clips.
+      The term, the logits as a metric, and the timesteps told to the discriminator for the generated clips.
     """
 
     def loss(x: Latents) -> tuple[PerExample, tuple[Logits, Times]]:
@@ -345,7 +348,7 @@ def adversarial_term(
 
 
 def accuracy(real: Logits, fake: Logits, relative: bool) -> Float[Array, ""]:
-    """Fraction of logits of the right sign or, for a relative loss, of pairs in the right order. Ties count half."""
+    """Fraction of logits with the right sign or, for a relative loss, of pairs in the right order. Ties count half."""
     if relative:
         return 0.5 + 0.5 * jnp.sign(real - fake).mean()
     return 0.5 + 0.25 * (jnp.sign(real) - jnp.sign(fake)).mean()

@@ -7,9 +7,9 @@ starts from the diffusion model's weights, not from the generator's. All of D is
     (1)  L_D = softplus(-D(r, t)) + softplus(D(x0, t)) + lambda (D(r + sigma n, t) - D(r, t))^2
     (2)  L_G = softplus(-D(x0, t))
 
-The last part of (1) stands for R1, the squared gradient at real clips; without it L_D falls to 0 and the generator
-collapses. D is shown clips as they are. t, one for both, is only what its transformer is told: at t = 0, the truth,
-training collapses, so it is drawn from all times, most of them noisy.
+The last part of (1) approximates R1, the squared gradient at real clips; without it L_D falls to 0 and the generator
+collapses. D sees clips without noise. t, the same for both clips, is only told to its transformer: with t = 0, which
+would be true, training collapses, so t is drawn from all timesteps, most of them noisy.
 
                    APT, the default                     AAD-1 (2606.03972)               AAPT (2506.09350)
     G starts from  consistency distillation (`LCM`),    distribution matching (`DMD2`)   consistency distillation
@@ -20,11 +20,12 @@ training collapses, so it is drawn from all times, most of them noisy.
     penalty        on real, 100, sigma .1 (images .01)  on both, 20, .05                 on both, 1000, .1
     ema            .995                                 .98                              unstated here
 
-Of AAD-1 and AAPT these are the bidirectional halves: their generators are causal. The penalty's square is not divided
-(norm="fixed"). The shift is stated for 720p, as APT's videos. APT trains on images first; here on videos alone.
+For AAD-1 and AAPT these are only the bidirectional parts: their generators are causal. The penalty's square is not
+divided (norm="fixed"). The shift is stated for 720p, the size of APT's videos. APT trains on images first; here it is
+trained on videos only.
 
-RMSProp with a decay of .9, without decay of the weights and without clipping, is the optimizers' matter
-(`configs/apt.py`). So a weight of the generator's only term would change nothing, and there is none.
+The optimizer, RMSProp with a decay of 0.9 and without weight decay or clipping, is set in `configs/apt.py`. Its updates
+do not depend on the scale of the loss, so the generator's only term has no weight.
 """
 
 from __future__ import annotations
@@ -48,12 +49,12 @@ R1 = DifferencePenalty(weight=100.0, on="real", sigma_s=0.1, sigma_t=0.0, norm="
 
 @dataclass(frozen=True)
 class APT(JudgedDistillation):
-    """A one-step generator against a discriminator that is trained as a whole.
+    """A one-step generator against a discriminator whose backbone is trained, too.
 
     Attributes:
-      noise: how clips are noised for the discriminator, and which times it is told.
+      noise: how clips are noised for the discriminator, and which timesteps it is told.
       penalty: the last part of Eq. 1.
-      init: where the generator starts; the discriminator's backbone is the model directory's either way.
+      init: where the generator starts; the discriminator's backbone always starts from the model directory.
     """
 
     adversarial: AdversarialKind = "ns_logistic"
@@ -77,8 +78,8 @@ class APT(JudgedDistillation):
     def generator_loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
         """Eq. 2; Eq. 1 is `discriminator_loss`.
 
-        Metrics besides `common.drift`: the loss, the logits and, for a clip, the L2 norm of the gradient with respect
-        to x0.
+        Metrics in addition to `common.drift`: the loss, the logits, and the per-clip L2 norm of the gradient with
+        respect to x0.
         """
         keys = named_keys(context.clips, "images", "generate", "noise")
         make = partial(self.generate, nets, context=context, key=keys.generate)

@@ -1,31 +1,31 @@
-"""ASD, adversarial self-distillation (2511.01419): a causal student of few evaluations follows itself with one more.
+"""ASD, adversarial self-distillation (2511.01419): a causal student with few evaluations follows itself with one more.
 
-G^n is the student of n evaluations a chunk (`self_forcing`: one network serves all n), x^1 = G^n(z^1) and x^2 =
-G^{n+1}(z^2) clips of independent noise, Psi a clip noised at a time of its own, D_n the n-th logit of heads on the
-hidden states of the fake score, which are constants to them:
+G^n is the student with n evaluations per chunk (`self_forcing`: one network serves all n), x^1 = G^n(z^1) and x^2 =
+G^{n+1}(z^2) are clips of independent noise, Psi noises a clip to a timestep of its own, and D_n is the n-th logit of
+heads on the hidden states of the fake score, which are constants to them:
 
     (1)  L_G = L_DMD(x^1) + alpha softplus(-(D_n(Psi(x^1)) - D_n(Psi(sg x^2))))
     (2)  L_D = softplus(-(D_n(Psi(x^2)) - D_n(Psi(x^1)))) + lambda (R1 + R2)
 
 R1 and R2 are (D_n(y + sigma n) - D_n(y))^2 at y = Psi(x^2) and at y = Psi(x^1) (`DifferencePenalty`). The gradient of
-(1) passes through x^1 alone. Generator, fake score and heads are trained in turn. n is the exit of Self-Forcing's
-roll-out plus one, so n = N has no student to follow: there (1) is L_DMD.
+(1) passes only through x^1. Generator, fake score and heads are trained in turn. n is the exit of Self-Forcing's
+roll-out plus one, so for n = N there is no student to follow, and (1) is L_DMD.
 
-First-Frame Enhancement, the paper's other half, is the sampling of the first chunk in more evaluations than the later
+First-Frame Enhancement, the paper's other contribution, samples the first chunk with more evaluations than the later
 ones (`flow.sampler.Sampler.first`).
 
     alpha              30 (of 0, 10, 20, 30 in its ablation); 0 is Self-Forcing
     lambda, sigma      600, .05
     D's features       of the fake score, after blocks 12, 21 and 29 of 30
-    Psi                independent t and noise for both clips, t distributed as L_DMD's (the distribution is unstated)
+    Psi                independent t and noise for both clips, t distributed as in L_DMD (the distribution is unstated)
     n                  uniform in 1 ... N (unstated)
     sign               the paper writes f(D_n(x^1) - D_n(x^2)) with f(u) = -log(1 + e^-u) for a discriminator that
-                       maximises it, and so scores x^1 high; here, as everywhere in this package, D scores the better
-                       clip, x^2, high
-    D's updates        one for each of the generator (unstated)
-    logits             the heads have N - 1 outputs and are not told the time
+                       maximises it, which therefore scores x^1 high; here, as everywhere in this package, D scores the
+                       better clip, x^2, high
+    D's updates        one per update of the generator (unstated)
+    logits             the heads have N - 1 outputs and are not told the timestep
 
-One-Forcing reports that the gap of the logits stays near 0; `heads/logit_gap` shows it.
+One-Forcing reports that the gap between the logits stays near 0; see the metric `heads/logit_gap`.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ class ASD(SelfForcing):
     """Self-Forcing with adversarial self-distillation.
 
     Attributes:
-      alpha: weight of the adversarial term of Eq. 1; 0 leaves Self-Forcing.
+      alpha: weight of the adversarial term of Eq. 1; 0 is Self-Forcing.
       noise: Psi.
       penalty: of Eq. 2; its defaults here are the paper's R1 + R2.
-      disc_updates: updates of the heads for one of the generator.
+      disc_updates: updates of the heads per update of the generator.
     """
 
     alpha: float = 30.0
@@ -78,7 +78,7 @@ class ASD(SelfForcing):
         check_at_least("ASD", 0, alpha=self.alpha)
         check_at_least("ASD", 1, disc_updates=self.disc_updates)
         if self.steps < 2:
-            raise UserError("ASD.steps is 1: a student follows itself with one step more; set at least 2")
+            raise UserError("ASD.steps is 1, but the student follows itself with one more step; set at least 2")
         if self.judged:
             raise UserError("ASD's heads compare the student with itself; leave adversarial_weight=0 and disc_weight=0")
 
@@ -126,7 +126,7 @@ class ASD(SelfForcing):
         """D_n with n - 1 = `last`.
 
         Args:
-          constant: whether hidden states are constants, as they are to the heads.
+          constant: whether hidden states are constants, as in the loss of the heads.
         """
         backbone = ConstantFeatures(nets["fake_score"]) if constant else nets["fake_score"]
         whole = judge(backbone, nets["heads"], condition)

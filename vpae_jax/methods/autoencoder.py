@@ -2,8 +2,9 @@
 
     z = mean + exp(logvar / 2) n,    loss = mean |y - x| + mean (y - x)^2 + kl_weight KL(N(mean, var) || N(0, 1))
 
-with y the decoder's output for z, unclipped. The KL is a mean over latent values, 1/2 (mean^2 + var - 1 - logvar).
-Kingma and Welling (1312.6114); a small KL weight with a normalised latent afterwards as in Rombach et al. (2112.10752).
+where y is the decoder's output for z, unclipped. The KL is a mean over latent values, 1/2 (mean^2 + var - 1 - logvar).
+Kingma and Welling (1312.6114); a small KL weight and latents that are normalised afterwards as in Rombach et al.
+(2112.10752).
 """
 
 from __future__ import annotations

@@ -1,20 +1,21 @@
 """What a training method is: roles, views, updates, a student, and pure losses over networks.
 
-A method is a frozen dataclass whose fields are the paper's hyper-parameters. It knows of no model, optimizer or file:
+A method is a frozen dataclass whose fields are the paper's hyper-parameters. It does not depend on any model, optimizer
+or file:
 
-    roles     sets of weights: where each starts, whether it is trained, which averages are kept of it
+    roles     sets of weights: where each starts, whether it is trained, which averages of it are kept
     views     networks that the losses call: a role's weights, an average of them, adapters at some scale
-    updates   in order, what is trained each step: one or more roles, by one loss
+    updates   what is trained in each step, in order: one or more roles, by one loss
     student   which network, or pair of experts, is the result, and how it is sampled
 
-A loss receives all networks as callables that are already bound to their weights, so it can be tested against a
-Gaussian whose velocity is known in closed form:
+A loss receives all networks as callables already bound to their weights, so it can be tested against a Gaussian whose
+velocity is known in closed form:
 
     loss(nets, batch, context) -> (loss of each clip [b], metrics)
 
-`nets` maps the name of every view to its network. Each role is a view of its own name, and each average of a role is
-one, `<role>_<average>`; a method's `views` come on top. A gradient is taken with respect to the roles that the update
-trains and nothing else.
+`nets` maps the name of every view to its network. Each role is a view under its own name, each average of a role is one
+under `<role>_<average>`, and the method's `views` are added to these. Gradients are taken only with respect to the
+roles that the update trains.
 """
 
 from __future__ import annotations
@@ -63,14 +64,14 @@ class Made:
 
 @pytree
 class Context:
-    """What a loss knows besides networks and batch.
+    """What a loss receives besides networks and batch.
 
     Attributes:
       step: completed steps.
-      clips: one key for each clip, from which all that is drawn for the clip comes (`flow.draws`).
-      batch: one key for the whole batch, for what its clips share: an exit step, a phase.
-      made: the clips to learn from, where an update has `Update.makes` or follows one that has; None for a loss that
-        makes its own.
+      clips: one key for each clip, from which everything drawn for the clip comes (`flow.draws`).
+      batch: one key for the whole batch, for draws that its clips share: an exit step, a phase.
+      made: the clips to learn from, if the update has `Update.makes` or follows one that has; None for a loss that
+        generates its own.
     """
 
     step: Int[Array, ""]
@@ -85,18 +86,18 @@ MakeFn = Callable[[Nets, Any, Context], Made]
 
 @runtime_checkable
 class Velocity(Protocol):
-    """A flow network: noisy latents at time t in [0, 1] (1 = noise) to the velocity v = eps - x0."""
+    """A flow network: maps noisy latents at timestep t in [0, 1] (1 = noise) to the velocity v = eps - x0."""
 
     def __call__(self, x: Latents, t: Times, condition: Condition) -> Latents: ...
 
 
 @runtime_checkable
 class FeatureExtractor(Protocol):
-    """What discriminator heads read, as a function of a clip in latents: a network's hidden states after the blocks
+    """The features that discriminator heads read of a clip in latents: a network's hidden states after the blocks
     `taps`, counted from 1."""
 
     def features(self, x: Latents, t: Times, condition: Condition, taps: tuple[int, ...]) -> Features:
-        """Hidden states alone; the forward pass stops at the last tapped block."""
+        """Only the hidden states; the forward pass stops at the last tapped block."""
         ...
 
 
@@ -107,7 +108,7 @@ class Backbone(Velocity, FeatureExtractor, Protocol):
     def velocity_and_features(
         self, x: Latents, t: Times, condition: Condition, taps: tuple[int, ...]
     ) -> tuple[Latents, Features]:
-        """Both by one forward pass."""
+        """Both from one forward pass."""
         ...
 
 
@@ -116,21 +117,21 @@ class Reader(Backbone, Protocol):
     """A backbone whose last layer can be applied to the hidden states of any block."""
 
     def readings(self, features: Features, x: Latents, t: Times) -> tuple[Latents, ...]:
-        """What the network's last layer makes of each tap's hidden states: the velocity at (x, t) if the tapped block
-        were the last one."""
+        """The network's last layer applied to each tap's hidden states: the velocity at (x, t) if the tapped block were
+        the last one."""
         ...
 
 
 @runtime_checkable
 class CausalNetwork(Recurrent, Protocol):
-    """A velocity network that sees chunks of latent frames in their order (`models.wan_causal.CausalWan`)."""
+    """A causal velocity network on chunks of latent frames (`models.wan_causal.CausalWan`)."""
 
     def __call__(self, x: Latents, t: FrameTimes, condition: Condition) -> Latents:
-        """The velocity of a clip whose frames are at times of their own; a chunk sees the earlier ones as they are."""
+        """The velocity of a clip with a timestep for each frame; a chunk sees the earlier ones as they are in `x`."""
         ...
 
     def recall(self, x: Latents, t: FrameTimes, condition: Condition, past: Memory) -> Latents:
-        """The velocity of a clip of which each chunk sees itself, and earlier frames in a memory of a whole clip."""
+        """The velocity of a clip; each chunk sees itself, and earlier frames from the memory of a whole clip."""
         ...
 
     def remember(self, x: Latents, t: FrameTimes, condition: Condition) -> Memory:
@@ -140,7 +141,7 @@ class CausalNetwork(Recurrent, Protocol):
 
 @runtime_checkable
 class CausalBackbone(Backbone, Protocol):
-    """A backbone that can be evaluated as a causal network, too."""
+    """A backbone that can also be evaluated as a causal network."""
 
     def causal(self, chunks: Chunks) -> CausalNetwork:
         """The same weights, for clips in chunks."""
@@ -149,10 +150,10 @@ class CausalBackbone(Backbone, Protocol):
 
 @runtime_checkable
 class FrameDecoder(Protocol):
-    """A video autoencoder of which a few frames can be decoded."""
+    """A video autoencoder that can decode a few frames of a clip."""
 
     def decode_at(self, latents: Latents, frame: Int[Array, ""]) -> Video:
-        """The first video frame and those of latent frame number `frame`, in [-1, 1] (`models.wan_vae`)."""
+        """The first video frame and those of latent frame `frame`, in [-1, 1] (`models.wan_vae`)."""
         ...
 
 
@@ -165,14 +166,14 @@ class PixelEncoder(Protocol):
 
         Args:
           video: frames of clips, in [-1, 1], of any size.
-          place: where a square is cut out of what is not square, from 0 (top or left) to 1.
+          place: position of the square crop along the longer edge, from 0 (top or left) to 1.
         """
         ...
 
 
 @runtime_checkable
 class Heads(Protocol):
-    """Discriminator heads: hidden states to k logits a clip, high for real.
+    """Discriminator heads: map hidden states to k logits per clip, high for real.
 
     Attributes:
       taps: blocks of the backbone whose hidden states they read, counted from 1.
@@ -186,14 +187,14 @@ class Heads(Protocol):
 
 @dataclass(frozen=True)
 class Adapters:
-    """Low-rank weights beside those of another role (LoRA, 2106.09685).
+    """Low-rank weights added to those of another role (LoRA, 2106.09685).
 
     Attributes:
-      on: the role whose linear layers they sit on, frozen or trained.
+      on: the role whose linear layers they adapt, frozen or trained.
       rank: of each pair of matrices.
       alpha: numerator of their scale, alpha / rank.
-      targets: regular expression, searched in the paths of linear layers, of those that get them; None for all of the
-        blocks, attention and feed-forward.
+      targets: regular expression that is searched in the paths of linear layers to select those that get adapters; None
+        selects all attention and feed-forward layers of the blocks.
     """
 
     on: str
@@ -208,7 +209,7 @@ class Average:
 
     Attributes:
       decay: weight of the old average in each update, in [0, 1].
-      start: the step from which it averages; before, it equals the weights.
+      start: the step from which it averages; before that it equals the weights.
     """
 
     decay: float
@@ -216,7 +217,7 @@ class Average:
 
 
 def averages(decay: float) -> dict[str, Average]:
-    """A role's averages where it keeps the usual one, or, at a decay of 0, none."""
+    """A role's averages: the usual one, or none at a decay of 0."""
     return {EMA: Average(decay)} if decay else {}
 
 
@@ -225,13 +226,14 @@ class Role:
     """One set of weights in memory.
 
     Attributes:
-      start: where they come from: "pretrained" (the model directory), "fresh" (random; adapters then change nothing),
-        "previous" (the role of the same name in the checkpoint of the phase before) or "previous:<role>".
-      trains: whether they are trained. What is frozen is in no optimizer and no checkpoint.
-      part: which part of a model directory they are, or "heads". Heads read the hidden states of a transformer; of the
-        image encoder where a method has a role that is one.
-      outputs: of heads: how many logits each of their judgements has; they vary fastest in what heads return.
-      adapters: given when the role holds low-rank weights alone, on another role's.
+      start: where they come from: "pretrained" (the model directory), "fresh" (random; adapters then start
+        without effect), "previous" (the role of the same name in the checkpoint of the phase before) or
+        "previous:<role>".
+      trains: whether they are trained. Frozen weights are in no optimizer and no checkpoint.
+      part: which part of a model directory they are, or "heads". Heads read the hidden states of the image encoder if
+        the method has such a role, otherwise those of a transformer.
+      outputs: for heads: number of logits in place of each single one, varying fastest in what the heads return.
+      adapters: given if the role consists only of low-rank weights on another role.
       averages: by name.
     """
 
@@ -258,9 +260,9 @@ class View:
     """A network that losses call.
 
     Attributes:
-      role: whose weights; for a role of adapters, these on the role that they sit on.
-      average: the average in place of the weights.
-      scale: of adapters, a factor on alpha / rank; 0 is the network without them.
+      role: the role whose weights it has; a role of adapters is applied to the role that they adapt.
+      average: name of an average to use instead of the weights.
+      scale: for adapters, a factor on alpha / rank; 0 is the network without them.
       constant: never differentiated, not even in an update that trains the role.
     """
 
@@ -272,21 +274,21 @@ class View:
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer update: one loss, by which one or more roles are trained, each with its own optimizer.
+    """One optimizer update: one loss that trains one or more roles, each with its own optimizer.
 
     Attributes:
       trains: the roles whose weights change.
       loss: the pure loss; see the module's docstring.
-      every: it runs every so many steps, counted from `starts`.
-      repeats: how many times in a row it runs, each on a batch of its own.
-      starts: the first step on which it runs (a discriminator's head start delays the generator).
+      every: number of steps between two runs, counted from `starts`.
+      repeats: number of consecutive runs in a step, each on a batch of its own.
+      starts: the first step on which it runs (a discriminator's warm-up delays the generator).
       delay: the method's field that `starts` comes from, for messages.
-      followers: other trained roles, which after each update move towards the one that it trains: by name, the share of
-        their own weights that they keep, in [0, 1).
+      followers: other trained roles that move towards the trained one after each update: by name, the fraction of their
+        own weights that they keep, in [0, 1).
       ends: the first step on which it no longer runs; None for never.
-      makes: makes the clips that this update and those of `then` learn from. They are differentiated in this one.
+      makes: generates the clips that this update and those of `then` learn from. Only this update differentiates them.
       then: updates that follow in the same program, on the same batch and the same clips, which are constants to them.
-        Of these, `trains`, `loss`, `repeats` (each with draws of its own) and `followers` count.
+        Only their `trains`, `loss`, `repeats` (each with draws of its own) and `followers` are used.
     """
 
     trains: tuple[str, ...]
@@ -313,14 +315,14 @@ class Update:
 
 @dataclass(frozen=True)
 class Student:
-    """What a method makes: a network, or two experts for two ranges of times, and how it is sampled.
+    """The result of a method: a network, or two experts for two ranges of timesteps, and how it is sampled.
 
     Attributes:
-      view: the network; of two experts the one for times from `boundary` on.
-      sampler: solver, times and guidance.
-      average: the average that is judged and exported in place of the weights; None for the weights themselves. Of two
-        experts it stands for those that keep one.
-      low: the view of the expert for times below `boundary`; None for one network.
+      view: the network; with two experts, the one for timesteps from `boundary` on.
+      sampler: solver, timesteps and guidance.
+      average: the average that is scored and exported instead of the weights; None for the weights themselves. With two
+        experts it applies to those that keep one.
+      low: the view of the expert for timesteps below `boundary`; None for a single network.
       boundary: see `low`.
     """
 
@@ -334,13 +336,13 @@ class Student:
 class Method(ABC):
     """A training method. Implementations are frozen dataclasses.
 
-    A role called "teacher" is shown beside the student in previews.
+    Previews show a role called "teacher" next to the student.
 
     Attributes:
-      batch: what it trains on: `Batch`, `PixelBatch` or `CaptionedFrames`.
+      batch: type of its training data: `Batch`, `PixelBatch` or `CaptionedFrames`.
       whole_batch: whether its loss compares the clips of a batch with each other, so that a batch cannot be processed
         in parts.
-      known_noise: whether it needs `Batch.seed`: clips that a teacher made, with the noise that it started from.
+      known_noise: whether it needs `Batch.seed`: clips that a teacher generated, with the noise that they started from.
     """
 
     batch: ClassVar[type]
@@ -349,13 +351,13 @@ class Method(ABC):
 
     @property
     def without_clips(self) -> Mapping[str, Any] | None:
-        """Values of its fields with which no loss reads a real clip, so that prompts alone are enough to train on; None
-        where its equations always have real clips."""
+        """Values of its fields with which no loss reads a real clip, so that it can train on prompts only; None if its
+        equations always contain real clips."""
         return None
 
     @property
     def needs_clips(self) -> bool:
-        """Whether it trains on real clips (`Batch.latents`), with the fields that it has."""
+        """Whether it trains on real clips (`Batch.latents`), given the values of its fields."""
         values = self.without_clips
         return values is None or any(getattr(self, name) != value for name, value in values.items())
 
@@ -369,17 +371,17 @@ class Method(ABC):
 
     @property
     def views(self) -> Mapping[str, View]:
-        """Networks besides each role and each of its averages."""
+        """Networks in addition to each role and each of its averages."""
         return {}
 
     @property
     def student(self) -> Student | None:
-        """None for a method that makes no generator."""
+        """None for a method that trains no generator."""
         return None
 
 
 def all_views(method: Method) -> dict[str, View]:
-    """Every network of a method by name: roles, their averages, and its own views."""
+    """Every network of a method by name: its roles, their averages, and its own views."""
     views = {name: View(name) for name in method.roles}
     for name, role in method.roles.items():
         views |= {f"{name}_{average}": View(name, average) for average in role.averages}

@@ -1,16 +1,16 @@
-"""How a causal student begins: a transformer that saw whole clips learns to see chunks in their order.
+"""Initialisation of causal students: a transformer trained on whole clips learns to process chunks in order.
 
-x0 is a clip, t a time for each of its chunks, x_t the clip with every chunk noised to its own time:
+x0 is a clip, t has a timestep for each of its chunks, x_t is the clip with every chunk noised to its own timestep:
 
     CausalInit, "teacher_forcing"     mean ||v(x_t, t | clean earlier chunks) - (eps - x0)||^2
     CausalInit, "diffusion_forcing"   mean ||v(x_t, t | noised earlier chunks) - (eps - x0)||^2      2407.01392
     CausalODE                         mean ||x0(z_t, t | noised earlier chunks) - z_0||^2            2412.07772
 
-The first two train on real clips and keep a diffusion model, which is sampled in many guided steps; Self-Forcing
-(2506.08009) compares both. The third is the regression of CausVid, from which Self-Forcing starts too, on a teacher's
-paths z: Euler's guided steps from noise z_1 to z_0, of which the student learns to predict the end from the states at
-its own few times, drawn evenly for each chunk. It needs no clips. CausVid makes its paths before, a thousand of them;
-here each is new, for `ode_steps` guided evaluations of the teacher a clip.
+The first two train on real clips and give a diffusion model, which is sampled in many guided steps; Self-Forcing
+(2506.08009) compares both. The third is the regression of CausVid, from which Self-Forcing starts as well, on a
+teacher's paths z: guided Euler steps from noise z_1 to z_0. The student learns to predict the end of the path from the
+states at its own few timesteps, drawn uniformly for each chunk. This needs no clips. CausVid computes a thousand paths
+in advance; here each one is new, which costs `ode_steps` guided evaluations of the teacher per clip.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ CHUNKS = Chunks()
 
 @dataclass(frozen=True)
 class CausalInit(GeneratorTraining):
-    """Makes a causal diffusion model of a transformer that sees whole clips.
+    """Turns a transformer that sees whole clips into a causal diffusion model.
 
     Attributes:
       kind: how a chunk sees the earlier ones in training.
       chunks: how a clip is divided.
-      t: distribution of a chunk's time.
+      t: distribution of a chunk's timestep.
       text_dropout: probability that a prompt is replaced by the negative prompt.
-      steps, shift, guidance: how the result is sampled, chunk by chunk, by Euler's steps.
+      steps, shift, guidance: how the result is sampled, chunk by chunk, in Euler steps.
     """
 
     init: Literal["pretrained", "previous"] = "pretrained"
@@ -77,7 +77,7 @@ class CausalInit(GeneratorTraining):
         super().__post_init__()
         check_choice("CausalInit", {"kind": ("teacher_forcing", "diffusion_forcing")}, self)
         check_fraction("CausalInit", text_dropout=self.text_dropout)
-        _ = self.student  # refuses what no sampler is
+        _ = self.student  # raises for an invalid sampler
 
     @property
     def roles(self) -> Mapping[str, Role]:
@@ -114,12 +114,12 @@ class CausalInit(GeneratorTraining):
 
 @dataclass(frozen=True)
 class CausalODE(Distillation):
-    """Makes a causal student of a few evaluations a chunk by regression on a teacher's paths.
+    """Trains a causal student with a few evaluations per chunk by regression on a teacher's paths.
 
     Attributes:
       chunks: how a clip is divided.
-      steps, shift: evaluations of the student, at times that are even on the raw axis of this shift.
-      ode_steps: Euler's steps of the teacher's path; a multiple of `steps`.
+      steps, shift: evaluations of the student, at timesteps that are evenly spaced on the raw axis of this shift.
+      ode_steps: Euler steps of the teacher's path; a multiple of `steps`.
       guidance: of the teacher.
     """
 
@@ -132,11 +132,11 @@ class CausalODE(Distillation):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least("CausalODE", 1, ode_steps=self.ode_steps)
-        _ = self.student  # refuses what no sampler is
+        _ = self.student  # raises for an invalid sampler
         if self.ode_steps % self.steps:
             raise UserError(
-                f"CausalODE.ode_steps is {self.ode_steps}, no multiple of steps ({self.steps}): a student's times lie "
-                "on the teacher's path; change one"
+                f"CausalODE.ode_steps is {self.ode_steps}, not a multiple of steps ({self.steps}), but the student's "
+                "timesteps have to lie on the teacher's path; change one"
             )
 
     @property
@@ -156,7 +156,7 @@ class CausalODE(Distillation):
         return self.sampled_by(replace(Sampler.even(self.steps, self.shift, solver="consistency"), chunks=self.chunks))
 
     def loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
-        """Mean squared error of the end of each clip's path."""
+        """Mean squared error of the predicted end of each clip's path."""
         keys = named_keys(context.clips, "images", "noise", "t")
         batch = self.drop_images(batch, keys.images)
         path, end = self.path(nets, batch, draws.normal(keys.noise, batch.shape, jnp.float32))
@@ -170,7 +170,7 @@ class CausalODE(Distillation):
         return example_mean((x0 - end) ** 2), drift(stop_gradient(x0), batch.latents)
 
     def path(self, nets: Nets, batch: Batch, noise: Latents) -> tuple[Float[Array, "steps b f h w c"], Latents]:
-        """States of the teacher's path at the student's times, and its end; constants."""
+        """States of the teacher's path at the student's timesteps, and its end; constants."""
         times = jnp.asarray(shifted_times(self.ode_steps, self.shift))
 
         def step(z: Latents, pair: Array) -> tuple[Latents, None]:
@@ -187,6 +187,6 @@ class CausalODE(Distillation):
 
 
 def of_frames(chunks: Chunks, values: Shaped[Array, "b chunks"], frames: int) -> Shaped[Array, "b f"]:
-    """What chunks have, for each of a clip's frames."""
+    """Values of chunks, repeated for each of a clip's frames."""
     sizes = np.asarray([stop - start for start, stop in chunks.spans(frames)])
     return jnp.repeat(values, sizes, axis=1, total_repeat_length=frames)

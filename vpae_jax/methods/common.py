@@ -1,9 +1,9 @@
 """What several methods share: random keys by name, reductions, guided predictions, and gradients with respect to x0.
 
-A generator's loss is built from `Term`s: each knows its value and its gradient with respect to the generated clip, so
-both can be reported. The gradient is computed first, on a constant copy of the clip, and then *injected*: a
-discriminator's backbone or a teacher has run backwards, and freed its activations, before the generator's backward
-begins, and the reported norm costs nothing.
+A generator's loss is built from `Term`s, each with its value and its gradient with respect to the generated clip, so
+that both can be reported. The gradient is computed first, on a constant copy of the clip, and then *injected*: the
+backward pass of a discriminator's backbone or a teacher has finished, and freed its activations, before that of the
+generator begins, and reporting the norm costs nothing.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ Step = Int[Array, ""] | int
 
 
 def named_keys(key: PRNGKey, *names: str) -> SimpleNamespace:
-    """One independent key a name, as attributes: `keys = named_keys(key, "t", "noise"); keys.t`.
+    """One independent key per name, as attributes: `keys = named_keys(key, "t", "noise"); keys.t`.
 
-    Keys of clips give keys of clips.
+    Per-clip keys give per-clip keys.
     """
     if len(set(names)) != len(names):
         raise ValueError(f"a name is repeated in {names}: two draws would share one key")
@@ -42,7 +42,7 @@ def named_keys(key: PRNGKey, *names: str) -> SimpleNamespace:
 
 
 def f32(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """A network's output in float32: losses are never computed in less."""
+    """A network's output in float32; losses are never computed in lower precision."""
     return x.astype(jnp.float32)
 
 
@@ -50,10 +50,10 @@ def real_clips(batch: Batch) -> Latents:
     """The batch's real clips, in float32.
 
     Raises:
-      ValueError: the batch has none, so that its method does not need them (`Method.needs_clips`).
+      ValueError: the batch has none, because the method declares that it does not need them (`Method.needs_clips`).
     """
     if batch.latents is None:
-        raise ValueError("a loss reads real clips, but the batch has prompts alone; correct the method's needs_clips")
+        raise ValueError("a loss reads real clips, but the batch has prompts only; correct the method's needs_clips")
     return f32(batch.latents)
 
 
@@ -89,11 +89,11 @@ class Term(NamedTuple):
 
 
 def term_of(loss: Callable[[Latents], tuple[PerExample, Any]], x0: Latents) -> tuple[Term, Any]:
-    """The term of a loss of each clip, and what else the loss returns.
+    """The term of a per-clip loss, and the second result of the loss.
 
     Args:
-      loss: of which no weight is being trained.
-      x0: constants.
+      loss: a loss none of whose weights is being trained.
+      x0: clips, as constants.
     """
     value, backward, more = jax.vjp(loss, x0, has_aux=True)
     return Term(value, backward(jnp.ones_like(value))[0]), more
@@ -109,7 +109,7 @@ def inject(x0: Latents, *terms: Term) -> PerExample:
     value = stop_gradient(sum(term.value for term in terms))
     grad = stop_gradient(sum(term.grad for term in terms))
     linear = example_sum(x0 * grad)
-    # The difference is exactly 0, so the value keeps all its digits.
+    # The difference is exactly 0, so the value loses no precision.
     return value + (linear - stop_gradient(linear))
 
 
@@ -121,7 +121,7 @@ def predict_x0(
     unconditional: Condition | None = None,
     guidance: float = 1.0,
 ) -> Latents:
-    """The network's x0 at (x, t) in float32, guided when `guidance` is not 1 (one more evaluation)."""
+    """The network's x0 at (x, t) in float32, guided if `guidance` is not 1 (one more evaluation)."""
     return velocity_to_x0(guided_velocity(network, x, t, condition, unconditional, guidance), x, t)
 
 
@@ -133,7 +133,7 @@ def guided_velocity(
     unconditional: Condition | None,
     guidance: float,
 ) -> Latents:
-    """The network's velocity at (x, t) in float32, guided when `guidance` is not 1 (one more evaluation)."""
+    """The network's velocity at (x, t) in float32, guided if `guidance` is not 1 (one more evaluation)."""
     v = f32(network(x, t, condition))
     if guidance == 1:
         return v
@@ -143,7 +143,7 @@ def guided_velocity(
 
 
 class Sums(Metric):
-    """A metric of a whole batch whose fields are sums over clips, so that a batch in parts has the same value."""
+    """A metric of a whole batch whose fields are sums over clips, so that processing in parts gives the same value."""
 
     def merge(self, other: Sums) -> Sums:
         return jax.tree.map(jnp.add, self, other)
@@ -151,7 +151,7 @@ class Sums(Metric):
 
 @struct.dataclass
 class MeanDrift(Sums):
-    """Mean over channels of the distance between two sets' means in the channel."""
+    """Distance between the channel means of two sets, averaged over channels."""
 
     x0: Float[Array, "*parts c"]
     data: Float[Array, "*parts c"]
@@ -180,7 +180,7 @@ class StdRatio(Sums):
 
 @struct.dataclass
 class Ratio(Sums):
-    """The mean of one number of clips over that of another."""
+    """The mean of one per-clip quantity divided by the mean of another."""
 
     above: Float[Array, "*parts"]
     below: Float[Array, "*parts"]
@@ -190,12 +190,12 @@ class Ratio(Sums):
 
 
 def drift(x0: Latents, data: Latents | None) -> Metrics:
-    """How far generated latents have moved from the data's: collapse and colour drift show here first. Nothing where
-    there are no real clips.
+    """How far generated latents have moved from the data; collapse and colour drift show here first.
 
     Returns:
-      x0_mean_drift: mean over channels of the distance between the channel's means.
-      x0_std_ratio: standard deviation over that of the data.
+      x0_mean_drift: distance between the channel means, averaged over channels.
+      x0_std_ratio: standard deviation divided by that of the data.
+      Empty if there are no real clips.
     """
     if data is None:
         return {}
@@ -203,7 +203,7 @@ def drift(x0: Latents, data: Latents | None) -> Metrics:
     clips, values = jnp.float32(len(x0)), x0[0].size
 
     def per_clip(x: Latents) -> Float[Array, ""]:
-        return x.sum() / values  # summed over clips, so that sums stay small
+        return x.sum() / values  # divided before the sum over clips, so that sums stay small
 
     return {
         "x0_mean_drift": MeanDrift(clips * x0.mean(axes), clips * data.mean(axes), clips),
@@ -212,16 +212,18 @@ def drift(x0: Latents, data: Latents | None) -> Metrics:
 
 
 def is_due(every: int, step: Step) -> Bool[Array, ""]:
-    """Whether a term of every so many steps is part of this one, of which `step` are complete: of number `every`, of
-    twice that, and so on."""
+    """Whether a term that is computed every `every` steps is part of the current step, with `step` completed before it.
+
+    It is part of steps number `every`, 2 `every`, and so on.
+    """
     return (jnp.asarray(step) + 1) % every == 0
 
 
 def lazily(every: int, step: Step, term: Callable[[], T]) -> T:
-    """`term()` on every so many steps (`is_due`), and zeros in its place between them, when nothing of it is computed,
-    forwards or backwards. All devices take the same branch, so it may hold collectives.
+    """`term()` on every `every`-th step (`is_due`), and zeros on the others.
 
-    The scope's name tells `planning.flops` how often the branch is taken.
+    On the others it is computed neither forwards nor backwards. All devices take the same branch, so it may contain
+    collectives. The name of the scope tells `planning.flops` how often the branch is taken.
     """
     if every == 1:
         return term()
@@ -255,21 +257,21 @@ def check_fraction(owner: str, **fields: float | int) -> None:
 
 
 def check_decay(owner: str, **fields: float) -> None:
-    """Raises UserError, naming the field, unless each value is an average's decay: from 0 (no average) to below 1."""
+    """Raises UserError, naming the field, unless each value is the decay of an average: 0 (none), or up to below 1."""
     for name, value in fields.items():
         if not 0 <= value < 1:
             raise UserError(f"{owner}.{name} is {value}, expected a decay below 1, or 0 for no average")
 
 
 def drop_conditions(batch: Batch, key: PRNGKey, text: float, image: float) -> Condition:
-    """The batch's conditions with some removed, independently an example.
+    """The batch's conditions with some removed at random, independently for each example.
 
     Args:
       batch: clips with their conditions and the negative prompt.
       key: random key.
       text: probability that a prompt becomes the negative prompt.
-      image: probability that the image states and the given frames become zeros, which means "no image given": one
-        network thereby learns text-to-video and image-to-video.
+      image: probability that the image states and the given frames become zeros, which means "no image given", so that
+        one network learns text-to-video and image-to-video.
     """
     keys = named_keys(key, "text", "image")
     condition = batch.condition

@@ -1,15 +1,15 @@
 """Consistency distillation: what LCM, PCM and DCM share.
 
-From all points of one path of the teacher, the student is to reach the same point. With the times t_n of a grid,
-x_n = (1 - t_n) x0 + t_n eps, and v the frozen teacher's velocity, guided by w:
+The student has to reach the same point from all points of a path of the teacher. With the timesteps t_n of a grid,
+x_n = (1 - t_n) x0 + t_n eps, and v the velocity of the frozen teacher with guidance w:
 
     (1)  x^_{n-1}  = x_n + (t_{n-1} - t_n) v(x_n, t_n)                                  one Euler step of the teacher
-    (2)  Phi(x, t) = x + (e - t) v_theta(x, t)                                          the student's jump to time e
+    (2)  Phi(x, t) = x + (e - t) v_theta(x, t)                                          the student's jump to e
     (3)  L         = mean d(Phi_theta(x_n, t_n) - sg Phi_theta'(x^_{n-1}, t_{n-1}))
     (4)  d(z)      = sqrt(z^2 + c^2) - c                                                pseudo-Huber
 
-e is where the path ends: 0, a clip, in LCM; the end of the phase that t_n is in, in PCM. On a rectified flow
-Phi(x, e) = x holds by itself, so there are no c_skip and c_out.
+e is the end of the path: 0, a clip, in LCM; the end of the phase that contains t_n in PCM. On a rectified flow
+Phi(x, e) = x holds automatically, so no c_skip and c_out are needed.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from vpae_jax.types import Batch, Condition, Latents, Metrics, PerExample, PRNGK
 
 
 def jump(network: Velocity, x: Latents, t: Times, end: Times, condition: Condition) -> tuple[Latents, Latents]:
-    """Eq. 2, and the velocity that it goes with, in float32."""
+    """Eq. 2, and the velocity that it uses, in float32."""
     v = f32(network(x, t, condition))
     return x + expand(end - t, x) * v, v
 
 
 class Jumps(NamedTuple):
-    """Two jumps that should lead to one point.
+    """Two jumps that should reach the same point.
 
     Attributes:
       reached: Phi(x_n, t_n), attached to the student.
       target: Phi(x^_{n-1}, t_{n-1}), constant.
-      metrics: how far the student is from the target and from where the teacher's velocity alone leads, and
-        `common.drift` of its clips.
+      metrics: distances of the student from the target and from the point that the teacher's velocity alone leads to,
+        and `common.drift` of its clips.
     """
 
     reached: Latents
@@ -61,7 +61,7 @@ def jumps(nets: Nets, batch: Batch, t: Times, before: Times, end: Times, guidanc
     """Eqs. 1 and 2 from noised clips of the batch.
 
     Args:
-      nets: "teacher" steps; "target" jumps from there; "generator" is trained.
+      nets: "teacher" makes the step; "target" jumps from there; "generator" is trained.
       batch: real clips.
       t, before, end: t_n, t_{n-1} and e of each clip.
       guidance: w of the teacher's step.
@@ -83,7 +83,7 @@ def jumps(nets: Nets, batch: Batch, t: Times, before: Times, end: Times, guidanc
 
 
 def consistency_loss(found: Jumps, c: float, other: Term | None = None) -> tuple[PerExample, Metrics]:
-    """Eqs. 3 and 4, and what a judge adds.
+    """Eqs. 3 and 4, plus an optional adversarial term.
 
     Args:
       found: both jumps.
@@ -91,8 +91,8 @@ def consistency_loss(found: Jumps, c: float, other: Term | None = None) -> tuple
       other: a weighted term in Phi_theta(x_n, t_n).
 
     Returns:
-      the loss of each clip, and as metrics the distance and the L2 norms of both gradients with respect to Phi, with
-      their ratio.
+      The loss of each clip, and as metrics the distance, the L2 norms of both gradients with respect to Phi, and their
+      ratio.
     """
     term, _ = term_of(lambda x: (example_mean(pseudo_huber(x - found.target, c)), None), stop_gradient(found.reached))
     metrics: dict[str, Any] = {"consistency": term.value, "consistency_grad": term.grad_norm}
@@ -104,7 +104,7 @@ def consistency_loss(found: Jumps, c: float, other: Term | None = None) -> tuple
 
 
 def check_huber(owner: str, huber: float) -> None:
-    """Raises UserError unless this is a c of Eq. 4."""
+    """Raises UserError unless this is a valid c of Eq. 4."""
     if not huber > 0:
         raise UserError(f"{owner}.huber is {huber}, expected a positive number")
 

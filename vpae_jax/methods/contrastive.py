@@ -2,8 +2,8 @@
 
     logits_ij = exp(logit_scale) <u_i, w_j>,   loss_i = 1/2 (CE(logits_i., i) + CE(logits_.i, i))
 
-with u, w the normalised embeddings of clip i and caption j: the symmetric InfoNCE of CLIP (2103.00020). Several clips
-of a batch often share a caption; such a pair is right, not wrong, so it is left out of both softmaxes.
+where u_i and w_j are the normalised embeddings of clip i and caption j: the symmetric InfoNCE of CLIP (2103.00020).
+Several clips of a batch often share a caption; such pairs are not negatives, so they are left out of both softmaxes.
 """
 
 from __future__ import annotations

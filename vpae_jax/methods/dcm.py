@@ -1,7 +1,7 @@
 """DCM: dual-expert consistency model (2506.03123), on a rectified flow.
 
-Of the grid t_1 < ... < t_N = 1 (t_0 = 0), a *semantic expert* learns the noisy part, layout and motion, and a *detail
-expert* the rest. Each jumps from all points of a path within its range to the range's end, s being the split:
+On the grid t_1 < ... < t_N = 1 (t_0 = 0), a *semantic expert* learns the noisy part, layout and motion, and a *detail
+expert* learns the rest. Each jumps from all points of a path within its range to the end of the range, with split s:
 
     semantic   n in s + 1 ... N    e = t_s            detail   n in 1 ... s    e = 0
 
@@ -14,27 +14,29 @@ expert* the rest. Each jumps from all points of a path within its range to the r
     (7)  L_TC = mean ((y_{f+k} - y_f) - (y*_{f+k} - y*_f))^2                                 k latent frames apart
     (8)  L_FM = mean over taps of mean (r(h(y_a, a)) - r(h(y*_a, a)))^2
 
-D are heads on hidden states h of the frozen teacher, r is the teacher's last layer, which turns hidden states after any
-block into a velocity. y and y* are shown noised to one time a, uniform in t_0 ... t_{s-1}, with the same noise.
+D has heads on hidden states h of the frozen teacher, and r is the teacher's last layer, which turns hidden states after
+any block into a velocity. D sees y and y* noised to one timestep a, uniform in t_0 ... t_{s-1}, with the same noise.
 
-The semantic expert is trained first, all of it. The detail expert is low-rank adapters on it, frozen from then on. The
-student is both, sampled by Euler steps: from 1 to t_s by the one, from t_s to 0 by the other.
+The semantic expert is trained first, in full. The detail expert is low-rank adapters on it, and the semantic expert is
+frozen from then on. The student consists of both, sampled in Euler steps: from 1 to t_s by the semantic expert, from
+t_s to 0 by the detail expert.
 
-Where text, code (Vchitect/DCM, Wan) and the rest leave a choice, the default and the alternatives:
+Where the paper, its code (Vchitect/DCM, Wan) and other sources leave a choice, the default and the alternatives:
 
     grid          N = 50, shift 17, s = 35, so t_s = .97541 (code, for Wan at 480p). The lowest end is 0, where sampling
                   ends | the code's .001 raw, "either use sigma0 or 0"
-    boundary      a time from t_{s+1} = .97764 on is the semantic expert's: the ranges in which the two are trained. The
-                  code's adapters act below .982 in training and below .979 in sampling, and are trained up to .9754
-    sampling      2 evaluations each, at times that are even on the raw axis within a range, so that jumps end where
+    boundary      timesteps from t_{s+1} = .97764 on belong to the semantic expert, according to the ranges in which the
+                  two are trained. The code's adapters act below .982 in training and below .979 in sampling, and are
+                  trained up to .9754
+    sampling      2 evaluations each, at timesteps evenly spaced on the raw axis within a range, so that jumps end where
                   they were trained to end (for 4 evaluations unstated) | times = (1, .992, .982, .949, .905, .81, 0),
                   the code's, whose third step leads past t_s
     guidance      w = 6 (the code's 5 in the other convention)
     alpha, beta   .5 and 1 (the code's .1 times 5 and 10)
     k             3
-    adapters      rank 128, scale 2, on attention, the embedders of time and text, and the last layer. The code has them
-                  on attention, and whole copies of the others
-    alternation   a step trains the detail expert and then the heads, each on a batch of its own (the code: on the same)
+    adapters      rank 128, scale 2, on attention, the embedders of timestep and text, and the last layer. The code has
+                  them on attention, and full copies of the others
+    alternation   a step trains the detail expert and then the heads, each on a batch of its own (the code: the same)
     averages      none | ema (the code: of .95, switched off, as the target)
     full          generator = "full": the detail expert is a second network that starts from the semantic one
 """
@@ -71,21 +73,22 @@ from vpae_jax.methods.consistency import check_huber, consistency_loss, jumps
 from vpae_jax.methods.distillation import Distillation
 from vpae_jax.types import Batch, Latents, Metrics, PerExample, UserError
 
-# What the code adapts or copies: attention, the embedders of time and text, and the last layer.
+# The layers that the code adapts or copies: attention, the embedders of timestep and text, and the last layer.
 ADAPTED = r"^blocks/(attn1|attn2)/|^condition_embedder/(time_embedder|time_proj|text_embedder)|^proj_out$"
 
 
 @dataclass(frozen=True)
 class DualExpert(Distillation):
-    """What the trainings of both experts have to agree on.
+    """Settings that must be the same in the trainings of both experts.
 
     Attributes:
-      points, shift: of the grid; the student is sampled at its times, whatever its clips' size.
-      split: number of its points that the detail expert has; the others are the semantic expert's.
+      points, shift: of the grid; the student is sampled at its points, whatever the size of its clips.
+      split: number of points that belong to the detail expert; the others belong to the semantic expert.
       guidance: of the teacher's Euler step, w of `v_u + w (v_c - v_u)`.
       huber: c of the distance.
-      semantic_steps, detail_steps: evaluations of each expert in the sampled student.
-      times: in place of even ones: from 1 to 0, at least one of them in each expert's range; empty for even ones.
+      semantic_steps, detail_steps: evaluations of each expert when the student is sampled.
+      times: timesteps that replace the evenly spaced ones: from 1 to 0, at least one of them in each expert's range;
+        empty for evenly spaced ones.
     """
 
     points: int = 50
@@ -106,7 +109,7 @@ class DualExpert(Distillation):
         check_huber(owner, self.huber)
         if not 1 <= self.split < self.points:
             raise UserError(f"{owner}.split is {self.split}, expected 1 to points - 1 = {self.points - 1}")
-        _ = self.semantic_times, self.sampler  # refuse what no grid and no sampler is
+        _ = self.semantic_times, self.sampler  # raise for an invalid grid or sampler
         first, last = self.sampler.times[0], self.sampler.times[-2]
         if not last < self.boundary <= first:
             raise UserError(
@@ -116,17 +119,17 @@ class DualExpert(Distillation):
 
     @property
     def semantic_times(self) -> TimeDistribution:
-        """Times of the semantic expert's training."""
+        """Timesteps of the semantic expert's training."""
         return TimeDistribution("grid", low=self.split / self.points, points=self.points, shift=self.shift)
 
     @property
     def detail_times(self) -> TimeDistribution:
-        """Times of the detail expert's training."""
+        """Timesteps of the detail expert's training."""
         return TimeDistribution("grid", high=self.split / self.points, points=self.points, shift=self.shift)
 
     @property
     def boundary(self) -> float:
-        """The lowest of the semantic expert's times."""
+        """The lowest timestep of the semantic expert."""
         return float(shift((self.split + 1) / self.points, self.shift))
 
     @property
@@ -149,7 +152,7 @@ class DCMSemantic(DualExpert):
 
     Attributes:
       coherence_weight: of L_TC.
-      coherence_frames: k of Eq. 7; a clip of no more latent frames has no such term.
+      coherence_frames: k of Eq. 7; clips of at most that many latent frames have no such term.
     """
 
     coherence_weight: float = 1.0
@@ -161,8 +164,8 @@ class DCMSemantic(DualExpert):
         check_at_least("DCMSemantic", 1, coherence_frames=self.coherence_frames)
         if self.generator != "full":
             raise UserError(
-                f"DCMSemantic.generator is {self.generator!r}, but the detail expert's adapters sit on a whole "
-                "network; set generator='full'"
+                f"DCMSemantic.generator is {self.generator!r}, but the detail expert's adapters need a whole network; "
+                "set generator='full'"
             )
 
     @property
@@ -175,7 +178,7 @@ class DCMSemantic(DualExpert):
 
     @property
     def student(self) -> Student:
-        """The semantic expert at all times, as the detail expert starts from it."""
+        """The semantic expert at all timesteps, since the detail expert starts from it."""
         return self.sampled_by(self.sampler)
 
     def loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
@@ -191,7 +194,7 @@ class DCMSemantic(DualExpert):
 
 
 def temporal_coherence(error: Latents, frames: int) -> PerExample:
-    """Eq. 7 of y - y*: the mean square by which errors of frames that far apart differ; 0 for clips too short."""
+    """Eq. 7 for y - y*: the mean squared difference of errors `frames` apart; 0 for clips that are too short."""
     if error.shape[1] <= frames:
         return jnp.zeros(len(error))
     return example_mean((error[:, frames:] - error[:, :-frames]) ** 2)
@@ -205,9 +208,9 @@ class DCMDetail(DualExpert):
       adversarial: the form of the adversarial losses; "pcm_hinge" is Eqs. 5 and 6.
       adversarial_weight: alpha of Eq. 5.
       matching_weight: beta of Eq. 5.
-      init: where the semantic expert comes from: the phase before, or, without one, the model directory.
-      generator: what of the detail expert is trained: low-rank adapters on the semantic one, or all of a network that
-        starts from it.
+      init: where the semantic expert comes from: the phase before, or the model directory.
+      generator: which weights are trained: low-rank adapters on the semantic expert, or all of a network that starts
+        from it.
     """
 
     adversarial: AdversarialKind = "pcm_hinge"
@@ -226,7 +229,7 @@ class DCMDetail(DualExpert):
 
     @property
     def generator_role(self) -> Role:
-        """The detail expert, which is the semantic one at first."""
+        """The detail expert, which is the semantic expert at first."""
         kept = averages(self.ema)
         if self.generator == "full":
             return Role(self.init, trains=True, averages=kept)
@@ -266,8 +269,9 @@ class DCMDetail(DualExpert):
     def generator_loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
         """Eq. 5.
 
-        Metrics besides `consistency.Jumps`: the values of all terms and, for a clip, the L2 norms of the gradients of
-        the consistency term, and of alpha and beta's together, with respect to Phi, and the ratio of these.
+        Metrics in addition to those of `consistency.Jumps`: the values of all terms, the per-clip L2 norms of the
+        gradients with respect to Phi of the consistency term and of the sum of the other two, and the ratio of these
+        norms.
         """
         keys = named_keys(context.clips, "images", "t", "noise", "judged")
         batch = self.drop_images(batch, keys.images)
@@ -277,7 +281,7 @@ class DCMDetail(DualExpert):
         teacher, heads, t = nets["teacher"], nets["heads"], times.inside
 
         def seen(clip: Latents) -> tuple[Logits, Float[Array, "taps b f h w c"]]:
-            """The judge's logits of a clip, and its readings of it."""
+            """The discriminator's logits of a clip, and the velocities r(h) at each tap."""
             x = add_noise(clip, noise, t)
             features = teacher.features(x, t, batch.condition, heads.taps)
             return f32(heads(features)), f32(jnp.stack(teacher.readings(features, x, t)))

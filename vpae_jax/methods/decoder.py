@@ -1,10 +1,10 @@
-"""Distillation of a small decoder from the video autoencoder's.
+"""Distillation of a small decoder from that of the video autoencoder.
 
     y = dec(z),  y' = small(z),    loss = l1 mean |y' - y| + l2 mean (y' - y)^2
 
-z are latents of the user's clips, or a piece of them: both networks see the same piece, as a clip of its own, so that
+z are latents of the user's clips, or pieces of them: both networks treat the same piece as a separate clip, so that
 large clips need not be decoded whole. The autoencoder is frozen. TAEHV (github.com/madebyollin/taehv) and LightX2V's
-LightTAE publish their decoders, but no recipe.
+LightTAE have published their decoders, but no recipe.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Decoder(Method):
 
     Attributes:
       l1, l2: weights of the absolute and the squared error, of values in [-1, 1].
-      frames: latent frames of a piece, from the clip's first on; 0 takes all.
-      side: latent rows and columns of a piece, whose place is drawn once for all clips of a batch; 0 takes all.
+      frames: latent frames of a piece, from the first frame of the clip on; 0 uses all.
+      side: latent rows and columns of a piece, whose position is drawn once for all clips of a batch; 0 uses all.
       ema: decay of the averaged weights; 0 keeps no average.
     """
 
@@ -58,7 +58,7 @@ class Decoder(Method):
         return (Update(("decoder",), self.loss),)
 
     def loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
-        """Reconstruction of what the autoencoder makes of the latents."""
+        """Error with respect to the autoencoder's decoding of the same latents."""
         latents = self.piece(real_clips(batch), context.batch)
         video = f32(jax.lax.stop_gradient(nets["vae"].decode(latents)))
         error = f32(nets["decoder"].decode_raw(latents)[0]) - video
@@ -68,7 +68,7 @@ class Decoder(Method):
         return self.l1 * l1 + self.l2 * l2, metrics
 
     def piece(self, latents: Latents, key: PRNGKey) -> Float[Array, "b frames rows columns c"]:
-        """What of the clips is decoded."""
+        """The piece of each clip that is decoded."""
         _, f, h, w, _ = latents.shape
         frames, rows, columns = (
             min(most, size) if most else size for most, size in ((self.frames, f), (self.side, h), (self.side, w))

@@ -1,18 +1,18 @@
-"""What methods share that make a generator out of a frozen teacher.
+"""Bases of the methods that make a generator out of a frozen teacher.
 
     Distillation             a generator (`methods/generator.py`) that starts from the teacher, or from the phase before
-    TaughtDistillation       and a network that learns from its clips
-    FakeScoreDistillation    which is a fake score, and follows their distribution
-    FewStepDistillation      and a generator of one or of several steps, trained at the times at which it is sampled
+    TaughtDistillation       adds a second network that learns from the generator's clips
+    FakeScoreDistillation    the second network is a fake score, which follows the distribution of these clips
+    FewStepDistillation      a generator of one or several steps, trained at the timesteps at which it is sampled
 
-A student of N steps predicts a clip at each of its times 1 = t_0 > ... > t_{N-1} and noises it afresh to the next one
+A student of N steps predicts a clip at each of its timesteps 1 = t_0 > ... > t_{N-1} and re-noises it to the next one
 (`flow.solvers.consistency`). *Backward simulation* (DMD2, 2405.14867, section 4.5) trains it on its own trajectory:
 
     z_0     = eps_0
     z_{k+1} = (1 - t_{k+1}) x0(sg theta, z_k, t_k) + t_{k+1} eps_{k+1}         k < i, with i uniform in 0 ... N-1
-    clip    = x0(theta, z_i, t_i)                                              the one evaluation that is differentiated
+    clip    = x0(theta, z_i, t_i)                                              the only differentiated evaluation
 
-All clips of a batch share i. Or, more simply, a noised real clip stands for x_i, and each clip has an i of its own.
+All clips of a batch share i. The simpler alternative replaces z_i by a noised real clip, with an i for each clip.
 """
 
 from __future__ import annotations
@@ -58,8 +58,10 @@ class Distillation(GeneratorTraining):
         check_choice(type(self).__name__, {"init": ("pretrained", "previous")}, self)
 
     def sampled_in(self, steps: int, shift: float) -> Student:
-        """The generator as a student of one Euler step, or of several, each of which predicts a clip and noises it
-        afresh to the next of the times that are even on the raw axis of this shift."""
+        """The generator as a student of one Euler step, or of several steps that each predict a clip and re-noise it.
+
+        The timesteps are evenly spaced on the raw axis of this shift.
+        """
         return self.sampled_by(Sampler.even(steps, shift, solver="consistency" if steps > 1 else "euler"))
 
     def drop_images(self, batch: Batch, key: PRNGKey) -> Batch:
@@ -71,13 +73,13 @@ class Distillation(GeneratorTraining):
 
 @dataclass(frozen=True)
 class TaughtDistillation(Distillation):
-    """A method in which another network, the learner, is trained on the generator's clips, too.
+    """A method in which another network, the learner, is trained on the generator's clips.
 
     Attributes:
-      clips: which clips the learner is trained on. "own": each of its updates has the generator make some, of a batch
-        of its own. "generator": those that the generator's update made, in the same program, with times and noise drawn
-        anew in each of the learner's updates. Then the generator's update comes first, so that the clips are one update
-        old, and a step takes one batch. `docs/methods.md`, "Less work a step", has the price.
+      clips: which clips the learner is trained on. "own": the generator makes new ones in each of its updates, for a
+        batch of its own. "generator": those of the generator's update, in the same program, with timesteps and noise
+        drawn anew in each of the learner's updates. The generator's update then comes first, so that the clips are one
+        update old, and a step takes one batch. `docs/methods/less_work.md` has the cost.
     """
 
     clips: Literal["own", "generator"] = "own"
@@ -88,14 +90,14 @@ class TaughtDistillation(Distillation):
 
     @abstractmethod
     def generate(self, nets: Nets, batch: Batch, context: Context, key: PRNGKey) -> Latents:
-        """The generator's clips, float32.
+        """Generates clips, float32.
 
         Args:
-          key: of what clips draw.
+          key: for per-clip draws.
         """
 
     def make(self, nets: Nets, batch: Batch, context: Context) -> Made:
-        """Clips to share."""
+        """Generates the clips that several updates share."""
         own = draws.numbered(context.clips, jnp.full(1, 2**32 - 1, jnp.uint32))[0]  # the losses split the clips' keys
         keys = named_keys(own, "images", "generate")
         return Made(self.generate(nets, self.drop_images(batch, keys.images), context, keys.generate), keys.images)
@@ -103,10 +105,10 @@ class TaughtDistillation(Distillation):
     def with_clips(
         self, batch: Batch, context: Context, images: PRNGKey, make: Callable[[Batch], Latents]
     ) -> tuple[Batch, Latents]:
-        """The batch with images withheld, and clips for it: the shared ones, or else what `make` makes.
+        """The batch with images withheld, and clips for it: the shared ones, or else those that `make` generates.
 
         Args:
-          images: decides which images are withheld from `make`'s.
+          images: key that decides which images are withheld from the clips of `make`.
         """
         if context.made is not None:
             return self.drop_images(batch, context.made.images), context.made.x0
@@ -114,7 +116,7 @@ class TaughtDistillation(Distillation):
         return batch, make(batch)
 
     def in_turn(self, learner: Update, generator: Update) -> tuple[Update, ...]:
-        """The updates of a step: the learner's, then the generator's; or the generator's with the learner's in it."""
+        """The updates of a step: the learner's, then the generator's; or the generator's, followed by the learner's."""
         if self.clips == "own":
             return learner, generator
         both = replace(generator, makes=self.make, then=(learner,))
@@ -123,14 +125,14 @@ class TaughtDistillation(Distillation):
 
 @dataclass(frozen=True)
 class FakeScoreDistillation(TaughtDistillation):
-    """A method that matches distributions by a role "fake_score", which is trained on the generator's clips.
+    """A method that matches distributions with a role "fake_score", which is trained on the generator's clips.
 
     Attributes:
       matching: the distribution-matching gradient.
-      fake_rank, fake_scale: rank of the fake score's adapters, where it has such, and alpha / rank.
+      fake_rank, fake_scale: rank of the fake score's adapters, if it has any, and alpha / rank.
       fake_loss: space of the fake score's error.
       fake_t: distribution of t' in the fake score's loss.
-      fake_updates: updates of the fake score for one of the generator.
+      fake_updates: updates of the fake score per update of the generator.
     """
 
     matching: DistributionMatching = MATCHING
@@ -147,21 +149,23 @@ class FakeScoreDistillation(TaughtDistillation):
         check_at_least(owner, 1, fake_rank=self.fake_rank, fake_updates=self.fake_updates)
 
     def fake_score_role(self, kind: Literal["lora", "full"]) -> Role:
-        """The role "fake_score": adapters on the teacher, which change nothing of it at first, or a copy of it."""
+        """The role "fake_score": adapters on the teacher, which have no effect at first, or a copy of it."""
         if kind == "full":
             return Role("pretrained", True)
         return Role("fresh", True, adapters=Adapters("teacher", self.fake_rank, self.fake_rank * self.fake_scale))
 
     def aligned(self, kind: Literal["lora", "full"], ida: float) -> Mapping[str, float]:
-        """Implicit distribution alignment (SenseFlow, 2506.00523): after each update of the generator, the fake score
-        is moved towards it and keeps the share `ida` of its own weights. As `Update.followers`.
+        """Implicit distribution alignment (SenseFlow, 2506.00523), as `Update.followers`.
+
+        After each update of the generator, the fake score is moved towards it and keeps a fraction `ida` of its own
+        weights.
 
         Raises:
-          UserError: `ida` is no such share, or the two are no networks of one shape.
+          UserError: `ida` is not in [0, 1), or the two networks differ in shape.
         """
         owner = type(self).__name__
         if not 0 <= ida < 1:
-            raise UserError(f"{owner}.ida is {ida}, expected a share below 1 (SenseFlow's is .97), or 0 for none")
+            raise UserError(f"{owner}.ida is {ida}, expected a fraction below 1 (SenseFlow's is 0.97), or 0 for none")
         if not ida:
             return {}
         for name, value in {"fake": kind, "generator": self.generator}.items():
@@ -175,13 +179,13 @@ class FakeScoreDistillation(TaughtDistillation):
 
 @dataclass(frozen=True)
 class FewStepDistillation(Distillation):
-    """One whose generator makes a clip in one evaluation or in a few.
+    """A distillation whose generator makes a clip in one evaluation or a few.
 
     Attributes:
-      steps, shift: evaluations of the student, at times that are even on the raw axis of this shift.
-      inputs: what the generator denoises in training, at one of those times. "simulated": what it meets there when it
-        is sampled, from its own earlier steps (see the module's docstring). "noised_real": a noised real clip. One
-        step starts from pure noise either way.
+      steps, shift: evaluations of the student, at timesteps that are evenly spaced on the raw axis of this shift.
+      inputs: what the generator denoises in training, at one of those timesteps. "simulated": what it meets there when
+        it is sampled, from its own earlier steps (see the module's docstring). "noised_real": a noised real clip. A
+        one-step student starts from pure noise in both cases.
     """
 
     steps: int = 4
@@ -191,7 +195,7 @@ class FewStepDistillation(Distillation):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(type(self).__name__, {"inputs": ("simulated", "noised_real")}, self)
-        _ = self.student  # refuses what no sampler is
+        _ = self.student  # raises for an invalid sampler
 
     @property
     def views(self) -> Mapping[str, View]:
@@ -204,32 +208,32 @@ class FewStepDistillation(Distillation):
 
     @property
     def from_noise(self) -> Mapping[str, Any]:
-        """Values of its fields with which the generator starts from noise alone."""
+        """Values of its fields with which the generator starts from noise only."""
         return {"inputs": "simulated"} if self.steps > 1 else {}
 
     def chances(self, step: Step) -> Float[Array, "steps"]:
-        """How likely each of the student's times is at a step of the training, the noisiest first."""
+        """Probability of each of the student's timesteps at a step of the training, the noisiest first."""
         return jnp.full(self.steps, 1 / self.steps)
 
     def last(self, context: Context) -> Step:
-        """The number of earlier steps that are simulated for the batch's clips."""
+        """Number of earlier steps that are simulated for the batch's clips."""
         key = named_keys(context.batch, "last").last
         return self._chosen(jax.random.uniform(key), context) if self.steps > 1 else 0
 
     def _chosen(self, uniform: Float[Array, "*b"], context: Context) -> Int[Array, "*b"]:
-        """Which of the student's times numbers in [0, 1) stand for."""
+        """Indices of the student's timesteps that uniform numbers in [0, 1) select."""
         ends = jnp.cumsum(self.chances(context.step))
         return jnp.minimum(jnp.searchsorted(ends, uniform, side="right"), self.steps - 1)
 
     def constant(self, nets: Nets, batch: Batch, context: Context, key: PRNGKey) -> Latents:
-        """What `generate` makes, of which nothing is differentiated."""
+        """The clips of `generate`, not differentiated."""
         return stop_gradient(self.generate(nets, batch, context, key))
 
     def generate(self, nets: Nets, batch: Batch, context: Context, key: PRNGKey) -> Latents:
-        """The generator's clips, float32, differentiable in its last evaluation alone.
+        """Generates clips, float32, differentiable only in the last evaluation.
 
         Args:
-          key: of what clips draw; what they share comes from `context`.
+          key: for per-clip draws; shared draws come from `context`.
         """
         keys = named_keys(key, "t", "noise")
         grid = jnp.asarray(self.student.sampler.times[:-1], jnp.float32)

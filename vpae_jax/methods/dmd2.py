@@ -1,21 +1,21 @@
 """DMD2: improved distribution matching distillation (2405.14867), on a rectified flow.
 
-x0 is the generator's clip, made in one evaluation or in a few (`distillation.FewStepDistillation` has the backward
-simulation of section 4.5), x_t' = (1 - t') x0 + t' eps' the same noised, r a real clip, D = heads on the features of
-the fake score:
+x0 is the generator's clip, generated in one evaluation or a few (`distillation.FewStepDistillation` has the backward
+simulation of section 4.5), x_t' = (1 - t') x0 + t' eps' the same clip noised, r a real clip, D = heads on the features
+of the fake score:
 
     (1)  grad_x0 L_DMD = (x0_fake(x_t', t') - x0_real(x_t', t')) / mean |x0 - x0_real|     `scores.DistributionMatching`
     (2)  L_G           = L_DMD + w_G softplus(-D(x_t'', t''))                              section 4.3
     (3)  L_fake        = ||v_fake(x_t', t') - (eps' - x0)||^2 + w_D (softplus(D(x_t', t')) + softplus(-D(r_t', t')))
 
-x0_real is guided, x0_fake never. (3) is one loss for the fake score and the heads, minimised N times for each update of
-the generator (two time-scale update rule, section 4.2). Velocity and features of the generated clip come from one pass.
-With features of the frozen teacher, the second half of (3) trains the heads alone.
+x0_real is guided, x0_fake never. (3) is one loss for the fake score and the heads, minimised N times per update of the
+generator (two time-scale update rule, section 4.2). Velocity and features of the generated clip come from one pass.
+With features of the frozen teacher, the second half of (3) trains only the heads.
 
 Where sources differ (DMD2's own code; Wan's ports: Self-Forcing-Plus, FastGen, One-Forcing, CausVid), the default and
 the alternatives:
 
-    steps              4 re-noised ones, times 1, .75, .5, .25 shifted by 5 (Self-Forcing-Plus) | 1 | FastGen: 2
+    steps              4 with re-noising, at 1, .75, .5, .25 shifted by 5 (Self-Forcing-Plus) | 1 | FastGen: 2
     inputs             "simulated" (DMD2, Self-Forcing) | "noised_real" (FastGen, CausVid)
     t'                 U(.02, .98) raw, shift 5, clipped (Self-Forcing-Plus) | unshifted (DMD2) | (.001, .999) (FastGen)
     guidance           w = 5 (FastGen's Wan; Self-Forcing-Plus: 7 for I2V-14B, 6 for T2V-14B) | 8 (SDXL)
@@ -23,16 +23,16 @@ the alternatives:
     N                  5
     w_G, w_D           .03, .03 (One-Forcing; FastGen: .03, 1) | .005, .01 (SDXL) | 0, 0 (Self-Forcing: no heads)
     D's features       "fake_score" (DMD2) | "teacher" (FastGen)
-    D's noise          (3) has one t' for both clips and both halves (FastGen); One-Forcing draws another for both,
-                       DMD2 one for each clip
-    real_noise         "own" (DMD2) | "shared": both clips have the same (FastGen, One-Forcing)
+    D's noise          (3) has one t' for both clips and both halves (FastGen); One-Forcing draws another one for both
+                       clips, DMD2 one for each clip
+    real_noise         "own" (DMD2) | "shared": both clips have the same noise (FastGen, One-Forcing)
     D's penalty        none | FastGen's optional one on real clips, weight 100 to 1000, sigma .1 (APT's)
     ida                none | .97 (SenseFlow)
 
-DMD2 tells its one-step SDXL student the time 399 of 1000 instead of the last, and starts it from a regression on pairs
-of noise and clip. Here it is told 1, as Wan's ports do; `kd.KnowledgeDistillation` is the regression. DMD2-v, the video
-form that TMD (2601.09881) compares with, is this method with heads of kind "conv3d", such a start for its one-step
-student, and shifts of 5 for t' and 10 for the student: `configs/dmd2v.py`.
+DMD2 tells its one-step SDXL student the timestep 399 of 1000 instead of the last, and starts it from a regression on
+pairs of noise and clip. Here the student is told 1, as in the Wan ports; `kd.KnowledgeDistillation` is the regression.
+DMD2-v, the video form that TMD (2601.09881) compares with, is this method with heads of kind "conv3d", a regression
+before its one-step student, and shifts of 5 for t' and 10 for the student: `configs/dmd2v.py`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ from vpae_jax.methods.distillation import FakeScoreDistillation, FewStepDistilla
 from vpae_jax.methods.scores import velocity_error
 from vpae_jax.types import Batch, Latents, Metrics, PerExample, PRNGKey, UserError
 
-# FastGen's, which is off there too.
+# FastGen's, which is off there as well.
 PENALTY = DifferencePenalty(weight=0.0, on="real", sigma_s=0.1, sigma_t=0.0, norm="fixed")
 
 
@@ -82,15 +82,16 @@ class DMD2(FewStepDistillation, FakeScoreDistillation):
     """Distribution matching with a discriminator on the fake score.
 
     Attributes:
-      fake: what of the fake score is trained: a full copy of the teacher, or low-rank adapters on it.
-      ida: share of its own weights that a full fake score keeps after each update of the generator, towards which it
-        moves (SenseFlow: .97); 0 leaves it to its own updates.
+      fake: how the fake score is trained: a full copy of the teacher, or low-rank adapters on it.
+      ida: fraction of its own weights that a full fake score keeps when it is moved towards the generator, after each
+        update of the latter (SenseFlow: 0.97); 0 switches this off.
       adversarial: the pair of adversarial losses.
       adversarial_weight: w_G of Eq. 2.
       disc_weight: w_D of Eq. 3. Both are 0 for distribution matching alone, without heads.
-      disc_backbone: whose features the heads read. "fake_score" is trained by both halves of Eq. 3.
+      disc_backbone: the network whose features the heads read. "fake_score" is trained by both halves of Eq. 3.
       real_noise: whether a real clip has noise of its own in Eq. 3, or that of the generated one.
-      penalty: gradient penalty of the discriminator; its weight is beside the adversarial loss, w_D multiplies both.
+      penalty: gradient penalty of the discriminator; its weight is relative to the adversarial loss, and w_D multiplies
+        both.
       ema: decay of the generator's average (Self-Forcing's).
     """
 
@@ -117,9 +118,9 @@ class DMD2(FewStepDistillation, FakeScoreDistillation):
         if (self.adversarial_weight > 0) != (self.disc_weight > 0):
             raise UserError(
                 f"DMD2.adversarial_weight is {self.adversarial_weight} and disc_weight {self.disc_weight}: a "
-                "discriminator is trained and heard, or neither; set both above 0, or both to 0"
+                "discriminator needs both weights; set both above 0, or both to 0"
             )
-        _ = self.updates  # refuses an alignment of networks of two shapes
+        _ = self.updates  # raises if `ida` is invalid, or the networks differ in shape
 
     @property
     def judged(self) -> bool:
@@ -150,8 +151,8 @@ class DMD2(FewStepDistillation, FakeScoreDistillation):
     def generator_loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
         """Eq. 2.
 
-        Metrics besides `common.drift`: the gap of the scores, the logit, and for a clip the L2 norms of both weighted
-        gradients with respect to x0 and the ratio of these.
+        Metrics in addition to `common.drift`: the gap of the scores, the logit, the per-clip L2 norms of both weighted
+        gradients with respect to x0, and the ratio of these norms.
         """
         keys = named_keys(context.clips, "images", "generate", "matching", "noise")
         make = partial(self.generate, nets, context=context, key=keys.generate)
@@ -170,7 +171,7 @@ class DMD2(FewStepDistillation, FakeScoreDistillation):
     def judged_term(
         self, nets: Nets, batch: Batch, context: Context, x0: Latents, key: PRNGKey
     ) -> tuple[Term | None, Metrics]:
-        """The generator's weighted adversarial term of clips, which are constants, and metrics; None without a
+        """The generator's weighted adversarial term, with clips as constants, and metrics; None without a
         discriminator."""
         if not self.judged:
             return None, {}

@@ -1,10 +1,10 @@
-"""Flow matching: how a teacher is trained, or fine-tuned, in full or by low-rank adapters.
+"""Flow matching: training or fine-tuning of a teacher, in full or with low-rank adapters.
 
     x_t = (1 - t) x0 + t eps,      loss = mean ||v(x_t, t, c) - (eps - x0)||^2
 
 Lipman et al., "Flow Matching for Generative Modeling" (2210.02747); Liu et al., "Flow Straight and Fast" (2209.03003).
-The shifted draw of t is that of Wan 2.1's schedule. Prompts and images are dropped at random, so that one network
-serves with and without guidance, and with and without a first frame.
+The shifted distribution of t is that of Wan 2.1's schedule. Prompts and images are dropped at random, so that one
+network works with and without guidance, and with and without a first frame.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class FlowMatching(GeneratorTraining):
       text_dropout: probability that a prompt is replaced by the negative prompt.
       image_dropout: probability that image and first frame are withheld (1 trains text-to-video only).
       ema: decay of the averaged weights; 0 keeps no average.
-      steps, shift, guidance: how the network is sampled, by Euler's steps.
-      init: where the network starts; adapters need a model directory, or a phase before, to sit on.
+      steps, shift, guidance: how the network is sampled, in Euler steps.
+      init: where the network starts; adapters need the network of a model directory or of a phase before.
     """
 
     t: TimeDistribution = TEACHER_TIMES
@@ -62,10 +62,10 @@ class FlowMatching(GeneratorTraining):
         check_fraction("FlowMatching", text_dropout=self.text_dropout)
         if self.generator == "lora" and self.init == "fresh":
             raise UserError(
-                "FlowMatching.generator is 'lora', but init is 'fresh', and adapters need a trained network to sit on; "
+                "FlowMatching.generator is 'lora', but init is 'fresh', and adapters need a trained network; "
                 "set init='pretrained'"
             )
-        _ = self.student  # refuses what no sampler is
+        _ = self.student  # raises for an invalid sampler
 
     @property
     def roles(self) -> Mapping[str, Role]:
@@ -89,5 +89,5 @@ class FlowMatching(GeneratorTraining):
         condition = drop_conditions(batch, keys.dropout, self.text_dropout, self.image_dropout)
         v = f32(nets["generator"](add_noise(x0, eps, t), t, condition))
         loss = example_mean((v - (eps - x0)) ** 2)
-        # (x0 error) = t^2 (velocity error): what the network knows of the clip, comparable between noise levels.
+        # (x0 error) = t^2 (velocity error), which is comparable between noise levels.
         return loss, {"x0_error": (t**2 * loss).mean()}

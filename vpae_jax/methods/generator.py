@@ -1,6 +1,6 @@
-"""What methods share that train a role "generator": where it starts, what of it is trained, its average.
+"""Base of the methods that train a role "generator": where it starts, which of its weights are trained, its average.
 
-Low-rank adapters sit on a frozen role "teacher", which the method has to have then.
+Low-rank adapters are applied to a frozen role "teacher", which the method must then have.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class GeneratorTraining(Method):
 
     Attributes:
       init: where the generator starts: the model directory, or the generator of the phase before.
-      generator: what of the generator is trained: all of it, or low-rank adapters on the teacher, whose weights then
-        serve both.
+      generator: which weights are trained: all of the generator's, or low-rank adapters on the teacher, whose weights
+        are then shared.
       generator_rank, generator_scale: rank of the adapters, and alpha / rank.
-      ema: decay of the generator's average, which is then what is judged and exported; 0 for none.
+      ema: decay of the generator's average, which is then scored and exported; 0 for none.
       image_dropout: probability that image and first frame are withheld, for a student of both tasks.
     """
 
@@ -45,7 +45,7 @@ class GeneratorTraining(Method):
 
     @property
     def generator_role(self) -> Role:
-        """The role "generator"; adapters change nothing of the teacher at first."""
+        """The role "generator"; adapters have no effect at first."""
         kept = averages(self.ema)
         if self.generator == "full":
             return Role(self.init, trains=True, averages=kept)
@@ -54,5 +54,5 @@ class GeneratorTraining(Method):
         return Role(start, True, adapters=Adapters("teacher", rank, rank * self.generator_scale), averages=kept)
 
     def sampled_by(self, sampler: Sampler) -> Student:
-        """The generator as the student: its average where one is kept."""
+        """The generator as the student, or its average if one is kept."""
         return Student("generator", sampler, average=EMA if self.ema else None)

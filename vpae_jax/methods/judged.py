@@ -1,11 +1,11 @@
-"""What methods share that train a generator against a discriminator of its own.
+"""Base of the methods that train a generator against a discriminator.
 
-    JudgedDistillation    the two updates of the game, and the discriminator's loss
-    with_distance         the generator's adversarial term with its distance to the teacher beside it
+    JudgedDistillation    the updates of generator and discriminator, and the discriminator's loss
+    with_distance         the generator's adversarial term plus its distance to the teacher
 
-The discriminator is heads on the hidden states of "backbone". A role of this name is trained with the heads, by one
-loss; a view of it is constant in theirs. In the place of a backbone a method may have the roles of `pixels.ROLES`: then
-the discriminator is heads on an image encoder, and looks at decoded frames.
+The discriminator is a set of heads on the hidden states of "backbone". A role of this name is trained together with the
+heads, by one loss; a view of this name is constant in their loss. Instead of a backbone a method may have the roles of
+`pixels.ROLES`: then the heads read an image encoder, which sees decoded frames.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class JudgedDistillation(TaughtDistillation):
       adversarial: the pair of adversarial losses.
       noise: how clips are noised for the discriminator.
       penalty: the discriminator's gradient penalty.
-      disc_updates: updates of the discriminator for one of the generator.
-      disc_warmup: steps during which only the discriminator is trained.
+      disc_updates: updates of the discriminator per update of the generator.
+      disc_warmup: number of first steps in which only the discriminator is trained.
     """
 
     adversarial: AdversarialKind = "hinge"
@@ -79,7 +79,7 @@ class JudgedDistillation(TaughtDistillation):
         check_at_least(owner, 1, disc_updates=self.disc_updates)
         if self.noise.kind == "fig_literal":
             warnings.warn(
-                f"{owner}.noise.kind is 'fig_literal': real and generated clips differ by their noise level alone",
+                f"{owner}.noise.kind is 'fig_literal': the noise level alone tells real from generated clips",
                 stacklevel=4,
             )
         if self.sees_pixels:
@@ -93,12 +93,12 @@ class JudgedDistillation(TaughtDistillation):
 
     @property
     def sees_pixels(self) -> bool:
-        """Whether the discriminator looks at decoded frames."""
+        """Whether the discriminator sees decoded frames."""
         return pixels.ENCODER in self.roles
 
     @property
     def trains_backbone(self) -> bool:
-        """Whether the discriminator's loss trains its backbone, too."""
+        """Whether the discriminator's loss also trains its backbone."""
         return "backbone" in self.roles
 
     @property
@@ -110,20 +110,20 @@ class JudgedDistillation(TaughtDistillation):
         )
 
     def backbone_of(self, nets: Nets, batch: Batch, context: Context) -> FeatureExtractor:
-        """What the heads read."""
+        """The network whose features the heads read."""
         return pixels.look(nets, batch.shape[1], context) if self.sees_pixels else nets["backbone"]
 
     def generate(self, nets: Nets, batch: Batch, context: Context, key: PRNGKey) -> Latents:
         """x0 = eps - v(eps, 1) in float32: one evaluation, from pure noise.
 
         Args:
-          key: of what clips draw.
+          key: for per-clip draws.
         """
         noise = draws.normal(key, batch.shape, jnp.float32)
         return predict_x0(nets["generator"], noise, jnp.ones(len(noise)), batch.condition)
 
     def discriminator_loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
-        """The adversarial loss of a generated and a real clip, and the penalty."""
+        """The adversarial loss of a generated and a real clip, plus the penalty."""
         keys = named_keys(context.clips, "images", "generate", "noise", "penalty")
         make = partial(self.generate, nets, context=context, key=keys.generate)
         batch, x0 = self.with_clips(batch, context, keys.images, make)
@@ -134,12 +134,12 @@ class JudgedDistillation(TaughtDistillation):
 
     @abstractmethod
     def generator_loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
-        """The generator's loss, of which `judged_term` is a part."""
+        """The generator's loss, which includes `judged_term`."""
 
     def judged_term(
         self, nets: Nets, batch: Batch, context: Context, x0: Latents, key: PRNGKey
     ) -> tuple[Term, Metrics, Times]:
-        """The generator's unweighted adversarial term, metrics, and the times that the discriminator was told of x0."""
+        """The generator's unweighted adversarial term, metrics, and the timesteps told to the discriminator for x0."""
         constant, data = stop_gradient(x0), real_clips(batch)
         judged = judge(self.backbone_of(nets, batch, context), nets["heads"], batch.condition)
         term, metrics, t = adversarial_term(judged, self.noise, self.adversarial, constant, data, key)
@@ -156,16 +156,16 @@ def with_distance(
     key: PRNGKey,
     step: Step,
 ) -> tuple[PerExample, Metrics]:
-    """The generator's loss of clips: a weighted adversarial term, if any, and the weighted distance to the teacher.
+    """The generator's loss: a weighted adversarial term, if any, plus the weighted distance to the teacher.
 
     Args:
       x0: the clips, attached to the generator.
-      disc_t: the times that the discriminator was told.
+      disc_t: the timesteps told to the discriminator.
       step: completed steps.
 
     Returns:
-      their sum, and as metrics the distance and, for a clip, the L2 norms of both weighted gradients with respect to x0
-      and the ratio of these; 0 each on a step without the distance.
+      The sum, and as metrics the distance, the per-clip L2 norms of both weighted gradients with respect to x0, and
+      their ratio; each of these is 0 on a step without the distance.
     """
     terms: dict[str, Term] = {} if adversarial is None else {"adv": adversarial}
     metrics = {}

@@ -1,14 +1,14 @@
-"""Knowledge distillation: regression on the clips that a teacher makes of known noise (Luhman & Luhman, 2101.02388).
+"""Knowledge distillation: regression on clips that a teacher generated from known noise (Luhman & Luhman, 2101.02388).
 
     L = mean ||x0(theta, eps, 1) - c||^2        c = the teacher's clip of the noise eps, sampled in many guided steps
 
-The warm-up of one-step students: DMD (2311.18828) has it beside its other terms, DMD2 before its one-step SDXL student,
-and DMD2-v before its one-step video student, with 500,000 such pairs. Clips and their noise come from the records of
-`python -m vpae_jax.encode --captions=...`, each of which keeps the seed that its teacher sampled it from
-(`encoding/synthetic.py`); the noise is drawn from it again, on the device.
+The warm-up of one-step students: DMD (2311.18828) uses it together with its other terms, DMD2 before its one-step SDXL
+student, and DMD2-v before its one-step video student, with 500,000 such pairs. Clips and their noise come from the
+records of `python -m vpae_jax.encode --captions=...`, each of which keeps the seed of its clip
+(`encoding/synthetic.py`); the noise is drawn from the seed again, on the device.
 
-The squared distance of latents is FastGen's (halved there, which Adam does not see); DMD2's is LPIPS of decoded images.
-Which one DMD2-v takes is unstated.
+The squared distance of latents is FastGen's (halved there, to which Adam is invariant); DMD2's is LPIPS of decoded
+images. The distance of DMD2-v is unstated.
 """
 
 from __future__ import annotations

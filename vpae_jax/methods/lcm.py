@@ -1,19 +1,20 @@
 """LCM: latent consistency distillation (2310.04378), on a rectified flow.
 
-A point x_t on the path of a clip and the point before it, one Euler step of the guided teacher away, should be told the
-same clip. With the grid t_1 < ... < t_N = 1 (t_0 = 0), x_n = (1 - t_n) x0 + t_n eps and f(x, t) = x - t v(x, t):
+The student should predict the same clip from a point x_t on the path of a clip and from the point before it, one Euler
+step of the guided teacher away. With the grid t_1 < ... < t_N = 1 (t_0 = 0), x_n = (1 - t_n) x0 + t_n eps and
+f(x, t) = x - t v(x, t):
 
     (1)  x^_{n-1} = x_n + (t_{n-1} - t_n) (v_u + w (v_c - v_u))(x_n, t_n)             the frozen teacher
     (2)  L        = mean d(f_theta(x_n, t_n) - sg f_theta'(x^_{n-1}, t_{n-1}))        n uniform in 1 ... N
     (3)  d(z)     = sqrt(z^2 + c^2) - c     or  z^2                                    pseudo-Huber, or squared
 
-On a rectified flow f(x, 0) = x holds by itself, so there are no c_skip and c_out. theta' is theta, or an average of it.
-The student is sampled in a few steps, each of which predicts a clip and noises it afresh to the next time.
+On a rectified flow f(x, 0) = x holds automatically, so no c_skip and c_out are needed. theta' is theta, or an average
+of it. The student is sampled in a few steps, each of which predicts a clip and re-noises it to the next timestep.
 
 Where sources differ, the default and the alternatives:
 
     grid          N = 50, shift 5 for 720p (DCM's and FastVideo's: 50, shift 17; rCM: 48, shift 5; AAPT: 32, shift 24)
-    guidance      w = 5 fixed (DCM: 6; APT's initialisation: 7.5; AAPT: 1). Embedded in the original, fixed for video
+    guidance      w = 5 fixed (DCM: 6; APT's initialisation: 7.5; AAPT: 1). An input in the original, fixed for video
     distance      "huber" with c = .001 (DCM, PCM) | "squared" (rCM, APT, AAPT)
     theta'        "student" (rCM, AAPT, DCM's default) | "average" with decay .95 (LCM)
 """
@@ -41,13 +42,14 @@ class LCM(Distillation):
     """Consistency distillation.
 
     Attributes:
-      t: the grid; each of its times is drawn equally often.
+      t: the grid; all of its points are equally likely.
       guidance: of the teacher's Euler step, w of `v_u + w (v_c - v_u)`.
       distance: Eq. 3.
       huber: c of Eq. 3.
-      target: whose prediction is the target: the student's own, as a constant, or that of an average of it.
+      target: network whose prediction is the target: the student itself, as a constant, or an average of it.
       target_decay: of that average.
-      steps, shift: evaluations of the sampled student, at times that are even on the raw axis of this shift.
+      steps, shift: evaluations of the sampled student, at timesteps that are evenly spaced on the raw axis of this
+        shift.
     """
 
     t: TimeDistribution = GRID
@@ -67,8 +69,10 @@ class LCM(Distillation):
         check_at_least("LCM", 0, guidance=self.guidance)
         check_huber("LCM", self.huber)
         if self.t.kind not in ("grid", "list"):
-            raise UserError(f"LCM.t is of kind {self.t.kind!r}, expected 'grid' or 'list': a point before each time")
-        _ = self.student  # refuses what no sampler is
+            raise UserError(
+                f"LCM.t is of kind {self.t.kind!r}, expected 'grid' or 'list', which have discrete timesteps"
+            )
+        _ = self.student  # raises for an invalid sampler
 
     @property
     def roles(self) -> Mapping[str, Role]:

@@ -1,8 +1,8 @@
 """MagicDistillation, weak-to-strong video distillation (W2SVD, 2503.13319), on a rectified flow.
 
-One set of low-rank weights W on the frozen teacher serves both scores: the fake score is teacher + W, the real one is
-teacher + a W with a weak a, so that the two are near each other where plain distribution matching (a = 0) is unstable.
-x0 is the generator's clip, made of a noised real clip c; x_t' = (1 - t') x0 + t' eps':
+One set of low-rank weights W on the frozen teacher serves both scores: the fake score is teacher + W, and the real one
+is teacher + a W with a small a, so that the two stay near each other, whereas plain distribution matching (a = 0) is
+unstable. x0 is the generator's clip, generated from a noised real clip c; x_t' = (1 - t') x0 + t' eps':
 
     (1)  real          = teacher + a W, a = .25;   fake = teacher + W
     (2)  grad_x0 L_DMD = (x0_fake(x_t', t') - x0_real(x_t', t')) / mean |x0 - x0_real|     `scores.DistributionMatching`
@@ -10,17 +10,17 @@ x0 is the generator's clip, made of a noised real clip c; x_t' = (1 - t') x0 + t
     (4)  L_G           = L_DMD + w_reg L_reg + w_adv L_adv
     (5)  L_fake        = ||v_fake(x_t', t') - (eps' - x0)||^2,   and the discriminator's loss for its heads
 
-(3) is (2) with the real clip in the place of the real score's prediction. The discriminator's heads read the
-generator's own hidden states of noised clips, as constants. At a = 0 (2) is DMD with a low-rank fake score, at a = 1 it
-is 0 but for guidance. The strong scale is 1: any other is `fake_scale` times it.
+(3) is (2) with the real clip in place of the real score's prediction. The discriminator's heads read the generator's
+own hidden states of noised clips, as constants. At a = 0, (2) is DMD with a low-rank fake score; at a = 1 it is 0
+except for guidance. The strong scale is 1: any other is `fake_scale` times it.
 
-Known: a = .25 is best; the generator's inputs are noised real clips at the student's times (for one step, pure noise);
-4 steps or 1. The code is not public, and no source at hand states the rest. The default and its reason:
+Stated: a = 0.25 is best; the generator's inputs are noised real clips at the student's timesteps (for one step, pure
+noise); 4 steps or 1. The code is not public, and no available source states the rest. The default and its reason:
 
     fake_rank, fake_scale   128, .5, as V-PAE's phase one
     fake_updates            5, as DMD2
     matching, fake_t        V-PAE's phase one's; guidance of the real score 5
-    truth_weight            w_reg = 1; that (3) has the normaliser and the x_t' of (2) is a reading, too
+    truth_weight            w_reg = 1; that (3) has the normaliser and the x_t' of (2) is also our reading
     adversarial             "ns_logistic", as DMD2
     adversarial_weight      w_adv = .03, as FastGen's DMD2 for Wan
     noise                   one t for real and generated clips, drawn as t'; independent noise
@@ -69,7 +69,7 @@ NO_PENALTY = DifferencePenalty(weight=0.0)
 
 @dataclass(frozen=True)
 class Magic(FewStepDistillation, FakeScoreDistillation):
-    """Weak-to-strong distribution matching. "Unstated" is what no public source of the paper says.
+    """Weak-to-strong distribution matching. "Unstated" means that no public source of the paper gives a value.
 
     Attributes:
       weak: a of Eq. 1, in [0, 1].
@@ -77,7 +77,7 @@ class Magic(FewStepDistillation, FakeScoreDistillation):
       adversarial: the pair of adversarial losses; unstated.
       adversarial_weight: w_adv of Eq. 4; unstated. 0 leaves the heads out.
       noise: how clips are noised for the discriminator; unstated.
-      inputs: as the paper's figure; simulated ones have no ground truth of their own.
+      inputs: by default as in the paper's figure; simulated inputs have no ground truth of their own.
     """
 
     weak: float = 0.25
@@ -127,8 +127,8 @@ class Magic(FewStepDistillation, FakeScoreDistillation):
     def generator_loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
         """Eq. 4.
 
-        Metrics besides those of the matching and `common.drift`: the other terms' values, and for a clip the L2 norms
-        of their weighted gradients with respect to x0.
+        Metrics in addition to those of the matching and `common.drift`: the values of the other terms, and the per-clip
+        L2 norms of their weighted gradients with respect to x0.
         """
         keys = named_keys(context.clips, "images", "generate", "matching", "noise")
         make = partial(self.generate, nets, context=context, key=keys.generate)
@@ -152,7 +152,7 @@ class Magic(FewStepDistillation, FakeScoreDistillation):
         return inject(x0, *terms), metrics
 
     def fake_score_loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
-        """Eq. 5. Its two halves share the generated clips and no weights."""
+        """Eq. 5. Its two halves share the generated clips, but no weights."""
         keys = named_keys(context.clips, "images", "generate", "loss", "noise", "penalty")
         make = partial(self.constant, nets, context=context, key=keys.generate)
         batch, x0 = self.with_clips(batch, context, keys.images, make)

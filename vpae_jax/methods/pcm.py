@@ -1,7 +1,7 @@
 """PCM: phased consistency model (2405.18407), on a rectified flow.
 
-The grid t_1 < ... < t_N = 1 (t_0 = 0) is parted into M phases. With s(m) = floor(m N / M), phase m holds the points
-s(m) + 1 ... s(m + 1) and ends at e = t_{s(m)}. From all points of a path within a phase the student jumps to its end:
+The grid t_1 < ... < t_N = 1 (t_0 = 0) is divided into M phases. With s(m) = floor(m N / M), phase m has the points
+s(m) + 1 ... s(m + 1) and ends at e = t_{s(m)}. The student jumps from all points of a path within a phase to its end:
 
     (1)  x^_{n-1}  = x_n + (t_{n-1} - t_n) (v_u + w (v_c - v_u))(x_n, t_n)              the frozen teacher
     (2)  Phi(x, t) = x + (e - t) v_theta(x, t)
@@ -9,31 +9,31 @@ s(m) + 1 ... s(m + 1) and ends at e = t_{s(m)}. From all points of a path within
     (4)  L_G       = mean d(fake - real) + lambda mean relu(1 - D(fake_a, a))            d: pseudo-Huber
     (5)  L_D       = mean relu(1 - D(real_a, a)) + relu(1 + D(fake_a, a))
 
-Both lie at time e. For the discriminator, heads on the frozen teacher's hidden states, both are noised on to one time a
-of the same phase, a uniform in t_{s(m)} ... t_{s(m+1)-1}, each with noise of its own:
+Both are at timestep e. For the discriminator, heads on the frozen teacher's hidden states, both are noised further, to
+one timestep a of the same phase, uniform in t_{s(m)} ... t_{s(m+1)-1}, each with noise of its own:
 
     (6)  x_a = r x + sqrt(a^2 - r^2 e^2) eps,   r = (1 - a) / (1 - e)                 "exact" (`flow.schedule` Eq. 10)
     (7)  x_a = r x + (a - e) / (1 - e) eps                                            "code"
 
-The authors' SD3 code has (7), whose noise is too little unless e = 0: from e = .6 to a = .8 the variance of noise
-becomes .34, where the path has .64 and the teacher is told so.
+The authors' SD3 code has (7), which adds too little noise unless e = 0: from e = 0.6 to a = 0.8 the variance of the
+noise becomes 0.34, but the path has 0.64, and this is what the teacher is told.
 
-The student is sampled by Euler steps from each phase's end to the next, 1 ... 0. One phase is one step.
+The student is sampled in Euler steps from the end of each phase to the next, 1 ... 0. One phase is one step.
 
 Where text, code (G-U-N/Phased-Consistency-Model, SD3, deterministic) and Wan differ, the default and the alternatives:
 
     grid          N = 100 (code), shift 5, Wan's for 720p | 3 (SD3's own; Wan's for 480p)
     lowest end    0, where sampling ends | the code's .001 raw, "either use sigma0 or 0"
     phases        4, for 4 steps | 2 | 1.  N need not be a multiple of M: the student is sampled where phases end, while
-                  the code counts its sampling times from above, and its phases from below
+                  the code counts its sampling timesteps from above, and its phases from below
     guidance      w = 4 (the code's 3 in the other convention)
     renoising     "exact" | "code"
     generator     "lora" of rank 32 at scale .25 (the code's rank, and PEFT's alpha of 8): the learning rate of 5e-6 is
-                  stated for it, and teacher, student and judge are then one transformer in memory | "full"
-    alternation   a step trains the heads and then the generator, each on a batch of its own. The code does one of the
-                  two a step, so that its 20,000 steps are 10,000 here
+                  stated for it, and teacher, student and discriminator share one transformer in memory | "full"
+    alternation   a step trains the heads and then the generator, each on a batch of its own. The code trains one of the
+                  two per step, so its 20,000 steps are 10,000 here
     averages      none (the code keeps none) | ema
-    no judge      adversarial_weight = 0: consistency alone, the code's other program
+    without D     adversarial_weight = 0: consistency only, the code's other program
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ class PCM(Distillation):
     """Phased consistency distillation.
 
     Attributes:
-      t: the grid, from 0 to 1, whose points are drawn equally often. Its shift is that of the clips at hand: the
-        student is sampled at these times, whatever its clips' size.
-      phases: into which it is parted; as many steps has the student.
+      t: the grid, from 0 to 1; all of its points are equally likely. Its shift must be the one for your clips, since
+        the student is sampled at these points for clips of any size.
+      phases: number of phases of the grid, and of steps of the student.
       guidance: of the teacher's Euler step, w of `v_u + w (v_c - v_u)`.
       huber: c of the distance.
       adversarial: the form of the adversarial losses; "pcm_hinge" is Eqs. 4 and 5.
@@ -100,11 +100,11 @@ class PCM(Distillation):
         check_at_least("PCM", 0, guidance=self.guidance, adversarial_weight=self.adversarial_weight)
         check_huber("PCM", self.huber)
         if self.t.kind != "grid" or (self.t.low, self.t.high, self.t.clip) != (0, 1, (0, 1)):
-            raise UserError("PCM.t is no whole grid; set kind='grid', low=0, high=1 and clip=(0,1)")
+            raise UserError("PCM.t is not a whole grid; set kind='grid', low=0, high=1 and clip=(0,1)")
         if self.t.stated_for is not None:
             raise UserError(
-                f"PCM.t.stated_for is {self.t.stated_for}, but the student is sampled at the same times whatever its "
-                "clips' size; set it to None, and t.shift to that of the clips"
+                f"PCM.t.stated_for is {self.t.stated_for}, but the student is sampled at the same timesteps for clips "
+                "of any size; set it to None, and t.shift to that of the clips"
             )
         try:
             self.t.ends(self.phases)
@@ -130,7 +130,7 @@ class PCM(Distillation):
         return self.sampled_by(Sampler("euler", self.t.ends(self.phases)))
 
     def shown(self, fake: Latents, real: Latents, times: Phased, key: PRNGKey) -> Judged:
-        """What the discriminator is shown of two sets of clips at the ends of their phases."""
+        """The discriminator's input for two sets of clips at the ends of their phases."""
         keys = named_keys(key, "fake", "real")
 
         def noised(x: Latents, key: PRNGKey) -> Latents:
@@ -152,8 +152,8 @@ class PCM(Distillation):
     def generator_loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
         """Eq. 4.
 
-        Metrics besides `consistency.Jumps`: both terms' values and, for a clip, the L2 norms of their weighted
-        gradients with respect to Phi and the ratio of these.
+        Metrics in addition to those of `consistency.Jumps`: the values of both terms, the per-clip L2 norms of their
+        weighted gradients with respect to Phi, and the ratio of these norms.
         """
         keys = named_keys(context.clips, "images", "t", "noise", "judged")
         batch = self.drop_images(batch, keys.images)

@@ -9,8 +9,8 @@ and the gradient of KL(fake || real) with respect to x, through x_t', is
 
     -(1 - t') (s_r - s_f) = (1 - t')^2 / t'^2 (x0_f - x0_r).
 
-Distribution matching (DMD, 2311.18828; DMD2, 2405.14867) replaces the weight by one over the mean of |x - x0_r|, a clip
-at a time. All gradients are taken with respect to x, never to a velocity: dx / dv = -t has the opposite sign.
+Distribution matching (DMD, 2311.18828; DMD2, 2405.14867) replaces the weight by one over the mean of |x - x0_r|, per
+clip. All gradients are taken with respect to x, never to a velocity: dx / dv = -t has the opposite sign.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class DistributionMatching:
     """The distribution-matching gradient (V-PAE Eq. 1).
 
     Attributes:
-      weighting: of x0_f - x0_r. "x0_norm": over mean |x - x0_r| of the clip (DMD2). "none": as it is. "t2": times
-        (1 - t')^2 / t'^2, the exact KL gradient, which is the raw score difference times (1 - t').
+      weighting: of x0_f - x0_r. "x0_norm": divided by the clip's mean |x - x0_r| (DMD2). "none": unweighted. "t2":
+        multiplied by (1 - t')^2 / t'^2, the exact KL gradient, which is the score difference times (1 - t').
       t: distribution of t'.
       guidance: of the real score; the fake score is never guided.
       floor: lower bound of "x0_norm"'s denominator, in units of the latents, whose standard deviation is about 1.
-        Without one (DMD2), a single clip that equals the teacher's prediction decides the whole batch's direction.
+        Without it (DMD2), a single clip that equals the teacher's prediction dominates the gradient of the whole batch.
     """
 
     weighting: Literal["x0_norm", "none", "t2"] = "x0_norm"
@@ -75,7 +75,7 @@ class DistributionMatching:
         """The term L = 1/2 mean ||x - sg(x - g)||^2 of each clip: its value is 1/2 mean g^2, its gradient g / N.
 
         Args:
-          x0: generated clips; their own gradient is not followed.
+          x0: generated clips, treated as constants.
           real, fake: the two score networks.
           condition, unconditional: with the prompt and with the negative prompt.
           key: random key.
@@ -85,13 +85,13 @@ class DistributionMatching:
         return self.term(x0, x0_real, predict_x0(fake, x, t, condition), t)
 
     def noised(self, x0: Latents, key: PRNGKey) -> tuple[Latents, Times]:
-        """x_t' and t' at which generated clips are judged."""
+        """x_t' and t' at which generated clips are shown to the score networks."""
         keys = named_keys(key, "t", "noise")
         t = self.t(keys.t, x0.shape)
         return add_noise(stop_gradient(x0), draws.normal(keys.noise, x0.shape, x0.dtype), t), t
 
     def term(self, x0: Latents, x0_real: Latents, x0_fake: Latents, t: Times) -> tuple[Term, Metrics]:
-        """The term of clean predictions that are already there; see `__call__`."""
+        """The term, given the clean predictions; see `__call__`."""
         x0, gap = stop_gradient(x0), x0_fake - x0_real
         normaliser = example_mean(jnp.abs(x0 - x0_real))
         if self.weighting == "x0_norm":
@@ -100,7 +100,7 @@ class DistributionMatching:
             g = ((1 - expand(t, gap)) / expand(t, gap)) ** 2 * gap
         else:
             g = gap
-        # As DMD2; a clip that equals its own prediction has no direction, so infinities become 0 too.
+        # As in DMD2; a clip that equals its own prediction has no direction, so infinities also become 0.
         g = stop_gradient(jnp.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0))
         term = Term(0.5 * example_mean(g**2), g / g[0].size)
         metrics = {
@@ -122,9 +122,9 @@ def fake_score_loss(
     """The diffusion loss by which the fake score follows the generator (V-PAE Eq. 2, with nu = eps' - x).
 
     Args:
-      fake: the fake score network, the only thing that is differentiated.
+      fake: the fake score network, the only network that is differentiated.
       x0: generated clips.
-      condition: the clips' conditions; no prompt is dropped, since the fake score is never guided.
+      condition: the clips' conditions; prompts are not dropped, since the fake score is never guided.
       t: distribution of t'.
       key: random key.
       space: "velocity", or "x0" for the unweighted error of x0, which is the velocity's times t'^2.
@@ -143,7 +143,7 @@ def fake_score_loss(
 def velocity_error(
     v: Latents, x0: Latents, noise: Latents, t: Times, space: Literal["velocity", "x0"] = "velocity"
 ) -> PerExample:
-    """Mean squared error of a predicted velocity, or of the x0 that it means, for each clip."""
+    """Mean squared error of a predicted velocity, or of the x0 that it implies, for each clip."""
     loss = example_mean((f32(v) - (noise - x0)) ** 2)
     return loss if space == "velocity" else t**2 * loss
 
@@ -152,20 +152,20 @@ def velocity_error(
 class ScoreDistillation:
     """Distance to the teacher's prediction from the noised clip: V-PAE's conditional SDS (Eq. 5), ADD's distillation.
 
-    Eq. 5 writes x_t beside t'; here the clip is noised to the same t' that the teacher is told.
+    Eq. 5 pairs x_t with t'; here the clip is noised to the same t' that the teacher is told.
 
     Attributes:
       weight: lambda; 0 switches the term off and saves the teacher's evaluation.
-      times: "own": t' is drawn (figure 2(c)'s t' in (0, T]); "discriminator": it is the time at which the discriminator
-        is shown the clip (Eq. 5 read literally).
+      times: "own": t' is drawn (figure 2(c)'s t' in (0, T]); "discriminator": it is the timestep at which the
+        discriminator sees the clip (Eq. 5 read literally).
       t: distribution of t' for "own"; by default that of phase one.
-      guidance: of the teacher; 1 saves an evaluation.
+      guidance: of the teacher; 1 saves one evaluation.
       reduction: of the squared error over a clip's values. "sum" multiplies the weight by their number.
       time_weight: "one", or "one_minus_t" (ADD's c(t)).
-      frames: restrict the loss to the first latent frames; 0 takes the whole clip.
-      every: the term is part of every so many steps, at so many times its weight; the teacher is not evaluated between
-        them. It changes the objective that each step sees: most steps follow the discriminator alone, and Adam shortens
-        the blows of the others. `docs/methods.md`, "Less work a step", has the price.
+      frames: restricts the loss to that many first latent frames; 0 uses the whole clip.
+      every: the term is computed on every `every`-th step, with its weight multiplied by `every`; the teacher is not
+        evaluated on the others. This changes the objective of each step: most steps follow the discriminator alone, and
+        Adam shortens the large steps of the others. `docs/methods/less_work.md` has the cost.
     """
 
     weight: float = 10.0
@@ -196,14 +196,14 @@ class ScoreDistillation:
         key: PRNGKey,
         disc_t: PerExample,
     ) -> Term:
-        """The unweighted term of each clip; its gradient, 2 (x - x0_r) / N, does not pass through the teacher.
+        """The unweighted term of each clip; its gradient, 2 (x - x0_r) / N, is not propagated through the teacher.
 
         Args:
-          x0: generated clips; their own gradient is not followed.
+          x0: generated clips, treated as constants.
           teacher: the frozen multi-step network.
           condition, unconditional: with the prompt and with the negative prompt.
           key: random key.
-          disc_t: the discriminator's times.
+          disc_t: the discriminator's timesteps.
         """
         keys = named_keys(key, "t", "noise")
         x0 = stop_gradient(x0)

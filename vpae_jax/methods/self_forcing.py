@@ -1,29 +1,29 @@
 """Self-Forcing (2506.08009): distribution matching of a causal student on its own roll-outs.
 
-The generator makes a clip chunk by chunk, each after a memory of its own earlier chunks (`flow.rollout`), in N
-evaluations a chunk at times 1 = t_0 > ... > t_{N-1}, and is trained by DMD2's losses (`dmd2`) on whole clips:
+The generator makes a clip chunk by chunk, each with a memory of its own earlier chunks (`flow.rollout`), in N
+evaluations per chunk at timesteps 1 = t_0 > ... > t_{N-1}, and is trained by DMD2's losses (`dmd2`) on whole clips:
 
     z_0     = eps_0                                                     of every chunk
     z_{k+1} = (1 - t_{k+1}) x0(sg theta, z_k, t_k | past) + t_{k+1} eps_{k+1}         k < i
     x       = x0(sg theta, z_i, t_i | past)                             remembered: past <- past, x at t = 0
-    clip    = x0(theta, z_i, t_i | sg past)                             the one evaluation that is differentiated
+    clip    = x0(theta, z_i, t_i | sg past)                             the only differentiated evaluation
 
-All chunks of all clips of a batch share the exit i, so G^n, the student of n evaluations, is the one whose exit is
-n - 1, and one network serves n = 1 ... N. No gradient passes from a chunk to an earlier one. So the clip is computed in
-two parts: a roll-out without gradient, which leaves z_i of all chunks and the memory of the whole clip; then one
-evaluation of all chunks at once, each of which sees the memory of those before it. The second equals the roll-out's own
-last evaluations, and is a program of one forward and one backward pass, whatever N and the number of chunks are.
+All chunks of all clips of a batch share the exit i, so G^n, the student with n evaluations, has the exit n - 1, and one
+network serves n = 1 ... N. No gradient passes from a chunk to an earlier one. The clip is therefore computed in two
+parts: a roll-out without gradient, which leaves z_i of all chunks and the memory of the whole clip; then one evaluation
+of all chunks at once, each of which sees the memory of those before it. The second part equals the roll-out's own last
+evaluations, and has one forward and one backward pass for any N and any number of chunks.
 
 Teacher and fake score see whole clips. Where sources differ, the default and the alternatives:
 
     steps, shift       4 at 1, .75, .5, .25 shifted by 5 (Self-Forcing)
-    exits              "drawn" uniformly (Self-Forcing) | "cycled": 0, 1, ..., N-1 in turn, so that every step trains
-                       (rCM's causal recipe)
+    exits              "drawn" uniformly (Self-Forcing) | "cycled": 0, 1, ..., N-1 in turn, so that every exit is
+                       trained (rCM's causal recipe)
     chunks             3 latent frames (Self-Forcing, chunk-wise) | 1 (frame-wise)
     GAN                none (Self-Forcing) | `adversarial_weight` and `disc_weight` .03: One-Forcing (one t' for a real
                        and a generated clip, noise of their own)
 
-Causal students start from a causal model, which `causal_init` makes of the teacher.
+Causal students start from a causal model, which `causal_init` makes from the teacher.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ CHUNKS = Chunks()
 
 @dataclass(frozen=True)
 class SelfForcing(DMD2):
-    """DMD2 of a causal student on its own roll-outs.
+    """DMD2 for a causal student on its own roll-outs.
 
     Attributes:
-      init: where the generator starts: as a causal model of the phase before, or with the teacher's own weights.
+      init: where the generator starts: from the causal model of the phase before, or from the teacher's own weights.
       chunks: how a clip is divided.
       exits: how the exit i is chosen.
       inputs: only "simulated": a roll-out is the student's own.
@@ -85,7 +85,7 @@ class SelfForcing(DMD2):
         return context.step % self.steps if self.exits == "cycled" else super().last(context)
 
     def generate(self, nets: Nets, batch: Batch, context: Context, key: PRNGKey) -> Latents:
-        """G^n with n - 1 = `last`, float32, differentiable in its last evaluation alone."""
+        """Generates clips with G^n, n - 1 = `last`, float32, differentiable only in the last evaluation."""
         last = self.last(context)
         _, entered, past = stop_gradient(self.rolled_out(nets, batch, last, key))
         t = jnp.broadcast_to(self.grid[last], batch.shape[:2])
@@ -97,26 +97,28 @@ class SelfForcing(DMD2):
 
     @property
     def grid(self) -> Float[jax.Array, "steps"]:
-        """The student's times but the last 0."""
+        """The student's timesteps without the final 0."""
         return jnp.asarray(self.student.sampler.times[:-1], jnp.float32)
 
     def rolled_out(self, nets: Nets, batch: Batch, last: Step, key: PRNGKey) -> tuple[Latents, Latents, Memory]:
-        """Clips of the student of `last` + 1 evaluations, what its last evaluations of them read, and the memory of all
-        their frames.
+        """Rolls out the student with `last` + 1 evaluations per chunk.
 
         Args:
-          key: of what clips draw.
+          key: for per-clip draws.
+
+        Returns:
+          The clips, the input of the last evaluation of every chunk, and the memory of all frames.
         """
         network = nets["simulator"].causal(self.chunks)
         keys = named_keys(key, "noise", "chunks")
         noise = draws.normal(keys.noise, batch.shape, jnp.float32)
         x0, entered, past = roll_out(network, noise, batch.condition, keys.chunks, self._until(last))
-        if self.chunks.window:  # it has lost frames that earlier chunks saw
+        if self.chunks.window:  # the memory has dropped frames that earlier chunks saw
             past = network.remember(x0, jnp.zeros(x0.shape[:2]), batch.condition)
         return x0, entered, past
 
     def _until(self, last: Step) -> Solve:
-        """A chunk in `last` + 1 evaluations, and what the last one reads."""
+        """Solves a chunk in `last` + 1 evaluations; its second result is the input of the last one."""
         grid = self.grid
 
         def solve(velocity: VelocityFn, noise: Latents, key: PRNGKey) -> tuple[Latents, Latents]:

@@ -1,13 +1,13 @@
 """V-PAE: Phased One-Step Adversarial Equilibrium for Video Diffusion Models (2508.21019v2).
 
-Phase one, stability priming. x_t is a noised real clip, x0 = x_t - t mu(x_t, t) the generator's clip, x_t' the same
-noised again:
+Phase one, stability priming. x_t is a noised real clip, x0 = x_t - t mu(x_t, t) the generator's clip, and x_t' the
+generator's clip after noising it again:
 
     Eq. 1   grad D_KL = E[-(s_real(x_t') - s_fake(x_t')) d mu / d theta]          `scores.DistributionMatching`
     Eq. 2   L_fake    = E ||nu - mu_fake(x_t', t')||^2,  nu = eps' - x0           `scores.fake_score_loss`
 
 Phase two, unified adversarial equilibrium. x0 = eps - mu(eps, 1); D = heads on the hidden states of the generator's own
-averaged weights, which are never differentiated:
+average, which is never differentiated:
 
     Eq. 3   L_UAE                                                                `adversarial.LOSSES`
     Eq. 4   L_STR1    = E (D(x_t + delta) - D(x_t))^2 / ||delta||^2              `adversarial.DifferencePenalty`
@@ -15,10 +15,10 @@ averaged weights, which are never differentiated:
     Eq. 6   L_G       = L_UAE-G + lambda L_C-SDS,   lambda = 10
     Eq. 7   L_D       = L_UAE-D + L_STR1
 
-Order of a step. One: the fake score `fake_updates` times, each on fresh clips, then the generator. Two: the heads
-`disc_updates` times (together with the backbone, for "full_copy"), then the generator, then its average.
+Order of a step. Phase one: the fake score `fake_updates` times, each on new clips, then the generator. Phase two: the
+heads `disc_updates` times (together with the backbone, for "full_copy"), then the generator, then its average.
 
-Where the text is open, the default and the alternatives:
+Where the text is open, the default and the alternatives (with reasons in `docs/methods/vpae.md`):
 
     Eq. 1's "d mu / d theta"       on x0 (with a velocity network the literal text has the wrong sign)
     Eq. 1's weight                 matching.weighting = x0_norm | none | t2;  matching.floor
@@ -27,9 +27,9 @@ Where the text is open, the default and the alternatives:
     t' in (0, T]                   matching.t, fake_t: U(.02, .98) raw, shift 5, clipped | unshifted | (.001, .999)
     guidance of s_real             matching.guidance = 5 | 1 | 3.5 to 7
     Eq. 2's nu                     fake_loss = velocity | x0
-    how the fake score trains      fake = lora (rank, scale) | full, which ida may move towards the generator, too
+    how the fake score trains      fake = lora (rank, scale) | full, which ida may also move towards the generator
     how the generator trains       generator = full | lora (rank, scale)
-    updates a generator step       fake_updates = 5;  count = generator | all (are 500 steps the generator's, or all?)
+    fake score updates per step    fake_updates = 5;  count = generator | all (are 500 steps the generator's, or all?)
     Eq. 3's form                   adversarial = hinge | ns_logistic | rpgan | pcm_hinge | literal
     Eq. 3's backbone               backbone = ema | online_sg | online_trainable | full_copy | frozen_teacher |
                                    image_encoder (ADD's choice: decoded frames)
@@ -38,11 +38,13 @@ Where the text is open, the default and the alternatives:
     Eq. 4's noise and norm         penalty.spatial, penalty.temporal, penalty.norm = mean | sum | fixed
     Eq. 5's t', guidance, norm     csds.times = own | discriminator, csds.t, .guidance, .reduction, .time_weight
     Eq. 5's region                 csds.frames
-    updates and head start         disc_updates, disc_warmup
+    lambda                         csds.weight = 10
+    type of the heads              config.networks.heads.kind = ca_mm | ca | conv | conv3d
+    updates and warm-up of D       disc_updates, disc_warmup
 
 Ranges of t are stated for 720p and translated to the size of the batch's clips, in which the same noise hides more
-(`TimeDistribution.stated_for`). At [.9, .999] the adversarial gradient reaches x0 through a factor 1 - t of at most .1
-and drowns beside lambda = 10: watch `adv_csds_ratio`.
+(`TimeDistribution.stated_for`). At [0.9, 0.999] the adversarial gradient reaches x0 through a factor 1 - t of at most
+0.1 and drowns next to lambda = 10: watch `adv_csds_ratio`.
 """
 
 from __future__ import annotations
@@ -89,14 +91,14 @@ class PhaseOne(FakeScoreDistillation):
     Attributes:
       input: what the generator denoises: a noised real clip, pure noise at t = 1, or a noised real clip whose range of
         t starts at `anneal_from` and reaches `t` after `anneal_steps` steps (high to low signal-to-noise ratio).
-      t: distribution of the generator's time; for "anneal" of kind "uniform".
+      t: distribution of the generator's timestep; must be of kind "uniform" for "anneal".
       anneal_from: lower end of t at step 0, on the axis on which `t` is stated.
       anneal_steps: steps until the lower end is that of `t`.
-      fake: what of the fake score is trained: low-rank adapters on the teacher, or a full copy.
-      ida: share of its own weights that a full fake score keeps after each update of the generator, towards which it
-        moves (SenseFlow: .97); 0 leaves it to its own updates.
-      count: what a step counts: "generator" updates, each after `fake_updates` of the fake score, or "all": updates of
-        the fake score, the generator following every `fake_updates`-th.
+      fake: how the fake score is trained: low-rank adapters on the teacher, or a full copy.
+      ida: fraction of its own weights that a full fake score keeps when it is moved towards the generator, after each
+        update of the latter (SenseFlow: 0.97); 0 switches this off.
+      count: what a step is: a "generator" update after `fake_updates` of the fake score, or with "all" one update of
+        the fake score, with a generator update after every `fake_updates`-th.
     """
 
     input: Literal["noised_real", "pure_noise", "anneal"] = "noised_real"
@@ -117,14 +119,14 @@ class PhaseOne(FakeScoreDistillation):
         check_choice("PhaseOne", choices, self)
         check_fraction("PhaseOne", anneal_from=self.anneal_from)
         check_at_least("PhaseOne", 1, anneal_steps=self.anneal_steps)
-        _ = self.updates  # refuses an alignment of networks of two shapes
+        _ = self.updates  # raises if `ida` is invalid, or the networks differ in shape
         if self.clips == "generator" and self.count == "all":
             raise UserError(
                 "PhaseOne.clips is 'generator', but with count='all' most steps have no update of the generator; set "
                 "count='generator', or clips='own'"
             )
         if self.input == "anneal" and self.t.kind != "uniform":
-            raise UserError(f"PhaseOne.t is {self.t.kind!r}, without a lower end to anneal; set t.kind='uniform'")
+            raise UserError(f"PhaseOne.t is {self.t.kind!r}, which has no lower end to anneal; set t.kind='uniform'")
 
     @property
     def without_clips(self) -> Mapping[str, Any]:
@@ -152,7 +154,7 @@ class PhaseOne(FakeScoreDistillation):
         return self.sampled_by(ONE_STEP)
 
     def generate(self, nets: Nets, batch: Batch, context: Context, key: PRNGKey) -> Latents:
-        """The generator's clips in one evaluation, float32."""
+        """Generates clips in one evaluation, float32."""
         generator = nets["generator"]
         keys = named_keys(key, "t", "noise")
         noise = draws.normal(keys.noise, batch.shape, jnp.float32)
@@ -184,7 +186,7 @@ class PhaseOne(FakeScoreDistillation):
 
 
 BackboneKind = Literal["ema", "online_sg", "online_trainable", "full_copy", "frozen_teacher", "image_encoder"]
-# Which network's hidden states are judged; a full copy is a role of its own, and an image encoder a look at pixels.
+# The network whose hidden states the heads read; a full copy is a role of its own, and an image encoder reads pixels.
 BACKBONES: Mapping[str, View | None] = {
     "ema": View("generator", EMA),
     "online_sg": View("generator", constant=True),
@@ -202,13 +204,14 @@ class PhaseTwo(JudgedDistillation):
     Attributes:
       adversarial: Eq. 3's form.
       adversarial_weight: of the generator's adversarial term.
-      backbone: whose hidden states the heads read. "ema": the generator's average. "online_sg": the generator's current
-        weights, as constants. "online_trainable": the same, but the generator is also trained as the backbone, and can
-        lower its loss by blinding its judge. "full_copy": a second copy of the teacher, trained with the heads by their
-        loss (Table 3 "Trained"; one more set of weights and moments). "frozen_teacher": Table 3's "Frozen".
-        "image_encoder": none of these; frames are decoded and shown to a frozen image encoder (`methods.pixels`).
+      backbone: the network whose hidden states the heads read. "ema": the generator's average. "online_sg": the
+        generator's current weights, as constants. "online_trainable": the same, but the generator is also trained as
+        the backbone, and can lower its loss by blinding the discriminator. "full_copy": a second copy of the
+        teacher, trained with the heads by their loss (Table 3 "Trained"; one more set of weights and moments).
+        "frozen_teacher": Table 3's "Frozen". "image_encoder": none of these; frames are decoded and read by a frozen
+        image encoder (`methods.pixels`).
       noise: how clips are noised for the discriminator.
-      penalty: Eq. 4; its weight is Eq. 7's 1.
+      penalty: Eq. 4; its weight, 1, is that of Eq. 7.
       csds: Eq. 5; its weight is lambda.
       init: where the generator starts; "pretrained" is the ablation without phase one.
     """
@@ -228,7 +231,8 @@ class PhaseTwo(JudgedDistillation):
             pixels.check_distance("PhaseTwo", self.csds)
         if self.backbone == "online_trainable":
             warnings.warn(
-                "PhaseTwo.backbone is 'online_trainable': the generator can lower its loss by blinding its own judge",
+                "PhaseTwo.backbone is 'online_trainable': the generator can lower its loss by blinding its own "
+                "discriminator",
                 stacklevel=3,
             )
 
@@ -254,8 +258,9 @@ class PhaseTwo(JudgedDistillation):
     def generator_loss(self, nets: Nets, batch: Batch, context: Context) -> tuple[PerExample, Metrics]:
         """Eq. 6; Eq. 7 is `discriminator_loss`.
 
-        Metrics besides `common.drift`: both terms' values and, for a clip, the L2 norms of their weighted gradients
-        with respect to x0 and the ratio of these. "online_trainable" has no separate adversarial gradient to report.
+        Metrics in addition to `common.drift`: the values of both terms, the per-clip L2 norms of their weighted
+        gradients with respect to x0, and the ratio of these norms. "online_trainable" has no separate adversarial
+        gradient to report.
         """
         keys = named_keys(context.clips, "images", "generate", "noise", "csds")
         make = partial(self.generate, nets, context=context, key=keys.generate)

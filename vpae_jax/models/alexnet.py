@@ -1,8 +1,8 @@
-"""AlexNet's five convolutions and the weights of LPIPS on them (Zhang et al., 1801.03924).
+"""AlexNet's five convolutions with the LPIPS weights (Zhang et al., 1801.03924).
 
     LPIPS(x, y) = sum_l mean_p sum_c w_lc (u_l(x)_pc - u_l(y)_pc)^2      u_l = layer l, of length 1 at each position
 
-Version 0.1 of the authors' `PerceptualSimilarity`, with their normalisation of pictures.
+Version 0.1 of the authors' `PerceptualSimilarity`, with their image normalisation.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from jaxtyping import Array, Float
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 # Inputs, outputs, kernel, stride, padding of each convolution.
 LAYERS = ((3, 64, 11, 4, 2), (64, 192, 5, 1, 2), (192, 384, 3, 1, 1), (384, 256, 3, 1, 1), (256, 256, 3, 1, 1))
-POOLED = (1, 2)  # layers that a pooling stands before
-LEAST = 31  # pixels of a side, below which a pooling has nothing to pool
+POOLED = (1, 2)  # layers that are preceded by a pooling
+LEAST = 31  # minimum side in pixels, so that every pooling has an input
 
 Images = Float[Array, "b height width 3"]
 
@@ -54,7 +54,7 @@ class AlexNet(nnx.Module):
 
 @jax.jit
 def lpips(model: AlexNet, x: Images, y: Images) -> Float[Array, "b"]:
-    """LPIPS of each pair of images in [-1, 1], in float32 on every platform; 0 for equal ones."""
+    """LPIPS of each pair of images in [-1, 1], in float32 on every platform; 0 for identical images."""
     total = jnp.zeros(len(x))
     with jax.default_matmul_precision("float32"):
         for weight, a, b in zip(model.weights, model(x), model(y), strict=True):
@@ -64,8 +64,10 @@ def lpips(model: AlexNet, x: Images, y: Images) -> Float[Array, "b"]:
 
 @jax.jit
 def content(model: AlexNet, images: Images) -> Float[Array, "b 256"]:
-    """What images show, wherever they show it: the last layer's features, averaged over positions, of length 1; in
-    float32 on every platform."""
+    """Position-independent features of images: those of the last layer, averaged over positions, of length 1.
+
+    Computed in float32 on every platform.
+    """
     with jax.default_matmul_precision("float32"):
         return _unit(model(images)[-1].mean((1, 2)))
 
@@ -81,7 +83,7 @@ def load(arrays: Mapping[str, Float[np.ndarray, "..."]]) -> AlexNet:
       arrays: by the package's names, as "AlexNet_0/Conv_0/kernel" and "NetLinLayer_0/Conv_0/kernel".
 
     Raises:
-      ValueError: arrays that are missing, too many, or of another shape.
+      ValueError: arrays are missing, unknown, or of the wrong shape.
     """
     model = AlexNet(nnx.Rngs(0))
     wanted = {}

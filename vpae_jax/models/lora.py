@@ -1,12 +1,12 @@
-"""Low-rank adapters beside the weights of linear layers (LoRA, arXiv 2106.09685).
+"""Low-rank adapters for linear layers (LoRA, arXiv 2106.09685).
 
 A `Linear` computes `y = x W + b`, and with adapters `y = x W + b + (alpha / rank) (x A) B`. Attaching them adds
-`lora_a` and `lora_b` (`nnx.LoRAParam`) beside `kernel` and changes no other path, so that
+`lora_a` and `lora_b` (`nnx.LoRAParam`) next to `kernel` and changes no other path, so that
 
     graph, adapters, base = nnx.split(model, nnx.LoRAParam, nnx.Param)
 
-separates them (in this order: a LoRAParam is a Param too), and the same model built without a `LoRASpec` applied to
-`base` is the model with its adapters off.
+separates them (in this order, since a LoRAParam is also a Param), and the same model built without a `LoRASpec` and
+applied to `base` is the model without its adapters.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from vpae_jax.types import UserError
 
 XAVIER_UNIFORM = nnx.initializers.xavier_uniform()
-PRODUCT = "product"  # the name of a linear layer's result, for policies of `jax.checkpoint`
+PRODUCT = "product"  # checkpoint name of a linear layer's result, for policies of `jax.checkpoint`
 BLOCK_LINEARS = r"^blocks/(attn1|attn2|ffn)/"
 
 
@@ -36,8 +36,8 @@ class LoRASpec:
     Attributes:
       rank: columns of A and rows of B, at least 1.
       alpha: the adapters' output is multiplied by alpha / rank.
-      targets: regular expression searched in each linear layer's path ("blocks/attn1/to_q"); the default takes every
-        attention and feed-forward layer of the blocks.
+      targets: regular expression searched in each linear layer's path ("blocks/attn1/to_q"); the default selects
+        every attention and feed-forward layer of the blocks.
     """
 
     rank: int
@@ -53,7 +53,7 @@ class Linear(nnx.Module):
       out_features: size of the last axis of the output.
       rngs: source of the initial kernel.
       dtype: compute dtype; weights and input are cast to it.
-      param_dtype: dtype in which the weights are kept.
+      param_dtype: dtype in which the weights are stored.
       kernel_init: initializer of the kernel.
       use_bias: whether there is a bias.
     """
@@ -78,7 +78,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
         if x.ndim > 2 and x.shape[0] == 1:
-            # XLA's CPU compiler copies what a product over several axes sums over; the kernel's gradient is one.
+            # XLA's CPU compiler copies the operands of a product that sums over several axes, as the kernel's gradient
+            # does.
             return self(x[0])[None]
         x = x.astype(self.dtype)
         y = checkpoint_name(x @ self.kernel[...].astype(self.dtype), PRODUCT)
@@ -91,14 +92,14 @@ class Linear(nnx.Module):
 
 
 def attach_lora(model: nnx.Module, spec: LoRASpec, *, rngs: nnx.Rngs) -> None:
-    """Adds zero-initialised adapters to the `Linear` layers of `model` that `spec` names; changes `model` in place.
+    """Adds zero-initialised adapters to the `Linear` layers of `model` that `spec` selects, in place.
 
     A is drawn from U(-1/sqrt(in), 1/sqrt(in)) (Kaiming-uniform with a = sqrt(5), as PEFT does) and B is zero, so the
-    model's output is unchanged. Both are float32 whatever the base's dtype: they are trained, the base is not.
+    model's output is unchanged. Both are float32 for any dtype of the base, since they are trained and the base is not.
     Leading axes of a stacked kernel `[L, in, out]` are leading axes of A `[L, in, rank]` and B `[L, rank, out]`.
 
     Raises:
-      UserError: the rank is below 1, the expression is malformed, or it names no linear layer.
+      UserError: the rank is below 1, the expression is malformed, or it matches no linear layer.
     """
     if spec.rank < 1:
         raise UserError(f"LoRA rank is {spec.rank}, expected at least 1; set lora rank to a positive number")

@@ -1,7 +1,7 @@
-"""The norms of Wan's blocks. Statistics (mean, variance) are float32 whatever the compute dtype.
+"""The norms of Wan's blocks. Statistics (mean, variance) are float32 for any compute dtype.
 
-Their gradients are written out: the backward pass keeps the input alone, and its sums are in the forms that XLA's CPU
-compiler runs fast. What it made of the derived ones took about a fifteenth of a block's forward and backward pass.
+Their gradients are written by hand: the backward pass keeps only the input, and its sums have forms that XLA's CPU
+compiler runs fast. The automatic gradients took about a fifteenth of a block's forward and backward pass.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-custom_vjp: Any = jax.custom_vjp  # its own type hides the types of what it decorates
+custom_vjp: Any = jax.custom_vjp  # its own type hides those of the decorated functions
 Vectors = Float[Array, "*batch d"]
 Gain = Float[Array, "*spread d"]
 
@@ -67,7 +67,7 @@ def layer_norm(x: Vectors, gain: Gain, bias: Gain, eps: float) -> Vectors:
 
     Args:
       x: any dtype.
-      gain, bias: float32, [d], or different for each clip [b, 1, d] or token [b, n, d].
+      gain, bias: float32, [d], or per clip [b, 1, d], or per token [b, n, d].
       eps: added to the variance.
     """
     centred = _centred(x)
@@ -96,12 +96,12 @@ def _inverse(x: Vectors, eps: float) -> Float[Array, "*batch 1"]:
 
 
 def _mean(x: Vectors, weights: Float[Array, "d"] | None = None) -> Float[Array, "*batch 1"]:
-    """Mean over the last axis, as a product with a vector; a sum over a product of arrays is ten times slower there."""
+    """Mean over the last axis, as a product with a vector; summing a product of arrays is ten times slower on a CPU."""
     weights = jnp.ones(x.shape[-1]) if weights is None else weights
     return jnp.matmul(x, weights, precision=jax.lax.Precision.HIGHEST)[..., None] / x.shape[-1]
 
 
 def _sum_to(x: Vectors, like: Gain) -> Gain:
-    """Summed over the axes along which `like` was spread."""
+    """Sum over the axes along which `like` was broadcast."""
     axes = tuple(i for i in range(x.ndim - 1) if like.ndim == 1 or like.shape[i] == 1)
     return jnp.sum(x, axis=axes).reshape(like.shape)

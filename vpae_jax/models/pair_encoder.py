@@ -1,9 +1,9 @@
-"""The text and image encoders with projections into one space, to be trained against each other.
+"""The text and image encoders with projections into a common space, to be trained against each other.
 
 Only for training a model's encoders from scratch (the embedded tiny model): the projections and the temperature are
-dropped afterwards. A clip is represented by its first and last frame, so that captions of motion can be told apart; the
-hidden states that a Wan transformer will read, all text states and the image tower's penultimate layer, are the ones
-that are pooled and trained.
+dropped afterwards. A clip is represented by its first and last frame, so that captions of motion can be distinguished.
+The hidden states that are pooled and trained are those that a Wan transformer will read: all text states and the image
+tower's penultimate layer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class PairEncoder(nnx.Module):
     Args:
       text: sizes of the text encoder.
       image: sizes of the image encoder.
-      width: dimensions of the common space.
+      width: dimension of the common space.
     """
 
     def __init__(self, text: UMT5Config, image: CLIPVisionConfig, width: int = 64, *, rngs: nnx.Rngs):

@@ -1,12 +1,12 @@
-"""How the tokens of a clip lie on a mesh, and attention across its `context` axis.
+"""Placement of a clip's tokens on a mesh, and attention across its `context` axis.
 
 Each of the axis's `c` devices holds a run of tokens. Self-attention needs all of them:
 
     Ulysses (2309.14509)   devices exchange tokens for heads, so that each holds all tokens of some heads
     ring (2310.01889)      keys and values travel around a ring; partial results are combined by their log-sum-exp
 
-Where `c` divides the heads, Ulysses serves alone. Where it does not, the largest divisor `u` of both does Ulysses, and
-rings of `c / u` devices do the rest. Cross-attention needs no exchange: text and image are on every device.
+If `c` divides the heads, only Ulysses is used. Otherwise the largest common divisor `u` of both is used for Ulysses,
+and rings of `c / u` devices do the rest. Cross-attention needs no exchange: text and image are on every device.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from vpae_jax.types import Params, Tokens, UserError
 
 CLIP_AXES = ("data", "fsdp")
 CONTEXT_AXIS = "context"
-# XLA fills the operands of a GPU's 16-bit products up to a multiple of this, which copies them.
+# XLA pads the operands of 16-bit products on a GPU to a multiple of this, which copies them.
 ALIGNED = 8
 P = PartitionSpec
 Queries = Float[Array, "b n heads head_dim"]
 Keys = Float[Array, "b m heads head_dim"]
-# Keys and values: of earlier frames, and of a block's own tokens.
+# Keys and values of earlier frames, and of a block's own tokens.
 Pair = tuple[Keys, Keys]
 OwnPair = tuple[Queries, Queries]
 Tables = tuple[Float[Array, "places half"], Float[Array, "places half"]]
@@ -52,10 +52,10 @@ class CausalAttention(Protocol):
 
 @dataclass(frozen=True)
 class MeshLayout:
-    """Places of a transformer's arrays.
+    """Placement of a transformer's arrays.
 
     Attributes:
-      mesh: axes as in `sharding`; None leaves everything to where the arguments are.
+      mesh: axes as in `sharding`; None keeps everything on the devices of the arguments.
       heads: attention heads of the transformer.
 
     Raises:
@@ -74,24 +74,24 @@ class MeshLayout:
 
     @property
     def ulysses(self) -> int:
-        """Devices that exchange tokens for heads."""
+        """Number of devices that exchange tokens for heads."""
         return math.gcd(self._size(CONTEXT_AXIS), self.heads // self._size("tensor"))
 
     @property
     def ring(self) -> int:
-        """Devices around which keys and values travel."""
+        """Number of devices around which keys and values travel."""
         return self._size(CONTEXT_AXIS) // self.ulysses
 
     @property
     def platform(self) -> str | None:
-        """Of the mesh's devices, which need not be at hand."""
+        """Platform of the mesh's devices, which need not be present."""
         return None if self.mesh is None else self.mesh.devices.flat[0].platform
 
     def padded(self, tokens: int, aligned: bool = True) -> int:
-        """Tokens that a clip is filled up to, so that `context` divides them.
+        """Number of tokens to which a clip is padded, so that `context` divides it.
 
         Args:
-          aligned: and so that GPUs need not copy the tokens of a device to fill them up themselves (`ALIGNED`).
+          aligned: also pad so that GPUs need not copy a device's tokens to pad them themselves (`ALIGNED`).
         """
         unit = self._size(CONTEXT_AXIS) * (ALIGNED if aligned and self.platform in ("gpu", "cuda") else 1)
         return -(-tokens // unit) * unit
@@ -101,11 +101,11 @@ class MeshLayout:
         return self._constrain(x, self._clips(x), CONTEXT_AXIS)
 
     def place_clips(self, x: Float[Array, "b *shape"]) -> Float[Array, "b *shape"]:
-        """What every token of a clip reads: clips over `data` and `fsdp`, the rest whole."""
+        """Arrays that every token of a clip reads: clips over `data` and `fsdp`, other axes unsharded."""
         return self._constrain(x, self._clips(x))
 
     def self_attention(self, q: Queries, k: Queries, v: Queries, tokens: int) -> Queries:
-        """Attention among a clip's tokens, of which those from `tokens` on are padding that nobody sees."""
+        """Attention among a clip's tokens; those from index `tokens` on are padding, which is masked."""
         if self.mesh is None:
             return kernels.attention(q, k, v, platform=self.platform)
         spec = P(self._clips(q), CONTEXT_AXIS, "tensor", None)
@@ -115,16 +115,16 @@ class MeshLayout:
     def all_tokens(
         self, attend: CausalAttention, own: tuple[Queries, Queries, Queries], past: Pair | None, tables: Tables
     ) -> tuple[Queries, Queries, Queries]:
-        """Attention in which tokens differ in what they see: each device holds all tokens of some heads.
+        """Attention in which tokens see different keys: each device holds all tokens of some heads.
 
         Args:
-          attend: what is done with them.
+          attend: the attention that each device computes for its heads.
           own: queries, keys and values, each before its rotary embedding.
           past: keys and values of earlier frames; each device holds those of its heads.
-          tables: of the rotary embedding, whole on every device.
+          tables: of the rotary embedding, complete on every device.
 
         Returns:
-          The result, and the given keys and values, placed as `past` is.
+          The result, and the given keys and values with the placement of `past`.
         """
         if self.mesh is None:
             return attend(*own, past, tables, self.platform), own[1], own[2]
@@ -140,7 +140,7 @@ class MeshLayout:
         return self._map(local, (by_tokens, by_heads, P()), (by_tokens, by_heads, by_heads))(own, past, tables)
 
     def check_causal(self, tokens: int) -> None:
-        """Raises `UserError` unless `context` divides a device's heads and these tokens, as `all_tokens` needs."""
+        """Raises `UserError` unless `context` divides a device's heads and these tokens, as `all_tokens` requires."""
         size, heads = self._size(CONTEXT_AXIS), self.heads // self._size("tensor")
         if self.ring > 1 or tokens % size:
             what = f"{heads} heads of a device" if self.ring > 1 else f"{tokens} tokens of these latents"
@@ -164,7 +164,7 @@ class MeshLayout:
         return self._map(attend, (queries, keys, keys, P()), queries)(q, k, v, bias)
 
     def _self_attention(self, q: Queries, k: Queries, v: Queries, tokens: int, padded: int) -> Queries:
-        """On one device, with its own tokens and heads."""
+        """Self-attention on one device, with its own tokens and heads."""
         exchange = partial(jax.lax.all_to_all, axis_name=CONTEXT_AXIS, tiled=True, axis_index_groups=self._groups())
         if self.ulysses > 1:
             q, k, v = (exchange(x, split_axis=2, concat_axis=1) for x in (q, k, v))
@@ -176,7 +176,7 @@ class MeshLayout:
         return exchange(out, split_axis=1, concat_axis=2) if self.ulysses > 1 else out
 
     def _groups(self) -> list[list[int]]:
-        """Neighbours along `context` exchange tokens for heads."""
+        """Groups of neighbours along `context` that exchange tokens for heads."""
         return [[r * self.ulysses + u for u in range(self.ulysses)] for r in range(self.ring)]
 
     def _map(self, function: Any, given: tuple[PartitionSpec, ...], made: Any) -> Any:
@@ -188,7 +188,7 @@ class MeshLayout:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(*axes)))
 
     def _clips(self, x: Float[Array, "b *shape"]) -> tuple[str, ...] | None:
-        """Axes that the clips lie along; None for too few of them, as in a preview."""
+        """Mesh axes along which the clips are sharded; None if there are too few of them, as in a preview."""
         return None if x.shape[0] % math.prod(map(self._size, CLIP_AXES)) else CLIP_AXES
 
     def _size(self, axis: str) -> int:
@@ -196,14 +196,14 @@ class MeshLayout:
 
 
 def gather(params: Params, rules: Rules, mesh: Mesh | None, prefix: str = "", stacked: bool = False) -> Params:
-    """Weights whole but for `tensor`: what a device computes with while it runs a layer.
+    """Weights unsharded except along `tensor`, as a device needs them to run a layer.
 
     Args:
       params: some of a model's parameters.
       rules: of the whole model.
-      mesh: None leaves the parameters as they are.
-      prefix: what their paths in the model begin with.
-      stacked: they are one layer of parameters whose rules have a layer axis.
+      mesh: None leaves the parameters unchanged.
+      prefix: prefix of their paths in the model.
+      stacked: whether they are one layer of parameters whose rules have a layer axis.
     """
     if mesh is None:
         return params
@@ -216,7 +216,7 @@ def gather(params: Params, rules: Rules, mesh: Mesh | None, prefix: str = "", st
 
 
 def _without_split(axes: str | tuple[str, ...] | None) -> tuple[str, ...] | None:
-    """What of an axis's place is left when weights are gathered."""
+    """The mesh axes of an array axis that remain when weights are gathered."""
     names = (axes,) if isinstance(axes, str) else axes or ()
     return tuple(name for name in names if name not in SPLIT) or None
 
@@ -227,9 +227,9 @@ class Ring:
 
     Attributes:
       stride: distance along the axis from one device of a ring to the next.
-      size: devices of a ring.
-      tokens: of a clip; keys from there on are hidden.
-      padded: tokens of a clip with its padding.
+      size: number of devices of a ring.
+      tokens: number of a clip's tokens; keys from there on are masked.
+      padded: number of a clip's tokens with padding.
     """
 
     stride: int
@@ -238,7 +238,7 @@ class Ring:
     padded: int
 
     def visible(self, turn: int) -> Count | None:
-        """How many of the keys that this device holds after `turn` turns are not hidden; None where all are not."""
+        """Number of unmasked keys that this device holds after `turn` turns; None if no key is masked."""
         if self.tokens == self.padded:
             return None
         length = self.padded // self.size
@@ -246,15 +246,15 @@ class Ring:
         return jnp.clip(self.tokens - chunk * length, 0, length)
 
     def turn(self, *arrays: Array) -> Sequence[Array]:
-        """Hands arrays on to the next device of the ring."""
+        """Sends arrays to the next device of the ring."""
         count = self.stride * self.size
         return jax.lax.ppermute(arrays, CONTEXT_AXIS, [(i, (i + self.stride) % count) for i in range(count)])
 
     def meanwhile(self, found: Any, turn: int, k: Keys, v: Keys) -> tuple[Any, Sequence[Array]]:
-        """What this turn's attention found, and the keys and values of the next turn, which travel while it runs.
+        """The result of this turn's attention, and the keys and values of the next turn, which travel while it runs.
 
-        The barrier holds the next turn's attention back until this one's is done: else a compiler may begin with the
-        one that has to wait for its keys.
+        The barrier delays the next turn's attention until this one is done; otherwise a compiler may begin with the
+        attention that has to wait for its keys.
         """
         if turn + 1 == self.size:
             return found, (k, v)
@@ -264,13 +264,13 @@ class Ring:
 def ring_attention(q: Queries, k: Queries, v: Queries, ring: Ring, passes: kernels.Passes) -> Queries:
     """Attention of this device's queries to the keys of all devices of its ring, one device's keys at a time.
 
-    Memory is that of one device's share; nothing of size tokens x tokens is kept for the backward pass.
+    Memory is that of one device's keys; nothing of size tokens x tokens is kept for the backward pass.
 
     Args:
       q: queries.
-      k, v: of the same tokens.
-      ring: where keys and values travel.
-      passes: of the kernel, which are run for each device's keys. What hides keys is their number.
+      k, v: keys and values of the same tokens.
+      ring: the ring along which keys and values travel.
+      passes: of the kernel, which run for each device's keys. Keys are masked by their number.
     """
     return kernels.Passes(partial(_ring_forward, ring, passes), partial(_ring_backward, ring, passes)).attend(q, k, v)
 
@@ -293,7 +293,7 @@ def _ring_forward(
 
 
 def _share(part: LogSumExp, total: LogSumExp) -> Float[Array, "b n heads 1"]:
-    """How much of the whole a part is. A part of no visible key may come before the first one that has some."""
+    """Weight of a part in the total. Parts without a visible key may come before the first part that has one."""
     seen = jnp.where(total == -jnp.inf, 0, jnp.exp(part - total))
     return jnp.swapaxes(seen, 1, 2)[..., None]
 
@@ -315,6 +315,6 @@ def _ring_backward(
         found = passes.backward(q, k, v, ring.visible(turn), out, lse, d_out)
         (of_q, of_k, of_v), (k, v) = ring.meanwhile(found, turn, k, v)
         d_q, d_k, d_v = d_q + of_q, d_k + of_k, d_v + of_v
-        # After the last turn the gradients are at home again, with the keys and values that are theirs.
+        # After the last turn the gradients are back on the device of their keys and values.
         d_k, d_v = ring.turn(d_k, d_v)
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)

@@ -1,9 +1,9 @@
-"""What a discriminator on pixels sees by: an image encoder with its preprocessing, as differentiable arithmetic.
+"""Image encoders for discriminators on pixels, with their preprocessing as differentiable arithmetic.
 
-Frames go through what the encoder's image processor does to a picture (`weights.image_processor`, transformers'
-`CLIPImageProcessor`), in float32: bicubic resizing, a square crop, mean and standard deviation. Two things differ on
-purpose. Nothing is rounded to 8 bits, since rounding has no gradient: values agree with the processor's to two levels
-of 255. And the square is cut wherever the caller says, since the processor's, at the centre, would never show a
+Frames are preprocessed as the encoder's image processor does (`weights.image_processor`, transformers'
+`CLIPImageProcessor`), in float32: bicubic resizing, a square crop, mean and standard deviation. Two differences are
+intended. Nothing is rounded to 8 bits, since rounding has no gradient; values agree with the processor's to within two
+levels of 255. And the caller chooses the position of the crop, since the processor's, at the centre, would never show a
 discriminator the sides of a wide video.
 """
 
@@ -28,11 +28,11 @@ Pixels = Float[Array, "n h w 3"]  # of another size
 
 @runtime_checkable
 class PixelEncoderConfig(Protocol):
-    """Sizes of an encoder that a discriminator on pixels may see by.
+    """Sizes of an encoder for a discriminator on pixels.
 
     Attributes:
       width: of its hidden states.
-      depth: its blocks, of which heads may read each, counted from 1.
+      depth: number of its blocks, each of which heads may read, counted from 1.
     """
 
     @property
@@ -42,17 +42,17 @@ class PixelEncoderConfig(Protocol):
     def depth(self) -> int: ...
 
     def make(self, rngs: nnx.Rngs, dtype: DTypeLike) -> nnx.Module:
-        """The encoder with random weights, a `methods.base.PixelEncoder`; `dtype` is what it computes in."""
+        """The encoder with random weights, a `methods.base.PixelEncoder`, with compute dtype `dtype`."""
         ...
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What an image processor does, differentiably; the fields are those of `weights.image_processor.ImageProcessor`.
+    """A differentiable image processor; the fields are those of `weights.image_processor.ImageProcessor`.
 
     Attributes:
-      size: pixels of the shorter edge after resizing, or (height, width) regardless of the aspect.
-      crop_size: (height, width) of what is cut out; None for no crop.
+      size: pixels of the shorter edge after resizing, or (height, width) for any aspect ratio.
+      crop_size: (height, width) of the crop; None for no crop.
       image_mean, image_std: of each channel, for values in [0, 1].
     """
 
@@ -66,7 +66,7 @@ class Preprocessing:
 
         Args:
           images: values in [-1, 1].
-          place: where in what is left over the crop lies, from 0 (top or left) to 1; the image processor's is .5.
+          place: position of the crop along the longer edge, from 0 (top or left) to 1; the image processor's is 0.5.
 
         Raises:
           UserError: the crop is larger than the resized images.
@@ -75,7 +75,7 @@ class Preprocessing:
         return (pixels - jnp.asarray(self.image_mean)) / jnp.asarray(self.image_std)
 
     def _resize(self, images: Images) -> Pixels:
-        """Pillow's order: columns, then rows, each clipped to the range of pixels."""
+        """Resizes columns, then rows, as Pillow does, each clipped to the range of pixel values."""
         n, height, width, c = images.shape
         if isinstance(self.size, int):
             short, long = min(height, width), max(height, width)
@@ -102,7 +102,7 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class PixelCLIPConfig:
-    """A CLIP vision tower and what is done to the pictures that it is shown."""
+    """A CLIP vision tower and the preprocessing of its input images."""
 
     clip: CLIPVisionConfig
     preprocessing: Preprocessing
@@ -120,7 +120,7 @@ class PixelCLIPConfig:
 
 
 class PixelCLIP(CLIPVision):
-    """CLIP's hidden states of every frame of a video; its weights are those of `CLIPVision`, by the same names."""
+    """CLIP's hidden states of every frame of a video, with the weights and parameter names of `CLIPVision`."""
 
     def __init__(self, config: PixelCLIPConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         super().__init__(config.clip, rngs=rngs, dtype=dtype)

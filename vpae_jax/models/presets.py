@@ -29,7 +29,7 @@ class Preset:
       transformer: the diffusion transformer.
       heads: discriminator heads on its features.
       vae: the video autoencoder.
-      decoder: the small one that may take its decoder's place.
+      decoder: the small decoder that can replace that of the VAE.
       text_encoder: the text encoder.
       image_encoder: the image encoder; None for text-to-video.
     """
@@ -82,7 +82,7 @@ CLIP_VIT_H = CLIPVisionConfig(
 
 T2V_1_3B = Preset(
     transformer=WanTransformerConfig(num_attention_heads=12, ffn_dim=8960, num_layers=30),
-    # As wide as the transformer, as a block of APT's cross-attention is: 106 million parameters.
+    # As wide as the transformer, like APT's cross-attention blocks: 106 million parameters.
     heads=HeadsConfig(width=1536, hidden=1536, taps=default_taps(30), num_heads=12),
     vae=WanVAEConfig(),
     text_encoder=UMT5_XXL,
@@ -91,8 +91,8 @@ T2V_1_3B = Preset(
 T2V_14B = replace(
     T2V_1_3B,
     transformer=WanTransformerConfig(),
-    # A quarter as wide: 113 million parameters, about as many as for 1.3B. As wide as the transformer they would be 1.2
-    # billion, of random weights, for which a thousand small steps on 32 clips are few.
+    # A quarter as wide: 113 million parameters, about as many as for 1.3B. Heads as wide as the transformer would have
+    # 1.2 billion random parameters, too many for a thousand small steps on 32 clips.
     heads=HeadsConfig(width=5120, hidden=1280, taps=default_taps(40), num_heads=10),
 )
 I2V_14B = replace(
@@ -107,7 +107,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 
 
 def find(name: str) -> Preset:
-    """The preset of this name. Raises `UserError` when there is none."""
+    """The preset of this name. Raises `UserError` if there is none."""
     if name not in PRESETS:
         raise UserError(f"config.model.preset: {name!r} does not exist{nearest(name, PRESETS)}")
     return PRESETS[name]

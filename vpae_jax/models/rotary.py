@@ -12,11 +12,12 @@ Heads = Float[Array, "b n heads head_dim"]
 def rope_table(
     grid: tuple[int, int, int], head_dim: int, theta: float = 10000.0
 ) -> tuple[Float[Array, "n half"], Float[Array, "n half"]]:
-    """Cosines and sines of the three-dimensional rotary embedding, one row a token in (frame, row, column) order.
+    """Cosines and sines of the 3-D rotary embedding, one row per token in (frame, row, column) order.
 
-    Of a head's channels, 2 * (head_dim // 6) turn with the row, as many with the column, and the rest with the frame
-    (Wan 2.1; Diffusers' WanRotaryPosEmbed). Angles are float64, the tables float32. A program holds those of each axis
-    and puts them together itself: whole, they would be 20 MB of constants for each evaluation of a network at 720p.
+    Of a head's channels, 2 * (head_dim // 6) rotate with the row, the same number with the column, and the rest with
+    the frame (Wan 2.1; Diffusers' WanRotaryPosEmbed). Angles are float64, the tables float32. A program stores the
+    tables of each axis and combines them at run time: combined, they would be 20 MB of constants for each network
+    evaluation at 720p.
 
     Args:
       grid: tokens along frame, height and width.
@@ -37,7 +38,7 @@ def rope_table(
 
 
 def rotate(x: Heads, cos: Float[Array, "n half"], sin: Float[Array, "n half"]) -> Heads:
-    """Turns each pair of neighbouring channels (2i, 2i + 1) of each head by its token's angle; float32 inside."""
+    """Rotates each pair of channels (2i, 2i + 1) of each head by its token's angle; computed in float32."""
     even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
     cos, sin = cos[:, None, :], sin[:, None, :]
     turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)

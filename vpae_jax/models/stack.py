@@ -1,6 +1,6 @@
 """Identical layers stored as one: every parameter gains a leading layer axis, and the forward pass scans over it.
 
-One layer is traced and compiled whatever the depth, so a 32-layer model compiles as fast as a 2-layer one.
+One layer is traced and compiled for any depth, so a 32-layer model compiles as fast as a 2-layer one.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def scan_layers(
     Args:
       layers: a module made by `stack_layers`.
       x: the first layer's input.
-      apply: what one layer does to the hidden states; it must keep their shape and dtype.
-      stop: number of the layer before which to stop; None runs all.
-      start: number of the first layer to run.
+      apply: applies one layer to the hidden states; it must keep their shape and dtype.
+      stop: index of the layer before which to stop; None runs all.
+      start: index of the first layer to run.
     """
     graph, weights = nnx.split(layers)
     if stop is not None or start:

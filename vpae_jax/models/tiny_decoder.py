@@ -1,10 +1,10 @@
-"""A small decoder of Wan's latents, in the place of the video autoencoder's: TAEHV's, of which `taew2_1` is Wan 2.1's.
+"""A small decoder of Wan's latents that replaces the video autoencoder's: TAEHV (`taew2_1` for Wan 2.1).
 
-Two-dimensional convolutions on every frame, of which some also see the frame before; no attention, no norms. A clip
-takes a twenty-fifth of the autoencoder's arithmetic, and looks a little softer. It is given normalised latents, as the
-transformer makes them, and gives 4 frames for each latent frame but the first, which gives 1, as the autoencoder does.
+2-D convolutions on every frame, some of which also see the frame before; no attention, no norms. It needs a
+twenty-fifth of the autoencoder's arithmetic, and its clips are slightly softer. Its input is normalised latents, as the
+transformer produces them. As in the autoencoder, each latent frame gives 4 frames, except the first, which gives 1.
 
-Source: TAEHV (github.com/madebyollin/taehv, MIT), whose names the files have (`weights.names.DECODER_ROWS`).
+Source: TAEHV (github.com/madebyollin/taehv, MIT), whose names the files use (`weights.names.DECODER_ROWS`).
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from vpae_jax.models.wan_vae import WAN_LATENTS_MEAN, WAN_LATENTS_STD
 from vpae_jax.models.wan_vae_blocks import Volume
 from vpae_jax.types import Latents, UserError, Video
 
-# Blocks of a level.
+# Blocks per level.
 BLOCKS = 3
-# Blocks begin as the identity, and frames as black, nearly: without norms, a first frame of noise is pulled to black by
-# steps that leave no unit alive.
+# Blocks start close to the identity, and frames close to black: without norms, a first frame of noise would be pulled
+# to black by steps that leave no unit alive.
 SMALL = nnx.initializers.variance_scaling(0.01, "fan_in", "normal")
-# The last frame that each block has seen of what came before.
+# The last frame that each block has seen of the previous piece.
 Memory = list[Float[Array, "b 1 _ _ _"]]
 
 
@@ -44,11 +44,11 @@ class TinyDecoderConfig:
       z_dim: latent channels.
       widths: channels of each level, from the latents' resolution on, and of the last convolution's input. Each level
         doubles rows and columns.
-      grows: frames that each level makes of one; four in all.
-      raw_latents: whether it is given latents that are not normalised (LightX2V's `lighttaew2_1`).
+      grows: number of frames that each level makes from one; their product is 4.
+      raw_latents: whether its input latents are not normalised (LightX2V's `lighttaew2_1`).
 
     Raises:
-      UserError: sizes that do not fit each other or Wan's compression of 4 x 8 x 8.
+      UserError: sizes that do not match each other or Wan's compression of 4 x 8 x 8.
     """
 
     z_dim: int = 16
@@ -92,7 +92,7 @@ class Conv(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Three convolutions, of which the first sees the frame before as well, plus the input."""
+    """Three convolutions, the first of which also sees the frame before, plus the input."""
 
     def __init__(self, width: int, **kw: Any):
         self.conv1 = Conv(2 * width, width, **kw)
@@ -100,7 +100,7 @@ class Block(nnx.Module):
         self.conv3 = Conv(width, width, kernel_init=SMALL, **kw)
 
     def __call__(self, x: Volume, before: Volume) -> tuple[Volume, Volume]:
-        """The result, and the last frame of x."""
+        """The output, and the last frame of x."""
         past = jnp.concatenate([before, x[:, :-1]], axis=1)
         y = nnx.relu(self.conv1(jnp.concatenate([x, past], axis=-1)))
         y = self.conv3(nnx.relu(self.conv2(y)))
@@ -108,7 +108,7 @@ class Block(nnx.Module):
 
 
 class Level(nnx.Module):
-    """Blocks, then twice the rows and columns, more frames, and another width."""
+    """Blocks, then more frames, twice the rows and columns, and another width."""
 
     def __init__(self, width: int, to: int, grow: int, **kw: Any):
         self.factor = grow
@@ -121,17 +121,17 @@ class Level(nnx.Module):
         for block, before in zip(self.blocks, memory, strict=True):
             x, last = block(x, before)
             seen.append(last)
-        # Frames are made before rows and columns are doubled: a convolution of single pixels commutes with that.
+        # Frames are multiplied before rows and columns are doubled, since a 1x1 convolution commutes with the doubling.
         x = rearrange(self.grow(x), "b t h w (grow c) -> b (t grow) h w c", grow=self.factor)
         return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)), seen
 
 
 class TinyDecoder(nnx.Module):
-    """Latents `[b, f, h, w, z_dim]` to videos `[b, 1 + 4 (f - 1), 8 h, 8 w, 3]` in [-1, 1]; results float32.
+    """Decodes latents `[b, f, h, w, z_dim]` to float32 videos `[b, 1 + 4 (f - 1), 8 h, 8 w, 3]` in [-1, 1].
 
     Args:
       config: its shape.
-      rngs: where initial weights come from.
+      rngs: source of the initial weights.
       dtype: of convolutions.
       param_dtype: of the weights.
     """
@@ -153,10 +153,12 @@ class TinyDecoder(nnx.Module):
         self.conv_out = Conv(widths[-1], 3, kernel_init=SMALL, **kw)
 
     def decode(self, latents: Latents) -> Video:
-        """A whole clip, a latent frame at a time, clipped to [-1, 1]; memory does not grow with the number of frames.
+        """Decodes a whole clip, one latent frame at a time, clipped to [-1, 1].
+
+        Memory does not grow with the number of frames.
 
         Raises:
-          UserError: the latents have another number of channels than the decoder.
+          UserError: the latents and the decoder differ in their number of channels.
         """
         first, memory = self.decode_next(latents[:, :1])
         count, each = latents.shape[1] - 1, math.prod(self.config.grows)
@@ -174,14 +176,14 @@ class TinyDecoder(nnx.Module):
         return jax.lax.scan(step, (memory, out), jnp.arange(count))[0][1]
 
     def decode_next(self, latents: Latents, cache: Memory | None = None) -> tuple[Video, Memory]:
-        """`decode` of a clip that comes piece by piece.
+        """`decode` for a clip that arrives piece by piece.
 
         Args:
           latents: the next latent frames, one or more.
-          cache: what the piece before left; None at the clip's beginning.
+          cache: the second result for the piece before; None at the clip's beginning.
 
         Returns:
-          4 frames for each, but one for the clip's first; and what the next piece needs.
+          4 frames for each latent frame, except 1 for the clip's first; and the cache for the next piece.
 
         Raises as `decode`.
         """
@@ -189,7 +191,7 @@ class TinyDecoder(nnx.Module):
         return jnp.clip(video, -1.0, 1.0), memory
 
     def decode_raw(self, latents: Latents, cache: Memory | None = None) -> tuple[Video, Memory]:
-        """`decode_next`, not clipped: what is trained."""
+        """`decode_next` without clipping, for training."""
         config = self.config
         if latents.shape[-1] != config.z_dim:
             raise UserError(f"latents have {latents.shape[-1]} channels, but the decoder takes {config.z_dim}")
@@ -204,11 +206,11 @@ class TinyDecoder(nnx.Module):
             x, last = level(x, memory[start : start + BLOCKS])
             seen += last
         video = self.conv_out(nnx.relu(x)).astype(jnp.float32) * 2 - 1
-        # The first latent frame stands for one frame of the video, the last of those that are made of it.
+        # The first latent frame stands for one frame of the video, the last of the four that it is decoded to.
         return (video[:, math.prod(config.grows) - 1 :] if cache is None else video), seen
 
     def _empty(self, x: Volume) -> Memory:
-        """What blocks see before a clip's beginning: nothing."""
+        """The memory at a clip's beginning: zeros."""
         b, _, h, w, _ = x.shape
         return [
             jnp.zeros((b, 1, h << number, w << number, self.config.widths[number]), self.dtype)

@@ -48,8 +48,8 @@ class UMT5Config:
 def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Int[np.ndarray, "s s"]:
     """Bucket number of (key position - query position), rows are queries.
 
-    Half of the buckets serve keys after the query. In each half the first half counts single positions and the rest
-    grows logarithmically up to `max_distance`; everything farther shares the last bucket. The logarithm is taken in
+    Half of the buckets are for keys after the query. In each half, the first half are single positions and the others
+    grow logarithmically up to `max_distance`; everything farther shares the last bucket. The logarithm is taken in
     float32, because the bucket edges depend on its rounding.
     """
     distance = np.arange(length)[None, :] - np.arange(length)[:, None]
@@ -75,7 +75,7 @@ class Attention(nnx.Module):
                 inputs, outputs, use_bias=False, kernel_init=init, dtype=dtype, param_dtype=param_dtype, rngs=rngs
             )
 
-        # The standard deviations are T5's: the query carries the usual 1/sqrt(d_kv) of the logits.
+        # The standard deviations are T5's: the query weights include the usual factor 1/sqrt(d_kv) of the logits.
         self.q = linear(c.d_model, inner, (c.d_model * c.d_kv) ** -0.5)
         self.k = linear(c.d_model, inner, c.d_model**-0.5)
         self.v = linear(c.d_model, inner, c.d_model**-0.5)
@@ -138,12 +138,12 @@ class Block(nnx.Module):
 
 
 class UMT5Encoder(nnx.Module):
-    """Token ids to text states.
+    """Maps token ids to text states.
 
     Args:
       config: sizes.
       rngs: a "params" stream for the initial weights.
-      dtype: compute dtype; norms, attention logits and softmax are float32 whatever it is.
+      dtype: compute dtype; norms, attention logits and softmax are always float32.
       param_dtype: dtype of the weights.
     """
 
@@ -176,8 +176,8 @@ class UMT5Encoder(nnx.Module):
 
         Args:
           ids: token ids in [0, vocab_size).
-          mask: true at the prompt's tokens; padding is attended to by none. States at padding are returned as they
-            come out, not zeroed.
+          mask: true at the prompt's tokens; no token attends to padding. States at padding are returned without being
+            zeroed.
         """
         c = self.config
         buckets = relative_buckets(ids.shape[1], c.relative_attention_num_buckets, c.relative_attention_max_distance)

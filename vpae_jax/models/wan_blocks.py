@@ -27,26 +27,27 @@ class WanTransformerConfig:
     """Field names and defaults of `transformer/config.json` (Diffusers' WanTransformer3DModel).
 
     Attributes:
-      patch_size: latent frames, rows and columns that make one token.
+      patch_size: latent frames, rows and columns of one token.
       num_attention_heads: heads of every attention.
       attention_head_dim: channels of a head, even; the width is heads times this.
-      in_channels: latent channels entering: 16, or 36 with 4 mask and 16 first-frame channels.
+      in_channels: input channels: 16, or 36 with 4 mask and 16 first-frame channels.
       out_channels: latent channels of the velocity.
       text_dim: width of the text encoder's states.
       freq_dim: width of the sinusoidal time embedding, even.
       ffn_dim: hidden width of the feed-forward layers.
       num_layers: number of blocks.
       cross_attn_norm: whether a layer norm with scale and bias precedes the cross-attention.
-      qk_norm: only "rms_norm_across_heads" exists.
+      qk_norm: only "rms_norm_across_heads" is supported.
       eps: of every norm in the blocks.
       image_dim: width of the image encoder's states; None for text-to-video.
-      added_kv_proj_dim: the model's width where image tokens get their own keys and values; None for text-to-video.
+      added_kv_proj_dim: the model's width if image tokens have their own keys and values; None for text-to-video.
       rope_max_seq_len: largest number of tokens along one axis.
-      pos_embed_seq_len: image tokens with a learned position (first-and-last-frame models: 514); None without.
-      text_len: text tokens that the cross-attention sees; shorter prompts are padded with zeros.
+      pos_embed_seq_len: number of image tokens with a learned position (first-and-last-frame models: 514), or None.
+      text_len: number of text tokens that the cross-attention sees; shorter prompts are padded with zeros.
 
     Raises:
-      UserError: a norm that Wan does not have, odd sizes where pairs are needed, or half of an image-to-video model.
+      UserError: a norm that Wan does not have, an odd size where pairs are needed, or only one of `image_dim` and
+        `added_kv_proj_dim`.
     """
 
     patch_size: tuple[int, int, int] = (1, 2, 2)
@@ -90,7 +91,7 @@ class WanTransformerConfig:
 
 
 class Options(NamedTuple):
-    """The keyword arguments that every layer passes on."""
+    """The keyword arguments that every layer passes to its parts."""
 
     rngs: nnx.Rngs
     dtype: DTypeLike
@@ -98,21 +99,21 @@ class Options(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What every block reads besides the hidden states.
+    """The inputs of every block in addition to the hidden states.
 
     Attributes:
       modulation: six rows (shift, scale, gate of the self-attention; shift, scale, gate of the feed-forward), float32;
         of the clip, or of each of its frames.
       text: projected text tokens, then one padding token if the prompt is shorter than Wan pads it to.
-      text_bias: logit added for each of them.
+      text_bias: logit added for each text token.
       image: projected image tokens.
-      cos: of the rotary embedding; zero for tokens that are padding, whose queries and keys then are.
+      cos: of the rotary embedding; zero for padding tokens, whose queries and keys are then zero, too.
       sin: of the rotary embedding.
-      tokens: how many of the clip's tokens are no padding.
-      layout: where the arrays lie.
-      causal: how tokens see those before them; None where all see all.
-      keep: whether blocks hand on the keys and values that `causal` reads.
-      frame: of each token, where frames differ in `modulation`.
+      tokens: number of the clip's tokens without padding.
+      layout: placement of the arrays.
+      causal: attention of a causal model; None if all tokens see all others.
+      keep: whether blocks return the keys and values that `causal` reads.
+      frame: frame index of each token, if `modulation` differs between frames.
     """
 
     modulation: Float[Array, "b *f 6 d"]
@@ -176,8 +177,8 @@ class Attention(nnx.Module):
         return self.to_out(rearrange(out, "b n heads head_dim -> b n (heads head_dim)"))
 
 
-# Of the activation the backward pass keeps the input, and not the five arrays that its gradient is made of. Blocks run
-# in a scan, which keeps the compiler from sharing what is computed twice.
+# The backward pass keeps the input of the activation, not the five arrays from which its gradient is computed. Blocks
+# run in a scan, so that the compiler cannot merge the two computations.
 _gelu = jax.checkpoint(jax.nn.gelu, prevent_cse=False, static_argnums=1)
 
 
@@ -194,9 +195,9 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Self-attention, cross-attention and feed-forward, the first and last modulated by time in float32.
+    """Self-attention, cross-attention and feed-forward; the first and last are modulated by the timestep in float32.
 
-    With `Context.causal`, self-attention reads the keys and values of earlier frames, and hands on this block's own.
+    With `Context.causal`, self-attention reads the keys and values of earlier frames, and returns this block's own.
     """
 
     def __init__(self, config: WanTransformerConfig, options: Options):
@@ -225,14 +226,17 @@ class Block(nnx.Module):
 
 
 def of_tokens(row: Float[Array, "b *f 1 d"], frame: Int[Array, "n"] | None) -> Float[Array, "b n d"]:
-    """A row of modulation for each token; one row for all where a clip has one."""
+    """A row of modulation for each token, or one row for all tokens of a clip."""
     return row if frame is None else _spread(row[:, :, 0], frame)
 
 
 @jax.custom_vjp
 def _spread(rows: Float[Array, "b f d"], frame: Int[Array, "n"]) -> Float[Array, "b n d"]:
-    """Each token's row. Its gradient is a product with ones: a gather's own is a scatter, which a GPU sums in another
-    order in each run, and a TPU row by row."""
+    """Each token's row.
+
+    The gradient is a product with a one-hot matrix. The gradient of a gather is a scatter, which a GPU sums in a
+    different order in each run, and a TPU row by row.
+    """
     return jnp.take(rows, frame, axis=1, mode="clip")
 
 

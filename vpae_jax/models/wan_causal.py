@@ -1,20 +1,21 @@
 """The Wan transformer as a causal model: a clip in chunks of latent frames, each of which sees itself and those before.
 
-The weights are those of `wan_dit.WanTransformer`; what differs is who sees whom. Three ways to evaluate it:
+The weights are those of `wan_dit.WanTransformer`; only the attention pattern differs. There are three ways to evaluate
+it:
 
-    model(x, t)               all chunks at once, each frame at a time of its own; a chunk sees the earlier ones as they
+    model(x, t)               all chunks at once, with a timestep for each frame; a chunk sees the earlier ones as they
                               are in x (diffusion forcing, 2407.01392)
-    model.recall(x, t, past)  all chunks at once; a chunk sees the earlier ones in a memory, such as that of clean
-                              frames (teacher forcing) or of the model's own (Self-Forcing, 2506.08009)
-    model.step(x, t, past)    one chunk after those in the memory, of a fixed shape: a roll-out
+    model.recall(x, t, past)  all chunks at once; a chunk sees the earlier ones in a memory, for example of clean frames
+                              (teacher forcing) or of the model's own (Self-Forcing, 2506.08009)
+    model.step(x, t, past)    one chunk after those in the memory, with fixed shapes: a roll-out
 
-    model.remember(x, t)      the memory of a whole clip by one evaluation; `memorize` puts a step's keys into a memory
+    model.remember(x, t)      the memory of a whole clip in one evaluation; `memorize` adds a step's keys to a memory
 
-A memory holds keys before their rotary embedding. They are turned as they are read, by the place at which they stand:
-so a window that moves, and a sink that stays before it, keep the distances that the model was trained with, and places
-never exceed the memory. Instead of a mask, each chunk's queries meet the slices of keys that they see, so that any
-attention kernel serves, and nothing that is masked is computed; on TPUs, whose compiler takes minutes for a kernel, all
-chunks are one with a mask by tiles, unless there is a window. `step` hides the part of the memory that is not in use.
+A memory holds keys before their rotary embedding, which is applied when they are read, for the position at which they
+then stand. So a moving window, and a sink before it, keep the distances with which the model was trained, and positions
+never exceed the memory. Instead of using a mask, each chunk's queries attend to the slices of keys that they see, so
+that any attention kernel works, and nothing masked is computed. On TPUs, where a kernel takes minutes to compile, all
+chunks share one kernel with a tiled mask, unless there is a window. `step` masks the unused part of the memory.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ Pairs = tuple[Float[Array, "layers b n heads head_dim"], Float[Array, "layers b 
 
 @dataclass(frozen=True)
 class CausalWan:
-    """A Wan transformer that sees chunks of latent frames in their order.
+    """A Wan transformer on chunks of latent frames, in order.
 
     Attributes:
-      model: the transformer, whose patches are one latent frame deep, as Wan's are.
+      model: the transformer; its patches must be one latent frame deep, as Wan's are.
       chunks: how a clip is divided.
 
     Raises:
-      UserError: a transformer whose patches are deeper.
+      UserError: the transformer's patches are deeper.
     """
 
     model: WanTransformer
@@ -62,16 +63,16 @@ class CausalWan:
             )
 
     def __call__(self, x: Latents, t: FrameTimes, condition: Condition) -> Latents:
-        """Velocity of `x`, whose frames are at times of their own, in the dtype of `x`.
+        """Velocity of `x`, with a timestep for each frame, in the dtype of `x`.
 
         Raises:
-          UserError: as `WanTransformer`, for a clip that is no whole number of chunks, and for a mesh on which the
-            tokens cannot be exchanged for heads.
+          UserError: as `WanTransformer`; or the clip is not a whole number of chunks, or the mesh cannot exchange its
+            tokens for heads.
         """
         return self._whole(x, t, condition, None)
 
     def recall(self, x: Latents, t: FrameTimes, condition: Condition, past: Memory) -> Latents:
-        """Velocity of `x`, of which each chunk sees itself, and the earlier frames in a memory of the whole clip.
+        """Velocity of `x`; each chunk sees itself, and earlier frames in a memory of the whole clip.
 
         Raises:
           UserError: as `__call__`.
@@ -79,7 +80,7 @@ class CausalWan:
         return self._whole(x, t, condition, past)
 
     def remember(self, x: Latents, t: FrameTimes, condition: Condition) -> Memory:
-        """The memory of all frames of `x`, each of which sees the earlier ones as they are in `x`.
+        """The memory of all frames of `x`; each frame sees the earlier ones as they are in `x`.
 
         Raises:
           UserError: as `__call__`.
@@ -90,7 +91,7 @@ class CausalWan:
         return self._placed(Memory(*pair, frames=jnp.int32(x.shape[1])))
 
     def empty(self, x: Latents) -> Memory:
-        """A memory without frames, for clips of the size of `x`."""
+        """An empty memory for clips of the size of `x`."""
         config, (rows, columns) = self.model.config, self._grid(x)
         tokens = self.chunks.slots(x.shape[1]) * rows * columns
         shape = (config.num_layers, len(x), tokens, config.num_attention_heads, config.attention_head_dim)
@@ -115,8 +116,8 @@ class CausalWan:
         return self.model.leave(hidden, embedding, x), pair
 
     def memorize(self, past: Memory, pair: Pairs, frames: int) -> Memory:
-        """A memory with a chunk's keys and values behind what it holds. What is older than the window, and no sink,
-        makes room.
+        """The memory with a chunk's keys and values appended. Frames before the window that are not in the sink are
+        dropped.
 
         Args:
           past: a memory.
@@ -158,7 +159,7 @@ class CausalWan:
         return jax.lax.scan(self.model.block(context, True), hidden, (layers, pairs))
 
     def _grid(self, x: Latents) -> tuple[int, int]:
-        """Rows and columns of a frame's tokens."""
+        """Number of token rows and columns per frame."""
         _, height, width = self.model.config.patch_size
         return x.shape[2] // height, x.shape[3] // width
 
@@ -169,12 +170,12 @@ class CausalWan:
 
 @dataclass(frozen=True)
 class _Whole(CausalAttention):
-    """All chunks at once: each one's queries, and the keys that they see.
+    """Attention of all chunks at once, each to the keys that it sees.
 
     Attributes:
       spans: the chunks' frames.
-      chunks: what they remember.
-      frame: tokens of a latent frame.
+      chunks: how a clip is divided, and what a chunk sees.
+      frame: number of tokens per latent frame.
     """
 
     spans: tuple[tuple[int, int], ...]
@@ -210,10 +211,10 @@ class _Whole(CausalAttention):
 
 @dataclass(frozen=True)
 class _Step(CausalAttention):
-    """One chunk behind a memory of a fixed shape.
+    """Attention of one chunk after a memory of fixed shape.
 
     Attributes:
-      used: the memory's tokens that are in use.
+      used: number of the memory's tokens that are in use.
     """
 
     used: Int[Array, ""]
@@ -235,6 +236,6 @@ def _joined(parts: list[Array]) -> Array:
 def _frames(
     x: Float[Array, "layers b m heads head_dim"], kept: Int[Array, "slots"], tokens: int
 ) -> Float[Array, "layers b m heads head_dim"]:
-    """Frames of keys or values, by number."""
+    """Selects frames of keys or values by index."""
     layers, b, m, *rest = x.shape
     return jnp.take(x.reshape(layers, b, m // tokens, tokens, *rest), kept, axis=2).reshape(x.shape)

@@ -1,7 +1,7 @@
 """The Wan 2.1 diffusion transformer, text-to-video and image-to-video.
 
 Forward-exact with Diffusers' `WanTransformer3DModel` (checked by the tests). Parameter paths follow its tensor names;
-the blocks are stacked on a leading layer axis under `blocks/...` and run by one `jax.lax.scan`.
+the blocks are stacked along a leading layer axis under `blocks/...` and run by one `jax.lax.scan`.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from vpae_jax.models.wan_embed import ConditionEmbedder, PatchEmbedding
 from vpae_jax.sharding import TRANSFORMER_RULES, param_path
 from vpae_jax.types import Condition, Features, FrameTimes, Latents, Params, Times, Tokens, UserError
 
-CARRY = "carry"  # a block's input
-MANY_TAPS = 3  # more of them, if evenly spaced, are read in a scan: each tap on its own is compiled on its own
+CARRY = "carry"  # checkpoint name of a block's input
+MANY_TAPS = 3  # more taps, if evenly spaced, are read in a scan; separate taps are compiled separately
 REMAT_POLICIES: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
         "full": jax.checkpoint_policies.nothing_saveable,
-        # JAX's own policy for products would keep those inside attention too, tiles of logits without batch axes.
+        # JAX's own policy for products would also save those inside attention, tiles of logits without batch axes.
         "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
         "attention": kernels.save_attention,
         "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
@@ -51,21 +51,21 @@ REMAT_POLICIES: Mapping[str, Callable[..., Any]] = MappingProxyType(
 
 
 class WanTransformer(nnx.Module):
-    """Noisy latents, time and condition to the velocity eps - x0.
+    """Maps noisy latents, timestep and condition to the velocity eps - x0.
 
     Args:
       config: sizes.
       rngs: source of the initial weights (Wan's initialisation: Xavier-uniform, zero output projection).
-      dtype: compute dtype of the matrix products; norms, modulation, time embedding and softmax stay float32.
-      param_dtype: dtype in which the weights are kept.
-      remat: what the backward pass recomputes: "none" of the blocks, the "full" block, all but the products of
+      dtype: compute dtype of the matrix products; norms, modulation, timestep embedding and softmax stay float32.
+      param_dtype: dtype in which the weights are stored.
+      remat: what the backward pass recomputes: nothing ("none"), the "full" block, all but the products of
         activations with weights ("dots"), or all but self-attention ("attention"); "offload" is "full" with the blocks'
-        inputs kept in the host's memory.
+        inputs kept in host memory.
       lora: adapters to attach; their initial effect is zero.
-      mesh: where it runs, with the axes of `sharding`; None for where its arguments are.
+      mesh: where it runs, with the axes of `sharding`; None uses the devices of its arguments.
 
     Raises:
-      UserError: an unknown `remat`, adapters that fit no layer, or a mesh that does not divide the heads.
+      UserError: an unknown `remat`, adapters that match no layer, or a mesh that does not divide the heads.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class WanTransformer(nnx.Module):
     def leave(
         self, hidden: Tokens, embedding: Float[Array, "b *f d"], x: Latents, frame: Int[Array, "n"] | None = None
     ) -> Latents:
-        """The last block's states to the velocity, in the shape and dtype of `x`."""
+        """Maps the last block's states to the velocity, in the shape and dtype of `x`."""
         table = self.scale_shift_table[...].astype(jnp.float32) + embedding[..., None, :]
         shift, scale = (of_tokens(row, frame) for row in jnp.split(table, 2, axis=-2))
         hidden = layer_norm(hidden, 1 + scale, shift, self.config.eps).astype(self.dtype)
@@ -128,11 +128,11 @@ class WanTransformer(nnx.Module):
         Runs no block after the last tap, and keeps no other block's states.
 
         Args:
-          trained: whether the weights are differentiated. If so, the blocks between two taps are copies of them; else
-            they are read in place, and a gradient would hold all weights once for each tap.
+          trained: whether the weights are differentiated. If so, the weights of the blocks between two taps are copied;
+            otherwise they are read in place, where a gradient would hold all weights once for each tap.
 
         Raises:
-          UserError: as `__call__`, and for taps that are not rising block numbers.
+          UserError: as `__call__`, or the taps are not rising block numbers.
         """
         hidden, _, context = self.enter(x, t, condition)
         states, _ = self._tapped(hidden, context, taps, trained)
@@ -141,7 +141,7 @@ class WanTransformer(nnx.Module):
     def velocity_and_features(
         self, x: Latents, t: Times, condition: Condition, taps: tuple[int, ...], trained: bool = False
     ) -> tuple[Latents, Features]:
-        """`__call__` and `features` by one forward pass; see there for arguments and errors."""
+        """`__call__` and `features` in one forward pass; see there for arguments and errors."""
         hidden, embedding, context = self.enter(x, t, condition)
         states, hidden = self._tapped(hidden, context, taps, trained)
         if taps[-1] < self.config.num_layers:
@@ -149,8 +149,9 @@ class WanTransformer(nnx.Module):
         return self.leave(hidden, embedding, x), _features(states, context, condition, self._grid(x))
 
     def readings(self, features: Features, x: Latents, t: Times) -> tuple[Latents, ...]:
-        """What the last layer makes of each tap's hidden states, with the modulation of `t`: the velocity as if the
-        tapped block were the last one. That of the last block's states is `__call__`'s.
+        """The last layer applied to each tap's hidden states, with the modulation of `t`.
+
+        The result is the velocity if the tapped block were the last one; for the last block it is that of `__call__`.
 
         Args:
           features: of `x`, at `t`.
@@ -161,7 +162,7 @@ class WanTransformer(nnx.Module):
     def _tapped(
         self, hidden: Float[Array, "b padded d"], context: Context, taps: tuple[int, ...], trained: bool
     ) -> tuple[tuple[Tokens, ...], Float[Array, "b padded d"]]:
-        """Hidden states after the tapped blocks, without the filling, and those after the last one with it."""
+        """Hidden states after the tapped blocks, without padding, and those after the last tap with padding."""
         layers = self.config.num_layers
         if not taps or list(taps) != sorted(set(taps)) or taps[0] < 1 or taps[-1] > layers:
             raise UserError(f"taps are {taps}, expected rising block numbers from 1 to {layers}; correct them")
@@ -193,7 +194,7 @@ class WanTransformer(nnx.Module):
     def enter(
         self, x: Latents, t: Times | FrameTimes, condition: Condition, aligned: bool = True
     ) -> tuple[Tokens, Float[Array, "b *f d"], Context]:
-        """Latents and condition to tokens, time embedding and what blocks read; `aligned` as in `MeshLayout.padded`."""
+        """Latents and condition to tokens, timestep embedding and `Context`; `aligned` as in `MeshLayout.padded`."""
         config, grid = self.config, self._grid(x)
         if condition.frames is not None:
             x = jnp.concatenate([x, condition.frames.astype(x.dtype)], axis=-1)
@@ -223,7 +224,7 @@ class WanTransformer(nnx.Module):
         embedding, modulation = self.condition_embedder.time(t)
         text, text_bias = condition.text.astype(self.dtype), None
         if length < config.text_len:
-            # All padding tokens are equal after the embedder: one of them with logit log(count) stands for them all.
+            # All padding tokens are equal after the embedder: one of them with logit log(count) represents all.
             text = jnp.pad(text, ((0, 0), (0, 1), (0, 0)))
             text_bias = jnp.zeros((1, length + 1)).at[:, -1].set(math.log(config.text_len - length))
         text = self.layout.place_clips(self.condition_embedder.text_embedder(self.layout.place_clips(text)))
@@ -235,14 +236,16 @@ class WanTransformer(nnx.Module):
         return hidden, embedding, Context(modulation, text, text_bias, image, cos, sin, tokens, self.layout)
 
     def _run(self, hidden: Tokens, context: Context, start: int, stop: int, copied: bool = True) -> Tokens:
-        """Blocks start to stop - 1 in one scan over their stacked weights, sliced, or read in place by number."""
+        """Runs blocks start to stop - 1 in one scan over their stacked weights, sliced or read in place by index."""
         return jax.lax.scan(self.block(context, copied), hidden, (self.layers(start, stop, copied), None))[0]
 
     def _run_in_turns(
         self, hidden: Tokens, context: Context, start: int, stride: int, turns: int, copied: bool
     ) -> tuple[Tokens, Float[Array, "turns b padded d"]]:
-        """`stride` blocks from `start` on, so many times, and the hidden states after each turn: a scan of scans, which
-        compiles as one block does."""
+        """Runs `turns` times the next `stride` blocks from `start` on, and returns the hidden states after each turn.
+
+        This is a scan of scans, which compiles as fast as one block.
+        """
         block, layers = self.block(context, copied), self.layers(start, start + stride * turns, copied)
 
         def turn(carry: Tokens, own: Any) -> tuple[Tokens, Tokens]:
@@ -252,7 +255,7 @@ class WanTransformer(nnx.Module):
         return jax.lax.scan(turn, hidden, jax.tree.map(lambda x: x.reshape(turns, stride, *x.shape[1:]), layers))
 
     def layers(self, start: int, stop: int, copied: bool) -> Any:
-        """What `block` is given of blocks start to stop - 1: their weights, or their numbers."""
+        """The argument of `block` for blocks start to stop - 1: their weights, or their indices."""
         if not copied:
             return jnp.arange(start, stop)
         weights = nnx.split(self.blocks)[1]
@@ -261,7 +264,7 @@ class WanTransformer(nnx.Module):
         return jax.tree.map(lambda weight: weight[start:stop], weights)
 
     def block(self, context: Context, copied: bool) -> Callable[[Tokens, Any], tuple[Tokens, OwnPair | None]]:
-        """The body of a scan over blocks, given the weights of each, or its number, and what it remembers."""
+        """The body of a scan over blocks, whose input is each block's weights (or index) and memory."""
         graph, weights = nnx.split(self.blocks)
 
         def body(carry: Tokens, given: Any) -> tuple[Tokens, OwnPair | None]:
@@ -286,7 +289,7 @@ def _features(
 
 
 def _cast(layer: Params, dtype: DTypeLike) -> Params:
-    """A block's matrices in the compute dtype, before devices exchange them; norms and modulation as they are."""
+    """A block's matrices in the compute dtype, cast before devices exchange them; norms and modulation unchanged."""
 
     def one(path: tuple[Any, ...], leaf: Array) -> Array:
         return leaf.astype(dtype) if param_path(path).endswith(("/kernel", "/lora_a", "/lora_b")) else leaf

@@ -1,4 +1,4 @@
-"""What enters the Wan 2.1 transformer: patches of latents, and time, text and image in the transformer's width.
+"""Inputs of the Wan 2.1 transformer: patches of latents, and embeddings of timestep, text and image.
 
 Equal to Diffusers' `WanTimeTextImageEmbedding` and patch embedding; parameter names follow its tensor names.
 """
@@ -38,7 +38,7 @@ class PatchEmbedding(nnx.Module):
 
 
 class TimestepEmbedding(nnx.Module):
-    """Linear, activation, Linear; the time embedder (SiLU) and, with GELU, the text embedder."""
+    """Linear, activation, Linear: the timestep embedder (SiLU) and the text embedder (GELU)."""
 
     def __init__(self, d_in: int, d: int, options: Options, activation: Literal["silu", "gelu"]):
         init = nnx.initializers.normal(0.02)
@@ -73,7 +73,7 @@ class ImageEmbedding(nnx.Module):
 
 
 class ConditionEmbedder(nnx.Module):
-    """Time, text and image states to the transformer's width (Diffusers' WanTimeTextImageEmbedding)."""
+    """Maps timestep, text and image states to the transformer's width (Diffusers' WanTimeTextImageEmbedding)."""
 
     def __init__(self, config: WanTransformerConfig, options: Options):
         d = config.width
@@ -85,8 +85,10 @@ class ConditionEmbedder(nnx.Module):
         self.freq_dim = config.freq_dim
 
     def time(self, t: Times | FrameTimes) -> tuple[Float[Array, "b *f d"], Float[Array, "b *f 6 d"]]:
-        """Time in [0, 1], of clips or of their frames, to the embedding and the blocks' six modulation rows, float32
-        throughout."""
+        """Maps timesteps in [0, 1], of clips or of their frames, to the embedding and the blocks' six modulation rows.
+
+        Computed in float32 throughout.
+        """
         half = self.freq_dim // 2
         frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
         angles = (1000 * t.astype(jnp.float32))[..., None] * frequencies

@@ -1,9 +1,9 @@
 """The Wan 2.1 video autoencoder: 4x8x8 compression into 16 channels, causal in time.
 
-A clip of 1 + 4k frames becomes 1 + k latent frames; the first frame stands alone. Training works on the whole clip
-(`moments`, `decode_raw`); inference (`encode`, `decode`) walks over it in chunks of one latent frame, so that its
-memory does not grow with the clip's length; `encode_next` and `decode_next` are given the clip piece by piece. All give
-the same numbers.
+A clip of 1 + 4k frames becomes 1 + k latent frames; the first frame is encoded on its own. Training works on the whole
+clip (`moments`, `decode_raw`). Inference (`encode`, `decode`) processes it in chunks of one latent frame, so that
+memory does not grow with the clip's length. `encode_next` and `decode_next` take a clip piece by piece. All give the
+same numbers.
 
 Source: Wan 2.1 (arXiv:2503.20314, section 4.1); names follow Diffusers' `AutoencoderKLWan`.
 """
@@ -37,10 +37,10 @@ from vpae_jax.models.wan_vae_blocks import (
 from vpae_jax.models.wan_vae_rows import Rows, Strip
 from vpae_jax.types import Latents, UserError, Video
 
-# What the temporal convolutions remember of a clip's frames so far: the last ones that each has seen.
+# What the temporal convolutions keep of a clip's frames so far: the last ones that each has seen.
 Cache = list[Volume]
 Stage = Callable[[Volume, History], Volume]
-# Of the encoder's products of float32.
+# Precision of the encoder's float32 products.
 PRECISION = "tensorfloat32"
 
 # fmt: off
@@ -64,8 +64,8 @@ class WanVAEConfig:
       attn_scales: resolutions, as fractions of the input's, at which the encoder attends.
       temperal_downsample: for each downsampling, whether it halves the frames too.
       dropout: must be 0.
-      latents_mean, latents_std: what `encode` normalises each latent channel by.
-      is_residual, patch_size: of Wan 2.2; must be False and None.
+      latents_mean, latents_std: statistics with which `encode` normalises each latent channel.
+      is_residual, patch_size: used by Wan 2.2; must be False and None.
       in_channels, out_channels: video channels; must be 3.
       scale_factor_temporal, scale_factor_spatial: compression; must agree with the fields above.
 
@@ -113,7 +113,7 @@ class WanVAEConfig:
 
 
 class Encoder(nnx.Module):
-    """Video to unnormalised moments, twice `z_dim` channels."""
+    """Maps a video to unnormalised moments of twice `z_dim` channels."""
 
     def __init__(self, config: WanVAEConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
         kw: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
@@ -135,7 +135,7 @@ class Encoder(nnx.Module):
 
     @property
     def stages(self) -> list[Stage]:
-        """What it does, one resolution after the other."""
+        """The parts of the encoder, one per resolution."""
         levels: list[list[nnx.Module]] = [[]]
         for block in self.down_blocks:
             levels[-1].append(block)
@@ -162,7 +162,7 @@ def _in_turn(layers: Sequence[Any], x: Volume, history: History) -> Volume:
 
 
 class Decoder(nnx.Module):
-    """Unnormalised latents to video."""
+    """Maps unnormalised latents to a video."""
 
     def __init__(self, config: WanVAEConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
         kw: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
@@ -181,7 +181,7 @@ class Decoder(nnx.Module):
         self.conv_out = CausalConv3d(base * config.dim_mult[0], config.out_channels, (3, 3, 3), **kw)
 
     def __call__(self, x: Volume, history: History, remat: bool = False) -> Volume:
-        """With `remat` the backward pass keeps no more of a layer than its input."""
+        """With `remat`, the backward pass keeps only the input of each layer."""
         x = self.conv_in(x, history)
         for layer in (self.mid_block, *(layer for block in self.up_blocks for layer in block.layers)):
             x = rematerialised(layer, x, history) if remat else layer(x, history)
@@ -196,14 +196,14 @@ def _in_chunks(
     cache: Cache | None,
     strip: Strip | None,
 ) -> tuple[Volume, Cache]:
-    """Runs over chunks of `size` frames, each with the history that the last one left. A clip's first frame, where
-    there is none yet (`cache`), is a chunk by itself.
+    """Runs over chunks of `size` frames, each with the history of the previous one.
 
-    That frame gives one frame, the others `out_size`; each is written in place into the result, so that beside it only
-    one chunk is in memory.
+    Without a `cache`, the first frame is the clip's first, and a chunk by itself. It gives one output frame, each other
+    chunk `out_size`. Chunks are written in place into the result, so that besides the result only one chunk is in
+    memory.
 
     Returns:
-      the result, and the history that the last chunk left.
+      The result, and the history after the last chunk.
     """
     history, head = History(cache, strip), 1 if cache is None else size
     first = run(x[:, :head], history)
@@ -224,16 +224,16 @@ def _in_chunks(
 
 
 class WanVAE(nnx.Module):
-    """The autoencoder: videos `[b, t, height, width, 3]` in [-1, 1] to latents `[b, f, h, w, z_dim]`; results float32.
+    """The autoencoder: maps videos `[b, t, height, width, 3]` in [-1, 1] to float32 latents `[b, f, h, w, z_dim]`.
 
     Args:
       config: its shape.
-      rngs: where initial weights come from.
-      dtype: of convolutions and attention; norms and softmax are float32 in any case.
+      rngs: source of the initial weights.
+      dtype: of convolutions and attention; norms and softmax are always float32.
       param_dtype: of the weights.
 
     Attributes:
-      rows: devices over which `encode`, `decode` and those piece by piece spread the rows of a clip; None does not.
+      rows: devices over which `encode`, `decode` and their piecewise forms spread a clip's rows; None uses one device.
     """
 
     def __init__(
@@ -256,18 +256,18 @@ class WanVAE(nnx.Module):
         """Mean and log-variance of the latents, not normalised.
 
         Raises:
-          UserError: the frames are not 1 + a multiple of the temporal compression, or rows or columns no multiple of
-            the spatial one.
+          UserError: the number of frames is not 1 + a multiple of the temporal compression, or rows or columns are not
+            multiples of the spatial compression.
         """
         self.check_video(video)
         mean, logvar = jnp.split(self._encode(video, History()), 2, axis=-1)
         return mean, logvar
 
     def decode_raw(self, z: Latents) -> Video:
-        """Video of latents that are not normalised; values may leave [-1, 1].
+        """Decodes unnormalised latents; values may exceed [-1, 1].
 
         Raises:
-          UserError: the latents have another number of channels than the autoencoder.
+          UserError: the latents and the autoencoder differ in their number of channels.
         """
         self._check_channels(z)
         return self._decode(z, History())
@@ -275,20 +275,20 @@ class WanVAE(nnx.Module):
     def encode(self, video: Video) -> Latents:
         """The mean, normalised per channel; memory does not grow with the number of frames. Raises as `moments`.
 
-        What is trained on comes from here, so that products of float32 are in TF32 on GPUs, as in PyTorch, and in three
-        passes of bfloat16 on TPUs, where one is the default.
+        Since this makes the training data, float32 products are computed in TF32 on GPUs, as in PyTorch, and in three
+        bfloat16 passes on TPUs, where the default is one pass.
         """
         return self.encode_next(video)[0]
 
     def encode_next(self, video: Video, cache: Cache | None = None) -> tuple[Latents, Cache]:
-        """`encode` of a clip that comes piece by piece.
+        """`encode` for a clip that arrives piece by piece.
 
         Args:
           video: the next frames, a multiple of the temporal compression; one more at the clip's beginning.
-          cache: what the piece before left; None at the clip's beginning.
+          cache: the second result for the piece before; None at the clip's beginning.
 
         Returns:
-          the latents of these frames, and what the next piece needs, of the same size however many came before.
+          The latents of these frames, and the cache for the next piece, whose size does not grow.
 
         Raises as `moments`.
         """
@@ -309,15 +309,15 @@ class WanVAE(nnx.Module):
         return self.decode_next(latents)[0]
 
     def decode_next(self, latents: Latents, cache: Cache | None = None) -> tuple[Video, Cache]:
-        """`decode` of a clip that comes piece by piece.
+        """`decode` for a clip that arrives piece by piece.
 
         Args:
           latents: the next latent frames, one or more.
-          cache: what the piece before left; None at the clip's beginning.
+          cache: the second result for the piece before; None at the clip's beginning.
 
         Returns:
-          `scale_factor_temporal` frames for each, but one for the clip's first; and what the next piece needs, of the
-          same size however many came before.
+          `scale_factor_temporal` frames for each latent frame, except one for the clip's first; and the cache for the
+          next piece, whose size does not grow.
 
         Raises as `decode_raw`.
         """
@@ -329,19 +329,19 @@ class WanVAE(nnx.Module):
         return self.by_rows(run, latents, cache, latents.shape[2])
 
     def decode_at(self, latents: Latents, frame: Int[Array, ""]) -> Video:
-        """The first video frame and those of one latent frame, as `decode` makes them; for a judge of frames.
+        """The first video frame and those of one latent frame, as `decode` gives them; for a discriminator on frames.
 
-        The decoder is causal: what comes before a latent frame is decoded too, forward alone and a latent frame at a
-        time, for what the convolutions keep of it, and what comes after it is not. The result is differentiable in the
-        first latent frame, by the first video frame, and in the chosen one, by the others; all else is a constant.
+        The decoder is causal: earlier latent frames are decoded as well, one at a time and without gradient, because
+        the convolutions keep some of their values; later ones are not decoded. The first video frame is differentiable
+        in the first latent frame, and the others in the chosen one; everything else is a constant.
 
         Args:
-          latents: normalised, as of `decode`.
-          frame: number of the latent frame, from 1 to f - 1, not known before the program runs; of clips of one latent
-            frame without effect.
+          latents: normalised, as for `decode`.
+          frame: index of the latent frame, from 1 to f - 1; may be a traced value. Without effect for clips of one
+            latent frame.
 
         Returns:
-          1 + `scale_factor_temporal` frames, clipped to [-1, 1]; of clips of one latent frame that one.
+          1 + `scale_factor_temporal` frames, clipped to [-1, 1]; only the first for clips of one latent frame.
 
         Raises as `decode_raw`.
         """
@@ -365,7 +365,7 @@ class WanVAE(nnx.Module):
     def by_rows(
         self, run: Callable[..., tuple[Volume, Any]], x: Volume, carried: Any, latent_rows: int
     ) -> tuple[Volume, Any]:
-        """`run(vae, x, carried, strip)`; where there are `rows`, on each device with its own (`Rows.run`)."""
+        """`run(vae, x, carried, strip)`; with `rows`, on each device with its own rows (`Rows.run`)."""
         if self.rows is None or self.rows.devices == 1:
             return run(self, x, carried, None)
         graph, weights = nnx.split(self)
@@ -376,7 +376,7 @@ class WanVAE(nnx.Module):
         return self.rows.run(local, weights, x, carried, latent_rows)
 
     def encode_stages(self) -> list[Stage]:
-        """What is done to a piece of a clip, one resolution after the other, until it is normalised latents."""
+        """The parts of `encode`, one per resolution, from a piece of a clip to normalised latents."""
         *first, last = self.encoder.stages
 
         def end(x: Volume, history: History) -> Volume:
@@ -386,7 +386,7 @@ class WanVAE(nnx.Module):
         return [lambda x, history: first[0](x.astype(self.dtype), history), *first[1:], end]
 
     def decode_piece(self, x: Volume, history: History) -> Volume:
-        """Video of a clip's first latent frames, or of the next ones."""
+        """Decodes a clip's first latent frames, or the next ones."""
         z = x * jnp.asarray(self.config.latents_std) + jnp.asarray(self.config.latents_mean)
         return jnp.clip(self._decode(z, history), -1.0, 1.0)
 
@@ -398,7 +398,7 @@ class WanVAE(nnx.Module):
         return self.decoder(x, history, remat).astype(jnp.float32)
 
     def check_video(self, video: Video, begun: bool = False) -> None:
-        """Raises `UserError` for a video that cannot be encoded; of one that has `begun`, for its next frames."""
+        """Raises `UserError` for a video, or with `begun` for the next frames of one, that cannot be encoded."""
         time, space = self.config.scale_factor_temporal, self.config.scale_factor_spatial
         _, t, height, width, _ = video.shape
         if t < 1 or (t if begun else t - 1) % time or height % space or width % space:

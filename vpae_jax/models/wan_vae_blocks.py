@@ -1,7 +1,7 @@
 """Blocks of the Wan 2.1 video autoencoder.
 
-Every temporal convolution is causal and starts from zeros, so a clip may be cut in time: a block that is given the
-last frames of the chunk before computes the same numbers as over the whole clip. `History` carries those frames.
+Every temporal convolution is causal and starts from zeros, so a clip may be processed in chunks: a block that is given
+the last frames of the chunk before computes the same numbers as on the whole clip. `History` carries those frames.
 
 Source: Wan 2.1 (arXiv:2503.20314, section 4.1); names follow Diffusers' `AutoencoderKLWan`.
 """
@@ -24,15 +24,15 @@ from jaxtyping import Float
 
 from vpae_jax.models.wan_vae_rows import Strip
 
-Volume = Float[Array, "_ _ _ _ _"]  # [b, t, h, w, c]; each of them may change from input to output
+Volume = Float[Array, "_ _ _ _ _"]  # [b, t, h, w, c]; each may change from input to output
 
 
 class History:
     """The last frames seen by each temporal convolution, in the order in which the convolutions run.
 
-    Lives for one pass over one chunk: a pass pops the frames that the chunk before left (`frames`) and appends its
-    own (`seen`). Without `frames` the chunk is the clip's first, or the whole clip. `strip` says which rows of all
-    frames a device has; None if all.
+    Used for one pass over one chunk: the pass pops the frames of the chunk before (`frames`) and appends its own
+    (`seen`). Without `frames` the chunk is the clip's first, or the whole clip. `strip` describes the rows that a
+    device has; None if it has all.
     """
 
     def __init__(self, frames: Sequence[Volume] | None = None, strip: Strip | None = None):
@@ -41,7 +41,7 @@ class History:
         self.seen: list[Volume] = []
 
     def join(self, x: Volume, length: int) -> Volume:
-        """Puts the `length` frames before this chunk in front of x (zeros before the first frame of a clip)."""
+        """Prepends the `length` frames before this chunk to x (zeros before the first frame of a clip)."""
         before = jnp.zeros((x.shape[0], length, *x.shape[2:]), x.dtype) if self.first else self.frames.pop(0)
         x = jnp.concatenate([before, x], axis=1)
         self.seen.append(x[:, x.shape[1] - length :])
@@ -49,7 +49,7 @@ class History:
 
 
 def rematerialised(block: nnx.Module, x: Volume, history: History) -> Volume:
-    """`block(x, history)`, of which the backward pass keeps the input alone and computes the rest once more."""
+    """`block(x, history)`, of which the backward pass keeps only the input and recomputes the rest."""
     graph, weights = nnx.split(block)
     first = history.first
 
@@ -68,8 +68,11 @@ Kernel = Float[Array, "kt kh kw c cout"]
 
 
 def widened(x: Volume, size: int, stride: int, strip: Strip | None) -> tuple[Volume, tuple[Sides, Sides]]:
-    """Frames that a 2-D convolution can be applied to, and the zeros that it puts around them: as many on both sides;
-    with stride 2, of three taps, below and right alone. A strip is given its neighbours' rows instead."""
+    """The input of a 2-D convolution, and its zero padding.
+
+    The padding is equal on both sides; with stride 2 and three taps it is only below and to the right. A strip gets its
+    neighbours' rows instead.
+    """
     before = (size - stride) // 2
     sides = (before, size - stride - before) if size > 1 else (0, 0)
     if strip is None or not sum(sides):
@@ -90,10 +93,10 @@ def conv_frames(
 
 
 def conv_causal(x: Volume, kernel: Kernel, padding: tuple[Sides, Sides], stride: int) -> Volume:
-    """A convolution of frames in time, where there is no padding and `stride` counts, and in space.
+    """A convolution over time (without padding, with `stride`) and space.
 
-    On TPUs it is what it says. Elsewhere taps in time become input channels of a 2-D convolution: GPUs' 3-D kernels
-    want channels before frames, and processors' take twice as long.
+    On TPUs it is a 3-D convolution. On other platforms the temporal taps become input channels of a 2-D convolution:
+    the 3-D kernels of GPUs need channels before frames, and those of CPUs take twice as long.
     """
     if len(kernel) == 1:
         return conv_frames(x, kernel[0], padding)
@@ -142,9 +145,9 @@ class Conv2d(nnx.Module):
 
 
 class CausalConv3d(nnx.Module):
-    """A convolution that sees this frame and the ones before; kernel `[kt, kh, kw, cin, cout]`.
+    """A convolution that sees this frame and earlier ones; kernel `[kt, kh, kw, cin, cout]`.
 
-    With `time_stride` 2 there is no padding in time: output i sees inputs 2i, 2i+1, 2i+2 of what it is given.
+    With `time_stride` 2 there is no padding in time: output i sees inputs 2i, 2i+1, 2i+2.
     """
 
     def __init__(
@@ -180,14 +183,14 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Volume, silu: bool = False) -> Volume:
         x = x.astype(jnp.float32)
-        # The square root of a square below the smallest normal float32 has an infinite gradient: clamp before it.
+        # The square root has an infinite gradient if the sum of squares is below the smallest normal float32: clamp.
         inverse = jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
         x = x * inverse * (x.shape[-1] ** 0.5) * self.gamma[...].astype(jnp.float32)
         return (jax.nn.silu(x) if silu else x).astype(self.dtype)
 
 
 class ResidualBlock(nnx.Module):
-    """Twice norm, SiLU, causal 3x3x3 convolution, plus the input."""
+    """Norm, SiLU and causal 3x3x3 convolution, twice, plus the input."""
 
     def __init__(self, cin: int, cout: int, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
         kw: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
@@ -241,7 +244,7 @@ class Downsample(nnx.Module):
             return x
         if not history.first:
             return self.time_conv(x, history)
-        # The first frame stands for itself, and is the frame before the second one.
+        # The first frame is kept, and is also the frame before the second one.
         first = x[:, :1]
         if x.shape[1] == 1:
             history.seen.append(first)
@@ -262,7 +265,7 @@ class Upsample(nnx.Module):
 
     def __call__(self, x: Volume, history: History) -> Volume:
         if self.time_conv is not None:
-            # The first frame neither is doubled nor counts as a frame before the second one.
+            # The first frame is not doubled, and does not count as the frame before the second one.
             alone = 1 if history.first else 0
             doubled = _double_frames(self.time_conv, x[:, alone:], history)
             x = jnp.concatenate([x[:, :alone], doubled], axis=1)
@@ -270,7 +273,7 @@ class Upsample(nnx.Module):
 
 
 def _double_frames(time_conv: CausalConv3d, x: Volume, history: History) -> Volume:
-    """Two frames for each, from the two halves of the convolution's channels."""
+    """Two frames for each frame, from the two halves of the convolution's channels."""
     if x.shape[1] == 0:
         history.join(x, 2)
         return x
@@ -311,5 +314,5 @@ class UpBlock(nnx.Module):
 
     @property
     def layers(self) -> list[Any]:
-        """In the order in which the decoder runs them."""
+        """The layers in the order in which the decoder runs them."""
         return [*self.resnets, *self.upsamplers]

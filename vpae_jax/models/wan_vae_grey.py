@@ -1,9 +1,9 @@
-"""Latents of a picture that grey frames follow, as image-to-video models read them, with no work done twice.
+"""Latents of an image followed by grey frames, the input of image-to-video models, without repeated work.
 
-All grey pieces are alike, and the encoder sees a finite number of earlier frames. So at each of its resolutions, the
-finest first, there comes a piece before which and after which the convolutions remember the same frames. From then on
-this resolution's result is that of the piece before, as long as the finer one's is. The latents are those of an encoder
-that works on all pieces; Wan's does level 0 for 4 of a clip's 20 grey pieces, level 1 for 6, level 2 for 10.
+All grey pieces are equal, and the encoder sees a finite number of earlier frames. So at each resolution, the finest
+first, from some piece on the convolutions remember the same frames before and after it. From then on this resolution's
+result equals that for the piece before, as long as this holds for the finer one. The latents equal those of an encoder
+that processes all pieces; Wan's runs level 0 for 4 of a clip's 20 grey pieces, level 1 for 6, level 2 for 10.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from vpae_jax.types import Latents, Video, pytree
 
 @pytree
 class Level:
-    """One resolution of the encoder after some pieces.
+    """State of one resolution of the encoder after some pieces.
 
     Attributes:
-      cache: what its convolutions remember.
+      cache: the frames that its convolutions remember.
       out: its result for the last piece.
-      settled: whether the last piece has left the cache as it was.
+      settled: whether the last piece left the cache unchanged.
     """
 
     cache: Cache
@@ -38,7 +38,7 @@ Grey = list[Level]
 
 
 def encode_first(vae: WanVAE, first: Video) -> tuple[Latents, Grey]:
-    """Normalised latents of clips of one frame, and how the encoding of grey frames behind it begins.
+    """Normalised latents of clips of one frame, and the state for encoding grey frames after it.
 
     Raises as `WanVAE.moments`.
     """
@@ -48,8 +48,7 @@ def encode_first(vae: WanVAE, first: Video) -> tuple[Latents, Grey]:
 
 
 def encode_grey(vae: WanVAE, past: Grey, frames: int, rows: int) -> tuple[Latents, Grey]:
-    """Latents of so many further latent frames of so many rows, whose video is grey (zero), and where the encoding
-    stands then."""
+    """Latents of `frames` further latent frames of `rows` rows whose video is grey (zero), and the state after them."""
     last, time, space = past[-1].out, vae.config.scale_factor_temporal, vae.config.scale_factor_spatial
 
     def run(vae: WanVAE, grey: Volume, past: Grey, strip: Strip | None) -> tuple[Volume, Grey]:
@@ -72,7 +71,7 @@ def _begin(vae: WanVAE, first: Volume, _: None, strip: Strip | None) -> tuple[Vo
             history = History(strip=strip)
             x = stage(x, history)
             piece = jax.eval_shape(lambda x, cache, stage=stage: stage(x, History(cache, strip)), piece, history.seen)
-            # What a whole piece gives is not known yet, and is not read before the cache has settled.
+            # The result for a whole piece is not known yet; it is not read before the cache has settled.
             levels.append(Level(history.seen, jnp.zeros(piece.shape, piece.dtype), jnp.bool_(False)))
     return x, levels
 
@@ -89,7 +88,7 @@ def _advance(stages: list[Stage], grey: Volume, past: Grey, strip: Strip | None)
             kept = [(old == new).all() for old, new in zip(level.cache, history.seen, strict=True)]
             return Level(history.seen, out, agreed(jnp.stack(kept).all(), strip))
 
-        # `same`: x is what this level was given with the piece before.
+        # `same`: x equals this level's input for the piece before.
         same = same & level.settled
         level = jax.lax.cond(same, lambda x, level: level, run, x, level)
         levels.append(level)

@@ -1,14 +1,14 @@
-"""The rows of a clip's frames over the devices of a mesh, for an autoencoder that is too slow or too large on one.
+"""Spreads the rows of a clip's frames over the devices of a mesh, if the autoencoder is too slow or large for one.
 
-Each device holds a strip: a run of the rows of every array, at every resolution those of the same latent rows. What
-crosses strips is a row above and one below for each 3x3 convolution, and keys and values of the attention. A number of
-latent rows that the devices do not divide is filled up with rows that nobody sees: what is convolved is zero there, as
-it is beyond a frame's edge, and attention masks them.
+Each device holds a strip: a run of the rows of every array, which at every resolution belong to the same latent rows.
+Strips exchange one row above and one below for each 3x3 convolution, and keys and values of the attention. If the
+devices do not divide the number of latent rows, it is padded: convolutions read zeros there, as beyond a frame's edge,
+and attention masks these rows.
 
 Compiled for eight v5p chips, a latent frame at 720p in bfloat16 is decoded with 67 exchanges of rows and 2 gathers of
 keys and values, and each chip does 1/7.5 of one chip's arithmetic (96 rows for 90).
 
-The result is that of one device but for the order of sums. Halo exchange for convolutions: Dryden et al.
+The result equals that of one device up to the order of sums. Halo exchange for convolutions: Dryden et al.
 (arXiv:1903.06681).
 """
 
@@ -33,11 +33,11 @@ Frames = Float[Array, "_ _ _ _ _"]  # [b, t, rows, w, c]; each may change from i
 
 @dataclass(frozen=True)
 class Strip:
-    """What a device knows of its rows, inside a program that runs on each with its own.
+    """Describes a device's rows, inside a program that runs on each device.
 
     Attributes:
-      devices: over which rows are spread, in order.
-      valid, padded: latent rows of a frame, and those that they are filled up to.
+      devices: number of devices over which rows are spread, in order.
+      valid, padded: number of latent rows of a frame, without and with padding.
     """
 
     devices: int
@@ -45,15 +45,15 @@ class Strip:
     padded: int
 
     def extended(self, x: Frames, above: int, below: int) -> Frames:
-        """This device's rows, zero where they fill up, between the last ones of the strip above and the first ones of
-        the strip below; zero beyond a frame's edge."""
+        """This device's rows, with zeros as padding, between the last rows of the strip above and the first of the
+        strip below; zeros beyond a frame's edge."""
         own, last = x.shape[2], self.devices - 1
         if self.valid != self.padded:
             place = jax.lax.axis_index(ROW_AXES) * own + jnp.arange(own)
             x = jnp.where((place < self._valid(own))[:, None, None], x, 0)
         parts = [x]
         if above:
-            down = [(i, i + 1) for i in range(last)]  # who is sent nothing gets zeros
+            down = [(i, i + 1) for i in range(last)]  # a device that receives nothing gets zeros
             parts.insert(0, jax.lax.ppermute(x[:, :, -above:], ROW_AXES, down))
         if below:
             up = [(i + 1, i) for i in range(last)]
@@ -61,21 +61,21 @@ class Strip:
         return jnp.concatenate(parts, axis=2)
 
     def seen(self, own: int) -> Bool[Array, "rows"] | None:
-        """Which of all rows are the frame's, where a device has so many; None if all."""
+        """Which of all rows are not padding, if a device has `own` rows; None if all."""
         return None if self.valid == self.padded else jnp.arange(own * self.devices) < self._valid(own)
 
     def _valid(self, own: int) -> int:
-        """Rows of a frame, where a device has so many."""
+        """Rows of a frame without padding, if a device has `own` rows."""
         return self.valid * own * self.devices // self.padded
 
     def gathered(self, x: Frames) -> Frames:
-        """All rows, those that fill up included."""
+        """All rows, including padding."""
         return jax.lax.all_gather(x, ROW_AXES, axis=2, tiled=True)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """How the clips of an autoencoder lie on a mesh: rows along `context` and `tensor`, clips along the other axes.
+    """Placement of an autoencoder's clips on a mesh: rows along `context` and `tensor`, clips along the other axes.
 
     Attributes:
       mesh: axes as in `sharding`.
@@ -85,20 +85,23 @@ class Rows:
 
     @property
     def devices(self) -> int:
-        """Over which the rows of a clip are spread."""
+        """Number of devices over which the rows of a clip are spread."""
         return math.prod(self.mesh.shape[axis] for axis in ROW_AXES)
 
     def run(
         self, function: Callable[..., tuple[Frames, Any]], weights: Any, x: Frames, carried: Any, latent_rows: int
     ) -> tuple[Frames, Any]:
-        """`function(weights, x, carried, strip)` on each device with its rows: frames, and what the next call is given.
+        """Runs `function(weights, x, carried, strip)` on each device with its rows.
 
         Args:
           weights: the same on all devices.
           x: frames of clips.
-          carried: of the call before, or None. Arrays of five axes in it are frames and lie in strips, filled up;
+          carried: second result of the call before, or None. Its arrays of five axes are frames, in padded strips;
             others are the same on all devices.
-          latent_rows: of the clip; `x` has a multiple of them.
+          latent_rows: number of the clip's latent rows, of which that of `x` is a multiple.
+
+        Returns:
+          Frames, and the `carried` of the next call.
         """
         padded = -(-latent_rows // self.devices) * self.devices
         strip, scale = Strip(self.devices, latent_rows, padded), x.shape[2] // latent_rows
@@ -120,5 +123,5 @@ class Rows:
 
 
 def agreed(flag: Bool[Array, ""], strip: Strip | None) -> Bool[Array, ""]:
-    """Whether a flag is true on all devices, which then take the same way."""
+    """Whether a flag is true on all devices, so that all take the same branch."""
     return flag if strip is None else jax.lax.pmin(flag.astype(jnp.int32), AXES) == 1

@@ -1,12 +1,12 @@
-"""Attention kernels, and which of them serves a call.
+"""Attention kernels, and the choice between them.
 
-    reference   written out; small problems
-    tiled       plain jax.numpy by tiles, memory linear in the tokens; everywhere
+    reference   materialises all logits; small problems
+    tiled       plain jax.numpy in tiles, memory linear in the tokens; any platform
     splash      TPU
     cudnn       NVIDIA GPU, 16 bits
 
-Under `jax.checkpoint(..., policy=save_attention)` the backward passes of all but the reference do not run their forward
-passes again.
+Under `jax.checkpoint(..., policy=save_attention)` the backward passes of all kernels except the reference do not rerun
+their forward passes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vpae_jax.models.kernels.remat import RESIDUALS, save_attention
 
 __all__ = ["RESIDUALS", "Passes", "attention", "choose", "passes", "save_attention"]
 
-# Logits, over clips and heads, up to which writing them out is faster than tiles; 4 MiB of float32.
+# Number of logits, over clips and heads, up to which materialising them is faster than tiles; 4 MiB in float32.
 SMALL_LOGITS = 2**20
 
 _KERNELS = {
@@ -34,7 +34,7 @@ _KERNELS = {
     "cudnn": cudnn.attention,
 }
 
-# Those that hide keys from a number on by themselves, cheaper than by a bias.
+# Kernels that mask keys by their number, which is cheaper than a bias.
 _COUNTING = {"splash": splash.attention, "cudnn": cudnn.attention}
 
 
@@ -46,18 +46,18 @@ def attention(
     platform: str | None = None,
     visible: Count | None = None,
 ) -> Queries:
-    """softmax(q k^T / sqrt(head_dim) + bias) v, the softmax in float32, by the kernel that suits the call.
+    """softmax(q k^T / sqrt(head_dim) + bias) v, with the softmax in float32, by the kernel that `choose` selects.
 
-    Arrays are those of one device: inside `jax.shard_map`, or whole.
+    Arrays are those of one device: inside `jax.shard_map`, or unsharded.
 
     Args:
       q: queries.
       k: keys.
       v: values.
-      bias: float32 logit added for each key, the same for all queries and heads: the logarithm of how often the key
-        counts, so -inf hides a key. At least one key must be visible. It gets no gradient.
-      platform: what the program is compiled for; None is the default backend's.
-      visible: keys from this number on, which is at least 1, are hidden; not together with a bias.
+      bias: float32 logit added for each key, the same for all queries and heads: the logarithm of the key's
+        multiplicity, so that -inf masks a key. At least one key must be visible. It gets no gradient.
+      platform: that the program is compiled for; None is that of the default backend.
+      visible: keys from this index on, which is at least 1, are masked; not together with a bias.
     """
     name = choose(platform or jax.default_backend(), q.shape, k.shape, q.dtype)
     if visible is not None and name in _COUNTING:
@@ -68,7 +68,7 @@ def attention(
 
 
 def choose(platform: str, q_shape: tuple[int, ...], k_shape: tuple[int, ...], dtype: DTypeLike) -> str:
-    """Name of the kernel for a call.
+    """Returns the name of the kernel for a call.
 
     Args:
       platform: "cpu", "tpu", "gpu" or "cuda".
@@ -89,9 +89,9 @@ def choose(platform: str, q_shape: tuple[int, ...], k_shape: tuple[int, ...], dt
 
 
 def passes(platform: str | None, q_shape: tuple[int, ...], k_shape: tuple[int, ...], dtype: DTypeLike) -> Passes:
-    """The two passes of the kernel for a call, for attention to the keys of one device after the other; as `choose`.
+    """The forward and backward pass of the kernel for a call, for attention to one device's keys after another's.
 
-    What hides keys is their number, those from which on are hidden; it may be 0.
+    Arguments as of `choose`. The mask is an index from which on keys are masked; it may be 0.
     """
     name = choose(platform or jax.default_backend(), q_shape, k_shape, dtype)
     return _PASSES.get(name, _TILED)

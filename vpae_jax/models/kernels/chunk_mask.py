@@ -1,4 +1,4 @@
-"""The mask of a clip in chunks for splash attention, which computes it within tiles and leaves out those not seen."""
+"""The mask of a clip in chunks for splash attention, which skips masked tiles and computes the mask within others."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from jax.experimental.pallas.ops.tpu.splash_attention import Mask
 
 @dataclass(frozen=True)
 class Seen:
-    """Which keys a query sees, by numbers alone, so that the kernel computes it.
+    """Which keys a query sees, as a function of indices that the kernel can compute.
 
     Attributes:
-      first: tokens of the first chunk.
-      size: of each later one.
-      past: the number of the first key that stands for what is before a chunk; None if its own keys do.
+      first: number of tokens of the first chunk.
+      size: number of tokens of each later chunk.
+      past: index of the first key that represents earlier chunks; None if their own keys do.
     """
 
     first: int
@@ -24,11 +24,11 @@ class Seen:
     past: int | None
 
     def __call__(self, stop: Any, key: Any) -> Any:
-        """Whether a query is shown a key, of NumPy's or JAX's integers.
+        """Whether a query sees a key; for integers of NumPy or JAX.
 
         Args:
-          stop: the token after the last of the query's chunk.
-          key: the key's number.
+          stop: index after the last token of the query's chunk.
+          key: index of the key.
         """
         if self.past is None:
             return key < stop
@@ -40,14 +40,14 @@ class Seen:
 
 @dataclass(frozen=True)
 class ChunkMask(Mask):
-    """What the queries of a clip in chunks see, padded.
+    """The mask of a clip in chunks, with padding.
 
-    The kernel hands `q_sequence` and numbers of keys to `mask_function`.
+    The kernel calls `mask_function` with `q_sequence` and indices of keys.
 
     Attributes:
-      rows, columns: queries and keys.
-      stops: as of `by_chunks`.
-      mask_function: who sees what.
+      rows, columns: number of queries and keys.
+      stops: as in `by_chunks`.
+      mask_function: whether a query sees a key.
     """
 
     rows: int
@@ -61,7 +61,7 @@ class ChunkMask(Mask):
 
     @property
     def q_sequence(self) -> np.ndarray:
-        """The end of each query's chunk; padding is of the last one."""
+        """The end of each query's chunk; padding belongs to the last chunk."""
         chunk = np.searchsorted(self.stops, np.arange(self.rows), side="right")
         return np.asarray(self.stops, np.int32)[np.minimum(chunk, len(self.stops) - 1)]
 

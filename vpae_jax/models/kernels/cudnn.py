@@ -1,9 +1,10 @@
 """cuDNN's fused attention, for NVIDIA GPUs, through `jax.nn`, and its two passes for rings.
 
-The attention's result and log-sum-exp have no name: `remat.save_attention` knows them by their primitive.
+The attention's result and log-sum-exp have no checkpoint name: `remat.save_attention` recognises them by their
+primitive.
 
-`jax.nn` hands out the log-sum-exp only in the inputs' 16 bits, and no backward pass that takes one. So the two passes
-are called as `jax._src` has them.
+`jax.nn` returns the log-sum-exp only in the inputs' 16 bits, and has no backward pass that takes one. So the two passes
+are called through `jax._src`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from jaxtyping import Array, Float
 
 from vpae_jax.models.kernels.reference import Bias, Count, Keys, LogSumExp, Queries
 
-# A hidden key's logit: cuDNN adds a bias in the inputs' dtype, and this is finite in float16 too.
+# The logit of a masked key: cuDNN adds a bias in the inputs' dtype, and this is finite in float16 as well.
 HIDDEN = -6e4
 
 
@@ -27,16 +28,16 @@ def attention(q: Queries, k: Keys, v: Keys, bias: Bias | None = None, visible: C
     A bias is rounded to the inputs' dtype (relative error at most 2^-9 or 2^-12), and gets no gradient.
 
     Args:
-      visible: keys from this number on are hidden; not together with a bias.
+      visible: keys from this index on are masked; not together with a bias.
     """
     (b, n), m = q.shape[:2], k.shape[1]
-    # For a backward pass, JAX lets cuDNN have even numbers of tokens only.
+    # For a backward pass, JAX accepts only even numbers of tokens with cuDNN.
     q, k, v = (_even(x) for x in (q, k, v))
     lengths = None
     if bias is not None:
         bias = jnp.pad(jax.lax.stop_gradient(bias), ((0, 0), (0, m % 2)), constant_values=HIDDEN)
         bias = jnp.maximum(bias, HIDDEN).astype(q.dtype)
-        # It is repeated over heads, but not over queries.
+        # cuDNN repeats it over heads, but not over queries.
         bias = jnp.broadcast_to(bias[:, None, None, :], (bias.shape[0], 1, q.shape[1], k.shape[1]))
     elif visible is not None or m % 2:
         lengths = jnp.full(b, m if visible is None else visible, jnp.int32)
@@ -45,10 +46,10 @@ def attention(q: Queries, k: Keys, v: Keys, bias: Bias | None = None, visible: C
 
 
 def forward(q: Queries, k: Keys, v: Keys, visible: Count | None) -> tuple[Queries, LogSumExp]:
-    """The forward pass to some of the keys; `passes.Passes`.
+    """The forward pass for some of the keys; `passes.Passes`.
 
     Args:
-      visible: keys from this number on, which may be 0, are hidden.
+      visible: keys from this index on, which may be 0, are masked.
     """
     n = q.shape[1]
     arrays, settings = _given(q, k, v, visible)
@@ -60,7 +61,7 @@ def forward(q: Queries, k: Keys, v: Keys, visible: Count | None) -> tuple[Querie
 def backward(
     q: Queries, k: Keys, v: Keys, visible: Count | None, out: Queries, lse: LogSumExp, d_out: Queries
 ) -> tuple[Queries, Keys, Keys]:
-    """The backward pass to some of the keys; `passes.Passes`."""
+    """The backward pass for some of the keys; `passes.Passes`."""
     n, m = q.shape[1], k.shape[1]
     arrays, settings = _given(q, k, v, visible)
     lse = jnp.pad(lse, ((0, 0), (0, 0), (0, n % 2)))
@@ -71,13 +72,13 @@ def backward(
 
 
 def _given(q: Queries, k: Keys, v: Keys, visible: Count | None) -> tuple[tuple[Array, ...], dict[str, Any]]:
-    """Operands and parameters that JAX's primitives of both passes have in common."""
+    """Operands and parameters that JAX's primitives of both passes share."""
     b, m = k.shape[:2]
     if visible is None and m % 2:
         visible = jnp.asarray(m, jnp.int32)
     q, k, v = (_even(x) for x in (q, k, v))
     unused = jnp.zeros(0, q.dtype)
-    # At least one: cuDNN does not say what it makes of a clip without keys.
+    # At least one: cuDNN does not define the result for a clip without keys.
     counts = [] if visible is None else [jnp.full(b, q.shape[1], jnp.int32), jnp.full(b, visible, jnp.int32).clip(1)]
     settings = {
         "scale": q.shape[-1] ** -0.5,

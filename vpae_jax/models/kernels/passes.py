@@ -1,7 +1,8 @@
-"""An attention that can be differentiated, from its two passes.
+"""A differentiable attention, built from its two passes.
 
-A kernel's forward pass gives the result and the log-sum-exp; its backward pass needs both. They are functions of their
-own, because a ring (`models.parallel`) calls them once for each device's keys, with what all keys have given.
+A kernel's forward pass gives the result and the log-sum-exp; its backward pass needs both. They are separate functions,
+because a ring (`models.parallel`) calls them once for each device's keys, the backward pass with the results over all
+keys.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ class Passes:
     """The two passes of an attention.
 
     Attributes:
-      forward: queries, keys, values, and what hides keys, to the result and the log-sum-exp. Where no key is visible
-        the exponential of the log-sum-exp is zero, and the result is finite.
-      backward: the same, and result, log-sum-exp and gradient of the result, all three over all keys, to the gradients
-        with respect to the queries, to be summed over parts of the keys, and with respect to these keys and values.
+      forward: maps queries, keys, values and mask to the result and the log-sum-exp. If no key is visible, the
+        exponential of the log-sum-exp is zero, and the result is finite.
+      backward: maps the same, and result, log-sum-exp and gradient of the result, all three over all keys, to the
+        gradients with respect to the queries, to be summed over parts of the keys, and to these keys and values.
     """
 
     forward: Callable[[Wide, WideKeys, Keys, Any], tuple[Queries, LogSumExp]]
     backward: Callable[[Wide, WideKeys, Keys, Any, Queries, LogSumExp, Queries], tuple[Wide, WideKeys, Keys]]
 
     def attend(self, q: Wide, k: WideKeys, v: Keys, hidden: Any = None) -> Queries:
-        """The result, with gradients with respect to q, k and v; `hidden` is a constant."""
+        """The result, differentiable in q, k and v; the mask `hidden` is a constant."""
         return _attend(self, q, k, v, hidden)
 
 

@@ -1,4 +1,4 @@
-"""Attention written out: what the other kernels must equal, and the fastest where all logits fit into the cache."""
+"""Attention that materialises all logits: the reference for the other kernels, and the fastest for small problems."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ Queries = Float[Array, "b n heads head_dim"]
 Keys = Float[Array, "b m heads head_dim"]
 Bias = Float[Array, "#b m"]
 LogSumExp = Float[Array, "b heads n"]
-# Keys from this number on are hidden.
+# Keys from this index on are masked.
 Count = Int[Array, ""]
 
 
 def attention(q: Queries, k: Keys, v: Keys, bias: Bias | None = None) -> Queries:
-    """softmax(q k^T / sqrt(head_dim) + bias) v, the softmax in float32, the products in the inputs' dtype.
+    """softmax(q k^T / sqrt(head_dim) + bias) v, with the softmax in float32 and products in the inputs' dtype.
 
     Args:
       q: queries.
       k: keys.
       v: values.
-      bias: float32 logit added for each key, the same for all queries and heads: the logarithm of how often the key
-        counts, so -inf hides a key. At least one key must be visible.
+      bias: float32 logit added for each key, the same for all queries and heads: the logarithm of the key's
+        multiplicity, so that -inf masks a key. At least one key must be visible.
     """
     scale = q.shape[-1] ** -0.5
     # Batched matrix products over [b, heads]: on CPU several times faster than einsum over the unmoved axes.

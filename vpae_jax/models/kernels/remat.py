@@ -1,4 +1,4 @@
-"""What a rematerialised block keeps of its attentions."""
+"""What a rematerialised block saves of its attention."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-# The name that kernels give to what their backward passes need besides q, k and v: the result and the log-sum-exp.
+# Checkpoint name of what the backward passes need in addition to q, k and v: the result and the log-sum-exp.
 RESIDUALS = "attention"
 
 _named = jax.checkpoint_policies.save_only_these_names(RESIDUALS)
@@ -15,7 +15,7 @@ _named = jax.checkpoint_policies.save_only_these_names(RESIDUALS)
 def save_attention(primitive: Any, *avals: Any, **params: Any) -> Any:
     """A policy for `jax.checkpoint` with which no attention runs a second time in the backward pass.
 
-    It saves what is named `RESIDUALS`, and what cuDNN's attention returns: a name for its result would not keep the
-    log-sum-exp, which `jax.nn` does not hand out, and the kernel would run again for that.
+    It saves arrays named `RESIDUALS`, and the outputs of cuDNN's attention: naming its result would not save the
+    log-sum-exp, which `jax.nn` does not return, so the kernel would run again.
     """
     return str(primitive).startswith("dot_product_attention_fwd") or _named(primitive, *avals, **params)

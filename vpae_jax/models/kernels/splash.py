@@ -1,8 +1,8 @@
 """Splash attention, JAX's Pallas kernel for TPUs: with a full mask, and with that of a clip in chunks.
 
-Sequences are padded to whole tiles; padded keys are in another segment than all queries. The kernel knows no bias for
-keys, so a bias is written into more channels: one for queries, the bias for keys. Of chunks, the kernel leaves out the
-tiles of which nothing is seen, and computes the mask within the others.
+Sequences are padded to whole tiles; padded keys are in a different segment from all queries. The kernel has no bias for
+keys, so a bias is written into additional channels: ones for the queries, the bias for the keys. For chunks, the kernel
+skips the tiles that are entirely masked, and computes the mask within the others.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vpae_jax.models.kernels.passes import Passes, Wide, WideKeys
 from vpae_jax.models.kernels.reference import Bias, Count, Keys, LogSumExp, Queries
 from vpae_jax.models.kernels.splash_kernel import LANES, Splash, whole_tiles
 
-# A hidden key's logit: finite, since it is multiplied; its weight is exactly zero.
+# The logit of a masked key: finite, since it is multiplied; its weight is exactly zero.
 HIDDEN = -1e30
 
 
@@ -38,7 +38,7 @@ def attention(
       k: keys.
       v: values.
       bias: logit added for each key; a constant, which gets no gradient.
-      visible: keys from this number on are hidden.
+      visible: keys from this index on are masked.
       interpret: runs the kernel without a TPU, slowly; for tests.
     """
     q = _scaled(q)
@@ -55,14 +55,14 @@ def by_chunks(
     stops: tuple[int, ...],
     interpret: bool = False,
 ) -> Queries:
-    """Attention of a clip in chunks, each of which sees itself and what is before it.
+    """Attention of a clip in chunks, each of which sees itself and earlier ones.
 
     Args:
       q: queries; head_dim is a multiple of 128.
-      k, v: of the same tokens.
-      past: keys and values of what the chunks see before them; None if that is `k` and `v`.
-      stops: the token after the last of each chunk. All but the first are of one size.
-      interpret: as `attention`.
+      k, v: keys and values of the same tokens.
+      past: keys and values by which the chunks see earlier ones; None if these are `k` and `v`.
+      stops: index after the last token of each chunk. All chunks but the first have the same size.
+      interpret: as in `attention`.
     """
     n = q.shape[1]
     if past is not None:
@@ -75,10 +75,10 @@ def by_chunks(
 
 
 def forward(q: Queries, k: Keys, v: Keys, visible: Count | None, interpret: bool = False) -> tuple[Queries, LogSumExp]:
-    """The forward pass to some of the keys; `passes.Passes`.
+    """The forward pass for some of the keys; `passes.Passes`.
 
     Args:
-      visible: keys from this number on, which may be 0, are hidden.
+      visible: keys from this index on, which may be 0, are masked.
     """
     return _passes(_full(q, k), interpret).forward(_scaled(q), k, v, _hidden_from(k, visible))
 
@@ -93,7 +93,7 @@ def backward(
     d_out: Queries,
     interpret: bool = False,
 ) -> tuple[Queries, Keys, Keys]:
-    """The backward pass to some of the keys; `passes.Passes`."""
+    """The backward pass for some of the keys; `passes.Passes`."""
     scaled, scale = jax.vjp(_scaled, q)
     passes = _passes(_full(q, k), interpret)
     dq, dk, dv = passes.backward(scaled, k, v, _hidden_from(k, visible), out, lse, d_out)
@@ -101,7 +101,7 @@ def backward(
 
 
 def _passes(mask: Mask, interpret: bool) -> Passes:
-    """Of the kernels for a mask: pads, puts heads first, and hides keys. Logits are not scaled."""
+    """The passes of the kernels for a mask, which pad, put heads first, and mask keys. Logits are not scaled."""
     splash, (rows, columns) = Splash(mask, interpret), mask.shape
 
     def given(q: Wide, k: WideKeys, v: Keys, visible: Any) -> tuple[Array, Array, Array, SegmentIds | None]:
@@ -126,7 +126,7 @@ def _passes(mask: Mask, interpret: bool) -> Passes:
 
 
 def _hidden_from(k: WideKeys, visible: Count | None) -> Count | None:
-    """Keys from this number on are hidden: those that are asked for, and padding; None where there are none."""
+    """Index from which on keys are masked, by `visible` or as padding; None if none are masked."""
     m = k.shape[1]
     return jnp.asarray(m, jnp.int32) if visible is None and whole_tiles(m) > m else visible
 
@@ -155,12 +155,12 @@ def _with_bias(
 
 
 def _padded(x: Float[Array, "b n heads d"], length: int) -> Float[Array, "b heads padded d"]:
-    """Heads first, and zeros up to a number of tokens."""
+    """Heads first, padded with zeros to a number of tokens."""
     return jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, length - x.shape[1]), (0, 0)))
 
 
 def _tokens_first(
     x: Float[Array, "b heads padded d"], like: Float[Array, "b n heads any"]
 ) -> Float[Array, "b n heads d"]:
-    """Back, without the tokens that `like` does not have."""
+    """Tokens first, without the padding that `like` does not have."""
     return jnp.swapaxes(x[:, :, : like.shape[1]], 1, 2)

@@ -1,15 +1,16 @@
-"""JAX's Pallas kernels of splash attention as two passes, with tiles and vector memory that suit the chip.
+"""JAX's Pallas kernels of splash attention as two passes, with tiles and vector memory for each kind of chip.
 
-`jax.experimental.pallas.ops.tpu.splash_attention` has a differentiable attention, but none whose backward pass takes
-the log-sum-exp of more keys than it is given, and no argument for the vector memory that a kernel may take. So its two
+`jax.experimental.pallas.ops.tpu.splash_attention` has a differentiable attention, but no backward pass that takes the
+log-sum-exp over more keys than it is given, and no argument for the vector memory that a kernel may use. So its two
 passes are called by their private names, and the limit is written into their programs.
 
     forward    one kernel
-    backward   one kernel for dQ, dK and dV: five products instead of the seven of two kernels. It leaves the part of dQ
-               of each tile of keys, which are summed after: as many times the queries' size as there are such tiles.
+    backward   one kernel for dQ, dK and dV: five products instead of the seven of two kernels. It writes the
+               contribution to dQ of each tile of keys, which are summed afterwards: the size of the queries times the
+               number of such tiles.
 
-Heads are mapped over, so that they are a parallel axis of the kernels' grids. As an axis of the kernel itself they are
-not in the backward pass, and one of the two cores of a TPU v4 or v5p would rest.
+The kernels are mapped over heads, so that heads are a parallel axis of their grids. As an axis of the kernel itself
+they would not be parallel in the backward pass, and one of the two cores of a TPU v4 or v5p would be idle.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from jaxtyping import Array, Float
 MIB, GIB = 2**20, 2**30
 # Head dimensions and tiles are multiples of this.
 LANES = 128
-# Of whole tiles, heads first. Queries and keys may have channels that values do not have.
+# In whole tiles, heads first. Queries and keys may have channels that values do not have.
 Wide = Float[Array, "b heads rows d"]
 WideKeys = Float[Array, "b heads columns d"]
 Values = Float[Array, "b heads columns head_dim"]
@@ -46,12 +47,12 @@ PerRow = Float[Array, "b heads rows"]
 
 @dataclass(frozen=True)
 class Tiles:
-    """How the kernels cut queries and keys on one kind of chip.
+    """How the kernels tile queries and keys on one kind of chip.
 
     Attributes:
-      sizes: tokens of a tile; of several that pad equally little, the first.
-      parts: bytes of parts of dQ that are there at once; more heads are done one group after the other.
-      vmem: bytes of vector memory that a kernel may take; None is the compiler's default, 16 MiB.
+      sizes: possible tile sizes in tokens; the first of those with the least padding is used.
+      parts: bytes of partial dQ in memory at once; more heads are processed in groups.
+      vmem: bytes of vector memory that a kernel may use; None is the compiler's default, 16 MiB.
     """
 
     sizes: tuple[int, ...]
@@ -60,11 +61,11 @@ class Tiles:
 
 
 SMALL, LARGE = (1024, 768, 512), (2048, 1920, 1792, 1536, 1280, 1024)
-# By `pltpu.ChipVersion`. A step of a kernel's grid costs some .35 us beside its products, and those of 1024 x 1024
-# tokens take 1.2 us on a TPU v5p: hence large tiles. MaxDiffusion runs Wan with 2048 x 2048 and fused backward kernels
-# on TPU7x, 3024 x 2048 on v6e, and 64 MiB of vector memory on v5p, and its products are of 1024 keys, as these. A v4
-# has 16 MiB in all (libtpu refuses larger tiles), v5p and TPU7x have 64, v5e and v6e 128 (`pltpu.get_tpu_info`).
-# docs/benchmarks.md says what libtpu compiles. `parts` is about a sixteenth of a chip's memory.
+# By `pltpu.ChipVersion`. A step of a kernel's grid costs about 0.35 us in addition to its products, which take 1.2 us
+# for 1024 x 1024 tokens on a TPU v5p: hence large tiles. MaxDiffusion runs Wan with 2048 x 2048 and fused backward
+# kernels on TPU7x, 3024 x 2048 on v6e, and 64 MiB of vector memory on v5p, and its products have 1024 keys, as here. A
+# v4 has 16 MiB in total (libtpu rejects larger tiles), v5p and TPU7x have 64 MiB, v5e and v6e 128 MiB
+# (`pltpu.get_tpu_info`). docs/benchmarks.md lists what libtpu compiles. `parts` is about 1/16 of a chip's memory.
 TILES: Mapping[str, Tiles] = MappingProxyType(
     {
         "v4": Tiles(SMALL, 2 * GIB),
@@ -77,13 +78,13 @@ TILES: Mapping[str, Tiles] = MappingProxyType(
 
 
 def tiles() -> Tiles:
-    """Those of the chip that is being compiled for, which Pallas knows from the mesh; small ones for others."""
+    """The tiles for the chip that is being compiled for, which Pallas knows from the mesh; small ones otherwise."""
     version = str(pltpu.get_tpu_info().chip_version) if pltpu.is_tpu_device() else ""
     return TILES.get(version, Tiles(SMALL, GIB))
 
 
 def tile(n: int) -> int:
-    """Tokens of a tile: a short sequence is one, a long one has the tile size that pads least."""
+    """Tile size in tokens: a short sequence is one tile, a long one uses the size with the least padding."""
     sizes = tiles().sizes
     if n <= sizes[0]:
         return -(-n // LANES) * LANES
@@ -91,7 +92,7 @@ def tile(n: int) -> int:
 
 
 def whole_tiles(n: int) -> int:
-    """Tokens with their padding."""
+    """Number of tokens with padding."""
     return -(-n // tile(n)) * tile(n)
 
 
@@ -99,11 +100,11 @@ def whole_tiles(n: int) -> int:
 class Splash:
     """The kernels for one mask. Logits are not scaled.
 
-    Each pass is a program within the program: `jax.checkpoint` leaves such a one out where it is not needed again, but
-    no bare kernel, and equal ones are written down once.
+    Each pass is jitted separately: `jax.checkpoint` can then drop it if it is not needed again, which it cannot for a
+    bare kernel, and equal passes are stored once.
 
     Attributes:
-      mask: what queries see; of whole tiles.
+      mask: which keys queries see; in whole tiles.
       interpret: runs without a TPU, slowly; for tests.
     """
 
@@ -112,7 +113,7 @@ class Splash:
 
     @partial(jax.jit, static_argnums=0)
     def forward(self, q: Wide, k: WideKeys, v: Values, segments: SegmentIds | None) -> tuple[Result, PerRow]:
-        """Result and log-sum-exp; about -2e38 where no key is visible."""
+        """Result and log-sum-exp; the latter is about -2e38 if no key is visible."""
         kernel, blocks = self._kernel()
 
         def one_head(q: Array, k: Array, v: Array) -> Any:
@@ -188,14 +189,14 @@ class Splash:
 
 
 def _product(tile: int) -> int:
-    """Keys of one product: a part of a large tile, so that two overlap in the pipeline."""
+    """Number of keys per product: a part of a large tile, so that two products overlap in the pipeline."""
     if tile <= 512:
         return tile
     return next((tile // parts for parts in (2, 3) if tile % (parts * LANES) == 0), tile)
 
 
 def _at_once(heads: int, bytes_of_one: int) -> int:
-    """Heads whose parts of dQ the memory is given to: a divisor of their number."""
+    """Number of heads whose partial dQ fits in memory: a divisor of their number."""
     fitting = [n for n in range(1, heads + 1) if heads % n == 0 and n * bytes_of_one <= tiles().parts]
     return max(fitting, default=1)
 
@@ -207,7 +208,7 @@ def _each_head(mapped: Callable[..., Any], *arrays: Array) -> Any:
 
 
 def _with_vector_memory(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, whose kernels may take as much vector memory as the chip's tiles need."""
+    """The same function with kernels that may use the vector memory that the chip's tiles need."""
     limit = tiles().vmem
     if limit is None:
         return function

@@ -1,10 +1,11 @@
-"""Attention by tiles of queries and keys with an online softmax: memory grows with the tokens, not with their square.
+"""Attention in tiles of queries and keys with an online softmax: memory is linear in the tokens, not quadratic.
 
-FlashAttention-2 (arXiv 2307.08691) in plain jax.numpy, for processors and for what no accelerator's kernel takes. Heads
-are done in turn. Tiles are large enough that the product of two of them runs at full speed, and small enough to stay in
-the cache. Forward and backward are functions of their own, because a ring attention calls them once for each shard.
+FlashAttention-2 (arXiv 2307.08691) in plain jax.numpy, for CPUs and for calls that no accelerator's kernel supports.
+Heads are processed in turn. Tiles are large enough that the product of two of them runs at full speed, and small enough
+to stay in the cache. Forward and backward are separate functions, because a ring attention calls them once for each
+shard.
 
-Logits, weights and sums are float32 whatever the compute dtype, which is that of the products.
+Logits, weights and sums are always float32; products have the compute dtype.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from jaxtyping import Array, Float
 from vpae_jax.models.kernels.passes import Passes
 from vpae_jax.models.kernels.reference import Bias, Keys, LogSumExp, Queries
 
-# Queries and keys of a tile.
+# Tile size in queries and in keys.
 TILE = 512
-# Tiles of all sizes but the last are a multiple of this, the width of a processor's vectors.
+# The size of all tiles but the last is a multiple of this, the width of a CPU's vectors.
 VECTOR = 16
-# Scope of everything that is computed here, by which a plan knows it.
+# Name scope of everything that is computed here, by which a plan recognises it.
 SCOPE = "tiled_attention"
 
 HeadQueries = Float[Array, "n head_dim"]
@@ -45,10 +46,10 @@ def forward(q: Queries, k: Keys, v: Keys, bias: Bias | None = None) -> tuple[Que
       q: queries.
       k: keys.
       v: values.
-      bias: logit added for each key; -inf hides it. All keys may be hidden.
+      bias: logit added for each key; -inf masks it. All keys may be masked.
 
     Returns:
-      the result, zero where no key is visible, and the logarithm of the sum of the exponential logits, -inf there.
+      The result, zero if no key is visible, and the log-sum-exp of the logits, in that case -inf.
     """
     out, lse = _each_head(_forward, (q, k, v), (), bias)
     return _tokens_first(out, q), rearrange(lse, "(b heads) n -> b heads n", heads=q.shape[2])
@@ -57,7 +58,7 @@ def forward(q: Queries, k: Keys, v: Keys, bias: Bias | None = None) -> tuple[Que
 def backward(
     q: Queries, k: Keys, v: Keys, bias: Bias | None, out: Queries, lse: LogSumExp, d_out: Queries
 ) -> tuple[Queries, Keys, Keys]:
-    """Gradients of the attention to all keys, as far as they go through the given ones.
+    """Gradients of the attention to all keys, restricted to the given keys.
 
     Args:
       q: queries.
@@ -69,7 +70,7 @@ def backward(
       d_out: gradient with respect to `out`.
 
     Returns:
-      gradients with respect to q, to be summed over the parts of the keys, and to k and v.
+      Gradients with respect to q, to be summed over the parts of the keys, and to k and v.
     """
     inner = jnp.einsum("bnhd,bnhd->bhn", out.astype(jnp.float32), d_out.astype(jnp.float32))
     # A query that sees no key has no gradient: +inf makes all of its weights zero.
@@ -80,7 +81,7 @@ def backward(
 
 @jax.named_scope(SCOPE)
 def _each_head(one: Callable[..., Any], tokens: tuple[Array, ...], rows: tuple[Array, ...], bias: Bias | None) -> Any:
-    """Calls `one` with what belongs to each head of each clip, one after the other."""
+    """Calls `one` for each head of each clip in turn."""
     b, _, heads, _ = tokens[0].shape
     split = [rearrange(x, "b n heads head_dim -> (b heads) n head_dim") for x in tokens]
     split += [rearrange(x, "b heads n -> (b heads) n") for x in rows]
@@ -102,9 +103,9 @@ def _forward(q: HeadQueries, k: HeadKeys, v: HeadKeys, bias: HeadBias | None) ->
         logits = _matmul(q, k.T)
         if bias is not None:
             logits = logits + bias / scale
-        # Not scaled, so that the product is read as it is; one pass less over the tile.
+        # Logits are not scaled, which saves one pass over the tile.
         risen = jnp.maximum(top, logits.max(-1))
-        # As long as no key is visible the maximum is -inf, which must not be subtracted from itself.
+        # While no key is visible the maximum is -inf, which must not be subtracted from itself.
         shift = jnp.where(risen == -jnp.inf, 0, risen)
         weights, kept = jnp.exp((logits - shift[:, None]) * scale), jnp.exp((top - shift) * scale)
         total = total * kept[:, None] + _matmul(weights.astype(v.dtype), v)
@@ -155,9 +156,9 @@ def _scan(step: Callable[..., Any], state: Any, *arrays: Array | None) -> tuple[
     """Scans over tiles of the arrays' leading axis; the last tile may be smaller.
 
     Args:
-      step: state and a tile of each array to the next state and what is kept of the tile; that is concatenated.
+      step: maps the state and a tile of each array to the next state and a result; results are concatenated.
       state: the first state.
-      *arrays: None is passed on.
+      *arrays: None is passed on to `step`.
     """
     n = next(len(x) for x in arrays if x is not None)
     size = min(n, -(-n // -(-n // TILE) // VECTOR) * VECTOR)
