@@ -382,7 +382,7 @@ def test_a_pictures_shape_is_kept(i2v, pictures):
     assert ours(PROMPTS[0], image=wide, height=HEIGHT).shape == (FRAMES, HEIGHT, WIDTH, 3)
     assert ours(PROMPTS[0]).shape == (FRAMES, HEIGHT, WIDTH, 3)
     long = np.zeros((4, 900, 3), np.uint8)
-    with pytest.raises(UserError, match=r"^the image is 4x900, too long a shape .* 32x48; crop it, or give") as error:
+    with pytest.raises(UserError, match=r"^the image is 4x900, too elongated .* 32x48; crop it, or give") as error:
         ours(PROMPTS[0], image=long)
     assert "\n" not in str(error.value)
 
@@ -392,7 +392,7 @@ def test_first_and_last_frame_models_are_not_sampled(i2v, pictures):
     config = dataclasses.replace(ours.transformer.config, pos_embed_seq_len=34)
     abstract = nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0)))
     between = dataclasses.replace(ours, transformer=abstract)
-    with pytest.raises(UserError, match=r"between a first and a last frame .* not sampled; load") as error:
+    with pytest.raises(UserError, match=r"a first-and-last-frame model .* not sampled; load") as error:
         between(PROMPTS[0], image=pictures[0])
     assert "\n" not in str(error.value)
 

