@@ -449,9 +449,9 @@ def test_bad_arguments_are_one_line(t2v, arguments, message):
         (
             "text_encoder",
             {"d_model": 32, "num_heads": 4, "d_kv": 8, "vocab_size": 999},
-            "vocab_size is 999, but the weights make it 384",
+            "vocab_size is 999, but the weights imply 384",
         ),
-        ("transformer", {"text_dim": 48}, "text_dim is 48, but the weights make it 32"),
+        ("transformer", {"text_dim": 48}, "text_dim is 48, but the weights imply 32"),
     ],
 )
 def test_parts_that_do_not_fit_are_one_line(t2v, tmp_path, part, changes, message):
@@ -474,7 +474,7 @@ def test_parts_of_different_models_are_refused(t2v, i2v, tmp_path):
 def test_no_model_directory_is_one_line(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         load_pipeline(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"no transformer \(found: no part of a Wan model\); expected a whole model"):
+    with pytest.raises(UserError, match=r"no transformer \(found: no part of a Wan model\); expected a complete model"):
         load_pipeline(tmp_path)
 
 
