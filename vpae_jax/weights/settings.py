@@ -161,9 +161,9 @@ class Scheduler:
         """The recommended sampler, with any arguments overridden.
 
         Another number of steps, or another shift, gives even timesteps; so does "unipc" instead of another solver,
-        whose timesteps it cannot use. However, a causal student of N steps with the solver "consistency" also works with
-        fewer: it is trained to end after each of them, so n steps use the first n of its timesteps (Self-Forcing,
-        2506.08009).
+        whose timesteps it cannot use. However, a causal student of N steps with the solver "consistency" also works
+        with fewer: it is trained to end after each of them, so n steps use the first n of its timesteps
+        (Self-Forcing, 2506.08009).
 
         Args:
           steps: if two numbers, for the first chunk and for each later one (First-Frame Enhancement, 2511.01419); only

@@ -1,4 +1,4 @@
-"""Text encoders' tokenizers: checks a folder, or makes one from the sentencepiece model that ComfyUI stores with weights."""
+"""Tokenizers of text encoders: checks a folder, or makes one from a sentencepiece model stored with weights."""
 
 from __future__ import annotations
 
