@@ -35,7 +35,7 @@ from vpae_jax.train.state import TrainState, create
 
 BEGIN = "<!-- made by benchmarks/checkpoints.py -->"
 WIDTH = 2048  # of a matrix: 16 MiB, of which a state holds three, the weights and Adam's moments
-NAMES = ("save, until training goes on", "save, until complete", "restore, from the disk", "restore, from memory")
+NAMES = ("save, until training continues", "save, until complete", "restore, from disk", "restore, from memory")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +132,7 @@ def main(argv: list[str]) -> None:
         clock = ratios([took.seconds for took in ours], [took.seconds for took in theirs])
         cpu = ratios([took.cpu for took in ours], [took.cpu for took in theirs])
         rows.append([name, *(f"{seconds:.2f}" for seconds in medians), clock, cpu])
-    head = ("", "seconds", "without checksums", "ratio", "ratio of processor time")
+    head = ("", "seconds", "without checksums, s", "ratio", "CPU time ratio")
     versions = machine("jax", "orbax-checkpoint", "tensorstore", "xxhash")
     lines = [f"A state of {size / GIB:.2f} GiB, {given.rounds} rounds; {versions}.", "", *table(head, rows)]
     print("\n".join(lines))

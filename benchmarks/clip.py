@@ -275,11 +275,11 @@ def main(argv: list[str]) -> None:
     progress("")
     head = ["seconds", *names]
     for name in names[1:]:
-        head += [f"ours to {name}", "processor time"]
-    size = "x".join(str(one) for one in (given.num_frames, given.height, given.width) if one) or "its own clip"
+        head += [f"ours / {name}", "CPU time"]
+    size = "x".join(str(one) for one in (given.num_frames, given.height, given.width) if one) or "default clip"
     load = ", ".join(f"{one:.0f}" for one in os.getloadavg())
-    about = f"{given.model}, {size}, {given.dtype}; {jax.devices()[0].device_kind}, {given.devices} of them; "
-    about += f"{machine('jax', 'torch', 'diffusers')}; {given.rounds} rounds, load {load}."
+    about = f"{given.model}, {size}, {given.dtype}; {given.devices} x {jax.devices()[0].device_kind}; "
+    about += f"{machine('jax', 'torch', 'diffusers')}; {given.rounds} rounds, load average {load}."
     text = "\n".join(("", about, "", *table(head, rows(found, names)), ""))
     print(text)
     if given.markdown is not None:

@@ -137,7 +137,7 @@ def reading(records: LatentRecords, rounds: int) -> Iterator[str]:
         against = [total / seconds for seconds in times["raw", cold].seconds]
         rate, cpu = statistics.median(rates) / 1e6, statistics.median(taken.cpu) / len(records) * 1e3
         rows.append([name, "cold" if cold else "warm", f"{rate:,.0f}", ratios(rates, against), f"{cpu:.1f}"])
-    yield from table(["", "cache", "MB/s", "ratio to raw", "processor ms a clip"], rows)
+    yield from table(["", "cache", "MB/s", "ratio to raw", "CPU ms per clip"], rows)
 
 
 class Network(nnx.Module):
@@ -246,7 +246,7 @@ def stepping(records: LatentRecords, rounds: int, steps: int) -> Iterator[str]:
         ]
         for name in times
     ]
-    yield from table(["a step on", "seconds", "ratio", "ratio of processor time", "waiting for data"], rows)
+    yield from table(["step on", "seconds", "ratio", "CPU time ratio", "waiting for data"], rows)
 
 
 def main(argv: list[str]) -> None:
@@ -260,7 +260,7 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         records = write(options.folder or Path(scratch) / "records", options.clips)
         size = sum(shard["bytes"] for shard in records.index["shards"]) / 1e6
-        rounds = f"{options.rounds} rounds, of reading {3 * options.rounds}"
+        rounds = f"{options.rounds} rounds, {3 * options.rounds} for reading"
         head = f"{len(records)} clips, {size:,.0f} MB; {machine('jax', 'array_record')}; {rounds}."
         lines = [head, "", *reading(records, 3 * options.rounds), "", *stepping(records, options.rounds, options.steps)]
     progress("")

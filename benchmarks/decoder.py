@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
         row += [f"{timed[name].flops / 1e9:.3g}", ratios(took.seconds, vae.seconds), ratios(took.cpu, vae.cpu)]
         rows.append(row)
     _, t, height, width, _ = rendered.shape
-    head = ["", "PSNR", "LPIPS", "PSNR, to the autoencoder's", "LPIPS", "GFLOP", "ratio of times", "by processor time"]
+    head = ["", "PSNR", "LPIPS", "PSNR, autoencoder", "LPIPS, autoencoder", "GFLOP", "time ratio", "CPU time ratio"]
     title = f"{given.model}, {given.count} clips of {t} frames of {height}x{width}, {given.rounds} rounds"
     text = "\n".join([f"{title}; {jax.default_backend()}; {machine('jax')}.", "", *table(head, rows)])
     print(text)

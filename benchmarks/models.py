@@ -247,7 +247,7 @@ def row(name: str, facts: Mapping[str, Any]) -> tuple[str, ...]:
     return (LABELS[name], mine, other, *compared, work, f"{facts['utilisation']:.0%}", yardstick)
 
 
-HEAD = ("", "seconds", "PyTorch", "ratio", "processor time", "difference", "GFLOP", "utilisation", "product, GFLOP/s")
+HEAD = ("", "seconds", "PyTorch, s", "ratio", "CPU time ratio", "difference", "GFLOP", "utilisation", "matmul, GFLOP/s")
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:

@@ -148,7 +148,7 @@ def main(argv: list[str]) -> None:
     runs = {
         "VideoClips": read,
         "PyAV, one thread": partial(in_turn, spans, False),
-        "PyAV, its threads": partial(in_turn, spans, True),
+        "PyAV, own threads": partial(in_turn, spans, True),
         f"PyAV, {given.workers} processes": partial(in_processes, spans, given.workers),
     }
     times = measure(runs, given.rounds)
@@ -158,10 +158,10 @@ def main(argv: list[str]) -> None:
         speed = len(spans) / statistics.median(found.seconds)
         against = ["", ""] if found is mine else [ratios(found.seconds, mine.seconds), ratios(found.cpu, mine.cpu)]
         rows.append([name, f"{speed:.2f}", f"{statistics.median(found.cpu) / len(spans):.2f}", *against])
-    head = ("", "clips/s", "processor seconds a clip", "our throughput to it", "the same, by processor time")
+    head = ("", "clips/s", "CPU s per clip", "our throughput / theirs", "the same, per CPU time")
     lines = [
-        f"{len(spans)} clips of {given.frames} frames of {bucket[0]}x{bucket[1]} from {len(given.videos)} videos, "
-        f"which have {shown} frames there; {given.workers} workers, {given.rounds} rounds; {machine('av', 'numpy')}.",
+        f"{len(spans)} clips of {given.frames} frames of {bucket[0]}x{bucket[1]} from {len(given.videos)} video(s), "
+        f"{shown:,} frames in the source; {given.workers} workers, {given.rounds} rounds; {machine('av', 'numpy')}.",
         "",
         *table(head, rows),
     ]

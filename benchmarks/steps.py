@@ -210,7 +210,7 @@ def main(argv: list[str]) -> None:
     devices = jax.devices()
     about = (
         f"Size {given.size}, {size.transformer.num_layers} layers, {size.dtype}, latents of "
-        f"{'x'.join(map(str, size.step_latents))}, one clip a device; {len(devices)} {devices[0].device_kind}; "
+        f"{'x'.join(map(str, size.step_latents))}, one clip per device; {len(devices)} {devices[0].device_kind}; "
         f"{machine('jax')}; {given.rounds} rounds."
     )
     lines = [line for item in results.items() for line in rows(*item)]

@@ -119,7 +119,7 @@ def rows(found: dict[str, list[Took]], num_frames: int) -> Iterator[list[str]]:
         yield [f"{num_frames}", name, f"{first:.3f}", *soon, f"{num_frames / last:.1f}", *all_of_it]
 
 
-HEAD = ("frames", "", "first frame, s", "ratio", "by processor time", "frames/s", "ratio of times", "by processor time")
+HEAD = ("frames", "", "first frame, s", "ratio", "CPU time ratio", "frames/s", "time ratio", "CPU time ratio")
 
 
 def memory(model: str, way: str, num_frames: int, chunks: Chunks) -> int:
@@ -181,7 +181,7 @@ def main(argv: list[str]) -> None:
     pipe = load_pipeline(given.model)
     size, own = f"{pipe.defaults.height}x{pipe.defaults.width}", given.model
     where = f"{jax.devices()[0].device_kind}; {machine('jax')}"
-    latent = f"{given.chunk} latent frame{'s' if given.chunk > 1 else ''} a chunk"
+    latent = f"{given.chunk} latent frame{'s' if given.chunk > 1 else ''} per chunk"
     lines = []
     for length in _numbers(given.num_frames):
         clips: dict[str, Clip] = {
@@ -198,7 +198,7 @@ def main(argv: list[str]) -> None:
         about = (
             f"{own}, {size}, {latent}, a window of {given.window} latent frames and a sink of {given.sink}; {where}."
         )
-        tables[BEGIN_MEMORY] = [about, "", *table(("frames", "MiB, streamed", "MiB, made whole"), held)]
+        tables[BEGIN_MEMORY] = [about, "", *table(("frames", "MiB, streamed", "MiB, whole clip"), held)]
     progress("")
     for begin, lines in tables.items():
         print("\n".join(lines))

@@ -58,13 +58,13 @@ class Row:
 # Keys of `_actions`.
 ROWS = (
     Row("load, bfloat16", "load bfloat16", "diffusers' load bfloat16"),
-    Row("the same, against a copy", "load bfloat16", "diffusers' load bfloat16, copied"),
-    Row("the same, second in its process", "load again", "diffusers' load bfloat16, copied"),
+    Row("the same, Diffusers with a copy", "load bfloat16", "diffusers' load bfloat16, copied"),
+    Row("the same, second load of the process", "load again", "diffusers' load bfloat16, copied"),
     Row("load, float32", "load float32", "diffusers' load float32"),
     Row("load, bfloat16, sharded over 8 devices", "load sharded", "diffusers' load bfloat16, copied"),
     Row("the same, 2 processes of 4 devices", "load in two", "diffusers' load bfloat16, copied"),
-    Row("convert, diffusers to diffusers", "to diffusers", "diffusers' rewrite"),
-    Row("convert, diffusers to wan", "to wan", "diffusers' rewrite"),
+    Row("convert, Diffusers to Diffusers", "to diffusers", "diffusers' rewrite"),
+    Row("convert, Diffusers to Wan", "to wan", "diffusers' rewrite"),
     Row("verify", "verify", "diffusers' comparison"),
 )
 LOADS = tuple(dict.fromkeys(row.ours for row in ROWS if row.ours.startswith("load")))
@@ -180,7 +180,7 @@ def _warm(source: Path) -> None:
 
 def table(rounds: list[Round], file_bytes: int) -> Iterator[str]:
     """The lines of a Markdown table."""
-    head = ("", "seconds", "diffusers", "ratio", "processor time", "memory", "diffusers", "read")
+    head = ("", "seconds", "Diffusers, s", "ratio", "CPU time ratio", "memory", "Diffusers, memory", "read")
     rows = []
     for row in ROWS:
         ours, theirs = [one[row.ours] for one in rounds], [one[row.theirs] for one in rounds]

@@ -74,7 +74,7 @@ def test_writes_a_video(model, run, tmp_path, name):
 
 def test_says_how_the_author_samples_it(model, run, tmp_path):
     options = dict(model=model, prompt="a three moves up", output=tmp_path / "clip.png")
-    note = "note: this model's author samples it with --steps=3 --guidance=2.5"
+    note = "note: this model's own setting is --steps=3 --guidance=2.5"
     assert run(**options, steps=1)[1].splitlines() == [note]
     assert run(**options, steps=2, guidance=2.5)[1].splitlines() == [note]
     assert run(**options, steps=3)[1] == ""
@@ -92,7 +92,7 @@ def test_says_that_the_picture_decides_the_size(model, run, tmp_path):
     options = dict(model=model, prompt="a three moves up", output=tmp_path / "clip.png", image=tmp_path / "first.png")
     Image.new("RGB", (50, 40)).save(tmp_path / "first.png")
     note = (
-        "note: the video is 16x32, as the image's shape has it; --height=32 --width=32 makes the model's own size of it"
+        "note: the video is 16x32, to match the image's aspect ratio; --height=32 --width=32 gives the model's own size"
     )
     assert run(**options)[1].splitlines() == [note]
     assert run(**options, height=32, width=32)[1] == ""
@@ -114,7 +114,10 @@ def test_a_stream_is_written_as_it_is_made(model, tmp_path, capsys):
     write_video(tmp_path / "whole.mp4", np.concatenate(list(made)), 8.0)
     assert written.shape == (13, 16, 32, 3) and output.read_bytes() == (tmp_path / "whole.mp4").read_bytes()
     out = capsys.readouterr().out.splitlines()
-    assert out[0] == "compiling, and making the first frames once ..." and out[2] == "making and writing the video ..."
+    assert (
+        out[0] == "compiling, and making the first frames as a warm-up ..."
+        and out[2] == "making and writing the video ..."
+    )
     told = re.fullmatch(
         re.escape(f"{output}: 13 frames of 16x32; the first ") + r"after (.*) s, then (.*) frames/s", out[4]
     )
@@ -133,8 +136,8 @@ def test_a_stream_of_one_chunk_has_no_pace(model, tmp_path, capsys):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("clip.png", "--output=clip.png: --stream writes .mp4 alone; a .png shows frames that are all there"),
-        ("clip.mp4", "this model makes all frames of a video at once, and cannot stream them; load a causal model, or"),
+        ("clip.png", "--output=clip.png: --stream writes .mp4 only, since a .png needs all frames at once"),
+        ("clip.mp4", "this model generates all frames of a video at once, and cannot stream; load a causal model, or"),
     ],
 )
 def test_what_cannot_be_streamed_is_one_line(model, tmp_path, monkeypatch, capsys, name, message):
@@ -194,12 +197,12 @@ def test_a_causal_model(causal, run, tmp_path):
         return read_image(tmp_path / "clip.png").astype(int), err.splitlines()
 
     (own, none), (one, note), (mixed, _) = made(), made(steps=1), made(steps="3,1")
-    assert none == [] and note == ["note: this model's author samples it with --steps=3 --guidance=1.0"]
+    assert none == [] and note == ["note: this model's own setting is --steps=3 --guidance=1.0"]
     first = (slice(32), slice(32))  # the first frame
     assert np.abs(mixed[first] - own[first]).max() <= 1 and (mixed[first] != one[first]).any()
     assert (mixed != own).any()
     long, note = made(num_frames=13)
-    assert note == ["note: this model was made for 5 frames; --window=1 lets it look back no further"]
+    assert note == ["note: this model was trained for 5 frames; --window=1 limits how far it looks back"]
     windowed, none = made(num_frames=13, window=1)
     assert none == [] and windowed.shape == long.shape and (windowed != long).any()
 

@@ -105,10 +105,10 @@ def test_votes_are_added_up(tmp_path, capsys):
     ("given", "message"),
     [
         (["a=x"], "one row was given; a comparison needs two or more"),
-        (["a=x", "a=y"], "two rows are called 'a'"),
+        (["a=x", "a=y"], "two rows are named 'a'"),
         (["x", "y"], "'x': expected NAME=DIR"),
-        ([], "holds no vote yet; name rows"),
-        (["a=/nowhere", "b=/nowhere"], "a=/nowhere: is no folder of clips"),
+        ([], "holds no votes yet; give rows"),
+        (["a=/nowhere", "b=/nowhere"], "a=/nowhere: not a folder; give a folder of .mp4 files"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, capsys, given, message):

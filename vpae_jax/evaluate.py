@@ -1,4 +1,4 @@
-"""Scores generators against each other and against real clips, on clips that no training saw.
+"""Scores generators against each other and against real clips, on clips that were not used for training.
 
     python -m vpae_jax.evaluate --model=DIR [--phase1=WORKDIR] [--phase2=WORKDIR] --output=DIR [--count=N]
     python -m vpae_jax.evaluate --model=DIR --run=NAME=WORKDIR --compare=NAME=DIR:4:1 --lora=NAME=FILE:1:1 --output=DIR
@@ -6,21 +6,21 @@
     python -m vpae_jax.evaluate --model=DIR --prompts=FILE [--images=DIR] --compare=... --output=DIR
     python -m vpae_jax.evaluate --suite=vbench|vbench_i2v|vbench2 ...    a public benchmark; --suite=vbench --help
 
-The clips are rendered digits, or the held-out ones of the records that the runs were trained on, or all clips of the
-folders that --records names. Of --prompts there are no real clips: the first row's stand for them. The model is sampled
-with all its steps and with one; every other row is what the flags name. STEPS of a causal model may be N,M: the first
-chunk's and those of each later one. Conditions and noise are the same for all. Metrics that need a package which is not
-installed are left out, which a note says: `pip install "vpae_jax[evaluate]"` brings them (docs/evaluation.md).
+The clips are the held-out ones of the records that the runs were trained on, rendered digits if there are none, or all
+clips in the folders that --records names. With --prompts there are no real clips: the first row's serve as the
+reference. The model is sampled with all its steps and with one; the flags name the other rows. For a causal model,
+STEPS may be N,M: for the first chunk and for each later one. All rows get the same conditions and noise. Metrics whose
+package is not installed are omitted, with a note: `pip install "vpae_jax[evaluate]"` adds them (docs/evaluation.md).
 
-It goes on where it was stopped, and makes no clip twice; further rows may be added later. Several processes share the
-clips when each is told its place (--process_id and --num_processes, or SLURM's or JAX's variables) and all see the
-folder; the last one to end writes the report. Writes
+A repeated command resumes where it stopped and generates no clip twice; rows may be added later. Several processes
+share the clips if each is told its index (--process_id and --num_processes, or SLURM's or JAX's variables) and all see
+the folder; the last one to finish writes the report. Writes
 
-    metrics.json    every score of every row and of the real clips, with its 95 % interval over clips, and those of each
-                    frame as curves; number of evaluations, and where a clip's seconds go
+    metrics.json    every score of every row and of the real clips, with 95% intervals over clips, per-frame curves, the
+                    number of network evaluations, and the seconds per clip by stage
     samples/        the first clips of every row, as mp4 and png
-    report.html     one page with all of it, and with the training curves of the runs; many clips lie in report_files/
-    clips/          every clip as mp4, its latents and what was measured of it; may be removed
+    report.html     one page with all of it, and with the training curves of the runs; many clips go to report_files/
+    clips/          every clip as mp4, its latents and its measurements; may be deleted
 """
 
 from __future__ import annotations
@@ -73,33 +73,37 @@ def parser() -> cli.Parser:
         "--steps",
         type=partial(parse_steps, name="--steps"),
         metavar="N|N,M",
-        help="steps of that model; by default as its folder says",
+        help="steps of that model; by default those in its directory",
     )
-    add("--guidance", type=float, help="its guidance; by default phase 1's sample_guidance, or as its folder says")
-    add("--solver", choices=get_args(Solver), help="its solver; by default as its folder says")
-    add("--phase1", type=Path, help="workdir of a finished phase 1; its model is sampled as its folder says")
-    add("--phase2", type=Path, help="workdir of a finished phase 2; sampled as its folder says, and in four steps")
-    more = "sampled as its folder says where :STEPS:GUIDANCE[:SOLVER] does not follow; repeatable"
+    add("--guidance", type=float, help="its guidance; by default phase 1's sample_guidance, or that in its directory")
+    add("--solver", choices=get_args(Solver), help="its solver; by default that in its directory")
+    add("--phase1", type=Path, help="workdir of a finished phase 1; its model is sampled with its own settings")
+    add("--phase2", type=Path, help="workdir of a finished phase 2; sampled with its own settings, and in four steps")
+    more = "sampled with its own settings unless :STEPS:GUIDANCE[:SOLVER] is appended; repeatable"
     add("--run", action="append", default=[], help=f"one more row: NAME=WORKDIR of a finished run, {more}")
     add("--compare", action="append", default=[], help=f"one more row: NAME=DIR of a model, {more}")
     add("--lora", action="append", default=[], help="one more row: NAME=FILE, merged into --model; as --compare")
-    add("--task", choices=("digits", "video"), help="what is asked for; by default what the runs were trained on")
-    add("--records", default="", help="folders of records, DIR,DIR, whose clips are asked for; none may be trained on")
-    add("--prompts", type=Path, help="file of prompts that are asked for, without real clips: as of vpae_jax.encode")
-    add("--images", type=Path, help="folder of their first frames: files called by the prompt's row, from 1")
-    add("--count", type=int, default=128, help="clips for each of text-to-video and image-to-video, at most")
+    add("--task", choices=("digits", "video"), help="kind of clips; by default what the runs were trained on")
+    add(
+        "--records",
+        default="",
+        help="folders of records, DIR,DIR, to evaluate on; not training data of the runs",
+    )
+    add("--prompts", type=Path, help="file of prompts to evaluate on without real clips, as for vpae_jax.encode")
+    add("--images", type=Path, help="folder of their first frames; files are named by the row of the prompt, from 1")
+    add("--count", type=int, default=128, help="maximum number of clips for each of text-to-video and image-to-video")
     add("--batch", type=int, help="clips generated at once; by default as many as their size allows")
     add("--devices", type=int, help="devices of this process that share a batch; all by default")
     add("--dtype", choices=cli.DTYPES, help=cli.DTYPE_HELP)
-    add("--process_id", type=int, help="which of several processes this is, from 0")
-    add("--num_processes", type=int, help="how many share the clips")
-    add("--output", type=Path, required=True, help="folder to write into, and to go on in")
+    add("--process_id", type=int, help="index of this process, from 0")
+    add("--num_processes", type=int, help="number of processes that share the clips")
+    add("--output", type=Path, required=True, help="folder to write into, or to resume in")
     return result
 
 
 def entries(given: argparse.Namespace) -> list[Entry]:
-    """The rows that the command line asks for. What a phase 2 leaves whose guard turned its trained weights down is
-    called by what it is: the start of phase 2."""
+    """The rows that the command line asks for. If phase 2's guard rejected the trained weights, its model holds the
+    weights that it started from, so its row is called "start of phase 2"."""
     guidance = given.guidance
     if guidance is None and given.phase1:
         guidance = read_past_run(given.phase1).sample_guidance
@@ -122,14 +126,14 @@ def entries(given: argparse.Namespace) -> list[Entry]:
 
 
 def workdirs(given: argparse.Namespace) -> dict[str, Path]:
-    """The runs that the command line names, by what they are called."""
+    """The workdirs of the runs that the command line names, by row name."""
     phases = {"phase 1": given.phase1, "phase 2": given.phase2}
     named = {row.name: workdir for row, workdir in map(parse_run, given.run)}
     return {**{name: workdir for name, workdir in phases.items() if workdir}, **named}
 
 
 def read_run(name: str, workdir: Path) -> Run:
-    """A phase's curves and settings, and what its guard decided."""
+    """A phase's curves and settings, and its guard's verdict."""
     run = read_past_run(workdir)
     decided = guard.verdict(workdir, run)
     note = "" if decided is None else f"Guard: {decided.reason}."
@@ -137,10 +141,11 @@ def read_run(name: str, workdir: Path) -> Run:
 
 
 def choose(given: argparse.Namespace) -> Task:
-    """What the rows are asked for: the clips of --records, those that the last phase given held out, or digits.
+    """The task that all rows are evaluated on: the clips of --records, those that the last given phase held out, or
+    digits.
 
     Raises:
-      UserError: flags that exclude each other, no clips to choose from, or some that were trained on.
+      UserError: flags that exclude each other, no clips to choose from, or clips that a run was trained on.
     """
     runs = {workdir: read_past_run(workdir) for workdir in workdirs(given).values()}
     clips = {workdir: build(DataConfig, run.data, f"{workdir / CONFIG_FILE}: data") for workdir, run in runs.items()}
@@ -149,12 +154,12 @@ def choose(given: argparse.Namespace) -> Task:
     if given.task == "digits" and given.records:
         raise UserError("--task=digits renders its clips; leave --records out")
     if given.task == "video" and not (given.records or data.records or data.videos):
-        raise UserError("--task=video: no phase was trained on records; name some with --records=DIR")
+        raise UserError("--task=video: no phase was trained on records; give some with --records=DIR")
     if given.task == "digits":
         data = DataConfig()
     if given.records:
         _check_untrained(given.records, clips)
-        # All clips of these may be asked for.
+        # All clips of these count as held out.
         workdir, data = Path(), DataConfig(records=given.records, held_out_records=given.records)
     return tasks.open_task(data, workdir, given.model, method)
 
@@ -172,26 +177,26 @@ def _check_untrained(records: str, runs: Mapping[Path, DataConfig]) -> None:
                 }
             if found:
                 raise UserError(
-                    f"--records={name}: {workdir} was trained on these; leave --records out to take the clips that it "
-                    "held out, or name others"
+                    f"--records={name}: {workdir} was trained on these; leave --records out to use the clips "
+                    "that it held out, or give other records"
                 )
 
 
 def measured_by() -> str:
-    """What measures clips: this package as it is installed, and the optional ones. Clips that something else has
-    measured are measured anew."""
+    """Identifies the code that measures clips: this package as installed, and the optional packages. Clips that other
+    code has measured are measured again."""
     return f"{digest_of_code()} with {', '.join(sorted({*extras.PACKAGES} - {*extras.missing()}))}"
 
 
 def versions() -> dict[str, str]:
-    """What the numbers depend on besides the models."""
+    """Versions and devices that the numbers depend on besides the models."""
     found = {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")}
     device = jax.devices()[0]
     return {"python": platform.python_version(), **found, "device": f"{len(jax.devices())} x {device.device_kind}"}
 
 
 def task_chooser(given: argparse.Namespace) -> Callable[[Pipeline], Task]:
-    """What a model is asked for, once its encoders are there. Raises `UserError` as `choose`, and for no prompts."""
+    """A function from a pipeline with encoders to its task. Raises `UserError` as `choose`, and for missing prompts."""
     if given.prompts is None:
         if given.images is not None:
             raise UserError("--images holds the first frames of --prompts=FILE; give both, or leave it out")
@@ -199,7 +204,7 @@ def task_chooser(given: argparse.Namespace) -> Callable[[Pipeline], Task]:
         return lambda pipeline: task
     for name in ("records", "task"):
         if getattr(given, name):
-            raise UserError(f"--{name} says what is asked for, and so does --prompts; leave one of them out")
+            raise UserError(f"--{name} and --prompts both choose what to evaluate on; leave one of them out")
     listed = prompts.listed(given.prompts, given.images)
     return lambda pipeline: prompts.task_of(listed, given.output / "prompts", pipeline, given.model)
 
@@ -226,7 +231,7 @@ def main(argv: list[str]) -> None:
         rows.append(making.open(row, share))
         making.make(rows[-1], share)
     if left := unmade(rows):
-        print(f"this process has done its share; {left} clips are left to others, the last of which writes the report")
+        print(f"this process has done its share; {left} clips remain for other processes, the last writes the report")
         return
     for row in rows:
         row.archive.tidy()
@@ -235,7 +240,7 @@ def main(argv: list[str]) -> None:
 
 
 def write(scored: Scored, first: Opened, output: Path, argv: list[str], runs: Sequence[Run]) -> None:
-    """Writes an evaluation's numbers, samples and page, and says where they are."""
+    """Writes an evaluation's metrics, samples and page, and prints where they are."""
     task, held_out, fps = first.task, scored.held_out, first.held_out.fps
     shown = [row for row in (scored.real, *scored.rows) if row is not None]
     write_samples(output / "samples", shown, fps)
@@ -243,9 +248,9 @@ def write(scored: Scored, first: Opened, output: Path, argv: list[str], runs: Se
     write_metrics(output / "metrics.json", task.metrics, scored.real, scored.rows, held_out.count, facts)
     settings = {row.name: ", ".join(f"{k} {v}" for k, v in row.settings.items()) for row in scored.rows}
     report = Report(
-        title="One evaluation instead of many",
-        summary="Clips made by a many-step video model and by its students, for captions and first frames that no "
-        "training saw.",
+        title="One network evaluation instead of many",
+        summary="Clips made by a many-step video model and by its students, for captions and first frames that were "
+        "not used for training.",
         headline=headline(scored.rows, next(m for m in task.metrics if m.name == task.compared)),
         metrics=task.metrics,
         real=scored.real,

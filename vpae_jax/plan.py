@@ -1,11 +1,11 @@
-"""Says what a phase would need on chips that are not there, before you queue for them.
+"""Estimates what a phase would need on devices you do not have, before you queue for them.
 
     python -m vpae_jax.plan --config=configs/phase2.py:i2v-14b-720p --topology=v5p:2x2x4 [--config.KEY=VALUE ...]
                             [--frames=N] [--search [--tries=N]] [--json]
 
-The phase's own update programs are compiled for the named devices on a machine without any; docs/plan.md says how to
-read the page. Topologies: v4, v5p, tpu7x:AxBxC, v5e, v6e:AxB (TPU chips along each axis; needs libtpu, of jax[tpu]),
-h20, h100, h200, b200:N (GPUs, in hosts of eight; needs jax[cuda12]).
+The phase's own update programs are compiled for the named devices on a machine without them; docs/plan.md explains the
+output. Topologies: v4, v5p, tpu7x:AxBxC, v5e, v6e:AxB (TPU chips along each axis; needs libtpu, from jax[tpu]), h20,
+h100, h200, b200:N (GPUs, in hosts of eight; needs jax[cuda12]).
 
 `--json` prints one object:
 
@@ -15,19 +15,19 @@ h20, h100, h200, b200:N (GPUs, in hosts of eight; needs jax[cuda12]).
     clip          {frames, height, width, text_tokens, tokens}
     memory        bytes on one device: parameters, optimizer, averages, frozen, decoder, batch, temporaries, workspace,
                   code; null: unknown
-    total, peak   bytes on one device: the sum, and XLA's own count at the worst moment; null: unknown
+    total, peak   bytes on one device: the sum, and XLA's own count of the peak; null: unknown
     host          bytes of one host's memory: checkpoint, offloaded, and the host's capacity
     fits          true or false
-    programs      a list of {name, calls (a step; 0: between steps), flops and model_flops (all devices, one run),
+    programs      a list of {name, calls (per step; 0: between steps), flops and model_flops (all devices, one run),
                   memory_bytes (traffic of one device), footprint {arguments, temporaries, code, peak, offloaded:
-                  bytes} or null if the compiler refused it, needed (bytes, of a refused one), communication [{kind,
+                  bytes} or null if the compiler rejected it, needed (bytes, of a rejected one), communication [{kind,
                   axes, count, bytes}] or null, seconds {compute, memory, communication} or null, rematerialised
-                  (instructions that XLA computes again by itself), unknown_loops, compile_seconds}
+                  (number of instructions that XLA rematerialises by itself), unknown_loops, compile_seconds}
     step          {flops, model_flops, seconds_overlapped, seconds_serial, mfu_overlapped, mfu_serial}
     search        with --search: {flags, plan (as above), settings, tried [{flags, estimated_bytes, estimated_seconds,
                   total, seconds, outcome}]}
 
-The exit status is 0 whether it fits or not.
+The exit status is 0 whether the setting fits or not.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ from vpae_jax.run import keys
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with a preset after a colon.", lock_config=True)
 TOPOLOGY = flags.DEFINE_string("topology", None, "Devices: v5p:2x2x4, v6e:16x16, tpu7x:2x2x4, h100:8, h20:32, ...")
-FRAMES = flags.DEFINE_integer("frames", None, "Video frames of a clip, instead of the preset's.")
+FRAMES = flags.DEFINE_integer("frames", None, "Video frames per clip, instead of the preset's.")
 SEARCH = flags.DEFINE_bool("search", False, "Look for the fastest setting that fits.")
-TRIES = flags.DEFINE_integer("tries", 6, "Settings that a search compiles at most.", lower_bound=1)
+TRIES = flags.DEFINE_integer("tries", 6, "Maximum number of settings that a search compiles.", lower_bound=1)
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 
 
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
         if found.plan is not None and found.plan is not plan:
             print(f"\n{report.page(found.plan)}")
     elif not plan.fits:
-        print("\n--search looks for a setting that fits")
+        print("\nadd --search to look for a setting that fits")
 
 
 def _say(message: str) -> None:

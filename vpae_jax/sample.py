@@ -1,19 +1,19 @@
-"""Makes one video from a model directory.
+"""Generates one video with a model directory.
 
     python -m vpae_jax.sample --model=DIR --prompt=... [--image=FILE] [--steps=N|N,M] [--guidance=W] [--seed=0] \\
         [--devices=N] [--decoder=FILE] [--stream] --output=out.mp4
 
-The output is an .mp4, or a .png that shows every frame. A model is sampled as its author samples it: a student in the
-steps that it was trained for, a teacher in many and with guidance. Where --steps says otherwise, a line on standard
-error tells the author's.
+The output is an .mp4, or a .png that shows every frame. By default, a model is sampled as its directory specifies: a
+student in the steps that it was trained for, a teacher in many steps and with guidance. If --steps differs, a note on
+standard error gives the directory's setting.
 
-With --devices=8 eight devices make the video together: each holds an eighth of the transformer's weights, and works on
-an eighth of the tokens, and of the rows of frames.
+With --devices=8, eight devices generate the video together: each holds an eighth of the transformer's weights, and
+processes an eighth of the tokens and of the rows of frames.
 
-Of a causal model, which makes a clip chunk by chunk, --steps=4,1 makes the first chunk in four steps and each later one
-in one. Its clips may be longer than those that it was trained on: --num_frames=N, with a --window of latent frames that
-moves along. With --stream its frames are written as they are made; the last line says how soon the first one was there,
-and how fast the others followed.
+For a causal model, which generates a clip chunk by chunk, --steps=4,1 uses four steps for the first chunk and one for
+each later chunk. Its clips may be longer than those that it was trained on: --num_frames=N, with a sliding --window of
+latent frames. With --stream, frames are written as they are generated; the last line reports the latency of the first
+frame and the rate of the others.
 """
 
 from __future__ import annotations
@@ -52,40 +52,47 @@ def parser() -> cli.Parser:
         default="tiny",
         help="model: folder or file in any layout, 'tiny', or OWNER/NAME of the Hugging Face hub",
     )
-    add("--prompt", required=True, help="what the video shows")
+    add("--prompt", required=True, help="description of the video")
     add("--negative_prompt", help="what guidance above 1 moves away from; the model's own by default")
     add("--image", type=Path, help="first frame of the video, an image file")
     add(
         "--steps",
         type=partial(parse_steps, name="--steps"),
         metavar="N|N,M",
-        help="network evaluations, twice as many with guidance; of a causal model those of a chunk, or of the first "
-        "one and of each later one; the model's own by default",
+        help="sampling steps, each with one network evaluation, two with guidance; for a causal model, per chunk, or "
+        "for the first chunk and each later one; the model's own by default",
     )
-    add("--guidance", type=float, help="w of v_u + w (v_c - v_u), 1 is none; the model's own by default")
-    add("--seed", type=int, default=0, help="decides the noise; 0 by default")
-    add("--solver", choices=SOLVERS, help="how the steps are taken; the model's own by default")
-    add("--shift", type=float, help="of even times, for more than one step; the model's own by default")
+    add("--guidance", type=float, help="w of v_u + w (v_c - v_u), 1 for none; the model's own by default")
+    add("--seed", type=int, default=0, help="determines the noise; 0 by default")
+    add("--solver", choices=SOLVERS, help="sampling solver; the model's own by default")
+    add("--shift", type=float, help="shift of evenly spaced timesteps, if steps > 1; the model's own by default")
     add("--dtype", choices=cli.DTYPES, help=cli.DTYPE_HELP)
-    add("--devices", type=int, default=1, help="of this process, that share the video and the weights; 1 by default")
-    add("--decoder", help="small decoder in the place of the VAE: TAEHV's taew2_1, or what configs/decoder.py has left")
+    add("--devices", type=int, default=1, help="number of this process's devices to use together; 1 by default")
+    add(
+        "--decoder",
+        help="small decoder to use instead of the VAE's: TAEHV's taew2_1, or a run of configs/decoder.py",
+    )
     add("--num_frames", type=int, help="frames of the video; the model's own by default")
     add(
         "--window",
         type=int,
-        help="latest latent frames that a causal model's chunk sees, 0 for all; its own by default",
+        help="number of latest latent frames that a causal model's chunk sees, 0 for all; its own by default",
     )
-    add("--sink", type=int, help="first latent frames that it sees besides, with a window; its own by default")
-    add("--height", type=int, help="pixels; by default the model's own, or as the image's shape has it")
-    add("--width", type=int, help="pixels; by default the model's own, or as the image's shape has it")
-    add("--stream", action="store_true", help="of a causal model: writes the .mp4 as its frames are made")
+    add(
+        "--sink",
+        type=int,
+        help="number of first latent frames that it also sees, with a window; its own by default",
+    )
+    add("--height", type=int, help="pixels; by default from the image's aspect ratio, or the model's own")
+    add("--width", type=int, help="pixels; by default from the image's aspect ratio, or the model's own")
+    add("--stream", action="store_true", help="for a causal model: write the .mp4 while frames are being generated")
     add("--output", type=Path, required=True, help="file to write: .mp4 or .png")
     return result
 
 
 def advised_window(pipeline: Pipeline, num_frames: int | None) -> int:
-    """The window, in latent frames, with which a causal model looks back as far as in the clip that it was made for; 0
-    where it needs none."""
+    """The window, in latent frames, with which a causal model looks back as far as in clips of its own length; 0 if no
+    window is needed."""
     chunks = pipeline.sampler().chunks
     if chunks is None or chunks.window or num_frames is None or num_frames <= pipeline.defaults.num_frames:
         return 0
@@ -99,7 +106,7 @@ def main(argv: list[str]) -> None:
     if kind not in (".mp4", ".png"):
         raise UserError(f"--output={output}: expected a name that ends in .mp4 or .png")
     if given.stream and kind != ".mp4":
-        raise UserError(f"--output={output}: --stream writes .mp4 alone; a .png shows frames that are all there")
+        raise UserError(f"--output={output}: --stream writes .mp4 only, since a .png needs all frames at once")
     check_seed(given.seed, "--seed")
     image = None if given.image is None else read_image(given.image)
     devices = cli.local_devices(given.devices)
@@ -110,18 +117,18 @@ def main(argv: list[str]) -> None:
     advised, own = pipeline.sampler(), pipeline.defaults
     if given.steps not in (None, advised.asked):
         advice = f"--steps={typed(advised.asked)} --guidance={advised.guidance}"
-        print(f"note: this model's author samples it with {advice}", file=sys.stderr)
+        print(f"note: this model's own setting is {advice}", file=sys.stderr)
     if (window := advised_window(pipeline, given.num_frames)) and given.window is None:
         print(
-            f"note: this model was made for {own.num_frames} frames; --window={window} lets it look back no further",
+            f"note: this model was trained for {own.num_frames} frames; --window={window} limits how far it looks back",
             file=sys.stderr,
         )
     if image is not None and given.height is None and given.width is None:
         height, width = pipeline.fit(*image.shape[:2])
         if (height, width) != (own.height, own.width):
             print(
-                f"note: the video is {height}x{width}, as the image's shape has it; --height={own.height} "
-                f"--width={own.width} makes the model's own size of it",
+                f"note: the video is {height}x{width}, to match the image's aspect ratio; --height={own.height} "
+                f"--width={own.width} gives the model's own size",
                 file=sys.stderr,
             )
     if given.stream:
@@ -155,7 +162,7 @@ def main(argv: list[str]) -> None:
 
 
 def _written(output: Path, pieces: Iterator[Frames], fps: float) -> tuple[int, int, int]:
-    """Writes a video while later frames are being made; returns how many there are, their height and width."""
+    """Writes a video while later frames are being decoded; returns the number of frames, their height and width."""
     shapes = []
 
     def watched() -> Iterator[Frames]:
@@ -168,10 +175,10 @@ def _written(output: Path, pieces: Iterator[Frames], fps: float) -> tuple[int, i
 
 
 def stream(pipeline: Pipeline, sampler: Sampler, image: Picture | None, given: argparse.Namespace) -> None:
-    """Writes a video while it is made, and says how fast that went.
+    """Writes a video while it is generated, and prints latency and frame rate.
 
     Args:
-      pipeline: a model's.
+      pipeline: of a causal model.
       sampler: with `chunks`.
       image: the video's first frame, or None.
       given: the command line.
@@ -181,8 +188,8 @@ def stream(pipeline: Pipeline, sampler: Sampler, image: Picture | None, given: a
         clip = (given.seed, given.negative_prompt, given.num_frames, given.height, given.width)
         return pipeline.stream(given.prompt, image, sampler, *clip)
 
-    with working("compiling, and making the first frames once"):
-        for _ in islice(chunks(), 2):  # all programs: what follows a chunk is made as the second one is
+    with working("compiling, and making the first frames as a warm-up"):
+        for _ in islice(chunks(), 2):  # compiles all programs: later chunks use the same ones as the second
             pass
     shapes, times, begun = [], [], perf_counter()
 

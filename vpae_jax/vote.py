@@ -1,11 +1,11 @@
-"""Compares clips by people: two side by side, without names, in random order, the better one chosen by a key.
+"""Blind human comparison of clips: two side by side in random order; the voter picks the better one with a key.
 
     python -m vpae_jax.vote teacher=DIR student=DIR --votes=votes.jsonl [--voter=NAME] [--port=8000]
     python -m vpae_jax.vote --votes=votes.jsonl
 
-Rows are folders of .mp4 files, such as `evaluate --suite` makes; clips of one prompt have one name. The page is served
-to this machine's own browsers, at the address that is printed; every vote is in the file before the next pair is shown,
-and a voter who comes back goes on where he stopped. Without rows, the votes of the file are added up.
+Rows are folders of .mp4 files, such as `evaluate --suite` makes; clips of the same prompt have the same name. The page
+is served only to browsers on this machine, at the address that is printed. Each vote is written to the file before the
+next pair is shown, and a returning voter continues where they left off. Without rows, the file's votes are totalled.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from vpae_jax.types import UserError
 
 TEMPLATE = "vote.html.jinja"
 CHOICES: tuple[Choice, ...] = get_args(Choice)
-LONGEST = 200  # bytes of a vote
+LONGEST = 200  # maximum bytes of a posted vote
 
 
 def parser() -> cli.Parser:
@@ -43,21 +43,21 @@ def parser() -> cli.Parser:
     result = cli.Parser("python -m vpae_jax.vote", __doc__)
     add = result.add_argument
     add("rows", nargs="*", metavar="NAME=DIR", help="folders of clips, two or more")
-    add("--votes", type=Path, required=True, help="file of votes, which grows")
-    add("--voter", default="anonymous", help="who votes; each voter is shown another order")
-    add("--port", type=int, default=8000, help="of the page; 0 for any that is free")
+    add("--votes", type=Path, required=True, help="JSONL file that votes are appended to")
+    add("--voter", default="anonymous", help="name of the voter; each voter sees another order")
+    add("--port", type=int, default=8000, help="port of the page; 0 for any free one")
     return result
 
 
 def parse_rows(texts: Sequence[str]) -> dict[str, Path]:
-    """NAME=DIR, by name. Raises `UserError` for what is none, or two of one name."""
+    """Parses NAME=DIR arguments, by name. Raises `UserError` for anything else, or for two with the same name."""
     rows = {}
     for text in texts:
         name, _, folder = text.partition("=")
         if not name or not folder:
             raise UserError(f"{text!r}: expected NAME=DIR")
         if name in rows:
-            raise UserError(f"two rows are called {name!r}; give each its own name")
+            raise UserError(f"two rows are named {name!r}; give each its own name")
         rows[name] = Path(folder)
     if len(rows) == 1:
         raise UserError("one row was given; a comparison needs two or more")
@@ -65,12 +65,12 @@ def parse_rows(texts: Sequence[str]) -> dict[str, Path]:
 
 
 class Election:
-    """Pairs that a voter has not voted on, by number, and the votes that come in.
+    """The pairs that a voter has not voted on, by number; records incoming votes.
 
     Args:
-      rows: folders of clips, by the row's name.
-      file: of votes.
-      voter: who votes.
+      rows: folders of clips, by row name.
+      file: the file of votes.
+      voter: the voter's name.
     """
 
     def __init__(self, rows: dict[str, Path], file: Path, voter: str) -> None:
@@ -81,12 +81,12 @@ class Election:
         self.done = len(pairs) - len(self.pairs)
 
     def page(self) -> str:
-        """The page, which knows pairs by their numbers alone."""
+        """The page, which knows pairs only by their numbers."""
         prompts = [Path(pair.clip).name for pair in self.pairs]
         return page_template(TEMPLATE).render(prompts=prompts, done=self.done, total=self.done + len(prompts))
 
     def clip(self, number: int, side: str) -> Path:
-        """A clip's file."""
+        """The file of a pair's clip on one side."""
         pair = self.pairs[number]
         folder = self.rows[pair.left if side == "left" else pair.right]
         return folder / f"{pair.clip}{SUFFIX}"
@@ -97,7 +97,7 @@ class Election:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves one election: `/`, `/NUMBER/left`, `/NUMBER/right`, and a vote posted to `/NUMBER`."""
+    """Serves one election: `/`, `/NUMBER/left`, `/NUMBER/right`, and votes posted to `/NUMBER`."""
 
     def __init__(self, election: Election, *args: Any) -> None:
         self.election = election
@@ -130,7 +130,7 @@ class Handler(BaseHTTPRequestHandler):
         self._send("text/plain", b"")
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Says nothing of requests."""
+        """Suppresses the request log."""
 
     def _number(self, text: str) -> int | None:
         return int(text) if text.isdecimal() and int(text) < len(self.election.pairs) else None
@@ -145,8 +145,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def table(found: Sequence[Preference]) -> str:
-    """A line for every two rows."""
-    lines = ["row, over another            preference   95 % interval    better  same  worse  clips"]
+    """The preferences as text, one line per pair of rows."""
+    lines = ["row, over another            preference   95% interval     better  same  worse  clips"]
     for one in found:
         numbers = f"{one.better:>6}  {one.same:>4}  {one.worse:>5}  {one.clips:>5}"
         name = f"{one.row}, over {one.other}"
@@ -155,11 +155,11 @@ def table(found: Sequence[Preference]) -> str:
 
 
 def serve(election: Election, port: int) -> ThreadingHTTPServer:
-    """A server on this machine's own address, not running yet. Raises `UserError` for a port that is taken."""
+    """A server on the loopback address, not running yet. Raises `UserError` if the port is taken."""
     try:
         return ThreadingHTTPServer(("127.0.0.1", port), partial(Handler, election))
     except OSError as error:
-        raise UserError(f"--port={port}: {error.strerror}; give another, or 0 for any that is free") from error
+        raise UserError(f"--port={port}: {error.strerror}; give another, or 0 for any free one") from error
 
 
 def main(argv: list[str]) -> None:
@@ -167,7 +167,7 @@ def main(argv: list[str]) -> None:
     rows = parse_rows(given.rows)
     if not rows:
         if not (votes := read_votes(given.votes)):
-            raise UserError(f"--votes={given.votes}: holds no vote yet; name rows, NAME=DIR, to vote on")
+            raise UserError(f"--votes={given.votes}: holds no votes yet; give rows to vote on, as NAME=DIR")
         print(table(preferences(votes)))
         return
     election = Election(rows, given.votes, given.voter)

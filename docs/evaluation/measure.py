@@ -223,12 +223,12 @@ def main() -> None:
     print(f"film {film.shape}, live {live.shape}", flush=True)
     others = measured(given.output / "others.npz", film[1::2])
     sets = {name: measured(given.output / f"{name}.npz", spoil(film[::2])) for name, spoil in FAULTS.items()}
-    text = f"{len(film) // 2} clips of the film against {len(film) // 2} others:\n\n" + table(fps, sets, others)
+    text = f"{len(film) // 2} clips of Big Buck Bunny against {len(film) // 2} others:\n\n" + table(fps, sets, others)
     some = table(fps, {name: few(made) for name, made in sets.items()}, few(others))
-    text += f"\nThe first {FEW} of each:\n\n{some}"
+    text += f"\nThe first {FEW} clips of each set, against {FEW} others:\n\n{some}"
     lives = {name: measured(given.output / f"live {name}.npz", spoil(live)) for name, spoil in FAULTS.items()}
-    text += f"\n{len(live)} live clips against the film's:\n\n" + table(live_fps, lives, others)
-    text += f"\nSeconds of a core a clip: {seconds_of_each(film[:6])}.\n"
+    text += f"\n{len(live)} live-action clips against those of Big Buck Bunny:\n\n" + table(live_fps, lives, others)
+    text += f"\nTime on one core, per clip: {seconds_of_each(film[:6])}.\n"
     (given.output / "table.md").write_text(text)
     print(text)
 

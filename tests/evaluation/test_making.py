@@ -27,7 +27,7 @@ def whole(run, tmp_path_factory):
 def test_two_processes_share_the_clips(run, rows, whole, tmp_path, capsys):
     output = tmp_path / "out"
     run(output, process_id=0, num_processes=2)
-    assert f"this process has done its share; {CLIPS} clips are left to others" in capsys.readouterr().out
+    assert f"this process has done its share; {CLIPS} clips remain for other processes" in capsys.readouterr().out
     first = clips(output)
     assert len(first) == CLIPS and not (output / "metrics.json").exists()
     run(output, process_id=1, num_processes=2)
@@ -42,7 +42,7 @@ def test_what_is_there_is_not_made_again_and_rows_can_be_added(run, rows, models
     before, scores = clips(whole), rows(whole)["model"]["t2v"]
     run(whole, f"--compare=four={models['t2v']}:4:1")
     said = capsys.readouterr().out
-    assert f"teacher: {CLIPS} clips, 2 network evaluations each, {CLIPS} of which are there" in said
+    assert f"teacher: {CLIPS} clips, 2 network evaluations each; {CLIPS} already exist" in said
     after = clips(whole)
     assert before.items() <= after.items() and len(after) == len(before) + CLIPS
     found = rows(whole)
@@ -68,7 +68,7 @@ def test_a_share_is_made_by_one_process(run, tmp_path):
     (folder / "00000.latents.npz").unlink()
     with claimed(folder / "0-of-4.lock") as ours:
         assert ours
-        with pytest.raises(UserError, match=r"^another process makes share 0 of 4 of model; give each its own --proc"):
+        with pytest.raises(UserError, match=r"^share 0 of 4 of model is being made by another process; give each its"):
             run(output, process_id=0, num_processes=4)
 
 

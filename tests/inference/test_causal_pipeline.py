@@ -116,7 +116,7 @@ def test_a_first_chunk_is_given_to_no_other_model(base):
         (
             Chunks(3),
             17,
-            "num_frames is 17, 5 latent frames, but this causal model makes them in chunks of 3; .* such as 21",
+            "num_frames is 17, or 5 latent frames, but this causal model generates chunks of 3; .* such as 21",
         ),
         (Chunks(3), 5, "such as 9"),
         (

@@ -382,7 +382,7 @@ def test_a_pictures_shape_is_kept(i2v, pictures):
     assert ours(PROMPTS[0], image=wide, height=HEIGHT).shape == (FRAMES, HEIGHT, WIDTH, 3)
     assert ours(PROMPTS[0]).shape == (FRAMES, HEIGHT, WIDTH, 3)
     long = np.zeros((4, 900, 3), np.uint8)
-    with pytest.raises(UserError, match=r"^the image is 4x900, too long a shape .* 32x48; crop it, or give") as error:
+    with pytest.raises(UserError, match=r"^the image is 4x900, too elongated .* 32x48; crop it, or give") as error:
         ours(PROMPTS[0], image=long)
     assert "\n" not in str(error.value)
 
@@ -392,7 +392,7 @@ def test_first_and_last_frame_models_are_not_sampled(i2v, pictures):
     config = dataclasses.replace(ours.transformer.config, pos_embed_seq_len=34)
     abstract = nnx.eval_shape(lambda: WanTransformer(config, rngs=nnx.Rngs(0)))
     between = dataclasses.replace(ours, transformer=abstract)
-    with pytest.raises(UserError, match=r"between a first and a last frame .* not sampled; load") as error:
+    with pytest.raises(UserError, match=r"a first-and-last-frame model .* not sampled; load") as error:
         between(PROMPTS[0], image=pictures[0])
     assert "\n" not in str(error.value)
 
@@ -449,9 +449,9 @@ def test_bad_arguments_are_one_line(t2v, arguments, message):
         (
             "text_encoder",
             {"d_model": 32, "num_heads": 4, "d_kv": 8, "vocab_size": 999},
-            "vocab_size is 999, but the weights make it 384",
+            "vocab_size is 999, but the weights imply 384",
         ),
-        ("transformer", {"text_dim": 48}, "text_dim is 48, but the weights make it 32"),
+        ("transformer", {"text_dim": 48}, "text_dim is 48, but the weights imply 32"),
     ],
 )
 def test_parts_that_do_not_fit_are_one_line(t2v, tmp_path, part, changes, message):
@@ -474,7 +474,7 @@ def test_parts_of_different_models_are_refused(t2v, i2v, tmp_path):
 def test_no_model_directory_is_one_line(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         load_pipeline(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"no transformer \(found: no part of a Wan model\); expected a whole model"):
+    with pytest.raises(UserError, match=r"no transformer \(found: no part of a Wan model\); expected a complete model"):
         load_pipeline(tmp_path)
 
 

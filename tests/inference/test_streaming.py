@@ -221,8 +221,8 @@ def test_grey_frames_come_piece_by_piece(i2v, picture):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"sampler": None}, "this model makes all frames of a video at once, and cannot stream them; load a causal"),
-        ({"sampler": ONE, "num_frames": math.inf}, "this model sees all earlier frames, for which no memory is enough"),
+        ({"sampler": None}, "this model generates all frames of a video at once, and cannot stream; load a causal"),
+        ({"sampler": ONE, "num_frames": math.inf}, "this model sees all earlier frames, which needs unlimited memory"),
         ({"num_frames": 11}, "num_frames is 11, expected 1 \\+ a multiple of 4, such as 9"),
         ({"sampler": Sampler(chunks=Chunks(2)), "num_frames": 9}, "num_frames is 9, 3 latent frames, but this causal"),
         ({"height": 20}, "height is 20, expected a multiple of 16, such as 16"),

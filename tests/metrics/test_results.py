@@ -53,7 +53,7 @@ def test_headline_compares_the_newest_phase_or_the_last_student():
 
 def test_headline_says_how_much_faster_the_network_is_and_the_whole_clip():
     found = {meaning.partition(",")[0]: (number, meaning) for number, meaning in headline(ROWS, METRICS[0])}
-    number, meaning = found["less network time a clip"]
+    number, meaning = found["less network time per clip"]
     assert number == f"100 {TIMES}" and meaning.endswith("0.9 s → 9 ms")
     number, meaning = found["less time for a whole clip"]
     assert number == f"9.2 {TIMES}" and meaning.endswith("1 s → 0.109 s")

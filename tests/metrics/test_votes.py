@@ -85,12 +85,12 @@ def test_voters_of_one_clip_are_drawn_together():
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 1 is no vote"),
-        ("[]", "line 1 is no vote"),
-        ('{"clip": "x", "left": "a", "right": "b", "voter": "v"}', "line 1 is no vote"),
+        ("{", "line 1 is not a vote"),
+        ("[]", "line 1 is not a vote"),
+        ('{"clip": "x", "left": "a", "right": "b", "voter": "v"}', "line 1 is not a vote"),
         ('{"clip": "x", "left": "a", "right": "b", "voter": "v", "choice": "both"}', "choice 'both', expected left"),
-        ('{"clip": "x", "left": "a", "right": "b", "voter": {}, "choice": "same"}', "line 1 is no vote, whose clip, "),
-        ("[" * 100_000, "line 1 is no vote"),
+        ('{"clip": "x", "left": "a", "right": "b", "voter": {}, "choice": "same"}', "line 1 is not a vote: clip, "),
+        ("[" * 100_000, "line 1 is not a vote"),
     ],
 )
 def test_a_line_that_is_no_vote_is_named(tmp_path, line, message):
@@ -110,7 +110,7 @@ def test_rows_without_common_clips_are_named(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / f"{name}.mp4").touch()
-    with pytest.raises(UserError, match=r"have no \.mp4 file of one name"):
+    with pytest.raises(UserError, match=r"have no \.mp4 file name in common"):
         find_pairs({name: tmp_path / name for name in ("a", "b")}, "")
-    with pytest.raises(UserError, match="is no folder of clips"):
+    with pytest.raises(UserError, match="not a folder; give a folder of"):
         find_pairs({"a": tmp_path / "a", "c": tmp_path / "c"}, "")

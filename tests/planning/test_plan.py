@@ -78,7 +78,7 @@ def test_what_does_not_fit_says_by_how_much():
     assert "DOES NOT FIT by 14.26 GiB" in page  # 19 of state, 90, 1 of code; 95.74 there
     refused = plan(program(refused=150 * GIB))
     assert refused.total == 150 * GIB and not refused.fits and refused.step(serial=True) is None
-    assert "the compiler refused generator" in report.page(refused)
+    assert "the compiler rejected generator" in report.page(refused)
     silent = dataclasses.replace(refused, memory={**refused.memory, "temporaries": None})
     assert silent.total is None and "unknown" in report.page(silent)
 
@@ -91,7 +91,7 @@ def test_the_page_reads_in_columns():
     assert len(kinds) == 10 and len({line.index("%") for line in kinds}) == 1
     assert "mesh data 1 x fsdp 8 x context 2 x tensor 1, batch in 1 part, remat full" in page
     assert "FITS, 54.74 GiB to spare" in page
-    assert "20 s if communication hides behind the rest, 26 s if none does" in page
+    assert "20 s if communication is hidden, 26 s if it is not" in page
     assert "  at its peak     40.00 GiB    41.8%  by XLA's own count" in lines  # a GiB below the sum
     assert "memory of one host: checkpoint 64.00 GiB, of 448.00 GiB" in lines
     assert any(line.split() == ["heads", "all-gather", "fsdp", "40", "3.50", "GiB"] for line in lines)
@@ -112,14 +112,14 @@ def test_what_the_host_does_not_hold_does_not_fit():
     made = dataclasses.replace(plan(program()), host={"checkpoint": 64 * GIB, "offloaded": 400 * GIB})
     assert made.total is not None and made.total < made.chip.capacity and not made.fits
     page = report.page(made)
-    assert "DOES NOT FIT the memory of the hosts" in page and "of 448.00 GiB; DOES NOT FIT by 16.00 GiB" in page
+    assert "DOES NOT FIT into the memory of the hosts" in page and "of 448.00 GiB; DOES NOT FIT by 16.00 GiB" in page
 
 
 def test_a_plan_warns_of_what_will_crawl():
     calm = report.page(plan(program()))
     assert "warning" not in calm
     again = dataclasses.replace(program(), communication=Communication((), 0, 196))
-    assert "XLA computes 196 instructions again" in report.page(plan(again))
+    assert "XLA rematerialises 196 instructions" in report.page(plan(again))
     tiles = dataclasses.replace(program(), work=Work(8e17, tiled=1e17))
     assert plan(tiles).tiled and "plain tiles" in report.page(plan(tiles))
     slow, fast = (roofline.arithmetic(CHIPS["h100"], 8, p.work) for p in (tiles, program()))

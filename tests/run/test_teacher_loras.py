@@ -204,7 +204,7 @@ def test_a_file_that_is_no_lora_of_the_model_is_one_line(workdir, tmp_path):
         f"{style}": "config.model.lora: .*/model: no such file",
         f"{style / LORA_FILE}:much": "config.model.lora=.*: the strength is 'much', expected a number, such as ",
         f"{whole}": "config.model.lora: .* tensors is part of a LoRA; is it a whole model?",
-        f"{tmp_path}/deep.safetensors": "config.model.lora: .* of block 9, but the last of this model is 5",
+        f"{tmp_path}/deep.safetensors": "config.model.lora: .* for block 9, but the last of this model is 5",
     }.items():
         with pytest.raises(UserError, match=message) as caught:
             train(small(lcm, lora), tmp_path / "run")

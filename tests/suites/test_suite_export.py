@@ -97,7 +97,7 @@ def test_vbench(run, models, pipes, checkout, tmp_path):
     assert code == 2 and "manifest.json is damaged; choose another --output" in error
     (output / "manifest.json").unlink()
     code, _, error = run(**options, samples=1)
-    assert code == 2 and f"{output / 'videos'} holds files, and there is no {output / 'manifest.json'}" in error
+    assert code == 2 and f"{output / 'videos'} holds files, but {output / 'manifest.json'} is missing" in error
 
 
 def test_vbench_i2v(run, models, pipes, checkout, tmp_path):
@@ -106,7 +106,7 @@ def test_vbench_i2v(run, models, pipes, checkout, tmp_path):
     code, text, error = run(**options, dimensions="camera_motion,i2v_subject", process_id=1, num_processes=2)
     assert not code, error
     assert names(output) == ["a five, camera static-0.mp4", "a seven-0.mp4"]
-    assert "this process has done its share; 2 of 4 clips are left to others" in text
+    assert "this process has done its share; 2 of 4 clips remain for other processes" in text
     code, text, error = run(**options, dimensions="camera_motion,i2v_subject", process_id=0, num_processes=2)
     assert not code, error
     assert len(names(output)) == 4 and "evaluate_i2v.py" in text and " --ratio 1-1 " in text
@@ -141,7 +141,7 @@ def test_what_others_make_or_have_left(run, models, checkout, tmp_path):
         code, text, error = run(**options)
         assert not code, error
         assert "a two, up-0.mp4" not in names(output) and len(names(output)) == 3
-        assert "1 of 4 clips are left to others" in text and "evaluate.py" not in text
+        assert "1 of 4 clips remain for other processes" in text and "evaluate.py" not in text
     for name in ("00001-000.mp4", "00002-000.mp4", "00002-000.lock"):  # of killed processes
         (unfinished / name).write_bytes(b"half")
     code, text, error = run(**options)
@@ -159,13 +159,13 @@ def test_what_others_make_or_have_left(run, models, checkout, tmp_path):
         ({"dimensions": "colour"}, "--dimensions: VBench has no dimension 'colour'"),
         ({"dimensions": ""}, "--dimensions: VBench has no dimension ''"),
         ({"model": "nowhere"}, "nowhere: no such folder"),
-        ({"suite": "vbench_i2v"}, "makes videos from text alone, and VBench-I2V gives first frames"),
+        ({"suite": "vbench_i2v"}, "is a text-to-video model, but VBench-I2V gives first frames"),
         ({"height": 33}, "height is 33, expected a multiple of 16"),
         ({"num_frames": 4}, "num_frames is 4, expected 1 + a multiple of 4"),
         ({"steps": 0}, "steps is 0, expected at least 1"),
         ({"guidance": 0.5}, "guidance is 0.5, expected at least 1"),
         ({"process_id": 2}, "--process_id and --num_processes: give both, or neither"),
-        ({"suite-results": "a=b"}, "--checkout says how clips are made; leave it out with --suite-results"),
+        ({"suite-results": "a=b"}, "--checkout is for making clips; leave it out with --suite-results"),
     ],
 )
 def test_bad_input_is_one_line(run, models, checkout, tmp_path, options, message):
@@ -181,7 +181,7 @@ def test_bad_input_is_one_line(run, models, checkout, tmp_path, options, message
 def test_a_shape_or_a_flag_that_is_missing(run, models, checkout, tmp_path):
     options = {"suite": "vbench_i2v", "output": tmp_path / "out"}
     code, _, error = run(**options, checkout=checkout, model=models["i2v"], width=64)
-    assert code == 2 and "clips of 32x64 (height x width), and VBench-I2V's pictures are 1-1, " in error
+    assert code == 2 and "clips of 32x64 (height x width), but VBench-I2V's images are 1-1, " in error
     code, _, error = run(**options, checkout=checkout)
     assert code == 2 and "--model is missing: give --checkout and --model" in error
     code, _, error = run("--suite-results=a=b", output=tmp_path)
@@ -204,11 +204,11 @@ def test_names_that_a_file_system_refuses(checkout, tmp_path):
     info = own / SUITES["vbench"].info
     info.write_text(json.dumps([{"prompt_en": text, "dimension": ["color"]} for text in ("x" * 250, "a", "A")]))
     long, *both = (clip for p in read_prompts(SUITES["vbench"], own, "none", samples=1) for clip in p.clips)
-    with pytest.raises(UserError, match=r"no file there can be called 'xxx+-0.mp4' \(File name too long\); the suite"):
+    with pytest.raises(UserError, match=r"cannot hold a file named 'xxx+-0.mp4' \(File name too long\); the suite"):
         prepare(tmp_path / "out", [long])
     prepare(tmp_path / "out", both)
     (tmp_path / "out" / "UNFINISHED").mkdir()  # as if names of both cases were one
-    with pytest.raises(UserError, match=r"'a-0.mp4' and 'A-0.mp4' are one file there"):
+    with pytest.raises(UserError, match=r"'a-0.mp4' and 'A-0.mp4' are the same file there"):
         prepare(tmp_path / "out", both)
 
 
@@ -235,7 +235,7 @@ def test_results(run, tmp_path):
     assert teacher["normalised"]["dynamic_degree"] == 0.5 and teacher["plain_mean"] == pytest.approx(0.8071591892)
     assert student["missing"] == ["camera_motion"] and student["plain_mean"] is None
     assert "86.98" in text and "80.72" in text
-    assert "a student: no result for camera_motion: each counts as a score of 0, as in the suite's own sums" in text
-    for bad, message in (("x", "expected NAME=FILE or NAME=FOLDER"), (rows[0][16:], "two rows are called 'teacher'")):
+    assert "a student: no result for camera_motion: each counts as a score of 0, as in the suite's own scripts" in text
+    for bad, message in (("x", "expected NAME=FILE or NAME=FOLDER"), (rows[0][16:], "two rows are named 'teacher'")):
         code, _, error = run(*rows, f"--suite-results={bad}", suite="vbench_i2v", output=tmp_path / "out")
         assert code == 2 and message in error

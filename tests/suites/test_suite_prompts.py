@@ -91,7 +91,7 @@ def test_the_crop_is_that_next_to_the_videos_shape(size, crop):
 
 @pytest.mark.parametrize("size", [(832, 480), (544, 736), (400, 1000)])
 def test_a_shape_without_pictures_is_refused(size):
-    with pytest.raises(UserError, match="give --height and --width near one of them"):
+    with pytest.raises(UserError, match="give a --height and --width close to one of these ratios"):
         crop_of(*size)
 
 
@@ -99,9 +99,9 @@ def test_a_shape_without_pictures_is_refused(size):
     ("options", "message"),
     [
         ({"dimensions": ["colour"]}, "--dimensions: VBench has no dimension 'colour'; it has subject_consistency, "),
-        ({"samples": 0}, "--samples=0: expected 1 to 1000 videos of each prompt"),
+        ({"samples": 0}, "--samples=0: expected 1 to 1000 videos per prompt"),
         ({"samples": 1001}, "--samples=1001: expected 1 to 1000"),
-        ({"augmented": "nowhere.txt"}, "nowhere.txt: no such file; name another"),
+        ({"augmented": "nowhere.txt"}, "nowhere.txt: no such file; give another"),
     ],
 )
 def test_what_cannot_be_asked_for(checkout, options, message):
@@ -110,22 +110,20 @@ def test_what_cannot_be_asked_for(checkout, options, message):
 
 
 def test_no_checkout(tmp_path):
-    with pytest.raises(
-        UserError, match=r"VBench_full_info.json: no such file; --checkout=.* is to be a clone of https"
-    ):
+    with pytest.raises(UserError, match=r"VBench_full_info.json: no such file; --checkout=.* must be a clone of https"):
         read_prompts(VBENCH, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("suite", "file", "text", "message"),
     [
-        (VBENCH, VBENCH.info, "{", "VBench_full_info.json: no JSON"),
+        (VBENCH, VBENCH.info, "{", "VBench_full_info.json: not valid JSON"),
         (VBENCH, VBENCH.info, "{}", "expected a list of prompts; take it from https://github.com/Vchitect/VBench"),
-        (VBENCH, VBENCH.info, '[{"prompt_en": "a"}]', "entry 0 is no prompt with its 'prompt_en' and 'dimension'"),
+        (VBENCH, VBENCH.info, '[{"prompt_en": "a"}]', "entry 0 has no valid 'prompt_en' and 'dimension'"),
         (VBENCH, VBENCH.augmented, "one\ntwo", "has 2 lines, expected 5: line i is for prompt i of vbench/VBench_full"),
         (VBENCH, VBENCH.augmented, "one\n\n3\n4\n5", "line 2 is empty; write a prompt there"),
         (VBENCH, VBENCH.augmented, b"\xff\xfe", "cannot be read: .*utf-8"),
-        (VBENCH2, VBENCH2.order, "a two\na one", "list other prompts, one of them"),
+        (VBENCH2, VBENCH2.order, "a two\na one", "list different prompts, such as"),
         (VBENCH, VBENCH.info, json.dumps([{**e, "prompt_en": "a/b"} for e in T2V]), "'a/b' has a slash"),
     ],
 )
@@ -139,8 +137,6 @@ def test_damaged_files_are_one_line(own, suite, file, text, message):
 def test_a_picture_that_is_missing(own):
     prompts = read_prompts(VBENCH_I2V, own)
     (own / "vbench2_beta_i2v/data/crop/7-4/a six.jpg").unlink()
-    with pytest.raises(
-        UserError, match=r"a six.jpg: no such picture; in .* run `sh vbench2_beta_i2v/download_data.sh`"
-    ):
+    with pytest.raises(UserError, match=r"a six.jpg: no such image; run `sh vbench2_beta_i2v/download_data.sh` in "):
         check_pictures(VBENCH_I2V, own, "7-4", prompts)
     check_pictures(VBENCH_I2V, own, "1-1", prompts)

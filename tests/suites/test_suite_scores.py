@@ -105,7 +105,7 @@ def test_results_of_a_folder_and_of_folders_in_it(tmp_path):
         ({"camera_motion": 0.5}, "camera_motion has no score; expected a list that begins with a number"),
         ({"camera_motion": []}, "camera_motion has no score"),
         ({"camera_motion": [True]}, "camera_motion has no score"),
-        ({"camera_motion": [math.nan, []]}, "the score of camera_motion is nan; the suite has found no videos for it"),
+        ({"camera_motion": [math.nan, []]}, "the score of camera_motion is nan; the suite found no videos for it"),
         ({"camera_motion": [97.0, []]}, "the score of camera_motion is 97; expected a fraction of 1"),
         ({}, "holds no scores"),
         ([], "holds no scores"),

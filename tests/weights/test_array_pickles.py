@@ -59,12 +59,12 @@ def test_code_is_refused_and_does_not_run(tmp_path):
 @pytest.mark.parametrize(
     "held, at",
     [
-        ([np.ones(2)], r"the file is no float array \(list\)"),
-        ({"a": {"b": [1.0]}}, r"a/b is no float array \(list\)"),
-        ({"a": np.ones(2, int)}, r"a is no float array \(array\)"),
-        ({"a": np.array([None])}, r"a is no float array \(array\)"),
-        ({"a": np.zeros(2, [("x", "f4")])}, r"a is no float array \(array\)"),
-        ({1: np.ones(2)}, r"the file is no float array \(dict\)"),
+        ([np.ones(2)], r"the file is not a float array \(list\)"),
+        ({"a": {"b": [1.0]}}, r"a/b is not a float array \(list\)"),
+        ({"a": np.ones(2, int)}, r"a is not a float array \(array\)"),
+        ({"a": np.array([None])}, r"a is not a float array \(array\)"),
+        ({"a": np.zeros(2, [("x", "f4")])}, r"a is not a float array \(array\)"),
+        ({1: np.ones(2)}, r"the file is not a float array \(dict\)"),
     ],
 )
 def test_anything_but_float_arrays_in_dictionaries_is_refused(tmp_path, held, at):
@@ -88,7 +88,7 @@ def test_an_array_without_all_its_bytes_is_refused(tmp_path):
     small, large = b"K\x02\x85", b"\x8a\x06\x00\x00\x00\x00\x00\x01\x85"  # (2,) and (2**40,)
     assert content.count(small) == 1
     path.write_bytes(content.replace(small, large))
-    with pytest.raises(UserError, match=r"a is no float array \(array\)"):
+    with pytest.raises(UserError, match=r"a is not a float array \(array\)"):
         read_arrays(path)
 
 

@@ -177,7 +177,7 @@ def test_all_in_one_file_is_a_whole_model(t2v, spiece, wan_folder, tmp_path):
     "change", [lambda raw: raw[:-100], lambda raw: b"\x0a\x05hello", lambda raw: raw[:1] + raw[9:]]
 )
 def test_a_tensor_that_is_no_tokenizer(spiece, tmp_path, change):
-    with pytest.raises(UserError, match=r"^here is no tokenizer \(.+\); fetch the file again$"):
+    with pytest.raises(UserError, match=r"^here is not a tokenizer \(.+\); fetch the file again$"):
         write_tokenizer(change(spiece), "here", tmp_path)
 
 

@@ -120,8 +120,8 @@ def wide_of(**sizes):
 @pytest.mark.parametrize(
     "name, kind, message",
     [
-        ("blocks.0.self_attn.attn_op.local_attn.proj_l.weight", torch.float32, "is of sparse-linear attention"),
-        ("blocks.0.ffn.0.int8_weight", torch.int8, "is quantised to int8, as TurboDiffusion does"),
+        ("blocks.0.self_attn.attn_op.local_attn.proj_l.weight", torch.float32, "belongs to sparse-linear attention"),
+        ("blocks.0.ffn.0.int8_weight", torch.int8, "is quantised to int8, as by TurboDiffusion"),
         ("blocks.0.ffn.0.weight_scale_2", torch.float32, "belongs to weights that are quantised in blocks"),
         ("blocks.0.ffn.0.weight_scale_inv", torch.float32, "belongs to weights that are quantised in blocks"),
         ("blocks.0.ffn.0.qweight", torch.int32, "belongs to weights that are quantised in blocks"),
@@ -140,8 +140,8 @@ def test_gates_of_sparse_attention_are_left_out_and_said(theirs, diffusers_folde
     with pytest.warns(Note) as notes:
         model = find_model(theirs)
     assert [str(note.message) for note in notes] == [
-        f"{theirs / 'model_index.json'} is FastVideo's WanDMDPipeline, whose three steps no file tells: sample it with "
-        "--steps=3 --guidance=1 --solver=consistency",
+        f"{theirs / 'model_index.json'} is FastVideo's WanDMDPipeline, whose three steps are not in any file: "
+        "sample it with --steps=3 --guidance=1 --solver=consistency",
         f"{path}: read without the 4 tensors of the gates of FastWan's sparse attention (to_gate_compress), and "
         "computed with full attention",
     ]
@@ -212,7 +212,7 @@ def test_integers_are_refused_by_their_name(tmp_path, wide):
     name = "blocks.0.ffn.0"
     state = wide | {f"{name}.weight": torch.ones(16, 128, dtype=torch.int8), f"{name}.weight_scale": torch.ones(16, 1)}
     message = refused(write(tmp_path / "int8.safetensors", state), "transformer")
-    assert f"tensor '{name}.weight' is of int8, expected floating point" in message
+    assert f"tensor '{name}.weight' has dtype int8, expected floating point" in message
 
 
 # Configs

@@ -76,7 +76,7 @@ def test_what_did_not_change_is_left_out(t2v):
     assert found.outside == 0
     assert {(e.rank, e.retained) for e in found.energies if e.change == 0} == {(0, 1.0)}
     text = format_energies(found)
-    assert "1 of 26 linear layers changed; the adapters hold 100.00% of their squared change" in text
+    assert "1 of 26 linear layers changed; the adapters retain 100.00% of their squared change" in text
     nothing = extract(t2v.teacher, t2v.teacher, 4)
     assert (nothing.retained, nothing.outside, nothing.lora) == (1.0, 0.0, Lora({}))
     assert "0 of 26 linear layers changed" in format_energies(nothing)
@@ -96,7 +96,9 @@ def test_energies_as_text(t2v):
 def test_extraction_refuses(t2v, i2v):
     with pytest.raises(UserError, match="rank is 0, expected at least 1"):
         extract(t2v.student, t2v.teacher, 0)
-    with pytest.raises(UserError, match=r"the student's in_channels is 16, the teacher's 36; give the teacher"):
+    with pytest.raises(
+        UserError, match=r"the student's in_channels is 16, the teacher's 36; give this student's teacher"
+    ):
         extract(t2v.student, i2v.teacher, 4)
     params = jax.tree.map(np.array, t2v.params)
     params["blocks"]["ffn"]["proj_in"]["kernel"][1, 2, 3] = np.nan

@@ -110,7 +110,9 @@ def test_a_single_file_with_diffusers_names(tmp_path):
 
 def test_widths_that_are_no_multiple_need_a_config(wan, wan_folder):
     single = write(wan.parent / "single" / "x.safetensors", tensors(wan, "transformer"))
-    assert "the width 24 is no multiple of Wan's 128 channels a head; add the model's config.json" in refused(single)
+    assert "the width 24 is not a multiple of Wan's 128 channels per head; add the model's config.json" in refused(
+        single
+    )
     assert str(single) in refused(single)
     shutil.copy(wan / "config.json", single.parent)
     assert opened(single, "transformer") == find_model(wan_folder).part("transformer").config
@@ -209,7 +211,7 @@ def test_checkpoints_inside_others(tmp_path, wan_folder):
 def test_one_part_of_a_pipeline(diffusers_folder):
     model = find_model(diffusers_folder / "vae")
     assert tuple(model.parts) == ("vae",)
-    assert "no transformer (found: vae); expected a whole model" in refused(diffusers_folder / "vae", "transformer")
+    assert "no transformer (found: vae); expected a complete model" in refused(diffusers_folder / "vae", "transformer")
 
 
 def test_folders_without_a_model(tmp_path):
@@ -333,7 +335,7 @@ def test_an_orbax_part_alone(theirs, tmp_path, part):
     folder = tmp_path / "any"
     folder.mkdir()
     orbax.save(folder / "params", {"a": jnp.ones(2)})
-    assert "params: " in refused(folder, part) and "does not say of which part" in refused(folder, part)
+    assert "params: " in refused(folder, part) and "does not say which part" in refused(folder, part)
     write_json(folder / "config.json", config_json(config, part))
     found = find_model(folder)
     assert tuple(found.parts) == (part,) and found.part(part).config == config
@@ -386,7 +388,7 @@ def test_a_revision_in_the_hubs_cache(hub, wan_folder):
     snapshot = hub(wan_folder, "owner/name", ref="v1.0")
     assert locate("owner/name@v1.0") == locate(f"owner/name@{REVISION}") == snapshot
     for name in ("owner/name", "owner/name@v2", "owner/other"):
-        with pytest.raises(UserError, match="not in the hub's cache, and the hub cannot be asked") as error:
+        with pytest.raises(UserError, match="not in the hub's cache, and the hub cannot be reached") as error:
             locate(name)
         assert "\n" not in str(error.value)
 
@@ -420,7 +422,7 @@ def test_a_repository_whose_files_lead_out_of_it_is_refused(hub, tmp_path, monke
         thread.start()
         try:
             monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://localhost:{server.server_port}")
-            with pytest.raises(UserError, match=r"owner/name: no such folder, and the hub says: ") as error:
+            with pytest.raises(UserError, match=r"owner/name: no such folder, and the hub reports: ") as error:
                 locate("owner/name")
         finally:
             server.shutdown()
@@ -451,9 +453,9 @@ def test_the_embedded_model_is_one():
 def test_the_workdir_of_a_run_is_no_model_and_says_where_that_is(tmp_path, ended):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.json").write_text('{"method": {"name": "lcm"}}')
-    there = "the model that it leaves when it has ended will be"
+    there = "when it has finished, its model will be"
     if ended:
         (tmp_path / "model").mkdir()
         there = "its model is"
-    with pytest.raises(UserError, match=f"^{tmp_path}: the workdir of a training run; {there} {tmp_path}/model$"):
+    with pytest.raises(UserError, match=f"^{tmp_path}: is the workdir of a training run; {there} {tmp_path}/model$"):
         find_model(tmp_path)

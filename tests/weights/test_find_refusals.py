@@ -86,7 +86,7 @@ def test_integers_are_refused(tmp_path, wide, kind):
     path = write(tmp_path / "int8.safetensors", wide | {name: torch.ones(16, 128, dtype=kind)})
     called = str(kind).removeprefix("torch.")
     assert refused(path, "transformer") == (
-        f"{path}: tensor '{name}' is of {called}, expected floating point; quantised weights do not load"
+        f"{path}: tensor '{name}' has dtype {called}, expected floating point; quantised weights cannot be loaded"
     )
 
 
@@ -136,18 +136,18 @@ def test_spoilt_tensors_are_one_line(tmp_path, wide, change, message):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"num_layers": HUGE}, f"num_layers is {HUGE}, but the weights make it 2; which of them is wrong?"),
-        ({"ffn_dim": HUGE}, f"ffn_dim is {HUGE}, but the weights make it 40"),
+        ({"num_layers": HUGE}, f"num_layers is {HUGE}, but the weights imply 2; which of them is wrong?"),
+        ({"ffn_dim": HUGE}, f"ffn_dim is {HUGE}, but the weights imply 40"),
         ({"dim": HUGE}, f"added_kv_proj_dim is 24, expected the model's width {HUGE}"),
-        ({"num_heads": HUGE}, f"dim is 24 and num_heads {HUGE}, expected a multiple and its divisor"),
-        ({"num_heads": 0}, "num_heads 0, expected a multiple"),
+        ({"num_heads": HUGE}, f"dim is 24 and num_heads {HUGE}, expected dim to be a multiple of num_heads"),
+        ({"num_heads": 0}, "num_heads 0, expected dim to be a multiple"),
         ({"num_heads": 24}, "attention_head_dim is 1, expected an even number"),
         ({"dim": "24"}, "dim is '24' and num_heads 2"),
         ({"dim": None}, "dim is None and num_heads 2"),
         ({"num_layers": 2.5}, "num_layers: expected int, found 2.5"),
         ({"in_dim": -1}, "in_channels is -1, expected at least 1"),
-        ({"patch_size": [1, 1, 1]}, "patch_size is (1, 1, 1), but the weights make it (1, 2, 2)"),
-        ({"text_dim": 31}, "text_dim is 31, but the weights make it 32"),
+        ({"patch_size": [1, 1, 1]}, "patch_size is (1, 1, 1), but the weights imply (1, 2, 2)"),
+        ({"text_dim": 31}, "text_dim is 31, but the weights imply 32"),
         ({"model_type": "vace"}, "expected a WanModel of type t2v, i2v, flf2v"),
         ({"_class_name": "VaceWanModel"}, "_class_name is 'VaceWanModel', expected"),
         ({"qk_norm": False}, "qk_norm is False, only True is supported"),
@@ -164,21 +164,21 @@ def test_a_config_of_wan_that_the_weights_contradict(wan, changes, message):
 @pytest.mark.parametrize(
     "part, changes, message",
     [
-        ("transformer", {"num_layers": HUGE}, f"num_layers is {HUGE}, but the weights make it 2"),
+        ("transformer", {"num_layers": HUGE}, f"num_layers is {HUGE}, but the weights imply 2"),
         ("transformer", {"num_attention_heads": HUGE}, "added_kv_proj_dim is 24, expected the model's width"),
         (
             "transformer",
             {"image_dim": None, "added_kv_proj_dim": None},
-            "image_dim is None, but the weights make it 24",
+            "image_dim is None, but the weights imply 24",
         ),
-        ("transformer", {"cross_attn_norm": False}, "cross_attn_norm is False, but the weights make it True"),
-        ("vae", {"num_res_blocks": HUGE}, f"num_res_blocks is {HUGE}, but the weights make it 1"),
-        ("vae", {"dim_mult": [1, 2, 2, HUGE]}, "but the weights make it (1, 2, 2, 2)"),
-        ("vae", {"temperal_downsample": [True, True, False]}, "but the weights make it (False, True, True)"),
-        ("text_encoder", {"vocab_size": HUGE}, f"vocab_size is {HUGE}, but the weights make it 384"),
-        ("text_encoder", {"num_layers": HUGE}, f"num_layers is {HUGE}, but the weights make it 2"),
-        ("image_encoder", {"num_hidden_layers": HUGE}, f"num_hidden_layers is {HUGE}, but the weights make it 3"),
-        ("image_encoder", {"image_size": 8 * HUGE}, f"image_size is {8 * HUGE}, but the weights make it 32"),
+        ("transformer", {"cross_attn_norm": False}, "cross_attn_norm is False, but the weights imply True"),
+        ("vae", {"num_res_blocks": HUGE}, f"num_res_blocks is {HUGE}, but the weights imply 1"),
+        ("vae", {"dim_mult": [1, 2, 2, HUGE]}, "but the weights imply (1, 2, 2, 2)"),
+        ("vae", {"temperal_downsample": [True, True, False]}, "but the weights imply (False, True, True)"),
+        ("text_encoder", {"vocab_size": HUGE}, f"vocab_size is {HUGE}, but the weights imply 384"),
+        ("text_encoder", {"num_layers": HUGE}, f"num_layers is {HUGE}, but the weights imply 2"),
+        ("image_encoder", {"num_hidden_layers": HUGE}, f"num_hidden_layers is {HUGE}, but the weights imply 3"),
+        ("image_encoder", {"image_size": 8 * HUGE}, f"image_size is {8 * HUGE}, but the weights imply 32"),
         ("image_encoder", {"num_attention_heads": 5}, "hidden_size 24 is not a multiple of num_attention_heads 5"),
     ],
 )
@@ -192,7 +192,7 @@ def test_a_config_of_diffusers_that_the_weights_contradict(theirs, part, changes
 def test_a_wan_model_of_bare_weights(wan, wan_folder):
     """Without config.json, all that shapes do not tell comes from vpae_jax.json."""
     (wan / "config.json").unlink()
-    assert "the width 24 is no multiple" in refused(wan)
+    assert "the width 24 is not a multiple" in refused(wan)
     edit_json(wan / "vpae_jax.json", parts={"transformer": {"num_attention_heads": 2, "attention_head_dim": 12}})
     assert opened(wan, "transformer") == find_model(wan_folder).part("transformer").config
 
@@ -203,12 +203,12 @@ def test_an_image_encoder_of_other_heads(tmp_path, dim, heads):
     state = original_wan.ImageEncoder(dim=dim, num_heads=heads).state_dict()
     write(tmp_path / "clip.pth", state)
     message = refused(tmp_path)
-    assert f"the width {dim} is no multiple of Wan's 16 heads; give num_attention_heads in vpae_jax.json" in message
+    assert f"the width {dim} is not a multiple of Wan's 16 heads; give num_attention_heads in vpae_jax.json" in message
     edit_json(tmp_path / "vpae_jax.json", parts={"image_encoder": {"num_attention_heads": heads}})
     assert opened(tmp_path, "image_encoder").num_attention_heads == heads
     assert opened(tmp_path / "clip.pth", "image_encoder").hidden_size == dim
     for parts, message in (
-        ({"image_encoder": {"hidden_size": 48}}, f"hidden_size is 48, but the weights make it {dim}"),
+        ({"image_encoder": {"hidden_size": 48}}, f"hidden_size is 48, but the weights imply {dim}"),
         ({"image_encoder": {"num_attention_heads": heads, "head": 3}}, ".head: unknown key"),
         ([], "parts is [], expected an object of objects"),
         ({"image_encoder": 3}, "expected an object of objects"),
@@ -248,7 +248,7 @@ def test_autoencoders_of_other_kinds(tmp_path):
     config = opened(write(tmp_path / "vae.safetensors", state), "vae")
     assert (config.base_dim, config.decoder_base_dim, config.attn_scales) == (4, 6, (0.5, 0.25))
     write(tmp_path / "z" / "vae.pth", original_wan.VAE(z_dim=3).state_dict())
-    assert "3 latent channels, but Wan's mean and deviation are of 16; give latents_mean" in refused(tmp_path / "z")
+    assert "3 latent channels, but Wan's mean and deviation are for 16; give latents_mean" in refused(tmp_path / "z")
     moments = {"latents_mean": [0.0, 1.0, 2.0], "latents_std": [1.0, 2.0, 3.0]}
     edit_json(tmp_path / "z" / "vpae_jax.json", parts={"vae": moments})
     assert opened(tmp_path / "z", "vae").latents_std == (1.0, 2.0, 3.0)

@@ -101,7 +101,7 @@ FIRST, SECOND = "m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors"
         (b'{"a": ' + b"[" * 200_000, "{index}: not valid JSON: maximum recursion depth"),
         ({}, "{index}: no 'weight_map'; expected an index of safetensors shards"),
         ({"weight_map": [FIRST]}, "{index}: no 'weight_map'"),
-        ({"weight_map": {"x": 3}}, "{index}: tensor 'x' is listed in 3, expected a file beside the index"),
+        ({"weight_map": {"x": 3}}, "{index}: tensor 'x' is listed in 3, expected a file next to the index"),
         ({"weight_map": {"x": None}}, "{index}: tensor 'x' is listed in None, expected a file"),
         ({"weight_map": {"x": ""}}, "{index}: tensor 'x' is listed in '', expected a file"),
         ({"weight_map": {"x": "/etc/passwd"}}, "{index}: tensor 'x' is listed in '/etc/passwd', expected a file"),
@@ -123,18 +123,18 @@ FIRST, SECOND = "m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors"
         ),
         (
             {"weight_map": {"x": FIRST, "y": SECOND, "z": FIRST}},
-            "{index}: tensor 'z' is listed in " + FIRST + ", but is not there",
+            "{index}: tensor 'z' is listed in " + FIRST + ", but missing there",
         ),
         (
             {"weight_map": {"x": SECOND, "y": FIRST}},
-            "{index}: tensor 'x' is listed in " + SECOND + ", but is not there",
+            "{index}: tensor 'x' is listed in " + SECOND + ", but missing there",
         ),
         (
             {"weight_map": {"x": FIRST, "z": SECOND}},
-            "{index}: tensor 'z' is listed in " + SECOND + ", but is not there",
+            "{index}: tensor 'z' is listed in " + SECOND + ", but missing there",
         ),
         ({"weight_map": {"x": FIRST, "y": SECOND, "w": "both"}}, "tensor 'x' is also in {folder}/both; remove one"),
-        ({"weight_map": {"w": "both"}}, "{folder}/both: tensor 'x' is there, but {index} does not list it"),
+        ({"weight_map": {"w": "both"}}, "{folder}/both: tensor 'x' is not listed in {index}"),
     ],
 )
 def test_hostile_indexes(tmp_path, index, content, message):

@@ -24,7 +24,7 @@ def test_json_of_gigabytes_is_not_read(theirs, name):
     (theirs / name).touch()
     os.truncate(theirs / name, 8 * 2**30)  # sparse
     assert refused(theirs) == (
-        f"{theirs / name}: has more than {MAX_JSON} bytes, which no such file of a model has; fetch it again"
+        f"{theirs / name}: has more than {MAX_JSON} bytes, too many for such a file; fetch it again"
     )
 
 

@@ -46,7 +46,7 @@ def test_a_distributed_checkpoint_is_named_with_what_makes_one_file_of_it(tmp_pa
         for given in (folder, folder.parent, file):
             with pytest.raises(UserError) as error:
                 read_model(str(given), None)
-            line = f"{file}: is a part of a PyTorch distributed checkpoint; make one file of its folder first, with `"
+            line = f"{file}: is part of a PyTorch distributed checkpoint; merge its folder into one file first, with `"
             assert str(error.value).startswith(line)
             assert f"format_utils dcp_to_torch {folder} FILE.pt`" in str(error.value)
         (tmp_path / "whole").mkdir()
@@ -63,7 +63,7 @@ def test_weights_are_seen_whatever_letters_their_suffix_has(theirs):
 
 def test_a_zip_that_is_no_checkpoint(tmp_path):
     shutil.make_archive(str(tmp_path / "m"), "zip", tmp_path)
-    assert "is a zip archive with no PyTorch checkpoint in it; unpack it" in refused(tmp_path / "m.zip")
+    assert "is a zip archive without a PyTorch checkpoint; unpack it" in refused(tmp_path / "m.zip")
 
 
 @pytest.mark.parametrize("name", ["model_index.json", "vpae_jax.json", "transformer/config.json"])

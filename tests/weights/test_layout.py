@@ -172,7 +172,7 @@ def test_image_processor_equals_transformers(tmp_path, height, width, theirs, ou
 
 
 def test_a_picture_of_too_long_a_shape_is_refused():
-    with pytest.raises(UserError, match=r"the image is 1x400000, too long a shape for the image encoder; crop it"):
+    with pytest.raises(UserError, match=r"the image is 1x400000, too elongated for the image encoder; crop it"):
         ImageProcessor()(np.zeros((1, 1, 400_000, 3), np.uint8))
 
 

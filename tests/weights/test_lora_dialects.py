@@ -187,7 +187,7 @@ def test_the_prefix_of_another_network_is_none(t2v, tmp_path):
     for prefix in ("vace_", "controlnet.", "text_encoder."):
         save_file({f"{prefix}blocks.0.self_attn.q.diff_b": UP[:, 0].copy()}, tmp_path / FILE)
         with pytest.raises(
-            UserError, match=rf"tensor '{prefix}blocks.0.self_attn.q.diff_b' is of a layer that this model"
+            UserError, match=rf"tensor '{prefix}blocks.0.self_attn.q.diff_b' is for a layer that this model"
         ):
             read_lora(tmp_path / FILE, t2v.config)
 

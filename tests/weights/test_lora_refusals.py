@@ -23,23 +23,23 @@ BROKEN = {
     ),
     "kind": (
         {**PAIR, f"{Q}.dora_scale": ONES},
-        rf"tensor '{Q}.dora_scale' is of an unknown kind, expected one of lora_A",
+        rf"tensor '{Q}.dora_scale' is of unknown kind, expected one of lora_A",
     ),
     "layer": (
         {**PAIR, f"{Q}k.diff_b": ONES},
-        rf"tensor '{Q}k.diff_b' is of a layer that this model does not have; is the",
+        rf"tensor '{Q}k.diff_b' is for a layer that this model does not have; is the",
     ),
     "number": (
         {k.replace("blocks.0", "blocks.2"): v for k, v in PAIR.items()},
-        r"tensor 'diffusion_model.blocks.2.\S+' is of block 2, but the last of this model is 1",
+        r"tensor 'diffusion_model.blocks.2.\S+' is for block 2, but the last of this model is 1",
     ),
     "kohya's number": (
         {"lora_unet_blocks_30_ffn_0.alpha": np.ones(1, np.float32)},
-        r"'lora_unet_blocks_30_ffn_0.alpha' is of block 30, but the last of this model is 1",
+        r"'lora_unet_blocks_30_ffn_0.alpha' is for block 30, but the last of this model is 1",
     ),
-    "no up": ({DOWN: PAIR[DOWN]}, rf"tensor '{DOWN}' has no lora_up \(or B\) beside it; the file is incomplete"),
-    "no down": ({UP: PAIR[UP]}, rf"tensor '{UP}' has no lora_down \(or A\) beside it"),
-    "alpha alone": ({f"{Q}.alpha": np.ones(1, np.float32)}, r"tensor '\S+.alpha' has no lora_down"),
+    "no up": ({DOWN: PAIR[DOWN]}, rf"tensor '{DOWN}' has no matching lora_up \(or B\); the file is incomplete"),
+    "no down": ({UP: PAIR[UP]}, rf"tensor '{UP}' has no matching lora_down \(or A\)"),
+    "alpha alone": ({f"{Q}.alpha": np.ones(1, np.float32)}, r"tensor '\S+.alpha' has no matching lora_down"),
     "width of A": (
         {**PAIR, DOWN: np.ones((4, 23), np.float32)},
         rf"tensor '{DOWN}' has shape \[4, 23\], expected \[4, 24\]; is the LoRA for another model\?",
@@ -56,7 +56,10 @@ BROKEN = {
     ),
     "shape of a difference": ({f"{Q}.diff_b": np.ones(23, np.float32)}, r"has shape \[23\], expected \[24\]"),
     "NaN": ({**PAIR, UP: np.full((24, 4), np.nan, np.float32)}, rf"'{UP}' holds NaN or infinity; the file is damaged"),
-    "integers": ({**PAIR, UP: np.ones((24, 4), np.int8)}, rf"'{UP}' is of int8, expected floating point; quantised"),
+    "integers": (
+        {**PAIR, UP: np.ones((24, 4), np.int8)},
+        rf"'{UP}' has dtype int8, expected floating point; quantised",
+    ),
     "alpha of several": ({**PAIR, f"{Q}.alpha": ONES}, r"alpha' of shape \[24\] is not one finite number"),
     "infinite alpha": ({**PAIR, f"{Q}.alpha": np.float32(np.inf)}, r"alpha' of shape \[\] is not one finite number"),
     "twice": (
@@ -69,9 +72,9 @@ BROKEN = {
     ),
     "adapter of a norm": (
         {"blocks.0.norm3.lora_A.weight": ONES, "blocks.0.norm3.lora_B.weight": ONES},
-        "is half an adapter, but blocks/norm2/scale is no linear layer",
+        "is half an adapter, but blocks/norm2/scale is not a linear layer",
     ),
-    "bias without adapter": ({f"{Q}.lora_B.bias": ONES}, r"lora_B.bias' has no adapter beside it"),
+    "bias without adapter": ({f"{Q}.lora_B.bias": ONES}, r"lora_B.bias' has no matching adapter"),
 }
 
 

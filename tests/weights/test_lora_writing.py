@@ -90,7 +90,7 @@ def test_whole_differences_in_the_wan_form(made, tmp_path, caplog):
 def test_writing_refuses(t2v, tmp_path):
     with pytest.raises(UserError, match=r"out.pt: a LoRA is one safetensors file"):
         write_lora(tmp_path / "out.pt", t2v.lora, "wan")
-    with pytest.raises(UserError, match="nothing to write, as no layer differs"):
+    with pytest.raises(UserError, match="nothing to write, since no layer differs"):
         write_lora(tmp_path / FILE, Lora({}), "wan")
     bad = Lora({("proj_out", 0): Adapter(np.full((24, 2), np.nan, np.float32), np.zeros((2, 64), np.float32))})
     with pytest.raises(UserError, match=r"tensor 'transformer.proj_out.lora_A.weight' would hold NaN or infinity"):

@@ -89,7 +89,7 @@ def test_modules_are_refused(tmp_path):
         (torch.zeros(1), "holds a Tensor, expected a mapping"),
         ({"model": {"a": {"b": torch.zeros(1)}}}, "'a' is a dict, expected a tensor"),
         ({"x": torch.zeros(1), "epoch": 3}, "'epoch' is a int, expected a tensor; keep only the weights"),
-        ({7: torch.zeros(1)}, "a tensor is named 7, expected text"),
+        ({7: torch.zeros(1)}, "a tensor is named 7, expected a string"),
         ({"x": torch.zeros(1, dtype=torch.complex64)}, "tensor 'x' has dtype 'complex64', expected one of bfloat16"),
         ({"x": torch.zeros(1, device="meta")}, "tensor 'x' holds no values (device meta)"),
         ({"x": torch.zeros(2, dtype=torch.complex64).conj().imag}, "tensor 'x' is not stored densely"),

@@ -153,11 +153,11 @@ TENSOR = "blocks.1.attn1.to_q.weight"
         ),
         (
             lambda t: t.update({"blocks.2.norm2.weight": torch.zeros(24)}),
-            "config.json: num_layers is 2, but the weights make it 3; which of them is wrong?",
+            "config.json: num_layers is 2, but the weights imply 3; which of them is wrong?",
         ),
         (
             lambda t: t.update({TENSOR: torch.zeros(24, 24, dtype=torch.int8)}),
-            f"diffusion_pytorch_model.safetensors: tensor '{TENSOR}' is of int8, expected floating point",
+            f"diffusion_pytorch_model.safetensors: tensor '{TENSOR}' has dtype int8, expected floating point",
         ),
         (
             lambda t: t.update({TENSOR: torch.full((24, 24), torch.inf)}),
@@ -298,7 +298,7 @@ def test_damaged_arrays_of_ours_are_one_line(ours, tmp_path, which, keep):
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UserError, match=r"does not restore \(.*; convert the model again") as error:
+    with pytest.raises(UserError, match=r"cannot be restored \(.*; convert the model again") as error:
         read_part(folder, "text_encoder")
     assert str(params) in str(error.value) and "\n" not in str(error.value)
     del error

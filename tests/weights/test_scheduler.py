@@ -200,7 +200,7 @@ def test_a_file_that_does_not_say_has_the_defaults_of_diffusers_pipelines(tmp_pa
         (dict(steps=-1), "steps is -1, expected at least 1"),
         (dict(guidance=0.5), "guidance is 0.5, expected at least 1"),
         (dict(shift=0.0), "shift is 0.0, expected a positive number"),
-        (dict(steps=2, times=(1.0, 0.0)), "times are 2 numbers, expected 3: one a step, and 0"),
+        (dict(steps=2, times=(1.0, 0.0)), "times are 2 numbers, expected 3: one per step, and 0"),
         (dict(steps=2, times=(1.0, 1.0, 0.0)), "expected numbers that fall from 1 to 0"),
     ],
 )
@@ -337,7 +337,7 @@ def test_settings_left_out_have_diffusers_values(tmp_path, key, value):
     if key == "flow_shift":
         assert read_scheduler(folder).shift == value
         return
-    with pytest.raises(UserError, match=f"{key} is {value!r}.*as the file does not say"):
+    with pytest.raises(UserError, match=f"{key} is {value!r}.*default for a missing key"):
         read_scheduler(folder)
 
 

@@ -1,1 +1,1 @@
-"""Making and scoring the clips of several models: rows, their clips on disk, and what becomes of them."""
+"""Generates and scores the clips of several models: the rows, their clips on disk, and their scores."""

@@ -1,4 +1,4 @@
-"""Where the time of a clip goes, besides the network and the decoder, and how much memory it takes."""
+"""Time per clip outside the network and the decoder, and peak memory."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ TEXT, IMAGE, FIRST_FRAME, *_, WRITE = STAGES
 
 
 def encoding(pipeline: Pipeline, held_out: HeldOut) -> dict[str, float]:
-    """Seconds of what is done once for a clip before the network sees it: its text, and its first frame where one is
-    given. What compiles has been compiled.
+    """Seconds of the encoding done once per clip before the network runs: its text, and its first frame where one is
+    given. Compilation is excluded.
 
     Args:
       pipeline: with its encoders.
@@ -39,7 +39,7 @@ def encoding(pipeline: Pipeline, held_out: HeldOut) -> dict[str, float]:
 
 
 def seconds_of(work: Callable[[], Any]) -> float:
-    """What a call takes that is not the first."""
+    """Seconds of a call, measured after a warm-up call."""
     jax.block_until_ready(work())
     start = time.perf_counter()
     jax.block_until_ready(work())
@@ -47,7 +47,7 @@ def seconds_of(work: Callable[[], Any]) -> float:
 
 
 def peak_memory() -> float:
-    """Bytes that a device has held at most since the process began; where devices do not tell, as CPUs, the process."""
+    """Peak bytes in use on a device since the process began; of the process where devices do not report it (CPU)."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     if peaks := [one["peak_bytes_in_use"] for one in stats if "peak_bytes_in_use" in one]:
         return float(max(peaks))
@@ -56,12 +56,12 @@ def peak_memory() -> float:
 
 
 def typical(costs: Sequence[Mapping[str, float]], evaluations: int) -> dict[str, float]:
-    """What a clip takes, from what each has taken: seconds by stage, of an evaluation of the network, and of the first
-    batch, for which programs are compiled; and the most memory.
+    """Typical costs of a clip: median seconds by stage, of one network evaluation, and of the first batch including
+    compilation; and the peak memory.
 
     Args:
-      costs: of each clip, as far as it is known.
-      evaluations: of the network, for a clip.
+      costs: of each clip, as far as known.
+      evaluations: network evaluations per clip.
     """
     names = [name for name in (*STAGES, FIRST_CALL) if any(name in one for one in costs)]
     found = {name: float(np.median([one[name] for one in costs if name in one])) for name in names}

@@ -1,7 +1,7 @@
-"""Makes the clips of rows, each once: what is there already, from an earlier run or another process, is not made again.
+"""Generates the clips of rows, each once: clips from an earlier run or another process are reused.
 
-For each row, the encoders of its model are read, say what is asked for, and leave the memory before the transformer
-comes. Processes that share the work make every n-th clip each; they need not meet, but all see the folder.
+For each row, its model's encoders are loaded, encode the conditions, and are released before the transformer is loaded.
+Of n processes that share the work, each makes every n-th clip; they do not communicate, but all see the same folder.
 """
 
 from __future__ import annotations
@@ -41,7 +41,12 @@ from vpae_jax.weights.merging import LoraFile, open_merging
 
 @dataclass(frozen=True)
 class Share:
-    """Which of several processes this is."""
+    """This process's share of the clips.
+
+    Attributes:
+      process: index of this process, from 0.
+      processes: number of processes.
+    """
 
     process: int = 0
     processes: int = 1
@@ -49,16 +54,16 @@ class Share:
 
 @dataclass(frozen=True)
 class Opened:
-    """A row whose clips can be made.
+    """A row whose clips can be generated.
 
     Attributes:
       entry: the row.
       model: its model.
       sampler: how its clips are made.
-      encoders: 16 digits of what has encoded its conditions.
-      task, held_out: what is asked for, without what is known of real clips.
+      encoders: fingerprint (16 digits) of the encoders of its conditions.
+      task, held_out: the conditions, without measurements of real clips.
       pipeline: its decoder, without encoders and transformer.
-      archive: of its clips.
+      archive: where its clips are stored.
     """
 
     entry: Entry
@@ -72,15 +77,15 @@ class Opened:
 
 
 class Making:
-    """Opens rows, and makes this process's share of their clips.
+    """Opens rows, and generates this process's share of their clips.
 
     Args:
-      shelf: where they are kept.
-      task_of: what a model is asked for, by a pipeline that has its encoders.
-      count: conditions of each mode, at most.
-      batch: clips made at once; None for as many as their size allows.
+      shelf: where they are stored.
+      task_of: gives the task of a model, from a pipeline with its encoders.
+      count: maximum number of conditions of each mode.
+      batch: clips generated at once; None for as many as their size allows.
       dtype: of the networks.
-      devices: of this process, over which a batch is laid.
+      devices: of this process, over which a batch is distributed.
     """
 
     def __init__(
@@ -100,7 +105,7 @@ class Making:
         self._last: tuple[Any, Pipeline | None] = (None, None)
 
     def open(self, entry: Entry, share: Share) -> Opened:
-        """A row. Raises `UserError` for a model that cannot be read, or makes other clips than are asked for."""
+        """Opens a row. Raises `UserError` for a model that cannot be read, or cannot make the clips of the task."""
         model, whole = entry.find(), None
         sampler = entry.sampler(model)
         if entry.model not in self._models:
@@ -122,23 +127,25 @@ class Making:
             return load_pipeline(model, jnp.dtype(self.dtype), with_transformer=False)
 
     def make(self, row: Opened, share: Share) -> None:
-        """Makes this process's clips of a row that are not there yet.
+        """Generates this process's missing clips of a row.
 
         Raises:
-          UserError: another process makes them, or a clip cannot be written.
+          UserError: another process is generating them, or a clip cannot be written.
         """
         archive, own = row.archive, _own(row.held_out, share)
         left = archive.without_latents(own)
         kept = [index for index in archive.without_measures(own) if index not in left]
-        each = "each" if row.sampler.chunks is None else "a chunk at most" if row.sampler.first else "a chunk"
-        there = f", {len(own) - len(left)} of which are there" if len(left) < len(own) else ""
+        each = "each" if row.sampler.chunks is None else "per chunk at most" if row.sampler.first else "per chunk"
+        there = f"; {len(own) - len(left)} already exist" if len(left) < len(own) else ""
         say(f"{row.entry.name}: {len(own)} clips, {row.sampler.evaluations} network evaluations {each}{there}")
         if not left and not kept:
             return
         with claimed(archive.folder / f"{share.process}-of-{share.processes}.lock") as ours:
             if not ours:
                 which = f"share {share.process} of {share.processes} of {row.entry.name}"
-                raise UserError(f"another process makes {which}; give each its own --process_id, or wait for its end")
+                raise UserError(
+                    f"{which} is being made by another process; give each its own --process_id, or wait until it ends"
+                )
             self._measure_again(row, kept)
             if left:
                 self._make(row, left)
@@ -163,9 +170,9 @@ class Making:
             first = False
 
     def _measure_again(self, row: Opened, kept: Sequence[int]) -> None:
-        """Decodes and measures clips of which no more than the latents are there, or that something else measured."""
+        """Decodes and measures clips of which only latents exist, or that were measured by other code."""
         if kept:
-            say(f"{row.entry.name}: {len(kept)} clips are decoded and measured anew")
+            say(f"{row.entry.name}: decoding and measuring {len(kept)} existing clips again")
         for rows, filled in in_batches(len(kept), clips_at_once(row.held_out.shape)):
             found = [row.archive.latents(kept[place]) for place in filled]
             latents = np.stack([one for one in found if one is not None])
@@ -191,7 +198,7 @@ class Making:
             row.archive.keep(index, {name: np.asarray(value[place]) for name, value in measures.items()}, cost)
 
     def _with_transformer(self, row: Opened, mesh: Mesh | None) -> Pipeline:
-        """The row's whole generator; the one before leaves the memory first."""
+        """The row's whole generator; the previous one is released first."""
         key = row.entry.model, row.entry.lora
         if self._last[0] != key:
             self._last = None, None
@@ -204,8 +211,8 @@ class Making:
         return self._last[1]
 
     def _laid_out(self, shape: tuple[int, ...], clips: int) -> tuple[int, Mesh | None]:
-        """How many of these clips are made at once, in two batches at least, since the first one's time is a
-        compiler's; and the mesh: clips over devices as far as there are enough at once, else tokens."""
+        """The batch size for these clips, and the mesh. There are at least two batches, since the first one's time
+        includes compilation. Clips are distributed over devices as far as the batch allows, tokens over the rest."""
         devices, batch = len(self.devices), self.batch
         if batch is None:
             batch = min(clips_at_once(shape), max(1, -(-clips // 2)))
@@ -216,7 +223,7 @@ class Making:
         return batch, sharding.make_mesh(MeshConfig(data=1, fsdp=apart, context=devices // apart), self.devices)
 
     def _identity(self, entry: Entry, model: ModelDirectory, sampler: Sampler, held_out: HeldOut) -> Mapping[str, Any]:
-        """All that decides a row's clips."""
+        """Everything that determines a row's clips."""
         loras = {} if entry.lora is None else {"LoRA": [entry.lora]}
         return {
             "model": reads(model, {}, loras),
@@ -237,10 +244,10 @@ def _modes(held_out: HeldOut) -> list[str]:
 
 
 def _own(held_out: HeldOut, share: Share) -> range:
-    """The rows that a process makes."""
+    """The indices of the clips that a process generates."""
     return range(share.process, len(held_out), share.processes)
 
 
 def unmade(rows: Sequence[Opened]) -> int:
-    """How many clips of all rows are not there, or not measured."""
+    """Number of clips of all rows that are missing or not measured."""
     return sum(len(row.archive.without_measures(range(len(row.held_out)))) for row in rows)

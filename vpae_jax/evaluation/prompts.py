@@ -1,4 +1,4 @@
-"""Prompts of a user's own to evaluate by, without real clips: encoded once, into the evaluation's folder."""
+"""Evaluation on a user's own prompts, without real clips; they are encoded once, into the evaluation's folder."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from vpae_jax.tasks.base import Task
 from vpae_jax.tasks.video.task import Video
 from vpae_jax.types import UserError
 
-UNIT = 64  # prompts that are written together
-POLL = 1.0  # seconds between two looks at what another process encodes
+UNIT = 64  # prompts in a work unit
+POLL = 1.0  # seconds between checks while another process encodes
 
 
 def listed(file: Path, images: Path | None) -> Captions:
-    """The prompts of a file, as `python -m vpae_jax.encode --prompts` reads them. Raises `UserError` for none."""
+    """The prompts of a file, as `python -m vpae_jax.encode --prompts` reads them. Raises `UserError` if it has none."""
     pictures = None if images is None else Pictures(images, None)
     return Captions(file, unit=UNIT, flag="--prompts", pictures=pictures)
 
 
 def task_of(prompts: Captions, folder: Path, pipeline: Pipeline, model: str) -> Task:
-    """What a model is asked for by prompts, at its own size.
+    """The task of generating clips for prompts, at the model's own size.
 
     Args:
-      prompts: `listed`.
-      folder: into which they are encoded, by whichever process comes first.
+      prompts: from `listed`.
+      folder: where they are encoded, by whichever process comes first.
       pipeline: of the model, with its encoders.
       model: its name, for messages.
 
     Raises:
-      UserError: first frames for a model that takes none, or prompts or pictures that cannot be used.
+      UserError: first frames for a model that takes none, or prompts or images that cannot be used.
     """
     if prompts.pictures is not None and not pipeline.takes_image:
         raise UserError(f"--images: {model} is a text-to-video model; leave it out")

@@ -23,11 +23,11 @@ class Entry:
     Attributes:
       name: of the row.
       model: the directory.
-      steps, guidance, solver: None for what the directory says.
-      lora: a LoRA file that is merged into its transformer; None for none.
+      steps, guidance, solver: None for the directory's own.
+      lora: a LoRA file to merge into its transformer; None for none.
 
     Raises:
-      UserError: settings that no sampler has.
+      UserError: settings that no sampler supports.
     """
 
     name: str
@@ -46,26 +46,27 @@ class Entry:
             )
 
     def find(self) -> ModelDirectory:
-        """Its model. Raises `UserError` for one that is not there, or not whole."""
+        """Its model. Raises `UserError` for one that is missing or incomplete."""
         model = find_model(self.model)
         model.require_whole()
         return model
 
     def sampler(self, model: ModelDirectory) -> Sampler:
-        """How its clips are made. Raises `UserError` for settings that the model does not have."""
+        """The sampler of its clips. Raises `UserError` for settings that the model does not support."""
         image = makes_from_image({name: part.config for name, part in model.parts.items()})
         return read_scheduler(model.folder, image).sampler(self.steps, self.guidance, self.solver)
 
 
 def parse_entry(text: str, flag: str = "--compare", what: str = "DIR") -> Entry:
-    """One row of the command line: NAME=DIR, NAME=DIR:STEPS:GUIDANCE or NAME=DIR:STEPS:GUIDANCE:SOLVER.
+    """Parses a row of the command line: NAME=DIR, NAME=DIR:STEPS:GUIDANCE or NAME=DIR:STEPS:GUIDANCE:SOLVER.
 
     Args:
-      flag: that it was given by, for messages.
-      what: it names.
+      text: the flag's value.
+      flag: its name, for messages.
+      what: what stands after the equals sign, for messages.
 
     Raises:
-      UserError: it cannot be read.
+      UserError: it is malformed.
     """
     name, _, rest = text.partition("=")
     model, *how = rest.split(":")
@@ -85,15 +86,15 @@ def parse_entry(text: str, flag: str = "--compare", what: str = "DIR") -> Entry:
 
 
 def parse_run(text: str) -> tuple[Entry, Path]:
-    """A --run: the row of the model that a run has left, and the run's folder. Raises `UserError` as `parse_entry`."""
+    """Parses --run: the row of the model that a run wrote, and its workdir. Raises `UserError` as `parse_entry`."""
     row = parse_entry(text, "--run", "WORKDIR")
     workdir = local_path(row.model)
     return Entry(row.name, str(workdir / PRODUCT), row.steps, row.guidance, row.solver), workdir
 
 
 def parse_lora(text: str, model: str) -> Entry:
-    """A --lora: the row of a LoRA file, merged into a model. Raises `UserError` as `parse_entry`, and for no such
-    file."""
+    """Parses --lora: the row of a LoRA file, merged into a model. Raises `UserError` as `parse_entry`, and for a
+    missing file."""
     row = parse_entry(text, "--lora", "FILE")
     file = local_path(row.model)
     if not file.is_file():
@@ -102,8 +103,8 @@ def parse_lora(text: str, model: str) -> Entry:
 
 
 def check_names(rows: list[Entry]) -> None:
-    """Raises `UserError` for two rows of one name."""
+    """Raises `UserError` if two rows have the same name."""
     names = [row.name for row in rows]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"two rows are called {name!r}; give each its own name")
+            raise UserError(f"two rows are named {name!r}; give each its own name")

@@ -1,4 +1,4 @@
-"""From clips on disk to the numbers of each row, beside those of the real clips."""
+"""From clips on disk to the scores of each row and of the real clips."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from vpae_jax.tasks.base import HeldOut, Measures
 
 @dataclass(frozen=True)
 class Scored:
-    """All numbers of an evaluation.
+    """All scores of an evaluation.
 
     Attributes:
-      held_out: what the first row was asked for.
-      real: the row of the real clips; None where prompts alone were asked for.
-      rows: those of the models, in their order.
+      held_out: the conditions of the first row.
+      real: the row of the real clips; None for an evaluation on prompts alone.
+      rows: those of the models, in order.
     """
 
     held_out: HeldOut
@@ -30,11 +30,12 @@ class Scored:
 
 
 def score(rows: Sequence[Opened], shelf: Shelf) -> Scored:
-    """Scores rows whose clips are all there. Where prompts alone were asked for, without real clips, the first row's
-    clips stand for these in what is said of the others.
+    """Scores rows whose clips all exist. On prompts alone, without real clips, the first row's clips serve as the
+    reference for the others.
 
     Args:
-      shelf: keeps what is measured of the real clips.
+      rows: in the order of the report.
+      shelf: stores the measurements of the real clips.
     """
     asked: dict[str, HeldOut] = {}
     done: list[Row] = []
@@ -64,7 +65,7 @@ def _scored(row: Opened, held_out: HeldOut, measures: Measures | None) -> Row:
     settings |= {"guidance": sampler.guidance, "solver": sampler.solver}
     times = typical(costs, sampler.evaluations)
     if measures is None:
-        say(f"{entry.name}: its clips are not finite; it has no scores")
+        say(f"{entry.name}: its clips are not finite, so it has no scores")
         return Row(entry.name, sampler.evaluations, {}, settings, times=times)
     videos = [row.archive.video(index) for index in range(len(held_out))]
     return Row(

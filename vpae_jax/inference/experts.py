@@ -1,4 +1,5 @@
-"""A model directory's networks on devices: the transformer, or two experts for different times; the autoencoder."""
+"""Loads a model directory's networks onto devices: the transformer, or two experts for different timesteps; and the
+autoencoder."""
 
 from __future__ import annotations
 
@@ -21,14 +22,16 @@ Experts = tuple[WanTransformer, WanTransformer | None]
 
 
 def load(model: ModelDirectory, dtype: DTypeLike, mesh: Mesh | None = None, merge: Merge | None = None) -> Experts:
-    """The transformer, and the expert for the times below the boundary; None for a model without one.
+    """The transformer, and the expert for timesteps below the boundary; the latter is None for a model without one.
 
     Args:
+      model: the model directory.
+      dtype: of weights and computation.
       mesh: over which weights and tokens are sharded; None for the default device.
-      merge: what is added to the first one's weights.
+      merge: what to add to the first one's weights.
 
     Raises:
-      UserError: files that cannot be read, or hold no such weights.
+      UserError: files that cannot be read, or do not hold these weights.
     """
     where = place(mesh, sharding.TRANSFORMER_RULES)
     first = load_part(model, "transformer", dtype, where, merge)
@@ -36,20 +39,20 @@ def load(model: ModelDirectory, dtype: DTypeLike, mesh: Mesh | None = None, merg
 
 
 def shapes(model: ModelDirectory, dtype: DTypeLike, mesh: Mesh | None = None) -> Experts:
-    """The same without weights."""
+    """The same networks with shapes in place of weights."""
     second = left_part(model, LOW, dtype) if LOW in model.parts else None
     return _laid_out(left_part(model, "transformer", dtype), second, mesh)
 
 
 def load_vae(model: ModelDirectory, dtype: DTypeLike, mesh: Mesh | None = None) -> WanVAE:
-    """The autoencoder, whole on every device of a mesh, over which it spreads the rows of clips. Raises as `load`."""
+    """The autoencoder, replicated over a mesh, across which it splits the rows of clips. Raises as `load`."""
     vae: WanVAE = load_part(model, "vae", dtype, place(mesh, sharding.REPLICATED))
     vae.rows = None if mesh is None else Rows(mesh)
     return vae
 
 
 def place(mesh: Mesh | None, rules: sharding.Rules) -> Placement | None:
-    """Where each parameter lies by rules; None for the default device."""
+    """The placement of each parameter by sharding rules; None for the default device."""
     if mesh is None:
         return None
 

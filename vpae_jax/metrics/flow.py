@@ -1,17 +1,17 @@
-"""Measures of motion by dense optical flow: how fast, how even, and what changes beside the motion.
+"""Measures of motion from dense optical flow: its speed, its smoothness, and changes that it does not explain.
 
 The flow is OpenCV's DIS (Kroeger et al., "Fast Optical Flow using Dense Inverse Search", 1603.03590), which needs no
-weights. OpenCV is optional (`metrics.extras`); only `measure` needs it. Clips are looked at with every frame, and a
-shorter side of SIDE to twice SIDE pixels; smaller ones as they are.
+weights. OpenCV is optional (`metrics.extras`); only `measure` needs it. Every frame is used, at a shorter side of SIDE
+to twice SIDE pixels; smaller clips are used as they are.
 
-    magnitude      mean |F_i|, where F_i moves frame i onto frame i+1, in widths of the picture a frame
-    fastest        mean of the largest 5 % of |F_i|, in shorter sides of the picture a frame, as VBench takes it
-    compensated    mean |x_i(p) - x_{i+1}(p + F_i(p))|: what motion does not explain, in levels of 255
+    magnitude      mean |F_i|, where F_i moves frame i onto frame i+1, in image widths per frame
+    fastest        mean of the largest 5% of |F_i|, in shorter sides of the image per frame, as in VBench
+    compensated    mean |x_i(p) - x_{i+1}(p + F_i(p))|: changes not explained by motion, in levels of 255
     interpolated   mean |x_i - m_i|, m_i(p) = (x_{i-1}(p - G_i(p) / 2) + x_{i+1}(p + G_i(p) / 2)) / 2, where G_i moves
-                   frame i-1 onto i+1: how badly even motion predicts the middle frame, in levels of 255
+                   frame i-1 onto i+1: the error of predicting the middle frame by uniform motion, in levels of 255
 
-The last is VBench's motion smoothness with flow in the place of its interpolation network, and as an error. Pixels that
-the flow takes from outside the picture do not count.
+The last is VBench's motion smoothness, as an error and with flow instead of an interpolation network. Pixels that the
+flow takes from outside the image are ignored.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from vpae_jax.metrics.measures import reduced
 
 SIDE = 128
 LEAST = 16  # pixels of the shorter side, below which the search finds nothing
-FASTEST = 0.05  # share of the pixels
-# VBench's dynamic degree (`vbench/dynamic_degree.py`): flow beyond 6/256 of the shorter side between frames at 8 a
-# second, in a quarter of the frames.
+FASTEST = 0.05  # fraction of the pixels
+# VBench's dynamic degree (`vbench/dynamic_degree.py`): flow beyond 6/256 of the shorter side between frames at 8 fps,
+# in a quarter of the frames.
 DYNAMIC, DYNAMIC_FPS, DYNAMIC_SHARE = 6 / 256, 8.0, 0.25
-# A clip stands still whose flow is below this part of the width a second.
+# A clip counts as still if its flow is below this fraction of the width per second.
 STILL = 0.005
 
 
 def measure(clips: Clips) -> dict[str, Float[np.ndarray, "b _"]]:
-    """The numbers above: `magnitude`, `fastest` and `compensated` of the t - 1 pairs, `interpolated` of the t - 2
-    triples. Clips have at least 3 frames; OpenCV is installed."""
+    """Computes the measures above: `magnitude`, `fastest` and `compensated` for the t - 1 pairs of frames,
+    `interpolated` for the t - 2 triples. Needs OpenCV, and clips of at least 3 frames."""
     cv2 = opencv()
     assert cv2 is not None
     small = reduced(clips, clips.shape[1], SIDE)
@@ -50,13 +50,13 @@ def measure(clips: Clips) -> dict[str, Float[np.ndarray, "b _"]]:
 
 
 def dynamic(fastest: Curves, fps: float) -> Scores:
-    """1 for clips that move by VBench's rule, applied to neighbouring frames at the clips' own rate; else 0."""
+    """1 for clips that are dynamic by VBench's rule, applied to neighbouring frames at the clips' own rate; else 0."""
     moving = fastest * fps / DYNAMIC_FPS > DYNAMIC
     return (moving.mean(1) >= DYNAMIC_SHARE).astype(np.float64)
 
 
 def still(magnitude: Curves, fps: float) -> Scores:
-    """1 for clips whose mean flow is below STILL; else 0."""
+    """1 for clips with a mean flow below STILL; else 0."""
     return (magnitude.mean(1) * fps < STILL).astype(np.float64)
 
 
@@ -85,7 +85,7 @@ def _clip(cv2: Any, search: Any, clip: UInt8[np.ndarray, "t height width 3"]) ->
 def _sampled(
     cv2: Any, frame: Float[np.ndarray, "height width 3"], places: Float[np.ndarray, "height width 2"]
 ) -> tuple[Float[np.ndarray, "height width 3"], Any]:
-    """A frame at places (column, row), and which of them lie inside it."""
+    """A frame sampled at places (column, row), and which of these lie inside it."""
     height, width = frame.shape[:2]
     x, y = places[..., 0], places[..., 1]
     inside = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
@@ -93,5 +93,5 @@ def _sampled(
 
 
 def _apart(one: Float[np.ndarray, "height width 3"], other: Float[np.ndarray, "height width 3"], where: Any) -> float:
-    """Mean absolute difference at these pixels; 0 where there are none."""
+    """Mean absolute difference over the pixels in `where`; 0 if there are none."""
     return float(np.abs(one - other)[where].mean()) if where.any() else 0.0

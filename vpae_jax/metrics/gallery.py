@@ -1,4 +1,4 @@
-"""The clips of a page, each once: within the page, or in a folder beside it, with a picture that stands for it."""
+"""The clips of a page, each stored once, in the page or in a folder next to it, with a poster image."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from vpae_jax.media import read_stream
 from vpae_jax.metrics.rows import Row
 from vpae_jax.pages import jpeg
 
-POSTER_SIDE = 640  # pixels of the longer side of a picture, at most
-SMALL = 160  # clips with no side as long are shown enlarged, without smoothing
+POSTER_SIDE = 640  # maximum length of a poster's longer side, in pixels
+SMALL = 160  # clips with both sides below this many pixels are enlarged, without smoothing
 
 
 def stems(rows: Sequence[Row]) -> dict[str, str]:
-    """What begins the names of a row's files, by the row's name; no two are equal."""
+    """The stem of each row's file names, by row name; no two are equal."""
     found: dict[str, str] = {}
     for row in rows:
         plain = re.sub(r"[^\w.-]+", "_", row.name.replace(",", "")).lstrip(".") or "row"
-        taken, number, stem = {one.lower() for one in found.values()}, 1, plain  # some file systems know no capitals
+        taken, number, stem = {one.lower() for one in found.values()}, 1, plain  # some file systems ignore case
         while stem.lower() in taken:
             number += 1
             stem = f"{plain}_{number}"
@@ -36,11 +36,11 @@ def stems(rows: Sequence[Row]) -> dict[str, str]:
 
 
 class Gallery:
-    """Clips that a page shows, by their names.
+    """The clips that a page shows, by name.
 
     Args:
-      rows: whose clips these are.
-      frames: of a clip; the middle one is its picture.
+      rows: the rows that they belong to.
+      frames: number of frames of a clip; the middle one is its poster.
     """
 
     def __init__(self, rows: Sequence[Row], frames: int) -> None:
@@ -50,10 +50,10 @@ class Gallery:
         self.height = self.width = 0  # of the clips, once there is one
 
     def add(self, row: Row, half: str, index: int) -> str | None:
-        """The name of a clip, which the page then shows; None where the row does not have it.
+        """Adds a clip to the page and returns its name; None if the row does not have it.
 
         Raises:
-          UserError: its file is not there, or cannot be decoded.
+          UserError: its file is missing, or cannot be decoded.
         """
         if index >= len(row.files.get(half, ())):
             return None
@@ -64,16 +64,16 @@ class Gallery:
 
     @property
     def small(self) -> bool:
-        """Whether the clips are to be enlarged."""
+        """Whether the clips are shown enlarged."""
         return max(self.height, self.width) < SMALL
 
     @property
     def bytes(self) -> int:
-        """Of all clips."""
+        """Total size of all clips."""
         return sum(file.stat().st_size for file in self._files.values())
 
     def within(self) -> tuple[dict[str, str], dict[str, str]]:
-        """Addresses of clips and of pictures that hold these themselves."""
+        """Data URLs of clips and posters, which contain them."""
         clips = {name: base64.b64encode(file.read_bytes()).decode() for name, file in self._files.items()}
         return (
             {name: f"data:video/mp4;base64,{clip}" for name, clip in clips.items()},
@@ -81,8 +81,8 @@ class Gallery:
         )
 
     def write(self, folder: Path, called: str) -> tuple[dict[str, str], dict[str, str]]:
-        """Writes clips and pictures into a new folder. Returns their addresses for a page beside it, once the folder is
-        called so. Raises `UserError` where the system does not let us write."""
+        """Writes clips and posters into a new folder, and returns their URLs relative to a page next to it, once the
+        folder is renamed to `called`. Raises `UserError` if writing fails."""
         with refused_writes(folder):
             folder.mkdir()
             for name, file in self._files.items():

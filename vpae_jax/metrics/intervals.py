@@ -1,9 +1,9 @@
-"""Intervals of 95 % over clips, by a bootstrap of halves that are drawn without replacement.
+"""95% intervals over clips, from random halves drawn without replacement.
 
-A clip that is drawn twice would meet itself in a kernel, whose distance must leave such pairs out; so each draw takes
-m = n // 2 of n clips. The mean of such a half scatters about that of all with variance s^2 (1/m - 1/n), where s^2/n is
-wanted: deviations are scaled by sqrt(m / (n - m)), which is 1 for even n ("delete-d jackknife", Shao and Wu, Annals of
-Statistics 17, 1989). They are taken from the mean of the draws, because a Frechet distance of halves is larger than
+A clip drawn twice would be compared with itself by a kernel distance, which must exclude such pairs; so each draw takes
+m = n // 2 of n clips. The mean of such a half scatters about that of all clips with variance s^2 (1/m - 1/n) instead of
+s^2/n: deviations are scaled by sqrt(m / (n - m)), which is 1 for even n ("delete-d jackknife", Shao and Wu, Annals of
+Statistics 17, 1989). Deviations are from the mean of the draws, because a Frechet distance of halves is larger than
 that of the whole.
 """
 
@@ -21,7 +21,7 @@ Interval = tuple[float, float]
 
 
 def half(count: int, rng: np.random.Generator) -> Int[np.ndarray, "m"]:
-    """Half of the clips, at least two where there are so many, in their order."""
+    """Indices of a random half of the clips, at least two if there are two, in order."""
     size = min(count, max(2, count // 2))
     return np.sort(rng.choice(count, size, replace=False))
 
@@ -29,12 +29,12 @@ def half(count: int, rng: np.random.Generator) -> Int[np.ndarray, "m"]:
 def intervals(
     values: Mapping[str, float], count: int, draw: Callable[[np.random.Generator], Mapping[str, float]]
 ) -> dict[str, Interval]:
-    """The interval of each number.
+    """The 95% interval of each metric.
 
     Args:
-      values: of all clips.
-      count: how many these are.
-      draw: the same numbers of a half of them; one that a half does not have is left out of that draw.
+      values: metrics of all clips.
+      count: number of clips.
+      draw: gives the same metrics of a random half; metrics missing from a draw are skipped in it.
     """
     rng = np.random.default_rng(SEED)
     draws = [draw(rng) for _ in range(DRAWS)]

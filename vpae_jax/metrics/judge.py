@@ -1,11 +1,11 @@
-"""How good clips of any content are, against real clips: one set of numbers from the measures of both.
+"""The quality of clips of any content relative to real clips: metrics from the measures of both.
 
     made = joined(measure(clips, with_networks=True) for clips in batches)
     Comparison(made, real, others, fps, {}, {}).scores() / .intervals() / .curves() / .each()
 
-Measures of single clips are compared with the real clips of the same conditions, distances of sets with other ones: a
-clip that begins with a real clip's first frame is not independent of it. What needs a package that is not installed
-(`metrics.extras`) is absent. `docs/evaluation.md` says what each number sees and misses.
+Per-clip measures are compared with the real clips of the same conditions, but distances between sets use other real
+clips: a clip that begins with a real clip's first frame is not independent of it. Metrics whose package is not
+installed (`metrics.extras`) are omitted. `docs/evaluation.md` says what each metric detects and misses.
 """
 
 from __future__ import annotations
@@ -32,53 +32,57 @@ METRICS = (
     Metric("kvd", "KVD", "less", "Kernel distance to other real clips, in thousandths; about 0 for real clips."),
     Metric("fvd", "FVD", "less", "Frechet distance of I3D logits to other real clips; far above 0 for few clips."),
     Metric("kvd_i3d", "KVD, I3D", "less", "Kernel distance of I3D logits, in thousandths; about 0 for real clips."),
-    Metric("sharpness", "sharpness", "real", "Mean absolute Laplacian over that of real clips; blur is below 1."),
-    Metric("sharpness_kept", "sharpness kept", "real", "Variance of the Laplacian after the first frame over its own."),
-    Metric("motion", "motion", "real", "Mean speed of edges over that of real clips; less is stiller."),
-    Metric("flow", "flow", "real", "Mean magnitude of optical flow, in per cent of the width a second."),
-    Metric("dynamic_degree", "dynamic degree", "real", "Share of clips that move by VBench's rule, on DIS flow."),
-    Metric("still", "still", "real", "Share of clips whose frames differ by less than half a level of 255."),
-    Metric("still_flow", "still, flow", "real", "Share of clips whose flow is under 0.5 % of the width a second."),
+    Metric("sharpness", "sharpness", "real", "Mean absolute Laplacian, relative to real clips; below 1 is blur."),
+    Metric("sharpness_kept", "sharpness kept", "real", "Laplacian variance of later frames, relative to the first."),
+    Metric("motion", "motion", "real", "Mean speed of edges, relative to real clips; lower is stiller."),
+    Metric("flow", "flow", "real", "Mean magnitude of optical flow, in % of the width per second."),
+    Metric("dynamic_degree", "dynamic degree", "real", "Fraction of dynamic clips by VBench's rule, on DIS flow."),
+    Metric("still", "still", "real", "Fraction of clips whose frames differ by less than half a level of 255."),
+    Metric("still_flow", "still, flow", "real", "Fraction of clips with a flow below 0.5% of the width per second."),
     Metric(
         "interpolation_error",
         "interpolation error",
         "real",
-        "Frames against what flow puts between their neighbours, in levels of 255; jumps raise it.",
+        "Error of interpolating frames from their neighbours by flow, in levels of 255; jumps raise it.",
     ),
-    Metric("flicker", "flicker", "real", "Frames against the next, moved back by the flow, in levels of 255."),
+    Metric("flicker", "flicker", "real", "Difference to the next frame, warped back by the flow, in levels of 255."),
     Metric("temporal_flickering", "VBench flickering", "real", "1 - mean difference of neighbouring frames / 255."),
     Metric("color_drift", "colour drift", "real", "Relative change of the mean colour from first to last frame."),
-    Metric("color_distance", "colour distance", "real", "Farthest from the first frame's colours, in levels of 255."),
+    Metric(
+        "color_distance",
+        "colour distance",
+        "real",
+        "Largest distance from the first frame's colours, in levels of 255.",
+    ),
     Metric(
         "persistence_first", "persistence, first", "real", "Cosine of each frame's AlexNet features to the first's."
     ),
-    Metric("persistence_previous", "persistence, previous", "real", "The same to the frame before."),
+    Metric("persistence_previous", "persistence, previous", "real", "The same, to the previous frame's."),
     Metric("latent_mean", "latent mean", "less", "Distance of the latent channels' means, in standard deviations."),
-    Metric("latent_std", "latent spread", "real", "Standard deviation of latent channels over that of real clips."),
+    Metric("latent_std", "latent spread", "real", "Standard deviation of latent channels, relative to real clips."),
 )
 LEAST_FRAMES = 3  # one with a neighbour on either side
 STILL = 0.5  # levels of 255 between successive frames
-FIRST_SIDE = 128  # pixels of the shorter side of the first frames that are kept, at least, of larger ones
+FIRST_SIDE = 128  # minimum pixels of the shorter side to which large first frames are reduced
 
-# Arrays with a row for each clip.
+# Arrays with a row per clip.
 Measures = Mapping[str, Shaped[np.ndarray, "..."]]
 
 
 def measure(clips: Clips, with_networks: bool) -> dict[str, Shaped[np.ndarray, "..."]]:
-    """What is kept of clips: numbers of each clip and frame, features, the first frame and the clip as
-    `measures.reduced` leaves them.
+    """Measures clips: per-clip and per-frame numbers, features, and the first frame and the clip as reduced by
+    `measures.reduced`.
 
     Args:
       clips: at least 3 frames.
-      with_networks: whether I3D and AlexNet, which take seconds a clip on a CPU, look at them.
+      with_networks: whether to run I3D and AlexNet, which take seconds per clip on a CPU.
 
     Raises:
       UserError: clips of fewer frames, or weights of a network that cannot be read.
     """
     if clips.shape[1] < LEAST_FRAMES:
         raise UserError(
-            f"clips of {clips.shape[1]} frames cannot be judged: motion shows in {LEAST_FRAMES} or more; take longer "
-            "ones"
+            f"clips of {clips.shape[1]} frames cannot be scored: motion needs {LEAST_FRAMES} or more; use longer clips"
         )
     small = reduced(clips)
     found = {
@@ -103,17 +107,17 @@ def measure(clips: Clips, with_networks: bool) -> dict[str, Shaped[np.ndarray, "
 
 @dataclass(frozen=True)
 class Comparison:
-    """Clips that are judged, and real ones.
+    """Generated clips to be scored, and real ones.
 
     Attributes:
-      made: measures of the clips that are judged; with `moments` of their latents or without.
-      real: of the real clips of their conditions, row for row; of any number where real ones are judged.
-      others: of other real clips, at least two; without any, there are no distances.
-      fps: frames a second.
-      more: further numbers of each clip, by metric, whose mean is reported.
-      pairs: of each of the first conditions, by metric, a number (its difference from another clip of the condition)
-        and one of the real clips, whose ratio of means is reported (`diversity`).
-      kernels: between these clips and the others, by metric, if they are known already, as of a part of the clips.
+      made: measures of the clips to be scored, optionally with `moments` of their latents.
+      real: measures of the real clips of their conditions, row by row; of any number if real clips are scored.
+      others: measures of the reference clips, other real ones, at least two; without them there are no distances.
+      fps: frames per second.
+      more: further per-clip values, by metric, whose mean is reported.
+      pairs: by metric, values for the first conditions (the difference between two clips of a condition) and for real
+        clips, whose ratio of means is reported (`diversity`).
+      kernels: kernel values between these clips and the others, by metric, if known already, as for a subset.
     """
 
     made: Measures
@@ -125,13 +129,13 @@ class Comparison:
     kernels: Mapping[str, Kernels] = field(default_factory=dict)
 
     def each(self) -> dict[str, Float[np.ndarray, "b"]]:
-        """Of every clip, the numbers that single clips have, by metric; their mean over clips is the score, but for
-        `sharpness_kept`, whose score is a ratio of means. `still`, `still_flow` and `dynamic_degree` are 0 or 1."""
+        """Per-clip values, by metric. The score is their mean over clips, except for `sharpness_kept`, whose score is a
+        ratio of means. `still`, `still_flow` and `dynamic_degree` are 0 or 1."""
         made, real = self.made, self.real
         later, first = made["laplacian"][:, 1:].mean(1), made["laplacian"][:, 0]
         found = {
             "sharpness": made["sharpness"] / _mean(real["sharpness"]),
-            # An even frame, as of a clip that begins with black, has no sharpness to keep: under one level is none.
+            # A uniform frame, as in a clip that begins with black, has no sharpness to keep: values below 1 count as 1.
             "sharpness_kept": np.maximum(later, 1) / np.maximum(first, 1),
             "motion": made["speed"] / _mean(real["speed"]),
             "still": (made["change"] < STILL).astype(np.float64),
@@ -152,7 +156,7 @@ class Comparison:
         return {**found, **self.more}
 
     def scores(self) -> dict[str, float]:
-        """Every number that the measures allow."""
+        """Every score that the measures allow."""
         made, real = self.made, self.real
         found = {name: float(values.mean()) for name, values in self.each().items()}
         found |= {
@@ -171,7 +175,7 @@ class Comparison:
         return found | ({"fvd": frechet_distance(self.made["i3d"], self.others["i3d"])} if "i3d" in self.made else {})
 
     def _kernels(self) -> dict[str, Kernels]:
-        """Of the features that the other real clips standardise, by metric."""
+        """Kernel values by metric, of features standardised by the reference clips."""
         found = {}
         for metric, name in {"kvd": "features", "kvd_i3d": "i3d"}.items():
             if self.others and name in self.made:
@@ -180,7 +184,7 @@ class Comparison:
         return found
 
     def intervals(self) -> dict[str, Interval]:
-        """Of 95 %, over clips (`metrics.intervals`); of a made clip and its real one together."""
+        """95% intervals over clips (`metrics.intervals`); a generated clip and its real one are drawn together."""
         whole = replace(self, kernels=self._kernels())
         return intervals(whole.scores(), len(self.made["features"]), lambda rng: whole._half(rng).scores())
 
@@ -206,9 +210,9 @@ class Comparison:
         )
 
     def curves(self) -> dict[str, list[float]]:
-        """Means over clips, frame by frame, so that a fault after the first frame shows: of every frame
-        (`sharpness_kept`, `color_distance`, `persistence_first`), of each but the first (`temporal_flickering`, `flow`,
-        `flicker`, `persistence_previous`), or but the first and the last (`interpolation_error`)."""
+        """Per-frame means over clips, which reveal defects after the first frame: for every frame (`sharpness_kept`,
+        `color_distance`, `persistence_first`), for all but the first (`temporal_flickering`, `flow`, `flicker`,
+        `persistence_previous`), or for all but the first and the last (`interpolation_error`)."""
         made = self.made
         found = {
             "sharpness_kept": made["laplacian"].mean(0) / _mean(made["laplacian"][:, 0]),
@@ -228,14 +232,14 @@ class Comparison:
 
 
 def persistence(content: Float[np.ndarray, "b t d"]) -> dict[str, Float[np.ndarray, "b"]]:
-    """Of each clip, the mean cosine of its later frames to the first one and to the one before (as VBench's subject
-    and background consistency, whose features are DINO's and CLIP's); 1 for a clip that stands still."""
+    """For each clip, the mean cosine of its later frames to the first and to the previous frame (like VBench's subject
+    and background consistency, which use features of DINO and CLIP); 1 for a static clip."""
     to_first, to_previous = _cosines(content)
     return {"persistence_first": to_first[:, 1:].mean(1), "persistence_previous": to_previous.mean(1)}
 
 
 def _cosines(content: Float[np.ndarray, "b t d"]) -> tuple[Float[np.ndarray, "b t"], Float[np.ndarray, "b later"]]:
-    """Of each frame's features, of length 1, to the first one's; and of each but the first to the one before."""
+    """Cosines of each frame's features (unit length) to the first frame's, and of all but the first to the previous."""
     return (content * content[:, :1]).sum(-1), (content[:, 1:] * content[:, :-1]).sum(-1)
 
 
@@ -245,5 +249,5 @@ def over(made: Float[np.ndarray, "..."], real: Float[np.ndarray, "..."]) -> floa
 
 
 def _mean(values: Float[np.ndarray, "..."]) -> float:
-    """That others are divided by: real clips without any edge are no reason to fail."""
+    """The mean, bounded below for use as a divisor, since real clips may have no edges."""
     return max(float(values.mean()), 1e-6)

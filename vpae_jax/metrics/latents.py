@@ -1,4 +1,4 @@
-"""Statistics of latents, channel by channel: what drifts in a training before pixels show it."""
+"""Per-channel statistics of latents, which reveal drift in training before it shows in pixels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-# Of each clip and channel: the mean and the mean square.
+# The mean and the mean square, for each clip and channel.
 Moments = Float[np.ndarray, "b 2 c"]
 
 
@@ -31,10 +31,10 @@ class Channels:
 
 
 def shift(made: Channels, real: Channels) -> float:
-    """Root mean square, over channels, of how far the means are apart, in standard deviations of the real one."""
+    """Root mean square, over channels, of the difference of means, in standard deviations of the real clips."""
     return float(np.sqrt((((made.mean - real.mean) / real.std) ** 2).mean()))
 
 
 def spread(made: Channels, real: Channels) -> float:
-    """Geometric mean, over channels, of the ratio of standard deviations; blur is below 1."""
+    """Geometric mean, over channels, of the ratio of standard deviations; below 1 for blur."""
     return float(np.exp(np.log(made.std / real.std).mean()))

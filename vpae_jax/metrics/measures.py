@@ -1,6 +1,6 @@
-"""Measures of single clips of any content: plain functions of pixels.
+"""Per-clip measures of any content: plain functions of pixels.
 
-Each takes uint8 clips of one size and gives one number a clip. Brightness is in 0..1.
+Unless stated otherwise, each takes uint8 clips of one size and gives one number per clip. Brightness is in [0, 1].
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from jaxtyping import Float, UInt8
 
 from vpae_jax.metrics.base import Clips, Pictures, Scores
 
-# What large clips are reduced to: at most so many frames, and a shorter side of one to two times so many pixels. The
-# tiny model's clips stay as they are; one of 81x480x832 becomes 17x48x83.
+# What large clips are reduced to: at most FRAMES frames, and a shorter side of SIDE to twice SIDE pixels. The tiny
+# model's clips are unchanged; one of 81x480x832 becomes 17x48x83.
 FRAMES, SIDE = 17, 48
 
 
 def reduced(clips: Clips, frames: int = FRAMES, side: int = SIDE) -> UInt8[np.ndarray, "b fewer rows columns 3"]:
-    """Every n-th frame, each pixel the mean of a square block; rows and columns that fill no block are cut off."""
+    """Every n-th frame, each pixel the mean of a square block; rows and columns not filling a block are cut off."""
     stride = max(1, -(-(clips.shape[1] - 1) // (frames - 1)))
     clips = clips[:, ::stride]
     b, t, height, width, _ = clips.shape
@@ -29,7 +29,7 @@ def reduced(clips: Clips, frames: int = FRAMES, side: int = SIDE) -> UInt8[np.nd
 
 
 def brightness(clips: Clips) -> Float[np.ndarray, "b t height width"]:
-    """Mean of the colours, 0..1."""
+    """Mean of the colour channels, in [0, 1]."""
     return clips.mean(-1, dtype=np.float32) / np.float32(255)
 
 
@@ -57,26 +57,26 @@ def change(clips: Clips) -> Scores:
 
 
 def speed(clips: Clips) -> Scores:
-    """How fast edges move across themselves, in pixels a frame: the root mean square of normal flow.
+    """Speed of edges perpendicular to themselves, in pixels per frame: the root mean square of normal flow.
 
-    Brightness that moves with v changes by dI/dt = -v . grad I, so that sqrt(sum (dI/dt)^2 / sum |grad I|^2) is the
-    speed, weighted by contrast; up to about a pixel a frame, beyond which it saturates. Unlike the mean difference of
-    frames it does not depend on contrast.
+    Brightness that moves with v changes by dI/dt = -v . grad I, so sqrt(sum (dI/dt)^2 / sum |grad I|^2) is the speed,
+    weighted by contrast. It saturates beyond about one pixel per frame. Unlike the mean difference of frames, it does
+    not depend on contrast.
     """
     x = brightness(clips)
     middle = (x[:, 1:] + x[:, :-1]) / 2
     down, right = np.gradient(middle, axis=(2, 3))
-    # A change of one level in each pixel of a frame without edges is no motion.
+    # The offset keeps a change of one level in a frame without edges from counting as motion.
     slope = (down**2 + right**2).mean((1, 2, 3)) + (1 / 255) ** 2
     return np.sqrt((np.diff(x, axis=1) ** 2).mean((1, 2, 3)) / slope).astype(np.float64)
 
 
 def psnr(pictures: Pictures, expected: Pictures) -> Scores:
-    """Peak signal-to-noise ratio in decibels, at most 60."""
+    """Peak signal-to-noise ratio of images in dB, capped at 60."""
     error = ((pictures.astype(np.float64) - expected) ** 2).mean((1, 2, 3))
     return 10 * np.log10(255**2 / np.maximum(error, 255**2 / 1e6))
 
 
 def difference(clips: Clips, others: Clips) -> Scores:
-    """Mean absolute difference of two clips' pixels, in levels of 255."""
+    """Mean absolute pixel difference of two clips, in levels of 255."""
     return np.abs(clips.astype(np.float32) - others).mean((1, 2, 3, 4)).astype(np.float64)

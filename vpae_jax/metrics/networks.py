@@ -1,7 +1,7 @@
 """Features of two networks whose weights come with optional packages (`metrics.extras`).
 
-I3D describes a clip, AlexNet a picture. Both are run where JAX runs, a few clips at a time. Without their packages the
-functions return None.
+I3D describes a clip, AlexNet an image. Both run on JAX's default device, a few clips at a time. Without their packages
+the functions return None.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from vpae_jax.types import UserError
 from vpae_jax.weights.array_pickles import Arrays, read_arrays
 
 CLIPS_AT_ONCE, PICTURES_AT_ONCE = 2, 32
-# AlexNet sees pictures with a shorter side of this to twice this; smaller ones are enlarged to it.
+# AlexNet sees images with a shorter side of SIDE to twice SIDE pixels; smaller ones are enlarged to SIDE.
 SIDE = 64
 
 Network = TypeVar("Network")
 
 
 def video_features(clips: Clips) -> Float[np.ndarray, "b 400"] | None:
-    """I3D's logits. Of long clips every n-th frame, at most FRAMES, at 224 x 224 pixels whatever their shape, as FVD's
-    authors resize theirs. None without the package, or for clips of less than 9 frames, which the network cannot take.
+    """I3D's logits. Long clips are reduced to every n-th frame, at most FRAMES; frames are resized to 224 x 224 pixels
+    whatever their shape, as FVD's authors do. None without the package, or for clips of fewer than 9 frames, the
+    network's minimum.
 
     Raises:
       UserError: the package's weights cannot be read.
@@ -50,8 +51,8 @@ def video_features(clips: Clips) -> Float[np.ndarray, "b 400"] | None:
 
 
 def content(clips: Clips) -> Float[np.ndarray, "b t 256"] | None:
-    """What each frame shows, wherever it shows it: AlexNet's last features, averaged over positions, of length 1. None
-    without the package.
+    """The content of each frame regardless of position: AlexNet's last features, averaged over positions and scaled to
+    unit length. None without the package.
 
     Raises:
       UserError: the package's weights cannot be read.
@@ -66,7 +67,7 @@ def content(clips: Clips) -> Float[np.ndarray, "b t 256"] | None:
 
 
 def lpips(pictures: Pictures, expected: Pictures) -> Scores | None:
-    """LPIPS of each pair, 0 for equal ones. None without the package.
+    """LPIPS of each pair of images, 0 for identical ones. None without the package.
 
     Raises:
       UserError: the package's weights cannot be read.
@@ -82,7 +83,7 @@ def lpips(pictures: Pictures, expected: Pictures) -> Scores | None:
 
 
 def _picture(pixels: Shaped[np.ndarray, "b height width 3"]) -> jnp.ndarray:
-    """Pictures in [-1, 1], enlarged where AlexNet could not take them."""
+    """Images in [-1, 1], enlarged if they are too small for AlexNet."""
     b, height, width, _ = pixels.shape
     x = jnp.asarray(pixels, jnp.float32) / 127.5 - 1
     if (short := min(height, width)) < SIDE:
@@ -93,7 +94,7 @@ def _picture(pixels: Shaped[np.ndarray, "b height width 3"]) -> jnp.ndarray:
 def _in_parts(
     values: Shaped[np.ndarray, "..."], size: int, function: Callable[[np.ndarray], np.ndarray]
 ) -> Shaped[np.ndarray, "..."]:
-    """A function of parts of one size, the last one filled up, so that one program serves all."""
+    """Applies a function to parts of one size, padding the last one, so that it compiles only once."""
     parts = []
     for start in range(0, len(values), size):
         rows = np.minimum(np.arange(start, start + size), len(values) - 1)

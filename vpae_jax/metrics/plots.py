@@ -1,4 +1,4 @@
-"""Line plots as SVG text whose colours are the page's own, so that they follow its light and dark themes."""
+"""Line plots as SVG text that uses the page's colour variables, so that they follow its light and dark themes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import matplotlib
 from matplotlib.figure import Figure
 
-# Stand-ins that matplotlib can draw; each becomes a variable of the page's style sheet.
+# Placeholder colours for matplotlib; each is replaced by a variable of the page's style sheet.
 INK, LINE = "#010203", "#040506"
 SERIES = ("#070809", "#0a0b0c", "#0d0e0f", "#101112", "#131415", "#161718")
 KINDS = ("-", "--", ":", "-.")
 _VARIABLES = {INK: "--ink", LINE: "--line", **{color: f"--series-{i}" for i, color in enumerate(SERIES)}}
-LEGEND_COLUMNS, LEGEND_LINE = 2, 0.19  # inches that a line of the legend takes
+LEGEND_COLUMNS, LEGEND_LINE = 2, 0.19  # height of a legend line in inches
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Curve:
     Attributes:
       name: in the legend.
       steps, values: its points.
-      color: which of the page's colours; they begin again after the sixth, with lines of the next kind.
-      kind: solid, dashed, dotted, or dashes and dots.
+      color: index of the page's series colour; after the sixth they repeat with the next line style.
+      kind: line style: solid, dashed, dotted, or dash-dotted.
     """
 
     name: str
@@ -43,9 +43,9 @@ def line_plot(title: str, curves: Sequence[Curve], identity: str, logarithmic: b
     Args:
       title: shown above the plot.
       curves: at least one; all share the axes.
-      identity: unlike that of any other plot of the page.
-      axis: name of the horizontal axis.
-      logarithmic: asks for a logarithmic axis, which is used only when every value is above zero.
+      identity: unique among the plots of the page.
+      logarithmic: whether to use a logarithmic vertical axis, if every value is positive.
+      axis: label of the horizontal axis.
     """
     columns = LEGEND_COLUMNS if max(len(curve.name) for curve in curves) < 26 else 1
     height = 2.4 + LEGEND_LINE * math.ceil(len(curves) / columns)

@@ -1,5 +1,5 @@
-"""One page that shows a comparison: clips side by side, scores, times, losses, settings. It loads nothing from outside:
-its clips are in it, or in a folder beside it if they are large."""
+"""The report page of a comparison: clips side by side, scores, times, losses, settings. It loads nothing from outside:
+its clips are embedded, or in a folder next to it if they are large."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from vpae_jax.metrics.trainings import differences, training_plots
 from vpae_jax.pages import page_template
 
 TEMPLATE = "report.html.jinja"
-MOST_EMBEDDED = 40 * 2**20  # bytes of clips within a page; with more of them they lie in a folder beside it
-WORST = 3  # clips of a row by a metric
-SIDE_BY_SIDE = 4  # large clips in a line, at most
-# Metrics whose numbers are large.
+MOST_EMBEDDED = 40 * 2**20  # maximum bytes of clips embedded in a page; more are stored in a folder next to it
+WORST = 3  # number of worst clips per row and metric
+SIDE_BY_SIDE = 4  # maximum number of large clips in a line
+# Metrics with large values, shown with one decimal.
 LARGE = ("kvd", "kvd_i3d", "fvd", "psnr_first")
-# Of real clips where these are shown among others: dashes in the last colour.
+# Line style of real clips in plots: dashes in the last colour.
 REAL_COLOR, DASHED = 5, 1
 
 
 def write_report(path: Path, report: Report) -> None:
-    """Writes the page, and `NAME_files/` beside it if its clips are more than `MOST_EMBEDDED`; what an earlier page
-    left under both names is replaced when the new one is complete.
+    """Writes the page, and `NAME_files/` next to it if its clips exceed `MOST_EMBEDDED`; an earlier page and folder of
+    the same names are replaced once the new ones are complete.
 
     Raises:
-      UserError: a clip's file cannot be read, or the system does not let us write.
+      UserError: a clip's file cannot be read, or writing fails.
     """
     gallery = Gallery(report.all_rows, report.frames)
     halves = [_half(half, report, gallery) for half in TITLES if half in report.captions]
@@ -64,12 +64,12 @@ def write_report(path: Path, report: Report) -> None:
 
 
 def _columns(rows: int) -> int:
-    """How many clips of one condition lie side by side, so that full lines are about equally long."""
+    """Number of clips of one condition per line, chosen so that the lines are about equally full."""
     return math.ceil(rows / math.ceil(rows / SIDE_BY_SIDE))
 
 
 def _half(half: str, report: Report, gallery: Gallery) -> dict[str, Any]:
-    """What the page shows of one half."""
+    """The page's content for one mode (`half`)."""
     most = max((len(row.files.get(half, ())) for row in report.all_rows), default=0)
     shown = range(min(SHOWN, most, len(report.captions[half])))
     return {
@@ -84,7 +84,7 @@ def _half(half: str, report: Report, gallery: Gallery) -> dict[str, Any]:
 
 
 def _scores(half: str, report: Report) -> list[dict[str, Any]]:
-    """A line for each metric that a row has, with a cell for each row."""
+    """A line for each metric that any row has, with a cell for each row."""
     lines = []
     for metric in report.metrics:
         key = f"{half}/{metric.name}"
@@ -95,7 +95,7 @@ def _scores(half: str, report: Report) -> list[dict[str, Any]]:
         cells = []
         for row in report.all_rows:
             text = _number(row.scores.get(key), metric)
-            # What reads the same as the best is as good.
+            # Values that print the same as the best are marked, too.
             equal = row is not report.real and best is not None and text == _number(values[best], metric)
             ends = [_number(end, metric) for end in row.intervals.get(key, ())]
             cells.append({"text": text, "best": equal, "real": row is report.real, "interval": " to ".join(ends)})
@@ -104,7 +104,7 @@ def _scores(half: str, report: Report) -> list[dict[str, Any]]:
 
 
 def _worst(half: str, report: Report, gallery: Gallery) -> list[dict[str, Any]]:
-    """The worst clips of every row, by each metric that has values of single clips."""
+    """The worst clips of every row, for each metric with per-clip values."""
     found = []
     for metric in report.metrics:
         key, rows = f"{half}/{metric.name}", []
@@ -126,7 +126,7 @@ def _worst(half: str, report: Report, gallery: Gallery) -> list[dict[str, Any]]:
 
 
 def _by_frame(half: str, report: Report) -> list[str]:
-    """Plots of what becomes of metrics from frame to frame."""
+    """Plots of per-frame metrics."""
     looks = {row.name: (color, 0) for color, row in enumerate(report.rows)}
     if report.real is not None:
         looks[report.real.name] = (REAL_COLOR, DASHED)
@@ -136,7 +136,7 @@ def _by_frame(half: str, report: Report) -> list[str]:
         for row in report.all_rows:
             values = row.curves.get(f"{half}/{metric.name}", ())
             if values:
-                # Values of all frames begin with frame 0, those of all but the first, or but both ends, with 1.
+                # Curves over all frames start at frame 0; those without the first frame, or without both ends, at 1.
                 first = float(len(values) < report.frames)
                 frames = [first + i for i in range(len(values))]
                 curves.append(Curve(row.name, frames, values, *looks[row.name]))

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind besides its page: numbers as JSON and as text, and sample clips."""
+"""An evaluation's outputs besides its page: metrics as JSON and as text, and sample clips."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from vpae_jax.metrics.gallery import stems
 from vpae_jax.metrics.rows import SHOWN, TITLES, Row
 from vpae_jax.metrics.times import as_json, seconds, speedup, times_less, whole
 
-# Ends the name of a many-step model's row that is sampled in one step all the same.
+# Suffix of the row of a many-step model that is sampled in one step nevertheless.
 NAIVE = ", one step"
 ARROW = "\N{RIGHTWARDS ARROW}"
-# Of sample clips side by side, which many decoders limit to 4096 pixels, and of a sheet's frames.
+# Maximum width of side-by-side clips (many decoders are limited to 4096 pixels) and number of frames in a sheet.
 MOST_WIDTH, MOST_FRAMES = 4096, 17
 Value = TypeVar("Value")
 
@@ -29,7 +29,7 @@ Value = TypeVar("Value")
 def write_metrics(
     path: Path, metrics: Sequence[Metric], real: Row | None, rows: Sequence[Row], count: int, facts: Mapping[str, str]
 ) -> None:
-    """All numbers as JSON; an existing file is replaced when the new one is complete."""
+    """Writes all metrics as JSON; an existing file is replaced once the new one is complete."""
 
     def numbers(row: Row) -> dict[str, Any]:
         return {**nested(row.scores), "intervals": nested(row.intervals), "curves": nested(row.curves)}
@@ -55,11 +55,11 @@ def write_metrics(
 
 
 def write_samples(folder: Path, rows: Sequence[Row], fps: float) -> None:
-    """Every row's first clips of each half, side by side, moving and as a sheet with a line of frames for each; large
-    ones are made smaller.
+    """Writes every row's first clips of each mode, side by side, as a video and as a contact sheet with one line per
+    clip; large clips are scaled down.
 
     Raises:
-      UserError: a clip cannot be read, or the system does not let us write.
+      UserError: a clip cannot be read, or writing fails.
     """
     begin = stems(rows)
     for row in rows:
@@ -73,20 +73,20 @@ def write_samples(folder: Path, rows: Sequence[Row], fps: float) -> None:
 
 
 def _side_by_side(files: Sequence[Path]) -> Iterator[Frames]:
-    """One frame after the other, until the first of the clips ends."""
+    """Frames of the clips side by side, one at a time, until the shortest clip ends."""
     for frames in zip(*(read_stream(file) for file in files), strict=False):
         yield np.concatenate([_at_most(frame, MOST_WIDTH // len(files)) for frame in frames], 1)[None]
 
 
 def _thinned(frames: Frames) -> UInt8[np.ndarray, "lines rows columns 3"]:
-    """Some frames from first to last, so small that they fit into a sheet."""
+    """Evenly spaced frames from first to last, scaled down to fit into a line of a sheet."""
     count = min(len(frames), MOST_FRAMES)
     picked = np.linspace(0, len(frames) - 1, count).round().astype(int)
     return np.stack([_at_most(frames[i], MOST_WIDTH // count) for i in picked])
 
 
 def _at_most(picture: UInt8[np.ndarray, "height width 3"], width: int) -> UInt8[np.ndarray, "rows columns 3"]:
-    """A picture that is not wider, with an even height and width."""
+    """An image scaled down to at most this width, with even height and width if it is scaled."""
     if picture.shape[1] <= width:
         return picture
     size = width // 2 * 2, max(1, round(picture.shape[0] * width / picture.shape[1] / 2)) * 2
@@ -94,7 +94,7 @@ def _at_most(picture: UInt8[np.ndarray, "height width 3"], width: int) -> UInt8[
 
 
 def table(metrics: Sequence[Metric], rows: Sequence[Row]) -> str:
-    """The scores as text, one row after the other."""
+    """The scores as text, one line per row."""
     lines = []
     width = max(len(row.name) for row in rows)
     for half in TITLES:
@@ -110,7 +110,8 @@ def table(metrics: Sequence[Metric], rows: Sequence[Row]) -> str:
 
 
 def headline(rows: Sequence[Row], compared: Metric) -> list[tuple[str, str]]:
-    """The numbers at the page's top: the newest phase in one evaluation, or the last such row, against many steps."""
+    """The numbers at the top of the page: phase 2 in one network evaluation (else phase 1, else the last one-step
+    row), compared with many steps."""
     first, single = rows[0], [row for row in rows[1:] if row.evaluations == 1]
     students = [row for row in single if not row.name.endswith(NAIVE)]
     if not students:
@@ -118,13 +119,13 @@ def headline(rows: Sequence[Row], compared: Metric) -> list[tuple[str, str]]:
     named = {row.name: row for row in students}
     student = named.get("phase 2") or named.get("phase 1") or students[-1]
     steps, names = f"{first.evaluations} {ARROW} 1", f"{first.name} {ARROW} {student.name}"
-    found = [(steps, f"network evaluations a clip, {names}")]
+    found = [(steps, f"network evaluations per clip, {names}")]
     if (ratio := speedup(first, student, "network")) is not None:
         change = f"{seconds(first.times['network'])} {ARROW} {seconds(student.times['network'])}"
-        found.append((times_less(ratio), f"less network time a clip, measured in this run: {change}"))
+        found.append((times_less(ratio), f"less network time per clip, measured in this run: {change}"))
     if (ratio := speedup(first, student, "whole")) is not None:
         change = f"{seconds(whole(first.times))} {ARROW} {seconds(whole(student.times))}"
-        found.append((times_less(ratio), f"less time for a whole clip, all stages together: {change}"))
+        found.append((times_less(ratio), f"less time for a whole clip, all stages included: {change}"))
     naive = [row for row in single if row.name.endswith(NAIVE)]
     for half, name in TITLES.items():
         key = f"{half}/{compared.name}"
@@ -138,7 +139,7 @@ def headline(rows: Sequence[Row], compared: Metric) -> list[tuple[str, str]]:
 
 
 def nested(scores: Mapping[str, Value]) -> dict[str, dict[str, Value]]:
-    """`half/metric` keys as two levels."""
+    """Splits `half/metric` keys into two levels of dictionaries."""
     found: dict[str, dict[str, Value]] = {}
     for key, value in scores.items():
         half, name = key.split("/")

@@ -1,4 +1,7 @@
-"""What a comparison knows: ways of making clips, with the clips, numbers and times of each, and trainings."""
+"""The data of a comparison: rows, each with its clips, scores and times, and training runs.
+
+A "half" is one of the two modes, "t2v" or "i2v".
+"""
 
 from __future__ import annotations
 
@@ -10,25 +13,25 @@ from typing import Any
 from vpae_jax.metrics.base import Metric
 
 TITLES = {"t2v": "Text to video", "i2v": "Image to video"}
-SHOWN = 8  # clips of a half that are shown, the first ones
+SHOWN = 8  # clips of each half that are shown, the first ones
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way of making clips, or the real ones.
+    """One way of generating clips, or the real clips.
 
     Attributes:
-      name: what the page calls it.
-      evaluations: of the network, for one clip; None for real clips.
-      scores: `half/metric` to value; a half is "t2v" or "i2v".
-      settings: what else decides the clips.
-      intervals: `half/metric` to the ends of its 95 % interval over clips.
-      curves: `half/metric` to its values frame by frame, of all frames, of all but the first, or but both ends.
-      files: half to the mp4 file of every clip, for the conditions in their order, the same in all rows. The real row
-        may hold fewer, the first ones.
-      each: `half/metric` to the values of single clips, in the order of `files`; absent for metrics of whole sets.
-      times: seconds a clip of each stage (`times.STAGES`), of one network "evaluation", and of the "first call", the
-        first batch with all compilation; "peak memory" in bytes. Any may be absent.
+      name: shown on the page.
+      evaluations: network evaluations per clip; None for real clips.
+      scores: `half/metric` to value.
+      settings: what else determines the clips.
+      intervals: `half/metric` to the ends of its 95% interval over clips.
+      curves: `half/metric` to its per-frame values, for all frames, all but the first, or all but both ends.
+      files: half to the mp4 file of every clip, in the order of the conditions, which is the same in all rows. The real
+        row may have only the first ones.
+      each: `half/metric` to its per-clip values, in the order of `files`; absent for metrics of whole sets.
+      times: seconds per clip of each stage (`times.STAGES`), of one network "evaluation", and of the "first call", the
+        first batch including compilation; "peak memory" in bytes. Any may be absent.
     """
 
     name: str
@@ -44,13 +47,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Run:
-    """One training whose curves are shown.
+    """One training run whose curves are shown.
 
     Attributes:
-      name: of the phase.
-      records: its scalars, one mapping a logged step, with `step`.
+      name: of the run or phase.
+      records: its scalars, one mapping per logged step, with `step`.
       config: as plain JSON values.
-      note: a line of its own, such as what a guard decided.
+      note: a line to show with it, such as the guard's verdict.
     """
 
     name: str
@@ -61,19 +64,19 @@ class Run:
 
 @dataclass(frozen=True)
 class Report:
-    """All that the page shows.
+    """Everything that the page shows.
 
     Attributes:
-      title, summary: heading, and what was compared in one or two sentences.
-      headline: a few (number, what it is) pairs.
+      title, summary: heading, and one or two sentences on what was compared.
+      headline: a few pairs of a number and its description.
       metrics: the lines of the tables.
-      real: the real clips; their scores are the floor. None for prompts that have none.
+      real: the real clips, whose scores are the floor; None for prompts alone.
       rows: what is compared.
       captions: of every clip, by half.
-      count: clips a half behind each score.
-      frames: of a clip.
-      fps: frames a second.
-      runs: trainings.
+      count: number of clips of each half behind each score.
+      frames: frames per clip.
+      fps: frames per second.
+      runs: training runs.
       facts: versions, commands and the like.
     """
 
@@ -92,5 +95,5 @@ class Report:
 
     @property
     def all_rows(self) -> list[Row]:
-        """The real row, if there is one, and the others."""
+        """The row of the real clips, if there is one, followed by the others."""
         return [*([] if self.real is None else [self.real]), *self.rows]

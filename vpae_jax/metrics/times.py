@@ -1,4 +1,4 @@
-"""Where the time of making a clip goes: its stages, their sum, and how many times less it is than the first row's."""
+"""Time per clip by stage, the total, and the speed-up over the first row."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import Any, Literal
 
 from vpae_jax.metrics.rows import Row
 
-# From a prompt to a file, in their order; together they are the whole clip.
+# From a prompt to a file, in order; together they are the whole clip.
 STAGES = ("text", "image", "first frame", "network", "decode", "transfer", "write")
 EVALUATION, FIRST_CALL, MEMORY = "evaluation", "first call", "peak memory"
 ABSENT, TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
 
 
 def whole(times: Mapping[str, float]) -> float | None:
-    """Seconds of a whole clip: of all stages that were timed; None where the network or the decoder was not."""
+    """Seconds of a whole clip, over all stages that were timed; None if the network or the decoder was not timed."""
     timed = [times[stage] for stage in STAGES if stage in times]
     return sum(timed) if times.keys() >= {"network", "decode"} else None
 
 
 def speedup(first: Row, row: Row, of: Literal["network", "whole"]) -> float | None:
-    """How many times less a clip takes than one of the first row, in the network alone or as a whole; None where it was
-    not timed, or other stages were."""
+    """Speed-up over the first row, of the network alone or of the whole clip; None if it was not timed, or if different
+    stages were timed."""
     if of == "network":
         slow, fast = first.times.get("network"), row.times.get("network")
     elif all((stage in first.times) == (stage in row.times) for stage in STAGES):
@@ -32,7 +32,7 @@ def speedup(first: Row, row: Row, of: Literal["network", "whole"]) -> float | No
 
 
 def as_json(times: Mapping[str, float]) -> dict[str, float]:
-    """Times under names that say their units: `network_seconds`, `whole_seconds`, `peak_memory_bytes`."""
+    """Times under names with units: `network_seconds`, `whole_seconds`, `peak_memory_bytes`."""
     found = {name: value for name, value in times.items() if name != MEMORY}
     if (total := whole(times)) is not None:
         found["whole"] = total
@@ -41,7 +41,7 @@ def as_json(times: Mapping[str, float]) -> dict[str, float]:
 
 
 def time_table(rows: Sequence[Row]) -> dict[str, Any] | None:
-    """Columns, and a line a row: its cells, and what part of the whole each stage is. None where nothing was timed."""
+    """Columns, and a line per row with its cells and each stage's fraction of the whole. None if nothing was timed."""
     timed = [row for row in rows if row.times]
     if not timed:
         return None
@@ -56,14 +56,14 @@ def time_table(rows: Sequence[Row]) -> dict[str, Any] | None:
         cells += [gibibytes(row.times.get(name)) if name == MEMORY else seconds(row.times.get(name)) for name in more]
         shares = [row.times.get(stage, 0.0) / total for stage in stages] if total else []
         lines.append({"row": row, "cells": cells, "shares": shares})
-    against = f"times less than {timed[0].name}"
+    against = f"speed-up over {timed[0].name}"
     columns = [*stages, "whole clip", f"network, {against}", f"whole clip, {against}"]
     columns += ["one evaluation" if name == EVALUATION else name for name in more]
     return {"stages": stages, "columns": columns, "lines": lines}
 
 
 def seconds(value: float | None) -> str:
-    """Seconds with three digits that count."""
+    """Seconds with three significant digits."""
     if value is None:
         return ABSENT
     if value >= 100:

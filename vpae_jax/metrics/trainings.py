@@ -1,4 +1,4 @@
-"""Curves of trainings: of one, or of several over one another; and in which settings several differ."""
+"""Training curves of one run, or of several overlaid; and the settings in which several runs differ."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from vpae_jax.metrics.plots import Curve, line_plot
 from vpae_jax.metrics.rows import Run
 from vpae_jax.metrics.times import ABSENT
 
-MOST_LINES = 8  # of a plot of several runs
+MOST_LINES = 8  # maximum number of lines in a plot of several runs
 
 
 def training_plots(runs: Sequence[Run]) -> list[str]:
-    """Plots of like quantities. In those of several runs the colour says which run a line is of, and the kind of line
-    which quantity it shows."""
+    """Plots of related quantities. With several runs, colour shows the run, line style the quantity."""
     plots = []
     for title, members in _groups(runs).items():
         names = [name for name in members if any(len(_points(run, name)[0]) > 1 for run in runs)]
@@ -29,7 +28,7 @@ def training_plots(runs: Sequence[Run]) -> list[str]:
 
 
 def _groups(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Which quantities one plot shows, by its title."""
+    """The quantities of each plot, by its title."""
     names = sorted({name for run in runs for record in run.records for name in record} - {"step"})
     return {
         "loss": [n for n in names if n.endswith("/loss")],
@@ -58,14 +57,14 @@ def _points(run: Run, name: str) -> tuple[list[float], list[float]]:
 
 
 def _short(name: str) -> str:
-    """A curve's name without what the plot's title says already."""
+    """A curve's name without what is already in the plot's title."""
     for ending in ("/loss", "/grad_norm", "_grad", "/kvd"):
         name = name.removesuffix(ending)
     return name.removeprefix("held_out/").replace("_", " ").replace("/", ": ")
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """The settings that are not the same in all runs: a dotted key, and its value in each, as JSON."""
+    """The settings that differ between runs: a dotted key, and its value in each run, as JSON."""
     found = [_flat(run.config) for run in runs]
     keys = list(dict.fromkeys(key for config in found for key in config))
     values = [(key, [config.get(key, ABSENT) for config in found]) for key in keys]
@@ -73,7 +72,7 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings by dotted keys."""
+    """Nested settings, flattened to dotted keys."""
     found: dict[str, str] = {}
     for key, value in config.items():
         if isinstance(value, Mapping) and value:

@@ -1,11 +1,11 @@
-"""Human comparison: pairs of clips of one name from two folders, votes, and what these say.
+"""Human comparison: pairs of clips of the same name from two folders, votes, and preferences.
 
-A vote is a line of a JSONL file, {"clip", "left", "right", "choice", "voter"}: which rows were shown on which side, and
-"left", "right" or "same". The preference for a row over another is
+A vote is a line of a JSONL file, {"clip", "left", "right", "choice", "voter"}: the rows shown on each side, and "left",
+"right" or "same". The preference for one row over another is
 
     (better - worse) / (better + same + worse)
 
-from -1 to 1, as APT counts its users' votes (2501.08316), with a 95 % bootstrap interval over clips.
+from -1 to 1, as in APT's user study (2501.08316), with a 95% bootstrap interval over clips.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ DRAWS = 2000
 
 @dataclass(frozen=True)
 class Pair:
-    """Two clips to be compared.
+    """Two clips to compare.
 
     Attributes:
-      clip: their name, without its suffix.
-      left, right: the rows that they are of.
+      clip: their name, without suffix.
+      left, right: the rows that they belong to.
     """
 
     clip: str
@@ -46,12 +46,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class Vote:
-    """What somebody said of a pair.
+    """One person's vote on a pair.
 
     Attributes:
-      pair: what was compared.
+      pair: the clips compared.
       choice: the better one.
-      voter: who said so.
+      voter: the voter's name.
     """
 
     pair: Pair
@@ -61,14 +61,14 @@ class Vote:
 
 @dataclass(frozen=True)
 class Preference:
-    """What all votes on two rows say.
+    """The result of all votes on two rows.
 
     Attributes:
       row, other: the rows.
-      better, same, worse: votes for `row`, for neither, and for `other`.
-      clips: how many were compared.
+      better, same, worse: numbers of votes for `row`, for neither, and for `other`.
+      clips: number of clips compared.
       value: preference for `row`, from -1 to 1.
-      low, high: the interval.
+      low, high: ends of its 95% interval.
     """
 
     row: str
@@ -83,26 +83,26 @@ class Preference:
 
 
 def find_pairs(rows: Mapping[str, Path], seed: str) -> list[Pair]:
-    """All pairs of rows of every clip that both have, in an order and on sides that the seed decides.
+    """All pairs of rows for every clip that both have; the seed decides order and sides.
 
     Args:
-      rows: folders of clips, by the row's name.
-      seed: such as the voter's name, so that nobody sees the same order.
+      rows: folders of clips, by row name.
+      seed: such as the voter's name, so that each voter sees another order.
 
     Raises:
-      UserError: no folder, or two rows without a common clip.
+      UserError: a missing folder, or two rows without a common clip.
     """
     found = {}
     for name, folder in rows.items():
         if not folder.is_dir():
-            raise UserError(f"{name}={folder}: is no folder of clips")
+            raise UserError(f"{name}={folder}: not a folder; give a folder of {SUFFIX} files")
         found[name] = {str(file.relative_to(folder).with_suffix("")) for file in folder.rglob(f"*{SUFFIX}")}
     draw, pairs = random.Random(seed), []
     for one, other in combinations(rows, 2):
         common = sorted(found[one] & found[other])
         if not common:
             raise UserError(
-                f"{rows[one]} and {rows[other]} have no {SUFFIX} file of one name; call clips of one prompt the same"
+                f"{rows[one]} and {rows[other]} have no {SUFFIX} file name in common; name clips of one prompt the same"
             )
         for clip in common:
             pairs.append(Pair(clip, *draw.sample((one, other), 2)))
@@ -111,7 +111,7 @@ def find_pairs(rows: Mapping[str, Path], seed: str) -> list[Pair]:
 
 
 def add_vote(file: Path, vote: Vote) -> None:
-    """Appends a vote to a file. Raises `UserError` where it cannot be written."""
+    """Appends a vote to a file. Raises `UserError` if it cannot be written."""
     line = json.dumps({**asdict(vote.pair), "choice": vote.choice, "voter": vote.voter})
     file.parent.mkdir(parents=True, exist_ok=True)
     with refused_writes(file), file.open("a") as stream:
@@ -119,10 +119,10 @@ def add_vote(file: Path, vote: Vote) -> None:
 
 
 def read_votes(file: Path) -> list[Vote]:
-    """The votes of a file; the last one of a voter on a pair counts, whichever side showed what.
+    """Reads the votes of a file. Only a voter's last vote on a pair counts, regardless of sides.
 
     Raises:
-      UserError: a file that cannot be read, or a line that is no vote.
+      UserError: a file that cannot be read, or a line that is not a vote.
     """
     latest = {}
     try:
@@ -134,9 +134,9 @@ def read_votes(file: Path) -> list[Vote]:
             found = json.loads(line)
             clip, left, right, choice, voter = said = [found[key] for key in KEYS]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{file}: line {number} is no vote; remove it") from error
+            raise UserError(f"{file}: line {number} is not a vote; remove it") from error
         if not all(isinstance(word, str) for word in said):
-            raise UserError(f"{file}: line {number} is no vote, whose {', '.join(KEYS)} are text; remove it")
+            raise UserError(f"{file}: line {number} is not a vote: {', '.join(KEYS)} must be text; remove it")
         if choice not in get_args(Choice):
             raise UserError(f"{file}: line {number} has choice {choice!r}, expected left, right or same")
         latest[voter, clip, frozenset((left, right))] = Vote(Pair(clip, left, right), choice, voter)
@@ -144,7 +144,7 @@ def read_votes(file: Path) -> list[Vote]:
 
 
 def preferences(votes: Iterable[Vote], rows: Sequence[str] = ()) -> list[Preference]:
-    """What votes say of every two rows that were compared, in the order of `rows` where they are named."""
+    """The preference for every pair of rows that was compared, in the order of `rows` where they are named."""
     by_rows: dict[tuple[str, str], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for vote in votes:
         shown = (vote.pair.left, vote.pair.right)

@@ -1,1 +1,1 @@
-"""What a phase would cost on chips that are not there: memory, arithmetic, communication, time."""
+"""Estimates a phase's memory, arithmetic, communication and time on devices you do not have."""

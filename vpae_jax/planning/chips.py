@@ -1,38 +1,38 @@
-"""What one device of each kind can do. Published figures; what a program reaches of them is `roofline`'s business.
+"""Capabilities of one device of each kind, from published figures, and the fractions of peak that programs reach.
 
 TPU: memory, bandwidth and bf16 peak from https://docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. The
-interconnect is stated there as bytes a second of a chip over all its ports in both directions (v5e 400, v6e 800, v5p
+interconnect is given there in bytes per second of a chip over all its ports in both directions (v5e 400, v6e 800, v5p
 and tpu7x 1200 GB/s with 4, 4, 6 and 6 ports; v4 has six of 50 GB/s each way, arXiv 2304.01433); `link` is what a device
 sends along one axis of the torus, over the two ports of that axis. A TPU7x chip is two devices, each with half of
-everything. `reserved` is what libtpu keeps for itself, as its own out-of-memory messages count.
+everything. `reserved` is what libtpu keeps for itself, according to its own out-of-memory messages.
 
 GPU: H100, H200, B200: memory size and bandwidth, L2 and clocks as the driver reports them, from the device descriptions
 in OpenXLA (xla/backends/gpu/target_config/specs/{h100_sxm,h200,b200}.txtpb); dense bf16 peaks from NVIDIA's data sheets
 (H100 SXM and H200 989, HGX B200 2250 TFLOP/s, half of the sparse figure). H20: 78 SMs, 96 GB, 4.0 TB/s, 148 TFLOP/s,
-60 MB of L2, NVLink 900 GB/s as resellers publish them (NVIDIA has no public data sheet; 95 GiB is what is left of 96);
-its clock is the H100's. NVLink counts both directions (900 or 1800 GB/s); `link` is one. `network` is the usual eight
-400 Gb/s adapters of a host of eight.
-`reserved` of GPUs is for the CUDA context, NCCL's buffers and fragmentation: what is left of
+60 MB of L2, NVLink 900 GB/s as published by resellers (NVIDIA has no public data sheet; 95 GiB of the 96 are usable);
+its clock is the H100's. NVLink figures count both directions (900 or 1800 GB/s); `link` is one. `network` is the usual
+eight 400 Gb/s adapters of a host of eight.
+`reserved` of GPUs is for the CUDA context, NCCL's buffers and fragmentation: the part of the memory outside
 `runtime.platforms.GPU_MEMORY`.
 
 Hosts: devices and memory of Google Cloud's machine types (ct4p-hightpu-4t, ct5lp-hightpu-8t, ct5p-hightpu-4t,
-ct6e-standard-4t, tpu7x-standard-4t, a3-highgpu-8g, a3-ultragpu-8g, a4-highgpu-8g); of H20 hosts, which it does not rent
-out, an H100's.
+ct6e-standard-4t, tpu7x-standard-4t, a3-highgpu-8g, a3-ultragpu-8g, a4-highgpu-8g); H20 hosts, which Google does not
+offer, are assumed to equal an H100's.
 
-Rates, as shares of the peak:
+Rates, as fractions of the peak:
 
     H100, H200   attention at 16k tokens and head dimension 128: cuDNN 9 reaches 595 TFLOP/s forward (FlashAttention-3's
                  chart, arXiv 2407.08608) and 516 backward. Products 665: FastVideo's whole Wan 14B forward pass at 720p
                  takes 9.8 s on an H200, 665 TFLOP/s.
-    H20, B200    no figures of Wan: the H100's shares. An H20 is more easily kept busy than that.
-    v4, v5e, v5p products: MaxText's Llama 2 70B trains at 57, 57 and 65 % (its getting_started/Run_Llama2.md).
+    H20, B200    no figures for Wan: the H100's fractions. An H20 is easier to keep busy than that.
+    v4, v5e, v5p products: MaxText's Llama 2 70B trains at 57, 57 and 65% (its getting_started/Run_Llama2.md).
     v6e, tpu7x   products: the v5e's.
-    TPUs         attention: what is left of MaxDiffusion's rate over Wan 14B at 720p, of whose FLOPs 28 % are products:
-                 136 TFLOP/s a v5p (30 %), 260 a v6e (28 %), 384 a TPU7x device (33 %, its pull request 487). So 25,
-                 24 and 28 %. For v4 and v5e, the v5p's. Backward as forward: no figure is known.
-    tiles        plain tiles have no kernel: thousands of small programs one after the other. 2 % is a guess.
+    TPUs         attention: derived from MaxDiffusion's overall rate on Wan 14B at 720p, with 28% of FLOPs in products:
+                 136 TFLOP/s per v5p (30%), 260 per v6e (28%), 384 per TPU7x device (33%, its pull request 487). This
+                 gives 25, 24 and 28%. v4 and v5e: the v5p's. Backward as forward: no figure is known.
+    tiles        plain tiles have no kernel, only thousands of small programs one after the other. 2% is a guess.
 
-The rates hold for kernels as others run them; none of ours has been timed on any of these chips.
+The rates are for kernels as run by others; none of ours has been timed on any of these chips.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ GIB, MIB = 2**30, 2**20
 
 @dataclass(frozen=True)
 class Gpu:
-    """What XLA's GPU compiler wants to know of a device besides `Chip`.
+    """Properties of a GPU that XLA's compiler needs in addition to `Chip`.
 
     Attributes:
       capability: CUDA compute capability.
@@ -66,12 +66,12 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Rates:
-    """What programs reach of a device's peak, as shares of it.
+    """The fractions of a device's peak that programs reach.
 
     Attributes:
       products: matrix products and convolutions.
       attention, attention_backward: attention kernels.
-      tiled: attention by plain tiles, where no kernel serves.
+      tiled: attention in plain tiles, where no kernel is available.
     """
 
     products: float
@@ -82,11 +82,11 @@ class Rates:
 
 @dataclass(frozen=True)
 class Host:
-    """The machine that devices are plugged into.
+    """The machine that devices are attached to.
 
     Attributes:
-      devices: JAX devices of one host.
-      memory: its bytes.
+      devices: number of JAX devices of one host.
+      memory: host memory in bytes.
     """
 
     devices: int
@@ -98,19 +98,19 @@ class Chip:
     """One JAX device.
 
     Attributes:
-      name: as topologies are named.
+      name: as in topology names.
       platform: "tpu" or "cuda".
       memory: bytes of HBM.
-      reserved: bytes of it that a program cannot have.
+      reserved: bytes of it that are not available to programs.
       flops: peak dense bf16 FLOP/s.
-      rates: what of it programs reach.
-      host: the machine that it is plugged into.
+      rates: fractions of the peak that programs reach.
+      host: the machine that it is attached to.
       bandwidth: HBM bytes/s.
       link: bytes/s that a device sends to devices of its own host (GPU) or along one axis of the torus (TPU).
-      network: bytes/s that a device sends out of its host (GPU); a TPU slice is one network, so 0.
-      axes: dimensions of a topology's name.
+      network: bytes/s that a device sends out of its host (GPU); 0 for a TPU, whose slice is one network.
+      axes: number of dimensions in a topology's name.
       description: the device's full name.
-      gpu: for GPUs.
+      gpu: further properties of a GPU; None for a TPU.
     """
 
     name: str
@@ -129,7 +129,7 @@ class Chip:
 
     @property
     def capacity(self) -> int:
-        """Bytes that a program can have."""
+        """Bytes available to a program."""
         return self.memory - self.reserved
 
 

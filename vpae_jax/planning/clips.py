@@ -1,4 +1,4 @@
-"""How large the clips of a preset are."""
+"""The clip size of each preset."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from types import MappingProxyType
 from vpae_jax.config import nearest
 from vpae_jax.types import UserError
 
-# Wan's VAE: pixels that a latent row or column stands for, video frames of a latent frame, latent channels.
+# Wan's VAE: pixels per latent row or column, video frames per latent frame, latent channels.
 SIDE, FRAMES, CHANNELS = 8, 4, 16
 
 
 @dataclass(frozen=True)
 class ClipSize:
-    """One clip.
+    """The size of a clip.
 
     Attributes:
       frames: video frames, one more than a multiple of four.
       height, width: in pixels, multiples of 16.
-      text_tokens: tokens that a prompt's encoder states are padded to.
+      text_tokens: number of tokens that a prompt's encoder states are padded to.
     """
 
     frames: int
@@ -40,7 +40,7 @@ class ClipSize:
 
     @property
     def tokens(self) -> int:
-        """Tokens that a transformer with Wan's patches of 1 x 2 x 2 makes of it."""
+        """Number of tokens of a transformer with Wan's patches of 1 x 2 x 2."""
         f, h, w, _ = self.latents
         return f * (h // 2) * (w // 2)
 
@@ -59,10 +59,10 @@ SIZES: Mapping[str, ClipSize] = MappingProxyType(
 
 
 def size_of(preset: str, frames: int | None = None) -> ClipSize:
-    """The preset's clips, with another number of frames if one is given.
+    """The preset's clip size, with another number of frames if one is given.
 
     Raises:
-      UserError: for a preset that does not exist, or a number of frames that Wan's VAE does not make.
+      UserError: for a preset that does not exist, or a number of frames that Wan's VAE does not support.
     """
     if preset not in SIZES:
         raise UserError(f"preset {preset!r} does not exist{nearest(preset, SIZES)}")

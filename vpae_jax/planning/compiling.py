@@ -1,4 +1,4 @@
-"""From a config and a topology to a plan: draws the programs up, compiles each, and reads what came out."""
+"""From a config and a topology to a plan: builds the programs, compiles each, and analyses the result."""
 
 from __future__ import annotations
 
@@ -32,12 +32,15 @@ def make_plan(
     """Compiles every update of the phase for the devices.
 
     Args:
+      experiment: the config.
+      clip: size of the clips.
+      topology: what to plan for.
       devices: the topology's.
-      say: is told what is being compiled.
-      fail_fast: stop after the first program that the memory does not hold; the plan lacks those after it.
+      say: receives progress messages.
+      fail_fast: whether to stop after the first program that does not fit into memory; later ones are not in the plan.
 
     Raises:
-      UserError: for a config that does not fit itself or the devices.
+      UserError: for a config that is inconsistent, or does not fit the devices.
     """
     programs = draw_up(experiment, clip, devices)
     setting, chip = setting_of(experiment, programs.mesh), topology.chip
@@ -67,13 +70,13 @@ def make_plan(
 
 
 def sizes(kept: dict[str, int], programs: Sequence[ProgramPlan], workspace: int = 0) -> dict[str, int | None]:
-    """Memory by kind: the state once, the hungriest program's temporaries, its kernels' workspace, the code of all."""
+    """Memory by kind: the state, the largest temporaries of any program, the kernels' workspace, the code of all."""
     base = sum(kept.values())
     extra: list[int | None] = []
     for program in programs:
         if program.footprint is not None:
             extra.append(program.footprint.temporaries)
-        else:  # the refusal counts arguments too
+        else:  # the compiler's figure for a rejected program includes arguments
             extra.append(None if program.needed is None else max(program.needed - base, 0))
     temporaries = None if None in extra else max((size or 0 for size in extra), default=0)
     code = sum(p.footprint.code for p in programs if p.footprint)
@@ -81,7 +84,7 @@ def sizes(kept: dict[str, int], programs: Sequence[ProgramPlan], workspace: int 
 
 
 def trained_by(program: Program, state: TrainState) -> list[Any]:
-    """What of the state a program changes."""
+    """The parts of the state that a program changes."""
     roles = program.trains
     averages = {name: tree for name, tree in state.averages.items() if name.rpartition("_")[0] in roles}
     return [averages, *({role: tree[role] for role in roles} for tree in (state.params, state.opt))]

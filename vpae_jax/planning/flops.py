@@ -1,13 +1,13 @@
-"""Arithmetic of a program, counted from its jaxpr: what is multiplied, how often, and what of it is done again.
+"""The arithmetic of a program, counted from its jaxpr, including how much of it is recomputation.
 
-Matrix products, convolutions and attention kernels are counted, 2 FLOPs for a multiply and add; all else is small
-beside them. A scan counts as often as it turns; of branches the dearest counts, and of a term of every so many steps
-its share of a step. `recomputed` is what `jax.checkpoint` repeats in the backward pass, and what attention kernels do:
-the backward pass needs four products (dV, dP, dQ, dK), and a kernel that makes all of them has a fifth, the logits
-again (FlashAttention, arXiv 2205.14135); two kernels, one for dQ with three products and one for dK and dV with four,
-repeat the logits twice and dP once.
+Matrix products, convolutions and attention kernels are counted, with 2 FLOPs per multiply-add; everything else is small
+in comparison. A scan's body is multiplied by its length; of several branches the most expensive counts; a term that
+runs every n-th step counts 1/n. `recomputed` is what `jax.checkpoint` repeats in the backward pass, and what attention
+kernels repeat: the backward pass needs four products (dV, dP, dQ, dK), and a kernel that computes all of them has a
+fifth, the logits again (FlashAttention, arXiv 2205.14135); two kernels, one for dQ with three products and one for dK
+and dV with four, repeat the logits twice and dP once.
 
-The compiler's own count (`cost_analysis`) is of no use here: it takes a loop's body once, and a kernel not at all.
+The compiler's own count (`cost_analysis`) is not usable here: it counts a loop's body once, and ignores kernels.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from vpae_jax.models.kernels import tiled
 
-# How `jax.checkpoint` marks what the backward pass computes again.
+# How `jax.checkpoint` marks recomputation in the backward pass.
 RECOMPUTED = "rematted_computation"
 # Products of an attention kernel's forward pass: logits, and weights times values.
 FORWARD = 2
-# How `methods.common.lazily` marks what is part of every so many steps.
+# How `methods.common.lazily` marks terms that run every n-th step.
 RARE = re.compile(r"every_(\d+)_steps")
-# Of an attention kernel's products, by their number, those that repeat: the backward pass's dQ, dK and dV, and all.
+# Repeated products of an attention kernel, by its number of products: backward kernels for dQ, for dK and dV, for all.
 REPEATED = {3: 2, 4: 1, 5: 1}
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a program does, over all devices unless said otherwise.
+    """The work of a program, over all devices unless stated otherwise.
 
     Attributes:
       flops: of all products.
-      recomputed: the part of them that repeats what was computed before.
-      attention: the part of them inside the forward passes of attention kernels.
-      attention_backward: the part of them inside their backward passes.
-      tiled: the part of them inside attention by plain tiles, which has no kernel.
-      activation_bytes: operands and results of the products, but for weights, each read or written once.
-      weight_bytes: the same for weights (operands of at most two axes), as each device sees them whole.
-      unknown_loops: loops with products whose number of turns is not in the program; counted as one turn.
+      recomputed: the part of them that repeats earlier computation.
+      attention: the part of them in the forward passes of attention kernels.
+      attention_backward: the part of them in the backward passes of attention kernels.
+      tiled: the part of them in attention by plain tiles, without a kernel.
+      activation_bytes: operands and results of the products, except weights, each read or written once.
+      weight_bytes: the same for weights (operands with at most two axes), per device, since each device uses them all.
+      unknown_loops: number of loops with products whose trip count is unknown; counted as one iteration.
     """
 
     flops: float = 0.0
@@ -60,7 +60,7 @@ class Work:
         return Work(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
 
     def times(self, turns: int | float, devices: int = 1) -> Work:
-        """The same `turns` times on each of `devices`; less than once for what is not part of every step."""
+        """The same work `turns` times on each of `devices`; `turns` may be below 1 for terms not in every step."""
         everywhere = turns * devices
         return Work(
             self.flops * everywhere,
@@ -75,15 +75,16 @@ class Work:
 
     @property
     def model_flops(self) -> float:
-        """What would be computed if nothing were computed twice."""
+        """FLOPs with nothing counted twice."""
         return self.flops - self.recomputed
 
 
 def count(jaxpr: Jaxpr | ClosedJaxpr, again: bool = False) -> Work:
-    """The work of a jaxpr, such as `jax.jit(f).trace(...).jaxpr`.
+    """Counts the work of a jaxpr, such as `jax.jit(f).trace(...).jaxpr`.
 
     Args:
-      again: everything in it counts as recomputation.
+      jaxpr: the program.
+      again: whether everything in it counts as recomputation.
     """
     inner = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
     total = Work()
@@ -118,7 +119,7 @@ def _equation(equation: Any, again: bool) -> Work:
     if name == "while":
         return inside + Work(unknown_loops=1)
     if name == "shard_map":
-        # JAX before and after 0.10 spells the name differently.
+        # The name differs between JAX before and after 0.10.
         manual = next(value for key, value in params.items() if key.endswith("manual_axes"))
         return inside.times(1, math.prod(params["mesh"].shape[axis] for axis in manual))
     if name == "pallas_call":
@@ -162,7 +163,7 @@ def _cudnn(equation: Any, products: int, needed: int, again: bool) -> Work:
 
 
 def _kernel(equation: Any, body: Work, again: bool) -> Work:
-    """A Pallas kernel: its body at every point of its grid; its operands and results pass through memory once."""
+    """A Pallas kernel: its body runs at every point of its grid; operands and results pass through memory once."""
     grid = equation.params["grid_mapping"].grid
     turns = math.prod(size for size in grid if isinstance(size, int))
     unknown = sum(not isinstance(size, int) for size in grid)
@@ -175,13 +176,13 @@ def _kernel(equation: Any, body: Work, again: bool) -> Work:
 
 
 def _attention(flops: float, repeated: float, products: int, moved: float) -> Work:
-    """The work of a kernel with so many products: two are attention's forward pass, more its backward pass."""
+    """The work of an attention kernel: two products are a forward pass, more a backward pass."""
     forward, backward = (flops if products == FORWARD else 0.0), (flops if products > FORWARD else 0.0)
     return Work(flops, repeated, forward, backward, activation_bytes=moved)
 
 
 def _products(jaxpr: Jaxpr | ClosedJaxpr) -> int:
-    """How many products are written down in a kernel, of branches the most."""
+    """Number of products in a kernel's body, with the maximum over branches."""
     inner = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
     total = 0
     for equation in inner.eqns:

@@ -1,7 +1,7 @@
-"""Communication of a compiled program, read from its text: what is sent, along which mesh axes, how often.
+"""Communication of a compiled program, read from its HLO text: bytes sent, mesh axes, and counts.
 
-The text of a large program has tens of megabytes and lines of many kilobytes. It is read line by line; a line is looked
-into only after a plain substring says that there is something to see.
+The text of a large program has tens of megabytes and lines of many kilobytes. It is read line by line, and a line is
+parsed only if a plain substring search finds something of interest.
 
 Bytes are those that one device sends, for the usual ring algorithms on a group of g devices (V: bytes of the whole
 array that is gathered, reduced or exchanged, as one device holds it):
@@ -10,8 +10,8 @@ array that is gathered, reduced or exchanged, as one device holds it):
     all-reduce                                2 V (g - 1) / g
     collective-permute                        V
 
-An asynchronous instruction's type holds operand and result: V (1 + 1/g) of a gather or a reduce-scatter, 2 V of an
-exchange or a permutation, V alone of an all-reduce.
+An asynchronous instruction's type includes operand and result: V (1 + 1/g) for a gather or a reduce-scatter, 2 V for an
+exchange or a permutation, only V for an all-reduce.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
-# How an instruction of each kind is spelt; "-start" is its asynchronous form, whose "-done" moves nothing.
+# Spelling of each kind of instruction; "-start" is the asynchronous form, whose "-done" moves nothing.
 _SPELT = tuple((f" {kind}{tail}(", kind, bool(tail)) for kind in COLLECTIVES for tail in ("", "-start"))
 _ARRAY = re.compile(r"([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]")
 _BITS = re.compile(r"[0-9]+")
@@ -32,7 +32,7 @@ _CONSTANT = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = s(?:32|64)\[\]\S* constant
 _SIZE = re.compile(r"'([^']+)'=(\d+)")
 _NAMED = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
 _TRIPS = '"known_trip_count":{"n":"'
-# How XLA names an instruction that it computes again by itself, to save memory: "fusion.12.remat", "dot.remat2".
+# XLA's names for instructions that it rematerialises by itself to save memory: "fusion.12.remat", "dot.remat2".
 _AGAIN = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+\.remat[\d.]* = ")
 
 
@@ -44,8 +44,8 @@ class Collective:
       kind: one of `COLLECTIVES`.
       axes: the mesh axes that a group spans, in the mesh's order.
       group: positions in the mesh (row-major) of one group's devices.
-      count: how many times a device takes part.
-      bytes: what a device sends in all.
+      count: number of times that a device takes part.
+      bytes: total bytes that a device sends.
     """
 
     kind: str
@@ -57,25 +57,25 @@ class Collective:
 
 @dataclass
 class _Computation:
-    """What one computation of the module holds."""
+    """The relevant contents of one computation of the module."""
 
     found: list[tuple[str, tuple[int, ...], float, str]] = field(default_factory=list)  # kind, group, bytes, channel
     fused: list[str] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
     loops: list[tuple[str, str, int | None]] = field(default_factory=list)  # body, condition, trips
     constants: dict[str, int] = field(default_factory=dict)
-    limit: str = ""  # operand that a loop's condition compares its counter with
+    limit: str = ""  # operand that a loop's condition compares its counter to
 
 
 @dataclass(frozen=True)
 class Communication:
-    """Everything that a program sends.
+    """All communication of a program.
 
     Attributes:
       collectives: by kind and axes, most bytes first.
-      unknown_loops: loops that communicate and whose number of turns the text does not say; counted as one turn.
-      rematerialised: instructions that XLA computes again by itself, to save memory; a program on its way to not
-        fitting.
+      unknown_loops: number of loops that communicate and whose trip count is unknown; counted as one iteration.
+      rematerialised: number of instructions that XLA rematerialises by itself to save memory; such a program is close
+        to the memory limit.
     """
 
     collectives: tuple[Collective, ...]
@@ -84,12 +84,12 @@ class Communication:
 
     @property
     def bytes(self) -> float:
-        """What one device sends."""
+        """Bytes that one device sends."""
         return sum((c.bytes for c in self.collectives), 0.0)
 
 
 def communication(text: str, mesh: Mapping[str, int]) -> Communication:
-    """The collectives of a compiled module.
+    """Finds the collectives of a compiled module.
 
     Args:
       text: `jax.stages.Compiled.as_text()`.
@@ -129,8 +129,8 @@ def axes_of(group: Sequence[int], mesh: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def _fused(part: _Computation, parts: Mapping[str, _Computation]) -> list[tuple[str, tuple[int, ...], float, str]]:
-    """Collectives in the fusions of a computation. A TPU spreads one of them over several fusions (its start, steps
-    beside other work, its end), which share a channel: it is counted once."""
+    """Collectives in the fusions of a computation. On a TPU, a collective may be split over several fusions (its start,
+    steps overlapped with other work, its end), which share a channel: it is counted once."""
     found: dict[str, tuple[str, tuple[int, ...], float, str]] = {}
     todo = list(part.fused)
     while todo:
@@ -148,7 +148,7 @@ def _communicates(name: str, parts: Mapping[str, _Computation]) -> bool:
 
 
 def _trips(condition: _Computation | None) -> int | None:
-    """Turns of a loop that counts from 0 in ones, as `jax.lax.scan` makes it, from its condition."""
+    """Trip count of a loop that counts up from 0 by 1, as made by `jax.lax.scan`, from its condition."""
     return None if condition is None else condition.constants.get(condition.limit)
 
 
@@ -209,7 +209,7 @@ def _read_line(line: str, part: _Computation, scattering: bool) -> None:
 
 
 def _after(line: str, key: str, start: int = 0) -> str | None:
-    """What follows `key`, up to the next comma or blank."""
+    """The text after `key`, up to the next comma or space."""
     at = line.find(key, start)
     if at < 0:
         return None
@@ -250,7 +250,7 @@ def type_bytes(text: str) -> float:
 
 
 def _group(line: str) -> tuple[int, ...]:
-    """Positions of the devices of an instruction's first group; of a permutation, of the first two that it connects."""
+    """Positions of the devices in an instruction's first group; for a permutation, of the first pair."""
     at = line.find("source_target_pairs={{")
     if at >= 0:
         pairs = [pair.split(",") for pair in line[at + 22 :].split("}}", 1)[0].split("},{")]
@@ -270,7 +270,7 @@ def _group(line: str) -> tuple[int, ...]:
 
 
 def _mesh_group(groups: str) -> tuple[int, ...]:
-    """mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}: the devices along the named axes of a mesh of its own."""
+    """mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}: the devices along the named axes of the given mesh."""
     axes, rest = groups[5:].split("]", 1)
     sizes = {name: int(size) for name, size in _SIZE.findall(axes)}
     head, named = rest.split("{", 1)

@@ -1,4 +1,4 @@
-"""Memory of one device: what lies there between programs, by kind, and what a compiled program adds to it."""
+"""Memory of one device: what is resident between programs, by kind, and what a compiled program adds."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from vpae_jax.planning.chips import Chip
 from vpae_jax.planning.clips import ClipSize
 from vpae_jax.planning.programs import Programs, Setting
 
-# In the order in which they are shown.
+# In display order.
 KINDS = ("parameters", "optimizer", "averages", "frozen", "decoder", "batch", "temporaries", "workspace", "code")
-# Batches on the devices at once: the one at work, and the next one on its way.
+# Batches on the devices at once: the current one, and the next one in transfer.
 BATCHES = 2
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-# libtpu's refusals: "Used 21.5G of 15.75G hbm", "required for HLO temporaries (1.2T) exceeds available HBM (15.75G)".
+# libtpu's errors: "Used 21.5G of 15.75G hbm", "required for HLO temporaries (1.2T) exceeds available HBM (15.75G)".
 _NEEDED = re.compile(r"(?:Used |memory required for [^()]*\()([0-9.]+)([KMGT]?)")
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a compiled program needs, bytes on one device.
+    """Memory of a compiled program, in bytes on one device.
 
     Attributes:
-      arguments: of the state, the frozen weights and the batch, what it reads.
-      temporaries: gradients, activations and all else that it makes, and results that do not take an argument's place.
+      arguments: the parts of the state, the frozen weights and the batch that it reads.
+      temporaries: gradients, activations and other intermediates, and results that do not reuse an argument's buffer.
       code: the program itself.
-      peak: XLA's own count of the most that is in use at once, arguments and all but `code`; 0 where it has none.
-      offloaded: what of its temporaries lies in the host's memory.
+      peak: XLA's own count of the most memory in use at once, including arguments, without `code`; 0 if unavailable.
+      offloaded: temporaries in host memory.
     """
 
     arguments: int
@@ -46,7 +46,7 @@ class Footprint:
 
 
 def tree_bytes(tree: Any) -> int:
-    """Bytes on one device of a tree of `jax.ShapeDtypeStruct` with shardings (without one: all of it)."""
+    """Bytes on one device of a tree of `jax.ShapeDtypeStruct` with shardings (a leaf without one counts in full)."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -54,22 +54,22 @@ def tree_bytes(tree: Any) -> int:
 
 
 def persistent(programs: Programs) -> dict[str, int]:
-    """Bytes on one device of what lies there between programs, by kind."""
+    """Bytes on one device of what is resident between programs, by kind."""
     return {
         "parameters": tree_bytes(programs.state.params),
         "optimizer": tree_bytes(programs.state.opt),
         "averages": tree_bytes(programs.state.averages),
         "frozen": tree_bytes(programs.frozen),
-        "decoder": tree_bytes(programs.preview.arguments[1]),  # of previews and scores; weights without the graph
+        "decoder": tree_bytes(programs.preview.arguments[1]),  # for previews and scores; the weights
         "batch": BATCHES * tree_bytes(programs.batch),
     }
 
 
 def workspace(chip: Chip, clip: ClipSize, width: int, batch_size: int, setting: Setting) -> int:
-    """Bytes on one device that the chip's attention kernels take beside the program's own count.
+    """Bytes on one device that the chip's attention kernels use in addition to the program's own count.
 
-    cuDNN's backward pass sums the queries' gradient in float32, in a workspace whose size it says only on a GPU
-    (FlashAttention-3, arXiv 2407.08608, section 3; a program that was compiled without one holds no space for it).
+    cuDNN's backward pass sums the queries' gradient in float32, in a workspace whose size it reports only on a GPU
+    (FlashAttention-3, arXiv 2407.08608, section 3; a program compiled without a GPU does not include it).
     """
     if chip.platform != "cuda":
         return 0
@@ -78,9 +78,9 @@ def workspace(chip: Chip, clip: ClipSize, width: int, batch_size: int, setting: 
 
 
 def on_host(chip: Chip, devices: int, programs: Programs, offloaded: int) -> dict[str, int]:
-    """Bytes of one host's memory, by what takes them.
+    """Bytes of one host's memory, by use.
 
-    A checkpoint is copied to the host before it is written. Offloaded activations lie there while an update runs.
+    A checkpoint is copied to the host before it is written. Offloaded activations are there while an update runs.
     """
     state = programs.state
     each = min(chip.host.devices, devices)
@@ -91,7 +91,7 @@ def on_host(chip: Chip, devices: int, programs: Programs, offloaded: int) -> dic
 
 
 def footprint(compiled: jax.stages.Compiled) -> Footprint:
-    """What the compiler allots to a program on one device."""
+    """The memory that the compiler allocates for a program on one device."""
     stats: Any = compiled.memory_analysis()
     made = max(stats.output_size_in_bytes - stats.alias_size_in_bytes, 0)
     return Footprint(
@@ -104,6 +104,6 @@ def footprint(compiled: jax.stages.Compiled) -> Footprint:
 
 
 def needed(message: str) -> int | None:
-    """Bytes that a program needs, arguments and all, from the compiler's refusal; None if it does not say."""
+    """Bytes that a rejected program needs, including arguments, from the compiler's message; None if it has none."""
     sizes = [float(number) * _UNITS[unit] for number, unit in _NEEDED.findall(message)]
     return int(max(sizes)) if sizes else None

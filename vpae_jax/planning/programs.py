@@ -1,6 +1,6 @@
-"""The update programs of a phase, with every argument abstract: shapes, dtypes and shardings, no array.
+"""The update programs of a phase with abstract arguments: shapes, dtypes and shardings instead of arrays.
 
-The only module of this package that knows how a training run is put together.
+This is the only module of the package that knows how a training run is assembled.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from vpae_jax.train.state import TrainState, abstract, places_of
 from vpae_jax.train.step import make_update
 from vpae_jax.types import MASK_CHANNELS, Batch, Condition, UserError
 
-# What a search may set `config.model.remat` to, from the least recomputation to the most.
+# The values of `config.model.remat` that a search tries, from the least recomputation to the most.
 REMATS = ("none", "dots", "attention", "full", "offload")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How a phase is laid out over devices, the only thing that a search changes.
+    """How a phase is distributed over devices, which is all that a search changes.
 
     Attributes:
-      data, fsdp, context, tensor: the mesh.
-      accumulation: parts that a batch is processed in.
+      data, fsdp, context, tensor: sizes of the mesh axes.
+      accumulation: number of parts in which a batch is processed.
       remat: `config.model.remat`.
     """
 
@@ -67,9 +67,9 @@ class Program:
     Attributes:
       name: the roles that it trains, as one word.
       trains: these roles.
-      repeats: how often it runs in a row; 0 for what is no part of a step.
-      every: on each how-manieth step it runs.
-      jitted: the update, as `train.step.make_update` makes it.
+      repeats: number of runs in a row; 0 for a program that is not part of a step.
+      every: it runs every `every` steps.
+      jitted: the update, from `train.step.make_update`.
       arguments: abstract (state, frozen weights, batch, repeat).
     """
 
@@ -82,7 +82,7 @@ class Program:
 
     @property
     def calls(self) -> float:
-        """How often it runs a step, on average."""
+        """Number of runs per step, on average."""
         return self.repeats / self.every
 
 
@@ -91,11 +91,11 @@ class Programs:
     """A phase's updates over one abstract state.
 
     Attributes:
-      updates: in the order in which they run.
+      updates: in execution order.
       state: what training changes.
-      frozen: weights that it does not.
+      frozen: weights that training does not change.
       batch: one global batch.
-      mesh: where all of it lies.
+      mesh: the devices of all of these.
       preview: decodes one clip between steps.
     """
 
@@ -108,13 +108,13 @@ class Programs:
 
 
 def setting_of(experiment: Experiment, mesh: Mesh) -> Setting:
-    """The setting that a config asks for on this mesh."""
+    """The setting of a config on this mesh."""
     sizes: dict[str, int] = {axis: mesh.shape[axis] for axis in sharding.AXES}
     return Setting(**sizes, accumulation=sharding.parts_of_batch(experiment, mesh), remat=experiment.model.remat)
 
 
 def with_setting(experiment: Experiment, setting: Setting) -> Experiment:
-    """The experiment in another setting."""
+    """The experiment with another setting."""
     mesh = dataclasses.replace(experiment.mesh, **{axis: getattr(setting, axis) for axis in sharding.AXES})
     model = dataclasses.replace(experiment.model, remat=setting.remat)
     return dataclasses.replace(experiment, mesh=mesh, model=model, accumulation=setting.accumulation)
@@ -126,11 +126,11 @@ def transformer_of(experiment: Experiment) -> WanTransformerConfig:
 
 
 def draw_up(experiment: Experiment, clip: ClipSize, devices: Any) -> Programs:
-    """The phase's programs on these devices, which may be those of a machine that is not there.
+    """The phase's programs on these devices, which may belong to a machine that does not exist here.
 
     Raises:
-      UserError: for a config that does not fit itself, the method or the devices, or a phase that does not train on
-        encoded clips.
+      UserError: for a config that is inconsistent, or does not fit the method or the devices, or a phase that does not
+        train on encoded clips.
     """
     method = make_method(experiment.method)
     if method.batch is not Batch:
@@ -153,13 +153,13 @@ def draw_up(experiment: Experiment, clip: ClipSize, devices: Any) -> Programs:
             (state, blueprint.frozen, batch, repeat),
         )
         for index, update in enumerate(method.updates)
-        if update.ends is None  # what only warms up is no part of a step
+        if update.ends is None  # warm-up updates are not part of a step
     )
     return Programs(updates, state, blueprint.frozen, batch, mesh, preview_of(experiment, clip, mesh))
 
 
 def preview_of(experiment: Experiment, clip: ClipSize, mesh: Mesh) -> Program:
-    """What decodes a clip for a preview or a score: on all devices, each with its rows (`run.generation`)."""
+    """The program that decodes a clip for a preview or a score, each device decoding its rows (`run.generation`)."""
     vae = nnx.eval_shape(lambda: WanVAE(presets.find(experiment.model.preset).vae, rngs=nnx.Rngs(0)))
     vae.rows = Rows(mesh)
     graph, weights = nnx.split(vae)
@@ -170,8 +170,8 @@ def preview_of(experiment: Experiment, clip: ClipSize, mesh: Mesh) -> Program:
 
 
 def abstract_batch(experiment: Experiment, clip: ClipSize, mesh: Mesh, seeds: bool = False) -> Batch:
-    """One global batch, bfloat16 as the data pipeline makes it; clips lie along `data` and `fsdp`. With the seeds of
-    their noise, or without."""
+    """One global batch, in bfloat16 as from the data pipeline, with clips sharded over `data` and `fsdp`; with their
+    noise seeds if `seeds`."""
     preset, b = presets.find(experiment.model.preset), experiment.batch_size
     text, width = clip.text_tokens, preset.transformer.text_dim
     f, h, w, c = clip.latents

@@ -12,13 +12,13 @@ BAR = 40
 
 
 def page(plan: Plan) -> str:
-    """The whole plan, 100 columns at most."""
+    """The whole plan, at most 100 columns wide."""
     parts = [_head(plan), _memory(plan), _host(plan), _programs(plan), _communication(plan), _step(plan)]
     return "\n\n".join(part for part in parts if part)
 
 
 def proposal(found: SearchResult) -> str:
-    """What a search came to."""
+    """The result of a search as text."""
     rows = [["setting", "expected", "", "compiled", "", "outcome"]]
     for t in found.tried:
         s = t.setting
@@ -45,7 +45,7 @@ def _head(plan: Plan) -> str:
     s, clip = plan.setting, plan.clip
     return (
         f"{plan.phase} on {plan.topology}: {plan.devices} x {plan.chip.description}\n"
-        f"{plan.batch_size} clips a step, each {clip.frames} frames of {clip.width} x {clip.height}, "
+        f"{plan.batch_size} clips per step, each {clip.frames} frames of {clip.width} x {clip.height}, "
         f"{clip.tokens:,} tokens\n"
         f"mesh data {s.data} x fsdp {s.fsdp} x context {s.context} x tensor {s.tensor}, "
         f"batch in {_parts(s.accumulation)}, remat {s.remat}"
@@ -73,12 +73,12 @@ def _memory(plan: Plan) -> str:
         lines.append(f"  {'at its peak':<12} {_gib(plan.peak):>12} {plan.peak / capacity:>8.1%}  by XLA's own count")
     if plan.tiled:
         lines.append(
-            "  warning: attention runs in plain tiles, very slowly, as the chip's kernel does not serve this setting"
+            "  warning: attention runs in slow plain tiles, as the chip's kernel does not support this setting"
         )
     if plan.rematerialised:
         lines.append(
-            f"  warning: to save memory XLA computes {plan.rematerialised} instructions again; a smaller part of the "
-            "batch, a\n  larger context or more devices leave it room"
+            f"  warning: to save memory, XLA rematerialises {plan.rematerialised} instructions; smaller parts of the "
+            "batch, a\n  larger context or more devices avoid this"
         )
     return "\n".join(lines)
 
@@ -94,15 +94,15 @@ def _verdict(plan: Plan) -> str:
     capacity = plan.chip.capacity
     if plan.fits and plan.total is not None:
         return f"FITS, {_gib(capacity - plan.total)} to spare"
-    refused = f"; the compiler refused {', '.join(plan.refused)}" if plan.refused else ""
+    refused = f"; the compiler rejected {', '.join(plan.refused)}" if plan.refused else ""
     if plan.total is not None and plan.total <= capacity and not plan.refused:
-        return "DOES NOT FIT the memory of the hosts"
+        return "DOES NOT FIT into the memory of the hosts"
     over = "" if plan.total is None or plan.total <= capacity else f" by {_gib(plan.total - capacity)}"
     return f"DOES NOT FIT{over}{refused}"
 
 
 def _programs(plan: Plan) -> str:
-    rows = [["program", "a step", "reads", "makes", "PFLOP", "again", "FLOP/byte", "seconds", "waits for"]]
+    rows = [["program", "per step", "reads", "makes", "PFLOP", "again", "FLOP/byte", "seconds", "waits for"]]
     for p in plan.programs:
         held, time = p.footprint, p.time
         rows.append(
@@ -110,7 +110,7 @@ def _programs(plan: Plan) -> str:
                 p.name,
                 f"{p.calls:g} x",
                 "-" if held is None else _gib(held.arguments),
-                "refused" if held is None else _gib(held.temporaries),
+                "rejected" if held is None else _gib(held.temporaries),
                 f"{p.work.flops / 1e15:.3g}",
                 f"{p.work.recomputed / max(p.work.flops, 1):.0%}",
                 f"{p.work.flops / plan.devices / max(p.memory_bytes, 1):.0f}",
@@ -128,7 +128,7 @@ def _communication(plan: Plan) -> str:
             rows.append([p.name, c.kind, " x ".join(c.axes), f"{c.count:,}", _gib(c.bytes)])
     if len(rows) == 1:
         return ""
-    return "\n".join(["communication of one device, one run of each program", *_table(rows, "<<<>>")])
+    return "\n".join(["communication of one device, for one run of each program", *_table(rows, "<<<>>")])
 
 
 def _step(plan: Plan) -> str:
@@ -137,7 +137,7 @@ def _step(plan: Plan) -> str:
         return ""
     mfu = f"{plan.mfu(True) or 0:.0%} to {plan.mfu(False) or 0:.0%}"
     return (
-        f"one step: {best:.3g} s if communication hides behind the rest, {worst:.3g} s if none does\n"
+        f"one step: {best:.3g} s if communication is hidden, {worst:.3g} s if it is not\n"
         f"          {plan.model_flops / 1e15:.3g} PFLOP, nothing counted twice; MFU {mfu}; "
         f"{plan.batch_size / worst:.3g} to {plan.batch_size / best:.3g} clips/s"
     )

@@ -1,4 +1,4 @@
-"""What a plan says, as plain data; `as_json` is its stable form (documented in `vpae_jax/plan.py`)."""
+"""A plan as plain data; `as_json` is its stable form (documented in `vpae_jax/plan.py`)."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ class ProgramPlan:
     """One update.
 
     Attributes:
-      name: the role that it trains.
-      calls: how often it runs a step.
+      name: the roles that it trains.
+      calls: number of runs per step.
       work: its arithmetic.
       memory_bytes: its traffic through one device's memory.
-      footprint: its memory; None when the compiler refused it.
-      needed: bytes on one device that the compiler wanted when it refused; None if it did not say, or did not refuse.
-      communication: what it sends; None when it was refused.
-      time: of one run; None when it was refused.
-      compile_seconds: how long tracing and compiling took.
+      footprint: its memory; None if the compiler rejected it.
+      needed: bytes on one device that a rejected program needs, according to the compiler; None if unknown, or if it
+        was not rejected.
+      communication: what it sends; None if it was rejected.
+      time: of one run; None if it was rejected.
+      compile_seconds: duration of tracing and compiling.
     """
 
     name: str
@@ -46,20 +47,20 @@ class ProgramPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A phase on a topology.
+    """The plan of a phase on a topology.
 
     Attributes:
       phase: its name.
-      topology: as it was given.
-      chip: each device.
-      devices: how many.
+      topology: as given by the user.
+      chip: the kind of device.
+      devices: number of devices.
       setting: the mesh, accumulation and rematerialisation.
       clip: size of a clip.
-      batch_size: clips a step.
-      memory: bytes on one device by kind (`memory.KINDS`); "temporaries" is None if the compiler refused a program and
-        did not say how much it wanted.
-      host: bytes of one host's memory by what takes them (`memory.on_host`).
-      programs: the updates.
+      batch_size: clips per step.
+      memory: bytes on one device by kind (`memory.KINDS`); "temporaries" is None if the compiler rejected a program
+        without saying how much it needs.
+      host: bytes of one host's memory by use (`memory.on_host`).
+      programs: the updates, and the preview.
     """
 
     phase: str
@@ -75,41 +76,41 @@ class Plan:
 
     @property
     def peak(self) -> int | None:
-        """Bytes on one device at the worst moment by XLA's own count of each program, with what else lies there; None
-        where XLA has no count of some program."""
+        """Peak bytes on one device, from XLA's own count for each program plus what is resident; None if XLA has no
+        count for some program."""
         kept = sum(size or 0 for kind, size in self.memory.items() if kind != "temporaries")
         peaks = [p.footprint.peak - p.footprint.arguments for p in self.programs if p.footprint and p.footprint.peak]
         return kept + max(peaks) if peaks and len(peaks) == len(self.programs) else None
 
     @property
     def rematerialised(self) -> int:
-        """Instructions that XLA computes again by itself, over all programs."""
+        """Number of instructions that XLA rematerialises by itself, over all programs."""
         return sum(p.communication.rematerialised for p in self.programs if p.communication)
 
     @property
     def total(self) -> int | None:
-        """Bytes on one device; None if the compiler refused a program and did not say how much it wanted."""
+        """Bytes on one device; None if the compiler rejected a program without saying how much it needs."""
         known = [size for size in self.memory.values() if size is not None]
         return sum(known) if len(known) == len(self.memory) else None
 
     @property
     def refused(self) -> tuple[str, ...]:
-        """Programs that the compiler would not make for want of memory."""
+        """Programs that the compiler rejected for lack of memory."""
         return tuple(p.name for p in self.programs if p.footprint is None)
 
     @property
     def fits(self) -> bool:
-        """Whether the devices' memory holds it all, and the hosts' what goes there."""
+        """Whether everything fits into the memory of the devices and of the hosts."""
         held = not self.refused and self.total is not None and self.total <= self.chip.capacity
         return held and sum(self.host.values()) <= self.chip.host.memory
 
     @property
     def tiled(self) -> bool:
-        """Whether attention is computed by plain tiles, where the chip's kernel does not serve."""
+        """Whether attention is computed in plain tiles, because the chip's kernel does not support the setting."""
         return any(p.work.tiled for p in self.programs)
 
     def step(self, serial: bool) -> float | None:
-        """Seconds of one step, communication hidden or not; None when a program was refused."""
+        """Seconds of one step, with communication hidden or (`serial`) not; None if a program was rejected."""
         times = [(p.calls, p.time) for p in self.programs if p.time is not None]
         if len(times) < len(self.programs):
             return None
@@ -117,7 +118,7 @@ class Plan:
 
     @property
     def model_flops(self) -> float:
-        """FLOPs of a step over all devices, nothing counted twice."""
+        """FLOPs of a step over all devices, with nothing counted twice."""
         return sum((p.calls * p.work.model_flops for p in self.programs), 0.0)
 
     @property
@@ -126,7 +127,7 @@ class Plan:
         return sum((p.calls * p.work.flops for p in self.programs), 0.0)
 
     def mfu(self, serial: bool) -> float | None:
-        """Model FLOPs over what the devices could do in the time of a step."""
+        """Model FLOPs divided by what the devices could do in the time of a step."""
         seconds = self.step(serial)
         return self.model_flops / (seconds * self.devices * self.chip.flops) if seconds else None
 

@@ -1,15 +1,15 @@
-"""How long a program takes at least: the longest of its arithmetic, its memory traffic and its communication.
+"""A lower bound on a program's time: the longest of its arithmetic, its memory traffic and its communication.
 
 Assumptions, on the cautious side:
 
-    compute         the chip's own shares of its bf16 peak for products, attention forward and attention backward
-                    (`chips.Rates`, with their sources); work is spread evenly over the devices
-    memory          80 % of the HBM's bandwidth; every product's operands and results pass through it once, and the
-                    optimizer reads and writes its state once; what lies between products is fused into them
-    communication   80 % of the links' bandwidth; a group talks along one axis of the torus, in both directions,
-                    whatever the mesh; on a ring of g chips an all-to-all takes g / 4 times as long as its bytes do;
-                    GPUs of different hosts share as many network adapters as the group has members in a host, those of
-                    an all-to-all have one each
+    compute         the chip's own fractions of its bf16 peak for products, attention forward and attention backward
+                    (`chips.Rates`, with sources); work is spread evenly over the devices
+    memory          80% of HBM bandwidth; every product's operands and results pass through it once, and the optimizer
+                    reads and writes its state once; operations between products are fused into them
+    communication   80% of link bandwidth; a group communicates along one axis of the torus, in both directions,
+                    whatever the mesh; on a ring of g chips, an all-to-all takes g / 4 times as long as its bytes alone
+                    would; groups of GPUs across hosts use as many network adapters as they have members in a host,
+                    one per device for an all-to-all
     overlap         between all (`overlapped`) and none of the communication (`serial`)
 """
 
@@ -35,17 +35,17 @@ class Time:
 
     @property
     def overlapped(self) -> float:
-        """If communication hides behind the rest."""
+        """Time if communication is fully hidden."""
         return max(self.compute, self.memory, self.communication)
 
     @property
     def serial(self) -> float:
-        """If none of it does."""
+        """Time if no communication is hidden."""
         return max(self.compute, self.memory) + self.communication
 
     @property
     def bound(self) -> str:
-        """What the program waits for most."""
+        """The resource that the program waits for most."""
         parts = {"compute": self.compute, "memory": self.memory, "communication": self.communication}
         return max(parts, key=lambda name: parts[name])
 
@@ -55,8 +55,8 @@ def traffic(work: Work, devices: int, state_bytes: int) -> float:
 
     Args:
       work: of the program.
-      devices: over which activations are spread.
-      state_bytes: of the trained role's weights, moments and average on one device, each read and written once.
+      devices: number of devices over which activations are spread.
+      state_bytes: bytes of the trained roles' weights, moments and averages on one device, read and written once.
     """
     return work.activation_bytes / devices + work.weight_bytes + 2 * state_bytes
 
@@ -64,11 +64,14 @@ def traffic(work: Work, devices: int, state_bytes: int) -> float:
 def estimate(
     chip: Chip, devices: int, work: Work, memory_bytes: float, collectives: Sequence[Collective], hosts: Sequence[int]
 ) -> Time:
-    """The time of one run.
+    """Estimates the time of one run.
 
     Args:
+      chip: the kind of device.
+      devices: number of devices.
+      work: of the program.
       memory_bytes: `traffic` of one device.
-      collectives: what it sends.
+      collectives: of the program.
       hosts: the host of each device of the mesh, in the mesh's order.
     """
     sent = sum((c.bytes / (rate(chip, c, hosts) * LINK) for c in collectives), 0.0)
@@ -76,7 +79,7 @@ def estimate(
 
 
 def arithmetic(chip: Chip, devices: int, work: Work) -> float:
-    """Seconds that the work's products take."""
+    """Seconds for the products of the work."""
     kernels = work.attention + work.attention_backward + work.tiled
     full = (
         (work.flops - kernels) / chip.rates.products
@@ -88,7 +91,7 @@ def arithmetic(chip: Chip, devices: int, work: Work) -> float:
 
 
 def rate(chip: Chip, collective: Collective, hosts: Sequence[int]) -> float:
-    """Bytes/s at which a device's share of a collective leaves it."""
+    """Rate in bytes/s at which a device sends its share of a collective."""
     g, exchange = len(collective.group), collective.kind.endswith("all-to-all")
     if chip.platform == "tpu":
         return chip.link / max(g / 4, 1) if exchange else chip.link

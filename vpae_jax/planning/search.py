@@ -1,15 +1,15 @@
 """Looks for the fastest setting that fits: fsdp x context x accumulation x rematerialisation.
 
-Every setting of the devices is estimated in closed form, in a moment; those that may fit are compiled from the fastest
-on, until no estimate of the rest is below the time of the fastest that was compiled and fits. Each that is compiled
-corrects the estimates of those after it. They only decide the order and what is not worth compiling: what is proposed
-was compiled, and no other that was compiled is faster by its compiled program.
+Every setting is quickly estimated in closed form. Those that may fit are compiled in order, fastest first, until no
+remaining estimate is below the time of the fastest compiled setting that fits. Each compiled setting corrects the
+estimates of later ones. Estimates only determine the order, and what is not worth compiling: the proposed setting was
+compiled, and is the fastest of those compiled.
 
-    memory   the state as sharded, float32 gradients of the trained weights, and for every clip on the device and every
-             token of its share, what a block keeps for the backward pass (`SAVED`, in units of the hidden state)
-    time     arithmetic with what is recomputed (`REPEATED`); for each evaluation and part of the batch, weights
-             gathered over fsdp x context, four all-to-alls a block among the devices that exchange tokens for heads,
-             and keys and values once around the ring of those that do not
+    memory   the sharded state, float32 gradients of the trained weights, and for every clip on the device and every
+             token of its share, what a block saves for the backward pass (`SAVED`, in units of the hidden state)
+    time     arithmetic including recomputation (`REPEATED`); for each network evaluation and part of the batch, weights
+             gathered over fsdp x context, four all-to-alls per block among the devices that exchange tokens for heads,
+             and keys and values once around the ring of the others
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from vpae_jax.planning.result import Plan
 from vpae_jax.planning.topology import Topology
 from vpae_jax.types import UserError
 
-# Hidden states that a block keeps, besides its hidden layer of the feed-forward, and of that hidden layer, how many.
+# Number of hidden states that a block saves outside the feed-forward's hidden layer, and number of that hidden layer's.
 SAVED: Mapping[str, tuple[float, float]] = MappingProxyType(
     {"none": (24.0, 3.0), "dots": (9.0, 1.0), "attention": (2.0, 0.0), "full": (1.0, 0.0), "offload": (0.0, 0.0)}
 )
-# Arithmetic in units of what there is without recomputation, for a step of which about half differentiates the network.
+# Arithmetic relative to that without recomputation, for a step of which about half differentiates the network.
 REPEATED: Mapping[str, float] = MappingProxyType(
     {"none": 1.0, "dots": 1.03, "attention": 1.1, "full": 1.17, "offload": 1.2}
 )
-# How far beyond the capacity an estimate may be and still be tried.
+# An estimate may exceed the capacity by this factor and still be tried.
 SLACK = 1.15
 
 
@@ -50,8 +50,8 @@ class Estimate:
 
     Attributes:
       setting: what is estimated.
-      kept: bytes on one device of what lies there between programs.
-      made: bytes that the programs add, as estimated.
+      kept: bytes on one device that are resident between programs.
+      made: estimated bytes that the programs add.
       seconds: of one step.
     """
 
@@ -63,13 +63,13 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Tried:
-    """A setting that was compiled, or could not be.
+    """A setting that was compiled, or is not possible.
 
     Attributes:
       setting: what was tried.
-      expected: bytes on one device and seconds of a step before it was compiled; None for what could not be drawn up.
-      total: bytes on one device as compiled; None if it was refused without a number or could not be drawn up.
-      seconds: of a step as compiled, communication not hidden; None for what was refused or could not be drawn up.
+      expected: estimated bytes on one device and seconds per step; None if the setting is not possible.
+      total: bytes on one device as compiled; None if it was rejected without a number, or is not possible.
+      seconds: of a step as compiled, communication not hidden; None if it was rejected, or is not possible.
       outcome: "fits", "does not fit", "plain tiles" for attention without a kernel, or why training cannot run it.
     """
 
@@ -82,12 +82,12 @@ class Tried:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The end of a search.
+    """The result of a search.
 
     Attributes:
-      plan: the fastest by its compiled programs of those that were tried and fit; None when none does.
-      tried: what was compiled, in order.
-      settings: how many settings there are.
+      plan: the fastest, by its compiled programs, of the settings that were tried and fit; None if none does.
+      tried: what was tried, in order.
+      settings: total number of settings.
     """
 
     plan: Plan | None
@@ -114,7 +114,7 @@ class SearchResult:
 
 
 def settings(asked: Setting, devices: int, batch: int) -> Iterator[Setting]:
-    """All settings of the devices with the asked `data` and `tensor` in which every device has whole clips."""
+    """All settings of the devices with the given `data` and `tensor` in which every device has whole clips."""
     for fsdp in _divisors(devices // (asked.data * asked.tensor)):
         context = devices // (asked.data * asked.tensor * fsdp)
         if asked.data * fsdp * context * asked.tensor != devices or batch % (asked.data * fsdp):
@@ -133,11 +133,16 @@ def search(
     say: Say,
     tries: int,
 ) -> SearchResult:
-    """The fastest setting that fits.
+    """Searches for the fastest setting that fits.
 
     Args:
-      asked: the plan of the config as it is; the estimates are scaled to agree with it.
-      tries: settings that are compiled at most.
+      experiment: the config.
+      clip: size of the clips.
+      topology: what to plan for.
+      devices: the topology's.
+      asked: the plan of the config as given, to which estimates are scaled.
+      say: receives progress messages.
+      tries: maximum number of settings to compile.
     """
     options = list(settings(asked.setting, len(devices), experiment.batch_size))
     estimates, tried = _estimates(experiment, clip, topology, devices, asked, options)
@@ -160,7 +165,7 @@ def search(
         tried.append(Tried(estimate.setting, expected, plan.total, seconds, outcome))
         if outcome == "fits" and seconds is not None and seconds < quickest:
             best, quickest = plan, seconds
-        if not plan.fits and plan.total is not None:  # do not try again what is now known to be too large
+        if not plan.fits and plan.total is not None:  # skip settings that are now known to be too large
             scale = max(scale, (plan.total - estimate.kept) / estimate.made)
     return SearchResult(best, tuple(tried), len(options))
 
@@ -173,7 +178,7 @@ def _estimates(
     asked: Plan,
     options: Sequence[Setting],
 ) -> tuple[list[Estimate], list[Tried]]:
-    """All settings that training can run, fastest first, and one for each mesh that it cannot."""
+    """Estimates of all settings that training can run, fastest first, and one entry for each mesh that it cannot."""
     config = transformer_of(experiment)
     drawn: dict[tuple[int, int], Programs | str] = {}
     estimates: list[Estimate] = []
@@ -196,14 +201,14 @@ def _estimates(
 
 
 def _scale(asked: Plan, estimates: Sequence[Estimate]) -> float:
-    """What the compiler made of the asked setting, over its estimate; 1 if it does not say."""
+    """Compiled over estimated memory of the given setting; 1 if unknown."""
     made = asked.memory["temporaries"]
     known = [e.made for e in estimates if e.setting == asked.setting]
     return made / known[0] if made and known else 1.0
 
 
 def _slower(asked: Plan, estimates: Sequence[Estimate]) -> float:
-    """Seconds of a step of the asked setting as compiled, over its estimate; 1 if it was refused."""
+    """Compiled over estimated time of the given setting; 1 if it was rejected."""
     compiled = asked.step(serial=True)
     known = [e.seconds for e in estimates if e.setting == asked.setting]
     return compiled / known[0] if compiled and known else 1.0
@@ -218,7 +223,7 @@ def _runs(experiment: Experiment, setting: Setting) -> bool:
 
 
 def _draw(experiment: Experiment, setting: Setting, clip: ClipSize, devices: Sequence[Any]) -> Programs | str:
-    """The programs of a setting, or why there are none."""
+    """The programs of a setting, or why it is not possible."""
     try:
         return draw_up(with_setting(experiment, setting), clip, devices)
     except UserError as error:
@@ -226,7 +231,7 @@ def _draw(experiment: Experiment, setting: Setting, clip: ClipSize, devices: Seq
 
 
 def activations(config: WanTransformerConfig, clip: ClipSize, batch: int, setting: Setting) -> float:
-    """Bytes on one device of what the blocks keep for the backward pass, and of one block at work."""
+    """Bytes on one device that the blocks save for the backward pass, plus those of the block being computed."""
     tokens = batch / (setting.data * setting.fsdp * setting.accumulation) * clip.tokens / setting.context
     wide = config.ffn_dim / config.width
 
@@ -238,7 +243,7 @@ def activations(config: WanTransformerConfig, clip: ClipSize, batch: int, settin
 
 
 def seconds(config: WanTransformerConfig, clip: ClipSize, chip: Chip, asked: Plan, setting: Setting) -> float:
-    """A step, communication not hidden."""
+    """Estimated seconds of a step, communication not hidden."""
     devices, batch = asked.devices, asked.batch_size
     weights = config.num_layers * config.width * (8 * config.width + 2 * config.ffn_dim)
     forward = 2.0 * batch * clip.tokens * (weights + 2.0 * config.num_layers * clip.tokens * config.width)
@@ -247,7 +252,7 @@ def seconds(config: WanTransformerConfig, clip: ClipSize, chip: Chip, asked: Pla
     arithmetic = sum(p.calls * roofline.arithmetic(chip, devices, p.work) for p in asked.programs)
     split = setting.fsdp * setting.context
     gathered = evaluations * setting.accumulation * 2.0 * weights / setting.tensor * (split - 1) / split
-    # One of queries, keys, values and results on a device, in all blocks of an evaluation of its clips.
+    # Bytes of one of queries, keys, values and results on a device, over all blocks and evaluations of its clips.
     share = 2.0 * batch / (setting.data * setting.fsdp) * clip.tokens * config.width * config.num_layers
     share *= evaluations / (setting.context * setting.tensor)
     ulysses = math.gcd(setting.context, config.num_attention_heads // setting.tensor)
@@ -266,7 +271,7 @@ def seconds(config: WanTransformerConfig, clip: ClipSize, chip: Chip, asked: Pla
 
 
 def topology_host(chip: Chip) -> int:
-    """Devices that talk at `chip.link`: a host's GPUs, a whole TPU slice."""
+    """Number of devices that communicate at `chip.link`: a host's GPUs, a whole TPU slice."""
     return 8 if chip.platform == "cuda" else 2**30
 
 

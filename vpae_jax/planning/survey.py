@@ -1,11 +1,11 @@
-"""The recorded table: every large preset on every kind of machine, one plan a row.
+"""Makes the table of plans: every large preset on every kind of machine, one plan per row.
 
     python -m vpae_jax.planning.survey --output=runs/plans [--table=docs/plans.md] [--topologies=h100:8,v5p:2x2x4]
 
-A row is one run of `vpae_jax.plan --json` in a process of its own, and one with `--search` where the preset's own
-setting does not fit; it is kept as a file of JSON as soon as it is there. The command continues where it was stopped; a
-row whose file is there is not run again. The most important rows come first. Rows whose compiler is not installed are
-left out, and said.
+A row is one run of `vpae_jax.plan --json` in a separate process, and one with `--search` if the preset's own setting
+does not fit; it is saved as a JSON file as soon as it is finished. A repeated command resumes where it stopped and
+reuses existing files. The most important rows come first. Rows whose compiler is not installed are left out, with a
+note.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from vpae_jax.types import UserError
 
 PRESETS = ("i2v-14b-720p", "i2v-14b-480p", "t2v-14b-720p", "t2v-14b-480p", "t2v-1.3b-480p")
 PHASES = ("phase2", "phase1")
-# The configs that the paper compares with, planned for the paper's own preset on these machines alone.
+# The configs that the paper compares with, planned only for the paper's own preset on these machines.
 MATCHING, CONSISTENCY = ("dmd2", "dmd2v", "kd", "magic"), ("lcm", "pcm", "dcm_semantic", "dcm_detail")
 OTHERS = (*MATCHING, *CONSISTENCY, "add", "apt", "aad", "pose1", "pose2", "phase2_pixels", "add_pixels")
 MACHINES = ("h100:8", "h200:8", "h20:32")
-# Causal students, of both sizes.
+# Causal students, in both sizes.
 CAUSAL = ("causal_init", "causal_ode", "self_forcing", "asd")
 CAUSAL_PRESETS, CAUSAL_MACHINES = ("t2v-1.3b-480p", "i2v-14b-720p"), ("h100:8", "v5p:2x2x4")
 TOPOLOGIES = ("h100:8", "h200:8", "h20:32", "h100:32", "v5p:2x2x4", "v6e:8x8", "tpu7x:2x2x4")
@@ -53,13 +53,13 @@ def rows(topologies: Sequence[str] = TOPOLOGIES) -> Iterator[tuple[str, str, str
 
 
 def run(preset: str, config: str, name: str) -> dict[str, Any]:
-    """One row's plan. Raises `UserError` with the planner's own line when it refuses."""
+    """Makes one row's plan. Raises `UserError` with the planner's own message if it fails."""
     command = [sys.executable, "-m", "vpae_jax.plan", f"--config=configs/{config}.py:{preset}", f"--topology={name}"]
     plan: dict[str, Any] = {}
     for more in ([], ["--search"]):
         ended = subprocess.run([*command, "--json", *more], capture_output=True, text=True, check=False)
         if ended.returncode:
-            lines = ended.stderr.strip().splitlines() or ["no word"]
+            lines = ended.stderr.strip().splitlines() or ["no message"]
             raise UserError(f"{preset} {config} {name}: {lines[-1].removeprefix('error: ')}")
         plan = json.loads(ended.stdout)
         if plan["fits"]:
@@ -68,7 +68,7 @@ def run(preset: str, config: str, name: str) -> dict[str, Any]:
 
 
 def line(plan: dict[str, Any], preset: str, config: str) -> str:
-    """A plan as a row of the table: the setting that fits if the search found one, else the one asked for."""
+    """A plan as a row of the table, with the setting that the search found, if any, else the preset's own."""
     best = (plan.get("search") or {}).get("plan") or plan
     s, step = best["setting"], best["step"]
     layout = f"fsdp {s['fsdp']} x context {s['context']}, {s['accumulation']} part(s), remat {s['remat']}"
@@ -84,9 +84,9 @@ def line(plan: dict[str, Any], preset: str, config: str) -> str:
 
 def main(argv: Sequence[str]) -> None:
     parser = cli.Parser("python -m vpae_jax.planning.survey", __doc__)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the rows' JSON")
-    parser.add_argument("--table", type=Path, help="file of the table; by default plans.md in the folder")
-    parser.add_argument("--topologies", default=",".join(TOPOLOGIES), help="machines, separated by commas")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the rows' JSON files")
+    parser.add_argument("--table", type=Path, help="file for the table; by default plans.md in the folder")
+    parser.add_argument("--topologies", default=",".join(TOPOLOGIES), help="topologies, separated by commas")
     args = parser.parse_args(list(argv))
     args.output.mkdir(parents=True, exist_ok=True)
     table = HEAD

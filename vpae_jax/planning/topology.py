@@ -1,4 +1,4 @@
-"""Devices of machines that are not there: names, and the compilers that know them.
+"""Devices you do not have: topology names, and the compilers for them.
 
 v5p:2x2x4, v6e:16x16, tpu7x:2x2x4      chips along each axis of a TPU slice (libtpu compiles)
 h100:8, h20:32                         GPUs, in hosts of eight (JAX's CUDA plugin compiles)
@@ -29,8 +29,8 @@ class Topology:
     """A set of devices.
 
     Attributes:
-      name: as it was given.
-      chip: what each device is.
+      name: as given by the user.
+      chip: the kind of device.
       shape: chips along each axis of a TPU slice; the number of GPUs.
     """
 
@@ -40,20 +40,20 @@ class Topology:
 
     @property
     def hosts(self) -> tuple[int, int]:
-        """Hosts, and GPUs in each."""
+        """Number of hosts, and of GPUs in each."""
         count = math.prod(self.shape)
         return max(count // GPUS_PER_HOST, 1), min(count, GPUS_PER_HOST)
 
 
 def parse(name: str) -> Topology:
-    """Reads a topology's name.
+    """Parses a topology's name.
 
     Raises:
       UserError: for a chip that is not in `CHIPS`, or a shape that its slices do not have.
     """
     kind, _, sizes = name.partition(":")
     if kind not in CHIPS:
-        raise UserError(f"topology {name!r}: chip {kind!r} is not known{nearest(kind, CHIPS)}")
+        raise UserError(f"topology {name!r}: unknown chip {kind!r}{nearest(kind, CHIPS)}")
     chip = CHIPS[kind]
     example = f"{kind}:{'x'.join(['4'] * chip.axes)}" if chip.platform == "tpu" else f"{kind}:8"
     parts = sizes.split("x")
@@ -72,13 +72,13 @@ def installed(module: str) -> bool:
 
 
 def prepare(topology: Topology) -> None:
-    """Sets this process up to compile for devices that it does not have, with the flags that a program on them has.
-    Call it before JAX touches any device.
+    """Sets up this process to compile for devices that it does not have, with the flags that a program on them uses.
+    Call it before JAX initialises any device.
 
     Raises:
-      UserError: when the package that compiles for them is not installed; says which.
+      UserError: if the package that compiles for them is not installed.
     """
-    # Devices of this machine are not wanted, and a TPU's compiler must not look for its machine's metadata.
+    # Hide the devices of this machine, and keep the TPU compiler from looking for its machine's metadata.
     settings = {"CUDA_VISIBLE_DEVICES": "-1"}
     if topology.chip.platform == "tpu":
         if not installed("libtpu"):
@@ -99,34 +99,35 @@ def prepare(topology: Topology) -> None:
                 f"planning for {topology.name} needs JAX's CUDA plugin (5.5 GB, no GPU); "
                 f"pip install 'jax[cuda12]=={jax.__version__}'"
             )
-        # There is no device to time kernels on; untimed, Triton's products do not compile for every shape, cuBLAS's do.
+        # There is no device to time kernels on; without timing, Triton's products fail to compile for some shapes, but
+        # cuBLAS's do not.
         untimed = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
         settings["XLA_FLAGS"] = f"{with_flags(os.environ.get('XLA_FLAGS', ''), GPU_FLAGS)} {untimed}"
     settings["TF_CPP_MIN_LOG_LEVEL"] = "3"
     os.environ.update(settings)
     jax.config.update("jax_platforms", "cpu")
-    # What is compiled for other devices cannot be read back from a cache of this one's programs.
+    # Programs for other devices cannot be read back from this device's compilation cache.
     jax.config.update("jax_enable_compilation_cache", False)
 
 
 def devices(topology: Topology) -> Sequence[Any]:
-    """The topology's devices, to lay a mesh over and compile for. `prepare` comes first.
+    """The topology's devices, to build a mesh on and compile for. Call `prepare` first.
 
     Raises:
       UserError: for a shape that the compiler does not know.
     """
-    jax.devices()  # JAX finds its plugins when it is first asked for devices
+    jax.devices()  # JAX discovers its plugins on the first request for devices
     try:
         return _describe(topology).devices
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"topology {topology.name!r} is not one that its compiler knows: {reason}") from error
+        raise UserError(f"topology {topology.name!r} is not supported by its compiler: {reason}") from error
 
 
 def _describe(topology: Topology) -> Any:
     chip = topology.chip
     if chip.platform == "tpu":
-        # Two cores of a v4 chip work as one device; later chips need not be told.
+        # The two cores of a v4 chip act as one device; for later chips this is the default.
         options = {"chip_config_name": "megacore"} if chip.name == "v4" else {}
         return topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options)
     hosts, each = topology.hosts
@@ -136,7 +137,7 @@ def _describe(topology: Topology) -> Any:
 
 
 def target_config(chip: Chip) -> str:
-    """A GPU as XLA's compiler wants it described (the text form of its GpuTargetConfigProto).
+    """The description of a GPU for XLA's compiler (the text form of its GpuTargetConfigProto).
 
     Limits of blocks, registers and shared memory are those of compute capabilities 9.0 and 10.0, which agree (CUDA C++
     programming guide, table of technical specifications).

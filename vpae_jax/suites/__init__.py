@@ -1,1 +1,1 @@
-"""Public benchmarks, each run from its own checkout: what they ask of a model, and what their scores add up to."""
+"""Public benchmarks, each run from its own checkout: the clips that they require, and their aggregate scores."""

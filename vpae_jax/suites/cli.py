@@ -1,18 +1,18 @@
-"""Public benchmarks: makes the clips that a suite scores, and adds up the scores that it has given.
+"""Public benchmarks: generates the clips that a suite scores, and aggregates the suite's scores.
 
     python -m vpae_jax.evaluate --suite=vbench|vbench_i2v|vbench2 --checkout=DIR --model=MODEL --output=DIR
     python -m vpae_jax.evaluate --suite=... --suite-results=NAME=FILE_OR_DIR [--suite-results=...] --output=DIR
 
 The first reads the suite's prompts from the user's own checkout of it (github.com/Vchitect/VBench), makes each clip
 from its augmented prompt, names it after the original one, and prints the commands that score the clips in the suite's
-own environment. It goes on where it was stopped. Several processes share the work when each is told its place
+own environment. A repeated command resumes where it stopped. Several processes share the work if each is told its index
 (--process_id and --num_processes, or SLURM's or JAX's variables) and all see the folder. Writes
 
-    manifest.json   prompt, augmented prompt, seed and picture of each clip; the model's fingerprint and its sampler
+    manifest.json   prompt, augmented prompt, seed and image of each clip; the model's fingerprint and its sampler
     videos/         the clips
 
-The second prints what those scores add up to by the suite's own formula, and writes scores.json. docs/evaluation.md has
-the rules.
+The second prints the aggregate scores by the suite's own formula, and writes scores.json. docs/evaluation.md has the
+rules.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from vpae_jax.weights.parts import makes_from_image
 from vpae_jax.weights.settings import read_defaults, read_scheduler
 
 FLAGS = ("--suite", "--suite-results")
-# What says how clips are made, and nothing of scores.
+# Options for making clips, which do not apply to scores.
 OF_EXPORTS = ("checkout", "model", "steps", "guidance", "samples", "dimensions", "augmented")
 OF_EXPORTS += ("num_frames", "height", "width", "dtype", "process_id", "num_processes")
 
 
 def asked(argv: list[str]) -> bool:
-    """Whether a command line is about a suite."""
+    """Whether a command line asks for a suite."""
     return any(word.partition("=")[0] in FLAGS for word in argv)
 
 
@@ -61,24 +61,24 @@ def parser() -> cli.Parser:
         "--steps",
         type=partial(parse_steps, name="--steps"),
         metavar="N|N,M",
-        help="network evaluations, twice as many with guidance; the model's own by default",
+        help="sampling steps, each with one network evaluation, two with guidance; the model's own by default",
     )
-    add("--guidance", type=float, help="w of v_u + w (v_c - v_u), 1 is none; the model's own by default")
-    add("--samples", type=int, help="videos of each prompt; as many as the suite asks for by default")
-    add("--dimensions", help="NAME,NAME: makes the clips of these dimensions; of all by default")
-    add("--augmented", help=f"file of augmented prompts, a line each, or {NONE!r}; the suite's own for Wan by default")
+    add("--guidance", type=float, help="w of v_u + w (v_c - v_u), 1 for none; the model's own by default")
+    add("--samples", type=int, help="videos per prompt; the suite's own number by default")
+    add("--dimensions", help="NAME,NAME: make only the clips of these dimensions; all by default")
+    add("--augmented", help=f"file of augmented prompts, one per line, or {NONE!r}; by default the suite's for Wan")
     add("--num_frames", type=int, help="frames of a video; the model's own by default")
     add("--height", type=int, help="pixels; the model's own by default")
     add("--width", type=int, help="pixels; the model's own by default")
     add("--dtype", choices=cli.DTYPES, help=cli.DTYPE_HELP)
-    add("--process_id", type=int, help="which of several processes this is, from 0")
-    add("--num_processes", type=int, help="how many share the work")
+    add("--process_id", type=int, help="index of this process, from 0")
+    add("--num_processes", type=int, help="number of processes that share the work")
     add(
         "--suite-results",
         action="append",
         default=[],
         metavar="NAME=PATH",
-        help="a row: its name, and a result file of the suite or the folder of several; repeatable",
+        help="a row: its name, and a result file of the suite or a folder of them; repeatable",
     )
     return result
 
@@ -90,20 +90,21 @@ def main(argv: list[str]) -> None:
     if given.suite_results:
         for name in OF_EXPORTS:
             if getattr(given, name) is not None:
-                raise UserError(f"--{name} says how clips are made; leave it out with --suite-results")
+                raise UserError(f"--{name} is for making clips; leave it out with --suite-results")
         add_up(given)
         return
     for name in ("checkout", "model"):
         if getattr(given, name) is None:
             raise UserError(
-                f"--{name} is missing: give --checkout and --model to make a suite's clips, or --suite-results to add "
-                "up its scores"
+                f"--{name} is missing: give --checkout and --model to make a suite's clips, or --suite-results to "
+                "aggregate its scores"
             )
     make_clips(given)
 
 
 def make_clips(given: argparse.Namespace) -> None:
-    """Makes this process's share of the clips. Raises `UserError` for what the model or the suite does not have."""
+    """Generates this process's share of the clips. Raises `UserError` for options that the model or the suite does not
+    support."""
     suite, output = SUITES[given.suite], given.output
     dimensions = [] if given.dimensions is None else [name.strip() for name in given.dimensions.split(",")]
     prompts = read_prompts(suite, given.checkout, given.augmented, dimensions, given.samples)
@@ -118,7 +119,7 @@ def make_clips(given: argparse.Namespace) -> None:
     if suite.pictures:
         if not image and read_scheduler(model.folder, image).chunks is None:
             raise UserError(
-                f"--model={given.model} makes videos from text alone, and {suite.title} gives first frames; name an "
+                f"--model={given.model} is a text-to-video model, but {suite.title} gives first frames; give an "
                 "image-to-video model"
             )
         crop = crop_of(own.height, own.width)
@@ -129,7 +130,7 @@ def make_clips(given: argparse.Namespace) -> None:
     sampler = pipeline.sampler(given.steps, given.guidance)
     pipeline.latent_shape(1, own.num_frames, own.height, own.width)
     crf = CRF if suite.crf is None else suite.crf
-    # A causal model that continues a picture has another length of its own.
+    # A causal model that continues an image has another default length.
     frames = None if pictures and not image and given.num_frames is None else own.num_frames
     clip = {"num_frames": frames, "height": own.height, "width": own.width, "fps": own.fps, "crf": crf}
     shared = {
@@ -144,21 +145,21 @@ def make_clips(given: argparse.Namespace) -> None:
     recipe = export.Recipe(given.steps, given.guidance, frames, own.height, own.width, pictures, crf)
     export.make(pipeline, recipe, output, clips[process::processes])
     if left := len(export.missing(output, clips)):
-        print(f"this process has done its share; {left} of {len(clips)} clips are left to others")
+        print(f"this process has done its share; {left} of {len(clips)} clips remain for other processes")
         return
-    print(f"{output / VIDEOS}: {len(clips)} clips are there; in {suite.title}'s own environment run\n")
+    print(f"{output / VIDEOS}: all {len(clips)} clips are complete; in {suite.title}'s own environment run\n")
     print(commands(suite, given.checkout, output, dimensions, crop))
 
 
 def add_up(given: argparse.Namespace) -> None:
-    """Prints and writes what a suite's results add up to. Raises `UserError` for what is no such result."""
+    """Prints and writes a suite's aggregate scores. Raises `UserError` for anything that is not a result of it."""
     formula, rows = scores.FORMULAS[given.suite], {}
     for text in given.suite_results:
         name, _, path = text.partition("=")
         if not name or not path:
             raise UserError(f"--suite-results={text!r}: expected NAME=FILE or NAME=FOLDER")
         if name in rows:
-            raise UserError(f"two rows are called {name!r}; give each its own name")
+            raise UserError(f"two rows are named {name!r}; give each its own name")
         rows[name] = scores.add_up(scores.read_results(cli.local_path(path), formula), formula)
     path = given.output / scores.SCORES
     scores.write_scores(path, given.suite, rows, formula)
@@ -166,7 +167,7 @@ def add_up(given: argparse.Namespace) -> None:
     for name, row in rows.items():
         if row.missing:
             named = ", ".join(row.missing)
-            print(f"{name}: no result for {named}: each counts as a score of 0, as in the suite's own sums")
+            print(f"{name}: no result for {named}: each counts as a score of 0, as in the suite's own scripts")
     if formula.plain:
-        print(f"{scores.PLAIN}: of the i2v score and the six of quality, as the V-PAE paper prints; the suite has none")
+        print(f"{scores.PLAIN}: of the i2v score and the six quality scores, as in the V-PAE paper; not from the suite")
     print(path)

@@ -13,17 +13,18 @@ FLICKERING = "temporal_flickering"
 
 
 def commands(suite: Suite, checkout: Path, output: Path, dimensions: Sequence[str] = (), crop: str = "") -> str:
-    """Lines for a shell, in their order.
+    """Shell commands, in order.
 
-    Each dimension is a run of its own, since a suite writes its results when the last one is done. VBench measures
-    flickering on videos that stand still: of each prompt's its filter keeps up to five, by a network that the run for
-    dynamic degree downloads.
+    Each dimension is a separate run, since a suite writes its results only when the last one is done. VBench measures
+    flickering on static videos: its filter keeps up to five per prompt, using a network that the run for dynamic degree
+    downloads.
 
     Args:
+      suite: the benchmark.
       checkout: of the suite.
       output: the export's folder.
       dimensions: those whose clips were made; all by default.
-      crop: of VBench-I2V's pictures.
+      crop: of VBench-I2V's images.
     """
 
     def quoted(path: Path) -> str:
@@ -47,4 +48,4 @@ def commands(suite: Suite, checkout: Path, output: Path, dimensions: Sequence[st
         )
         lines.append(run(filtered / "filtered_videos", [FLICKERING]))
     mine = f"--suite={suite.name} --suite-results=NAME={quoted(results)} --output={quoted(output)}"
-    return "\n".join([*lines, "", "and then here", "", f"python -m vpae_jax.evaluate {mine}"])
+    return "\n".join([*lines, "", "and then, in this environment", "", f"python -m vpae_jax.evaluate {mine}"])

@@ -1,12 +1,12 @@
-"""Makes the clips that a suite asks for, under the names by which it finds them.
+"""Generates the clips that a suite requires, under the names that it expects.
 
     OUTPUT/manifest.json    what each clip was made from (`suites.manifest`)
-    OUTPUT/videos/          the clips, and nothing else: VBench takes the first file's ending for that of all
-    OUTPUT/unfinished/      what is being made; gone at the end
+    OUTPUT/videos/          the clips, and nothing else: VBench assumes that all files have the first one's suffix
+    OUTPUT/unfinished/      clips in progress; removed at the end
 
-A clip is there whole or not at all, and one that is there is not made again. The clips are shared out among processes
-by their index. A process locks the clip that it makes, so that one that was started twice makes none twice; on file
-systems without locks each would make its own, of the same seed.
+A clip is complete or absent, and existing clips are reused. Clips are distributed over processes by index. A process
+locks the clip that it is making, so that no clip is made twice if a process is started twice by mistake; on file
+systems without locks each would make its own, with the same seed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Recipe:
       num_frames: None for the model's own.
       height, width: of a video, in pixels.
       pictures: folder of the first frames; None for text-to-video.
-      crf: H.264 quality.
+      crf: H.264's constant rate factor.
     """
 
     steps: Steps | None
@@ -51,16 +51,16 @@ class Recipe:
 
 
 def prepare(output: Path, clips: Sequence[Clip]) -> None:
-    """Makes an export's folders, and sees to it that each clip can have its name there.
+    """Creates an export's folders, and checks that each clip can have its name there.
 
     Raises:
-      UserError: the file system refuses a name, or takes two for one.
+      UserError: the file system does not allow a name, or does not tell two apart.
     """
     videos, unfinished = output / VIDEOS, output / UNFINISHED
     with refused_writes(output):
         for folder in (videos, unfinished):
             folder.mkdir(parents=True, exist_ok=True)
-    remedy = "the suite finds clips by these names; choose an --output on a file system that takes them"
+    remedy = "the suite finds clips by these names; choose an --output on a file system that supports them"
     for clip in clips:
         try:
             os.stat(videos / clip.file)
@@ -68,27 +68,27 @@ def prepare(output: Path, clips: Sequence[Clip]) -> None:
             pass
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            raise UserError(f"{videos}: no file there can be called {clip.file!r} ({reason}); {remedy}") from error
-    if (output / UNFINISHED.upper()).exists():  # names of both cases are one
+            raise UserError(f"{videos}: cannot hold a file named {clip.file!r} ({reason}); {remedy}") from error
+    if (output / UNFINISHED.upper()).exists():  # the file system ignores case
         seen: dict[str, str] = {}
         for clip in clips:
             if (other := seen.setdefault(clip.file.casefold(), clip.file)) != clip.file:
-                raise UserError(f"{videos}: {other!r} and {clip.file!r} are one file there; {remedy}")
+                raise UserError(f"{videos}: {other!r} and {clip.file!r} are the same file there; {remedy}")
 
 
 def missing(output: Path, clips: Sequence[Clip]) -> list[Clip]:
-    """The clips that are not there."""
+    """The clips that do not exist yet."""
     return [clip for clip in clips if not (output / VIDEOS / clip.file).exists()]
 
 
 def make(pipeline: Pipeline, recipe: Recipe, output: Path, clips: Sequence[Clip]) -> None:
-    """Makes those of a process's clips that are not there, but for any that another process is making.
+    """Generates those of a process's clips that are missing, except any that another process is making.
 
     Raises:
-      UserError: a prompt or picture that the model cannot use, or a clip that cannot be written. Clips before it stay.
+      UserError: a prompt or image that the model cannot use, or a clip that cannot be written. Earlier clips remain.
     """
     left = missing(output, clips)
-    # Before hours are spent on the others, should one be too long.
+    # Checks all prompts first, before hours are spent, since one may be too long.
     for text in {clip.prompt.augmented or clip.prompt.text for clip in left}:
         pipeline.tokenize([text])
     remove_leftovers(output / UNFINISHED)
@@ -103,15 +103,15 @@ def make(pipeline: Pipeline, recipe: Recipe, output: Path, clips: Sequence[Clip]
                     part.replace(path)
         pace.advance()
     for clip in clips:
-        if (output / VIDEOS / clip.file).exists():  # what a killed process has left of it
+        if (output / VIDEOS / clip.file).exists():  # remains of killed processes
             for file in _working(output, clip):
                 file.unlink(missing_ok=True)
-    with suppress(OSError):  # another process is still at work there
+    with suppress(OSError):  # another process is still working there
         (output / UNFINISHED).rmdir()
 
 
 def _working(output: Path, clip: Clip) -> tuple[Path, Path]:
-    """Where a clip is made, and the lock of who makes it."""
+    """The file of an unfinished clip, and its lock."""
     part = output / UNFINISHED / f"{clip.prompt.number:05d}-{clip.sample:03d}.mp4"
     return part, part.with_suffix(".lock")
 

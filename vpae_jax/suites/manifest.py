@@ -1,7 +1,7 @@
-"""`manifest.json`: what each clip of an export was made from, and what all of them were made with.
+"""`manifest.json`: what each clip of an export was made from, and the settings that all of them share.
 
-It is written before the first clip. A later export into the same folder has to be made with the same, and adds its own
-clips: further dimensions, or more samples of each prompt.
+It is written before the first clip. A later export into the same folder must have the same settings, and adds its own
+clips: further dimensions, or more samples per prompt.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from vpae_jax.suites.prompts import Clip
 from vpae_jax.types import UserError
 
 MANIFEST, VIDEOS = "manifest.json", "videos"
-# What all clips of a folder share; where the model and the checkout lie, and which commit it is, may change.
+# Settings that all clips of a folder share; the paths of model and checkout, and the checkout's commit, may change.
 SHARED = ("suite", "weights", "dtype", "sampler", "negative_prompt", "clip")
 
 
 def weights_of(pipeline: Pipeline) -> str:
-    """16 hexadecimal digits of all that a pipeline makes clips with: `encoder.fingerprint` and the transformers."""
+    """Fingerprint (16 hexadecimal digits) of all weights of a pipeline: `encoder.fingerprint` and the transformers."""
     digest = hashlib.sha256(fingerprint(pipeline).encode())
     for model in (pipeline.transformer, pipeline.transformer_2):
         if model is not None:
@@ -37,10 +37,12 @@ def weights_of(pipeline: Pipeline) -> str:
 
 
 def made_with(pipeline: Pipeline, sampler: Sampler, clip: Mapping[str, Any]) -> dict[str, Any]:
-    """What all clips are made with, as plain JSON.
+    """The settings that all clips share, as plain JSON.
 
     Args:
-      clip: size, rate and compression of a video.
+      pipeline: with all weights.
+      sampler: how clips are sampled.
+      clip: size, frame rate and compression of a video.
     """
     return {
         "weights": weights_of(pipeline),
@@ -52,19 +54,19 @@ def made_with(pipeline: Pipeline, sampler: Sampler, clip: Mapping[str, Any]) -> 
 
 
 def checkout_of(folder: Path, files: Sequence[Path]) -> dict[str, Any]:
-    """Which version of a suite was read: its commit, None where git knows none, and the SHA-256 of each file."""
+    """The version of a suite: its commit (None if git knows none) and the SHA-256 of each file that was read."""
     sums = {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     return {"folder": str(folder), "commit": commit_of(folder), "files": sums}
 
 
 def commit_of(folder: Path) -> str | None:
-    """The commit of a git checkout; None for a folder that is none, or without git."""
+    """The commit of a git checkout; None for any other folder, or without git."""
     asked = ["git", "-C", str(folder), "rev-parse", "--show-toplevel", "HEAD"]
     try:
         said = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):
         return None
-    # A folder inside another repository has that one's commit.
+    # Inside another repository, git would give that one's commit.
     return said[1] if len(said) == 2 and Path(said[0]).resolve() == folder.resolve() else None
 
 
@@ -72,7 +74,8 @@ def entry_of(clip: Clip, crop: str) -> dict[str, Any]:
     """What one clip is made from, as plain JSON.
 
     Args:
-      crop: of the first frames; "" without.
+      clip: the clip.
+      crop: of the first frames; "" if there are none.
     """
     prompt = clip.prompt
     return {
@@ -87,17 +90,17 @@ def entry_of(clip: Clip, crop: str) -> dict[str, Any]:
 
 
 def merged(output: Path, shared: Mapping[str, Any], clips: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The manifest of an export, with the clips that an earlier one in the same folder has listed.
+    """The manifest of an export, including the clips that an earlier export into the same folder listed.
 
     Raises:
-      UserError: the folder's clips were made with something else, or from something else under the same name, or it
-        holds clips without a manifest.
+      UserError: the folder's clips were made with other settings, or from other inputs under the same name, or it holds
+        clips without a manifest.
     """
     path, videos = output / MANIFEST, output / VIDEOS
-    filled = videos.is_dir() and any(videos.iterdir())  # looked at first: a manifest is there before any clip
+    filled = videos.is_dir() and any(videos.iterdir())  # checked first: a manifest is written before any clip
     there = _read(path)
     if there is None and filled:
-        raise UserError(f"{videos} holds files, and there is no {path}; choose another --output")
+        raise UserError(f"{videos} holds files, but {path} is missing; choose another --output")
     here = json.loads(json.dumps({**shared, "clips": list(clips)}))
     listed = {entry["file"]: entry for entry in here["clips"]}
     if there is not None:
@@ -113,12 +116,12 @@ def merged(output: Path, shared: Mapping[str, Any], clips: Iterable[Mapping[str,
 
 
 def write_manifest(output: Path, manifest: Mapping[str, Any]) -> None:
-    """Writes it, whole or not at all."""
+    """Writes the manifest, complete or not at all."""
     write_text(output / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """A manifest; None for none. Raises `UserError` for one that is damaged."""
+    """Reads a manifest; None if it is missing. Raises `UserError` if it is damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if {"file", "seed"} <= set.intersection(*map(set, found["clips"])):
@@ -127,4 +130,4 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
-    raise UserError(f"{path} is damaged; choose another --output, or remove it if its clips are known to be whole")
+    raise UserError(f"{path} is damaged; choose another --output, or remove it if its clips are known to be complete")

@@ -1,14 +1,14 @@
-"""What a suite asks for: its prompts, as the user's own checkout of it has them.
+"""The prompts of a suite, read from the user's own checkout of it.
 
 Sources, of the repository Vchitect/VBench:
 
     vbench       vbench/VBench_full_info.json; line i of an augmented file is for its entry i
-    vbench_i2v   vbench2_beta_i2v/vbench2_i2v_full_info.json, pictures in vbench2_beta_i2v/data/crop/RATIO
-    vbench2      VBench-2.0/prompts/VBench2_full_text.txt, whose line i an augmented file's line i is for; dimensions in
+    vbench_i2v   vbench2_beta_i2v/vbench2_i2v_full_info.json, images in vbench2_beta_i2v/data/crop/RATIO
+    vbench2      VBench-2.0/prompts/VBench2_full_text.txt; line i of an augmented file is for its line i; dimensions in
                  VBench-2.0/vbench2/VBench2_full_info.json
 
-A video is made from the augmented prompt and called after the original one. Where a suite lists a prompt twice, the
-files of both have the same names: the clips are made once, for the first of them.
+A video is made from the augmented prompt and named after the original one. Where a suite lists a prompt twice, the
+files of both have the same names: the clips are made once, for the first entry.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from vpae_jax.types import UserError
 
 SuiteName = Literal["vbench", "vbench_i2v", "vbench2"]
 REPOSITORY = "https://github.com/Vchitect/VBench"
-NONE = "none"  # in place of a file: no augmented prompts
-# Sample j of prompt i has the seed 100000 i + j, as the leaderboard's entry of Wan 2.1 14B (VBench's issue 163).
+NONE = "none"  # instead of a file: no augmented prompts
+# Sample j of prompt i has the seed 100000 i + j, as in the leaderboard's entry for Wan 2.1 14B (VBench's issue 163).
 SPREAD = 100_000
 MAX_SAMPLES = 1000
-# Width to height of the pictures that VBench-I2V offers, by their folders.
+# Aspect ratios (width / height) of VBench-I2V's images, by folder.
 RATIOS: Mapping[str, float] = {"1-1": 1.0, "8-5": 8 / 5, "7-4": 7 / 4, "16-9": 16 / 9}
-MAX_STRETCH = 1.1  # by which a picture's shape may differ from the video's
+MAX_STRETCH = 1.1  # largest ratio between the aspect ratios of an image and the video
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,17 @@ class Suite:
     """A benchmark's rules.
 
     Attributes:
-      name: as it is asked for.
-      title: as it calls itself.
+      name: its key on the command line.
+      title: its own name.
       folder: of the checkout, where its programs are run.
-      info: its list of prompts and their dimensions, below the checkout.
+      info: its list of prompts and their dimensions, relative to the checkout.
       dimensions: what it measures.
-      samples: videos of a prompt.
-      more: those of the prompts of single dimensions.
-      order: file with each prompt once, a line each; "" where `info` itself gives their order.
-      augmented: file of augmented prompts for Wan; "" where the suite has none.
-      longest: characters of a prompt that a file's name has; 0 for all.
-      crf: H.264 quality of the videos where the suite says one, else None.
+      samples: videos per prompt.
+      more: videos per prompt for single dimensions that need more.
+      order: file with each prompt once, one per line; "" if `info` itself gives their order.
+      augmented: file of augmented prompts for Wan; "" if the suite has none.
+      longest: number of characters of a prompt used in file names; 0 for all.
+      crf: H.264's constant rate factor if the suite specifies one, else None.
       pictures: folder of the first frames' crops; "" for text-to-video.
     """
 
@@ -91,7 +91,7 @@ SUITES: Mapping[str, Suite] = {
             "overall_consistency",
         ),
         samples=5,
-        more={"temporal_flickering": 25},  # of which its filter keeps five that stand still
+        more={"temporal_flickering": 25},  # its filter keeps five static ones
         augmented="prompts/augmented_prompts/Wan2.1-T2V-1.3B/all_dimension_aug_wanx_seed42.txt",
     ),
     "vbench_i2v": Suite(
@@ -143,13 +143,13 @@ class Prompt:
     """One prompt of a suite.
 
     Attributes:
-      number: its place in the suite's list, from 0; decides its seeds.
-      text: as the suite has it.
-      augmented: what a video is made from instead; None for the text itself.
-      dimensions: what its videos are measured for.
+      number: its index in the suite's list, from 0; determines its seeds.
+      text: as listed by the suite.
+      augmented: the text to generate from instead; None for the text itself.
+      dimensions: those that its videos are measured for.
       image: file name of its first frame; "" for none.
-      samples: videos to make.
-      stem: begins its videos' names.
+      samples: number of videos to make.
+      stem: start of its videos' names.
     """
 
     number: int
@@ -168,11 +168,11 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Clip:
-    """One video that a suite asks for.
+    """One video that a suite requires.
 
     Attributes:
       prompt: what it shows.
-      sample: which of the prompt's, from 0.
+      sample: its index among the prompt's videos, from 0.
     """
 
     prompt: Prompt
@@ -180,12 +180,12 @@ class Clip:
 
     @property
     def seed(self) -> int:
-        """Of its noise."""
+        """The seed of its noise."""
         return SPREAD * self.prompt.number + self.sample
 
     @property
     def file(self) -> str:
-        """Its name."""
+        """Its file name."""
         return f"{self.prompt.stem}-{self.sample}.mp4"
 
 
@@ -196,23 +196,24 @@ def read_prompts(
     dimensions: Sequence[str] = (),
     samples: int | None = None,
 ) -> tuple[Prompt, ...]:
-    """The prompts that a suite asks for, in its order.
+    """Reads a suite's prompts, in its order.
 
     Args:
+      suite: the benchmark.
       checkout: the suite's repository.
-      augmented: file with an augmented prompt a line, or "none"; by default the suite's own for Wan.
+      augmented: file with one augmented prompt per line, or "none"; by default the suite's own for Wan.
       dimensions: those to be measured; all by default.
-      samples: videos of each prompt; the suite's own number by default.
+      samples: videos per prompt; the suite's own number by default.
 
     Raises:
-      UserError: no such checkout, a file that is not what the suite has there, an unknown dimension, less than one
-        sample, or a prompt that no file can be called after.
+      UserError: a missing checkout, an unexpected file in it, an unknown dimension, a number of samples below 1, or a
+        prompt that cannot be part of a file name.
     """
     if unknown := [name for name in dimensions if name not in suite.dimensions]:
         there = ", ".join(suite.dimensions)
         raise UserError(f"--dimensions: {suite.title} has no dimension {unknown[0]!r}; it has {there}")
     if samples is not None and not 1 <= samples <= MAX_SAMPLES:
-        raise UserError(f"--samples={samples}: expected 1 to {MAX_SAMPLES} videos of each prompt")
+        raise UserError(f"--samples={samples}: expected 1 to {MAX_SAMPLES} videos per prompt")
     entries = _entries(suite, checkout)
     texts = [str(entry["prompt_en"]) for entry in entries]
     if suite.order:
@@ -220,8 +221,8 @@ def read_prompts(
         if set(listed) != set(texts):
             differing = next(iter(set(listed) ^ set(texts)))
             raise UserError(
-                f"{checkout / suite.order} and {checkout / suite.info} list other prompts, one of them {differing!r}; "
-                "take both from one commit"
+                f"{checkout / suite.order} and {checkout / suite.info} list different prompts, such as {differing!r}; "
+                "take both from the same commit"
             )
     else:
         listed = texts
@@ -249,15 +250,15 @@ def read_prompts(
     for prompt in found.values():
         if "/" in prompt.stem or "\0" in prompt.stem:
             raise UserError(
-                f"{suite.title} calls a clip after its prompt, which no file can be called: {prompt.text!r} has a "
-                f"slash; take {suite.info} from {REPOSITORY}"
+                f"{suite.title} names clips after prompts, but {prompt.text!r} has a slash, which a file name cannot "
+                f"have; take {suite.info} from {REPOSITORY}"
             )
     check_seed(SPREAD * len(listed), f"the seed after prompt {len(listed)}")
     return tuple(found.values())
 
 
 def crop_of(height: int, width: int) -> str:
-    """The folder of the pictures whose shape is next to a video's.
+    """The folder of the images whose aspect ratio is closest to the video's.
 
     Raises:
       UserError: all would have to be stretched by more than `MAX_STRETCH`.
@@ -269,19 +270,19 @@ def crop_of(height: int, width: int) -> str:
     name = min(RATIOS, key=lambda name: stretch(RATIOS[name]))
     if stretch(RATIOS[name]) > MAX_STRETCH:
         raise UserError(
-            f"the model makes clips of {height}x{width} (height x width), and VBench-I2V's pictures are "
-            f"{', '.join(RATIOS)} (width-height); give --height and --width near one of them"
+            f"the model makes clips of {height}x{width} (height x width), but VBench-I2V's images are "
+            f"{', '.join(RATIOS)} (width-height); give a --height and --width close to one of these ratios"
         )
     return name
 
 
 def check_pictures(suite: Suite, checkout: Path, crop: str, prompts: Iterable[Prompt]) -> Path:
-    """The folder of the first frames. Raises `UserError` for one that is missing."""
+    """The folder of the first frames. Raises `UserError` if one is missing."""
     folder = checkout / suite.pictures / crop
     for prompt in prompts:
         if not prompt.image or not (folder / prompt.image).is_file():
             raise UserError(
-                f"{folder / prompt.image}: no such picture; in {checkout} run `sh vbench2_beta_i2v/download_data.sh`"
+                f"{folder / prompt.image}: no such image; run `sh vbench2_beta_i2v/download_data.sh` in {checkout}"
             )
     return folder
 
@@ -298,7 +299,7 @@ def _entries(suite: Suite, checkout: Path) -> list[dict[str, Any]]:
     try:
         entries = json.loads(_text(path, checkout))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: no JSON ({error}); take it from {REPOSITORY}") from error
+        raise UserError(f"{path}: not valid JSON ({error}); take it from {REPOSITORY}") from error
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{path}: expected a list of prompts; take it from {REPOSITORY}")
     for number, entry in enumerate(entries):
@@ -309,7 +310,7 @@ def _entries(suite: Suite, checkout: Path) -> list[dict[str, Any]]:
             and isinstance(entry.get("image_name", ""), str)
         ):
             raise UserError(
-                f"{path}: entry {number} is no prompt with its 'prompt_en' and 'dimension'; take it from {REPOSITORY}"
+                f"{path}: entry {number} has no valid 'prompt_en' and 'dimension'; take the file from {REPOSITORY}"
             )
     return entries
 
@@ -323,7 +324,7 @@ def _augmented_file(suite: Suite, checkout: Path, augmented: str | None) -> Path
 
 
 def _augmented(suite: Suite, checkout: Path, augmented: str | None, count: int) -> list[str] | None:
-    """A prompt for each of the suite's `count`; None for no such."""
+    """An augmented prompt for each of the suite's `count`; None if there are none."""
     path = _augmented_file(suite, checkout, augmented)
     if path is None:
         return None
@@ -331,7 +332,7 @@ def _augmented(suite: Suite, checkout: Path, augmented: str | None, count: int) 
     if len(lines) != count:
         raise UserError(
             f"{path}: has {len(lines)} lines, expected {count}: line i is for prompt i of {suite.order or suite.info}; "
-            "name another file with --augmented=FILE, or --augmented=none"
+            "give another file with --augmented=FILE, or --augmented=none"
         )
     if "" in lines:
         raise UserError(f"{path}: line {lines.index('') + 1} is empty; write a prompt there")
@@ -339,7 +340,7 @@ def _augmented(suite: Suite, checkout: Path, augmented: str | None, count: int) 
 
 
 def _lines(path: Path, checkout: Path) -> list[str]:
-    """A text file's lines without their ends, and without empty ones after the last."""
+    """A text file's lines, stripped, without trailing empty ones."""
     return [line.strip() for line in _text(path, checkout).rstrip().split("\n")]
 
 
@@ -347,9 +348,9 @@ def _text(path: Path, checkout: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        remedy = f"--checkout={checkout} is to be a clone of {REPOSITORY}"
+        remedy = f"--checkout={checkout} must be a clone of {REPOSITORY}"
         raise UserError(
-            f"{path}: no such file; {remedy if path.is_relative_to(checkout) else 'name another'}"
+            f"{path}: no such file; {remedy if path.is_relative_to(checkout) else 'give another'}"
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}; take it from {REPOSITORY}") from error

@@ -1,4 +1,4 @@
-"""From a suite's result files to the scores that its leaderboard shows.
+"""From a suite's result files to the aggregate scores of its leaderboard.
 
 A result file is what VBench writes, `*_eval_results.json`: {dimension: [score, ...]}, one dimension or several. With x
 a dimension's score and (low, high) its bounds,
@@ -7,12 +7,12 @@ a dimension's score and (low, high) its bounds,
     part   = sum_d w_d s_d / sum_d w_d                 quality, semantic, i2v; of VBench-2.0 five plain means
     total  = sum_p W_p part_p / sum_p W_p
 
-with the constants of scripts/constant.py and the sums of scripts/cal_final_score.py and cal_i2v_final_score.py in
-Vchitect/VBench, and of VBench-2.0/scripts. As there, a dimension without a result has x = 0, which is below 0 once
-it is normalised where low is above 0.
+with the constants of scripts/constant.py and the formulas of scripts/cal_final_score.py and cal_i2v_final_score.py in
+Vchitect/VBench, and of VBench-2.0/scripts. As there, a dimension without a result has x = 0, which becomes negative by
+normalisation if low is positive.
 
-What the V-PAE paper (2508.21019, Table 1) prints as quality score is another number: the plain mean of VBench-I2V's i2v
-part and the six scores of quality as they are, not normalised.
+The quality score in the V-PAE paper (2508.21019, Table 1) is another number: the plain mean of VBench-I2V's i2v part
+and the six unnormalised quality scores.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ LARGEST = 2.0  # scores are fractions; VBench-2.0's diversity may be somewhat ab
 
 @dataclass(frozen=True)
 class Dimension:
-    """How a dimension counts.
+    """The contribution of a dimension to its part.
 
     Attributes:
-      low, high: bounds of its score, which become 0 and 1.
+      low, high: bounds of its score, which are mapped to 0 and 1.
       weight: in its part.
     """
 
@@ -52,12 +52,12 @@ class Dimension:
 
 @dataclass(frozen=True)
 class Formula:
-    """How a suite's scores are added up.
+    """How a suite's scores are aggregated.
 
     Attributes:
-      parts: the dimensions of each.
+      parts: the dimensions of each part.
       weights: of the parts, in the total.
-      plain: the part and the dimensions whose mean the V-PAE paper prints; empty where it prints none.
+      plain: the part and the dimensions whose mean the V-PAE paper reports; empty if it reports none.
       ignored: dimensions that the suite measures but does not count.
     """
 
@@ -68,7 +68,7 @@ class Formula:
 
     @property
     def dimensions(self) -> dict[str, Dimension]:
-        """Of all parts."""
+        """The dimensions of all parts."""
         return {name: dimension for part in self.parts.values() for name, dimension in part.items()}
 
 
@@ -77,10 +77,10 @@ class Scores:
     """A row's scores.
 
     Attributes:
-      dimensions: as the suite has measured them, a fraction each; only those that were.
-      missing: the others, which count as 0.
+      dimensions: the scores measured by the suite, as fractions.
+      missing: dimensions that were not measured, which count as 0.
       parts, total: by the suite's formula.
-      plain: the V-PAE paper's mean; None where the suite has none, or a score that it needs is missing.
+      plain: the V-PAE paper's mean; None if the paper has none for this suite, or if a score that it needs is missing.
     """
 
     dimensions: Mapping[str, float]
@@ -155,14 +155,14 @@ FORMULAS: Mapping[str, Formula] = {
 
 
 def read_results(path: Path, formula: Formula) -> dict[str, float]:
-    """The score of each dimension that a result file holds, or the result files of a folder and those in it.
+    """Reads the score of each dimension from a result file, or from all result files in a folder and its subfolders.
 
     Raises:
-      UserError: no such files, one that is none, an unknown dimension, or one that has two different scores.
+      UserError: missing files, a file that is not a result, an unknown dimension, or one with two different scores.
     """
     files = sorted(path.rglob(RESULTS)) if path.is_dir() else [path]
     if not files:
-        raise UserError(f"{path}: holds no {RESULTS}; name the folder that the suite was given as its output path")
+        raise UserError(f"{path}: holds no {RESULTS}; give the folder that was the suite's output path")
     found: dict[str, float] = {}
     origin: dict[str, Path] = {}
     known = (*formula.dimensions, *formula.ignored)
@@ -174,20 +174,20 @@ def read_results(path: Path, formula: Formula) -> dict[str, float]:
             if isinstance(score, bool) or not isinstance(score, int | float):
                 raise UserError(f"{file}: {name} has no score; expected a list that begins with a number")
             score = float(score)
-            if not abs(score) <= LARGEST:  # NaN, too: of no videos
-                what = "the suite has found no videos for it" if math.isnan(score) else "expected a fraction of 1"
+            if not abs(score) <= LARGEST:  # also NaN, the mean over no videos
+                what = "the suite found no videos for it" if math.isnan(score) else "expected a fraction of 1"
                 raise UserError(f"{file}: the score of {name} is {score:g}; {what}")
             if found.setdefault(name, score) != score:
                 raise UserError(
-                    f"{name} is {found[name]:g} in {origin[name]} and {score:g} in {file}; move the one aside that "
-                    "does not count"
+                    f"{name} is {found[name]:g} in {origin[name]} and {score:g} in {file}; move the file that should "
+                    "not count elsewhere"
                 )
             origin.setdefault(name, file)
     return found
 
 
 def add_up(measured: Mapping[str, float], formula: Formula) -> Scores:
-    """A row's scores, from those of its dimensions."""
+    """Aggregates a row's scores from those of its dimensions."""
     parts = {}
     for part, dimensions in formula.parts.items():
         weights = sum(dimension.weight for dimension in dimensions.values())
@@ -203,7 +203,7 @@ def add_up(measured: Mapping[str, float], formula: Formula) -> Scores:
 
 
 def table(rows: Mapping[str, Scores], formula: Formula) -> str:
-    """The scores in percent, a column a row, dimension by dimension and then what they add up to."""
+    """The scores in percent as text, with a column per row: each part's dimensions, the part, and the total."""
     names = [*formula.dimensions, *formula.parts, "total", *([PLAIN] if formula.plain else [])]
     first = max(map(len, names))
     widths = {row: max(len(row), 7) for row in rows}
@@ -225,7 +225,7 @@ def table(rows: Mapping[str, Scores], formula: Formula) -> str:
 
 
 def write_scores(path: Path, suite: str, rows: Mapping[str, Scores], formula: Formula) -> None:
-    """All scores as JSON, as fractions; an existing file is replaced when the new one is complete."""
+    """Writes all scores as JSON, as fractions; an existing file is replaced once the new one is complete."""
     found: dict[str, Any] = {"suite": suite, "rows": []}
     for name, row in rows.items():
         normalised = {key: formula.dimensions[key].normalised(value) for key, value in row.dimensions.items()}
@@ -247,9 +247,9 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{file}: no such file or folder; name what the suite has written") from error
+        raise UserError(f"{file}: no such file or folder; give what the suite has written") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read as JSON: {error}; name a {RESULTS} of the suite") from error
+        raise UserError(f"{file}: cannot be read as JSON: {error}; give a {RESULTS} of the suite") from error
     if not isinstance(found, dict) or not found:
-        raise UserError(f"{file}: holds no scores; name a {RESULTS} of the suite")
+        raise UserError(f"{file}: holds no scores; give a {RESULTS} of the suite")
     return found

@@ -1,1 +1,1 @@
-"""Model directories and other formats of weights: one table a part, both directions."""
+"""Reads and writes model directories and other weight formats, with one conversion table per part of a model."""

@@ -1,9 +1,9 @@
-"""Pickles of plain NumPy arrays in nested dictionaries, as older JAX packages keep weights; read without running code.
+"""Reads pickles of NumPy arrays in nested dictionaries, as older JAX packages store weights, without running code.
 
-A pickle may name any function and call it. This reader knows three names, those that NumPy writes for an array, and
-refuses all others. In their place stand classes of its own that write down what they are given: NumPy's own believe
-what a pickle says of a dtype, and a damaged one breaks float64 for the whole process. Arrays are made afterwards, of
-the bytes that the file holds.
+A pickle may name and call any function. This reader accepts only the three names that NumPy writes for an array, and
+rejects all others. They are replaced by its own classes, which only record their arguments: NumPy's classes trust what
+a pickle says about a dtype, and a damaged pickle can break float64 for the whole process. Arrays are created afterwards
+from the recorded bytes.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from vpae_jax.types import UserError
 from vpae_jax.weights.pickles import DAMAGE
 from vpae_jax.weights.safetensors_file import one_line
 
-# By their keys joined by slashes, as "params/conv/kernel".
+# Arrays by their keys joined by slashes, such as "params/conv/kernel".
 Arrays = dict[str, Float[np.ndarray, "..."]]
 FLOATS = ("f2", "f4", "f8")
-DEPTH = 16  # dictionaries in dictionaries
+DEPTH = 16  # maximum nesting of dictionaries
 
 
 class _DType:
-    """What a pickle says of a dtype."""
+    """A dtype as recorded in a pickle."""
 
     def __init__(self, code: Any, *_: Any) -> None:
         self.code, self.order = code, "="
@@ -37,7 +37,7 @@ class _DType:
 
 
 class _Array:
-    """What a pickle says of an array."""
+    """An array as recorded in a pickle."""
 
     state: Any = None
 
@@ -46,7 +46,7 @@ class _Array:
 
 
 class _Reconstruct:
-    """Stands for the function that begins an array."""
+    """Stands in for the function that creates an array."""
 
     def __new__(cls, *_: Any) -> Any:
         return _Array()
@@ -55,7 +55,7 @@ class _Reconstruct:
         raise pickle.UnpicklingError("a function is given a state")
 
 
-# NumPy 1 has called its module numpy.core, NumPy 2 numpy._core.
+# NumPy 1 calls its module numpy.core, NumPy 2 numpy._core.
 KNOWN = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _DType,
@@ -73,11 +73,11 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_arrays(path: Path) -> Arrays:
-    """The arrays of a file, under their keys joined by slashes.
+    """Reads the arrays of a file, under their keys joined by slashes.
 
     Raises:
       UserError: a file that cannot be read, names anything but arrays, or holds anything but float arrays in nested
-        dictionaries with text for keys.
+        dictionaries with string keys.
     """
     try:
         with path.open("rb") as file:
@@ -103,12 +103,12 @@ def _collect(path: Path, found: Any, keys: tuple[str, ...], arrays: Arrays) -> N
         arrays["/".join(keys)] = array
     else:
         at, what = one_line("/".join(keys)) or "the file", type(found).__name__.strip("_").lower()
-        raise UserError(f"{path}: {at} is no float array ({what}); install its package again")
+        raise UserError(f"{path}: {at} is not a float array ({what}); install its package again")
 
 
 def _array(state: Any) -> Float[np.ndarray, "..."] | None:
-    """The array of a state as NumPy writes it: version, shape, dtype, whether columns come first, bytes; None for one
-    of another kind, or whose bytes do not fill its shape."""
+    """The array of a state as NumPy writes it (version, shape, dtype, Fortran order, bytes); None for another kind of
+    state, or if the bytes do not match the shape."""
     match state:
         case (int(), tuple() as shape, _DType() as dtype, bool() as fortran, bytes() as content):
             whole = all(type(size) is int and size >= 0 for size in shape)

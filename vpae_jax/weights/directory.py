@@ -1,4 +1,4 @@
-"""A part of a model in files: which of their tensors are its own, and what they are called in the table."""
+"""The parts of a model in files: which tensors belong to a part, and their names in the conversion table."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from vpae_jax.weights.spiece import write_tokenizer
 from vpae_jax.weights.tensors import StoredTensor, Tensors, finite, open_shards, open_tensors
 
 NEEDED = ("transformer", "vae", "text_encoder")
-EXTRAS = "wan_extras.safetensors"  # what of a wan file no Wan model reads, kept beside a part in the diffusers layout
-COMPARED_BYTES = 64 * 2**20  # bytes of a tensor that are compared with another at a time
+EXTRAS = "wan_extras.safetensors"  # tensors of a wan file that no Wan model reads, stored with a diffusers part
+COMPARED_BYTES = 64 * 2**20  # bytes of a tensor to compare at a time
 
 
 @dataclass(frozen=True)
 class PartTensors:
-    """A part's tensors, by their names in the table.
+    """A part's tensors, by their names in the conversion table.
 
     Attributes:
       parameters: our parameters and the tensors that they are made of.
-      names: what each tensor is called in the files.
+      names: the name of each tensor in the files.
       extras: names of tensors that no Wan model reads.
     """
 
@@ -42,11 +42,11 @@ class PartTensors:
     _tensors: Tensors
 
     def stored(self, name: str) -> StoredTensor:
-        """What the file says of a tensor."""
+        """A tensor's entry in the file."""
         return self._tensors[self.names.get(name, name)]
 
     def read(self, name: str, index: Index = ()) -> HostArray:
-        """A tensor, or the slices of it that `index` names. Raises `UserError` for what is not finite in it."""
+        """Reads a tensor, or the slices of it given by `index`. Raises `UserError` for values that are not finite."""
         theirs = self.names.get(name, name)
         value = self._tensors.read(theirs, index)
         if not finite(value):
@@ -57,22 +57,22 @@ class PartTensors:
 
     @property
     def bytes_read(self) -> int:
-        """How much has been read."""
+        """Number of bytes read so far."""
         return self._tensors.bytes_read
 
 
 @dataclass(frozen=True)
 class StoredPart:
-    """One part of a model, where it is and what it is.
+    """The location and config of one part of a model.
 
     Attributes:
       part: a key of `parts.PARTS`.
-      layout: whose names its tensors have; "orbax": ours.
+      layout: the layout of its tensor names; "orbax" for our own arrays.
       files: a file or an index, or shards without one; the checkpoint's folder in the orbax layout.
-      prefix: what its tensors' names begin with.
-      config: of the part's config class.
-      notes: what a user is to know of it.
-      tokenizer: the tensor that holds the tokenizer of a text encoder; None for none.
+      prefix: of its tensors' names.
+      config: an instance of the part's config class.
+      notes: notes for the user.
+      tokenizer: the tensor that holds the tokenizer of a text encoder; None if there is none.
     """
 
     part: str
@@ -89,11 +89,11 @@ class StoredPart:
 
     @contextmanager
     def open(self) -> Iterator[PartTensors]:
-        """Opens the files and compares every tensor with the table.
+        """Opens the files and checks every tensor against the conversion table.
 
         Raises:
-          UserError: a file that cannot be read; a tensor that is missing, unknown, misshapen, there twice, or of a
-            kind that holds no weights.
+          UserError: a file that cannot be read; a tensor that is missing, unknown, duplicated, or of the wrong shape or
+            kind of dtype.
         """
         if self.layout == "orbax":
             raise ValueError(f"{self.files[0]} holds our own arrays: restore them")
@@ -111,7 +111,7 @@ class StoredPart:
 
     @contextmanager
     def open_extras(self) -> Iterator[Tensors | None]:
-        """What of a wan file lies beside a part in another layout; None if nothing does."""
+        """Opens the tensors of a wan file that are stored with a part in another layout; None if there are none."""
         path = self.folder / EXTRAS
         if self.layout == "wan" or not path.is_file():
             yield None
@@ -122,18 +122,18 @@ class StoredPart:
 
 @dataclass(frozen=True)
 class ModelDirectory:
-    """A model's parts and the files beside them.
+    """A model's parts and the files that accompany them.
 
     Attributes:
-      path: what was given.
-      folder: where its settings are looked for.
+      path: as given by the user.
+      folder: where its settings are.
       parts: those that were found.
-      tokenizer, image_processor: their folders, where there are such.
-      more_tokenizers: other folders with a tokenizer (Wan keeps one beside its image encoder).
+      tokenizer, image_processor: their folders; None if missing.
+      more_tokenizers: other folders with a tokenizer (Wan has one for its image encoder).
       passed_over: files that might have been weights but could not be read, each with the reason.
-      unreadable: parts that are there but cannot be read, or of which several are; with reasons.
-      boundary: time in (0, 1) from which on the transformer is evaluated and below which `transformer_2`; None for a
-        model of one transformer.
+      unreadable: parts that exist but cannot be read, or exist more than once; with reasons.
+      boundary: timestep in (0, 1) from which upwards the transformer is evaluated, and below which `transformer_2`;
+        None for a model with one transformer.
     """
 
     path: Path
@@ -147,20 +147,20 @@ class ModelDirectory:
     boundary: float | None = None
 
     def part(self, name: str) -> StoredPart:
-        """One part. Raises `UserError` when the model has none that can be read."""
+        """One part. Raises `UserError` if the model does not have it, or it cannot be read."""
         if name not in self.parts:
             raise self._no(name)
         return self.parts[name]
 
     def lacks(self, given: Container[str] = ()) -> list[str]:
-        """What a Wan pipeline needs and this model has not, beside the parts that are given."""
+        """The parts that a Wan pipeline needs and this model does not have, apart from those that are given."""
         needed = (*NEEDED, *([] if self.boundary is None else [LOW]), *self.unreadable)
         parts = [name for name in dict.fromkeys(needed) if name not in given and name not in self.parts]
         return parts + ["tokenizer"] * (not self.has_tokenizer)
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether there is one, in a folder or with the text encoder's weights."""
+        """Whether there is a tokenizer, in a folder or stored with the text encoder's weights."""
         return self.tokenizer is not None or self._tokenizer_within is not None
 
     @property
@@ -170,7 +170,7 @@ class ModelDirectory:
 
     @contextmanager
     def open_tokenizer(self) -> Iterator[Path]:
-        """The folder of the text encoder's tokenizer: the model's, or a temporary one of the tokenizer in its weights.
+        """The folder of the text encoder's tokenizer: the model's, or a temporary one if it is stored with the weights.
 
         Raises:
           UserError: there is none, or it cannot be read.
@@ -187,7 +187,7 @@ class ModelDirectory:
                 yield Path(folder)
 
     def require_whole(self, given: Container[str] = ()) -> None:
-        """Raises `UserError` when a Wan pipeline lacks something; see `lacks`."""
+        """Raises `UserError` if the model lacks something that a Wan pipeline needs; see `lacks`."""
         if lacking := self.lacks(given):
             raise self._no(next((name for name in lacking if name in self.unreadable), lacking[0]))
 
@@ -195,7 +195,7 @@ class ModelDirectory:
         if name in self.unreadable:
             return UserError(self.unreadable[name])
         has = ", ".join(self.parts) or "no part of a Wan model"
-        line = f"{self.path}: no {name} (found: {has}); expected a whole model (convert takes the rest from --base)"
+        line = f"{self.path}: no {name} (found: {has}); expected a complete model (convert takes the rest from --base)"
         if self.passed_over:
             file, reason = self.passed_over[0]
             line += f"; could not read {file}: {reason}"
@@ -212,7 +212,7 @@ def marks(tensors: Mapping[str, StoredTensor]) -> list[tuple[str, Layout, str]]:
     """Part, layout and prefix of every part whose mark is among the tensors."""
     marks = {}
     for part, spec in PARTS.items():
-        if part == LOW:  # a transformer; which expert a file holds is told by its folder
+        if part == LOW:  # a transformer; the folder tells which expert a file holds
             continue
         rows = vae_rows(1, 1) if part == "vae" else spec.rows(None)
         for layout in get_args(Layout):
@@ -221,7 +221,7 @@ def marks(tensors: Mapping[str, StoredTensor]) -> list[tuple[str, Layout, str]]:
     for name in tensors:
         for (part, layout), mark in marks.items():
             prefix = name[: len(name) - len(mark)]
-            # A part may be called the same in both layouts.
+            # The mark of a part may have the same name in both layouts.
             known = any((part, prefix) == (one, other) for one, _, other in found)
             if (name == mark or name.endswith("." + mark)) and not known:
                 found.append((part, layout, prefix))
@@ -231,8 +231,8 @@ def marks(tensors: Mapping[str, StoredTensor]) -> list[tuple[str, Layout, str]]:
 def canonical(
     tensors: Mapping[str, StoredTensor], part: str, layout: Layout, prefix: str
 ) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Table names of a part's tensors with the names that they have in the files, and the tensors nobody reads. Tensors
-    without the part's prefix are others'."""
+    """The names of a part's tensors in the files, by their names in the table, and the tensors that nothing reads.
+    Tensors without the part's prefix belong to other parts."""
     spec = PARTS[part]
     within = [other for _, _, other in marks(tensors) if other != prefix and other.startswith(prefix)]
     names, extras = {}, []
@@ -252,13 +252,13 @@ def canonical(
 def _check_dtype(stored: StoredTensor) -> None:
     if not jnp.issubdtype(stored.dtype, jnp.floating):
         raise UserError(
-            f"{stored.file}: tensor {stored.name!r} is of {stored.dtype}, expected floating point; "
-            "quantised weights do not load"
+            f"{stored.file}: tensor {stored.name!r} has dtype {stored.dtype}, expected floating point; "
+            "quantised weights cannot be loaded"
         )
 
 
 def _drop_repeated(tensors: Tensors, names: dict[str, str], part: str) -> None:
-    """Forgets a tensor that repeats another. Raises `UserError` when it does not repeat it."""
+    """Drops a tensor that repeats another. Raises `UserError` if the two differ."""
     for alias, name in PARTS[part].aliases.items():
         if alias in names and name in names:
             theirs = names.pop(alias)
@@ -269,7 +269,7 @@ def _drop_repeated(tensors: Tensors, names: dict[str, str], part: str) -> None:
 
 
 def _equal(tensors: Tensors, one: str, other: str) -> bool:
-    """Whether two tensors are equal; never holds more of either than `COMPARED_BYTES` bytes, or one row."""
+    """Whether two tensors are equal; holds at most `COMPARED_BYTES` bytes of each at a time, or one row."""
     stored, expected = tensors[one], tensors[other]
     if (stored.shape, stored.dtype) != (expected.shape, expected.dtype):
         return False

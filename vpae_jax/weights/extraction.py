@@ -1,4 +1,4 @@
-"""A low-rank extraction: what a student changed in its teacher, as adapters, and how much of the change they hold."""
+"""Low-rank extraction: a student's change relative to its teacher as adapters, and how much of it they retain."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from vpae_jax.weights.lora import KERNEL_SUFFIX, Adapter, Lora
 from vpae_jax.weights.names import TRANSFORMER_ROWS
 from vpae_jax.weights.writing import Values
 
-# Up to this many rows or columns a matrix is decomposed exactly: 0.7 s for 1536 x 8960 on two cores. 5120 x 13824 would
-# take half a minute, and by subspace iteration takes some seconds for 0.3 % less energy, even where singular values
-# fall slowly.
+# A matrix with a side of at most this length is decomposed exactly: 0.7 s for 1536 x 8960 on two cores. 5120 x 13824
+# would take half a minute; subspace iteration takes some seconds and retains at most 0.3% less energy, even if singular
+# values fall slowly.
 EXACT_SIDE = 2048
 SPARE, ITERATIONS = 32, 6
 
 
 @dataclass(frozen=True)
 class Energy:
-    """How much of one layer's change the adapter holds.
+    """How much of one layer's change its adapter retains.
 
     Attributes:
       path: the layer ("blocks/attn1/to_q").
-      layer: of the stack.
-      rank: of its adapter; 0 where nothing changed, and there is none.
+      layer: index in the stack.
+      rank: of its adapter; 0 without an adapter, if nothing changed.
       change: Frobenius norm of student minus teacher.
-      retained: share of the squared norm that the adapter holds; 1 where nothing changed.
+      retained: fraction of the squared norm that the adapter retains; 1 if nothing changed.
     """
 
     path: str
@@ -49,14 +49,14 @@ class Energy:
 
 @dataclass(frozen=True)
 class Extraction:
-    """A student's change of its teacher.
+    """A student's change relative to its teacher.
 
     Attributes:
-      lora: adapters of the linear layers that changed, and differences of other parameters if they were asked for.
+      lora: adapters of the linear layers that changed, and differences of other parameters if requested.
       energies: of all linear layers.
-      outside: share of the squared change of all parameters that is not in linear layers, but in biases, norms,
+      outside: fraction of the squared change of all parameters that lies outside linear layers: in biases, norms,
         modulation and the patch embedding.
-      whole: whether `lora` has that as well.
+      whole: whether `lora` includes that part, too.
     """
 
     lora: Lora
@@ -66,26 +66,26 @@ class Extraction:
 
     @property
     def retained(self) -> float:
-        """Share of the linear layers' squared change that the adapters hold."""
+        """Fraction of the linear layers' squared change that the adapters retain."""
         total = sum(energy.change**2 for energy in self.energies)
         held = sum(energy.retained * energy.change**2 for energy in self.energies)
         return held / total if total else 1.0
 
 
 def extract(student: Values, teacher: Values, rank: int, differences: bool = False) -> Extraction:
-    """The best adapters of a rank for what a student changed, one layer in memory at a time.
+    """Computes the best adapters of a rank for a student's change, with one layer in memory at a time.
 
     Args:
       student: a transformer's weights.
-      teacher: the same of the one that it was trained from.
-      rank: of every adapter; a layer with a shorter side gets that.
+      teacher: the weights that it was trained from.
+      rank: of every adapter, limited by the shorter side of each layer.
       differences: whether to keep the whole change of all other parameters.
 
     Raises:
-      UserError: a rank below 1; another architecture; NaN in either.
+      UserError: a rank below 1; different architectures; NaN in either.
     """
     if rank < 1:
-        raise UserError(f"rank is {rank}, expected at least 1; a usual one is 64")
+        raise UserError(f"rank is {rank}, expected at least 1; 64 is a common choice")
     _check_alike(student, teacher)
     adapters: dict[tuple[str, int], Adapter] = {}
     others: dict[tuple[str, int], Shaped[np.ndarray, "..."]] = {}
@@ -114,15 +114,15 @@ def extract(student: Values, teacher: Values, rank: int, differences: bool = Fal
 
 
 def low_rank(change: Float32[np.ndarray, "d_in d_out"], rank: int, seed: int = 0) -> tuple[Adapter, float]:
-    """The adapter nearest to a matrix, and the squared norm of their product.
+    """The adapter closest to a matrix, and the squared norm of its product.
 
-    Singular values are shared evenly between A and B, so that both fit a narrow dtype. The product is the matrix
-    projected on an orthonormal basis; at full rank it is therefore the matrix itself, to rounding.
+    Singular values are split evenly between A and B, so that both fit a narrow dtype. The product is the matrix
+    projected on an orthonormal basis; at full rank it is the matrix itself, up to rounding.
 
     Args:
-      change: not all zero.
-      rank: at least 1; more than the shorter side counts as that.
-      seed: of the start of subspace iteration, for matrices with no side of at most `EXACT_SIDE`.
+      change: the matrix; not all zero.
+      rank: at least 1; limited by the shorter side.
+      seed: for the start of subspace iteration, used if both sides are longer than `EXACT_SIDE`.
     """
     if change.shape[0] > change.shape[1]:
         turned, held = low_rank(np.ascontiguousarray(change.T), rank, seed)
@@ -145,7 +145,7 @@ def low_rank(change: Float32[np.ndarray, "d_in d_out"], rank: int, seed: int = 0
 
 
 def format_energies(extraction: Extraction) -> str:
-    """The retained energies as text: a line for each kind of layer, then all together."""
+    """The retained energies as text: one line for each kind of layer, then the totals."""
     energies = extraction.energies
     kinds: dict[str, list[Energy]] = defaultdict(list)
     for energy in energies:
@@ -165,7 +165,7 @@ def _summary(name: str, energies: Sequence[Energy], width: int) -> str:
 def _totals(extraction: Extraction) -> Iterator[str]:
     yield ""
     count, changed = len(extraction.energies), len(extraction.lora.adapters)
-    held = f"the adapters hold {extraction.retained:.2%} of their squared change"
+    held = f"the adapters retain {extraction.retained:.2%} of their squared change"
     yield f"{changed} of {count} linear layers changed; {held}"
     kept = "written in full" if extraction.whole else "lost in Diffusers' form, and written in ComfyUI's (--format=wan)"
     where = "in biases, norms, modulation and the patch embedding"
@@ -173,12 +173,12 @@ def _totals(extraction: Extraction) -> Iterator[str]:
 
 
 def _check_alike(student: Values, teacher: Values) -> None:
-    """Raises `UserError` when the two are of different architectures."""
+    """Raises `UserError` if the two have different architectures."""
     for field in dataclasses.fields(student.config):
         ours, theirs = getattr(student.config, field.name), getattr(teacher.config, field.name)
         if ours != theirs:
             raise UserError(
-                f"the student's {field.name} is {ours!r}, the teacher's {theirs!r}; give the teacher of this student"
+                f"the student's {field.name} is {ours!r}, the teacher's {theirs!r}; give this student's teacher"
             )
 
 
@@ -188,7 +188,7 @@ def _difference(student: Values, teacher: Values, path: str, layer: int) -> Floa
 
 
 def _squared(change: Float32[np.ndarray, "..."]) -> float:
-    """The squared norm; summed in pieces, as a float64 copy of a large matrix would be twice its size."""
+    """The squared norm, summed in pieces to avoid a float64 copy of a large matrix."""
     return sum(float(np.sum(np.square(part.astype(np.float64)))) for part in np.atleast_1d(change))
 
 
@@ -201,8 +201,8 @@ def _leading(values: Float[np.ndarray, "side long"], rank: int) -> Float[np.ndar
 
 @partial(jax.jit, static_argnums=2)
 def _subspace(values: Float[Array, "side long"], key: Key[Array, ""], size: int) -> Float[Array, "side size"]:
-    """An orthonormal basis that nearly holds the leading left singular vectors (subspace iteration)."""
-    # Accelerators would otherwise multiply in fewer bits than float32 has.
+    """An orthonormal basis that approximately contains the leading left singular vectors (subspace iteration)."""
+    # By default, accelerators multiply with less than float32 precision.
     with jax.default_matmul_precision("highest"):
         basis = jnp.linalg.qr(jax.random.normal(key, (values.shape[0], size), values.dtype))[0]
         for _ in range(ITERATIONS):

@@ -1,4 +1,4 @@
-"""The files of a model directory that are not weights: JSON, by these names."""
+"""The names of a model directory's JSON files, and functions to read and write them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from vpae_jax.impostors import HEAD, impostor
 from vpae_jax.types import UserError
 from vpae_jax.weights.safetensors_file import one_line
 
-# `SETTINGS` holds what Diffusers has no place for, and does not read.
+# `SETTINGS` holds settings that Diffusers has no place for, and does not read.
 CONFIG, INDEX, SCHEDULER, SETTINGS = "config.json", "model_index.json", "scheduler_config.json", "vpae_jax.json"
-PRODUCT = "model"  # what a run calls the model directory that it leaves in its workdir
-# What a causal model's index says. Diffusers has no such classes: it would let all frames see each other.
+PRODUCT = "model"  # name of the model directory that a run writes into its workdir
+# Classes in a causal model's index, which Diffusers does not have: its own would let all frames see each other.
 CAUSAL_PIPELINE, CAUSAL_TRANSFORMER = "CausalWanPipeline", "CausalWanTransformer3DModel"
 VERSION = "0.33.0"  # the first Diffusers release with Wan
 MAX_JSON = 2**24  # bytes
 
 
 def read_bytes(path: Path, limit: int = MAX_JSON) -> bytes:
-    """A file's bytes. Raises `UserError` for one that cannot be read, is no regular file, or is larger than that."""
+    """A file's bytes. Raises `UserError` if it cannot be read, is not a regular file, or is larger than `limit`."""
     try:
-        # Without O_NONBLOCK, opening a pipe would wait for somebody who writes to it.
+        # Without O_NONBLOCK, opening a pipe would block until there is a writer.
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise UserError(f"{path}: is not a regular file, expected a JSON file; remove it or fetch it again")
@@ -35,12 +35,12 @@ def read_bytes(path: Path, limit: int = MAX_JSON) -> bytes:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     if len(raw) > limit:
-        raise UserError(f"{path}: has more than {limit} bytes, which no such file of a model has; fetch it again")
+        raise UserError(f"{path}: has more than {limit} bytes, too many for such a file; fetch it again")
     return raw
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises `UserError` as `read_bytes`, for bad JSON, and for anything but an object."""
+    """Reads a JSON object. Raises `UserError` as `read_bytes`, for invalid JSON, and for anything but an object."""
     raw = read_bytes(path)
     if (what := impostor(raw[:HEAD])) is not None:
         raise UserError(f"{path}: {what}")

@@ -1,14 +1,13 @@
-"""Where a model's weights are: a folder or file in any layout, recognised by the tensors in it, not by names of files.
+"""Finds a model's weights in a folder or file of any layout, recognised by its tensor names, not by file names.
 
     diffusers   model_index.json  transformer/  vae/  text_encoder/  tokenizer/  scheduler/  [image_encoder/ ...]
     wan         config.json  diffusion_pytorch_model*.safetensors  Wan2.1_VAE.pth  models_t5_*.pth  [models_clip_*.pth]
     experts     transformer/ and transformer_2/, or Wan 2.2's high_noise_model/ and low_noise_model/
     one file    one or several parts, with or without prefixes such as `model.diffusion_model.`
-    orbax       the diffusers layout with arrays of ours in place of safetensors
+    orbax       the diffusers layout with our own arrays instead of safetensors
 
-`find_model` looks; nothing but headers is read before `StoredPart.open`. A file that is no weights (an optimizer's
-state, say) is passed over; where it lies at a layout's place for a part, that part alone is refused, once it is asked
-for.
+`find_model` reads only headers; weights are read after `StoredPart.open`. Files that are not Wan weights (such as an
+optimizer's state) are skipped. If such a file is in a part's usual place, that part is rejected once it is needed.
 """
 
 from __future__ import annotations
@@ -44,26 +43,26 @@ from vpae_jax.weights.safetensors_file import one_line, quote
 from vpae_jax.weights.spiece import find_tokenizer
 from vpae_jax.weights.tensors import DISTRIBUTED, Tensors
 
-PARAMS = "params"  # the folder of a part's arrays in the orbax layout
+PARAMS = "params"  # folder of a part's arrays in the orbax layout
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".gguf", DISTRIBUTED)
 DEPTH = 2
 HIGH_FOLDER, LOW_FOLDER = "high_noise_model", "low_noise_model"  # Wan 2.2's experts
-# Its boundaries, which its code has and its folders do not: of text-to-video and of image-to-video.
+# Wan 2.2's boundaries for text-to-video and image-to-video, which are in its code but not in its folders.
 _WAN_BOUNDARIES = (0.875, 0.9)
 _SHARD = re.compile(r"(.*)-\d+-of-\d+(\.safetensors|\.bin)")
-# Pipelines that hold Wan's parts, and what is to be said of those that sample them otherwise.
+# Pipelines with Wan's parts, and notes for those that sample differently.
 _PIPELINES = {
     "WanPipeline": None,
     "WanImageToVideoPipeline": None,
-    CAUSAL_PIPELINE: None,  # ours; its scheduler tells how it is sampled
-    "WanDMDPipeline": "is FastVideo's WanDMDPipeline, whose three steps no file tells: sample it with --steps=3 "
+    CAUSAL_PIPELINE: None,  # ours; its scheduler specifies how it is sampled
+    "WanDMDPipeline": "is FastVideo's WanDMDPipeline, whose three steps are not in any file: sample it with --steps=3 "
     "--guidance=1 --solver=consistency",
 }
 MAX_SETS = 64
 
 
 class _Candidate(NamedTuple):
-    """What may be chosen as a part's source; its fields are those of `StoredPart`."""
+    """A possible source of a part; its fields are those of `StoredPart`."""
 
     part: str
     layout: Layout | Literal["orbax"]
@@ -74,26 +73,26 @@ class _Candidate(NamedTuple):
 def find_model(
     name: ModelDirectory | Path | str | None, like: ModelDirectory | None = None, weights: str | None = None
 ) -> ModelDirectory:
-    """Looks for the parts of a model in a folder, its folders and theirs, or in one file.
+    """Looks for the parts of a model in a folder and two levels of subfolders, or in one file.
 
-    A program looks once and hands the result on. What is left out of what was found is a `Note`.
+    A program calls this once and passes the result on. Parts of the files that are left out are reported as a `Note`.
 
     Args:
-      name: the folder or file, or whatever else `locate` takes; what was found already is returned as it is.
-      like: a model whose configs hold for parts of the same sizes that come without one.
-      weights: which of several sets, as training programs keep them in one file ("generator", "generator_ema").
+      name: the folder or file, or anything else that `locate` accepts; a `ModelDirectory` is returned as it is.
+      like: a model whose configs apply to parts of the same sizes that come without one.
+      weights: which of several sets that training programs save in one file ("generator", "generator_ema").
 
     Raises:
-      UserError: as `locate`; a file that cannot be read, given alone; no such set of weights; a pipeline other than
-        Wan's; the workdir of a training run. A part that cannot be read, or is there twice, is refused by
+      UserError: as `locate`; a single file that cannot be read; no such set of weights; a pipeline other than Wan's;
+        the workdir of a training run. A part that cannot be read, or exists twice, is rejected by
         `ModelDirectory.part`.
     """
     if isinstance(name, ModelDirectory):
         return name
     path = locate(name)
     if is_workdir(path):
-        there = "its model is" if (path / PRODUCT).is_dir() else "the model that it leaves when it has ended will be"
-        raise UserError(f"{path}: the workdir of a training run; {there} {path / PRODUCT}")
+        there = "its model is" if (path / PRODUCT).is_dir() else "when it has finished, its model will be"
+        raise UserError(f"{path}: is the workdir of a training run; {there} {path / PRODUCT}")
     folder = path if path.is_dir() else path.parent
     settings = folder / SETTINGS
     configs = (_json(settings) or {}).get("parts", {})
@@ -120,17 +119,17 @@ def find_model(
 
 
 def is_workdir(folder: Path) -> bool:
-    """Whether a folder is a training run's: it holds checkpoints, and a config that is not a model's."""
+    """Whether a folder is the workdir of a training run: it has checkpoints, and a config that is not a model's."""
     if not (folder / FOLDER).is_dir() or not (folder / CONFIG_FILE).is_file():
         return False
     try:
         return "method" in read_json(folder / CONFIG_FILE)
-    except UserError:  # as a fault of the disk leaves it; who reads it says so
+    except UserError:  # a damaged config; its reader reports it
         return True
 
 
 def _in_folder(model: ModelDirectory) -> tuple[dict[str, list[_Candidate]], float | None, ModelDirectory]:
-    """What a folder may have of each part, its index's boundary, and the model but for its parts."""
+    """The candidates for each part in a folder, the boundary in its index, and the model without its parts."""
     path = model.path
     index = _json(path / INDEX)
     boundary = None if index is None else _check_index(index, path / INDEX)
@@ -159,12 +158,12 @@ def _in_folder(model: ModelDirectory) -> tuple[dict[str, list[_Candidate]], floa
 
 
 def _with_file(file: Path, why: str) -> str:
-    """A reason that names a file: the one given, or one that it stands for."""
+    """A reason that names a file: the given one, or another in its folder."""
     return why if why.startswith(str(file.parent)) else f"{file}: {why}"
 
 
 def _json(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None where nothing is. Raises `UserError` for anything else there."""
+    """Reads a JSON object; None if the path does not exist. Raises `UserError` for anything else."""
     if not path.exists():
         return None
     if not path.is_file():
@@ -173,14 +172,14 @@ def _json(path: Path) -> dict[str, Any] | None:
 
 
 def _check_index(index: Mapping[str, Any], path: Path) -> float | None:
-    """The boundary between two experts, None for one. Raises `UserError` for a pipeline that is not Wan's."""
+    """The boundary between two experts; None for a single one. Raises `UserError` for a pipeline that is not Wan's."""
     found = index.get("_class_name")
     if not isinstance(found, str) or found not in _PIPELINES:
         raise UserError(f"{path}: _class_name is {quote(found)}, expected 'WanPipeline' or 'WanImageToVideoPipeline'")
     if (note := _PIPELINES[found]) is not None:
         warnings.warn(f"{path} {note}", Note, stacklevel=4)
     if index.get("expand_timesteps"):
-        raise UserError(f"{path}: expand_timesteps is set, as in Wan 2.2's 5B model, which does not work here")
+        raise UserError(f"{path}: expand_timesteps is set, as in Wan 2.2's 5B model, which is not supported")
     second = index.get(LOW) or [None]
     if isinstance(second, list) and second[0] is None:
         return None
@@ -188,7 +187,7 @@ def _check_index(index: Mapping[str, Any], path: Path) -> float | None:
 
 
 def _boundary(settings: Path, configs: Mapping[str, Any]) -> float:
-    """The boundary of a model without a model_index.json: its settings', else Wan 2.2's own."""
+    """The boundary of a model without a model_index.json: from its settings, else Wan 2.2's own."""
     values = _json(settings) or {}
     if "boundary" in values:
         return _checked(values["boundary"], f"{settings}: boundary")
@@ -204,7 +203,7 @@ def _checked(boundary: object, where: str) -> float:
 
 
 def _walk(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
-    """What is in a folder, its folders and theirs; nothing hidden, and nothing inside another model."""
+    """The contents of a folder and its subfolders down to `depth`, without hidden files or the insides of models."""
     for path in sorted(folder.glob("*")):
         if path.name.startswith("."):
             continue
@@ -214,7 +213,7 @@ def _walk(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
 
 
 def _look(paths: Sequence[Path]) -> tuple[list[_Candidate], list[tuple[Path, str]]]:
-    """What the files of a folder hold, and those that cannot be read, with reasons."""
+    """The candidates in the files of a folder, and the files that cannot be read, with reasons."""
     candidates, passed_over = [], []
     for files in _groups(paths):
         try:
@@ -225,7 +224,7 @@ def _look(paths: Sequence[Path]) -> tuple[list[_Candidate], list[tuple[Path, str
 
 
 def _places(part: str, folder: Path) -> list[Path]:
-    """Where the layouts have a part of the model in a folder."""
+    """The usual places of a part in a model's folder, in all layouts."""
     spec = PARTS[part]
     files = [folder / part / f"{spec.stem}.safetensors", folder / spec.wan_file]
     if kind_of(part) == "transformer":
@@ -234,7 +233,7 @@ def _places(part: str, folder: Path) -> list[Path]:
 
 
 def _groups(paths: Sequence[Path]) -> list[tuple[Path, ...]]:
-    """The files that make up one set of weights each: an index, shards without one, single files."""
+    """Groups of files, each of which makes up one set of weights: an index, shards without one, or a single file."""
     files = [p for p in paths if p.suffix.lower() in WEIGHT_SUFFIXES and p.name != EXTRAS and p.is_file()]
     indexes = [p for p in paths if p.name.endswith(".safetensors.index.json")]
     groups: list[tuple[Path, ...]] = [(index,) for index in indexes]
@@ -251,7 +250,7 @@ def _groups(paths: Sequence[Path]) -> list[tuple[Path, ...]]:
 
 
 def _listed(index: Path) -> set[str]:
-    """Names of the shards in an index; whether it and they are right is seen when it is opened."""
+    """Names of the shards in an index, which is checked only when it is opened."""
     try:
         listed = (_json(index) or {}).get("weight_map")
     except UserError:
@@ -260,7 +259,7 @@ def _listed(index: Path) -> set[str]:
 
 
 def _candidates(files: tuple[Path, ...]) -> list[_Candidate]:
-    """The parts in one file, or in several that belong together."""
+    """The candidates in one file, or in several that belong together."""
     with open_files(files) as tensors:
         found = [_Candidate(part, layout, files, prefix) for part, layout, prefix in marks(tensors)]
     if len(found) > MAX_SETS:
@@ -269,7 +268,7 @@ def _candidates(files: tuple[Path, ...]) -> list[_Candidate]:
 
 
 def _expert(candidate: _Candidate, path: Path) -> _Candidate:
-    """The same as the second expert, if its folder in the model at `path` says so."""
+    """The same candidate, marked as the second expert if its folder in the model at `path` is that expert's."""
     folder = candidate.files[0].parent
     low = candidate.part == "transformer" and folder != path and folder.name in (LOW, LOW_FOLDER)
     return candidate._replace(part=LOW) if low else candidate
@@ -283,12 +282,12 @@ def _by_part(candidates: Sequence[_Candidate]) -> dict[str, list[_Candidate]]:
 
 
 def _chosen(found: Mapping[str, list[_Candidate]], weights: str, path: Path) -> dict[str, list[_Candidate]]:
-    """The candidates in a set of weights, and all of the parts that have none in it.
+    """The candidates in a set of weights; for parts without any in it, all candidates.
 
-    A set is called by what its tensors' names begin with, or by a word of that: "ema" is "net_ema".
+    A set is named by the prefix of its tensors' names, or by a word of that: "ema" matches "net_ema".
 
     Raises:
-      UserError: no part has one.
+      UserError: no part has such a set.
     """
     chosen, known = {}, {}
     for part, candidates in found.items():
@@ -307,7 +306,7 @@ def _chosen(found: Mapping[str, list[_Candidate]], weights: str, path: Path) -> 
 
 
 def _source(chosen: _Candidate, settings: Mapping[str, Any], like: ModelDirectory | None) -> StoredPart:
-    """A part's source with its config."""
+    """The source of a part, with its config."""
     part, layout, files, prefix = chosen
     if layout == "orbax":
         path = files[0].parent / CONFIG
@@ -328,8 +327,8 @@ def _config(
     settings: Mapping[str, Any],
     like: ModelDirectory | None,
 ) -> tuple[Any, tuple[str, ...]]:
-    """A part's config: of the file beside it, else of a model like it, else from its shapes and Wan 2.1; with what is
-    to be said of it."""
+    """A part's config: from the file next to it, else from a model like it, else from its shapes and Wan 2.1's
+    constants; with notes about it."""
     names, _ = canonical(tensors, part, layout, prefix)
     found = {name: tensors[theirs] for name, theirs in names.items()}
     where = str(files[0])
@@ -352,9 +351,9 @@ def _config(
 
 
 def _orbax(folder: Path, paths: Sequence[Path]) -> tuple[list[_Candidate], list[tuple[Path, str]]]:
-    """Parts in the orbax layout: a model's, or the only one where the folder is a part's own.
+    """Parts in the orbax layout: those of a model, or a single one if the folder belongs to one part.
 
-    In the second case the config says which it is; when it does not, the arrays are passed over, with the reason.
+    In the latter case, the config says which part it is; otherwise the arrays are skipped, with the reason.
     """
     found = [
         _Candidate(name, "orbax", (folder / name / PARAMS,), "")
@@ -369,13 +368,13 @@ def _orbax(folder: Path, paths: Sequence[Path]) -> tuple[list[_Candidate], list[
         keys = [key for key in ("_class_name", "model_type", "architectures") if key in values and key in spec.identity]
         if keys and values[keys[0]] == spec.identity[keys[0]]:
             return [*found, _Candidate(name, "orbax", (arrays,), "")], []
-    return found, [(arrays, f"{path} does not say of which part of a Wan model it is")]
+    return found, [(arrays, f"{path} does not say which part of a Wan model it is")]
 
 
 def _only(candidates: Sequence[_Candidate], path: Path) -> _Candidate:
-    """The one candidate for a part, or the one at the place where its layout has it.
+    """The only candidate for a part, or the one in its usual place.
 
-    Pickles do not count where the same folder has the part in safetensors.
+    Pickles are ignored if the same folder has the part in safetensors.
 
     Raises:
       UserError: there are several.
@@ -414,7 +413,7 @@ def _tokenizers(folder: Path, paths: Sequence[Path]) -> list[Path]:
             return usual.index(path), False, ""
         try:
             kind = (_json(path / "tokenizer_config.json") or {}).get("tokenizer_class")
-        except UserError:  # it is read again, and refused, if it is used
+        except UserError:  # it is read again, and rejected, if it is used
             kind = None
         return len(usual), isinstance(kind, str) and kind.startswith("XLMRoberta"), str(path)
 

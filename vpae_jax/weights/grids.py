@@ -1,17 +1,17 @@
-"""The times that Diffusers' flow-matching schedulers make, and which lists of times they can be made to make.
+"""The timesteps of Diffusers' flow-matching schedulers, and which lists of timesteps their configs can express.
 
-`FlowMatchEulerDiscreteScheduler` and `FlowMatchLCMScheduler` make N times, and append 0 (their `set_timesteps`):
+`FlowMatchEulerDiscreteScheduler` and `FlowMatchLCMScheduler` generate N timesteps, and append 0 (in `set_timesteps`):
 
     (1)  t_i = shift(1 - (1 - m) x_i, s)                 x_i = i / (N - 1),  m = shift(1/1000, s),  s: `shift`
     (2)  t_i <- 1 - (1 - t_i) (1 - z) / (1 - t_{N-1})    z: `shift_terminal`, if it is set
 
-By (1) alone they go down to almost 0, so that the last evaluation is wasted, and are shifted twice. With (2) they go
-down to z, before the 0, and (1) only bends the way there:
+With (1) alone, they go down to almost 0, so that the last evaluation is wasted, and are shifted twice. With (2), they
+go down to z before the 0, and (1) only bends the path to it:
 
     (3)  (1 - t_i) / (1 - z) = x_i (1 - b) / (1 - b x_i)      b = (s - 1) (1 - m) / s
 
-N times that are even on the raw axis and shifted by any s' (`flow.schedule` Eq. 8) have this form: z is the last of
-them and b follows from any other. So two fields of a config say exactly, for one N, which times a student is for.
+N evenly spaced timesteps shifted by any s' (`flow.schedule` Eq. 8) have this form: z is the last of them, and b follows
+from any other. So for a given N, two fields of a config express exactly the timesteps that a student was trained for.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vpae_jax.flow.schedule import shift as shifted
 from vpae_jax.types import UserError
 
 TRAIN_TIMES = 1000
-# Times that are told to a network as whole thousandths (UniPC's), or start at .999 (Wan's own), count as the even ones.
+# Timesteps rounded to thousandths for the network (UniPC), or starting at 0.999 (Wan's own), count as evenly spaced.
 TOLERANCE = 1.001e-3
 
 
@@ -43,10 +43,10 @@ class Grid(NamedTuple):
     terminal: float | None
 
     def times(self, steps: int) -> tuple[float, ...]:
-        """What Diffusers makes of them, to 9 digits: `steps + 1` numbers that fall from 1 to 0.
+        """The timesteps that Diffusers generates from them, to 9 digits: `steps + 1` numbers that fall from 1 to 0.
 
         Raises:
-          UserError: a terminal that is no time, or one in one step, where Diffusers divides by 0.
+          UserError: a terminal outside (0, 1), or a terminal with one step, where Diffusers divides by 0.
         """
         if self.terminal is not None and not 0 < self.terminal < 1:
             raise UserError(f"shift_terminal is {self.terminal}, expected null or a number between 0 and 1")
@@ -62,12 +62,12 @@ class Grid(NamedTuple):
 
 
 def even_times(steps: int, s: float) -> tuple[float, ...]:
-    """`flow.schedule.shifted_times` in float64, of which a config keeps all digits."""
+    """`flow.schedule.shifted_times` in float64, since a config stores all digits."""
     return tuple(np.asarray(shifted(np.linspace(1.0, 0.0, steps + 1), s)).tolist())
 
 
 def fit(times: Sequence[float]) -> Grid | None:
-    """The grid that has these times, to `TOLERANCE`; None where there is none.
+    """The grid that gives these timesteps, to `TOLERANCE`; None if there is none.
 
     Args:
       times: of more than one step, falling from 1 to 0.
@@ -87,7 +87,8 @@ def fit(times: Sequence[float]) -> Grid | None:
 
 
 def even_shift(solver: Solver, times: Sequence[float]) -> float | None:
-    """The shift whose even times (`Sampler.even`) these are, to `TOLERANCE`; None if they are not, or for one step."""
+    """The shift whose even timesteps (`Sampler.even`) these are, to `TOLERANCE`; None if there is none, or for one
+    step."""
     steps = len(times) - 1
     if steps == 1:
         return None
@@ -98,5 +99,5 @@ def even_shift(solver: Solver, times: Sequence[float]) -> float | None:
 
 
 def close(found: Sequence[float], expected: Sequence[float]) -> bool:
-    """Whether two lists of times are the same to `TOLERANCE`."""
+    """Whether two lists of timesteps are equal, to `TOLERANCE`."""
     return bool(np.allclose(found, expected, rtol=0, atol=TOLERANCE))

@@ -1,4 +1,4 @@
-"""Image encoders in files, for a discriminator on pixels: sizes, weights, and how they are shown pictures."""
+"""Image encoders in files, for a discriminator on pixels: sizes, weights and preprocessing."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class StoredEncoder:
     """An image encoder in files.
 
     Attributes:
-      config: its sizes; makes the network (`models.pixels.PixelEncoderConfig`).
-      read: its weights, given their dtype and where each lies: nested dicts of arrays, as `nnx.to_pure_dict` gives the
-        network's.
-      files: what is read, for processes to compare.
+      config: its sizes; builds the network (`models.pixels.PixelEncoderConfig`).
+      read: loads its weights, given their dtype and placement, as nested dicts of arrays like those of
+        `nnx.to_pure_dict`.
+      files: the files that are read, for processes to compare.
     """
 
     config: PixelEncoderConfig
@@ -45,8 +45,8 @@ def clip(model: ModelDirectory | Path) -> StoredEncoder:
     found = find_model(model)
     if PART not in found.parts and PART not in found.unreadable:
         raise UserError(
-            f"{found.path}: no image_encoder, which method.backbone='image_encoder' looks by; set "
-            "config.model.image_encoder to a model directory that has one, as Wan's image-to-video models do"
+            f"{found.path}: no image_encoder, which method.backbone='image_encoder' needs; set "
+            "config.model.image_encoder to a model directory that has one, such as Wan's image-to-video models"
         )
     stored = found.part(PART)
     shown = read_image_processor(found.image_processor, stored.config.image_size)

@@ -1,7 +1,8 @@
-"""What the image encoder is shown: CLIP's preprocessing, equal to transformers' `CLIPImageProcessor`.
+"""Preprocessing for the image encoder: CLIP's, equal to transformers' `CLIPImageProcessor`.
 
-Shorter edge to `size` by bicubic interpolation, centre crop, [0, 1], mean and standard deviation. Wan in Diffusers
-sends the picture through it as it was given, before any resizing to the video's size.
+It resizes the shorter edge to `size` by bicubic interpolation, crops the centre, scales to [0, 1], and normalises by
+mean and standard deviation. As in Diffusers' Wan pipeline, its input is the original image, before any resizing to the
+video's size.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from vpae_jax.weights.filenames import read_json
 from vpae_jax.weights.safetensors_file import quote
 
 IMAGE_PROCESSOR_FILE = "preprocessor_config.json"
-MAX_SIDE, MAX_PIXELS = 4096, 2**26  # far beyond any encoder's, and of a resized picture
+MAX_SIDE, MAX_PIXELS = 4096, 2**26  # far beyond any encoder's input, and of a resized image
 
-# Keys that only one value is supported of, and keys that change nothing here.
+# Keys for which only one value is supported, and keys without effect here.
 _FIXED: dict[str, Any] = {
     "do_resize": True,
     "do_rescale": True,
@@ -38,7 +39,7 @@ _IGNORED = {"image_processor_type", "feature_extractor_type", "data_format", "in
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """Uint8 pictures of any size to an image encoder's pixels.
+    """Converts uint8 images of any size to an image encoder's pixels.
 
     Attributes:
       size: pixels of the shorter edge after resizing, or (height, width) regardless of the aspect.
@@ -47,7 +48,7 @@ class ImageProcessor:
       image_std: standard deviation of each channel.
 
     Raises:
-      UserError: a size or deviation that no encoder has; when it is called, a picture of too long a shape.
+      UserError: an impossible size or deviation; when called, an image that is too elongated.
     """
 
     size: int | tuple[int, int] = 224
@@ -89,7 +90,7 @@ class ImageProcessor:
             height, width = self.size
         if height * width > MAX_PIXELS:
             given = f"{picture.shape[0]}x{picture.shape[1]}"
-            raise UserError(f"the image is {given}, too long a shape for the image encoder; crop it")
+            raise UserError(f"the image is {given}, too elongated for the image encoder; crop it")
         return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
 
     def _crop(self, picture: UInt8[np.ndarray, "height width 3"]) -> UInt8[np.ndarray, "h w 3"]:
@@ -106,11 +107,11 @@ def read_image_processor(folder: Path | None, side: int) -> ImageProcessor:
     """Reads `preprocessor_config.json`.
 
     Args:
-      folder: where it is; None for a model that has none, whose pictures are then cropped to squares.
-      side: pixels of the image encoder's square.
+      folder: where it is; None for a model without one, for which images are cropped to squares.
+      side: side of the image encoder's square input, in pixels.
 
     Raises:
-      UserError: no such file, or a setting that this package does not know.
+      UserError: no such file, or a setting that this package does not support.
     """
     if folder is None:
         return ImageProcessor(side, (side, side))

@@ -1,7 +1,7 @@
-"""A part's sizes, read from the shapes of its tensors: for files without a config, and to doubt a config that lies.
+"""Infers a part's sizes from the shapes of its tensors, for files without a config and to check those with one.
 
-What shapes do not tell is taken from Wan 2.1: heads of 128 channels in the transformer, 16 heads in the image encoder,
-its normalisation of latents. `parts` of a `vpae_jax.json` beside the files may say otherwise.
+What shapes do not show is taken from Wan 2.1: heads of 128 channels in the transformer, 16 heads in the image encoder,
+its normalisation of latents. `parts` in a `vpae_jax.json` next to the files overrides these.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Shapes:
     """Shapes of our parameters, looked up in a file by their names in a layout.
 
     Args:
-      rows: the part's table.
-      layout: whose names the file has.
+      rows: the part's conversion table.
+      layout: the layout of the names in the file.
       found: its tensors, by their names in the table.
-      where: named in errors.
+      where: the file, for messages.
     """
 
     def __init__(self, rows: Sequence[NameRow], layout: Layout, found: Mapping[str, StoredTensor], where: str):
@@ -33,7 +33,7 @@ class Shapes:
         self.layout: Layout = layout
 
     def get(self, path: str, rank: int) -> Shape | None:
-        """Shape of a parameter without its layer axis; None where there is none. Raises as `__call__`."""
+        """Shape of a parameter without its layer axis; None if it is missing. Raises as `__call__`."""
         name, op = template(self.rows, path, self.layout)
         one = self.found.get(name.replace("{i}", "0"))
         if one is None:
@@ -50,7 +50,7 @@ class Shapes:
         """The same for a parameter that every model has.
 
         Raises:
-          UserError: it is missing, or its shape has not `rank` axes in our layout.
+          UserError: it is missing, or its shape does not have `rank` axes in our layout.
         """
         shape = self.get(path, rank)
         if shape is None:
@@ -59,14 +59,14 @@ class Shapes:
         return shape
 
     def count(self, path: str) -> int:
-        """Number of layers, of which this is a parameter, that have any."""
+        """Number of layers that have this parameter."""
         start = template(self.rows, path, self.layout)[0].split("{i}")[0]
         layers = {name[len(start) :].partition(".")[0] for name in self.found if name.startswith(start)}
         return sum(layer.isdecimal() for layer in layers)
 
 
 def transformer(shapes: Shapes) -> dict[str, Any]:
-    """Fields of `WanTransformerConfig` that shapes decide."""
+    """Fields of `WanTransformerConfig` that follow from shapes."""
     *patch, in_channels, width = shapes("patch_embedding/kernel", 5)
     image = shapes.get("condition_embedder/image_embedder/norm1/scale", 1)
     positions = shapes.get("condition_embedder/image_embedder/pos_embed", 3)
@@ -88,7 +88,7 @@ def transformer(shapes: Shapes) -> dict[str, Any]:
 
 
 def vae(shapes: Shapes) -> dict[str, Any]:
-    """Fields of `WanVAEConfig` that shapes decide."""
+    """Fields of `WanVAEConfig` that follow from shapes."""
     base = shapes("encoder/conv_in/kernel", 5)[-1]
     levels: list[tuple[int, int]] = [(0, 0)]  # residual blocks and channels of each
     temporal: list[bool] = []
@@ -127,7 +127,7 @@ def vae(shapes: Shapes) -> dict[str, Any]:
 
 
 def text_encoder(shapes: Shapes) -> dict[str, Any]:
-    """Fields of `UMT5Config` that shapes decide."""
+    """Fields of `UMT5Config` that follow from shapes."""
     vocabulary, width = shapes("shared/embedding", 2)
     buckets, heads = shapes("blocks/attention/relative_attention_bias/embedding", 2)
     inner = shapes("blocks/attention/q/kernel", 2)[1]
@@ -145,12 +145,12 @@ def text_encoder(shapes: Shapes) -> dict[str, Any]:
 
 
 def image_encoder(shapes: Shapes) -> dict[str, Any]:
-    """Fields of `CLIPVisionConfig` that shapes decide."""
+    """Fields of `CLIPVisionConfig` that follow from shapes."""
     rows, _, channels, width = shapes("embeddings/patch_embedding/kernel", 4)
     patches = shapes("embeddings/position_embedding/embedding", 2)[0] - 1
     side = math.isqrt(max(patches, 0))
     if side * side != patches:
-        raise UserError(f"{shapes.where}: {patches + 1} positions are no square of patches and a class token")
+        raise UserError(f"{shapes.where}: {patches + 1} positions are not a square of patches plus a class token")
     return {
         "hidden_size": width,
         "intermediate_size": shapes("layers/fc1/kernel", 2)[1],
@@ -162,10 +162,10 @@ def image_encoder(shapes: Shapes) -> dict[str, Any]:
 
 
 def decoder(shapes: Shapes) -> dict[str, Any]:
-    """Fields of `TinyDecoderConfig` that shapes decide."""
+    """Fields of `TinyDecoderConfig` that follow from shapes."""
     grown = [shapes(f"levels/{level}/grow/kernel", 4) for level in range(3)]
     if any(out % width for *_, width, out in grown):
-        raise UserError(f"{shapes.where}: the decoder makes no whole number of frames of one; no TAEHV does")
+        raise UserError(f"{shapes.where}: the decoder makes a fractional number of frames from one, unlike TAEHV")
     return {
         "z_dim": shapes("conv_in/kernel", 4)[-2],
         "widths": (*[width for *_, width, _ in grown], shapes("conv_out/kernel", 4)[-2]),
@@ -174,39 +174,39 @@ def decoder(shapes: Shapes) -> dict[str, Any]:
 
 
 def vae_table(layout: Layout, found: Mapping[str, StoredTensor], where: str) -> tuple[NameRow, ...]:
-    """The autoencoder's table, whose names depend on its depth."""
+    """The autoencoder's conversion table, whose names depend on its depth."""
     sizes = vae(Shapes(vae_rows(1, 1), layout, found, where))
     return vae_rows(len(sizes["dim_mult"]), sizes["num_res_blocks"])
 
 
 def assumed(part: str, sizes: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What shapes do not tell, as Wan 2.1 has it.
+    """Wan 2.1's values for fields that shapes do not show.
 
     Args:
       part: a key of `parts.PARTS`.
-      sizes: what is known; nothing is assumed of that.
-      where: named in errors.
+      sizes: known fields.
+      where: the file, for messages.
 
     Raises:
-      UserError: sizes that its rule does not fit; says where to write the right number.
+      UserError: sizes that these values do not fit; the message says where to write the right number.
     """
     if part == "transformer":
         if sizes["width"] % HEAD_DIM and not {"num_attention_heads", "attention_head_dim"} <= set(sizes):
             raise UserError(
-                f"{where}: no config.json, and the width {sizes['width']} is no multiple of Wan's {HEAD_DIM} channels "
-                "a head; add the model's config.json"
+                f"{where}: no config.json, and the width {sizes['width']} is not a multiple of Wan's {HEAD_DIM} "
+                "channels per head; add the model's config.json"
             )
         return {"num_attention_heads": sizes["width"] // HEAD_DIM, "attention_head_dim": HEAD_DIM}
     if part == "vae" and sizes["z_dim"] != LATENT_CHANNELS and not {"latents_mean", "latents_std"} <= set(sizes):
         raise UserError(
-            f"{where}: {sizes['z_dim']} latent channels, but Wan's mean and deviation are of {LATENT_CHANNELS}; give "
+            f"{where}: {sizes['z_dim']} latent channels, but Wan's mean and deviation are for {LATENT_CHANNELS}; give "
             f"latents_mean and latents_std in vpae_jax.json"
         )
     if part == "image_encoder":
         if sizes["hidden_size"] % IMAGE_HEADS and "num_attention_heads" not in sizes:
             raise UserError(
-                f"{where}: no config.json, and the width {sizes['hidden_size']} is no multiple of Wan's {IMAGE_HEADS} "
-                "heads; give num_attention_heads in vpae_jax.json"
+                f"{where}: no config.json, and the width {sizes['hidden_size']} is not a multiple of Wan's "
+                f"{IMAGE_HEADS} heads; give num_attention_heads in vpae_jax.json"
             )
         return {"num_attention_heads": IMAGE_HEADS, "hidden_act": "gelu"}
     return {}

@@ -1,4 +1,4 @@
-"""A whole model directory, written: its parts, what lies beside them, its settings and its card."""
+"""Writes a whole model directory: parts, accompanying files, settings and model card."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ LORA_FILE = "pytorch_lora_weights.safetensors"  # what Diffusers' `load_lora_wei
 
 @dataclass(frozen=True)
 class Contents:
-    """What a model directory is to hold.
+    """The contents of a model directory to be written.
 
     Attributes:
-      base: all that the others do not give: its remaining parts, tokenizer, image processor, scheduler, default clip. A
-        missing image processor is written for the image encoder's size.
+      base: supplies everything else: remaining parts, tokenizer, image processor, scheduler, default clip. A missing
+        image processor is written for the image encoder's size.
       parts: config and weights of the parts that differ from the base.
-      scheduler, defaults, boundary: in place of the base's.
-      lora: changes of another model's transformer that make it the one in `parts`; written beside the parts, in the
-        diffusers layout, but not of a causal model: who loads them would let all frames see each other.
-      base_loras: LoRA files that were merged into the base's transformer before it was trained, so that `lora` comes on
-        top of them.
-      provenance: what the model card says of where the weights come from; None for "from `base`".
-      without: parts of the base that cannot be read, and may be missing; any other is refused.
+      scheduler, defaults, boundary: replace the base's.
+      lora: changes that turn another model's transformer into the one in `parts`; written along with the parts in the
+        diffusers layout, except for a causal model, since programs that load it would let all frames see each other.
+      base_loras: LoRA files that were merged into the base's transformer before training, so that `lora` applies on top
+        of them.
+      provenance: the origin of the weights for the model card; None for "from `base`".
+      without: parts of the base that cannot be read and may be missing; any other unreadable part is an error.
     """
 
     base: ModelDirectory
@@ -70,13 +70,13 @@ class Contents:
 
     @property
     def configs(self) -> dict[str, Any]:
-        """The config of every part, in the order in which they are written."""
+        """The config of every part, in writing order."""
         base, parts = self.base.parts, self.parts
         return {n: (parts if n in parts else base)[n].config for n in PARTS if n in parts or n in base}
 
     @contextmanager
     def values(self, part: str) -> Iterator[Values]:
-        """A part's weights where they lie."""
+        """Opens a part's weights, in memory or in the base's files."""
         if part in self.parts:
             yield self.parts[part]
         else:
@@ -84,8 +84,7 @@ class Contents:
                 yield values
 
     def card(self, form: Format) -> Card:
-        """All that is to be told of the directory. Raises `UserError` for parts that do not fit together, or cannot be
-        read."""
+        """The content of the model card. Raises `UserError` for parts that do not fit together, or cannot be read."""
         configs, folder = self.configs, self.base.folder
         for name in self.base.unreadable:
             if name not in self.parts and name not in self.without:
@@ -114,10 +113,12 @@ class Contents:
 
 
 def write_product(workdir: Path, contents: Contents, facts: Mapping[str, Any] | None = None) -> Path:
-    """Writes the model directory that a run leaves in its workdir, in place of an earlier one, and returns its path.
+    """Writes the model directory of a run into its workdir, replacing an earlier one, and returns its path.
 
     Args:
-      facts: what its card says of the run.
+      workdir: of the run.
+      contents: what to write.
+      facts: facts about the run for the model card.
 
     Raises:
       UserError: a part is missing, or as `write_model`.
@@ -140,21 +141,21 @@ def write_model(
     overwrite: bool = False,
     verify: bool = False,
 ) -> dict[str, int]:
-    """Writes a model directory; it appears whole or not at all.
+    """Writes a model directory, which appears complete or not at all.
 
-    Where a part or tokenizer is missing that a Wan pipeline needs (`ModelDirectory.require_whole`), there is no
-    model_index.json either.
+    If a part or tokenizer that a Wan pipeline needs (`ModelDirectory.require_whole`) is missing, no model_index.json is
+    written.
 
     Args:
       folder: where to write.
-      contents: what.
+      contents: what to write.
       form: the layout.
       dtype: of all weights; None keeps theirs.
-      overwrite: replace an existing model directory; anything else there is never replaced.
-      verify: whether every tensor is read back, and compared bit for bit, before the directory appears.
+      overwrite: whether to replace an existing model directory; anything else is never replaced.
+      verify: whether to read back every tensor and check that it is bit-identical before the directory appears.
 
     Returns:
-      how many parameters and layers of each part were compared; nothing without `verify`.
+      The number of parameters and layers of each part that were compared; empty without `verify`.
 
     Raises:
       UserError: `folder` exists, parts do not fit together, or do not read back as they were written; the layout needs
@@ -164,7 +165,7 @@ def write_model(
         raise UserError(f"{folder}: already exists; remove it or choose another destination")
     card = contents.card(form)
     for name in card.parts:
-        if is_pickled(name, form):  # said before the transformer is written, which takes minutes
+        if is_pickled(name, form):  # checked before the transformer is written, which takes minutes
             require_torch(folder / PARTS[name].wan_file)
     with replacing(folder) as temporary:
         temporary.mkdir()
@@ -180,12 +181,12 @@ def write_model(
             about = about_base(contents.base.path, contents.base_loras)
             write_lora(temporary / card.lora, contents.lora, "diffusers", about=about)
         write_card(temporary, card)
-        written = dataclasses.replace(find_model(temporary), path=folder)  # by the name that messages are to tell
+        written = dataclasses.replace(find_model(temporary), path=folder)  # with its final path, for messages
         return {name: _verify(written, name, contents, dtype) for name in card.parts} if verify else {}
 
 
 def _root(folder: Path, part: str, card: Card) -> Path:
-    """Where a layout's place for a part begins: Wan's two experts have folders of their own."""
+    """The folder in which a layout places a part: Wan's two experts have separate folders."""
     if card.form == "wan" and card.boundary is not None and kind_of(part) == "transformer":
         return folder / (LOW_FOLDER if part == LOW else HIGH_FOLDER)
     return folder
@@ -200,7 +201,7 @@ def _verify(written: ModelDirectory, name: str, contents: Contents, dtype: DType
 
 
 def _write_wan_settings(folder: Path, contents: Contents, card: Card) -> None:
-    """What Wan's own layout has no place for, in a file of ours."""
+    """Writes the settings that Wan's own layout has no place for."""
     told = {name: untold(name, config) for name, config in contents.configs.items()}
     settings = dataclasses.asdict(card.defaults)
     settings |= {"scheduler": dataclasses.asdict(card.scheduler), "parts": {n: t for n, t in told.items() if t}}
@@ -209,7 +210,7 @@ def _write_wan_settings(folder: Path, contents: Contents, card: Card) -> None:
 
 
 def _write_settings(folder: Path, contents: Contents, card: Card) -> None:
-    """The diffusers layout's files beside the parts, and ours."""
+    """Writes the other files of the diffusers layout, and our settings."""
     (folder / "scheduler").mkdir()
     write_json(folder / "scheduler" / SCHEDULER, card.scheduler.to_json())
     encoder, settings = contents.configs.get("image_encoder"), dataclasses.asdict(card.defaults)
@@ -223,7 +224,7 @@ def _write_settings(folder: Path, contents: Contents, card: Card) -> None:
 
 
 def _copy_tokenizers(folder: Path, base: ModelDirectory, form: Format) -> None:
-    """The text encoder's tokenizer at its place in the layout, and Wan's others where they were."""
+    """Copies the text encoder's tokenizer to its place in the layout, and Wan's other tokenizers under their names."""
     if not base.has_tokenizer:
         return
     for folder_of_one in (base.tokenizer, *base.more_tokenizers):
@@ -246,7 +247,7 @@ def _image_processor(folder: Path, base: ModelDirectory, config: Any) -> None:
 
 
 def _index(folder: Path, card: Card) -> dict[str, Any]:
-    """The model_index.json of what has been written into `folder`. Diffusers loads no causal model by it."""
+    """The model_index.json for what has been written into `folder`. For a causal model, it makes Diffusers refuse."""
     tokenizer = read_json(folder / "tokenizer" / "tokenizer_config.json").get("tokenizer_class", "T5TokenizerFast")
     scheduler = read_json(folder / "scheduler" / SCHEDULER)["_class_name"]
     transformer = ["diffusers", CAUSAL_TRANSFORMER if card.causal else "WanTransformer3DModel"]

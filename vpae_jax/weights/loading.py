@@ -1,4 +1,4 @@
-"""A model's parts, read: as trees of weights, or as models."""
+"""Loads a model's parts, as trees of weights or as models."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ def read_part(
     placement: Placement | None = None,
     merge: Merge | None = None,
 ) -> tuple[Any, Weights]:
-    """One part's config and weights.
+    """Reads one part's config and weights.
 
     Args:
-      model: the model, or where it is.
+      model: the model, or its path.
       part: a key of `parts.PARTS`.
-      dtype: dtype of the weights returned, whatever the file's; None keeps the file's.
-      placement: where each parameter lies; None for the default device.
-      merge: what is added to weights before they are rounded to `dtype` (`merging.open_merging`).
+      dtype: dtype of the returned weights, whatever the file's; None keeps the file's.
+      placement: the sharding of each parameter; None for the default device.
+      merge: what to add to weights before they are rounded to `dtype` (`merging.open_merging`).
 
     Returns:
-      the config dataclass, and nested dicts of arrays as `nnx.to_pure_dict` gives them.
+      The config dataclass, and nested dicts of arrays like those of `nnx.to_pure_dict`.
 
     Raises:
-      UserError: a missing or unreadable file, an unsupported config, a tensor that is missing, unknown, misshapen, not
-        finite or there twice.
+      UserError: a missing or unreadable file, an unsupported config, a tensor that is missing, unknown, duplicated, of
+        the wrong shape, or not finite.
     """
     source = _source(model, part)
     _, state = _read(source, dtype, placement, merge)
@@ -63,20 +63,20 @@ def load_part(
     placement: Placement | None = None,
     merge: Merge | None = None,
 ) -> Any:
-    """One part as a model whose weights and compute dtype are `dtype`. Arguments and errors as `read_part`."""
+    """Loads one part as a model with weights and compute dtype `dtype`. Arguments and errors as for `read_part`."""
     return nnx.merge(*_read(_source(model, part), dtype, placement, merge))
 
 
 def left_part(model: ModelDirectory, part: str, dtype: DTypeLike, placement: Placement | None = None) -> Any:
-    """The same without weights, which stay in their files: shapes take their place."""
+    """The same model with shapes in place of weights, which are not read."""
     del placement
     return nnx.merge(*abstract(part, model.part(part).config, dtype))
 
 
 @contextmanager
 def open_parameters(model: ModelDirectory, part: str, dtype: DTypeLike) -> Iterator[Callable[[str], HostArray]]:
-    """What reads single parameters of a part, each by its path and whole, onto the host: for who looks at all of them
-    and needs none in a device's memory. Errors as `read_part`."""
+    """A function that reads a single whole parameter of a part onto the host, by its path: for callers that inspect all
+    parameters and need none in device memory. Errors as for `read_part`."""
     source = model.part(part)
     if source.layout == "orbax":
         place = SingleDeviceSharding(jax.local_devices()[0])
@@ -96,12 +96,12 @@ def open_parameters(model: ModelDirectory, part: str, dtype: DTypeLike) -> Itera
 
 
 def build(part: str, config: Any, params: Weights, dtype: DTypeLike = jnp.float32) -> Any:
-    """A part's model from weights, without ever allocating random ones.
+    """Builds a part's model from weights, without allocating random ones first.
 
     Args:
       part: a key of `parts.PARTS`.
       config: the part's config dataclass.
-      params: nested dicts of arrays, as `nnx.to_pure_dict` gives them.
+      params: nested dicts of arrays, like those of `nnx.to_pure_dict`.
       dtype: compute dtype; the weights keep theirs.
     """
     graph, state = abstract(part, config, dtype)
@@ -131,7 +131,7 @@ def _read(
 def _restore(
     source: StoredPart, state: nnx.State, dtype: DTypeLike | None, placement: Placement | None, merge: Merge | None
 ) -> Weights:
-    """An orbax part's arrays."""
+    """Restores the arrays of a part in the orbax layout."""
     kept = orbax.stored(source.files[0])
     shapes = {path: (leaf.shape, np.dtype(dtype or leaf.dtype)) for path, leaf in flat(kept).items()}
     wanted = {path: variable.shape for path, variable in flat(state).items()}
@@ -156,7 +156,7 @@ def _restore(
 
 
 def _merge_layers(source: StoredPart, merge: Merge, path: str, index: Index, value: HostArray) -> HostArray:
-    """`merge` for a part of a parameter that may be several layers."""
+    """Applies `merge` to a slice of a parameter that may span several layers."""
     if "{i}" not in matching.template(PARTS[source.part].rows(source.config), path, "diffusers")[0]:
         return merge(path, 0, index, value)
     first, inner = index[0].start or 0 if index else 0, index[1:]

@@ -1,4 +1,4 @@
-"""From what a user calls a model to where it is: the embedded one, a folder or file, an id of the Hugging Face hub."""
+"""Resolves a model name to a path: the embedded model, a folder or file, or a Hugging Face hub id."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vpae_jax.types import UserError
 
 EMBEDDED = "tiny"
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
-# What repositories hold beside models.
+# Files in repositories that do not belong to models.
 _IGNORED = ["*.md", "*.jpg", "*.jpeg", "*.png", "*.gif", "*.mp4", "*.webp", "*.msgpack", "*.h5", "*.onnx", "*.ot"]
 
 
@@ -22,11 +22,12 @@ def locate(name: str | Path | None) -> Path:
 
     Args:
       name: "tiny" or None for the model inside this package; a path; or `OWNER/NAME` or `OWNER/NAME@REVISION`,
-        which is fetched from the Hugging Face hub, or found in its cache (with HF_HUB_OFFLINE=1 nowhere else).
+        which is fetched from the Hugging Face hub, or taken from its local cache (with HF_HUB_OFFLINE=1, only from the
+        cache).
 
     Raises:
-      UserError: no such path, and no such repository; or a hub that does not answer about one that is not in the cache,
-        or that names files outside of it.
+      UserError: neither a path nor a repository of this name exists; the hub is unreachable and the repository is not
+        in the cache; or the repository has file names that lead out of its folder.
     """
     if name is None or str(name) == EMBEDDED:
         return embedded_model()
@@ -40,7 +41,7 @@ def locate(name: str | Path | None) -> Path:
 
 
 def embedded_model() -> Path:
-    """The folder of the tiny model inside this package. Raises `UserError` when it was not installed."""
+    """The folder of the tiny model inside this package. Raises `UserError` if it was not installed."""
     folder = Path(str(importlib.resources.files("vpae_jax"))) / "assets" / "tiny"
     if not folder.is_dir():
         raise UserError(
@@ -54,9 +55,9 @@ def _fetch(repository: str, revision: str | None) -> Path:
         return Path(huggingface_hub.snapshot_download(repository, revision=revision, ignore_patterns=_IGNORED))
     except errors.LocalEntryNotFoundError as error:
         raise UserError(
-            f"{repository}: no such folder, not in the hub's cache, and the hub cannot be asked; fetch it where there "
-            "is a network, or correct the path"
+            f"{repository}: no such folder, not in the hub's cache, and the hub cannot be reached; fetch it where "
+            "there is a network, or correct the path"
         ) from error
-    except (errors.HfHubHTTPError, OSError, ValueError) as error:  # the last for a name that leads out of the folder
+    except (errors.HfHubHTTPError, OSError, ValueError) as error:  # ValueError: a name that leads out of the folder
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"{repository}: no such folder, and the hub says: {reason}") from error
+        raise UserError(f"{repository}: no such folder, and the hub reports: {reason}") from error

@@ -1,10 +1,10 @@
-"""Changes of a transformer's weights as low-rank adapters (LoRA): from training, added to weights, and written.
+"""Changes to a transformer's weights as low-rank adapters (LoRA): taken from training, added to weights, written.
 
     diffusers   transformer.<module>.lora_A.weight [rank, in]  .lora_B.weight [out, rank]
     wan         diffusion_model.<module>.lora_down.weight      .lora_up.weight      .alpha  .diff  .diff_b
 
-What a module is called comes from the conversion table. The wan form, ComfyUI's, may also hold whole changes: `.diff`
-of a weight, `.diff_b` of a bias. `lora_reading.py` reads both forms and others.
+Module names come from the conversion table. The wan form, ComfyUI's, may also hold whole changes: `.diff` for a weight,
+`.diff_b` for a bias. `lora_reading.py` reads both forms and others.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Adapter:
     """The change of one linear layer as a product: `x W` becomes `x (W + scale a b)`.
 
     Attributes:
-      a: what LoRA files call A, or down; transposed.
-      b: what they call B, or up; transposed.
-      scale: what they call alpha, divided by the rank.
+      a: A or "down" in LoRA files, transposed.
+      b: B or "up" in LoRA files, transposed.
+      scale: alpha divided by the rank.
     """
 
     a: Float32[np.ndarray, "d_in rank"]
@@ -54,18 +54,18 @@ class Adapter:
         return self.a.shape[1]
 
     def product(self, index: Index = ()) -> Change:
-        """The change in full, or a part of it, by a slice for each leading axis."""
+        """The whole change, or a part of it, given by a slice for each leading axis."""
         rows, columns = (*index, slice(None), slice(None))[:2]
         return np.float32(self.scale) * (self.a[rows] @ self.b[:, columns])
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Changes of a transformer's parameters.
+    """Changes to a transformer's parameters.
 
     Attributes:
-      adapters: by the path of the linear layer ("blocks/attn1/to_q") and the layer.
-      differences: whole changes, by the path of the parameter ("blocks/norm2/bias") and the layer.
+      adapters: by the path of the linear layer ("blocks/attn1/to_q") and the layer index.
+      differences: whole changes, by the path of the parameter ("blocks/norm2/bias") and the layer index.
     """
 
     adapters: Mapping[LayerKey, Adapter]
@@ -79,9 +79,11 @@ class Lora:
         return self.adapters.get((path.removesuffix(KERNEL_SUFFIX), layer)) if path.endswith(KERNEL_SUFFIX) else None
 
     def change(self, path: str, layer: int, index: Index = ()) -> Change | None:
-        """What is added to a parameter at full strength, or to a part of it; None for nothing.
+        """The change of a parameter at full strength, or of a part of it; None if there is none.
 
         Args:
+          path: of the parameter.
+          layer: its layer index.
           index: a slice for each leading axis of the layer; axes without one are whole.
         """
         adapter, difference = self._adapter(path, layer), self.differences.get((path, layer))
@@ -92,9 +94,9 @@ class Lora:
         return product if difference is None else product + difference
 
     def added(self, value: HostArray, scale: float, path: str, layer: int, index: Index = ()) -> HostArray:
-        """A parameter, or the part of it that `index` names, with its change times `scale` added, in float32; the same
-        array where nothing is added."""
-        with np.errstate(over="ignore", invalid="ignore"):  # who takes the sum looks for what is not finite
+        """A parameter, or the part of it given by `index`, plus `scale` times its change, in float32; the same array if
+        it does not change."""
+        with np.errstate(over="ignore", invalid="ignore"):  # callers check the sum for values that are not finite
             if (change := self.change(path, layer, index)) is None:
                 return value
             return value.astype(np.float32) + np.float32(scale) * change
@@ -109,19 +111,20 @@ class Lora:
 
 @dataclass(frozen=True)
 class Merged:
-    """Weights with changes added, to be written as any other weights (`writing.Values`).
+    """Weights with changes added, to be written like any other weights (`writing.Values`).
 
-    Sums are read in float32: what writes them rounds them, once.
+    Sums are read in float32, and rounded once when they are written.
 
     Attributes:
-      values: the weights; other merged ones to add several changes.
+      values: the weights; these may be merged already, to add several changes.
       lora: the changes.
       scale: their strength.
-      changed_dtype: of parameters that change; None keeps the weights', but for float8, in which most of a change would
-        be lost: those become bfloat16. Training adds adapters in float32 to weights that may be stored in less.
+      changed_dtype: dtype of parameters that change; None keeps that of the weights, except for float8, in which most
+        of a change would be lost: those become bfloat16. Training adds adapters in float32 to weights that may be
+        stored in less.
 
     Raises:
-      UserError: a change of something that these weights do not have, or have in another shape.
+      UserError: a change of a parameter that these weights do not have, or have in another shape.
     """
 
     values: Values
@@ -136,7 +139,7 @@ class Merged:
             if (expected := shapes.get((path, layer))) != shape:
                 has = "has no such parameter" if expected is None else f"has shape {list(expected)} there"
                 raise UserError(
-                    f"LoRA: changes {path} of layer {layer}, of shape {list(shape)}, but this model {has}; "
+                    f"LoRA: changes {path} of layer {layer}, with shape {list(shape)}, but this model {has}; "
                     "give the model that the LoRA is for"
                 )
 
@@ -155,7 +158,7 @@ class Merged:
 
     @property
     def widens(self) -> bool:
-        """Whether a parameter that changes gets another dtype than it had."""
+        """Whether any changed parameter gets a different dtype."""
         return any(self.dtype(path, layer) != self.values.dtype(path, layer) for path, layer, _ in self.lora.shapes())
 
     def read(self, path: str, layer: int) -> HostArray:
@@ -166,14 +169,14 @@ class Merged:
 
 
 def from_adapters(params: Weights, alpha: float, rank: int) -> Lora:
-    """The adapters that training attached (`models.lora`).
+    """Collects the adapters that training attached (`models.lora`).
 
     Args:
-      params: nested dicts with `lora_a` and `lora_b` leaves, as a training checkpoint holds them; all else is ignored.
+      params: nested dicts with `lora_a` and `lora_b` leaves, as in a training checkpoint; everything else is ignored.
       alpha, rank: of the `LoRASpec` that they were trained with.
 
     Raises:
-      UserError: no adapters; one without its other half; another rank.
+      UserError: no adapters; half an adapter; another rank.
     """
     leaves = {path: np.asarray(value, np.float32) for path, value in flat(params).items() if "/lora_" in path}
     layers = sorted({path.rpartition("/")[0] for path in leaves})
@@ -199,22 +202,23 @@ def write_lora(
     dtype: DTypeLike | None = None,
     about: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Writes one safetensors file, whole or not at all.
+    """Writes one safetensors file, complete or not at all.
 
-    ComfyUI takes all of the wan form. diffusers' `load_lora_weights` loads either form, but of the differences it takes
-    only those of linear layers' biases, and fails unless all adapters have one or none: adapters whose bias did not
-    change get one of zeros beside those whose bias did. Of the wan form it also refuses one without any block, or with
+    ComfyUI reads everything in the wan form. diffusers' `load_lora_weights` loads either form, but reads only those
+    differences that are biases of linear layers, and fails unless all adapters have one or none do: if any bias
+    changes, the other adapters get a bias of zeros. It also rejects files in the wan form without any block, or with
     only one of a block's `add_k_proj` and `add_v_proj`.
 
-    A, B and alpha are written as they are, but where a reader might not see alpha: in the diffusers form, which keeps
-    it in the file's metadata, and outside the blocks. There B has the scale multiplied in: exact for powers of 2.
+    A, B and alpha are written as they are, except where a reader might ignore alpha: in the diffusers form, which has
+    it in the file's metadata, and outside the blocks. There, the scale is multiplied into B, which is exact for powers
+    of 2.
 
     Args:
       path: the file; its suffix is .safetensors.
       lora: what to write.
-      form: whose keys.
+      form: the naming of the keys.
       dtype: of the tensors; None for float32.
-      about: more for the file's metadata, which tells rank and alpha.
+      about: further entries for the file's metadata, which includes rank and alpha.
 
     Raises:
       UserError: another suffix; nothing to write; differences, which the diffusers form cannot hold; a value that is
@@ -223,11 +227,11 @@ def write_lora(
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: a LoRA is one safetensors file; give it a name that ends with .safetensors")
     if not lora.adapters and not lora.differences:
-        raise UserError(f"{path}: nothing to write, as no layer differs from the base model; is this the student?")
+        raise UserError(f"{path}: nothing to write, since no layer differs from the base model; is this the student?")
     if form == "diffusers" and lora.differences:
         one, count = next(iter(lora.differences))[0], len(lora.differences)
         raise UserError(
-            f"{path}: the diffusers form holds no whole differences, and this LoRA has {count} (as of {one}); "
+            f"{path}: the diffusers form cannot hold whole differences, but this LoRA has {count} (such as {one}); "
             "write the wan form"
         )
     kind = np.dtype(np.float32 if dtype is None else dtype)
@@ -239,7 +243,7 @@ def write_lora(
 
 
 def _sizes(lora: Lora, form: Layout) -> dict[str, str]:
-    """The rank of the largest adapters, and the alpha that readers use with it, as a file's metadata."""
+    """The rank of the largest adapter, and the alpha that readers use with it, for a file's metadata."""
     if not lora.adapters:
         return {}
     largest = max(lora.adapters.values(), key=lambda adapter: adapter.rank)
@@ -248,7 +252,7 @@ def _sizes(lora: Lora, form: Layout) -> dict[str, str]:
 
 
 def _with_all_biases(lora: Lora) -> Mapping[LayerKey, Change]:
-    """The differences, with those of no adapter's bias left out if there are any of others'."""
+    """The differences; if any is the bias of an adapter's layer, with zero biases for all other adapters."""
     biases = {(f"{path}/bias", layer): adapter for (path, layer), adapter in lora.adapters.items()}
     if not lora.differences.keys() & biases.keys():
         return lora.differences
@@ -268,7 +272,7 @@ def _tensors(lora: Lora, form: Layout, dtype: np.dtype) -> Iterator[tuple[*Info,
         else:
             yield f"diffusion_model.{name}.lora_down.weight", dtype, a.shape, a
             yield f"diffusion_model.{name}.lora_up.weight", dtype, b.shape, b
-            # diffusers refuses a file that has an alpha elsewhere. Without one all take it as the rank.
+            # diffusers rejects a file with an alpha elsewhere. Without an alpha, all readers use the rank.
             if with_alpha:
                 alpha = np.asarray(adapter.scale * adapter.rank)
                 yield f"diffusion_model.{name}.alpha", np.dtype(np.float32), (), alpha
@@ -280,14 +284,14 @@ def _tensors(lora: Lora, form: Layout, dtype: np.dtype) -> Iterator[tuple[*Info,
 
 
 def _their_name(path: str, layer: int, layout: Layout) -> tuple[str, Op]:
-    """What the table calls a parameter, without ".weight" or ".bias", and how the arrays differ."""
+    """A parameter's name in the table, without ".weight" or ".bias", and the operation between the arrays."""
     name, op = matching.template(TRANSFORMER_ROWS, path, layout)
     return name.replace("{i}", str(layer)).removesuffix(".weight").removesuffix(".bias"), op
 
 
 def _cast(value: HostArray, dtype: np.dtype, name: str, path: Path) -> HostArray:
-    with np.errstate(over="ignore"):  # the infinity is seen below
+    with np.errstate(over="ignore"):  # infinities are caught below
         cast = value.astype(dtype)
     if not np.isfinite(cast.astype(np.float32)).all():
-        raise UserError(f"{path}: tensor {name!r} would hold NaN or infinity; write float32, or look at the training")
+        raise UserError(f"{path}: tensor {name!r} would hold NaN or infinity; write float32, or check the training run")
     return cast

@@ -1,12 +1,12 @@
-"""LoRA files of every dialect, read; which one is seen by the names of the tensors.
+"""Reads LoRA files of every dialect, recognised by the tensor names.
 
     PEFT      [transformer.]<module>.lora_A[.default].weight [rank, in]   .lora_B[.default].weight [out, rank]
     ComfyUI   diffusion_model.<module>.lora_down.weight                   .lora_up.weight   .alpha  .diff  .diff_b
     kohya     lora_unet_<module with _ for .>.lora_down.weight            .lora_up.weight   .alpha
 
-Other prefixes are in `dialects.py`. Modules may have the names of either layout. B times A is multiplied by alpha over
-rank, by 1 without an alpha. A `.diff` is the whole change of a weight, a `.diff_b` that of a bias; LightX2V adds
-`.diff_m`, that of a modulation.
+`dialects.py` lists further prefixes. Modules may have the names of either layout. B times A is multiplied by alpha /
+rank, or by 1 without an alpha. A `.diff` is the whole change of a weight, a `.diff_b` that of a bias, and LightX2V's
+`.diff_m` that of a modulation.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from vpae_jax.weights.parts import abstract, flat
 from vpae_jax.weights.safetensors_file import one_line, parse_json, quote
 from vpae_jax.weights.tensors import Tensors, open_tensors
 
-# What a tensor is by the end of its name: half an adapter (PEFT puts the adapter's own name in between), its scale, or
-# a whole change.
+# Kinds of tensors by the end of their names: half an adapter (PEFT inserts the adapter's own name), its scale, or a
+# whole change.
 _KINDS = {
     "down": r"\.lora_(?:A|down)(?:\.\w+)?\.weight",
     "up": r"\.lora_(?:B|up)(?:\.\w+)?\.weight",
@@ -49,20 +49,20 @@ _SUFFIX = {"up_bias": "_bias", "diff_b": "_bias", "diff_m": "_modulation"}
 _BLOCK = re.compile(r"blocks_(\d+)_")
 _DOUBT = "; is the LoRA for another model?"
 _EXPECTED = "lora_A, lora_B, lora_down, lora_up, alpha, diff, diff_b, diff_m"
-# A layer's name as PEFT's patterns have it.
+# A layer's name in PEFT's patterns.
 _PATTERN = re.compile(r"(?P<start>\^?)(?P<name>(?:\w|\\?\.)+)\$?")
 METADATA, PEFT_CONFIG = "lora_adapter_metadata", "adapter_config.json"
 
 
 def read_lora(path: Path, config: WanTransformerConfig) -> Lora:
-    """Reads a file of any dialect; which one is seen by its content.
+    """Reads a LoRA file of any dialect, recognised by its content.
 
     Args:
       path: a safetensors file, or a PyTorch checkpoint.
       config: of the transformer that it is for.
 
     Raises:
-      UserError: a file that cannot be read, or is no LoRA; a tensor of an unknown kind, or of a layer that the model
+      UserError: a file that cannot be read, or is not a LoRA; a tensor of unknown kind, or for a layer that the model
         does not have; half an adapter; a shape that does not fit; a value that is not finite.
     """
     adapters: dict[LayerKey, Adapter] = {}
@@ -79,7 +79,7 @@ def read_lora(path: Path, config: WanTransformerConfig) -> Lora:
             up = _scaled(tensors, piece.names["up"], up, scales[ours, layer])
             if down.ndim == 2:
                 adapters[ours.removesuffix(KERNEL_SUFFIX), layer] = Adapter(down.T, up.T)
-            else:  # of a convolution
+            else:  # a convolution
                 product = up.reshape(len(up), -1) @ down.reshape(len(down), -1)
                 product = product.reshape(len(up), *down.shape[1:])
                 differences[ours, layer] = piece.parameter.op.to_ours(product)
@@ -92,12 +92,12 @@ def read_lora(path: Path, config: WanTransformerConfig) -> Lora:
 
 @dataclass(frozen=True)
 class _Piece:
-    """What a file says of one parameter of one layer.
+    """The tensors of a file for one parameter of one layer.
 
     Attributes:
       parameter: the parameter.
       module: its name in the file, without prefix.
-      names: the tensors that change it, by their kinds.
+      names: the tensors that change it, by kind.
     """
 
     parameter: Parameter
@@ -106,7 +106,7 @@ class _Piece:
 
 
 def _pieces(path: Path, tensors: Tensors, config: WanTransformerConfig) -> dict[LayerKey, _Piece]:
-    """Every tensor of a file with the parameter that it changes."""
+    """All tensors of a file, grouped by the parameter that they change."""
     targets, pieces = _targets(config), {}
     names = [name for name in tensors if not dialects.is_critic(name)]
     if not any(_KIND.fullmatch(name) for name in names):
@@ -115,7 +115,9 @@ def _pieces(path: Path, tensors: Tensors, config: WanTransformerConfig) -> dict[
         warnings.warn(f"{path}: read without {left} tensors of the critic's adapters", Note, stacklevel=3)
     for name in names:
         if (match := _KIND.fullmatch(name)) is None or (kind := match.lastgroup) is None:
-            raise _bad(tensors, name, f"is of an unknown kind, expected one of {_EXPECTED}; other adapters do not load")
+            raise _bad(
+                tensors, name, f"is of unknown kind, expected one of {_EXPECTED}; no other adapters are supported"
+            )
         module = dialects.without_lora_prefix(match["module"])
         plain = module.replace(".", "_")
         target = targets.get(plain + _SUFFIX.get(kind, "_weight")) or (targets.get(plain) if kind == "diff" else None)
@@ -124,7 +126,7 @@ def _pieces(path: Path, tensors: Tensors, config: WanTransformerConfig) -> dict[
             beyond = (
                 f"block {block[1]}, but the last of this model is {last}" if block and int(block[1]) > last else None
             )
-            raise _bad(tensors, name, f"is of {beyond or 'a layer that this model does not have'}{_DOUBT}")
+            raise _bad(tensors, name, f"is for {beyond or 'a layer that this model does not have'}{_DOUBT}")
         parameter, layer = target
         piece = pieces.setdefault((parameter.path, layer), _Piece(parameter, module))
         if kind in piece.names:
@@ -136,7 +138,7 @@ def _pieces(path: Path, tensors: Tensors, config: WanTransformerConfig) -> dict[
 
 
 def _targets(config: WanTransformerConfig) -> dict[str, tuple[Parameter, int]]:
-    """Parameter and layer of every tensor of either layout, by its name with dots made underscores, as kohya does."""
+    """Parameter and layer of every tensor of either layout, by its name with underscores for dots, as in kohya."""
     shapes = {path: tuple(leaf.shape) for path, leaf in flat(abstract("transformer", config)[1]).items()}
     return {
         name.replace(".", "_"): (parameter, layer)
@@ -147,24 +149,24 @@ def _targets(config: WanTransformerConfig) -> dict[str, tuple[Parameter, int]]:
 
 
 def _check_kinds(tensors: Tensors, piece: _Piece) -> None:
-    """Raises `UserError` for half an adapter, and for changes that exclude each other."""
+    """Raises `UserError` for half an adapter, and for changes that conflict."""
     names = piece.names
     adapter = {kind: name for kind, name in names.items() if kind in ("down", "up", "alpha")}
     first = next(iter(names.values()))
     if adapter and not {"down", "up"} <= adapter.keys():
         missing = "down (or A)" if "down" not in names else "up (or B)"
-        raise _bad(tensors, first, f"has no lora_{missing} beside it; the file is incomplete, fetch it again")
+        raise _bad(tensors, first, f"has no matching lora_{missing}; the file is incomplete, fetch it again")
     if len(names) > max(len(adapter), 1):
         others = " and ".join(quote(name) for name in names.values())
         raise UserError(
             f"{tensors[first].file}: {others} change one parameter, expected one kind of change; remove one"
         )
     if adapter and not piece.parameter.op.kernel:
-        raise _bad(tensors, first, f"is half an adapter, but {piece.parameter.path} is no linear layer")
+        raise _bad(tensors, first, f"is half an adapter, but {piece.parameter.path} is not a linear layer")
 
 
 def _pair(tensors: Tensors, piece: _Piece) -> tuple[Change, Change]:
-    """Both halves of an adapter, A first, in their layout."""
+    """Both halves of an adapter, A first, in the file's layout."""
     out, *inner = piece.parameter.op.their_shape(piece.parameter.shape)
     down, up = _read(tensors, piece.names["down"]), _read(tensors, piece.names["up"])
     rank, ones = max((*down.shape, 1)[0], 1), [1] * (len(inner) - 1)
@@ -180,25 +182,25 @@ def _pair(tensors: Tensors, piece: _Piece) -> tuple[Change, Change]:
 
 
 def _whole(tensors: Tensors, piece: _Piece, beside: float | None) -> Change:
-    """The whole change of a parameter, in our layout; `beside` is the scale of the adapter of the same layer."""
+    """The whole change of a parameter, in our layout; `beside` is the scale of the same layer's adapter."""
     [(kind, name)] = piece.names.items()
     value, op = _read(tensors, name), piece.parameter.op
     if value.shape != (expected := op.their_shape(piece.parameter.shape)):
         raise _bad(tensors, name, f"has shape {list(value.shape)}, expected {list(expected)}{_DOUBT}")
     if kind == "up_bias":
         if beside is None:
-            raise _bad(tensors, name, "has no adapter beside it; the file is incomplete, fetch it again")
+            raise _bad(tensors, name, "has no matching adapter; the file is incomplete, fetch it again")
         value = _scaled(tensors, name, value, beside)
     return op.to_ours(value)
 
 
 def _scale(path: Path, tensors: Tensors, piece: _Piece, peft: Mapping[str, Any]) -> float:
-    """What an adapter's product is multiplied by."""
+    """The factor of an adapter's product."""
     rank = tensors[piece.names["down"]].shape[0]
     if (name := piece.names.get("alpha")) is not None:
         value = _float32(tensors.read(name))
         if value.size != 1 or not np.isfinite(value).all():
-            raise _bad(tensors, name, f"of shape {list(value.shape)} is not one finite number; expected the scale's")
+            raise _bad(tensors, name, f"of shape {list(value.shape)} is not one finite number, expected an alpha")
         return value.item() / rank
     if "lora_alpha" not in peft:
         return 1.0
@@ -211,14 +213,14 @@ def _scale(path: Path, tensors: Tensors, piece: _Piece, peft: Mapping[str, Any])
         return alpha / (math.sqrt(rank) if peft.get("use_rslora") else rank)
     except (OverflowError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path}: PEFT's alphas cannot be read ({one_line(str(error))}); remove or correct them"
+            f"{path}: PEFT's alphas cannot be read ({one_line(str(error))}); correct or remove them"
         ) from error
 
 
 def _matches(pattern: str, module: str) -> bool:
-    """Whether a pattern of PEFT's is the name of a module, or the end of it; `^` anchors it at the start.
+    """Whether a PEFT pattern is the name of a module, or the end of it; `^` anchors it at the start.
 
-    PEFT runs patterns as regular expressions, which in a file from elsewhere may take forever.
+    PEFT runs patterns as regular expressions, which may take forever if they come from an untrusted file.
 
     Raises:
       ValueError: a pattern that is more than such a name.
@@ -230,7 +232,7 @@ def _matches(pattern: str, module: str) -> bool:
 
 
 def _peft(path: Path, tensors: Tensors) -> Mapping[str, Any]:
-    """PEFT's configuration: in the file's metadata, where diffusers writes it, or beside it, where PEFT does."""
+    """PEFT's configuration: from the file's metadata (written by diffusers), or from a file next to it (by PEFT)."""
     beside = path.parent / PEFT_CONFIG
     if METADATA in tensors.metadata:
         try:
@@ -241,7 +243,7 @@ def _peft(path: Path, tensors: Tensors) -> Mapping[str, Any]:
         found = read_json(beside) if path.stem.startswith("adapter_model") and beside.is_file() else {}
     found = {key.removeprefix("transformer."): value for key, value in found.items()}
     if found.get("use_dora"):
-        raise UserError(f"{path}: is a DoRA, which is more than a product of two matrices; expected a LoRA")
+        raise UserError(f"{path}: is a DoRA, which is not just a product of two matrices; expected a LoRA")
     return found
 
 
@@ -249,7 +251,9 @@ def _read(tensors: Tensors, name: str) -> Change:
     """A tensor in float32."""
     stored = tensors[name]
     if not jnp.issubdtype(stored.dtype, jnp.floating):
-        raise _bad(tensors, name, f"is of {stored.dtype}, expected floating point; quantised LoRAs do not load")
+        raise _bad(
+            tensors, name, f"has dtype {stored.dtype}, expected floating point; quantised LoRAs cannot be loaded"
+        )
     value = _float32(tensors.read(name))
     if not np.isfinite(value).all():
         raise _bad(tensors, name, "holds NaN or infinity; the file is damaged, fetch it again")
@@ -257,7 +261,7 @@ def _read(tensors: Tensors, name: str) -> Change:
 
 
 def _float32(value: HostArray) -> Change:
-    """A value in float32: infinity where it is too large."""
+    """A value in float32; infinity where it overflows."""
     with np.errstate(over="ignore", invalid="ignore"):
         return value.astype(np.float32)
 

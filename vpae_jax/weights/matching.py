@@ -1,6 +1,7 @@
-"""A conversion table put to use: our parameters matched with the tensors of one layout, and both compared with a file.
+"""Applies a conversion table: matches our parameters with the tensors of a layout, and checks both against a file.
 
-Every parameter must be met by exactly one row, and every tensor by a parameter: `match` and `check` raise otherwise.
+Every parameter must be described by exactly one row, and every tensor by a parameter; otherwise `match` and `check`
+raise.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Parameter:
 
     Attributes:
       path: our parameter's path.
-      names: their tensors: one, or one a layer.
+      names: their tensors: one, or one per layer.
       shape: our parameter's shape, without the layer axis.
       op: see `names.Op`.
       stacked: whether our parameter has a leading layer axis.
@@ -38,17 +39,17 @@ class Parameter:
 
     @property
     def full_shape(self) -> Shape:
-        """Our parameter's shape."""
+        """Our parameter's shape, including the layer axis if it is stacked."""
         return (len(self.names), *self.shape) if self.stacked else self.shape
 
     @property
     def layers(self) -> list[LayerKey]:
-        """Its layers' keys; one for a parameter that is not stacked."""
+        """The keys of its layers; a single one for a parameter that is not stacked."""
         return [(self.path, layer) for layer in range(len(self.names))]
 
 
 def rule(rows: Sequence[NameRow], path: str) -> tuple[NameRow, re.Match[str]]:
-    """The one row that describes a parameter. Raises `ValueError` for none or several: a mistake in the table."""
+    """The only row that describes a parameter. Raises `ValueError` for none or several: a mistake in the table."""
     found = [(row, m) for row in rows if (m := re.fullmatch(row.ours, path))]
     if len(found) != 1:
         raise ValueError(f"conversion table: {len(found)} rows describe parameter {path!r}, expected 1")
@@ -56,7 +57,7 @@ def rule(rows: Sequence[NameRow], path: str) -> tuple[NameRow, re.Match[str]]:
 
 
 def template(rows: Sequence[NameRow], path: str, layout: Layout) -> tuple[str, Op]:
-    """Their name of a parameter, with `{i}` for the layer if it is stacked, and how the arrays differ."""
+    """A parameter's name in a layout, with `{i}` for the layer if it is stacked, and the operation on the arrays."""
     row, found = rule(rows, path)
     return found.expand(row.name(layout)).replace("/", "."), row.operation(layout)
 
@@ -65,13 +66,13 @@ def match(rows: Sequence[NameRow], shapes: Mapping[str, Shape], layout: Layout) 
     """Matches our parameters with their tensors.
 
     Args:
-      rows: one part's table.
+      rows: the conversion table of a part.
       shapes: our parameters' paths and shapes.
-      layout: whose names.
+      layout: the layout of the tensors.
 
     Raises:
-      ValueError: a parameter that no row, or more than one, describes, or two that claim the same piece of a tensor: a
-        mistake in the table, not in any file.
+      ValueError: a parameter described by no row or by several, or two that claim the same piece of a tensor: a mistake
+        in the table, not in any file.
     """
     parameters, claimed = [], set()
     for path, shape in shapes.items():
@@ -87,7 +88,7 @@ def match(rows: Sequence[NameRow], shapes: Mapping[str, Shape], layout: Layout) 
 
 
 def tensors(parameters: Sequence[Parameter]) -> dict[str, list[tuple[Parameter, int]]]:
-    """Their tensors in order, each with the parameters that it holds, part by part, and the layer."""
+    """The tensors in order, each with the parameters that it holds, ordered by part, and their layer."""
     result: dict[str, list[tuple[Parameter, int]]] = defaultdict(list)
     for parameter in parameters:
         for layer, name in enumerate(parameter.names):
@@ -98,13 +99,13 @@ def tensors(parameters: Sequence[Parameter]) -> dict[str, list[tuple[Parameter, 
 
 
 def check(parameters: Sequence[Parameter], found: Mapping[str, StoredTensor], folder: str, config: bool = True) -> None:
-    """Compares parameters with what files hold.
+    """Checks parameters against the tensors in files.
 
     Args:
       parameters: from `match`.
-      found: by their names in the table.
-      folder: named where a tensor is missing altogether.
-      config: whether a config.json lies beside them, which may be another model's.
+      found: the tensors, by their names in the table.
+      folder: the location, for the message about a missing tensor.
+      config: whether there is a config.json next to them, which may be another model's.
 
     Raises:
       UserError: a missing, unknown or misshapen tensor; the line names the first and counts the rest.

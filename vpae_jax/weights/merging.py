@@ -1,6 +1,6 @@
-"""LoRA files that are merged into a transformer: named in a text, and added to its weights as they are read.
+"""Merges LoRA files into a transformer: parses their names, and adds them to the weights as these are read.
 
-Sums are taken in float32 and rounded once, to the dtype that the weights are then kept in.
+Sums are computed in float32 and rounded once, to the final dtype of the weights.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from vpae_jax.weights.names import Index
 from vpae_jax.weights.tensors import finite
 from vpae_jax.weights.writing import Values
 
-MERGED_BEFORE = "LoRA merged before training"  # what cards call it
+MERGED_BEFORE = "LoRA merged before training"  # its label in model cards
 
 
 class LoraFile(NamedTuple):
-    """A LoRA file, and the factor on what it changes."""
+    """A LoRA file, and the factor that its changes are multiplied by."""
 
     path: Path
     strength: float = 1.0
@@ -35,14 +35,15 @@ class LoraFile(NamedTuple):
 
 
 def parse_lora(text: str, name: str, place: Callable[[str], Path] = local_path) -> LoraFile:
-    """ "FILE" or "FILE:STRENGTH", taken apart. A file whose own name ends in a colon and something is that file.
+    """Parses "FILE" or "FILE:STRENGTH". If a file with the whole name exists, that file is meant.
 
     Args:
-      name: what the text was given as, for messages.
-      place: where a path leads.
+      text: the value.
+      name: the flag or key that it was given by, for messages.
+      place: resolves a path.
 
     Raises:
-      UserError: a strength that is no finite number, or an address in place of a path.
+      UserError: a strength that is not a finite number, or a URL instead of a path.
     """
     file, colon, strength = text.rpartition(":")
     if not colon or place(text).exists():
@@ -57,12 +58,12 @@ def parse_lora(text: str, name: str, place: Callable[[str], Path] = local_path) 
 
 
 def told(files: Iterable[LoraFile]) -> str:
-    """LoRA files with their strengths, for cards and messages."""
+    """LoRA files with their strengths, for model cards and messages."""
     return ", ".join(map(str, files))
 
 
 def about_base(base: Path | str, loras: Iterable[LoraFile]) -> dict[str, str]:
-    """What the metadata of a LoRA file say of the model that it is for, into which `loras` are merged first."""
+    """A LoRA file's metadata about the model that it is for, into which `loras` must be merged first."""
     names = told(loras)
     return {"base": str(base), **({"base_lora": names} if names else {})}
 
@@ -80,7 +81,7 @@ def merged(values: Values, files: Iterable[LoraFile]) -> Values:
 
 @dataclass(frozen=True)
 class Merging:
-    """Adds LoRA files to weights while these are read from files, part by part (`stream.Merge`).
+    """Adds LoRA files to weights while these are being read, piece by piece (`stream.Merge`).
 
     Attributes:
       loras: the changes, each with its strength.
@@ -89,10 +90,13 @@ class Merging:
     loras: tuple[tuple[Lora, float], ...]
 
     def __call__(self, path: str, layer: int, index: Index, value: HostArray) -> HostArray:
-        """What of a layer was read, with its changes in float32.
+        """Adds the changes to a piece of a layer, in float32.
 
         Args:
-          index: which part of the layer it is; a slice for each leading axis.
+          path: of the parameter.
+          layer: its layer index.
+          index: the position of the piece in the layer; a slice for each leading axis.
+          value: the piece.
 
         Raises:
           UserError: a sum that is not finite.
@@ -106,9 +110,10 @@ class Merging:
 
 
 def open_merging(files: Iterable[LoraFile], config: WanTransformerConfig) -> Merging:
-    """Reads LoRA files, to be added to weights as they are read.
+    """Reads LoRA files, to be added to weights as these are read.
 
     Args:
+      files: with their strengths.
       config: of the transformer.
 
     Raises:

@@ -1,13 +1,13 @@
-"""Which tensor of a published model is which of our parameters: one table a part, used in both directions.
+"""The conversion tables between tensors of published models and our parameters, one per part, used in both directions.
 
 A row gives one of our parameters its name in each layout:
 
     diffusers   the folders of diffusers and transformers
-    wan         Wan 2.1's own files, and the single files that others make of them
+    wan         Wan 2.1's own files, and the single files that others make from them
 
 Our path is a regular expression that must match a whole path. A name is a template that may use its groups, and `{i}`
-for the layer when our parameter stacks all layers along a leading axis. `Op` says how the arrays differ. `matching.py`
-puts the rows to use; `parts.py` says which rows belong to which part of a model.
+for the layer if our parameter stacks all layers along a leading axis. `Op` is the operation between the arrays.
+`matching.py` applies the rows; `parts.py` assigns them to the parts of a model.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ Index = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class Op:
-    """How their array differs from ours; invertible.
+    """An invertible operation between an array in a published model ("theirs") and one of our parameters ("ours").
 
     Attributes:
       kernel: theirs is `[out, in, *window]`, ours `[*window, in, out]`.
-      leading: axes of size 1 that theirs begins with.
-      trailing: axes of size 1 that theirs ends with.
+      leading: number of axes of size 1 at the start of theirs.
+      trailing: number of axes of size 1 at the end of theirs.
       part: which part of their first axis is ours.
-      parts: how many parameters of ours theirs holds, one after the other.
+      parts: number of our parameters that theirs holds, one after the other.
     """
 
     kernel: bool = False
@@ -41,7 +41,7 @@ class Op:
     parts: int = 1
 
     def to_ours(self, value: HostArray) -> HostArray:
-        """Our array, given our part of theirs."""
+        """Our array, from our part of theirs."""
         value = value.reshape(value.shape[self.leading : value.ndim - self.trailing])
         return value.transpose(*range(2, value.ndim), 1, 0) if self.kernel else value
 
@@ -57,7 +57,7 @@ class Op:
         return (*(1,) * self.leading, first * self.parts, *rest, *(1,) * self.trailing)
 
     def our_shape(self, shape: Shape) -> Shape:
-        """The shape of our array, given that of their whole; raises `ValueError` for one that has no such parts."""
+        """The shape of our array, given that of their whole array; raises `ValueError` if it does not fit."""
         inner = shape[self.leading : len(shape) - self.trailing]
         ones = shape[: self.leading] + shape[len(shape) - self.trailing :]
         if not inner or inner[0] % self.parts or any(size != 1 for size in ones) or (self.kernel and len(inner) < 2):
@@ -66,7 +66,7 @@ class Op:
         return (*inner[2:], inner[1], inner[0]) if self.kernel else inner
 
     def their_index(self, shape: Shape, index: Index = ()) -> Index:
-        """Where in theirs to find `index` of ours, which has this shape; by default all of ours."""
+        """The index into their array for an index into ours, which has this shape; by default all of ours."""
         full = [slice(*s.indices(n)[:2]) for s, n in zip((*index, *[slice(None)] * len(shape)), shape, strict=False)]
         first, *rest = self._turned(full)
         offset = self.part * self._turned(shape)[0]
@@ -75,7 +75,7 @@ class Op:
         return (*[one] * self.leading, shifted, *rest, *[one] * self.trailing)
 
     def their_axes(self, axes: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What belongs to each of our axes (say, the mesh axes that shard it), in the order of theirs."""
+        """Values for each of our axes (such as the mesh axes that shard it), in the order of their axes."""
         return (*[None] * self.leading, *self._turned(axes), *[None] * self.trailing)
 
     def _turned(self, axes: Any) -> tuple[Any, ...]:
@@ -90,10 +90,10 @@ class NameRow:
     """One line of a table.
 
     Attributes:
-      ours: regular expression of our parameter's whole path.
-      diffusers, wan: templates of their tensors' names; slashes that a group brings in become dots.
-      op: how the arrays differ.
-      wan_op: the same for the wan layout, where it is another.
+      ours: regular expression for our parameter's whole path.
+      diffusers, wan: templates of tensor names; slashes from a group become dots.
+      op: the operation between the arrays.
+      wan_op: the operation for the wan layout, if it differs.
     """
 
     ours: str
@@ -179,11 +179,11 @@ TRANSFORMER_ROWS = _transformer()
 
 
 def vae_rows(levels: int, num_res_blocks: int) -> tuple[NameRow, ...]:
-    """The autoencoder's table. The wan layout numbers all blocks of the decoder in one row, whatever their level.
+    """The autoencoder's table. The wan layout numbers all blocks of the decoder consecutively across levels.
 
     Args:
       levels: length of `dim_mult`.
-      num_res_blocks: residual blocks of each encoder level; a decoder level has one more, and then an upsampling.
+      num_res_blocks: residual blocks per encoder level; a decoder level has one more, followed by an upsampling.
     """
     rows = [
         *_affine("quant_conv", "quant_conv", "conv1"),
@@ -224,7 +224,7 @@ def _resnet(ours: str, diffusers: str, wan: str) -> list[NameRow]:
 
 
 def _attention(ours: str, diffusers: str, wan: str) -> list[NameRow]:
-    """An attention block of the autoencoder; all its layers are called the same everywhere."""
+    """An attention block of the autoencoder; its layers have the same names in all layouts."""
     return [
         NameRow(f"{ours}/norm/gamma", f"{diffusers}.norm.gamma", f"{wan}.norm.gamma", Op(trailing=2)),
         *_affine(f"{ours}/to_qkv", f"{diffusers}.to_qkv", f"{wan}.to_qkv"),
@@ -233,7 +233,7 @@ def _attention(ours: str, diffusers: str, wan: str) -> list[NameRow]:
 
 
 def _resample(ours: str, diffusers: str, wan: str) -> list[NameRow]:
-    """A change of resolution in the autoencoder; their Sequential pads or upsamples before the convolution."""
+    """A change of resolution in the autoencoder; element 0 of their Sequential pads or upsamples."""
     return [
         *_affine(f"{ours}/resample", f"{diffusers}.resample.1", f"{wan}.resample.1"),
         *_affine(f"{ours}/time_conv", f"{diffusers}.time_conv", f"{wan}.time_conv"),
@@ -308,8 +308,8 @@ IMAGE_ENCODER_ROWS = _image_encoder()
 
 
 def _decoder() -> tuple[NameRow, ...]:
-    """TAEHV's decoder, one row of modules: input, for each level three blocks, an upsampling, more frames and another
-    width, and the output. No other layout has it."""
+    """TAEHV's decoder, a sequence of modules: input; per level three blocks, an upsampling, a multiplication of frames
+    and a change of width; output. Its names are the same in both layouts."""
     rows = [*_affine("conv_in", "decoder.1", "decoder.1"), *_affine("conv_out", "decoder.22", "decoder.22")]
     for level in range(3):
         first = 3 + 6 * level

@@ -1,4 +1,4 @@
-"""A part's arrays as an Orbax checkpoint: our own layout, which restores straight into shards without any turning."""
+"""A part's arrays as an Orbax checkpoint: our own layout, which restores directly into shards without transposing."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from vpae_jax.files import refused_writes
 from vpae_jax.types import UserError
 from vpae_jax.weights.safetensors_file import one_line, parse_json
 
-# Given a parameter's path, a part of it and that part's values: these with something added.
+# Given a parameter's path, an index into it and the values there, returns the values with something added.
 Merge = Callable[[str, tuple[slice, ...], Shaped[np.ndarray, "..."]], Shaped[np.ndarray, "..."]]
-# What damaged checkpoints raise: found by damaging every file of one, with the bases of what was found.
+# Exceptions for damaged checkpoints, found by damaging every file of one; base classes of those observed.
 _ERRORS = (
     AttributeError,
     LookupError,
@@ -30,25 +30,25 @@ _ERRORS = (
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether Orbax has finished a checkpoint there."""
+    """Whether a folder holds a finished Orbax checkpoint."""
     return (folder / "_CHECKPOINT_METADATA").is_file()
 
 
 def save(folder: Path, params: PyTree[Any]) -> None:
-    """Writes nested dicts of arrays into a new folder. Raises `UserError` when the system refuses to write them."""
+    """Writes nested dicts of arrays into a new folder. Raises `UserError` if writing fails."""
     with refused_writes(folder), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder.absolute(), params)
 
 
 def restore(folder: Path, abstract: PyTree[Any], merge: Merge | None = None) -> PyTree[jax.Array]:
-    """Reads arrays of the shapes, dtypes and shardings of `abstract`, a tree of `jax.ShapeDtypeStruct`. `merge` is done
-    with what is read, before it is rounded to these dtypes.
+    """Reads arrays with the shapes, dtypes and shardings of `abstract`, a tree of `jax.ShapeDtypeStruct`. `merge` is
+    applied to the values before they are rounded to these dtypes.
 
-    By tensorstore, as Orbax does it, but not through Orbax, whose errors have no type of their own. Every process reads
-    its own shards, one at a time.
+    It reads with tensorstore, as Orbax does, but not through Orbax, whose errors have no type of their own. Every
+    process reads its own shards, one at a time.
 
     Raises:
-      UserError: a checkpoint that is damaged, or of other parameters.
+      UserError: a checkpoint that is damaged, or has other parameters.
     """
     try:
         return jax.tree_util.tree_map_with_path(
@@ -59,7 +59,7 @@ def restore(folder: Path, abstract: PyTree[Any], merge: Merge | None = None) -> 
 
 
 def stored(folder: Path) -> PyTree[Any]:
-    """What a checkpoint holds: shapes and dtypes in place of arrays. Raises `UserError` for a damaged one."""
+    """The shapes and dtypes of a checkpoint's arrays. Raises `UserError` if it is damaged."""
     tree: dict[str, Any] = {}
     try:
         for entry in parse_json((folder / "_METADATA").read_bytes())["tree_metadata"].values():
@@ -74,10 +74,10 @@ def stored(folder: Path) -> PyTree[Any]:
 
 
 def _open(folder: Path, keys: Sequence[str]) -> tensorstore.TensorStore:
-    """One array of a checkpoint as `save` writes it: zarr in an OCDBT store, under the keys joined by dots."""
+    """Opens one array of a checkpoint as written by `save`: zarr in an OCDBT store, under the keys joined by dots."""
     base = {"driver": "file", "path": f"{folder.absolute()}/"}
     store = {"driver": "ocdbt", "base": base, "path": f"{'.'.join(keys)}/"}
-    # A chunk that is not there would otherwise be read as zeros.
+    # Missing chunks would otherwise be read as zeros.
     spec = {"driver": "zarr", "kvstore": store, "fill_missing_data_reads": False}
     return tensorstore.open(tensorstore.Spec(spec), open=True, read=True).result()
 
@@ -97,4 +97,4 @@ def _restore_one(folder: Path, keys: Sequence[str], leaf: jax.ShapeDtypeStruct, 
 
 def _damaged(folder: Path, error: Exception) -> UserError:
     reason = one_line(str(error)) or type(error).__name__
-    return UserError(f"{folder}: does not restore ({reason}); convert the model again")
+    return UserError(f"{folder}: cannot be restored ({reason}); convert the model again")

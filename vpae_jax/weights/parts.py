@@ -1,4 +1,4 @@
-"""The parts of a model: their classes, their tables, and what their configs may say."""
+"""The parts of a model: their classes, conversion tables and configs."""
 
 from __future__ import annotations
 
@@ -46,20 +46,20 @@ class Part:
 
     Attributes:
       model: our class.
-      config: its config class, whose fields are those of the diffusers layout's config.json.
-      rows: its conversion table, given the config.
-      infer: the config's fields that shapes decide.
-      mark: one of our parameters by whose name a file is known to hold this part, in either layout.
-      stem: its weights' file name in the diffusers layout, without suffix.
+      config: its config class, with the fields of the diffusers layout's config.json.
+      rows: gives its conversion table for a config.
+      infer: gives the config fields that follow from shapes.
+      mark: one of our parameters whose name identifies files with this part, in either layout.
+      stem: file name of its weights in the diffusers layout, without suffix.
       wan_file: the same in the wan layout, with suffix.
-      identity: entries of config.json by which diffusers or transformers know the class.
-      ignored: keys of config.json that change nothing here.
+      identity: entries of config.json that identify the class for diffusers or transformers.
+      ignored: keys of config.json without effect here.
       fixed: keys of config.json for which only one value is supported.
-      prefix: what each layout's names begin with; a file may have another prefix, or none.
-      aliases: tensors of the diffusers layout that may stand for another, or repeat it.
-      extras: for each layout, an expression for tensors that no Wan model reads. They are kept as they are, so that
-        a file of the same layout can be written whole again.
-      unwritten: fields of the config that diffusers does not know; written only where they are not the default.
+      prefix: prefix of names in each layout; a file may have another prefix, or none.
+      aliases: tensors of the diffusers layout that may replace another, or repeat it.
+      extras: for each layout, a regular expression for tensors that no Wan model reads. They are kept unchanged, so
+        that a complete file of the same layout can be written again.
+      unwritten: fields of the config that diffusers does not know; written only if they differ from the default.
     """
 
     model: type
@@ -78,11 +78,11 @@ class Part:
     unwritten: tuple[str, ...] = ()
 
     def is_extra(self, layout: Layout, name: str) -> bool:
-        """Whether a tensor (by its whole name) is one that no Wan model reads."""
+        """Whether a tensor, by its full name, is one that no Wan model reads."""
         return layout in self.extras and re.search(self.extras[layout], name) is not None
 
 
-# The second of two experts, for times below the boundary; Diffusers' name.
+# The second of two experts, for timesteps below the boundary; Diffusers' name.
 LOW = "transformer_2"
 _TRANSFORMER = Part(
     model=WanTransformer,
@@ -153,11 +153,11 @@ PARTS: Mapping[str, Part] = {
     ),
 }
 
-# Bounds far beyond any model, on what no weights decide, or what is built before they are looked at.
+# Bounds far beyond any model, for fields that weights do not determine, or that are used before weights are checked.
 MAX_LENGTH = 256
 _LARGEST = {"num_res_blocks": 256, "text_len": 2**16, "rope_max_seq_len": 2**20}
 
-# Keys of the wan layout's config.json, and the fields that they give; all others must be there for nothing.
+# Keys of the wan layout's config.json, and the corresponding fields; all other keys must be without effect.
 _WAN_KEYS = {
     "ffn_dim": "ffn_dim",
     "freq_dim": "freq_dim",
@@ -175,10 +175,10 @@ _WAN_KEYS = {
 _WAN_MODEL_TYPES = ("t2v", "i2v", "flf2v")
 CAUSAL = "CausalWanModel"
 WAN_CLASSES = ("WanModel", CAUSAL)
-# VideoX-Fun's classes of the same architecture, whose names are Diffusers' and whose keys are Wan's.
+# VideoX-Fun's classes of the same architecture, with names from Diffusers and keys from Wan.
 _FUN_CLASSES = ("WanTransformer3DModel", "Wan2_2Transformer3DModel")
-# Keys for which one value alone is supported, and keys that change no weight: of causal attention, whose models are the
-# same but for what their tokens see, and VideoX-Fun's, some of which keep their defaults whatever the model is.
+# Keys for which only one value is supported, and keys that do not affect weights: those of causal attention, whose
+# models differ only in what their tokens see, and VideoX-Fun's, some of which keep their defaults for every model.
 _WAN_FIXED = {"window_size": [-1, -1], "qk_norm": True, "add_control_adapter": False, "add_ref_conv": False}
 _WAN_IGNORED = ("local_attn_size", "sink_size", "num_frame_per_block", "independent_first_frame", "in_channels")
 _WAN_IGNORED += ("hidden_size", "in_dim_control_adapter", "downscale_factor_control_adapter", "in_dim_ref_conv")
@@ -186,18 +186,18 @@ _WAN_IGNORED += ("cross_attn_type",)
 
 
 def kind_of(part: str) -> str:
-    """The part whose class and table a part has: both experts are transformers."""
+    """The part that defines the class and table of a part: both experts are transformers."""
     return "transformer" if part == LOW else part
 
 
 def makes_from_image(configs: Mapping[str, Any]) -> bool:
-    """Whether parts with these configs are of a model that makes videos from a first frame."""
+    """Whether parts with these configs belong to an image-to-video model."""
     transformer = configs.get("transformer", configs.get(LOW))
     return "image_encoder" in configs if transformer is None else transformer.in_channels > transformer.out_channels
 
 
 def abstract(part: str, config: Any, dtype: DTypeLike = jnp.float32) -> tuple[nnx.GraphDef, nnx.State]:
-    """A part's graph, and shapes in place of weights; nothing is allocated."""
+    """A part's graph definition, and shapes in place of weights; nothing is allocated."""
     graph, state = _abstract(part, config, jnp.dtype(dtype))
     return graph, jax.tree.map(lambda leaf: leaf, state)  # the caller's own variables
 
@@ -210,13 +210,13 @@ def _abstract(part: str, config: Any, dtype: np.dtype) -> tuple[nnx.GraphDef, nn
 
 
 def flat(params: Any) -> dict[str, Any]:
-    """Nested dicts of arrays, or an `nnx.State`, by path ("blocks/attn1/to_q/kernel")."""
+    """Flattens nested dicts of arrays, or an `nnx.State`, to paths ("blocks/attn1/to_q/kernel")."""
     state = params if isinstance(params, nnx.State) else nnx.State(params)
     return {"/".join(str(key) for key in keys): value for keys, value in nnx.to_flat_state(state)}
 
 
 def read_config(part: str, layout: Layout, values: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """What a config.json says of a part, as fields of its config class (and `width`, in the wan layout).
+    """A part's config.json as fields of its config class (and `width`, in the wan layout).
 
     Keys that start with an underscore are ignored.
 
@@ -243,22 +243,22 @@ def is_wan_config(values: Mapping[str, Any]) -> bool:
 
 
 def config_notes(values: Mapping[str, Any], path: str) -> tuple[str, ...]:
-    """What a user is to know of a model with this config.json."""
+    """Notes for the user about a model with this config.json."""
     if values.get("_class_name") != CAUSAL:
         return ()
     return (
-        f"{path}: a {CAUSAL} is read as Wan's own model, whose frames see all others; it was trained to see none after",
+        f"{path}: a {CAUSAL} is read as Wan's own model, whose frames see all others; it was trained with causal ones",
     )
 
 
 def make_config(part: str, fields: Mapping[str, Any], sizes: Mapping[str, Any], path: str) -> Any:
-    """A part's config, checked against its weights.
+    """Builds a part's config, and checks it against its weights.
 
     Args:
       part: a key of `PARTS`.
-      fields: of the config class; `width` is looked at, but is none of them.
-      sizes: what the shapes of the weights say (`Part.infer`).
-      path: the config's, for messages.
+      fields: of the config class; `width`, which is not a field, is checked as well.
+      sizes: fields that follow from the shapes of the weights (`Part.infer`).
+      path: of the config, for messages.
 
     Raises:
       UserError: an unknown or ill-typed field, a size below 1, or a field that the weights contradict.
@@ -278,9 +278,7 @@ def make_config(part: str, fields: Mapping[str, Any], sizes: Mapping[str, Any], 
         if key == "decoder_base_dim" and found == config.base_dim:
             found = None
         if found != size:
-            raise UserError(
-                f"{path}: {key} is {quote(found)}, but the weights make it {size!r}; which of them is wrong?"
-            )
+            raise UserError(f"{path}: {key} is {quote(found)}, but the weights imply {size!r}; which of them is wrong?")
     for key, most in _LARGEST.items():
         if getattr(config, key, 0) > most:
             raise UserError(f"{path}: {key} is {getattr(config, key)}, expected at most {most}")
@@ -288,13 +286,13 @@ def make_config(part: str, fields: Mapping[str, Any], sizes: Mapping[str, Any], 
 
 
 def check_fit(configs: Mapping[str, Any], where: str, without: Container[str] = ()) -> None:
-    """Raises `UserError` for parts that do not belong together; a part that is not there fits, but the image encoder of
-    a whole image-to-video model, unless that is left out on purpose."""
+    """Raises `UserError` for parts that do not fit together. Missing parts are allowed, except the image encoder of an
+    otherwise complete image-to-video model, unless it is listed in `without`."""
     transformer = configs.get("transformer")
     if transformer is None:
         return
     if configs.get(LOW, transformer) != transformer:
-        raise UserError(f"{where}: {LOW} is of another architecture than transformer; two experts have one")
+        raise UserError(f"{where}: {LOW} has another architecture than transformer; two experts must have the same")
     vae, text, image = (configs.get(name) for name in ("vae", "text_encoder", "image_encoder"))
     facts = []
     if text is not None:
@@ -327,7 +325,7 @@ def config_json(config: Any, part: str) -> dict[str, Any]:
 
 
 def untold(part: str, config: Any) -> dict[str, Any]:
-    """The fields of a part's config that nobody could tell from a folder in the wan layout."""
+    """The fields of a part's config that cannot be recovered from a folder in the wan layout."""
     spec = PARTS[part]
     shapes = {path: tuple(leaf.shape) for path, leaf in flat(abstract(part, config)[1]).items()}
     parameters = matching.match(spec.rows(config), shapes, "wan")
@@ -336,7 +334,7 @@ def untold(part: str, config: Any) -> dict[str, Any]:
     guess = spec.infer(infer.Shapes(spec.rows(config), "wan", found, part))
     if kind_of(part) == "transformer":
         guess |= {field: getattr(config, field) for field in (*_WAN_KEYS.values(), "attention_head_dim")}
-    else:  # what is assumed of a file whose folder says what must be said
+    else:  # Wan's constants, given the fields that have none
         guess = {**infer.assumed(kind_of(part), {**dataclasses.asdict(config), **guess}, part), **guess}
     default = spec.config()
     told = {key: guess.get(key, getattr(default, key)) for key in dataclasses.asdict(config)}
@@ -348,7 +346,7 @@ def wan_config_json(config: WanTransformerConfig) -> dict[str, Any]:
     kind = "t2v" if config.in_channels == config.out_channels else "i2v"
     kind = kind if config.pos_embed_seq_len is None else "flf2v"
     values = {ours: getattr(config, field) for ours, field in _WAN_KEYS.items()}
-    # Wan's code leaves these to its defaults; say them only where they differ.
+    # Wan's own configs leave these to defaults; write them only if they differ.
     default = WanTransformerConfig()
     hidden = [
         key for key in ("text_dim", "patch_size", "cross_attn_norm") if values[key] == getattr(default, _WAN_KEYS[key])
@@ -374,6 +372,6 @@ def _read_wan_config(values: Mapping[str, Any], path: str) -> dict[str, Any]:
     width, heads = fields.get("width"), fields.get("num_attention_heads")
     if type(width) is not int or type(heads) is not int or heads < 1 or width % heads:
         raise UserError(
-            f"{path}: dim is {quote(width)} and num_heads {quote(heads)}, expected a multiple and its divisor"
+            f"{path}: dim is {quote(width)} and num_heads {quote(heads)}, expected dim to be a multiple of num_heads"
         )
     return {**fields, "attention_head_dim": width // heads}

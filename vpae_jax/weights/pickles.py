@@ -1,7 +1,7 @@
 """PyTorch checkpoints (`.pth`, `.pt`, `.bin`): dense tensors by name, read and written without running their code.
 
-Files in PyTorch's zip format are memory-mapped, so that only what is copied is read; legacy ones are read whole. Only
-here is PyTorch needed, and it is imported only when such a file is met.
+Files in PyTorch's zip format are memory-mapped, so that only what is copied is read; legacy files are read whole. Only
+this module needs PyTorch, and imports it only for such a file.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from vpae_jax.files import atomically
 from vpae_jax.types import HostArray, UserError
 from vpae_jax.weights.safetensors_file import CODES, StoredTensor, checked, one_line, quote
 
-BY_NAME = {dtype.name: dtype for dtype in CODES}  # PyTorch calls dtypes as NumPy does
-# What unpickling, `torch.load` and `zipfile` raise for damaged files: found by damaging 60,000
-# (tests/weights/test_fuzz.py), with the bases of what was found.
+BY_NAME = {dtype.name: dtype for dtype in CODES}  # PyTorch and NumPy use the same names for dtypes
+# Exceptions that unpickling, `torch.load` and `zipfile` raise for damaged files, found by damaging 60,000 of them
+# (tests/weights/test_fuzz.py); base classes of those observed.
 DAMAGE = (
     ArithmeticError,
     AssertionError,
@@ -38,11 +38,11 @@ DAMAGE = (
     struct.error,
     zipfile.BadZipFile,
 )
-# Remarks about files that PyTorch then reads, or refuses with an error that says more.
+# Warnings about files that PyTorch then reads, or rejects with a more informative error.
 REMARKS = ("Detected pickle protocol", "(?s).*TorchScript archive", "(?s).*deprecated", "(?s).* in (beta|prototype) ")
-# Keys under which training programs keep the weights beside other things; alone, they say nothing.
+# Keys under which training programs save the weights among other things; as the only set, they are not part of names.
 WRAPPERS = ("state_dict", "model")
-DEPTH = 3  # of dictionaries in dictionaries
+DEPTH = 3  # maximum nesting of dictionaries
 
 
 class Checkpoint:
@@ -50,15 +50,15 @@ class Checkpoint:
 
     Args:
       path: for messages.
-      file: the file; left open.
+      file: the open file; it is not closed.
 
     Attributes:
       stored: its tensors, by name.
-      metadata: none; safetensors files have such.
+      metadata: empty; only safetensors files have metadata.
 
     Raises:
-      UserError: PyTorch is not installed; a damaged file; one that holds anything but mappings of names to dense
-        tensors, perhaps inside others (`_sets`); one that asks to run code.
+      UserError: PyTorch is not installed; a damaged file; one that holds anything but (possibly nested, see `_sets`)
+        mappings of names to dense tensors; one that asks to run code.
     """
 
     def __init__(self, path: Path, file: BinaryIO):
@@ -72,8 +72,8 @@ class Checkpoint:
             self.stored[name] = checked(path, name, BY_NAME.get(called), called, tuple(tensor.shape))
 
     def read_rows(self, name: str, start: int, stop: int) -> HostArray:
-        """Copies a run of a tensor's first axis; errors as `SafetensorsFile.read_rows`."""
-        if os.fstat(self._file.fileno()).st_size < self._size:  # mapped memory beyond the end cannot be touched
+        """Copies a range of a tensor's first axis; errors as `SafetensorsFile.read_rows`."""
+        if os.fstat(self._file.fileno()).st_size < self._size:  # accessing mapped memory beyond the end is fatal
             raise UserError(f"{self.path}: became shorter while it was open; fetch it again")
         import torch
 
@@ -83,12 +83,12 @@ class Checkpoint:
         return rows.view(integer).numpy().copy(order="C").view(dtype)
 
     def close(self) -> None:
-        """Gives the memory back."""
+        """Releases the memory."""
         self._tensors = {}
 
 
 def write_pickle(path: Path, values: Iterable[tuple[str, HostArray]]) -> None:
-    """Writes a dict of tensors as `torch.save` does, whole or not at all; all tensors are in memory at once.
+    """Writes a dict of tensors as `torch.save` does, complete or not at all; all tensors are in memory at once.
 
     Raises:
       UserError: PyTorch is not installed.
@@ -98,7 +98,7 @@ def write_pickle(path: Path, values: Iterable[tuple[str, HostArray]]) -> None:
 
 
 def write_sets(path: Path, sets: Mapping[str, Iterable[tuple[str, HostArray]]]) -> None:
-    """Writes a dict of such dicts, as `write_pickle` writes one.
+    """Writes a dict of dicts of tensors, like `write_pickle`.
 
     Raises:
       UserError: PyTorch is not installed.
@@ -110,7 +110,7 @@ def write_sets(path: Path, sets: Mapping[str, Iterable[tuple[str, HostArray]]]) 
 def _tensors(torch: Any, values: Iterable[tuple[str, HostArray]]) -> dict[str, Any]:
     tensors = {}
     for name, value in values:
-        # PyTorch warns of memory that it may not write to.
+        # PyTorch warns about read-only memory.
         bits = np.require(value, requirements=["C", "W"]).view(f"i{value.itemsize}")
         tensors[name] = torch.from_numpy(bits).view(getattr(torch, value.dtype.name))
     return tensors
@@ -125,7 +125,7 @@ def _save(torch: Any, path: Path, content: dict[str, Any]) -> None:
 
 
 def require_torch(path: Path) -> Any:
-    """PyTorch. Raises `UserError` where it is not installed, since a checkpoint needs it."""
+    """The torch module. Raises `UserError` if it is not installed, naming the checkpoint that needs it."""
     try:
         import torch
     except ImportError as error:
@@ -134,14 +134,14 @@ def require_torch(path: Path) -> Any:
 
 
 def _load(path: Path, file: BinaryIO) -> dict[str, Any]:
-    """The tensors as plain dense `torch.Tensor`s on the CPU; errors as `Checkpoint`."""
+    """Loads the tensors as plain dense `torch.Tensor`s on the CPU; errors as `Checkpoint`."""
     torch = require_torch(path)
     try:
         records = _records(path, file)
         with warnings.catch_warnings():
             for remark in REMARKS:
                 warnings.filterwarnings("ignore", remark, UserWarning)
-            # By descriptor: PyTorch takes a name that ends in .safetensors for a promise about the content.
+            # By descriptor, since PyTorch would trust a name that ends in .safetensors.
             name = f"/dev/fd/{file.fileno()}"
             found = torch.load(name, map_location="cpu", weights_only=True, mmap=records is not None)
             return _plain(path, torch, found, os.fstat(file.fileno()).st_size, records)
@@ -153,16 +153,14 @@ def _load(path: Path, file: BinaryIO) -> dict[str, Any]:
 
 
 def _records(path: Path, file: BinaryIO) -> set[int] | None:
-    """The sizes of a zip's records; None for a legacy file, which is no zip."""
+    """The sizes of a zip's records; None for a legacy file, which is not a zip."""
     if os.pread(file.fileno(), 4, 0) != b"PK\3\4":
         return None
     with zipfile.ZipFile(file) as archive:
         if not any(name.endswith("data.pkl") for name in archive.namelist()):
-            raise UserError(
-                f"{path}: is a zip archive with no PyTorch checkpoint in it; unpack it, and name what it held"
-            )
+            raise UserError(f"{path}: is a zip archive without a PyTorch checkpoint; unpack it, and give its contents")
         for info in archive.infolist():
-            if info.compress_type != zipfile.ZIP_STORED:  # PyTorch would map it as it is, and read garbage
+            if info.compress_type != zipfile.ZIP_STORED:  # PyTorch would map the compressed bytes, and read garbage
                 raise UserError(
                     f"{path}: record {quote(info.filename)} is compressed; write the file again with torch.save"
                 )
@@ -186,17 +184,17 @@ def _plain(path: Path, torch: Any, found: Any, size: int, records: set[int] | No
     for name, tensor in found.items():
         quoted = quote(name)
         if type(name) is not str:
-            raise UserError(f"{path}: a tensor is named {quoted}, expected text")
+            raise UserError(f"{path}: a tensor is named {quoted}, expected a string")
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             raise UserError(f"{path}: {quoted} is a {type(tensor).__name__}, expected a tensor; keep only the weights")
-        tensor = torch.Tensor.detach(tensor)  # by the class: a file may set attributes of the same name
+        tensor = torch.Tensor.detach(tensor)  # through the class, since a file may set attributes of the same name
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested or tensor.is_neg():
             raise UserError(
                 f"{path}: tensor {quoted} is not stored densely ({tensor.layout}, {tensor.dtype}); densify it first"
             )
         if tensor.device.type != "cpu":
             raise UserError(f"{path}: tensor {quoted} holds no values (device {tensor.device}); fetch the file again")
-        # A view may claim far more than the file holds, and a mapped storage the bytes of other records.
+        # A view may claim far more than the file holds, and a mapped storage may cover other records.
         claimed, held = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
         if claimed > size or (records is not None and held not in records):
             what = f"{claimed} bytes in a storage of {held}"
@@ -206,7 +204,8 @@ def _plain(path: Path, torch: Any, found: Any, size: int, records: set[int] | No
 
 
 def _weights(found: Any, tensor: type) -> Any:
-    """What of a checkpoint is weights. Several sets, such as a generator and its average, get keys as prefixes."""
+    """The weights in a checkpoint. If there are several sets, such as a generator and its average, their keys become
+    prefixes."""
     sets = dict(_sets(found, tensor))
     if not sets:
         inner = (found.get(key) for key in WRAPPERS) if isinstance(found, dict) else ()
@@ -221,7 +220,7 @@ def _weights(found: Any, tensor: type) -> Any:
 
 
 def _sets(found: Any, tensor: type, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[Any, Any]]]:
-    """Dictionaries, inside others, of tensors under names with dots, as modules' parameters have; with their keys."""
+    """Nested dictionaries of tensors whose names have dots, like the parameters of modules; with their keys."""
     if not isinstance(found, dict):
         return
     if any(isinstance(value, tensor) and "." in str(name) for name, value in found.items()):
@@ -232,7 +231,7 @@ def _sets(found: Any, tensor: type, path: tuple[str, ...] = ()) -> Iterator[tupl
 
 
 def _why(error: BaseException) -> str:
-    """The informative line among PyTorch's advice, some of which nobody should follow."""
+    """The informative line of an error, without PyTorch's advice, some of which is unsafe."""
     lines = str(error).split("WeightsUnpickler error:")[-1].splitlines()
     told = [line for line in map(str.strip, lines) if line and not line.startswith("Weights only load failed")]
     return one_line(told[0].split(" Please use")[0]) if told else type(error).__name__

@@ -1,8 +1,8 @@
-"""One safetensors file: checked by the safetensors library, read by byte range, written as its tensors come.
+"""One safetensors file: checked by the safetensors library, read by byte range, written tensor by tensor.
 
-The library's own reading stays unused because under NumPy it has no float8, and because it maps the file into memory,
-where one that shrinks or a disk that fails ends the process by a signal; its writing because it takes all tensors at
-once.
+The library's own reader is not used because it has no float8 under NumPy, and because it memory-maps the file, so that
+a file that shrinks or a failing disk kills the process with a signal; its writer is not used because it takes all
+tensors at once.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a file says of one tensor.
+    """A tensor's entry in a file.
 
     Attributes:
-      name: what the file calls it.
+      name: its name in the file.
       file: the file.
       dtype: one of `DTYPES`.
       shape: the shape.
@@ -63,18 +63,18 @@ class StoredTensor:
 
 
 class SafetensorsFile:
-    """An open file.
+    """An open safetensors file.
 
     Args:
       path: the file.
-      file: the same, open; left open.
+      file: the same file, open; it is not closed.
 
     Attributes:
       stored: its tensors, by name.
-      metadata: texts that the file keeps beside them.
+      metadata: its text metadata.
 
     Raises:
-      UserError: a file that is truncated, or is not what its header says.
+      UserError: a file that is truncated, or does not match its header.
     """
 
     def __init__(self, path: Path, file: BinaryIO):
@@ -93,7 +93,7 @@ class SafetensorsFile:
             raise UserError(f"{path}: truncated or not a safetensors file ({reason}); fetch it again") from error
         if count > MAX_TENSORS:
             raise UserError(f"{path}: holds {count} tensors, expected at most {MAX_TENSORS}; is this a model?")
-        # The library does not say where tensors lie.
+        # The library does not expose the tensors' offsets.
         header = json.loads(self._read(length, 8).tobytes())
         header.pop("__metadata__", None)
         self.stored: dict[str, StoredTensor] = {}
@@ -103,11 +103,11 @@ class SafetensorsFile:
             self._starts[name] = 8 + length + info["data_offsets"][0]
 
     def read_rows(self, name: str, start: int, stop: int) -> HostArray:
-        """Reads a run of a tensor's first axis; all of one that has no axes.
+        """Reads a range of a tensor's first axis; all of a tensor without axes.
 
         Raises:
           UserError: the file shrank or cannot be read.
-          ValueError: it was closed.
+          ValueError: the file was closed.
         """
         stored = self.stored[name]
         if not stored.shape:
@@ -117,7 +117,7 @@ class SafetensorsFile:
         return self._read(shape[0] * row, self._starts[name] + start * row).view(stored.dtype).reshape(shape)
 
     def _read(self, size: int, offset: int) -> Bytes:
-        """Bytes of the file; the system may give fewer at once than it is asked for."""
+        """Reads bytes of the file, in several calls if the system returns fewer than requested."""
         result = np.empty(size, np.uint8)
         buffer = result.data
         while buffer:
@@ -126,7 +126,7 @@ class SafetensorsFile:
             except OSError as error:
                 raise UserError(f"{self.path}: cannot be read at byte {offset}: {error.strerror}") from error
             if not count:
-                raise UserError(f"{self.path}: ends at byte {offset}, it was longer before; fetch it again")
+                raise UserError(f"{self.path}: ends at byte {offset}, but was longer before; fetch it again")
             buffer, offset = buffer[count:], offset + count
         return result
 
@@ -137,15 +137,15 @@ def write_file(path: Path, infos: Sequence[Info], values: Iterator[HostArray], m
     Args:
       path: the file.
       infos: name, dtype and shape of each tensor.
-      values: as many are taken as there are `infos`, in their order.
+      values: the tensors in the order of `infos`; only that many are consumed.
       metadata: of the file.
 
     Raises:
-      ValueError: a value that is missing, or is not what `infos` says.
+      ValueError: a value that is missing, or does not match `infos`.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     position = 0
-    # Wide dtypes lie first, so that every tensor is aligned without holes, which the format forbids.
+    # Wide dtypes come first, so that every tensor is aligned without padding, which the format forbids.
     for name, dtype, shape in sorted(infos, key=lambda info: -info[1].itemsize):
         end = position + dtype.itemsize * prod(shape)
         header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [position, end]}
@@ -160,29 +160,29 @@ def write_file(path: Path, infos: Sequence[Info], values: Iterator[HostArray], m
 
 
 def checked(path: Path, name: str, dtype: np.dtype | None, called: str, shape: tuple[int, ...]) -> StoredTensor:
-    """A tensor that we can hold.
+    """A tensor's entry, checked to be representable.
 
     Args:
       path: its file.
       name: the tensor.
-      dtype: its dtype; None when we have none like it.
-      called: the file's name of the dtype.
+      dtype: its dtype; None if it is not supported.
+      called: the file's name for the dtype.
       shape: its shape.
 
     Raises:
-      UserError: no such dtype; a shape that no array can have.
+      UserError: an unsupported dtype; a shape that no array can have.
     """
     if dtype is None:
         known = ", ".join(known.name for known in CODES)
         raise UserError(f"{path}: tensor {quote(name)} has dtype {quote(called)}, expected one of {known}; convert it")
-    # NumPy counts the bytes of an empty array as if its empty axes were not there.
+    # NumPy checks the size of an empty array without its empty axes.
     if len(shape) > MAX_AXES or any(n < 0 for n in shape) or dtype.itemsize * prod(max(n, 1) for n in shape) > 2**62:
         raise UserError(f"{path}: tensor {quote(name)} has shape {quote(list(shape))}, which no array can have")
     return StoredTensor(name, path, dtype, shape)
 
 
 def parse_json(raw: bytes) -> dict[str, Any]:
-    """A JSON object. Raises `ValueError` or `RecursionError` for anything else."""
+    """Parses a JSON object. Raises `ValueError` or `RecursionError` for anything else."""
     value = json.loads(raw.decode("utf-8"))
     if not isinstance(value, dict):
         raise ValueError(f"a JSON {type(value).__name__}, expected an object")
@@ -190,14 +190,14 @@ def parse_json(raw: bytes) -> dict[str, Any]:
 
 
 def one_line(text: str, limit: int = 200) -> str:
-    """Text from a file or a library, fit for an error's single line: short, and nothing that a terminal obeys."""
+    """Text from a file or library made fit for a one-line message: shortened, and without control characters."""
     text = " ".join(text.split())
     text = text if len(text) <= limit else f"{text[:limit]}..."
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def quote(value: Any) -> str:
-    """A value from a file, fit for an error's single line."""
+    """The representation of a value from a file, made fit for a one-line message."""
     return one_line(repr(value))
 
 

@@ -1,8 +1,8 @@
-"""Checkpoints of Self-Forcing and CausVid: one `.pt` with sets of a transformer's weights, each by its name.
+"""Checkpoints of Self-Forcing and CausVid: one `.pt` with named sets of a transformer's weights.
 
-Their programs load one set, strictly, into a module that holds the transformer as `model`: CausVid `generator`, and
-Self-Forcing that or, where it is asked for the average, `generator_ema`. The tensors have Wan's own names. All else is
-in Wan's folder and in configs of theirs: sizes, text encoder, VAE, chunks and times.
+Their programs load one set, strictly, into a module that holds the transformer as `model`: CausVid loads `generator`,
+Self-Forcing either that or the average, `generator_ema`. The tensors have Wan's own names. Everything else is in Wan's
+folder and in their configs: sizes, text encoder, VAE, chunks and timesteps.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ def write_checkpoint(
     dtype: DTypeLike | None = None,
     like: ModelDirectory | None = None,
 ) -> dict[str, int]:
-    """Writes one checkpoint, whole or not at all; all its tensors are in memory at once.
+    """Writes one checkpoint, complete or not at all; all its tensors are in memory at once.
 
     Args:
       path: the file.
       sets: transformers: `generator`, its average `generator_ema`, or both.
       dtype: of all tensors; None keeps theirs.
-      like: a model of the same sizes, with which every tensor is read back and compared bit for bit before the file
-        appears; None for no such comparison.
+      like: a model of the same sizes, which serves to read back every tensor and check that it is bit-identical before
+        the file appears; None for no check.
 
     Returns:
-      how many parameters and layers of each set were compared; nothing without `like`.
+      The number of parameters and layers of each set that were compared; empty without `like`.
 
     Raises:
       UserError: another suffix, a value that is not finite, no PyTorch, tensors that do not read back as they were
         written.
     """
     if path.suffix != SUFFIX:
-        raise UserError(f"{path}: a checkpoint of Self-Forcing is one file; give it a name that ends in {SUFFIX}")
+        raise UserError(f"{path}: a Self-Forcing checkpoint is one file; give it a name that ends in {SUFFIX}")
     with replacing(path) as temporary:
         tensors = {name: tensors_of(PART, values, "wan", PREFIX, dtype) for name, values in sets.items()}
         write_sets(temporary, tensors)
@@ -59,7 +59,7 @@ def write_checkpoint(
 
 
 def config_of(scheduler: Scheduler) -> dict[str, Any]:
-    """What Self-Forcing's config has to say of a causal model, by its keys; nothing of one that makes whole clips."""
+    """The entries that Self-Forcing's config needs for a causal model; empty for a model that generates whole clips."""
     chunks = scheduler.chunks
     if chunks is None:
         return {}

@@ -1,8 +1,9 @@
-"""How a model directory is sampled and which clip it makes: what its author recommends.
+"""The recommended sampling and default clip of a model directory.
 
-`vpae_jax.json` beside `model_index.json` holds what Diffusers has no place for and does not read: the clip that the
-model was made for and its negative prompt (`Defaults`). Without it Wan 2.1's own defaults hold. `scheduler_config.json`
-says how it is sampled (`Scheduler`); the number of steps, the guidance and a causal model's chunks under private names.
+`vpae_jax.json` next to `model_index.json` holds what Diffusers has no place for and does not read: the clip size that
+the model was trained for and its negative prompt (`Defaults`). Without it, Wan 2.1's own defaults apply.
+`scheduler_config.json` specifies how it is sampled (`Scheduler`); the number of steps, the guidance and a causal
+model's chunks are under private keys.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from vpae_jax.weights import grids
 from vpae_jax.weights.filenames import CAUSAL_PIPELINE, INDEX, SCHEDULER, SETTINGS, VERSION, read_json
 from vpae_jax.weights.safetensors_file import quote
 
-# What Wan 2.1 guides away from, between full-width commas; image-to-video adds a shaking camera.
+# Wan 2.1's negative prompts, with full-width commas; image-to-video's adds a shaking camera.
 IMAGE_NEGATIVE_PROMPT = (
     "镜头晃动,色调艳丽,过曝,静态,细节模糊不清,字幕,风格,作品,画作,画面,静止,整体发灰,最差质量,低质量,JPEG压缩残留,"
     "丑陋的,残缺的,多余的手指,画得不好的手部,画得不好的脸部,畸形的,毁容的,形态畸形的肢体,手指融合,"
@@ -46,9 +47,9 @@ _FLOW_MATCH: Mapping[str, Any] = {
     "use_dynamic_shifting": False,
     "invert_sigmas": False,
 }
-# What a scheduler's config must say for our solvers to take the same steps on the same times. All else that Diffusers
-# reads is either what decides the times or without effect on flow sigmas: betas, spacing, thresholds, parts of dynamic
-# shifting.
+# Values that a scheduler's config must have for our solvers to take the same steps at the same timesteps. The other
+# keys that Diffusers reads either determine the timesteps or have no effect on flow sigmas: betas, spacing, thresholds,
+# parts of dynamic shifting.
 _REQUIRED: Mapping[Solver, Mapping[str, Any]] = {
     "unipc": {
         "num_train_timesteps": grids.TRAIN_TIMES,
@@ -71,53 +72,53 @@ _REQUIRED: Mapping[Solver, Mapping[str, Any]] = {
     "euler": {**_FLOW_MATCH, "stochastic_sampling": False},
     "consistency": {**_FLOW_MATCH, "scale_factors": None},
 }
-# A key that the file leaves out has Diffusers' default, which is the required value for all but these.
+# A missing key has Diffusers' default, which is the required value for all keys except these.
 _ABSENT: Mapping[str, Any] = {"prediction_type": "epsilon", "use_flow_sigmas": False}
 MIN_FPS, MAX_FPS = 0.01, 1000.0
 MAX_PROMPT = 10_000  # characters; cleaning a text of megabytes takes minutes
-MAX_PIXELS = 2**30  # of a clip; 81 frames of 720x1280 are a fourteenth
-# Keys of `vpae_jax.json` that are no defaults: what other layouts have no place for.
+MAX_PIXELS = 2**30  # per clip; 81 frames of 720x1280 are a fourteenth of it
+# Keys of `vpae_jax.json` that are not defaults, but settings that other layouts have no place for.
 _ELSEWHERE = ("scheduler", "parts", "boundary")
 
 
 @dataclass(frozen=True)
 class Scheduler:
-    """How a model directory's author samples it, and the scheduler_config.json that says so.
+    """The recommended sampling of a model directory, and its scheduler_config.json.
 
     Diffusers' Wan pipelines, called with `num_inference_steps=steps` and `guidance_scale=guidance`, take the same steps
-    by themselves:
+    without further settings:
 
-        unipc         UniPCMultistepScheduler; `shift` is its `flow_shift`, and its times are ours for any number of
+        unipc         UniPCMultistepScheduler; `shift` is its `flow_shift`, and its timesteps are ours for any number of
                       steps (`flow.solvers.unipc_levels`)
         euler         FlowMatchEulerDiscreteScheduler
         consistency   FlowMatchLCMScheduler, whose fresh noise comes from PyTorch's global generator
 
-    The latter two are given the `shift` and `shift_terminal` that make them have exactly our times, and tell them to
-    the network as they are, for this one number of steps (`weights.grids`). In more steps or fewer they space theirs
-    from the same first to the same last time, and in one they divide by 0: take the terminal away for that.
+    The latter two get the `shift` and `shift_terminal` for which they have exactly our timesteps, and pass them to the
+    network unchanged, for this number of steps (`weights.grids`). With more or fewer steps, their timesteps have the
+    same first and last value; with one step they divide by 0, so remove the terminal for that:
 
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, shift_terminal=None)
 
-    Times that no such fields make are written as `_times`, which we read and Diffusers ignores: by itself it takes even
-    ones down to the last. It has them when they are bound to its scheduler, as the model card shows:
+    Timesteps that these fields cannot express are written as `_times`, which we read and Diffusers ignores: by default,
+    it uses even ones down to the last. To use them, bind them to its scheduler, as the model card shows:
 
         pipe.scheduler.set_timesteps = functools.partial(pipe.scheduler.set_timesteps, sigmas=numpy.array(times[:-1]))
 
-    None of that holds of a causal model, which makes a clip chunk by chunk: Diffusers has no pipeline for it.
+    None of this applies to a causal model, which generates a clip chunk by chunk: Diffusers has no pipeline for it.
 
     Attributes:
-      solver: how steps are taken.
-      shift: s of even times (`flow.schedule` Eq. 8); above 0.
-      steps: network evaluations, at least 1.
-      guidance: at least 1. Of students it is their own, 1 mostly; it is never the teacher's.
-      times: of `steps` evaluations, falling from 1 to 0, where they are not the even ones; empty where they are.
-      chunks: of a causal model; None for one that makes whole clips.
-      first: times of a causal model's first chunk, where they differ; empty where they do not.
+      solver: the sampling solver.
+      shift: s of even timesteps (`flow.schedule` Eq. 8); positive.
+      steps: number of sampling steps, at least 1.
+      guidance: at least 1. A student's is its own, mostly 1, never the teacher's.
+      times: the timesteps of `steps` steps, falling from 1 to 0, if they are not the even ones; else empty.
+      chunks: of a causal model; None for a model that generates whole clips.
+      first: timesteps of a causal model's first chunk, if they differ; else empty.
 
-    Where a file does not say them, steps and guidance are those that Diffusers' Wan pipelines have by default.
+    If a file does not specify them, steps and guidance have the defaults of Diffusers' Wan pipelines.
 
     Raises:
-      UserError: a number outside its range, or times that are no sampler's.
+      UserError: a number outside its range, or timesteps that no sampler has.
     """
 
     solver: Solver = "unipc"
@@ -130,18 +131,18 @@ class Scheduler:
 
     def __post_init__(self) -> None:
         if self.times and len(self.times) != self.steps + 1:
-            raise UserError(f"times are {len(self.times)} numbers, expected {self.steps + 1}: one a step, and 0")
+            raise UserError(f"times are {len(self.times)} numbers, expected {self.steps + 1}: one per step, and 0")
         Sampler.even(self.steps, self.shift, self.guidance, self.solver)
         self.sampler()
 
     @classmethod
     def of(cls, sampler: Sampler, shift: float = 1.0) -> Scheduler:
-        """The scheduler of a sampler.
+        """The scheduler for a sampler.
 
         Args:
           sampler: what a student was trained for.
-          shift: of even times in other numbers of steps, where the sampler's own times do not tell: there is one, or
-            they are not even.
+          shift: of even timesteps for other numbers of steps, if it does not follow from the sampler's own timesteps,
+            since there is only one or they are not even.
         """
         even = grids.even_shift(sampler.solver, sampler.times)
         times = sampler.times if even is None and sampler.steps > 1 else ()
@@ -157,19 +158,21 @@ class Scheduler:
         window: int | None = None,
         sink: int | None = None,
     ) -> Sampler:
-        """The sampler, or one that differs from it in what is given.
+        """The recommended sampler, with any arguments overridden.
 
-        Another number of steps, or another shift, has even times. So has "unipc" in place of another solver, whose
-        times it cannot take. But a causal student of N steps, whose solver is "consistency", is one of fewer too: it is
-        trained to end after each of them, so n take the first n of its times (Self-Forcing, 2506.08009).
+        Another number of steps, or another shift, gives even timesteps; so does "unipc" instead of another solver,
+        whose timesteps it cannot use. However, a causal student of N steps with the solver "consistency" also works
+        with fewer: it is trained to end after each of them, so n steps use the first n of its timesteps
+        (Self-Forcing, 2506.08009).
 
         Args:
-          steps: of two numbers the first is the first chunk's, the second that of each later one (First-Frame
-            Enhancement, 2511.01419); only of a causal model.
-          window, sink: see `flow.chunks.Chunks`; only of a causal model.
+          steps: if two numbers, for the first chunk and for each later one (First-Frame Enhancement, 2511.01419); only
+            for a causal model.
+          guidance, solver, shift: see `Scheduler`.
+          window, sink: see `flow.chunks.Chunks`; only for a causal model.
 
         Raises:
-          UserError: what only a causal model has, of another; and as `Sampler`.
+          UserError: arguments that only a causal model supports, for another model; and as `Sampler`.
         """
         given = {name: value for name, value in (("window", window), ("sink", sink)) if value is not None}
         if self.chunks is None and isinstance(steps, tuple):
@@ -192,7 +195,7 @@ class Scheduler:
         )
 
     def _times(self, steps: int, own: tuple[float, ...], solver: Solver, shift: float | None) -> tuple[float, ...]:
-        """Times of so many evaluations: `own` if it has as many, a causal student's first ones, or even ones."""
+        """Timesteps for `steps` steps: `own` if it has that many, a causal student's first ones, or even ones."""
         if shift is None and (solver == self.solver or solver != "unipc"):
             if own and len(own) == steps + 1:
                 return own
@@ -202,7 +205,7 @@ class Scheduler:
 
     @property
     def bound_times(self) -> tuple[float, ...]:
-        """Times that must be bound to Diffusers' scheduler, without the last 0; none where it has them by itself."""
+        """Timesteps that must be bound to Diffusers' scheduler, without the last 0; empty if it needs none."""
         return tuple(self.to_json().get(_TIMES, ())[:-1])
 
     def to_json(self) -> dict[str, Any]:
@@ -213,7 +216,7 @@ class Scheduler:
         return {"_class_name": _CLASSES[self.solver], **_REQUIRED[self.solver], **self._times_json(), **advice}
 
     def _times_json(self) -> dict[str, Any]:
-        """The fields that decide the times."""
+        """The fields that determine the timesteps."""
         times, other = self.times, {_SHIFT: self.shift} if self.times else {}
         if self.solver == "unipc":
             return {"flow_shift": 1.0, _TIMES: list(times), **other} if times else {"flow_shift": self.shift}
@@ -226,16 +229,16 @@ class Scheduler:
 
 @dataclass(frozen=True)
 class Defaults:
-    """The clip that a call without sizes makes, and what its guidance moves away from.
+    """The clip size of a call without sizes, and the default negative prompt.
 
     Attributes:
       num_frames: 1 + a multiple of 4.
-      height, width: pixels. With an image their product is the area, and the image decides the shape.
-      fps: frames a second of a written video.
-      negative_prompt: of a guided call that gives none.
+      height, width: in pixels. With an image, their product is the area, and the image determines the aspect ratio.
+      fps: frames per second of a written video.
+      negative_prompt: for a guided call without one.
 
     Raises:
-      UserError: a size below 1, a clip of more than `MAX_PIXELS`, a rate or a prompt that nobody means.
+      UserError: a size below 1, a clip of more than `MAX_PIXELS`, an implausible frame rate or prompt length.
     """
 
     num_frames: int = 81
@@ -257,26 +260,26 @@ class Defaults:
 
 
 def check_pixels(num_frames: int, height: int, width: int) -> None:
-    """Raises `UserError` for a clip of more pixels than any Wan model makes at once."""
+    """Raises `UserError` for a clip of more pixels than any Wan model generates at once."""
     if num_frames * height * width > MAX_PIXELS:
         raise UserError(
             f"{num_frames} frames of {height}x{width} are more than {MAX_PIXELS:.1e} pixels; give a smaller clip"
         )
 
 
-# What Wan's own program samples with where nobody says otherwise.
+# The defaults of Wan's own program.
 WAN_TEXT, WAN_IMAGE = Scheduler("unipc", 5.0, 50, 5.0), Scheduler("unipc", 3.0, 40, 5.0)
 
 
 def read_scheduler(folder: Path, image: bool = False) -> Scheduler:
-    """A model's scheduler: of its `scheduler/`, else of its `vpae_jax.json`, else Wan's own.
+    """Reads a model's scheduler: from its `scheduler/`, else from its `vpae_jax.json`, else Wan's own.
 
     Args:
-      folder: the model's.
+      folder: of the model.
       image: whether this is an image-to-video model, which Wan samples with fewer steps and another shift.
 
     Raises:
-      UserError: one of a kind that our solvers do not have, or one of a causal model that does not tell its chunks.
+      UserError: a scheduler that our solvers do not support, or one of a causal model without chunks.
     """
     found, index = _read_scheduler(folder, image), folder / INDEX
     if found.chunks is None and index.is_file() and read_json(index).get("_class_name") == CAUSAL_PIPELINE:
@@ -301,7 +304,7 @@ def _read_scheduler(folder: Path, image: bool) -> Scheduler:
 
 @dataclass(frozen=True)
 class _Told:
-    """What decides the times, steps and guidance in a scheduler_config.json; Diffusers' defaults."""
+    """The entries of a scheduler_config.json for timesteps, steps and guidance, with Diffusers' defaults."""
 
     shift: float = 1.0
     shift_terminal: float | None = None
@@ -322,7 +325,7 @@ def _from_json(values: Mapping[str, Any], where: str) -> Scheduler:
     for key, expected in _REQUIRED[solver].items():
         found = values.get(key, _ABSENT.get(key, expected))
         if found != expected:
-            left_out = "" if key in values else " (Diffusers' default, as the file does not say)"
+            left_out = "" if key in values else " (Diffusers' default for a missing key)"
             raise UserError(f"{where}: {key} is {quote(found)}{left_out}, only {expected!r} is supported")
     keys = {
         "shift": "flow_shift" if solver == "unipc" else "shift",
@@ -349,10 +352,10 @@ def _from_json(values: Mapping[str, Any], where: str) -> Scheduler:
 
 
 def read_defaults(folder: Path, image: bool = False) -> Defaults:
-    """The model's default clip; Wan 2.1's where there is no `vpae_jax.json`.
+    """Reads the model's default clip; Wan 2.1's if there is no `vpae_jax.json`.
 
     Args:
-      folder: the model's.
+      folder: of the model.
       image: whether this is an image-to-video model, for which Wan has another negative prompt.
 
     Raises:

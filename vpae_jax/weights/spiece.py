@@ -1,4 +1,4 @@
-"""A text encoder's tokenizer: a folder, checked, or made of the sentencepiece model that ComfyUI keeps with weights."""
+"""Tokenizers of text encoders: checks a folder, or makes one from a sentencepiece model stored with weights."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from vpae_jax.weights import dialects
 from vpae_jax.weights.filenames import MAX_JSON
 from vpae_jax.weights.tensors import Tensors
 
-MAX_FILE = 2**26  # bytes; the largest of UMT5's has 2**24
-TEXT_LENGTH = 512  # what Wan pads prompts to
-_SPECIAL = {"pad": 0, "eos": 1, "unk": 2}  # UMT5's
-_START = 0x0A  # the first byte of a serialised model: its first field, of bytes
+MAX_FILE = 2**26  # bytes; UMT5's largest file has 2**24
+TEXT_LENGTH = 512  # the length in tokens that Wan pads prompts to
+_SPECIAL = {"pad": 0, "eos": 1, "unk": 2}  # UMT5's special tokens
+_START = 0x0A  # first byte of a serialised model: the tag of its first field
 
 
 def import_transformers() -> Any:
-    """The library, imported when it is needed, since it imports PyTorch where that is installed, which takes seconds;
-    without its remark that PyTorch is missing where it is not, since tokenizers do not need it."""
+    """The transformers library, imported on demand because it imports PyTorch if that is installed, which takes
+    seconds; its warning that PyTorch is missing is suppressed, since tokenizers do not need it."""
     logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in str(record.msg))
     import transformers
 
@@ -32,7 +32,7 @@ def import_transformers() -> Any:
 
 
 def check_files(folder: Path) -> None:
-    """Raises `UserError` for what is no file of a tokenizer in its folder: something else, or far larger."""
+    """Raises `UserError` for anything in a tokenizer's folder that is not a regular file, or is far too large."""
     for path in folder.rglob("*"):
         if path.is_dir():
             continue
@@ -45,7 +45,7 @@ def check_files(folder: Path) -> None:
 
 
 def find_tokenizer(tensors: Tensors) -> str | None:
-    """The tensor that is a sentencepiece model; None where there is none, or none that may be one."""
+    """The name of the tensor that holds a sentencepiece model; None if there is no plausible one."""
     for name, stored in tensors.items():
         if dialects.is_tokenizer(name) and stored.dtype == np.uint8 and len(stored.shape) == 1:
             first = tensors.read(name, (slice(0, 1),))
@@ -54,17 +54,17 @@ def find_tokenizer(tensors: Tensors) -> str | None:
 
 
 def write_tokenizer(model: bytes, where: str, folder: Path) -> None:
-    """Writes the folder that transformers and Diffusers read.
+    """Writes a tokenizer folder that transformers and Diffusers read.
 
     Args:
       model: a serialised sentencepiece model.
-      where: it comes from, for messages.
-      folder: an empty one.
+      where: its origin, for messages.
+      folder: an empty folder.
 
     Raises:
-      UserError: it is none, or not one of UMT5's kind.
+      UserError: it is not a sentencepiece model, or not one like UMT5's.
     """
-    # Imported here, as few need them.
+    # Imported here, since they are rarely needed.
     from google.protobuf.message import DecodeError
     from sentencepiece import SentencePieceProcessor
 
@@ -80,4 +80,4 @@ def write_tokenizer(model: bytes, where: str, folder: Path) -> None:
             import_transformers().T5Tokenizer.from_pretrained(temporary, local_files_only=True).save_pretrained(folder)
     except (RuntimeError, ValueError, TypeError, LookupError, OSError, DecodeError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{where} is no tokenizer ({reason}); fetch the file again") from error
+        raise UserError(f"{where} is not a tokenizer ({reason}); fetch the file again") from error

@@ -1,9 +1,9 @@
-"""From files into the devices' memory, one parameter at a time: each process reads what its own devices hold.
+"""Loads weights from files into device memory, one parameter at a time; each process reads what its own devices hold.
 
-Threads read a parameter's tensors by blocks of the file, and write each into the shards that have some of it, in our
-layout and dtype; then JAX takes the shards. So beside the result the host holds one parameter, whatever the size of the
-model. A process reads whole rows of the files even where its shards are some of their columns: converted to the orbax
-layout, a model is read by shards (`orbax.py`).
+Threads read a parameter's tensors in blocks of the file, and copy each block into the shards that overlap it, in our
+layout and dtype; then the shards are handed to JAX. So apart from the result, the host holds one parameter, whatever
+the size of the model. A process reads whole rows of the files even if its shards cover only some of their columns; a
+model converted to the orbax layout is read by shards (`orbax.py`).
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from vpae_jax.weights.names import Index, Shape
 THREADS = 4
 CHUNK_BYTES = 4 * 2**20
 
-Bounds = tuple[tuple[int, int], ...]  # where an index begins and ends along each axis
-# Given a parameter's path and shape, its sharding.
+Bounds = tuple[tuple[int, int], ...]  # start and stop of an index along each axis
+# Given a parameter's path and shape, returns its sharding.
 Placement = Callable[[str, Shape], Sharding]
-# Given a parameter's path, a layer, a part of that, and the part's values: these with something added (`merging.py`).
+# Given a parameter's path, a layer, an index into it and the values there, returns the values with something added
+# (`merging.py`).
 Merge = Callable[[str, int, Index, HostArray], HostArray]
 
 
@@ -41,14 +42,17 @@ def load(
     label: str,
     merge: Merge | None = None,
 ) -> dict[str, jax.Array]:
-    """Every parameter of a part, on its devices.
+    """Loads every parameter of a part onto its devices.
 
     Args:
       tensors: an open part.
-      dtype: of the result; None keeps the tensors' own (the widest, where layers differ).
-      placement: where each parameter lies; None for the default device, to which the result is not bound.
+      dtype: of the result; None keeps the tensors' own (the widest, if layers differ).
+      placement: the sharding of each parameter; None for the default device, without committing the result to it.
       label: of the progress bar, which is shown on terminals.
-      merge: what is done with values before they are rounded to `dtype`.
+      merge: applied to values before they are rounded to `dtype`.
+
+    Returns:
+      The parameters, by path.
 
     Raises:
       UserError: a tensor that cannot be read, or holds NaN or infinity.
@@ -70,7 +74,7 @@ def load(
 
 
 def read(tensors: PartTensors, parameter: Parameter, dtype: DTypeLike) -> HostArray:
-    """One parameter of an open part, whole, on the host. Raises `UserError` as `load`."""
+    """Reads one whole parameter of an open part onto the host. Raises `UserError` as `load`."""
     bounds = _bounds((), parameter.full_shape)
     shards = {bounds: np.empty(parameter.full_shape, dtype)}
     with ThreadPoolExecutor(THREADS) as pool:
@@ -80,7 +84,7 @@ def read(tensors: PartTensors, parameter: Parameter, dtype: DTypeLike) -> HostAr
 
 
 def widest(dtypes: Iterable[np.dtype]) -> np.dtype:
-    """The dtype of a parameter whose layers have these: it holds all of their values."""
+    """The dtype of a parameter whose layers have these dtypes, which can represent all of their values."""
     kinds = set(dtypes)
     most = max(kind.itemsize for kind in kinds)
     wide = {kind for kind in kinds if kind.itemsize == most}
@@ -93,9 +97,9 @@ def _dtype(tensors: PartTensors, parameter: Parameter, dtype: DTypeLike | None) 
 
 
 def _chunks(tensors: PartTensors, parameter: Parameter) -> Iterator[tuple[int, Index]]:
-    """Layers and indices into them that are runs of bytes of the file."""
+    """Layers, and indices into them, that are contiguous bytes of the file."""
     whole = [slice(0, size) for size in parameter.shape]
-    axis = len(parameter.shape) - 1 if parameter.op.kernel else 0  # the file's slowest
+    axis = len(parameter.shape) - 1 if parameter.op.kernel else 0  # the file's slowest-varying axis
     rows = parameter.shape[axis]
     for layer, name in enumerate(parameter.names):
         size = math.prod(parameter.shape) * tensors.stored(name).dtype.itemsize
@@ -111,7 +115,7 @@ def _fill(
     merge: Merge | None,
     chunk: tuple[int, Index],
 ) -> int:
-    """Writes a chunk into every shard that has some of it; returns its bytes in the file."""
+    """Copies a chunk into every shard that overlaps it; returns its size in the file in bytes."""
     (layer, index), op = chunk, parameter.op
     name, bounds = parameter.names[layer], _bounds(index, parameter.shape)
     if parameter.stacked:
@@ -131,21 +135,21 @@ def _array(shape: Shape, sharding: Sharding | None, shards: Mapping[Bounds, Host
         (array,) = map(jax.device_put, shards.values())
     else:
         array = jax.make_array_from_callback(shape, sharding, lambda index: shards[_bounds(index, shape)])
-    return array.block_until_ready()  # so that the host's memory is free again before more is read
+    return array.block_until_ready()  # so that host memory is free again before more is read
 
 
 def _bounds(index: Index | None, shape: Shape) -> Bounds:
-    """Where an index begins and ends along each axis."""
+    """Start and stop of an index along each axis."""
     full = (*(index or ()), *[slice(None)] * (len(shape) - len(index or ())))
     return tuple((s.indices(n)[0], s.indices(n)[1]) for s, n in zip(full, shape, strict=True))
 
 
 def _common(one: Bounds, other: Bounds) -> Bounds | None:
-    """Where two overlap; None where they do not."""
+    """The intersection of two bounds; None if they do not overlap."""
     both = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
     return both if all(start < stop for start, stop in both) else None
 
 
 def _within(bounds: Bounds, outer: Bounds) -> Index:
-    """What lies within `bounds`, as an index of an array that lies within `outer`."""
+    """`bounds` as an index into an array that covers `outer`."""
     return tuple(slice(start - first, stop - first) for (start, stop), (first, _) in zip(bounds, outer, strict=True))

@@ -1,4 +1,4 @@
-"""Tensors in weight files: read lazily and by byte range, written one after the other.
+"""Tensors in weight files, read lazily and by byte range, and written one after the other.
 
 A file is recognised by its content: safetensors (`safetensors_file.py`), an index of shards, or a PyTorch checkpoint
 (`pickles.py`).
@@ -45,27 +45,27 @@ _OTHERS = kinds(
     (rb"\x89HDF\r\n", "is an HDF5 file; expected safetensors or a PyTorch checkpoint"),
     (rb"\x93NUMPY", "is a NumPy array; expected safetensors or a PyTorch checkpoint"),
 )
-DISTRIBUTED = ".distcp"  # what the files of a PyTorch distributed checkpoint are called
+DISTRIBUTED = ".distcp"  # suffix of the files of a PyTorch distributed checkpoint
 CACHED_NUMBERS = 2**16
 _EXPONENTS = {"bfloat16": np.uint16(0x7F80), "float16": np.uint16(0x7C00), "float32": np.uint32(0x7F800000)}
 WeightFile = SafetensorsFile | Checkpoint
 
 
 class Tensors(Mapping[str, StoredTensor]):
-    """The tensors of one file or of several, made by `open_tensors` and `open_shards` and usable until these close.
+    """The tensors of one or several files, made by `open_tensors` and `open_shards` and usable until these close.
 
-    They have the names, shapes and values that their writers' own programs would give them (`dialects.py`): a name has
-    lost the words of wrapping modules, and a tensor that another one scales is their product, in float32.
+    They have canonical names, shapes and values (`dialects.py`): names without the words of wrapper modules, and a
+    tensor with a scale multiplied by it, in float32.
 
     Args:
       files: the open files.
 
     Attributes:
-      metadata: texts that the files keep beside their tensors.
-      notes: what of the files is left out, though it changes what the weights compute.
+      metadata: text metadata of the files.
+      notes: tensors that are left out although they would change the model's outputs.
 
     Raises:
-      UserError: two files hold one tensor; one that no model here computes with; scales that do not fit.
+      UserError: a tensor that is in two files; a tensor that no model here computes with; scales that do not fit.
     """
 
     def __init__(self, files: Sequence[WeightFile]):
@@ -85,7 +85,7 @@ class Tensors(Mapping[str, StoredTensor]):
             )
 
     def _add(self, source: WeightFile, stored: StoredTensor) -> bool:
-        """Takes a tensor in, if it is of use; returns whether it is of a gate."""
+        """Adds a tensor unless it can be ignored; returns whether it belongs to a gate."""
         if (reason := dialects.refusal(stored.name)) is not None:
             raise UserError(f"{source.path}: tensor {quote(stored.name)} {reason}")
         if (gate := dialects.is_gate(stored.name)) or dialects.is_idle(stored.name):
@@ -100,7 +100,7 @@ class Tensors(Mapping[str, StoredTensor]):
         return False
 
     def _scale(self, name: str) -> None:
-        """Makes a tensor's scale, if `name` is one, a part of the tensor."""
+        """If `name` is the scale of another tensor, merges it into that one."""
         scaled = self._stored.get(dialects.scaled(name) or "")
         if scaled is None or not jnp.issubdtype(scaled.dtype, jnp.floating):
             return
@@ -110,7 +110,7 @@ class Tensors(Mapping[str, StoredTensor]):
         if weight in self._scales or not fits or not jnp.issubdtype(scale.dtype, jnp.floating):
             raise UserError(
                 f"{scale.file}: tensor {quote(scale.name)} of shape {list(scale.shape)} scales {quote(scaled.name)} of "
-                f"shape {list(scaled.shape)}, expected one floating-point number for all of it, or one for each row"
+                f"shape {list(scaled.shape)}, expected a single floating-point number, or one for each row"
             )
         self._scales[weight] = self._files.pop(name), scale.name
         self._stored[weight] = dataclasses.replace(scaled, dtype=np.dtype(np.float32))
@@ -126,7 +126,7 @@ class Tensors(Mapping[str, StoredTensor]):
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of tensors asked from the files so far: those returned, and the rest of rows that were cut."""
+        """Bytes of tensors read from the files so far, including the rest of rows that were only partly used."""
         return self._bytes_read
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> HostArray:
@@ -159,14 +159,14 @@ class Tensors(Mapping[str, StoredTensor]):
         if stored.shape:
             rows = rows.reshape(-1, *stored.shape[1:])
         if name in self._scales:
-            with np.errstate(over="ignore", invalid="ignore"):  # readers look for what is not finite
+            with np.errstate(over="ignore", invalid="ignore"):  # readers check for values that are not finite
                 rows = rows.astype(np.float32) * self._scale_of(name, start, stop)
         if rows.size == prod(shape):
             return rows
         return rows[:, *(slice(*one) for one in inner)].copy()
 
     def _scale_of(self, name: str, start: int, stop: int) -> HostArray:
-        """What rows of a tensor are multiplied by."""
+        """The factor for rows of a tensor."""
         file, scale = self._scales[name]
         shape = file.stored[scale].shape
         if prod(shape) == 1:
@@ -177,11 +177,10 @@ class Tensors(Mapping[str, StoredTensor]):
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Tensors]:
-    """Opens a safetensors file, an index of shards, or a PyTorch checkpoint, whichever the content is.
+    """Opens a safetensors file, an index of shards, or a PyTorch checkpoint, recognised by content.
 
     Raises:
-      UserError: a file that is missing, unreadable, damaged, or none of these; an index that does not say exactly what
-        its shards hold.
+      UserError: a file that is missing, unreadable, damaged, or none of these; an index that does not match its shards.
     """
     with ExitStack() as stack:
         file = _open_file(path, stack)
@@ -196,7 +195,7 @@ def open_shards(paths: Sequence[Path]) -> Iterator[Tensors]:
     """Opens files whose tensors belong together, without an index.
 
     Raises:
-      UserError: as `open_tensors`; two files hold one tensor.
+      UserError: as `open_tensors`; a tensor that is in two files.
     """
     with ExitStack() as stack:
         yield Tensors([_open_source(path, _open_file(path, stack), stack) for path in paths])
@@ -210,18 +209,18 @@ def write_safetensors(
     shard_bytes: int = SHARD_BYTES,
     metadata: Mapping[str, str] = MappingProxyType({"format": "pt"}),
 ) -> None:
-    """Writes tensors as they come, one in memory at a time; more than one shard gets an index.
+    """Writes tensors with one in memory at a time; several shards get an index.
 
     Args:
-      folder: where to write; each file appears there whole or not at all.
+      folder: where to write; each file appears complete or not at all.
       stem: file name without suffix.
       infos: name, dtype and shape of each tensor.
       values: the tensors, in the order of `infos`.
-      shard_bytes: a shard is closed before it would grow beyond this.
+      shard_bytes: maximum size of a shard.
       metadata: of every file.
 
     Raises:
-      ValueError: a name that is there twice, a dtype that cannot be written, values that are not what `infos` says.
+      ValueError: a duplicate name, a dtype that cannot be written, values that do not match `infos`.
     """
     shards: list[list[Info]] = [[]]
     names, used, total = {"__metadata__"}, 0, 0
@@ -250,13 +249,13 @@ def write_safetensors(
 
 
 def blocks(value: HostArray) -> Iterator[HostArray]:
-    """An array's numbers as they lie in memory, as many at once as stay in a processor's cache."""
+    """An array's values in memory order, in blocks that fit into a CPU cache."""
     flat = value.ravel(order="K")
     return (flat[start : start + CACHED_NUMBERS] for start in range(0, flat.size, CACHED_NUMBERS))
 
 
 def finite(value: HostArray) -> bool:
-    """Whether no number is NaN or infinity: their exponents' bits are all set."""
+    """Whether no value is NaN or infinity, which have all exponent bits set."""
     if value.dtype.kind in "biu":
         return True
     mask = _EXPONENTS.get(value.dtype.name)
@@ -267,7 +266,7 @@ def finite(value: HostArray) -> bool:
 
 def _open_file(path: Path, stack: ExitStack) -> BinaryIO:
     try:
-        # Without O_NONBLOCK, opening a pipe would wait for somebody who writes to it.
+        # Without O_NONBLOCK, opening a pipe would block until there is a writer.
         file = open(path, "rb", 0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; the weights are incomplete") from error
@@ -280,12 +279,12 @@ def _open_file(path: Path, stack: ExitStack) -> BinaryIO:
 
 
 def _kind(path: Path, file: BinaryIO) -> Literal["safetensors", "index", "pickle"]:
-    """What a file is by its first bytes; "safetensors" when that is none of what we know. Raises `UserError` for what
-    is known to be something else."""
+    """The kind of a file by its first bytes; "safetensors" if they are unknown. Raises `UserError` for a file that is
+    known to be something else."""
     if path.suffix == DISTRIBUTED:
         raise UserError(
-            f"{path}: is a part of a PyTorch distributed checkpoint; make one file of its folder first, with `python "
-            f"-m torch.distributed.checkpoint.format_utils dcp_to_torch {path.parent} FILE.pt`, and give that"
+            f"{path}: is part of a PyTorch distributed checkpoint; merge its folder into one file first, with `python "
+            f"-m torch.distributed.checkpoint.format_utils dcp_to_torch {path.parent} FILE.pt`, and give that file"
         )
     try:
         head = os.pread(file.fileno(), HEAD, 0)
@@ -312,20 +311,18 @@ def _open_source(path: Path, file: BinaryIO, stack: ExitStack) -> WeightFile:
 
 
 def _open_index(path: Path, file: BinaryIO, stack: ExitStack) -> Tensors:
-    """The shards that an index lists; what it lists must be all that they hold."""
+    """Opens the shards of an index, which must list all of their tensors."""
     listed = _weight_map(path, file)
     shards = {name: path.parent / name for name in sorted(set(listed.values()))}
     files = {name: _open_source(shard, _open_file(shard, stack), stack) for name, shard in shards.items()}
     tensors = Tensors(list(files.values()))
     for name, shard in listed.items():
         if name not in files[shard].stored:
-            raise UserError(f"{path}: tensor {quote(name)} is listed in {shard}, but is not there; fetch both again")
+            raise UserError(f"{path}: tensor {quote(name)} is listed in {shard}, but missing there; fetch both again")
     for source in files.values():
         for name in source.stored:
             if name not in listed:
-                raise UserError(
-                    f"{source.path}: tensor {quote(name)} is there, but {path} does not list it; fetch both again"
-                )
+                raise UserError(f"{source.path}: tensor {quote(name)} is not listed in {path}; fetch both again")
     return tensors
 
 
@@ -341,10 +338,10 @@ def _weight_map(path: Path, file: BinaryIO) -> Mapping[str, str]:
     if not isinstance(listed, dict):
         raise UserError(f"{path}: no 'weight_map'; expected an index of safetensors shards")
     for name, shard in listed.items():
-        # Only the name is looked at: in the Hugging Face cache, shards are links out of the folder.
+        # Only the name is checked: in the Hugging Face cache, shards are links out of the folder.
         plain = isinstance(shard, str) and shard.isprintable() and PurePosixPath(shard).parts
         if not plain or shard.startswith("/") or ".." in plain:
             raise UserError(
-                f"{path}: tensor {quote(name)} is listed in {quote(shard)}, expected a file beside the index"
+                f"{path}: tensor {quote(name)} is listed in {quote(shard)}, expected a file next to the index"
             )
     return listed

@@ -1,8 +1,8 @@
-"""A model's parts, written: in the layout of diffusers, of Wan, or our own; whole or not at all.
+"""Writes a model's parts in the layout of diffusers, of Wan, or our own; complete or not at all.
 
 Weights come from files or from memory, one layer of one parameter at a time, and go into safetensors files one tensor
-at a time. PyTorch's files, which `torch.save` writes at once, and Orbax's checkpoints take a whole part into memory.
-What is written is finite: a value that is not, or not any more in the dtype that is stored, is refused.
+at a time. PyTorch's files, which `torch.save` writes at once, and Orbax's checkpoints need a whole part in memory.
+A value that is not finite, or not finite in the stored dtype, is an error.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from vpae_jax.weights.stream import widest
 from vpae_jax.weights.tensors import SHARD_BYTES, Tensors, blocks, finite, write_safetensors
 
 Format = Literal["diffusers", "wan", "orbax"]
-# Whose extras a layout keeps: a part of diffusers has those of a wan file beside it.
+# The layouts whose extras a format keeps: a diffusers part is stored with those of a wan file, too.
 _EXTRAS_OF: Mapping[Format, tuple[Layout, ...]] = {"diffusers": ("diffusers", "wan"), "wan": ("wan",), "orbax": ()}
 LayerDtypes = dict[LayerKey, np.dtype]
 
 
 @dataclass(frozen=True)
 class Extra:
-    """A tensor that no Wan model reads, kept as it is.
+    """A tensor that no Wan model reads, kept unchanged.
 
     Attributes:
-      name: what it is called in files.
-      file: where it is.
-      dtype, shape: as the file says.
+      name: its name in files.
+      file: the file that holds it.
+      dtype, shape: as in the file.
       read: reads it.
     """
 
@@ -63,8 +63,8 @@ class Extra:
 class Values(Protocol):
     """A part's weights, one layer at a time.
 
-    `dtype` is that in which a layer is kept if nobody says otherwise. `read` may give a wider one: what was computed is
-    rounded where it is written, and nowhere before.
+    `dtype` is the dtype in which a layer is stored by default. `read` may return a wider one: computed values are
+    rounded only when they are written.
     """
 
     @property
@@ -83,7 +83,7 @@ class FromTree:
       config: of the part's config class.
       params: the arrays, by path.
       stacked: the paths of those with a leading layer axis.
-      source: the checkpoint that they were read from, for messages; None for none.
+      source: the checkpoint that they were read from, for messages; None if there is none.
     """
 
     config: Any
@@ -112,7 +112,7 @@ class FromFiles:
     Attributes:
       source: the part.
       tensors: its tensors.
-      kept: what else of a wan file is kept beside them.
+      kept: further tensors of a wan file that are stored with them.
     """
 
     source: StoredPart
@@ -149,7 +149,7 @@ class FromFiles:
 
 
 def from_tree(part: str, config: Any, params: Weights, source: Path | None = None) -> FromTree:
-    """Weights in memory as values to write; `source` is where they come from, for messages."""
+    """Weights in memory as values to write; `source` is their origin, for messages."""
     rows = PARTS[part].rows(config)
     values = flat(params)
     layers = frozenset(path for path in values if "{i}" in matching.template(rows, path, "diffusers")[0])
@@ -158,7 +158,7 @@ def from_tree(part: str, config: Any, params: Weights, source: Path | None = Non
 
 @contextmanager
 def open_values(model: ModelDirectory, part: str) -> Iterator[Values]:
-    """A part's weights where they lie. Raises `UserError` as `directory.StoredPart.open`."""
+    """Opens a part's weights as values to write. Raises `UserError` as `directory.StoredPart.open`."""
     source = model.part(part)
     with ExitStack() as stack:
         if source.layout == "orbax":
@@ -169,7 +169,7 @@ def open_values(model: ModelDirectory, part: str) -> Iterator[Values]:
 
 
 def is_pickled(part: str, form: Format) -> bool:
-    """Whether a layout keeps a part in a PyTorch checkpoint."""
+    """Whether a layout stores a part in a PyTorch checkpoint."""
     return form == "wan" and kind_of(part) != "transformer"
 
 
@@ -184,15 +184,15 @@ def write_part(
     """Writes one part's config and weights.
 
     Args:
-      folder: the model directory; made if it is not there. The part's own folder in it appears whole or not at all.
+      folder: the model directory; created if missing. The part's own folder in it appears complete or not at all.
       part: a key of `parts.PARTS`.
       values: config and weights.
       form: the layout.
       dtype: dtype to store; None keeps the weights' own, the widest of those that share a tensor.
-      shard_bytes: largest size of one safetensors file.
+      shard_bytes: maximum size of one safetensors file.
 
     Raises:
-      UserError: a value that is not finite, or not in `dtype`; the system does not let us write.
+      UserError: a value that is not finite, or not finite in `dtype`; writing fails.
     """
     spec, config = PARTS[part], values.config
     stored = _stored(part, values, form, dtype)
@@ -234,30 +234,30 @@ def tensors_of(
     Args:
       part: a key of `parts.PARTS`.
       values: config and weights.
-      form: whose names.
-      prefix: what stands before each of them.
-      dtype: of the tensors; None keeps the weights' own, as `write_part`.
+      form: the layout of the names.
+      prefix: of every name.
+      dtype: of the tensors; None keeps the weights' own, as in `write_part`.
 
     Raises:
-      UserError: a value that is not finite, or not in `dtype`.
+      UserError: a value that is not finite, or not finite in `dtype`.
     """
     parameters = matching.match(PARTS[part].rows(values.config), values.shapes(), form)
     return _tensors(part, parameters, values, prefix, _stored(part, values, form, dtype))
 
 
 def verify_part(written: ModelDirectory, part: str, values: Values, dtype: DTypeLike | None) -> int:
-    """Reads a written part back and compares it, with what no Wan model reads of it, bit for bit.
+    """Reads a written part back and checks that it is bit-identical, including tensors that no Wan model reads.
 
     Returns:
-      how many parameters and layers were compared.
+      The number of parameters and layers that were compared.
 
     Raises:
-      UserError: a value that is not what was written.
+      UserError: a value that differs from what was written.
     """
     count, stored = 0, _stored(part, values, written.part(part).layout, dtype)
     with open_values(written, part) as found:
         if found.config != values.config:
-            raise UserError(f"{written.path}: {part} has another config than was written: {found.config}")
+            raise UserError(f"{written.path}: {part} has a different config from the one written: {found.config}")
         for path, layer in _layers(part, values):
             expected = _cast(values.read(path, layer), stored[path, layer])
             if not _same(expected, found.read(path, layer)):
@@ -269,7 +269,7 @@ def verify_part(written: ModelDirectory, part: str, values: Values, dtype: DType
 
 
 def _stored(part: str, values: Values, form: Format, dtype: DTypeLike | None) -> LayerDtypes:
-    """The dtype of every parameter and layer in a file: its own, or the widest of those that share a tensor there."""
+    """The stored dtype of every parameter and layer: its own, or the widest of those that share a tensor."""
     form_of_names: Layout = "diffusers" if form == "orbax" else form
     parameters = matching.match(PARTS[part].rows(values.config), values.shapes(), form_of_names)
     if form == "orbax":
@@ -289,7 +289,7 @@ def _stored(part: str, values: Values, form: Format, dtype: DTypeLike | None) ->
 def _infos(
     parameters: Iterable[matching.Parameter], prefix: str, stored: LayerDtypes
 ) -> list[tuple[str, np.dtype, Shape]]:
-    """Names, dtypes and shapes of the tensors, in the order in which `_tensors` brings them."""
+    """Names, dtypes and shapes of the tensors, in the order of `_tensors`."""
     infos = []
     for name, holders in matching.tensors(tuple(parameters)).items():
         parameter, layer = holders[0]
@@ -300,7 +300,7 @@ def _infos(
 def _tensors(
     part: str, parameters: Iterable[matching.Parameter], values: Values, prefix: str, stored: LayerDtypes
 ) -> Iterator[tuple[str, HostArray]]:
-    """Their tensors, one after the other."""
+    """The tensors in their layout, one after the other."""
     holders_of = matching.tensors(tuple(parameters))
     for name, holders in tqdm(holders_of.items(), desc=f"writing {part}", unit="tensor", leave=False, disable=None):
         pieces = []
@@ -311,25 +311,25 @@ def _tensors(
 
 
 def _final(part: str, name: str, values: Values, key: LayerKey, stored: LayerDtypes) -> HostArray:
-    """A parameter's layer as it is stored, for the tensor `name`. Raises `UserError` when it is not finite."""
+    """A parameter's layer as stored in the tensor `name`. Raises `UserError` if it is not finite."""
     value = values.read(*key)
     cast = _cast(value, stored[key])
     if finite(cast):
         return cast
     if cast.dtype != value.dtype and finite(value):
         raise UserError(
-            f"{part}: tensor {name!r} holds NaN or infinity in {cast.dtype}, which its numbers overflow; "
+            f"{part}: tensor {name!r} overflows {cast.dtype} to NaN or infinity; "
             f"keep its own dtype, {value.dtype}, or choose one with a wider range"
         )
     where = f" in {values.source}" if isinstance(values, FromTree) and values.source is not None else ""
     raise UserError(
         f"{part}: tensor {name!r} holds NaN or infinity{where}; "
-        f"are the weights damaged, or is a LoRA that was added too large for {cast.dtype}?"
+        f"are the weights damaged, or is an added LoRA too large for {cast.dtype}?"
     )
 
 
 def _cast(value: HostArray, dtype: np.dtype) -> HostArray:
-    with np.errstate(over="ignore", invalid="ignore"):  # `_final` sees it
+    with np.errstate(over="ignore", invalid="ignore"):  # checked in `_final`
         return value.astype(dtype, copy=False)
 
 
@@ -361,7 +361,7 @@ def _layers(part: str, values: Values) -> Iterator[LayerKey]:
 
 
 def _tree(part: str, values: Values, stored: LayerDtypes) -> dict[str, Any]:
-    """Nested dicts of whole parameters on the host."""
+    """The part as nested dicts of whole parameters on the host."""
     tree: dict[str, Any] = {}
     for parameter in matching.match(PARTS[part].rows(values.config), values.shapes(), "diffusers"):
         layers = [_final(part, parameter.path, values, key, stored) for key in parameter.layers]
@@ -374,10 +374,10 @@ def _tree(part: str, values: Values, stored: LayerDtypes) -> dict[str, Any]:
 
 
 def _same(expected: HostArray, found: HostArray) -> bool:
-    """Whether two arrays are equal to the bit."""
+    """Whether two arrays are bit-identical."""
     if expected.dtype != found.dtype or expected.shape != found.shape:
         return False
-    if expected.strides != found.strides:  # else both lie in memory in one order, and need not be turned
+    if expected.strides != found.strides:  # with equal strides, memory order is the same, and no copy is needed
         expected, found = np.ascontiguousarray(expected), np.ascontiguousarray(found)
     kind = f"u{expected.dtype.itemsize}"
     pairs = zip(blocks(expected), blocks(found), strict=True)
