@@ -177,7 +177,7 @@ def test_a_checkpoint_is_the_student_of_a_config(averaged, base, tmp_path, capsy
     given[1] = tmp_path / "other"
     line = fails([*given, "--format=diffusers", f"--student={CONFIG}"], capsys)
     assert f"{tmp_path / 'x.pt'} is a causal model" in line
-    assert "is no file" in fails([*given, "--format=orbax", "--student=sf.py:tiny"], capsys)
+    assert "no such file" in fails([*given, "--format=orbax", "--student=sf.py:tiny"], capsys)
     line = fails([averaged, tmp_path / "other", "--format=orbax", f"--student={CONFIG}"], capsys)
     assert "is a training run, which says how" in line and not (tmp_path / "other").exists()
 
