@@ -92,8 +92,8 @@ def test_a_teachers_clip_leads_back_to_its_row(run, tmp_path):
     }
     rejects = map(json.loads, (output / "rejects.jsonl").read_text().splitlines())
     assert [(each["id"], each["kind"], each["reason"]) for each in rejects] == [
-        ("b", "caption", "2001 tokens, the text encoder reads at most 16"),
-        ("a", "duplicate", "a row before it has the same 'id', 'a'"),
+        ("b", "caption", "has 2001 tokens; the text encoder reads at most 16"),
+        ("a", "duplicate", "an earlier row has the same 'id', 'a'"),
         ("c", "caption", "no caption"),
     ]
 

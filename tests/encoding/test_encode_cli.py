@@ -27,7 +27,7 @@ def test_a_folder_of_videos_becomes_records(videos, run, tmp_path):
         assert (record["about"]["caption"], record["about"]["video"]) == (f"clip {i}", f"v{i:03d}.mp4")
         assert record["latents"].shape == (3, 6, 6, 16)
     page = (output / "summary.html").read_text()
-    assert "motion: mean difference" in page and "words of the caption" not in page, "one value is no histogram"
+    assert "motion: mean difference" in page and "words in the caption" not in page, "one value is no histogram"
     assert page.count("<figure>") == COUNT and "still.mp4" in page and not hidden(output)
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     code, out, err = run(videos=videos, output=output, unit=3, workers=1, timeout=7, batch=2)
