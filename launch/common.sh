@@ -1,13 +1,13 @@
-# Functions of the scripts in this folder; not to be run.
+# Functions shared by the scripts in this folder; not meant to be executed.
 # shellcheck shell=bash
 
-# Prints an error and ends the script as bad input does.
+# Prints an error and exits with the status for bad input.
 fail() {
   echo "error: $*" >&2
   exit 2
 }
 
-# Takes --dry-run off the arguments, which it leaves in ARGUMENTS.
+# Removes --dry-run from the arguments and leaves the rest in ARGUMENTS.
 parse() {
   DRY_RUN=${DRY_RUN:-}
   ARGUMENTS=()
@@ -17,12 +17,13 @@ parse() {
   done
 }
 
-# What the processes of one job know each other by (rendezvous.py): in the environment, where no other user reads it.
+# The secret with which the processes of a job authenticate each other (rendezvous.py); other users cannot read the
+# environment.
 share_secret() {
   export VPAE_SECRET=${VPAE_SECRET:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')}
 }
 
-# Runs a command; a dry run prints it instead, quoted as it could be pasted.
+# Runs a command; a dry run prints it instead, quoted for pasting.
 run() {
   if [[ -n ${DRY_RUN:-} ]]; then
     printf '%q ' "$@"
@@ -32,7 +33,7 @@ run() {
   fi
 }
 
-# Runs a command in the background and hands SIGTERM on to it; returns its status, and sets STOPPED on SIGTERM.
+# Runs a command in the background and forwards SIGTERM to it; returns its status, and sets STOPPED on SIGTERM.
 run_and_forward() {
   STOPPED=
   local status
@@ -48,8 +49,8 @@ run_and_forward() {
   return "$status"
 }
 
-# Runs a command again when it fails, up to RETRIES times (5), at first after BACKOFF seconds (10), then after twice as
-# long each time, five minutes at most. Bad input (status 2) fails at once, and nothing is retried after SIGTERM.
+# Retries a command when it fails, up to RETRIES times (5), after BACKOFF seconds (10), doubled each time up to five
+# minutes. Bad input (status 2) fails at once, and nothing is retried after SIGTERM.
 retry() {
   local retries=${RETRIES:-5} pause=${BACKOFF:-10} attempt=0 status
   while true; do

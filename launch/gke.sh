@@ -3,11 +3,11 @@
 #
 #   IMAGE=REGISTRY/vpae_jax launch/gke.sh tpu|gpu CONFIG WORKDIR [FLAG ...] [--dry-run]
 #
-# Reads NAME (vpae), IMAGE: this project in its working directory, with its packages; VOLUME: a persistent volume claim
-# that all hosts can write, mounted as /data (vpae-data); HOSTS (16 for tpu, 2 for gpu).
-# For tpu: ACCELERATOR (tpu-v5p-slice), TOPOLOGY (4x4x4), CHIPS of a host (4). For gpu: ACCELERATOR (nvidia-h100-80gb),
-# GPUS of a host (8), each with a process of its own, and XLA_FLAGS. GRACE (1800): seconds from SIGTERM to the end of a pod, long enough
-# for an update and a checkpoint.
+# Reads NAME (vpae); IMAGE: a container image with this project in its working directory and its packages installed;
+# VOLUME (vpae-data): a persistent volume claim that all hosts can write to, mounted as /data; HOSTS (16 for tpu, 2 for
+# gpu); GRACE (1800): seconds from SIGTERM to the end of a pod, enough for an update and a checkpoint.
+# For tpu: ACCELERATOR (tpu-v5p-slice), TOPOLOGY (4x4x4), CHIPS (4) per host. For gpu: ACCELERATOR (nvidia-h100-80gb),
+# GPUS (8) per host, one process for each, and XLA_FLAGS.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/common.sh
@@ -22,7 +22,7 @@ case $kind in
   *) fail "'$kind' is not tpu or gpu" ;;
 esac
 
-# Arguments as a list in YAML, each in single quotes.
+# The arguments as a YAML list, each in single quotes.
 list=""
 for argument in "${ARGUMENTS[@]:1}"; do list+="${list:+, }'${argument//\'/\'\'}'"; done
 manifest=$(<"launch/gke/$kind.yaml")

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Trains on this host, with one process for all of its GPUs, or several.
+# Trains on this host, with one process for all of its GPUs or with several processes.
 #
 #   launch/local.sh CONFIG WORKDIR [FLAG ...] [--dry-run]
 #
-# Reads PROCESSES (1), GPUS (all that nvidia-smi lists; shared out evenly if there are several processes) and PORT. As
-# one of several hosts, each of which runs it: HOSTS (1), HOST (which of them this is, from 0), COORDINATOR (the address
-# of the first one) and the same VPAE_SECRET.
+# Reads PROCESSES (1), GPUS (all that nvidia-smi lists; divided evenly among several processes) and PORT. On several
+# hosts, run it on each with HOSTS (1), HOST (the index of this host, from 0), COORDINATOR (the address of the first
+# host) and the same VPAE_SECRET.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/common.sh
@@ -47,7 +47,7 @@ for child in "${children[@]}"; do
     wait "$child" || ended=$?
     kill -0 "$child" 2>/dev/null || break
   done
-  # Bad input of one of them is the job's, whatever that did to the others.
+  # If one process reports bad input, that is the job's status, whatever became of the others.
   ((ended == 0 || status == 2)) || status=$ended
 done
 exit "$status"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Trains on this host, again after a failure: the line that all launchers end in.
+# Trains on this host and retries after a failure; all launchers end by running this.
 #
 #   launch/run.sh CONFIG WORKDIR [FLAG ...] [--dry-run]
 #
-# Reads PYTHON (python), RETRIES and BACKOFF (see common.sh), and UNFINISHED: the status of a run that SIGTERM stopped
-# (0), for a scheduler that takes 0 for "finished". Which process this is comes from the environment (distributed.py).
+# Reads PYTHON (python), RETRIES and BACKOFF (see common.sh), and UNFINISHED (0): the exit status of a run stopped by
+# SIGTERM, for schedulers that treat 0 as "finished". The process index comes from the environment (distributed.py).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/common.sh
@@ -18,7 +18,7 @@ if [[ -n $DRY_RUN ]]; then
   exit
 fi
 
-# Every process has its own log, and its number before each line of the common output.
+# Every process has its own log; its lines in the combined output are prefixed with its number.
 process=${JAX_PROCESS_ID:-${SLURM_PROCID:-${TPU_WORKER_ID:-$(hostname)}}}
 mkdir -p "$workdir/logs"
 exec > >(trap '' TERM INT; tee -a "$workdir/logs/process-$process.log" | sed -u "s/^/[$process] /") 2>&1

@@ -3,8 +3,8 @@
 #
 #   TPU=NAME ZONE=us-east5-a launch/tpu_pod.sh CONFIG WORKDIR [FLAG ...] [--dry-run]
 #
-# Reads TPU, ZONE, PROJECT (gcloud's own), FOLDER: where the project lies on every worker (vpae_jax), and RETRIES and
-# BACKOFF, for each worker and for the connection. WORKDIR is on a disk that all workers mount.
+# Reads TPU, ZONE, PROJECT (gcloud's default), FOLDER (vpae_jax): the project's folder on every worker, and RETRIES and
+# BACKOFF, for each worker and for the connection. WORKDIR must be on a disk that all workers mount.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/common.sh

@@ -141,13 +141,13 @@ def test_help_lists_every_key_of_the_config_with_its_value_and_meaning(preset):
     text = " ".join(result.stdout.split())
     assert "Trains one phase." in text and "--workdir" in text
     expected = {
-        "steps": "how long the run is.",
+        "steps": "training steps in total.",
         "method.disc_warmup": "steps during which only the discriminator is trained.",
         "method.ema": "decay of the generator's average",
         "method.csds.guidance": "of the teacher; 1 saves an evaluation.",
-        "optimizers.generator.learning_rate": "peak step size.",
+        "optimizers.generator.learning_rate": "peak learning rate.",
         "networks.heads.width": "",
-        "data.max_bad": "share of damaged records that is put up with",
+        "data.max_bad": "maximum tolerated fraction of corrupt records",
     }
     values = config_dict_values(phase2.get_config(*([preset[1:]] if preset else [])))
     for key, value in values.items():

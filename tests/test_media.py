@@ -67,7 +67,7 @@ def test_rates_that_are_not_whole(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "shape, fps, message", [((2, 47, 64), 8.0, "47x64"), ((2, 48, 64), 0.0, "0.0 frames a second")]
+    "shape, fps, message", [((2, 47, 64), 8.0, "47x64"), ((2, 48, 64), 0.0, "0.0 frames per second")]
 )
 def test_what_h264_cannot_hold_leaves_the_old_file(tmp_path, shape, fps, message):
     path = tmp_path / "clip.mp4"
@@ -194,24 +194,24 @@ def test_floats_from_0_to_1_are_scaled(tmp_path):
 @pytest.mark.parametrize(
     ("values", "bits", "kind", "reason"),
     [
-        (RAMP.astype(np.float32), 32, 3, "holds numbers from 0 to 255, expected 0 to 1"),
-        (RAMP.astype(np.float32) - 1, 32, 3, "holds numbers from -1 to 254, expected 0 to 1"),
-        (np.full((2, 2), np.nan, np.float32), 32, 3, "holds numbers from nan to nan"),
-        (np.full((2, 2), np.inf, np.float32), 32, 3, "holds numbers from inf to inf"),
-        (RAMP.astype(np.uint32), 32, 1, "holds integers of 32 bits"),
-        (RAMP.astype(np.int32), 32, 2, "holds numbers with a sign"),
-        (RAMP.astype(np.int16), 16, 2, "holds numbers with a sign"),
-        (RAMP.astype(np.int8), 8, 2, "holds numbers with a sign"),
+        (RAMP.astype(np.float32), 32, 3, "contains numbers from 0 to 255, expected 0 to 1"),
+        (RAMP.astype(np.float32) - 1, 32, 3, "contains numbers from -1 to 254, expected 0 to 1"),
+        (np.full((2, 2), np.nan, np.float32), 32, 3, "contains numbers from nan to nan"),
+        (np.full((2, 2), np.inf, np.float32), 32, 3, "contains numbers from inf to inf"),
+        (RAMP.astype(np.uint32), 32, 1, "contains integers of 32 bits"),
+        (RAMP.astype(np.int32), 32, 2, "contains signed numbers"),
+        (RAMP.astype(np.int16), 16, 2, "contains signed numbers"),
+        (RAMP.astype(np.int8), 8, 2, "contains signed numbers"),
     ],
 )
 def test_numbers_that_do_not_say_what_is_white_are_refused(tmp_path, values, bits, kind, reason):
-    with pytest.raises(UserError, match=f"^image .*odd.tif: {reason}.*; save it as PNG with 8 bits a channel$"):
+    with pytest.raises(UserError, match=f"^image .*odd.tif: {reason}.*; save it as PNG with 8 bits per channel$"):
         read_image(tiff(tmp_path / "odd.tif", values, bits, kind))
 
 
 def test_colours_as_lab_are_refused(tmp_path):
     Image.new("LAB", (4, 4), (200, 10, 10)).save(tmp_path / "lab.tif")
-    with pytest.raises(UserError, match=r"lab.tif: holds colours as LAB; save it as PNG with 8 bits a channel"):
+    with pytest.raises(UserError, match=r"lab.tif: contains LAB colours; save it as PNG with 8 bits per channel"):
         read_image(tmp_path / "lab.tif")
 
 
@@ -270,7 +270,7 @@ TRANSPARENT = {
 def test_what_is_transparent_becomes_black_and_that_is_said(tmp_path, name):
     path = tmp_path / name
     TRANSPARENT[name](path)
-    with pytest.warns(Note, match=f"^image {path}: what is transparent becomes black$"):
+    with pytest.warns(Note, match=f"^image {path}: transparent parts become black$"):
         found = read_image(path)
     assert (found[:, 16:] == 0).all()
     if name != "deep.png":

@@ -1,4 +1,7 @@
-"""One-step video generators from Wan 2.1 in JAX. `load_pipeline` is loaded on first use: it imports every part."""
+"""Distils Wan 2.1 video models into one-step generators, in JAX.
+
+`load_pipeline` is imported on first use, because it imports every part of the package.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""How programs start and end: arguments in, and bad input out in one line with exit status 2; Ctrl-C with 130.
+"""How programs start and end. Bad input ends a program with one line and exit status 2, Ctrl-C with status 130.
 
-Training reads its config through absl's flags, as `ml_collections` asks; the other programs have plain parsers.
+Training reads its config through absl's flags, as `ml_collections` requires; the other programs use plain parsers.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from vpae_jax.runtime import platforms
 from vpae_jax.types import Note, UserError
 
 EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended
-# Precisions that networks run in and that weights are written in.
+EXIT_INTERRUPTED = 130  # the status that shells use for Ctrl-C
+# Precisions in which networks run and weights are written.
 DTYPES = ("float32", "bfloat16")
-DTYPE_HELP = "precision of the networks; by default bfloat16 on accelerators, float32 on processors"
+DTYPE_HELP = "precision of the networks; by default bfloat16 on accelerators, float32 on CPUs"
 
-# What absl passes on of Python, and what it means.
+# Python's messages that absl passes on, and what was expected.
 _EXPECTED = {"invalid literal for int()": "a whole number", "could not convert string to float": "a number"}
 HELP = {"--help", "-h", "-help", "--helpfull", "--helpshort"}
 
@@ -36,8 +36,10 @@ Main = Callable[[list[str]], None]
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a bad command line as any other bad input; takes no abbreviations and keeps the docstring's lines. Its
-    arguments of type `Path` are no addresses, those of type `float` no infinities.
+    """An argument parser that reports a bad command line like any other bad input.
+
+    It accepts no abbreviations and keeps the docstring's line breaks. Arguments of type `Path` must not be addresses,
+    and arguments of type `float` must be finite.
 
     Args:
       prog: the command, for the help.
@@ -55,28 +57,29 @@ class Parser(argparse.ArgumentParser):
 
 
 def finite(text: str) -> float:
-    """A number. Raises `ArgumentTypeError` for one that is infinite, or none."""
+    """Parses a finite number. Raises `ArgumentTypeError` for anything else."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is no finite number")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
     return value
 
 
 def local_devices(asked: int | None) -> list[Any]:
-    """The first so many devices of this process, by default all. Raises `UserError` for more than it has, or none."""
+    """Returns the first `asked` devices of this process, by default all. Raises `UserError` if it has fewer, or for a
+    number below 1."""
     found = jax.local_devices()
     if asked is None:
         return found
     if not 1 <= asked <= len(found):
-        raise UserError(f"--devices={asked}: this process has {len(found)}; ask for as many at most, and at least 1")
+        raise UserError(f"--devices={asked}: this process has {len(found)}; give a number from 1 to {len(found)}")
     return found[:asked]
 
 
 def run(main: Main, argv: list[str] | None = None) -> None:
-    """Runs a program on its arguments, by default the command line's; `UserError` ends it with one line."""
+    """Runs a program on its arguments, by default those of the command line; `UserError` ends it with one line."""
     _begin()
     try:
         main(sys.argv[1:] if argv is None else argv)
@@ -87,11 +90,11 @@ def run(main: Main, argv: list[str] | None = None) -> None:
 
 
 def launch(main: Main, check: Callable[[list[str]], None], page: Callable[[list[str]], str]) -> None:
-    """Runs a program under absl; `UserError`, and a flag that does not parse, end it with one line.
+    """Runs a program under absl; `UserError`, or a flag that does not parse, ends it with one line.
 
     Args:
-      check: raises `UserError` for arguments that name no key of their config.
-      page: what --help shows of the config that the arguments name, after the program's flags.
+      check: raises `UserError` for arguments that name an unknown config key.
+      page: returns what --help shows after the program's flags: the keys of the config that the arguments name.
     """
     _begin()
 
@@ -112,7 +115,7 @@ def launch(main: Main, check: Callable[[list[str]], None], page: Callable[[list[
 
 def _without_trace(main: Main) -> Main:
     def call(argv: list[str]) -> None:
-        logging.set_verbosity(logging.WARNING)  # JAX's and Orbax's remarks on every start and save
+        logging.set_verbosity(logging.WARNING)  # silences JAX's and Orbax's messages on every start and save
         try:
             main(argv)
         except UserError as error:
@@ -132,7 +135,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _in_words(error: str) -> str:
-    """What absl says of a value that does not parse, without Python's own words."""
+    """Rewords absl's message about a value that does not parse, without Python's own wording."""
     for said, expected in _EXPECTED.items():
         where, found, _ = error.removeprefix("flag ").partition(f": {said}")
         if found:
@@ -141,7 +144,7 @@ def _in_words(error: str) -> str:
 
 
 def _begin() -> None:
-    """Prepares for the machine's accelerators, and shows every `Note` in one line; other warnings stay as they are."""
+    """Sets up JAX for the machine's accelerators, and prints every `Note` on one line; other warnings are unchanged."""
     platforms.prepare(os.environ, platforms.found())
     others = warnings.showwarning
 

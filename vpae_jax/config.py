@@ -1,7 +1,7 @@
-"""From an `ml_collections` config to frozen dataclasses, once, strictly.
+"""Converts an `ml_collections` config to frozen dataclasses, once and strictly.
 
-`parse` is the only place where a ConfigDict meets the code: every key must be known, present where it has no default,
-and of the right type. A misspelt key is one line that names it and the nearest known one.
+`parse` is the only place where a ConfigDict meets the code: every key must be known, must be present if it has no
+default, and must have the right type. A misspelt key gives a one-line error that names it and the closest known key.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ def _at_least(config: Any, minimum: int, *names: str) -> None:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """One role's optimizer.
+    """The optimizer of one role.
 
     Attributes:
-      learning_rate: peak step size.
+      learning_rate: peak learning rate.
       algorithm: "adam" or "rmsprop".
-      b1, b2: decays of Adam's moments.
-      rms_decay: decay of RMSProp's second moment, which is not corrected for its start at 0.
-      eps: what either adds to its denominator, the root of the second moment.
-      weight_decay: decoupled weight decay: the share of each weight, times the step size, that an update takes away.
-      clip_norm: global gradient norm above which gradients are scaled down; 0 switches clipping off.
-      warmup_steps: updates over which the step size rises linearly from 0.
-      decay_steps: updates of a cosine decay to zero, which follows the warm-up; 0 keeps the step size constant.
+      b1, b2: decay rates of Adam's first and second moment, in [0, 1).
+      rms_decay: decay rate of RMSProp's second moment, in [0, 1); there is no bias correction.
+      eps: added to the denominator (the square root of the second moment), for either algorithm.
+      weight_decay: decoupled weight decay: an update subtracts learning_rate x weight_decay x weight.
+      clip_norm: global gradient norm above which gradients are scaled down; 0 disables clipping.
+      warmup_steps: updates over which the learning rate rises linearly from 0; 0 for no warm-up.
+      decay_steps: updates of a cosine decay to 0 after the warm-up; 0 keeps the learning rate constant.
     """
 
     learning_rate: float
@@ -64,23 +64,23 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Where weights come from and how they run.
+    """Where weights come from, and how the networks are computed.
 
     Attributes:
-      path: model directory in any layout, or its id on the Hugging Face hub; "tiny" is the embedded one. This and every
-        other path of a config is relative to the folder in which the command is given, but for "{workdir}/...", which
-        leads from the run's own folder.
-      lora: LoRA files, "FILE,FILE" or "FILE:STRENGTH,FILE:STRENGTH", that are merged into the model directory's
-        transformer, in float32, wherever a role starts from it. Empty: there is none.
+      path: the pretrained model: a model directory in any supported layout, or OWNER/NAME on the Hugging Face hub;
+        "tiny" is the embedded model. This and every other path of a config is relative to the current folder, except
+        that "{workdir}/..." is relative to the run's workdir.
+      lora: LoRA files, "FILE,FILE" or "FILE:STRENGTH,FILE:STRENGTH", merged in float32 into the model directory's
+        transformer for every role that starts from it. Empty for none.
       preset: sizes of the parts that start from random weights (a key of `vpae_jax.models.presets.PRESETS`).
-      dtype: compute precision; trained weights are float32 always.
+      dtype: compute precision of the networks; trained weights are always stored in float32.
       frozen_dtype: storage precision of weights that are not trained.
-      remat: what the backward pass recomputes of the transformer's blocks: nothing, all but the products of
-        activations with weights ("dots"), all but self-attention ("attention"), or everything; "offload" recomputes
-        everything, and keeps the blocks' inputs in the host's memory.
-      image_encoder: where a discriminator on pixels has its image encoder from: a model directory, as `path`, or
-        "KIND:PATH" of another kind (a key of `vpae_jax.run.image_encoders.KINDS`). Empty: `path` itself.
-      init_scale: for a transformer that starts from random weights, factors on the parameters whose paths match.
+      remat: what the backward pass recomputes in the transformer's blocks, to save memory: "none"; "dots", everything
+        but the products of activations with weights; "attention", everything but self-attention; "full", everything;
+        "offload", everything, with the blocks' inputs kept in host memory.
+      image_encoder: the image encoder of a discriminator on pixels: a model directory, as for `path`, or "KIND:PATH"
+        (KIND is a key of `vpae_jax.run.image_encoders.KINDS`). Empty for that of `path`.
+      init_scale: factors on the random initial weights of a transformer, by regular expressions on parameter paths.
     """
 
     path: str = "tiny"
@@ -95,23 +95,22 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is trained on.
+    """The training data: records, or a folder of videos, or (if both are empty) rendered digits.
 
     Attributes:
-      clips: how many distinct clips are rendered.
-      seed: decides the clips and their order.
-      folder: where encoded clips are kept between runs.
-      workers: processes that prepare batches; 0 prepares them in the training process.
-      records: folders of latent records, "DIR,DIR" or "DIR=WEIGHT,DIR=WEIGHT"; each a path, or an address in an object
-        store, gs://BUCKET/FOLDER or s3://BUCKET/FOLDER. A weight is the share of training clips that come from there,
-        up to a common factor; without weights all clips are seen equally often. Empty: clips are encoded from `videos`,
-        or rendered.
-      videos: a folder of videos that are encoded before the run. Empty: there is none.
-      max_bad: share of damaged records that is put up with; the run stops beyond.
-      held_out: clips of each folder that are never trained on, at most a fifth of them: for previews, the guard and
-        `evaluate`. A folder with several clips of one video has some of them on either side.
-      held_out_records: folders of records, as in `records`, whose clips take the place of those; then nothing is held
-        out of the others.
+      clips: number of distinct clips of rendered digits; unused with `records` or `videos`.
+      seed: seed of the rendered digits.
+      folder: folder in which clips encoded before a run (digits, or `videos`) are kept and reused by later runs.
+      workers: processes that prepare batches; 0 uses threads of the training process, which is enough for records.
+      records: folders of latent records to train on, "DIR,DIR" or "DIR=WEIGHT,DIR=WEIGHT"; each is a path or an
+        address in an object store, gs://BUCKET/FOLDER or s3://BUCKET/FOLDER. Weights are the relative shares of
+        training clips from each folder; without weights, all clips are seen equally often.
+      videos: a folder of captioned videos to encode before the run, at the model's own size. Empty for none.
+      max_bad: maximum tolerated fraction of corrupt records, in [0, 1); with more, the run stops.
+      held_out: clips of each folder that are never trained on but used for previews, scores, the guard and `evaluate`;
+        at most a fifth of the folder. If a video gave several clips, some may be on either side.
+      held_out_records: separate folders of records to use as held-out clips, as in `records` but without weights;
+        then nothing is held out of the training folders.
     """
 
     clips: int = 2048
@@ -136,7 +135,9 @@ class DataConfig:
         if any(weighted) and not all(weighted):
             raise UserError(f"records is {self.records!r}; give every folder a weight, or none")
         if self.held_out_records and not (self.records or self.videos):
-            raise UserError("held_out_records is given without records or videos; rendered digits have their own")
+            raise UserError(
+                "held_out_records is given without records or videos; leave it out, rendered digits have their own"
+            )
         if any(weight is not None for _, weight in parse_sources(self.held_out_records)):
             raise UserError(f"held_out_records is {self.held_out_records!r}; give folders without weights")
 
@@ -147,13 +148,13 @@ class DataConfig:
 
 
 def parse_sources(records: str) -> tuple[tuple[str, float | None], ...]:
-    """ "DIR,DIR" or "DIR=WEIGHT,DIR=WEIGHT", taken apart. Raises `UserError` for a weight that is none."""
+    """Parses "DIR,DIR" or "DIR=WEIGHT,DIR=WEIGHT". Raises `UserError` for an invalid weight."""
     return tuple(_source(part) for part in records.split(",")) if records else ()
 
 
 def _source(text: str) -> tuple[str, float | None]:
-    """ "DIR=WEIGHT" or "DIR", taken apart. A "=" that no number follows is part of the name, as in "size=48/". Raises
-    `UserError` for a weight that is none."""
+    """Parses "DIR=WEIGHT" or "DIR". An "=" that is not followed by a number is part of the name, as in "size=48/".
+    Raises `UserError` for an invalid weight."""
     folder, equals, weight = (part.strip() for part in text.rpartition("="))
     try:
         folder, value = (folder, float(weight or math.nan)) if equals else (weight, None)
@@ -166,7 +167,15 @@ def _source(text: str) -> tuple[str, float | None]:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Device counts along the mesh axes (`sharding`); one of them may be -1, "all that remain"."""
+    """Numbers of devices along the axes of the mesh (`vpae_jax.sharding`).
+
+    Attributes:
+      data: devices along the data-parallel axis; weights are replicated along it.
+      fsdp: devices over which clips are divided and weights are sharded; -1, which one axis may have, means all
+        remaining devices.
+      context: devices over which the tokens of a clip are divided; weights are sharded over these, too.
+      tensor: devices over which attention heads and hidden units are divided.
+    """
 
     data: int = 1
     fsdp: int = -1
@@ -176,12 +185,12 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class PreviousConfig:
-    """The phase before, whose checkpoint this one starts from.
+    """The previous phase, from whose checkpoint this one starts.
 
     Attributes:
-      workdir: its workdir, or a model directory whose transformer takes the generator's place. Empty: there is none.
-      weights: whether the generator starts from the trained weights or from their average.
-      command: the config to run when that checkpoint is missing, for the message.
+      workdir: workdir of the previous phase, or a model directory whose transformer is taken instead. Empty for none.
+      weights: whether to start from that phase's trained weights ("online") or from their average ("ema").
+      command: the command for the previous phase, shown in the error message if its checkpoint is missing.
     """
 
     workdir: str = ""
@@ -191,11 +200,11 @@ class PreviousConfig:
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """Keep the phase before when this one ends up worse on held-out clips.
+    """Exports the weights a phase started from if it ends up worse on held-out clips.
 
     Attributes:
-      enabled: whether the guard decides which weights the student is exported from, where it can judge: of a student
-        that starts from the one of a phase before.
+      enabled: whether the guard decides which weights are exported. It only applies to students that start from the
+        student of a previous phase.
     """
 
     enabled: bool = True
@@ -203,32 +212,32 @@ class GuardConfig:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A whole run.
+    """A whole run: one phase of training.
 
     Attributes:
-      name: the phase's name, for messages.
+      name: name of the phase, used in messages.
       method: `name` of a method and its hyper-parameters.
-      optimizers: one for each trained role.
-      networks: discriminator heads (`models.heads.HeadsConfig`), by role; empty when the method has none.
-      steps: how long the run is.
-      batch_size: clips a step, over all devices.
-      accumulation: parts that a batch is processed in, one after the other, to save memory; the result is the same. -1
-        makes parts of one clip a device (along `data` and `fsdp`).
-      seed: root of all randomness.
+      optimizers: one optimizer per trained role.
+      networks: discriminator heads (`models.heads.HeadsConfig`) by role; empty if the method has none.
+      steps: training steps in total.
+      batch_size: clips per batch, over all devices; every update draws its own batch.
+      accumulation: number of parts into which a batch is split, processed one after the other to save memory; the
+        result is the same. -1 splits it into parts of one clip per device (along `data` and `fsdp`).
+      seed: seed of all randomness in the run, including the order of clips.
       log_every: steps between two records of metrics.
-      sample_every: steps between two previews; 0 makes none.
-      score_every: steps between two scores of the student on held-out clips, before the first and after the last step
-        too; 0 scores it as far as the guard needs, before the first and after the last step.
-      score_clips: held-out clips of a mode (text-to-video and image-to-video) that are made for a score, at most.
+      sample_every: steps between two previews; 0 disables previews.
+      score_every: steps between two scores of the student on held-out clips, including before the first and after the
+        last step. With 0 it is scored only if the guard needs it, before the first and after the last step.
+      score_clips: maximum number of held-out clips generated per mode (text-to-video, image-to-video) for a score.
       checkpoint_every: steps between two checkpoints.
-      checkpoint_minutes: a checkpoint is made, too, after the update that runs when so many minutes have passed since
-        the last one; 0 makes none.
-      keep: how many checkpoints are kept.
+      checkpoint_minutes: also write a checkpoint after the current update once this many minutes have passed since the
+        last one; 0 disables this.
+      keep: number of checkpoints to keep.
       sample_steps: Euler steps of the teacher's previews.
-      sample_guidance: guidance of the teacher's previews.
-      sample_shift: shift of the teacher's time grid, and of a one-step student's where it is sampled in more.
-      tracker: what gets metrics and previews besides the workdir: "wandb" or "trackio", packages to be installed.
-      profile: "FROM:TO", steps (from 1, inclusive) that are profiled into `WORKDIR/profile` for XProf; empty for none.
+      sample_guidance: guidance of the teacher's previews; 1 for none.
+      sample_shift: shift of the teacher's time grid, and of a one-step student's when it is sampled in several steps.
+      tracker: experiment tracker that also gets metrics and previews: "none", "wandb" or "trackio" (to be installed).
+      profile: steps "FROM:TO" (from 1, both included) to profile into `WORKDIR/profile` for XProf; empty for none.
     """
 
     name: str
@@ -269,15 +278,16 @@ class Experiment:
 
 
 def parse(config: Mapping[str, Any] | ConfigDict) -> Experiment:
-    """A config file's ConfigDict as an `Experiment`. Raises `UserError` for an unknown, missing or ill-typed key."""
+    """Converts a config to an `Experiment`. Raises `UserError` for an unknown, missing or ill-typed key."""
     return build(Experiment, config.to_dict() if isinstance(config, ConfigDict) else config, "config")
 
 
 def complete(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with the defaults of `cls` filled in, recursively: a ConfigDict of them can be overridden in every key.
+    """Returns `values` with the defaults of `cls` filled in recursively, so that every key of the resulting ConfigDict
+    can be overridden.
 
-    Dataclasses become dicts. Fields that may be None become references without a type, so that None and a value can
-    replace each other.
+    Dataclasses become dicts. Fields that may be None become untyped references, so that None and a value can replace
+    each other.
     """
     hints = typing.get_type_hints(cls)
     result = dict(values)
@@ -311,9 +321,12 @@ def _fields(cls: Any) -> list[dataclasses.Field]:
 def build(cls: type, values: Mapping[str, Any], path: str) -> Any:
     """Builds a dataclass from a mapping of its fields, recursively.
 
+    Args:
+      path: where the mapping is in the config, for messages.
+
     Raises:
-      UserError: for a key that `cls` does not have (with the nearest one it has), a missing key, a wrong type, or a
-        value that `cls` refuses.
+      UserError: for a key that `cls` does not have (naming the closest one it has), a missing key, a wrong type, or a
+        value that `cls` rejects.
     """
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in _fields(cls)}
@@ -332,7 +345,7 @@ def build(cls: type, values: Mapping[str, Any], path: str) -> Any:
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
-    """The tail of an error message: the known key closest to `key`, or the list of all."""
+    """Returns the end of an error message: the known key closest to `key`, or the list of all."""
     known = sorted(known)
     close = difflib.get_close_matches(key, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known) or 'none'}"

@@ -1,15 +1,16 @@
-"""Turns videos with captions, or captions alone, into latent records: what a distillation trains on.
+"""Encodes captioned videos, or captions alone, into latent records, which are what a distillation trains on.
 
     python -m vpae_jax.encode --videos=DIR [--manifest=FILE --columns=...] --model=DIR --output=DIR
     python -m vpae_jax.encode --captions=FILE --model=DIR [--teacher=DIR] --output=DIR [--steps=50] [--guidance=5]
     python -m vpae_jax.encode --prompts=FILE [--images=DIR] --model=DIR --output=DIR
 
-The first encodes real videos: those of a folder, with captions beside them in .txt or .json files, or those that a
-manifest lists. The second has a teacher make a clip for each caption. The third encodes prompts alone, with a first
-frame each for image-to-video, for methods that train without real clips. All leave a folder of records, for
-`config.data.records`, with a page `summary.html` of what is in it and what was refused. The same command goes on
-where it was stopped. Several processes share the work when each is told its place (--process_id and --num_processes, or
-SLURM's or JAX's variables) and all see the folder.
+The first form encodes real videos: all videos of a folder, with captions next to them in .txt or .json files, or those
+listed in a manifest. The second has a teacher generate a clip for each caption. The third encodes prompts alone (for
+image-to-video each with a first frame), for methods that train without real clips. Each form writes a folder of records
+for `config.data.records`, with a page `summary.html` that shows what is in it and what was rejected.
+
+The same command resumes where it was interrupted. Several processes share the work if each is told its index
+(--process_id and --num_processes, or SLURM's or JAX's variables) and all see the folder.
 """
 
 from __future__ import annotations
@@ -44,16 +45,15 @@ from vpae_jax.runtime import distributed
 from vpae_jax.types import UserError
 
 FILTERS = {
-    "min_seconds": "seconds that a video lasts at least",
-    "min_side": "pixels of its shorter side, at least",
-    "max_crop": "share of the picture that cropping to a bucket may cost",
-    "min_motion": "mean difference of successive frames, 0 to 255, below which a clip is static",
-    "max_black": "share of a clip's frames that may be black",
-    "min_caption": "characters of a caption, at least",
-    "max_caption": "characters of a caption, at most",
+    "min_seconds": "minimum duration of a video in seconds",
+    "min_side": "minimum length of its shorter side in pixels",
+    "max_crop": "maximum fraction of the image that cropping to a bucket may remove",
+    "min_motion": "mean difference of successive frames (0 to 255) below which a clip is rejected as static",
+    "max_black": "maximum fraction of black frames in a clip",
+    "min_caption": "minimum number of characters in a caption",
+    "max_caption": "maximum number of characters in a caption",
 }
-# What records are made of, and the flags that say nothing of the others. Their defaults are None: it shows which were
-# given.
+# The sources of records, and the flags that apply to only one of them. Their default is None, to see which were given.
 OF_VIDEOS = ("manifest", "fps", "clips_per_video", "stride", "workers", "timeout")
 OF_VIDEOS += ("min_seconds", "min_side", "max_crop", "min_motion", "max_black")
 OF_CAPTIONS = ("teacher", "steps", "guidance", "solver", "shift", "seed")
@@ -69,43 +69,43 @@ def parser() -> cli.Parser:
     add(
         "--model",
         default="tiny",
-        help="whose VAE and encoders: a folder in any layout, 'tiny', or OWNER/NAME of the hub",
+        help="model whose VAE and encoders are used: a folder in any layout, 'tiny', or OWNER/NAME on the hub",
     )
-    add("--output", type=Path, required=True, help="folder of the records")
-    add("--videos", type=Path, help="folder of the videos")
-    add("--manifest", type=Path, help="table of them: .csv, .tsv, .jsonl or .parquet; by default all below --videos")
+    add("--output", type=Path, required=True, help="folder for the records")
+    add("--videos", type=Path, help="folder with the videos")
+    add(
+        "--manifest", type=Path, help="table of videos: .csv, .tsv, .jsonl or .parquet; default: all videos in --videos"
+    )
     add("--columns", help="USE=COLUMN,... for path, caption, id, start, end, cuts, image; or openvid, koala, intern4k")
-    add("--buckets", help="480p, 720p or HEIGHTxWIDTH,...; by default the model's own size")
-    add("--num_frames", type=int, help="frames of a clip, 1 + a multiple of 4; the model's own by default")
-    add("--fps", type=float, help="frames a second of a clip; the model's own by default")
-    add("--clips_per_video", type=int, help="clips of one video at most; 1 by default")
-    add("--stride", type=float, help="seconds between the beginnings of a shot's clips; by default they do not overlap")
-    add("--batch", type=int, default=1, help="clips that a device encodes at once; 1 by default")
+    add("--buckets", help="clip sizes: 480p, 720p or HEIGHTxWIDTH,...; default: the model's own size")
+    add("--num_frames", type=int, help="frames per clip, 1 + a multiple of 4; default: the model's own")
+    add("--fps", type=float, help="frames per second of a clip; default: the model's own")
+    add("--clips_per_video", type=int, help="maximum number of clips per video; default: 1")
+    add("--stride", type=float, help="seconds between the starts of a shot's clips; by default clips do not overlap")
+    add("--batch", type=int, default=1, help="clips that a device encodes at once; default: 1")
     add(
         "--unit",
         type=int,
-        help="videos, captions or prompts that are written together, and lost together by a kill; "
-        f"{UNIT_OF_VIDEOS} videos, {UNIT_OF_CAPTIONS} captions or {UNIT_OF_PROMPTS} prompts by default",
+        help="videos, captions or prompts per work unit, which is written as a whole and redone if interrupted; "
+        f"default: {UNIT_OF_VIDEOS} videos, {UNIT_OF_CAPTIONS} captions or {UNIT_OF_PROMPTS} prompts",
     )
-    add("--workers", type=int, help="processes that decode; the processors by default")
-    add("--timeout", type=float, help=f"seconds after which decoding a clip is given up; {TIMEOUT:g} by default")
+    add("--workers", type=int, help="processes that decode videos; default: the number of CPUs")
+    add("--timeout", type=float, help=f"seconds after which decoding a clip is abandoned; default: {TIMEOUT:g}")
     add("--dtype", choices=cli.DTYPES, default="bfloat16", help="of the text and image encoder; the VAE is float32")
-    add(
-        "--captions", type=Path, help="file of captions for the teacher: .txt with one a line, or a table as --manifest"
-    )
-    add("--prompts", type=Path, help="file of prompts for clips that a student will make: as --captions")
-    add("--images", type=Path, help="folder of the first frames of --prompts: a column image, or files called by id")
-    add("--teacher", help="model that makes the clips of --captions; --model by default")
-    add("--steps", type=int, help="its network evaluations, twice as many with guidance; as its author samples it")
-    add("--guidance", type=float, help="w of v_u + w (v_c - v_u); as its author samples it")
-    add("--solver", choices=("euler", "unipc"), help="how the steps are taken; as its author samples it")
-    add("--shift", type=float, help="of the time grid; as its author samples it")
-    add("--seed", type=int, help="of the first caption's noise, each has the next one; 0 by default")
-    add("--process_id", type=int, help="which of several processes this is, from 0")
-    add("--num_processes", type=int, help="how many share the work")
+    add("--captions", type=Path, help="captions for the teacher: .txt with one per line, or a table as for --manifest")
+    add("--prompts", type=Path, help="prompts for clips that a student will generate: a file as for --captions")
+    add("--images", type=Path, help="folder with the first frames of --prompts, named in a column image or by id")
+    add("--teacher", help="model that generates the clips of --captions; default: --model")
+    add("--steps", type=int, help="sampling steps of the teacher; default: as its author recommends")
+    add("--guidance", type=float, help="w of v_u + w (v_c - v_u); default: as the teacher's author recommends")
+    add("--solver", choices=("euler", "unipc"), help="ODE solver; default: as the teacher's author recommends")
+    add("--shift", type=float, help="shift of the time grid; default: as the teacher's author recommends")
+    add("--seed", type=int, help="seed of the first caption's noise; each further caption adds 1; default: 0")
+    add("--process_id", type=int, help="index of this process among several, from 0")
+    add("--num_processes", type=int, help="number of processes that share the work")
     defaults = {field.name: field.default for field in dataclasses.fields(Filters)}
     for name, text in FILTERS.items():
-        add(f"--{name}", type=type(defaults[name]), help=f"{text}; {defaults[name]} by default")
+        add(f"--{name}", type=type(defaults[name]), help=f"{text}; default: {defaults[name]}")
     return result
 
 
@@ -114,8 +114,8 @@ def main(argv: list[str]) -> None:
     own, *more = [source for source in SOURCES if getattr(given, source) is not None] or [""]
     if not own or more:
         raise UserError(
-            "give either --videos, to encode these, or --captions, for a teacher to make clips for, or --prompts, to "
-            "encode these alone"
+            "give exactly one of --videos (real videos), --captions (for a teacher to generate clips for) and "
+            "--prompts (prompts alone)"
         )
     for other, flags in SOURCES.items():
         for name in flags if other != own else ():
@@ -125,7 +125,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--batch is {given.batch}; expected 1 or more")
     check_seed(given.seed or 0, "--seed")
     share = distributed.share(given.process_id, given.num_processes, os.environ)
-    # What is listed is looked at before a model is loaded, which may take minutes.
+    # The input is checked before a model is loaded, which may take minutes.
     if own == "videos":
         done = from_videos(given, manifest(given), *share)
     elif own == "captions":
@@ -133,29 +133,29 @@ def main(argv: list[str]) -> None:
     else:
         done = from_prompts(given, prompts_of(given), *share)
     if not done:
-        print(f"this process has done its share; {given.output} is complete when the others have")
+        print(f"this process has done its share; {given.output} will be complete when the others have done theirs")
         return
     say_what_there_is(given.output)
 
 
 def say_what_there_is(folder: Path) -> None:
-    """Says what there is in complete records, and that their summary shows it.
+    """Prints what a complete folder of records contains, and where its summary is.
 
     Raises:
-      UserError: no clip. Nothing can be trained on that, so what would come next must not begin.
+      UserError: there are no clips. Nothing can be trained on them, so a following command must not start.
     """
     index = read_index(folder)
     lines = report(folder, index)
     if not index["count"]:
         raise UserError(
-            f"{folder}: none of what was given makes a clip; rejected: {rejected(index)}, the first being "
-            f"{first_reject(folder)}; {folder / PAGE} has them all"
+            f"{folder}: the input gives no clips; rejected: {rejected(index)}, the first being "
+            f"{first_reject(folder)}; {folder / PAGE} lists them all"
         )
     print("\n".join(lines))
 
 
 def from_videos(given: argparse.Namespace, listed: Manifest, process: int, processes: int) -> bool:
-    """Encodes videos; whether all units are done."""
+    """Encodes videos. Returns whether all units are done."""
     pipeline = load_pipeline(given.model, jnp.dtype(given.dtype), with_transformer=False)
     with clips(given, listed, pipeline) as source:
         units = Units(given.output, describe(source, pipeline), source.units)
@@ -163,7 +163,7 @@ def from_videos(given: argparse.Namespace, listed: Manifest, process: int, proce
 
 
 def from_captions(given: argparse.Namespace, listed: Captions, process: int, processes: int) -> bool:
-    """Has a teacher make clips; whether all units are done."""
+    """Has a teacher generate clips. Returns whether all units are done."""
     mesh = (
         sharding.make_mesh(MeshConfig(fsdp=1, context=-1), jax.local_devices())
         if jax.local_device_count() > 1
@@ -194,7 +194,7 @@ def from_captions(given: argparse.Namespace, listed: Captions, process: int, pro
 
 
 def from_prompts(given: argparse.Namespace, listed: Captions, process: int, processes: int) -> bool:
-    """Encodes prompts and first frames; whether all units are done."""
+    """Encodes prompts and first frames. Returns whether all units are done."""
     pipeline = load_pipeline(given.model, jnp.dtype(given.dtype), with_transformer=False)
     if given.images is not None and not pipeline.takes_image:
         raise UserError(f"--images={given.images}: {given.model} is a text-to-video model; leave it out")
@@ -203,28 +203,28 @@ def from_prompts(given: argparse.Namespace, listed: Captions, process: int, proc
     sizes = prompts.Sizes(frames, buckets.parse(given.buckets or f"{own.height}x{own.width}", max(pipeline.units)))
     if given.images is None and len(sizes.buckets) != 1:
         raise UserError(
-            f"--buckets={given.buckets} names {len(sizes.buckets)} sizes, among which first frames choose; without "
-            "--images give one, as 480x832"
+            f"--buckets={given.buckets} names {len(sizes.buckets)} sizes, but only first frames can choose among them; "
+            "without --images give one, as 480x832"
         )
     units = Units(given.output, prompts.describe(listed, pipeline, sizes), listed.units)
     if was_complete(units):
         return True
     if given.images is None and pipeline.takes_image:
-        print(f"no --images: the prompts are for text-to-video, where {given.model} is given no first frame")
+        print(f"no --images: the prompts are encoded for text-to-video, without a first frame for {given.model}")
     return prompts.encode_prompts(listed, pipeline, sizes, units, given.batch, process, processes)
 
 
 def was_complete(units: Units) -> bool:
-    """Whether nothing is left to do, which is said."""
+    """Returns whether nothing is left to do; prints a line if so."""
     if complete := units.complete():
-        print(f"{units.folder} was complete; nothing is left to do")
+        print(f"{units.folder} is already complete; nothing to do")
     return complete
 
 
 def manifest(given: argparse.Namespace) -> Manifest:
-    """The videos that the flags ask for. Raises `UserError` for flags that make no sense, or no such videos."""
+    """Returns the videos that the flags select. Raises `UserError` for invalid flags, or if there are none."""
     if given.columns is not None and given.manifest is None:
-        raise UserError("--columns says how to read a manifest; give --manifest=FILE, or leave it out")
+        raise UserError("--columns describes a manifest; give --manifest=FILE, or leave it out")
     columns = None if given.columns is None else parse_columns(given.columns)
     if columns is not None and columns.image is not None:
         raise UserError("--columns: image= belongs to --prompts; leave it out with --videos")
@@ -232,7 +232,7 @@ def manifest(given: argparse.Namespace) -> Manifest:
 
 
 def captions(given: argparse.Namespace) -> Captions:
-    """The captions that the flags ask for. Raises `UserError` for flags that make no sense, or no such captions."""
+    """Returns the captions that the flags select. Raises `UserError` for invalid flags, or if there are none."""
     columns = Columns() if given.columns is None else parse_columns(given.columns)
     if columns.image is not None:
         raise UserError("--columns: image= belongs to --prompts; leave it out with --captions")
@@ -241,7 +241,7 @@ def captions(given: argparse.Namespace) -> Captions:
 
 
 def prompts_of(given: argparse.Namespace) -> Captions:
-    """The prompts that the flags ask for. Raises `UserError` for flags that make no sense, or no such prompts."""
+    """Returns the prompts that the flags select. Raises `UserError` for invalid flags, or if there are none."""
     columns = Columns() if given.columns is None else parse_columns(given.columns)
     if columns.image is not None and given.images is None:
         raise UserError("--columns: image= names files in a folder; give it with --images=FOLDER, or leave image= out")
@@ -251,13 +251,13 @@ def prompts_of(given: argparse.Namespace) -> Captions:
 
 
 def filters(given: argparse.Namespace) -> Filters:
-    """What is not used. Raises `UserError` for bounds that make no sense."""
+    """Returns the filters that the flags set. Raises `UserError` for invalid bounds."""
     bounds = {name: getattr(given, name) for name in FILTERS}
     return Filters(**{name: bound for name, bound in bounds.items() if bound is not None})
 
 
 def clips(given: argparse.Namespace, listed: Manifest, pipeline: Pipeline) -> VideoClips:
-    """The clips of videos, in sizes that the model can make. Raises `UserError` for a flag that makes no sense."""
+    """Returns the clips of the videos, in sizes that the model can generate. Raises `UserError` for an invalid flag."""
     own = pipeline.defaults
     return VideoClips(
         listed,

@@ -1,4 +1,4 @@
-"""Videos and images on disk: written whole or not at all, read as uint8 RGB."""
+"""Videos and images on disk: written atomically, read as uint8 RGB."""
 
 from __future__ import annotations
 
@@ -24,41 +24,41 @@ Frames = UInt8[np.ndarray, "t height width 3"]
 Picture = UInt8[np.ndarray, "height width 3"]
 
 CRF = 14  # H.264 quality: visually lossless
-# What images are read as, whatever they are called: not what hands them to another program, as EPS does.
+# Formats as which images are read, whatever their names; not EPS, for example, which Pillow passes to another program.
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-MOST_PIXELS = 2**26  # 8192x8192, some 200 MB
-# Tags of TIFF; of the first, 2 is for numbers with a sign, and of the second, 0 for white is zero.
+MOST_PIXELS = 2**26  # 8192x8192, about 200 MB
+# Tags of TIFF. For the first, the value 2 means signed numbers; for the second, 0 means that zero is white.
 SAMPLE_FORMAT, PHOTOMETRIC, BITS_PER_SAMPLE = 339, 262, 258
-STRAIGHT = {"La": "LA", "RGBa": "RGBA"}  # colours that are multiplied with their transparency, and those that are not
+STRAIGHT = {"La": "LA", "RGBa": "RGBA"}  # modes with premultiplied alpha, and their counterparts without
 
 
 def write_video(path: Path, frames: Frames, fps: float, crf: int = CRF) -> None:
     """Writes H.264 in yuv420p, which every browser plays.
 
     Args:
-      path: ends in .mp4; its folder is made if need be, and an existing file is replaced.
-      frames: at least one; height and width even.
-      fps: frames a second.
+      path: ends in .mp4; its folder is created if necessary, and an existing file is replaced.
+      frames: at least one; height and width must be even.
+      fps: frames per second.
       crf: H.264 quality, from 0 (lossless) to 51.
 
     Raises:
-      UserError: sizes or a rate that the format cannot hold.
+      UserError: a size or a frame rate that the format does not support, or the file cannot be written.
     """
     write_stream(path, [frames], fps, crf)
 
 
 def write_stream(path: Path, chunks: Iterable[Frames], fps: float, crf: int = CRF) -> None:
-    """Writes a video while its frames come, at least one chunk of them. Under its name it appears when it is whole.
+    """Writes a video while its frames arrive in chunks, at least one. The file appears when it is complete.
 
-    For arguments, and what it raises, see `write_video`.
+    For the other arguments and errors, see `write_video`.
     """
     coming = iter(chunks)
-    first = next(coming)  # before anything is written: it may not come, or not fit
+    first = next(coming)  # before anything is written: producing it may fail, or its size may not fit
     _, height, width, _ = first.shape
     if height % 2 or width % 2:
         raise UserError(f"{path}: frames are {height}x{width}; H.264 needs an even height and width")
     if not fps > 0:
-        raise UserError(f"{path}: {fps} frames a second; expected a positive number")
+        raise UserError(f"{path}: {fps} frames per second; expected a positive number")
 
     def write(temporary: Path) -> None:
         with av.open(str(temporary), "w", format="mp4") as container:
@@ -74,10 +74,10 @@ def write_stream(path: Path, chunks: Iterable[Frames], fps: float, crf: int = CR
 
 
 def read_stream(path: Path) -> Iterator[Picture]:
-    """The frames of a video that `write_video` wrote, one after the other; `encoding.decoding` reads those of others.
+    """Yields the frames of a video written by `write_video`, one by one; for other videos use `encoding.decoding`.
 
     Raises:
-      UserError: no such file, or one that FFmpeg does not decode.
+      UserError: the file does not exist, or FFmpeg cannot decode it.
     """
     try:
         with av.open(f"file:{path}") as container:
@@ -85,22 +85,22 @@ def read_stream(path: Path) -> Iterator[Picture]:
                 yield frame.to_ndarray(format="rgb24")
     except FileNotFoundError as error:
         raise UserError(f"video {path}: no such file") from error
-    except (FFmpegError, IndexError) as error:  # the second is PyAV's, of a file without a video stream
+    except (FFmpegError, IndexError) as error:  # PyAV raises the second for a file without a video stream
         raise UserError(f"video {path}: cannot be decoded; write it again") from error
 
 
 def read_video(path: Path) -> Frames:
-    """All frames of a video that `write_video` wrote. For what it raises, see `read_stream`."""
+    """Returns all frames of a video written by `write_video`. Raises as `read_stream`."""
     return np.stack([*read_stream(path)])
 
 
 def write_contact_sheet(path: Path, frames: Frames, columns: int | None = None) -> None:
-    """Writes all frames into one PNG, row by row, with a white line between them.
+    """Writes all frames into one PNG, row by row, separated by white lines.
 
     Args:
-      path: ends in .png; its folder is made if need be, and an existing file is replaced.
+      path: ends in .png; its folder is created if necessary, and an existing file is replaced.
       frames: at least one.
-      columns: frames a row; by default as many as make the sheet about square.
+      columns: frames per row; by default chosen to make the sheet about square.
     """
     t, height, width, _ = frames.shape
     columns = columns or math.ceil(math.sqrt(t))
@@ -113,26 +113,26 @@ def write_contact_sheet(path: Path, frames: Frames, columns: int | None = None) 
 
 
 def read_image(path: Path) -> Picture:
-    """An image as RGB, its first one where it has several, turned upright as its EXIF data say.
+    """Reads an image as RGB (the first if the file has several), rotated upright according to its EXIF data.
 
-    Grey of 16 bits, and of floats from 0 to 1, is scaled to 8 bits. Transparent parts become black, as those of videos
-    do; that is a `Note`.
+    Grey images of 16 bits, or of floats from 0 to 1, are scaled to 8 bits. Transparent parts become black, as in
+    videos; this emits a `Note`.
 
     Raises:
-      UserError: no such file, not an image that Pillow reads whole, another format, more than `MOST_PIXELS`, or numbers
-        that do not say what is white.
+      UserError: the file does not exist, is damaged, has another format or more than `MOST_PIXELS`, or its pixel values
+        do not define what white is.
     """
     try:
-        # Given a path, Pillow turns TIFFs upright twice.
+        # Given a path, Pillow would rotate TIFFs upright twice.
         with path.open("rb") as file, _opened(file) as image:
             if image.width * image.height > MOST_PIXELS:
                 size = f"{image.width}x{image.height}"
-                raise UserError(f"image {path}: has {size} pixels; make it smaller, {MOST_PIXELS} at most")
+                raise UserError(f"image {path}: has {size} pixels; reduce it to at most {MOST_PIXELS}")
             white, negative = _white(image)
             upright = _in_8_bits(ImageOps.exif_transpose(image), white, negative)
             return np.array(_opaque(upright, path))
     except _Unclear as error:
-        raise UserError(f"image {path}: {error}; save it as PNG with 8 bits a channel") from error
+        raise UserError(f"image {path}: {error}; save it as PNG with 8 bits per channel") from error
     except FileNotFoundError as error:
         raise UserError(f"image {path}: no such file") from error
     except UnidentifiedImageError as error:
@@ -144,38 +144,38 @@ def read_image(path: Path) -> Picture:
 
 def _opened(file: BinaryIO) -> Image.Image:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of larger ones than are allowed here
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked separately
         return Image.open(file, formats=IMAGE_FORMATS)
 
 
 class _Unclear(Exception):
-    """Pixels of which nothing says what is white."""
+    """Pixel values for which the file does not say what white is."""
 
 
 def _white(image: Image.Image) -> tuple[float | None, bool]:
-    """Which number stands for white in an image of more than 8 bits, and whether it stands for black instead; None for
-    images that Pillow reads in 8 bits."""
-    tags: Any = getattr(image, "tag_v2", {})  # a TIFF's
+    """Returns the value of white in an image of more than 8 bits, and whether the image is negative, so that this value
+    means black; None for images that Pillow reads in 8 bits."""
+    tags: Any = getattr(image, "tag_v2", {})  # of a TIFF
     if 2 in tags.get(SAMPLE_FORMAT, ()):
-        raise _Unclear("holds numbers with a sign")
+        raise _Unclear("contains signed numbers")
     if image.mode == "LAB":
-        raise _Unclear("holds colours as LAB")
+        raise _Unclear("contains LAB colours")
     if not image.mode.startswith(("I", "F")):
         return None, False
-    bits = tags.get(BITS_PER_SAMPLE, (16,))[0]  # a PNG's and PPM's are scaled to 16
+    bits = tags.get(BITS_PER_SAMPLE, (16,))[0]  # PNG and PPM are scaled to 16 bits
     if image.mode == "I" and bits > 16:
-        raise _Unclear(f"holds integers of {bits} bits")
+        raise _Unclear(f"contains integers of {bits} bits")
     return 1.0 if image.mode == "F" else 2.0**bits - 1, tags.get(PHOTOMETRIC) == 0
 
 
 def _in_8_bits(image: Image.Image, white: float | None, negative: bool) -> Image.Image:
-    """Grey that is scaled from 0 to `white`; other images as they are."""
+    """Converts grey values from 0 to `white` to 8 bits; returns other images unchanged."""
     if white is None:
         return image
     values = np.asarray(image)
     low, high = float(values.min()), float(values.max())
     if not 0 <= low <= high <= white:
-        raise _Unclear(f"holds numbers from {low:g} to {high:g}, expected 0 to {white:g}")
+        raise _Unclear(f"contains numbers from {low:g} to {high:g}, expected 0 to {white:g}")
     scaled = values.astype(np.float32)
     scaled *= 255 / white
     grey = np.rint(scaled, out=scaled).astype(np.uint8)
@@ -186,12 +186,12 @@ def _in_8_bits(image: Image.Image, white: float | None, negative: bool) -> Image
 
 
 def _opaque(image: Image.Image, path: Path) -> Image.Image:
-    """RGB, transparent parts on black."""
+    """Converts an image to RGB, with transparent parts on black."""
     if not image.has_transparency_data:
         return image.convert("RGB")
     plain = image.convert(STRAIGHT[image.mode]) if image.mode in STRAIGHT else image
     clear = plain.convert("RGBA")
     if np.asarray(clear.getchannel("A")).min() == 255:
         return clear.convert("RGB")
-    warnings.warn(f"image {path}: what is transparent becomes black", Note, stacklevel=3)
+    warnings.warn(f"image {path}: transparent parts become black", Note, stacklevel=3)
     return Image.alpha_composite(Image.new("RGBA", clear.size, "black"), clear).convert("RGB")

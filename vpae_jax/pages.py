@@ -1,4 +1,4 @@
-"""The templates of the pages that people look at, and pictures in them. A page loads nothing from outside."""
+"""Templates of the HTML pages, and images in them. The pages are self-contained: they load nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 
 def page_template(name: str, **filters: Callable[[Any], str]) -> jinja2.Template:
-    """A template of `assets/`, with more filters; all pages insert their `style | safe`."""
+    """Loads a template from `assets/`, with additional filters; every page inserts `style | safe`."""
     assets = importlib.resources.files("vpae_jax") / "assets"
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.globals["style"] = (assets / "page.css").read_text()
@@ -24,7 +24,7 @@ def page_template(name: str, **filters: Callable[[Any], str]) -> jinja2.Template
 
 
 def jpeg(picture: UInt8[np.ndarray, "height width 3"]) -> str:
-    """A picture as JPEG in base64, for `src="data:image/jpeg;base64,..."`."""
+    """Encodes an image as JPEG in base64, for `src="data:image/jpeg;base64,..."`."""
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "JPEG", quality=85)
     return base64.b64encode(file.getvalue()).decode()

@@ -1,14 +1,14 @@
-"""One mesh, rules as data.
+"""The device mesh, and the rules that shard parameters and batches over it.
 
 The mesh has four axes:
 
-    data      clips; weights are the same along it
-    fsdp      clips; every weight, moment and average is split along it
-    context   tokens of a clip; weights are split along it too
+    data      clips; weights are replicated along it
+    fsdp      clips; every weight, moment and average is sharded along it
+    context   tokens of a clip; weights are sharded along it, too
     tensor    heads and hidden units
 
-Where each parameter lies is decided by a list of (regex, PartitionSpec) rules on its path. Exactly one rule must match:
-none, or two, is an error, never a silent replica.
+The sharding of a parameter is given by a list of (regex, PartitionSpec) rules on its path. Exactly one rule must match:
+a parameter that no rule matches, or several do, is an error, and never silently replicated.
 """
 
 from __future__ import annotations
@@ -32,17 +32,18 @@ AXES = ("data", "fsdp", "context", "tensor")
 Rules = Sequence[tuple[str, PartitionSpec]]
 P = PartitionSpec
 
-# Linear layers: of a block, from its features and back to them; of the conditions, before the blocks.
+# Linear layers: in a block, from its features and back to them; of the conditions, before the blocks.
 _IN = r"^blocks/(attn[12]/(to_[qkv]|add_[kv]_proj)|ffn/proj_in)"
 _OUT = r"^blocks/(attn[12]/to_out|ffn/proj_out)"
 _EMBEDDER = r"^condition_embedder/((text|time)_embedder/linear_[12]|time_proj|image_embedder/ff/proj_(in|out))"
-# The axes that weights are split along beside "tensor".
+# The axes that weights are sharded along, besides "tensor".
 SPLIT = ("fsdp", "context")
 
-# Paths as `param_path` spells them. Blocks are stacked: their leading axis is the layer.
+# Paths as written by `param_path`. Blocks are stacked: their leading axis is the layer.
 TRANSFORMER_RULES: Rules = (
     (rf"{_IN}/kernel$", P(None, SPLIT, "tensor")),
-    # Both on the rows: along the minor axis, columns, a TPU all-reduces gradients instead of reduce-scattering them.
+    # All axes on the rows: if columns, the minor axis, were sharded, a TPU would all-reduce gradients instead of
+    # reduce-scattering them.
     (rf"{_OUT}/kernel$", P(None, ("tensor", *SPLIT), None)),
     (rf"({_IN}|{_OUT})/lora_a$", P(None, SPLIT, None)),
     (rf"({_IN}|{_OUT})/lora_b$", P(None, None, SPLIT)),
@@ -56,7 +57,7 @@ TRANSFORMER_RULES: Rules = (
     (r"^(patch_embedding|proj_out)/(kernel|bias|lora_[ab])$", P()),
     (r"^(blocks/)?scale_shift_table$", P()),
 )
-# Discriminator heads: the matrices are split, the few rows that they read and write are not.
+# Discriminator heads: the matrices are sharded, the few rows that they read and write are not.
 HEADS_RULES: Rules = (
     (r"/attention/to_(q|k|v|out)/kernel$", P(SPLIT, None)),
     (r"^heads/mixer/(image|text)_proj/kernel$", P(SPLIT, None)),
@@ -68,7 +69,7 @@ HEADS_RULES: Rules = (
     (r"^heads/(query|mixer/type_embedding)$", P()),
 )
 REPLICATED: Rules = ((r"", P()),)
-# By the part of the pipeline that a role is.
+# Rules by the part of the pipeline that a role is.
 RULES: Mapping[str, Rules] = MappingProxyType(
     {
         "transformer": TRANSFORMER_RULES,
@@ -82,17 +83,17 @@ RULES: Mapping[str, Rules] = MappingProxyType(
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Lays devices out along the four axes.
+    """Arranges devices along the four axes.
 
-    On TPUs, neighbours along an axis are neighbours in the torus, as far as its shape allows; several slices, which a
-    slower network joins, lie along `data`, and then `fsdp`. Other devices keep their order.
+    On TPUs, neighbours along an axis are neighbours in the torus, as far as its shape allows. Several slices, which are
+    connected by a slower network, are laid out along `data`, then `fsdp`. Other devices keep their order.
 
     Args:
-      config: sizes; at most one may be -1.
-      devices: all devices of all processes by default.
+      config: sizes of the axes; at most one may be -1.
+      devices: by default all devices of all processes.
 
     Raises:
-      UserError: when the sizes do not multiply to the number of devices, or would part clips or blocks between slices.
+      UserError: the sizes do not multiply to the number of devices, or `context` or `tensor` would cross slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [getattr(config, axis) for axis in AXES]
@@ -116,17 +117,18 @@ def _laid_out(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
     if sizes[1] % between[1]:
         raise UserError(
             f"config.mesh: {dict(zip(AXES, sizes, strict=True))} does not fit {slices} TPU slices; make data x fsdp a "
-            f"multiple of {slices}, since context and tensor stay within a slice"
+            f"multiple of {slices}, since context and tensor must stay within a slice"
         )
     within = [size // outer for size, outer in zip(sizes, between, strict=True)]
     return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
 
 
 def parts_of_batch(experiment: Experiment, mesh: Mesh) -> int:
-    """Parts that a batch is processed in: `config.accumulation`, where -1 makes parts of one clip a device.
+    """Returns the number of parts into which a batch is split: `config.accumulation`, where -1 means parts of one clip
+    per device.
 
     Raises:
-      UserError: mesh and parts do not divide the batch.
+      UserError: the batch is not divisible by mesh and parts.
     """
     devices, size = mesh.shape["data"] * mesh.shape["fsdp"], experiment.batch_size
     parts = max(1, size // devices) if experiment.accumulation == -1 else experiment.accumulation
@@ -139,13 +141,13 @@ def parts_of_batch(experiment: Experiment, mesh: Mesh) -> int:
 
 
 def param_path(path: tuple[Any, ...]) -> str:
-    """A pytree key path as `a/b/0/kernel`, without NNX's trailing value attribute."""
+    """Formats a pytree key path as `a/b/0/kernel`, without NNX's trailing value attribute."""
     names = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path]
     return "/".join(n for n in names if n != "value")
 
 
 def find_rule(name: str, rules: Rules) -> PartitionSpec:
-    """The spec of a parameter, by its path. Raises `UserError` when no rule matches it, or several do."""
+    """Returns the spec of a parameter by its path. Raises `UserError` if no rule matches, or several do."""
     found = [(regex, spec) for regex, spec in rules if re.search(regex, name)]
     if not found:
         raise UserError(f"no sharding rule matches parameter {name}")
@@ -155,10 +157,10 @@ def find_rule(name: str, rules: Rules) -> PartitionSpec:
 
 
 def param_shardings(params: Any, rules: Rules, mesh: Mesh) -> Any:
-    """Shardings for a (possibly abstract) tree of parameters.
+    """Returns the shardings of a (possibly abstract) tree of parameters.
 
     Raises:
-      UserError: for a parameter that no rule matches, or several, or whose axis the mesh does not divide.
+      UserError: a parameter that no rule or several rules match, or whose size is not divisible by the mesh axes.
     """
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -176,31 +178,32 @@ def param_shardings(params: Any, rules: Rules, mesh: Mesh) -> Any:
 
 
 def abstract(params: Any, shardings: Any, dtype: DTypeLike | None = None) -> Any:
-    """Shapes, dtypes and places of parameters, without their values; `dtype` replaces theirs."""
+    """Returns shapes, dtypes and shardings of parameters without their values; `dtype` overrides theirs."""
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=place), params, shardings
     )
 
 
 def batch_shardings(batch: Any, mesh: Mesh) -> Any:
-    """Where a (possibly abstract) batch lies: clips along `data` and `fsdp`; what all clips share, everywhere."""
+    """Returns the shardings of a (possibly abstract) batch: clips over `data` and `fsdp`; what all clips share,
+    replicated."""
     clips, whole = NamedSharding(mesh, P(("data", "fsdp"))), NamedSharding(mesh, P())
     return jax.tree_util.tree_map_with_path(lambda path, _: whole if _is_shared(path) else clips, batch)
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """A batch on the mesh (`batch_shardings`)."""
+    """Puts a batch on the mesh (`batch_shardings`)."""
     return jax.tree.map(jax.device_put, batch, batch_shardings(batch, mesh))
 
 
 def own_rows(mesh: Mesh, size: int) -> list[int]:
-    """Which clips of a batch of `size` lie on this process's devices, in order."""
+    """Returns which clips of a batch of `size` lie on this process's devices, in order."""
     places = NamedSharding(mesh, P(("data", "fsdp"))).addressable_devices_indices_map((size,))
     return sorted({row for index in places.values() for row in range(size)[(index or (slice(None),))[0]]})
 
 
 def put_rows(batch: Any, mesh: Mesh, size: int) -> Any:
-    """A batch of `size` clips on the mesh (`batch_shardings`), of which each process gives its `own_rows`."""
+    """Puts a batch of `size` clips on the mesh (`batch_shardings`); each process provides its `own_rows`."""
     rows = own_rows(mesh, size)
     if len(rows) == size and not mesh.is_multi_process:
         return put_batch(batch, mesh)
@@ -222,13 +225,14 @@ def put_rows(batch: Any, mesh: Mesh, size: int) -> Any:
 
 
 def mesh_of(params: Any) -> Mesh | None:
-    """The mesh that parameters lie on; None for those of one device."""
+    """Returns the mesh that parameters lie on; None if they are on one device."""
     place = jax.tree.leaves(params)[0].sharding
     return place.mesh if isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh) else None
 
 
 def beside(tree: Any, mesh: Mesh | None) -> Any:
-    """Host or local arrays, the same in every process, on all devices of a mesh; as they are without one."""
+    """Replicates arrays, which are equal in every process, on all devices of a mesh; without a mesh returns them as
+    they are."""
     if mesh is None:
         return tree
     whole = NamedSharding(mesh, P())
@@ -236,13 +240,13 @@ def beside(tree: Any, mesh: Mesh | None) -> Any:
 
 
 def count_clips(batch: Any) -> int:
-    """How many clips a batch holds."""
+    """Returns the number of clips in a batch."""
     leaves = jax.tree_util.tree_leaves_with_path(batch)
     return next(leaf.shape[0] for path, leaf in leaves if not _is_shared(path))
 
 
 def part_of(batch: Any, part: Any, parts: int) -> Any:
-    """One of `parts` parts of a batch: every `parts`-th clip, so that each device keeps its own."""
+    """Returns one of `parts` parts of a batch: every `parts`-th clip, so that clips stay on their devices."""
 
     def choose(path: tuple[Any, ...], leaf: Any) -> Any:
         if _is_shared(path):
@@ -254,5 +258,5 @@ def part_of(batch: Any, part: Any, parts: int) -> Any:
 
 
 def _is_shared(path: tuple[Any, ...]) -> bool:
-    """Whether all clips of a batch share the array: a `Batch`'s negative prompt."""
+    """Whether an array is shared by all clips of a batch: the negative prompt of a `Batch`."""
     return param_path(path).split("/")[-1] in ("null_text", "null_mask")

@@ -1,14 +1,14 @@
-"""Shapes, batches and errors that every room shares.
+"""Shapes, batches and errors used by all packages.
 
 Axis letters used in shape annotations and einops patterns:
 
-    b  clip in a batch          f  latent frame (4 video frames; the first holds 1)
+    b  clip in a batch          f  latent frame (4 video frames; the first stands for 1)
     t  video frame              h  latent row (8 pixels)      w  latent column (8 pixels)
     c  channel                  s  text token                 n  image or video token
     d  model width              e  image-encoder width
 
 Videos are `[b, t, height, width, 3]` in [-1, 1]; latents are `[b, f, h, w, c]`, normalised by the VAE's
-per-channel mean and standard deviation. Channels come last everywhere inside the package.
+per-channel mean and standard deviation. Channels always come last inside the package.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from clu.metrics import Metric
 from jax import Array
 from jaxtyping import Bool, Float, Int, Key, PyTree, Shaped, UInt8, UInt32
 
-# Of batches: numpy arrays on the host, JAX arrays once they are put on the devices.
+# Arrays of a batch: numpy on the host, JAX once they are on the devices.
 if TYPE_CHECKING:
     AnyArray = Any
 else:
@@ -35,50 +35,50 @@ Video = Float[Array, "b t height width 3"]
 Frames = UInt8[Array, "t height width 3"]
 Latents = Float[Array, "b f h w c"]
 Times = Float[Array, "b"]
-# A time for each latent frame, as causal models have them.
+# A timestep for each latent frame, as in causal models.
 FrameTimes = Float[Array, "b f"]
 Tokens = Float[Array, "b n d"]
 PerExample = Float[Array, "b"]
 TokenIds = Int[Array, "b s"]
 Mask = Bool[Array, "b s"]
-# One key, or one for each clip (`flow.draws`).
+# One key, or one per clip (`flow.draws`).
 PRNGKey = Key[Array, "..."]
-# Weights by path, or what stands for them in a tree that is only drawn up: shapes, places.
+# Weights by path; in abstract trees their shapes or shardings instead.
 Params = PyTree[Any]
-# Numbers of a part of a batch: their mean is that of the batch, or a clu metric says how parts are merged.
+# Metrics of a part of a batch. Their mean over the parts is that of the batch, or a clu metric says how to merge them.
 Metrics = Mapping[str, Array | Metric]
 
 
-# Channels of the mask of given frames: one for each video frame that a latent frame stands for.
+# Channels of the mask of given frames: one for each video frame in a latent frame.
 MASK_CHANNELS = 4
 
 
 class UserError(Exception):
-    """Bad input, said in one line: what is wrong, where, what was expected, what to do.
+    """Bad input, described in one line: what is wrong, where, what was expected, what to do.
 
     Programs print the message without a traceback and exit with status 2.
     """
 
 
 class Note(UserWarning):
-    """What a user is to know of a result that she gets all the same; programs show it in one line."""
+    """Something the user should know about a result that is produced anyway; programs print it on one line."""
 
 
 T = TypeVar("T")
 
 
 def static(**options: Any) -> Any:
-    """A field of a `pytree` that is no array but part of its structure: programs are compiled for its value. Options
-    are those of `dataclasses.field`."""
+    """Declares a field of a `pytree` that is not an array but part of its structure: programs are compiled for its
+    value. Options are those of `dataclasses.field`."""
     return dataclasses.field(metadata={"static": True}, **options)
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(static,))
 def pytree(cls: type[T]) -> type[T]:
-    """A frozen dataclass that JAX takes apart and puts together; every field is a tree of arrays, or `static`.
+    """Makes a class a frozen dataclass and a JAX pytree; every field is a tree of arrays, or `static`.
 
-    JAX also puts such a class together from what stands for arrays (shapes, places, None), so that its annotations,
-    which the tests check, hold for what a caller builds.
+    JAX also builds such objects from placeholders for arrays (shapes, shardings, None). It bypasses `__init__`, so the
+    shape annotations, which the tests check, only apply to objects built by a caller.
     """
     made: Any = dataclasses.dataclass(frozen=True)(cls)
     fixed = [f.name for f in dataclasses.fields(made) if f.metadata.get("static")]
@@ -107,7 +107,7 @@ class Condition:
     """What a Wan transformer is conditioned on.
 
     Attributes:
-      text: text-encoder states, zero beyond each prompt's end.
+      text: text-encoder states, zero after the end of each prompt.
       text_mask: true at the prompt's tokens.
       image: image-encoder states (CLIP, penultimate layer); zeros mean "no image". None for a text-to-video model.
       frames: 4 mask channels (1 where a frame is given), then 16 latent channels of the given first frame followed by
@@ -122,17 +122,17 @@ class Condition:
 
 @pytree
 class Batch:
-    """Real clips and their conditions, as every distillation method receives them; or conditions alone.
+    """Real clips and their conditions, as distillation methods receive them; or conditions alone.
 
     Attributes:
-      latents: clean video latents x0. None where there are prompts alone, of clips that are yet to be made; only a
-        method that needs no real clips is given such a batch (`Method.needs_clips`).
-      condition: the clips' own conditions.
-      null_text: text-encoder states of the negative prompt, one for all clips.
+      latents: clean video latents x0. None for prompts alone, whose clips have yet to be generated; only methods that
+        need no real clips are given such batches (`Method.needs_clips`).
+      condition: the clips' conditions.
+      null_text: text-encoder states of the negative prompt, shared by all clips.
       null_mask: true at the negative prompt's tokens.
-      seed: of clips that a teacher made, of the noise that each was sampled from (`flow.draws.noise_of_seeds`). None
-        where the method does not ask for it (`Method.known_noise`).
-      size: [f, h, w, c] of the latents that are to be made, where `latents` is None; otherwise None.
+      seed: for clips made by a teacher, the seed of the noise that each was sampled from (`flow.draws.noise_of_seeds`).
+        None if the method does not ask for it (`Method.known_noise`).
+      size: [f, h, w, c] of the latents to generate if `latents` is None; otherwise None.
     """
 
     latents: Float[AnyArray, "b f h w c"] | None
@@ -144,10 +144,10 @@ class Batch:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """[b, f, h, w, c] of the latents, whether they are there or are to be made.
+        """The shape [b, f, h, w, c] of the latents, whether they are given or have yet to be generated.
 
         Raises:
-          ValueError: the batch has neither latents nor their size.
+          ValueError: the batch has neither latents nor a size.
         """
         if self.latents is not None:
             return self.latents.shape
@@ -157,7 +157,7 @@ class Batch:
 
     @property
     def unconditional(self) -> Condition:
-        """The negative prompt with the same image and the same first frame, as Wan guides image-to-video."""
+        """The condition with the negative prompt but the same image and first frame, as Wan guides image-to-video."""
         text, mask = self.condition.text, self.condition.text_mask
         return dataclasses.replace(
             self.condition,
@@ -172,11 +172,10 @@ class Features:
 
     Attributes:
       taps: hidden states after the tapped blocks, in order.
-      text: projected text tokens, of the transformer's width; None for an image encoder.
+      text: projected text tokens, with the transformer's width; None for an image encoder.
       text_mask: true at the prompt's tokens; None without text.
-      grid: how the n tokens of a tap lie in frames, rows and columns; the last varies fastest.
-      image: projected image tokens, of the transformer's width; None for a text-to-video model, and for an image
-        encoder.
+      grid: frames, rows and columns in which the n tokens of a tap are arranged; columns vary fastest.
+      image: projected image tokens, with the transformer's width; None for a text-to-video model or an image encoder.
     """
 
     taps: tuple[Float[Array, "b n d"], ...]
@@ -188,11 +187,12 @@ class Features:
 
 @pytree
 class Memory:
-    """What a causal transformer keeps of earlier frames: each layer's keys, before their rotary embedding, and values.
+    """The key-value cache of a causal transformer: each layer's keys (before rotary embedding) and values of earlier
+    frames.
 
     Attributes:
-      keys, values: a token a row; those of `frames` frames are in use, from the front.
-      frames: latent frames that are remembered.
+      keys, values: one token per row; the first `frames` frames are in use.
+      frames: number of latent frames in the cache.
     """
 
     keys: Float[Array, "layers b m heads head_dim"]
@@ -202,7 +202,7 @@ class Memory:
 
 @pytree
 class PixelBatch:
-    """Clips in pixels, for training the autoencoder.
+    """Clips as pixels, for training the autoencoder.
 
     Attributes:
       video: values in [-1, 1].
@@ -216,7 +216,7 @@ class CaptionedFrames:
     """Frames and captions, for training the text and image encoders.
 
     Attributes:
-      first, last: a clip's first and last frame, values in [-1, 1].
+      first, last: the first and last frame of each clip, values in [-1, 1].
       ids: caption tokens.
       mask: true at the caption's tokens.
     """
@@ -228,7 +228,7 @@ class CaptionedFrames:
 
 
 def in_float32(tree: T) -> T:
-    """A tree of arrays on the devices, its floats in float32."""
+    """Converts a tree to JAX arrays, with floats in float32."""
 
     def wide(x: Any) -> Array:
         return jnp.asarray(x, jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype)

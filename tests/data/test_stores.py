@@ -187,7 +187,7 @@ def test_a_run_mixes_addresses_by_weight_and_writes_to_paths(s3, tmp_path):
     ]
     given.data.records, given.data.videos = "", "s3://bucket/videos"
     with pytest.raises(
-        UserError, match=r"^s3://bucket/videos: an address, as only config.data.records may be; give a loc"
+        UserError, match=r"^s3://bucket/videos: an address, which only config.data.records may be; give a loc"
     ):
         open_sources(parse(given).data, tmp_path, pipeline, "tiny")
     with pytest.raises(UserError, match=r"^gs://bucket/made: an address, .* `aws s3 cp --recursive`\)$"):

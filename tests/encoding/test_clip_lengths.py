@@ -124,7 +124,7 @@ def test_a_single_frame_needs_no_time_but_a_frame(tmp_path):
         clip, none = of_unit(clips, 0)
     assert isinstance(clip, Clip) and clip.video.shape == (1, 48, 64, 3)
     assert "motion" not in clip.about
-    assert isinstance(none, Reject) and none.reason == "the part that is meant lasts 0.000 s; a clip needs a frame"
+    assert isinstance(none, Reject) and none.reason == "the selected part lasts 0.000 s; a clip needs a frame"
 
 
 def test_where_shots_end():

@@ -290,7 +290,7 @@ def test_what_gives_no_frames_says_why(tmp_path):
         kind, reason = refusal(probe, tmp_path / name)
         assert kind == "unreadable" and "cannot be decoded" in reason
     assert refusal(probe, tmp_path / "none.mp4") == ("unreadable", "does not exist")
-    assert refusal(probe, tmp_path) == ("unreadable", "is no file")
+    assert refusal(probe, tmp_path) == ("unreadable", "is not a file")
     assert refusal(probe, write_sound(tmp_path / "sound.m4a"))[0] == "no video"
 
 

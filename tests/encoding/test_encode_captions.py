@@ -48,7 +48,7 @@ def test_the_teachers_clips_can_be_made_again(run, loaded, tmp_path):
         assert np.abs(other.astype(int) - decoded).mean() > 2
     # The same model by another name is loaded apart, and makes the same.
     code, out, _ = run(**settings, unit=2, batch=1, shift=2, teacher=ROOT / "vpae_jax" / "assets" / "tiny")
-    assert code == 0 and out[0] == f"{output} was complete; nothing is left to do"
+    assert code == 0 and out[0] == f"{output} is already complete; nothing to do"
     code, _, err = run(**{**settings, "seed": 12}, unit=2, shift=2)
     assert code == 2 and len(err) == 1 and "holds other records: recipe.seed is 11 there, 12 here; choose" in err[0]
 
@@ -92,8 +92,8 @@ def test_a_teachers_clip_leads_back_to_its_row(run, tmp_path):
     }
     rejects = map(json.loads, (output / "rejects.jsonl").read_text().splitlines())
     assert [(each["id"], each["kind"], each["reason"]) for each in rejects] == [
-        ("b", "caption", "2001 tokens, the text encoder reads at most 16"),
-        ("a", "duplicate", "a row before it has the same 'id', 'a'"),
+        ("b", "caption", "has 2001 tokens; the text encoder reads at most 16"),
+        ("a", "duplicate", "an earlier row has the same 'id', 'a'"),
         ("c", "caption", "no caption"),
     ]
 

@@ -27,11 +27,11 @@ def test_a_folder_of_videos_becomes_records(videos, run, tmp_path):
         assert (record["about"]["caption"], record["about"]["video"]) == (f"clip {i}", f"v{i:03d}.mp4")
         assert record["latents"].shape == (3, 6, 6, 16)
     page = (output / "summary.html").read_text()
-    assert "motion: mean difference" in page and "words of the caption" not in page, "one value is no histogram"
+    assert "motion: mean difference" in page and "words in the caption" not in page, "one value is no histogram"
     assert page.count("<figure>") == COUNT and "still.mp4" in page and not hidden(output)
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     code, out, err = run(videos=videos, output=output, unit=3, workers=1, timeout=7, batch=2)
-    assert code == 0 and not err and out[0] == f"{output} was complete; nothing is left to do"
+    assert code == 0 and not err and out[0] == f"{output} is already complete; nothing to do"
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
     (output / "summary.html").unlink()
     assert run(videos=videos, output=output, unit=3)[0] == 0
@@ -47,7 +47,7 @@ def test_what_is_missing_of_complete_records_is_made_again(videos, run, tmp_path
         if path.is_file() and path.name != "identity.json":
             path.unlink()
             code, out, _ = run(videos=videos, output=output, unit=3, workers=0)
-            assert code == 0 and ("was complete" in out[0]) == (path.name == "summary.html")
+            assert code == 0 and ("is already complete" in out[0]) == (path.name == "summary.html")
             assert files(output) == before, path.name
 
 
@@ -117,7 +117,10 @@ def test_two_processes_write_what_one_does(videos, run, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     assert run(videos=videos, output=one, unit=2, workers=0)[0] == 0
     code, out, _ = run(videos=videos, output=two, unit=2, workers=0, process_id=1, num_processes=2)
-    assert code == 0 and out[-1] == f"this process has done its share; {two} is complete when the others have"
+    assert (
+        code == 0
+        and out[-1] == f"this process has done its share; {two} will be complete when the others have done theirs"
+    )
     code, out, _ = run(videos=videos, output=two, unit=2, workers=0, process_id=0, num_processes=2)
     assert code == 0 and out[-1].startswith("summary: ")
     assert same(one, two) and not hidden(two)

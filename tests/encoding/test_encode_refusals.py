@@ -31,7 +31,7 @@ def test_another_setting_needs_another_folder(videos, run, tmp_path):
     shutil.copytree(videos, tmp_path / "recaptioned")
     next((tmp_path / "recaptioned").glob("*.txt")).write_text("another caption")
     code, _, err = run(videos=tmp_path / "recaptioned", output=output, workers=0)
-    what = "the list of videos, or their captions, have changed"
+    what = "the list of videos or their captions have changed"
     assert (code, err) == (2, [f"error: {output} holds other records: {what}; choose another folder"])
     (captions := tmp_path / "captions.txt").write_text("a three")
     code, _, err = run(captions=captions, output=output)
@@ -49,20 +49,18 @@ def test_no_clip_is_an_error(run, tmp_path):
     for _ in range(2):
         code, _, err = run(videos=videos, output=output, workers=0)
         assert code == 2 and len(err) == 1
-        assert err[0].startswith(
-            f"error: {output}: none of what was given makes a clip; rejected: 2 unreadable, the first"
-        )
-        assert " being v000.mp4: " in err[0] and err[0].endswith(f"; {output / 'summary.html'} has them all")
+        assert err[0].startswith(f"error: {output}: the input gives no clips; rejected: 2 unreadable, the first")
+        assert " being v000.mp4: " in err[0] and err[0].endswith(f"; {output / 'summary.html'} lists them all")
         assert "v001.mp4" in (output / "summary.html").read_text()
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"videos": None}, "give either --videos, to encode these, or --captions"),
-        ({"captions": "captions.txt"}, "give either --videos, to encode these, or --captions"),
-        ({"videos": "nowhere"}, "nowhere: no such folder; give the folder of the videos with --videos=FOLDER"),
-        ({"videos": "empty"}, "empty holds no videos"),
+        ({"videos": None}, "give exactly one of --videos (real videos), --captions (for a teacher"),
+        ({"captions": "captions.txt"}, "give exactly one of --videos (real videos), --captions (for a teacher"),
+        ({"videos": "nowhere"}, "nowhere: no such folder; give the folder of videos with --videos=FOLDER"),
+        ({"videos": "empty"}, "empty contains no videos"),
         ({"videos": "silent", "model": "nowhere"}, "silent: none of its 1 videos has a caption ('a.mp4': no .txt"),
         ({"output": None}, "required: --output"),
         ({"output": "captions.txt"}, "captions.txt: cannot be written: "),
@@ -70,9 +68,9 @@ def test_no_clip_is_an_error(run, tmp_path):
         ({"output": "full"}, "full is not empty and holds no records; choose another folder"),
         ({"model": "nowhere"}, "nowhere: no such folder"),
         ({"manifest": "none.csv"}, "none.csv: No such file"),
-        ({"manifest": "captions.txt"}, "captions.txt: a manifest's name ends in one of"),
-        ({"columns": "path=file"}, "--columns says how to read a manifest; give --manifest=FILE"),
-        ({"manifest": "table.csv", "columns": "path"}, "'path' is no USE=COLUMN"),
+        ({"manifest": "captions.txt"}, "captions.txt: a manifest's name must end in one of"),
+        ({"columns": "path=file"}, "--columns describes a manifest; give --manifest=FILE"),
+        ({"manifest": "table.csv", "columns": "path"}, "'path' is neither USE=COLUMN nor"),
         ({"manifest": "table.csv", "columns": "pth=file"}, "unknown use 'pth'; did you mean 'path'?"),
         ({"manifest": "table.csv", "columns": "path=film"}, "has no column 'film' for the path"),
         ({"buckets": "360p"}, "buckets '360p': expected 480p, 720p"),
@@ -81,20 +79,20 @@ def test_no_clip_is_an_error(run, tmp_path):
         ({"num_frames": 0}, "clips of 0 frames: expected 1 + a multiple of 4"),
         ({"num_frames": "many"}, "invalid int value: 'many'"),
         ({"fps": 0}, "fps is 0.0; expected a positive number"),
-        ({"fps": "inf"}, "--fps: 'inf' is no finite number"),
-        ({"fps": 1e9}, "fps is 1e+09; expected 1000 at most"),
-        ({"fps": 1e-320}, "fps is 9.99989e-321; expected 0.01 at least"),
-        ({"stride": 1e-9}, "stride is 1e-09 s, less than a frame; expected 0.125 s at least"),
+        ({"fps": "inf"}, "--fps: 'inf' is not a finite number"),
+        ({"fps": 1e9}, "fps is 1e+09; expected at most 1000"),
+        ({"fps": 1e-320}, "fps is 9.99989e-321; expected at least 0.01"),
+        ({"stride": 1e-9}, "stride is 1e-09 s, less than a frame; expected at least 0.125 s"),
         ({"clips_per_video": 0}, "clips_per_video is 0; expected a positive number"),
-        ({"timeout": "nan"}, "--timeout: 'nan' is no finite number"),
-        ({"timeout": 1e12}, "timeout is 1e+12 s; expected 86400 at most"),
+        ({"timeout": "nan"}, "--timeout: 'nan' is not a finite number"),
+        ({"timeout": 1e12}, "timeout is 1e+12 s; expected at most 86400"),
         ({"batch": 0}, "--batch is 0; expected 1 or more"),
         ({"batch": -3}, "--batch is -3; expected 1 or more"),
         ({"unit": 0}, "units of 0 videos; expected 1 or more"),
         ({"workers": -1}, "workers is -1; expected 0 or more"),
         ({"dtype": "int8"}, "invalid choice: 'int8'"),
-        ({"max_crop": 1.5}, "filter max_crop is 1.5; expected a share from 0 to 1"),
-        ({"min_motion": "nan"}, "--min_motion: 'nan' is no finite number"),
+        ({"max_crop": 1.5}, "filter max_crop is 1.5; expected a fraction from 0 to 1"),
+        ({"min_motion": "nan"}, "--min_motion: 'nan' is not a finite number"),
         ({"max_caption": 0}, "filter max_caption is 0; expected at least min_caption, 1"),
         ({"process_id": 0}, "--process_id and --num_processes: give both, or neither"),
         ({"process_id": -1, "num_processes": 2}, "--process_id is -1 of --num_processes=2; expected 0 to 1"),
@@ -105,7 +103,7 @@ def test_no_clip_is_an_error(run, tmp_path):
             {"videos": None, "captions": "none.txt"},
             "none.txt: No such file or directory; give another with --captions=",
         ),
-        ({"videos": None, "captions": "empty"}, "a file of captions ends in one of .txt"),
+        ({"videos": None, "captions": "empty"}, "a file of captions must end in one of .txt"),
         (
             {"videos": None, "captions": "captions.txt", "manifest": "table.csv"},
             "--manifest belongs to --videos; leave it out",
@@ -129,7 +127,7 @@ def test_no_clip_is_an_error(run, tmp_path):
         ({"videos": None, "captions": "captions.txt", "batch": 0}, "--batch is 0; expected 1 or more"),
         ({"videos": None, "captions": "captions.txt", "steps": 0}, "steps is 0, expected at least 1"),
         ({"videos": None, "captions": "captions.txt", "guidance": 0.5}, "guidance is 0.5, expected at least 1"),
-        ({"videos": None, "captions": "captions.txt", "guidance": "inf"}, "--guidance: 'inf' is no finite number"),
+        ({"videos": None, "captions": "captions.txt", "guidance": "inf"}, "--guidance: 'inf' is not a finite number"),
         ({"videos": None, "captions": "captions.txt", "shift": 0}, "shift is 0.0, expected a positive number"),
         (
             {"videos": None, "captions": "captions.txt", "seed": -1},
@@ -146,7 +144,10 @@ def test_no_clip_is_an_error(run, tmp_path):
         ({"videos": None, "captions": "captions.txt", "teacher": "nowhere"}, "nowhere: no such folder"),
         ({"videos": None, "captions": "table.csv", "columns": "caption=text"}, "has no column 'text' for the caption"),
         ({"videos": None, "captions": "table.csv", "columns": "id=n"}, "has no column 'n' for the id"),
-        ({"videos": None, "captions": "captions.txt", "columns": "id=n"}, "a caption a line and no column 'n'; leave"),
+        (
+            {"videos": None, "captions": "captions.txt", "columns": "id=n"},
+            "one caption per line and no column 'n'; leave",
+        ),
     ],
     ids=lambda value: ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )

@@ -196,7 +196,7 @@ def test_encoders_that_give_nothing_finite_stop_it_in_one_line(tmp_path):
     for size, done in ((6, 1), (1, 9)):  # units of one clip tell it after a few of them
         folder = tmp_path / f"records{size}"
         with pytest.raises(
-            UserError, match=r"none of the last . clips is finite; clip '.*': its latents are not finite"
+            UserError, match=r"none of the last . clips is finite: clip '.*': its latents are not finite"
         ):
             made_by(lambda ids: drawn(ids, range(6, 1000)), list(range(1000)), folder, size)
         assert len(list((folder / "units").iterdir())) == done
@@ -338,7 +338,7 @@ def test_other_clips_or_encoders_have_a_folder_of_their_own(pipeline, clips, tok
     folders = {encode_into(tmp_path, InUnits(source), encoders, BATCH) for source, encoders in sources}
     assert folders == set(tmp_path.iterdir()) and len(folders) == 3
     one, *_ = folders
-    with pytest.raises(UserError, match=r"holds other records: the model has other encoders; choose"):
+    with pytest.raises(UserError, match=r"holds other records: the model has different encoders; choose"):
         Units(one, {**LatentRecords(one).index["identity"], "encoders": "others"}, 1)
 
 

@@ -59,14 +59,14 @@ def test_noise_is_no_motion():
             {"motion": 1.9},
             {"motion": 2.0},
             "static",
-            "motion is 1.900; at least 2 is asked for",
+            "motion is 1.900, expected at least 2",
         ),
         (
             Filters(max_black=0.25),
             {"black": 0.26},
             {"black": 0.25},
             "black",
-            "26.0% of the frames are black; at most 25%",
+            "26.0% of the frames are black, allowed 25%",
         ),
         (Filters(), {"motion": 0.0}, {"motion": 0.1}, "static", "at least 0.1"),
     ],
@@ -82,7 +82,7 @@ def test_a_single_frame_has_no_motion_to_be_refused_for():
     assert Filters(min_motion=200.0).clip(measure(flat(100, t=1))) is None
     assert Filters(min_motion=200.0).clip(measure(flat(100, t=2))) == (
         "static",
-        "motion is 0.000; at least 200 is asked for",
+        "motion is 0.000, expected at least 200",
     )
 
 
@@ -90,25 +90,25 @@ def test_videos():
     filters = Filters(min_seconds=3.0, min_side=256, max_crop=0.5)
     bucket = (480, 832)
     assert filters.video(3.0, 256, 512, bucket) is None
-    assert filters.video(2.9, 256, 512, bucket) == ("too short", "lasts 2.90 s; at least 3 s are asked for")
+    assert filters.video(2.9, 256, 512, bucket) == ("too short", "lasts 2.90 s, expected at least 3 s")
     assert filters.video(3.0, 255, 512, bucket) == ("too small", "is 512x255; the shorter side must have 256 pixels")
     kind, reason = filters.video(3.0, 1920, 1080, bucket) or ("", "")
-    assert kind == "shape" and "is 1080x1920; 67.5% are lost in 832x480" in reason
+    assert kind == "shape" and "is 1080x1920; cropping to 832x480 loses 67.5%" in reason
     assert Filters().video(3.0, 1920, 1080, bucket) is None
 
 
 def test_captions():
     filters = Filters(min_caption=3, max_caption=5)
     assert filters.caption("abc") is None and filters.caption("abcde") is None
-    assert filters.caption(" ab \n") == ("caption", "caption has 2 characters; at least 3 are asked for")
-    assert filters.caption("abcdef") == ("caption", "caption has 6 characters; at most 5 are asked for")
+    assert filters.caption(" ab \n") == ("caption", "caption has 2 characters, expected at least 3")
+    assert filters.caption("abcdef") == ("caption", "caption has 6 characters, expected at most 5")
     assert Filters().caption("  ") and not Filters(min_caption=0).caption("")
 
 
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"max_black": 1.5}, "max_black is 1.5; expected a share"),
+        ({"max_black": 1.5}, "max_black is 1.5; expected a fraction"),
         ({"min_motion": float("nan")}, "min_motion is nan"),
         ({"min_side": -1}, "min_side is -1"),
         ({"min_caption": 5, "max_caption": 4}, "max_caption is 4; expected at least min_caption, 5"),

@@ -86,7 +86,7 @@ def test_times_in_json_and_the_caption_in_text(tmp_path, caption):
 @pytest.mark.parametrize(
     ("beside", "why"),
     [
-        ({}, "'a.mp4': no .txt or .json of the same name beside it"),
+        ({}, "'a.mp4': no .txt or .json file of the same name next to it"),
         ({"captions.txt": "all of them"}, "'a.mp4': no .txt or .json"),
         ({"b.json": '{"start": 1}'}, "'a.mp4': no .txt or .json"),
         ({"a.txt": " \n"}, "'a.mp4': no caption"),
@@ -179,7 +179,7 @@ def test_a_table_of_links_says_where_they_lead(tmp_path):
 
 def test_a_folder_of_images(tmp_path):
     folder(tmp_path, {"a/b.JPG": "", "a/b.txt": "a caption"})
-    assert "but images, as 'a/b.JPG', which are no videos" in refusal(Manifest, tmp_path)
+    assert "only images such as 'a/b.JPG'" in refusal(Manifest, tmp_path)
 
 
 def test_messages_name_the_setting_that_gave_the_folder(tmp_path):
@@ -228,7 +228,7 @@ def test_links_pipes_and_odd_names_in_a_folder(tmp_path):
     }
     reasons = {name: one.reason for name, one in found.items() if isinstance(one, Reject)}
     assert f"'link.mp4' is a link to '{tmp_path / 'out.mp4'}', outside the folder" in reasons["link.mp4"]
-    assert f"'gone.mp4' is a link to '{root / 'nowhere'}', which is not there" in reasons["gone.mp4"]
+    assert f"'gone.mp4' is a link to '{root / 'nowhere'}', which does not exist" in reasons["gone.mp4"]
     assert f"'inner' is a link to the folder '{root / 'dir.mp4'}', which is not followed" in reasons["inner"]
     assert f"'s.txt' is a link to '{tmp_path / 'secret.txt'}', outside" in reasons["s.mp4"]
     assert "secret" not in found["s.mp4"].reason.replace("secret.txt", "")

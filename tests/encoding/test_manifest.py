@@ -215,7 +215,7 @@ def test_parts_of_one_video_are_told_apart_by_their_times(videos, name, columns)
     assert [one.kind for one in doubled] == ["duplicate"] * (2 if columns.span else 4)
     assert doubled[0].id == "v0.mp4@1.5-3.2"
     assert doubled[0].reason == (
-        "a row before it has the same path and times, 'v0.mp4@1.5-3.2'; give rows ids with --columns=...,id=COLUMN"
+        "an earlier row has the same path and times, 'v0.mp4@1.5-3.2'; give rows ids with --columns=...,id=COLUMN"
     )
     assert [one for unit in reversed(range(manifest.units)) for one in manifest.read(unit)][-1] == found[2]
 
@@ -231,9 +231,9 @@ def test_a_duplicate_says_what_is_the_same(videos):
     rows = [{"path": "v0.mp4", "caption": "c", "id": "one"}] * 2
     table = write(videos.parent / "t.csv", rows)
     assert read(Manifest(videos, table))[1].reason == (
-        "a row before it has the same path, 'v0.mp4'; give rows ids with --columns=...,id=COLUMN"
+        "an earlier row has the same path, 'v0.mp4'; give rows ids with --columns=...,id=COLUMN"
     )
-    assert read(Manifest(videos, table, Columns(id="id")))[1].reason == "a row before it has the same 'id', 'one'"
+    assert read(Manifest(videos, table, Columns(id="id")))[1].reason == "an earlier row has the same 'id', 'one'"
 
 
 def test_rows_without_ids_are_not_equal(videos):
@@ -320,20 +320,20 @@ def test_json_columns_may_be_there_in_some_rows(videos):
         ("t.tsv", "path\tcaption\nv0.mp4\tc\n".encode("utf-16-be"), "`iconv -f UTF-16BE -t UTF-8`"),
         ("t.jsonl", '{"path": "v0.mp4", "caption": "c"}'.encode("utf-32"), "`iconv -f UTF-32 -t UTF-8`"),
         ("t.csv", "path,caption\nv0.mp4,\u201ccaf\u00e9\u201d\n".encode("cp1252"), "`iconv -f WINDOWS-1252 -t UTF-8`"),
-        ("t.csv", b'"path,caption\nv0.mp4,c\n', "no header"),
-        ("t.csv", b"\x00" * 300_000, "no header"),
-        ("t.csv", b"a" * 300_000, "no header"),
+        ("t.csv", b'"path,caption\nv0.mp4,c\n', "not a header"),
+        ("t.csv", b"\x00" * 300_000, "not a header"),
+        ("t.csv", b"a" * 300_000, "not a header"),
         ("t.jsonl", b'"a"\n2\n', "no column 'path'"),
-        ("t.jsonl", b'[\n  {"path": "v0.mp4", "caption": "c"}\n]\n', "JSON array, expected an object a line"),
+        ("t.jsonl", b'[\n  {"path": "v0.mp4", "caption": "c"}\n]\n', "JSON array, expected one object per line"),
         (
             "t.jsonl",
             b'{\n  "path": "v0.mp4",\n  "caption": "c"\n}\n',
-            "JSON of several lines an object, expected an ob",
+            "indented JSON, expected one object per line",
         ),
         ("t.parquet", b"PAR1 no parquet", "damaged"),
         ("t.parquet", b"path,caption\nv0.mp4,c\n", "damaged"),
         ("t.txt", b"path,caption\n", ".csv .tsv .jsonl"),
-        ("t.json", b"[]", "`jq -c '.[]' FILE.json` makes JSON Lines of a JSON array"),
+        ("t.json", b"[]", "`jq -c '.[]' FILE.json` converts a JSON array to JSON Lines"),
         ("t", b"path,caption\n", "--videos=FOLDER"),
     ],
 )
@@ -347,10 +347,10 @@ def test_files_that_are_no_manifests(videos, name, data, hint):
 
 def test_files_that_are_not_there(videos, tmp_path):
     assert "no such folder" in refusal(Manifest, tmp_path / "none")
-    assert "v0.mp4: is a file; give the folder of the videos" in refusal(Manifest, videos / "v0.mp4")
+    assert "v0.mp4: is a file; give the folder of videos" in refusal(Manifest, videos / "v0.mp4")
     assert "--manifest=FILE" in refusal(Manifest, videos, tmp_path / "none.csv")
     (tmp_path / "folder.csv").mkdir()
-    assert "is no file" in refusal(Manifest, videos, tmp_path / "folder.csv")
+    assert "is not a file" in refusal(Manifest, videos, tmp_path / "folder.csv")
     assert "expected 1 or more" in refusal(Manifest, videos, unit_videos=0)
     assert "span" in repr(Columns(span="timestamp"))
     assert "start" in refusal(Columns, span="timestamp", start="from")
@@ -361,7 +361,7 @@ def test_a_table_that_changed_is_not_read_on(videos, name):
     table = write(videos.parent / name, [{"path": "v0.mp4", "caption": "c"}])
     manifest = Manifest(videos, table)
     write(table, [{"path": "v0.mp4", "caption": "another"}])
-    assert "was changed" in refusal(lambda: list(manifest.read(0)))
+    assert "has changed" in refusal(lambda: list(manifest.read(0)))
     table.unlink()
     assert name in refusal(lambda: list(manifest.read(0)))
     with pytest.raises(IndexError, match="unit 1 of 1"):

@@ -167,7 +167,7 @@ def test_a_strip_is_not_blown_up(tmp_path):
     path = write(tmp_path / "strip.mkv", numbered(16, 16, 4000), codec="ffv1")
     with pytest.raises(Unreadable) as error:
         read_frames(path, 0.0, 9, 16.0, 480, 832)
-    assert error.value.kind == "too large" and "120000x480 pixels before it is cropped" in error.value.reason
+    assert error.value.kind == "too large" and "120000x480 pixels before cropping" in error.value.reason
 
 
 def test_a_worker_that_asks_for_too_much_memory_costs_one_video(tmp_path, monkeypatch):

@@ -13,9 +13,9 @@ from vpae_jax.types import UserError
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 135\n"
 KINDS = {
-    POINTER: "is a Git LFS pointer, which only stands for the file; run `git lfs pull`",
-    b"<!doctype html>\n<html><body>Not found": "is a web page (HTML), as sites send",
-    b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>": "is XML, as stores send",
+    POINTER: "is a Git LFS pointer, not the file itself; run `git lfs pull`",
+    b"<!doctype html>\n<html><body>Not found": "is a web page (HTML), which sites send",
+    b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>": "is XML, which stores send",
     b"\x1f\x8b\x08" + bytes(50): "is an archive; unpack it",
 }
 

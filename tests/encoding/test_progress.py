@@ -32,9 +32,9 @@ def test_lines_come_within_a_unit_with_the_time_that_is_left(clock, capsys):
         clock.now += 1
         shown.end_of_unit()
     assert said(capsys) == [
-        "encoded 1 clips; 0 of 2 units; 200 s a clip; 0:23:20 left",
-        "encoded 2 clips; 0 of 2 units; 200 s a clip; 0:20:00 left",
-        "encoded 2 clips, 1 rejected; 0 of 2 units; 300 s a clip; 0:16:40 left",
+        "encoded 1 clips; 0 of 2 units; 200 s per clip; 0:23:20 left",
+        "encoded 2 clips; 0 of 2 units; 200 s per clip; 0:20:00 left",
+        "encoded 2 clips, 1 rejected; 0 of 2 units; 300 s per clip; 0:16:40 left",
     ]
 
 
@@ -61,8 +61,8 @@ def test_without_numbers_the_first_unit_tells_what_is_left(clock, capsys):
         clock.now += 100
         shown.advance(True)
     assert said(capsys) == [
-        "encoded 1 clips; 0 of 2 units; 100 s a clip; how long it takes is known after a unit",
-        "encoded 3 clips; 1 of 2 units; 67 s a clip; 0:01:07 left",
+        "encoded 1 clips; 0 of 2 units; 100 s per clip; time left unknown until a unit is done",
+        "encoded 3 clips; 1 of 2 units; 67 s per clip; 0:01:07 left",
     ]
 
 

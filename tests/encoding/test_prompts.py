@@ -75,7 +75,7 @@ def test_prompts_become_records_of_text_alone(run, tmp_path):
     arguments = dict(prompts=file, output=output, unit=2)
     code, out, err = run(**arguments)
     assert code == 0 and not err, err
-    assert out[0] == "no --images: the prompts are for text-to-video, where tiny is given no first frame"
+    assert out[0] == "no --images: the prompts are encoded for text-to-video, without a first frame for tiny"
     assert out[1].startswith("encoded 2 prompts, 1 rejected; 2 of 2 units; ")
     assert out[2:] == [f"records: {output}: 2 prompts; rejected: 1 caption", f"summary: {output / 'summary.html'}"]
     found = contents(output)
@@ -88,7 +88,7 @@ def test_prompts_become_records_of_text_alone(run, tmp_path):
     assert (
         "Encoded prompts" in page and "the digit seven" in page and "9 frames of 48x48" in page and "<img" not in page
     )
-    assert run(**arguments)[1][0] == f"{output} was complete; nothing is left to do"
+    assert run(**arguments)[1][0] == f"{output} is already complete; nothing to do"
     before = files(output)
     (output / "units" / "00001.json").unlink()
     (output / "index.json").unlink()
@@ -174,16 +174,22 @@ def test_first_frames_that_cannot_be_used_are_rejects(run, images, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"captions": "prompts.txt"}, "give either --videos, to encode these, or --captions, for a teacher to make"),
+        (
+            {"captions": "prompts.txt"},
+            "give exactly one of --videos (real videos), --captions (for a teacher to generate",
+        ),
         ({"prompts": "none.txt"}, "none.txt: No such file or directory; give another with --prompts=FILE"),
-        ({"prompts": "images"}, "images: a file of prompts ends in one of .txt"),
+        ({"prompts": "images"}, "images: a file of prompts must end in one of .txt"),
         ({"prompts": "table.csv", "columns": "caption=text"}, "has no column 'text' for the caption"),
         ({"prompts": "table.csv", "columns": "image=first"}, "image= names files in a folder; give it with --images="),
         (
             {"prompts": "table.csv", "images": "images", "columns": "image=first"},
             "has no column 'first' for the image; it has 'caption', 'image'; name another with --columns=image=COLUMN",
         ),
-        ({"images": "images", "columns": "image=first"}, "a caption a line and no column 'first'; leave out image="),
+        (
+            {"images": "images", "columns": "image=first"},
+            "one caption per line and no column 'first'; leave out image=",
+        ),
         ({"images": "nowhere"}, "nowhere: no such folder; give the folder of the first frames with --images=FOLDER"),
         ({"prompts": None, "captions": "prompts.txt", "images": "images"}, "--images belongs to --prompts; leave it"),
         ({"prompts": None, "captions": "table.csv", "columns": "image=image"}, "image= belongs to --prompts"),
@@ -192,7 +198,7 @@ def test_first_frames_that_cannot_be_used_are_rejects(run, images, tmp_path):
         ({"unit": 0}, "units of 0 prompts; expected 1 or more"),
         ({"num_frames": 8}, "num_frames is 8, expected 1 + a multiple of 4, such as 9"),
         ({"buckets": "40x40"}, "sides must be multiples of 16"),
-        ({"buckets": "480p"}, "--buckets=480p names 5 sizes, among which first frames choose; without --images give"),
+        ({"buckets": "480p"}, "--buckets=480p names 5 sizes, but only first frames can choose among them; without"),
         ({"model": "nowhere"}, "nowhere: no such folder"),
     ],
     ids=lambda value: ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",

@@ -57,7 +57,7 @@ def test_the_advised_conversion_gives_what_was_written(videos, encoding, text, n
     table.write_bytes(content.encode(encoding))
     message = refusal(Manifest, videos, table)
     command = message.partition("`")[2].partition("`")[0].split()
-    assert command[0] == "iconv" and message.endswith("and give that with --manifest=FILE")
+    assert command[0] == "iconv" and message.endswith("and give the result with --manifest=FILE")
     table.write_bytes(table.read_bytes().decode(command[2]).encode(command[4]))  # what iconv does
     assert [one.caption for one in read(Manifest(videos, table))] == [text]
 

@@ -189,7 +189,7 @@ def test_a_workspace_that_others_removed_is_named(tmp_path):
         (workspace,) = hidden(folder)
         shutil.rmtree(folder / workspace)
     assert str(refusal.value) == (
-        f"{folder / workspace} was removed by others while it was in use; run the same command again"
+        f"{folder / workspace} was removed by another process while in use; run the same command again"
     )
     assert units.pending() == [0]
     fill(units)

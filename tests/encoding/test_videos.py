@@ -144,7 +144,7 @@ def test_a_caption_that_does_not_fit_is_refused_before_its_video_is_looked_at(fo
             ("long", "too many words"),
             ("tall#0", ""),
             ("tall#1", ""),
-            ("none", "caption has 0 characters; at least 1 are asked for"),
+            ("none", "caption has 0 characters, expected at least 1"),
         ]
     assert looked == ["tall.mp4"]
 

@@ -139,7 +139,7 @@ def test_an_image_to_video_model_makes_prompts_without_pictures_from_text(run, r
         ({"records": "x"}, r"^--records and --prompts both choose what to evaluate on; leave one of them out"),
         ({"task": "video"}, r"^--task and --prompts both choose what to evaluate on"),
         ({"images": "given"}, r"^--images: .* is a text-to-video model; leave it out"),
-        ({"devices": 9}, r"^--devices=9: this process has 8; ask for as many at most"),
+        ({"devices": 9}, r"^--devices=9: this process has 8; give a number from 1 to 8"),
         ({"num_processes": 2}, r"^--process_id and --num_processes: give both, or neither"),
     ],
 )

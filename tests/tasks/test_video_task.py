@@ -196,7 +196,7 @@ def test_records_that_are_not_what_they_say(pipeline, tmp_path, changes, reason)
 
 
 def test_a_folder_of_videos_that_is_not_there_is_named_by_its_setting(pipeline, tmp_path):
-    for folder, what in ((tmp_path / "none", "no such folder"), (tmp_path, "holds no videos")):
+    for folder, what in ((tmp_path / "none", "no such folder"), (tmp_path, "contains no videos")):
         video = Video(DataConfig(videos=str(folder)), tmp_path, "tiny")
         with pytest.raises(UserError, match=rf"{folder}.*{what}.* with --config.data.videos=FOLDER"):
             video.held_out(pipeline, "preview", 4)

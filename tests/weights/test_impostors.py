@@ -17,11 +17,11 @@ from vpae_jax.weights.spiece import check_files
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 135\n"
 IMPOSTORS = {
     "GGUF\3\0\0\0": "is a GGUF file, whose weights are quantised; fetch safetensors",
-    POINTER.decode(): "is a Git LFS pointer, which only stands for the file; run `git lfs pull`",
+    POINTER.decode(): "is a Git LFS pointer, not the file itself; run `git lfs pull`",
     "\n<!doctype HTML>\n<html>": "is a web page (HTML)",
     "<html lang='en'>": "is a web page (HTML)",
     "<!-- x -->\n<!DOCTYPE html>": "is a web page (HTML)",
-    "<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>": "is XML, as stores send",
+    "<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>": "is XML, which stores send",
     "\x1f\u008b\x08": "is an archive; unpack it",
     "\u0093NUMPY\1\0": "is a NumPy array",
 }

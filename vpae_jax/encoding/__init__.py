@@ -1,1 +1,1 @@
-"""From videos and captions to latent records."""
+"""Encodes videos and captions into latent records."""

@@ -1,5 +1,5 @@
-"""Captions alone, unit by unit: what clips are made for, by a teacher (`encoding.synthetic`) or by the student that is
-trained (`encoding.prompts`)."""
+"""Captions alone, unit by unit. Clips are generated for them by a teacher (`encoding.synthetic`), or later by the
+student in training (`encoding.prompts`)."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from vpae_jax.types import UserError
 
 @dataclass(frozen=True)
 class Prompt:
-    """A caption to make a clip for.
+    """A caption for which a clip is to be generated.
 
     Attributes:
       id: unique in its source.
-      number: of its row, from 0.
-      caption: what is to be shown.
+      number: number of its row, from 0.
+      caption: what the clip should show.
       about: the other columns of its row, as plain JSON.
-      image: file of the first frame that is given, relative to its folder; None where none is.
-      picture: what that shows.
+      image: file of the first frame, relative to the folder of images; None if no first frame is given.
+      picture: pixels of that frame.
     """
 
     id: str
@@ -40,20 +40,20 @@ class Prompt:
 
 
 class Captions:
-    """The captions of a file in its order, cut into units. Its identity is all that decides them.
+    """The captions of a file in order, divided into work units.
 
     Args:
-      file: .txt with a caption a line, or a table as `Manifest` reads them.
-      column: of a table, the one that holds captions.
-      id: of a table, the one that holds ids, of equal ones of which the first is kept; None for `row 1`, `row 2`, ...
-      unit: rows of a unit.
-      filters: of which those of captions are used.
-      flag: by which the file was given, for messages.
-      pictures: where first frames are; None where none are given. Those of rows without ids are called by the row's
-        number, from 1.
+      file: .txt with one caption per line, or a table as read by `Manifest`.
+      column: for a table, the column with captions.
+      id: for a table, the column with ids, the first of equal ones being kept; None for `row 1`, `row 2`, ...
+      unit: rows per unit.
+      filters: only those of captions are applied.
+      flag: the flag that named the file, for messages.
+      pictures: the first frames; None if there are none. For rows without ids they are looked up by the row's number,
+        from 1.
 
     Raises:
-      UserError: an empty unit, an unknown suffix, a file that is empty, damaged or not UTF-8, a missing column.
+      UserError: a unit size below 1, an unknown suffix, a file that is empty, damaged or not UTF-8, a missing column.
     """
 
     def __init__(
@@ -73,23 +73,23 @@ class Captions:
         self.pictures = pictures
         if file.suffix.lower() not in FORMATS:
             raise UserError(
-                f"{file}: a file of {self.kind} ends in one of {' '.join(FORMATS)}; give one with {flag}=FILE"
+                f"{file}: a file of {self.kind} must end in one of {' '.join(FORMATS)}; give one with {flag}=FILE"
                 f"{OF_JSON if file.suffix == '.json' else ''}"
             )
         uses = {"caption": column, "id": id, "image": None if pictures is None else pictures.column}
         self._used = {use: name for use, name in uses.items() if name is not None}
         for use in ("id", "image"):
             if use in self._used and file.suffix.lower() not in TABLES:
-                what = f"{file} has a caption a line and no column {self._used[use]!r}"
+                what = f"{file} has one caption per line and no column {self._used[use]!r}"
                 raise UserError(f"{what}; leave out {use}= in --columns")
         self._rows = RowUnits(TableFile(file, self._used, flag), unit, self._id)
         if not self._rows.count:
-            raise UserError(f"{file} has no rows; give other {self.kind} with {flag}=FILE")
+            raise UserError(f"{file} has no rows; give another file with {flag}=FILE")
         self.rows, self.units, self.digest = self._rows.count, self._rows.units, self._rows.digest
 
     @property
     def identity(self) -> Identity:
-        """All that decides them, by the names of the flags."""
+        """Everything that determines the captions, by the names of the flags."""
         bounds = {"min_caption": self.filters.min_caption, "max_caption": self.filters.max_caption}
         columns: dict[str, Any] = {"column": self.column, "id": self.id}
         if self.pictures is not None:
@@ -97,11 +97,11 @@ class Captions:
         return {"kind": self.kind, "digest": self.digest, **columns, "unit": self.unit, **bounds}
 
     def rows_of(self, unit: int) -> int:
-        """How many captions a unit has."""
+        """Returns the number of captions in a unit."""
         return self._rows.rows_of(unit)
 
     def read(self, unit: int) -> Iterator[Prompt | Reject]:
-        """A unit's captions. Raises `UserError` when the file was changed since it was scanned."""
+        """Yields a unit's captions and rejects. Raises `UserError` if the file has changed since it was scanned."""
         for number, row, repeated in self._rows.read(unit):
             name = f"row {number + 1}"
             try:
@@ -110,7 +110,7 @@ class Captions:
                 if self.id is not None:
                     name = self._id(row)
                 if repeated:
-                    raise Refused("duplicate", f"a row before it has the same {self.id!r}, {shown(name)}")
+                    raise Refused("duplicate", f"an earlier row has the same {self.id!r}, {shown(name)}")
                 caption = text_of(row, self.column, "caption").strip()
                 if refusal := self.filters.caption(caption):
                     raise Refused(*refusal)
@@ -122,7 +122,7 @@ class Captions:
                 yield Reject(name, refused.kind, printable(refused.reason))
 
     def _id(self, row: TableRow) -> str:
-        """A row's id. Raises `Refused` when it has none."""
+        """Returns a row's id. Raises `Refused` if it has none."""
         if self.id is None:
             raise Refused("id", "no id")
         return id_of(row, self.id)

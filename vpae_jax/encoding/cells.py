@@ -1,4 +1,4 @@
-"""Values of a table's rows: texts, times, and how they are shown. What cannot be used is `Refused`."""
+"""Parses the values in a table's rows (texts, times) and formats them for messages. Invalid values raise `Refused`."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ _CLOCK = re.compile(rf"(?:(\d+):)?(\d+):{_NUMBER}", re.ASCII)
 
 
 def text_of(row: TableRow, column: str, kind: str) -> str:
-    """A text that is there and can be written as UTF-8."""
+    """Returns a non-empty text that can be encoded as UTF-8."""
     value = _value(row, column)
     if value is None or (isinstance(value, str) and not value.strip()):
         raise Refused(kind, f"no {kind}")
     if not isinstance(value, str):
-        raise Refused(kind, f"{kind} {shown(value)} is no text")
+        raise Refused(kind, f"{kind} {shown(value)} is not text")
     if kind != "caption" and len(value) > NAME_CHARACTERS:
-        raise Refused(kind, f"{kind} has {len(value)} characters, {NAME_CHARACTERS} at most")
+        raise Refused(kind, f"{kind} has {len(value)} characters, expected at most {NAME_CHARACTERS}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise Refused(kind, f"{kind} cannot be written as UTF-8 (U+{ord(value[error.start]):04X})") from error
+        raise Refused(kind, f"{kind} cannot be encoded as UTF-8 (U+{ord(value[error.start]):04X})") from error
     return value
 
 
 def id_of(row: TableRow, column: str) -> str:
-    """A text as `text_of`, or a whole number."""
+    """Returns an id: a text as in `text_of`, or a whole number."""
     value = row.get(column)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
@@ -43,13 +43,13 @@ def id_of(row: TableRow, column: str) -> str:
 
 
 def rest_of(row: TableRow, used: Collection[str]) -> dict[str, str | int | float | bool]:
-    """The other columns, as far as they hold what `plain` keeps."""
+    """Returns the other columns whose values `plain` keeps."""
     rest = {plain(key): plain(value) for key, value in row.items() if key not in used}
     return {str(key): value for key, value in rest.items() if key is not None and value is not None}
 
 
 def time_of(row: TableRow, column: str | None) -> float | None:
-    """Seconds, or None for an empty value."""
+    """Returns a time in seconds, or None for an empty value."""
     if column is None:
         return None
     value = _value(row, column)
@@ -59,7 +59,7 @@ def time_of(row: TableRow, column: str | None) -> float | None:
 
 
 def times_of(row: TableRow, column: str | None) -> list[float]:
-    """Seconds of a list, or of a text that lists them; as lists print in Python, too."""
+    """Returns times in seconds from a list, or from a text that lists them, including Python's notation for lists."""
     if column is None:
         return []
     value = _value(row, column)
@@ -68,15 +68,15 @@ def times_of(row: TableRow, column: str | None) -> list[float]:
     elif isinstance(value, int | float) and not isinstance(value, bool):
         value = [value]
     elif not isinstance(value, list | None):
-        raise Refused("time", f"{column} {shown(value)} is no list of times")
+        raise Refused("time", f"{column} {shown(value)} is not a list of times")
     value = value or []
     if len(value) > CUTS:
-        raise Refused("time", f"{column} lists {len(value)} times, {CUTS} at most")
+        raise Refused("time", f"{column} lists {len(value)} times, expected at most {CUTS}")
     return [_seconds(part, column) for part in value]
 
 
 def _seconds(value: Any, column: str) -> float:
-    """A time that is finite and not negative."""
+    """Parses a time, which must be finite and not negative."""
     seconds = math.nan
     if isinstance(value, str):
         text = value.strip()
@@ -87,7 +87,7 @@ def _seconds(value: Any, column: str) -> float:
     elif isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 53):
         seconds = float(value)
     if not 0 <= seconds < math.inf:
-        raise Refused("time", f"{column} {shown(value)} is no time")
+        raise Refused("time", f"{column} {shown(value)} is not a time")
     return seconds
 
 
@@ -99,7 +99,7 @@ def _value(row: TableRow, column: str) -> Any:
 
 
 def plain(value: Any) -> str | int | float | bool | None:
-    """A short value that JSON can hold; None for others."""
+    """Returns a value that is short and can be stored as JSON; None for others."""
     if isinstance(value, str):
         return value.encode(errors="replace").decode() if len(value) <= ABOUT_CHARACTERS else None
     if isinstance(value, float):
@@ -108,7 +108,7 @@ def plain(value: Any) -> str | int | float | bool | None:
 
 
 def shown(value: Any) -> str:
-    """A value for a message: short, one line, ASCII where it could not be printed."""
+    """Formats a value for a message: short, on one line, with unprintable characters escaped."""
     if isinstance(value, Mapping | list):
         return "of several values"
     text = repr(value[:80] if isinstance(value, str | bytes) else value)
@@ -116,5 +116,5 @@ def shown(value: Any) -> str:
 
 
 def printable(reason: str) -> str:
-    """One line that can be written as UTF-8."""
+    """Formats a reason as one line that can be encoded as UTF-8."""
     return " ".join(reason.encode(errors="backslashreplace").decode().split())

@@ -1,8 +1,7 @@
-"""What clips are made of before they are encoded: entries of a manifest, clips, and what was refused with its reason.
+"""The inputs of an encoding: entries of a manifest, clips, and rejects with their reasons.
 
-A source is cut into units: a unit is read, encoded and written by one process, as a whole or not at all. What a unit
-holds depends on nothing but the source, so that a run that was killed, on other numbers of processes too, ends with the
-same records.
+A source is divided into work units: one process reads, encodes and writes a unit, completely or not at all. The content
+of a unit depends only on the source, so an interrupted run ends with the same records, on any number of processes.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class CaptionedVideo:
-    """A video with its caption, as a folder or a manifest lists it.
+    """A video with its caption, as listed by a folder or a manifest.
 
     Attributes:
       id: unique in its source.
       path: the file.
       caption: what it shows.
-      start, end: the part of the video that is meant, in seconds; None for its beginning and its end.
+      start, end: the part of the video to use, in seconds; None for its beginning and its end.
       cuts: times of shot cuts in seconds, from the video's beginning; no clip crosses one.
       about: the manifest's other columns, as plain JSON.
     """
@@ -44,13 +43,13 @@ class CaptionedVideo:
 
 @dataclass(frozen=True)
 class Clip:
-    """Frames to encode.
+    """A clip to encode.
 
     Attributes:
       id: unique in its source.
-      video: 1 + a multiple of 4 frames.
+      video: its frames, 1 + a multiple of 4.
       caption: what they show.
-      about: where they come from and what was measured of them, as plain JSON.
+      about: their origin and measurements, as plain JSON.
     """
 
     id: str
@@ -64,10 +63,10 @@ class Reject:
     """A video or a clip that is not used.
 
     Attributes:
-      id: of the entry or the clip; a manifest's row number where it has none.
+      id: id of the entry or the clip, or the number of its row in the manifest if it has none.
       kind: one or two words, by which rejects are counted: "unreadable", "too short", "static".
       reason: one line.
-      picture: a small frame of it for the summary, where one could be read.
+      picture: a small frame for the summary, if one could be read.
     """
 
     id: str
@@ -78,7 +77,7 @@ class Reject:
 
 @runtime_checkable
 class RandomAccess(Protocol):
-    """Clips by number, as mappings with `id`, `video` and `caption`. Its identity is all that decides them."""
+    """Clips by number, as mappings with `id`, `video` and `caption`. `identity` is everything that determines them."""
 
     @property
     def identity(self) -> Identity: ...
@@ -90,7 +89,7 @@ class RandomAccess(Protocol):
 
 @runtime_checkable
 class ClipSource(Protocol):
-    """Clips in a fixed order, in units. Its identity is all that decides them."""
+    """Clips in a fixed order, in work units. `identity` is everything that determines them."""
 
     @property
     def identity(self) -> Identity: ...
@@ -99,20 +98,21 @@ class ClipSource(Protocol):
     def units(self) -> int: ...
 
     def expected(self, unit: int) -> int | None:
-        """How many clips and rejects a unit has; None where that shows when it is read."""
+        """Returns the number of clips and rejects in a unit; None if this is known only after reading it."""
         ...
 
     def read(self, units: Iterable[int]) -> Iterator[Clip | Reject | None]:
-        """What units have, in order, and None after each. Those that come next may be prepared meanwhile."""
+        """Yields the clips and rejects of units in order, with None after each unit. Later units may be prepared in the
+        meantime."""
         ...
 
 
 class InUnits:
-    """Clips by number, as a `ClipSource`.
+    """Turns clips by number into a `ClipSource`.
 
     Args:
-      clips: what a mapping of it holds besides id, video and caption is kept, unless it is an array.
-      size: clips of a unit.
+      clips: the clips; whatever their mappings contain besides id, video and caption is kept, except arrays.
+      size: clips per unit.
     """
 
     def __init__(self, clips: RandomAccess, size: int = 256) -> None:
@@ -144,7 +144,7 @@ class InUnits:
 
 
 def in_turn(read: Callable[[int], Iterable[T]], units: Iterable[int]) -> Iterator[T | None]:
-    """What units have, one after the other, and None after each."""
+    """Yields the items of units, one unit after the other, with None after each."""
     for unit in units:
         yield from read(unit)
         yield None

@@ -1,4 +1,4 @@
-"""Where a video's clips begin, and where their shots end."""
+"""Decides where a video's clips begin, and where their shots end."""
 
 from __future__ import annotations
 
@@ -20,42 +20,42 @@ def clip_starts(
     last: float = 0.0,
     slack: float = SLACK,
 ) -> tuple[float, ...]:
-    """Times at which clips begin, none of which crosses a cut or leaves the part that is meant.
+    """Returns the start times of clips, none of which crosses a cut or leaves the selected part.
 
-    Without a stride, a shot holds as many clips as fit one behind the other, with the rest of its time shared equally
-    before, between and behind them. When that is more than `most`, clips are taken that are spread over the video.
+    Without a stride, a shot gives as many consecutive clips as fit, and the remaining time is divided equally before,
+    between and after them. If that is more than `most`, clips spread over the whole video are chosen.
 
     Args:
-      seconds: the video's length.
-      length: what a clip needs in seconds, from its first frame's beginning to its last one's.
-      start, end: the part that is meant, in seconds.
-      cuts: times of shot cuts in seconds; those outside the part are of no concern.
-      stride: seconds between beginnings in a shot, from its beginning.
-      most: how many clips a video gives at most.
-      last: seconds for which the last frame is shown. A shot may end meanwhile, but no other clip begins.
+      seconds: length of the video.
+      length: seconds that a clip needs, from the beginning of its first frame to the beginning of its last.
+      start, end: the part to use, in seconds.
+      cuts: times of shot cuts in seconds; those outside the part are ignored.
+      stride: seconds between start times, counted from the beginning of each shot.
+      most: maximum number of clips per video.
+      last: seconds for which the last frame is shown. A shot may end during that time, but no other clip may begin.
       slack: seconds by which a shot may be too short.
 
     Returns:
-      Times in seconds, ascending; none where no shot is as long as a clip.
+      Times in seconds, ascending; empty if no shot is long enough for a clip.
     """
     first, final = max(start or 0.0, 0.0), min(seconds if end is None else end, seconds)
     bounds = [first, *sorted({cut for cut in cuts if first < cut < final}), final]
     shots = [_in_shot(finish - begin, length, last, stride, slack) for begin, finish in pairwise(bounds)]
-    # They are counted, and not listed: a file that claims to last for years has too many.
+    # Clips are counted, not listed: a file that claims to last for years would have too many.
     total = sum(number for number, _, _ in shots)
     places = range(total) if total <= most else ((2 * i + 1) * total // (2 * most) for i in range(most))
     return tuple(round(time, 6) for time in _times(places, bounds, shots))
 
 
 def shot_end(start: float, end: float | None, cuts: Sequence[float]) -> float:
-    """Where the shot ends in which a clip begins at `start`, as far as `end` and `cuts` say it; else infinity."""
+    """Returns the end of the shot in which a clip begins at `start`, according to `end` and `cuts`; else infinity."""
     return min((time for time in (*cuts, *(() if end is None else (end,))) if time > start + SLACK), default=math.inf)
 
 
 def _times(
     places: Iterator[int] | range, bounds: Sequence[float], shots: Sequence[tuple[int, float, float]]
 ) -> Iterator[float]:
-    """When the clips at some places begin, which ascend."""
+    """Yields the start times of the clips with the given indices, which must ascend."""
     shot, before = 0, 0
     for place in places:
         while place - before >= shots[shot][0]:
@@ -66,8 +66,8 @@ def _times(
 
 
 def _in_shot(room: float, length: float, last: float, stride: float | None, slack: float) -> tuple[int, float, float]:
-    """How many clips a shot has, how long after its beginning the first one begins, and how long after that the next
-    one does."""
+    """Returns the number of clips in a shot, the time from its beginning to the first clip, and the time from one clip
+    to the next."""
     spare = room - length
     if room <= 0 or spare < -slack:
         return 0, 0.0, 0.0

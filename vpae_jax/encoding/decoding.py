@@ -1,10 +1,10 @@
-"""Frames of a video file at given times and of a given size.
+"""Reads frames of a video file at given times and of a given size.
 
 Times are seconds after the stream's start, where its first frame begins. Frames are resampled at a constant rate: each
-output time shows the last frame that has begun by then, as a player would. So a variable frame rate is right, and
-frames are dropped or repeated, never blended. Frames that are dropped are neither scaled nor converted.
+output time shows the last frame that has begun by then, as a player would. So variable frame rates are handled
+correctly, and frames are dropped or repeated, never blended. Dropped frames are neither scaled nor converted.
 
-This module, like all that runs in the workers of `pool.py`, imports neither JAX nor anything that does.
+Like everything that runs in the workers of `pool.py`, this module must not import JAX, directly or indirectly.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from vpae_jax.encoding import headers
 from vpae_jax.encoding.cutting import SLACK
 from vpae_jax.impostors import impostor
 
-# Containers of one video in one file. Playlists are not among them: they name other files.
+# Containers with a single video in a single file. Playlists are excluded, since they refer to other files.
 CONTAINERS = (
     "3g2,3gp,apng,asf,avi,dv,flv,gif,h264,hevc,ivf,live_flv,m4v,matroska,mj2,mov,mp4,mpeg,mpegts,mpegvideo,mxf,nut,ogg,"
     "rm,webm,yuv4mpegpipe"
 )
-# Metadata that is no UTF-8 is to be no error; from version 19 on PyAV reads it so by itself.
+# Metadata that is not UTF-8 must not be an error; from version 19 on, PyAV handles this itself.
 READABLE: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
-MAX_PIXELS = 2**25  # of a frame, 8192 x 4096: of a GIF it takes 134 MB, and other decoders hold up to 16 of 50 MB
+MAX_PIXELS = 2**25  # per frame, 8192 x 4096: 134 MB for a GIF; other decoders hold up to 16 frames of 50 MB
 LONGEST = 1e7  # seconds, four months
-SEEKS = (0.0, 2.0)  # seconds before the start; then the file is read from its beginning
-FOR_SEEKING = {"damaged", "unreadable"}  # what may be so because decoding began at a frame that depends on others
-EXACT = Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND  # without it greys come out 2 of 255 too dark
+SEEKS = (0.0, 2.0)  # seconds before the start to seek to; after that, the file is read from its beginning
+FOR_SEEKING = {"damaged", "unreadable"}  # may only be because decoding began at a frame that depends on others
+EXACT = Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND  # without it, greys are up to 2 of 255 too dark
 HDR = {ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67}
-UNSPECIFIED = 2  # FFmpeg's number for a matrix of colours that the file does not say
-LATEST = 2**62  # of a container's ticks: later than any frame
+UNSPECIFIED = 2  # FFmpeg's number for an unspecified colour matrix
+LATEST = 2**62  # in ticks of the container's clock: later than any frame
 
 
 class Unreadable(Exception):
@@ -53,7 +53,7 @@ class Unreadable(Exception):
     Attributes:
       kind: one or two words, by which rejects are counted.
       reason: one line.
-      passing: whether it is the system's trouble, and may be gone when the file is read again.
+      passing: whether the cause is a transient error of the system, which may be gone when the file is read again.
     """
 
     def __init__(self, kind: str, reason: str, passing: bool = False):
@@ -63,14 +63,14 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True)
 class Probe:
-    """What a file says of its video.
+    """Properties of a video file.
 
     Attributes:
-      height, width: as shown: turned upright, pixels made square.
-      seconds: from the first frame to the last one's end.
-      slack: seconds by which a clip's last frame may begin later than that, and yet be read.
-      fps: frames a second on average.
-      codec: FFmpeg's name.
+      height, width: as displayed: rotated upright, with square pixels.
+      seconds: from the first frame to the end of the last one.
+      slack: seconds by which a clip's last frame may begin later than that and still be read.
+      fps: average number of frames per second.
+      codec: FFmpeg's name of the codec.
     """
 
     height: int
@@ -85,7 +85,7 @@ def probe(path: Path) -> Probe:
     """Reads a file's header and decodes its first frame.
 
     Raises:
-      Unreadable: no video that can be decoded, or an absurd size or length.
+      Unreadable: there is no video that can be decoded, or its size or length is absurd.
     """
     try:
         return _probe(path)
@@ -125,20 +125,21 @@ def read_frames(
     out: UInt8[np.ndarray, "{count} {height} {width} 3"] | None = None,
     until: float = math.inf,
 ) -> UInt8[np.ndarray, "{count} {height} {width} 3"]:
-    """`count` frames from `start` on, `1 / fps` seconds apart, scaled to cover `height` x `width` and cropped to it.
+    """Reads `count` frames from `start` on, `1 / fps` seconds apart, scaled to cover `height` x `width` and
+    centre-cropped.
 
     Args:
       path: a video.
       start: seconds after the stream's start.
-      count: frames.
-      fps: frames a second.
-      height, width: of the result; the centre of what is shown is kept.
-      out: where the frames go; new memory by default.
-      until: seconds after the stream's start, where the shot ends: what begins then is not shown, and what is shown
-        then stays.
+      count: number of frames.
+      fps: frames per second.
+      height, width: size of the result.
+      out: array to fill; by default a new one.
+      until: end of the shot, in seconds after the stream's start: frames that begin there are not shown; the frame
+        before stays on.
 
     Raises:
-      Unreadable: the file has no such frames, or they are damaged.
+      Unreadable: the file does not have these frames, or they are damaged.
     """
     if out is None:
         out = np.empty((count, height, width, 3), np.uint8)
@@ -168,18 +169,18 @@ def _fill(
     until: float,
     origin: int | None = None,
 ) -> bool:
-    """Fills `out`; False when decoding began after `start`, or nowhere, so that a frame is missing before it. It may do
-    so where the video's origin on the file's clock is given; else the file is at its beginning."""
+    """Fills `out`. Returns False if decoding began after `start`, or not at all, so that an earlier frame is missing.
+    This can only happen after a seek, when the video's `origin` on the file's clock is given."""
     from_beginning = origin is None
     slack = headers.slack(stream)
-    near = max(slack, SLACK)  # of times that a manifest gave: where the clip begins, and where the shot ends
+    near = max(slack, SLACK)  # for times from a manifest: where the clip begins, and where the shot ends
     write = _Writer(out, _aspect(stream))
     held: VideoFrame | None = None
     end = 0.0
     due = 0
 
     def past(time: float) -> bool:
-        """Whether something that begins at this time is no longer due."""
+        """Whether the next output time lies before this time."""
         return start + due / fps + (slack if due else near) < time
 
     for time, frame in _frames(container, stream, origin):
@@ -188,7 +189,7 @@ def _fill(
         if held is not None and time >= until - near:
             end = until
             break
-        # What is held shows until this frame begins. The first frame also stands for the times before it.
+        # The held frame is shown until this one begins. The first frame also stands for the times before it.
         while held is not None and due < len(out) and past(time):
             write(held, due)
             due += 1
@@ -210,7 +211,7 @@ def _fill(
 
 
 class _Writer:
-    """Converts kept frames to upright RGB of one size, a frame that is shown twice only once."""
+    """Converts the frames that are kept to upright RGB of one size; a repeated frame is converted only once."""
 
     def __init__(self, out: UInt8[np.ndarray, "count height width 3"], aspect: Fraction):
         self.out = out
@@ -224,17 +225,17 @@ class _Writer:
             self.out[index] = self.out[index - 1]
             return
         if frame.is_corrupt:
-            raise Unreadable("damaged", "a frame cannot be decoded whole")
+            raise Unreadable("damaged", "a frame cannot be decoded completely")
         self.last = frame
-        # Asked once: a frame that was asked for it refers to itself, and stays until Python looks for such.
+        # Looked up only once: this makes a frame refer to itself, so that it stays in memory until garbage collection.
         turn = self.turn = self.turn or _turn(frame)
         rows, columns = self.out.shape[1:3]
         shown_height, shown_width = _upright_size(frame, turn, self.aspect)
         scale = max(rows / shown_height, columns / shown_width)
         height, width = (max(math.ceil(n * scale - 1e-6), 1) for n in (shown_height, shown_width))
-        if height * width > MAX_PIXELS:  # of one that is very long
+        if height * width > MAX_PIXELS:  # a very elongated frame
             raise Unreadable(
-                "too large", f"has {width}x{height} pixels before it is cropped; at most {MAX_PIXELS} are made"
+                "too large", f"has {width}x{height} pixels before cropping; at most {MAX_PIXELS} are supported"
             )
         picture = turn.apply(self.to_rgb(frame, *((width, height) if turn.swap else (height, width))))
         top, left = (height - rows) // 2, (width - columns) // 2
@@ -245,7 +246,7 @@ class _ToRGB:
     """Scales frames and converts them to RGB; transparent parts become black, and HDR is mapped to BT.709."""
 
     def __init__(self) -> None:
-        # swscale keeps its tables as long as it is given frames of one kind; for HDR they take seconds to make.
+        # swscale reuses its tables as long as all frames are of one kind; for HDR they take seconds to build.
         self.scale, self.interleave = VideoReformatter(), VideoReformatter()
 
     def __call__(self, frame: VideoFrame, height: int, width: int) -> UInt8[np.ndarray, "{height} {width} 3"]:
@@ -254,7 +255,7 @@ class _ToRGB:
         if frame.color_trc in HDR:
             settings = {"dst_color_trc": ColorTrc.BT709, "dst_color_primaries": ColorPrimaries.BT709}
         elif frame.colorspace == UNSPECIFIED and not frame.format.is_rgb:
-            # As players guess: high definition is BT.709, the rest BT.601.
+            # As players assume: high definition is BT.709, the rest BT.601.
             large = frame.width >= 1280 or frame.height > 576
             settings = {"src_colorspace": Colorspace.ITU709 if large else Colorspace.ITU601}
         converted = self.scale.reformat(
@@ -269,12 +270,12 @@ class _ToRGB:
         if alpha:
             picture = _pixels(converted, 4)
             return (picture[..., :3].astype(np.uint16) * picture[..., 3:] // 255).astype(np.uint8)
-        # The same numbers as straight to rgb24, in half of the time.
+        # Gives the same values as converting to rgb24 directly, in half the time.
         return _pixels(self.interleave.reformat(converted, format="rgb24", threads=1), 3)
 
 
 def _pixels(frame: VideoFrame, channels: int) -> UInt8[np.ndarray, "h w {channels}"]:
-    """The memory of a frame whose channels lie beside one another."""
+    """Returns a view of the memory of a frame with interleaved channels."""
     plane = frame.planes[0]
     rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)
     return rows[: frame.height, : frame.width * channels].reshape(frame.height, frame.width, channels)
@@ -282,7 +283,7 @@ def _pixels(frame: VideoFrame, channels: int) -> UInt8[np.ndarray, "h w {channel
 
 @dataclass(frozen=True)
 class _Turn:
-    """How a decoded picture is brought upright: transposed, then mirrored."""
+    """How a decoded image is brought upright: transposed, then mirrored."""
 
     swap: bool = False
     left_right: bool = False
@@ -295,7 +296,7 @@ class _Turn:
 
 
 def _turn(frame: VideoFrame) -> _Turn:
-    """From the display matrix: x' = a x + c y, y' = b x + d y, here in quarter turns."""
+    """Reads the display matrix, x' = a x + c y, y' = b x + d y, as quarter turns and reflections."""
     side = frame.side_data.get("DISPLAYMATRIX")
     if side is None:
         return _Turn()
@@ -306,43 +307,43 @@ def _turn(frame: VideoFrame) -> _Turn:
 
 
 def _aspect(stream: Any) -> Fraction:
-    """A pixel's width over its height, where the file says something that can be meant."""
+    """Returns a pixel's width over its height; 1 if the file gives none, or an implausible one."""
     found = stream.sample_aspect_ratio
-    # From PyAV 19 on it is of a class of its own.
+    # From version 19 on, PyAV has its own class for this.
     aspect = Fraction(found.numerator, found.denominator) if found else Fraction(1)
     return aspect if Fraction(1, 16) <= aspect <= 16 else Fraction(1)
 
 
 def _upright_size(frame: VideoFrame, turn: _Turn, aspect: Fraction) -> tuple[int, int]:
-    """Height and width as shown: pixels that are not square are made so by stretching the width."""
+    """Returns height and width as displayed; pixels that are not square are made so by stretching the width."""
     width = max(round(frame.width * aspect), 1)
     return (width, frame.height) if turn.swap else (frame.height, width)
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """A file and its video stream, decoded by one thread: there are as many workers as there is work for."""
+    """Opens a file and its video stream. It is decoded by one thread, since parallelism comes from the workers."""
     with _decoding():
         if not path.is_file():
-            raise Unreadable("unreadable", "is no file" if path.exists() else "does not exist")
+            raise Unreadable("unreadable", "is not a file" if path.exists() else "does not exist")
         container = av.open(
             f"file:{path}",
             **READABLE,
             options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"},
         )
     with container:
-        pictures = [s for s in container.streams.video if not s.disposition & 0x400]  # no cover of a piece of music
+        pictures = [s for s in container.streams.video if not s.disposition & 0x400]  # excludes cover art of music
         if not pictures:
             raise Unreadable("no video", "has no video stream")
         stream = pictures[0]
         context = stream.codec_context
         if context is None:
-            raise Unreadable("unreadable", "is of a codec that FFmpeg does not decode")
+            raise Unreadable("unreadable", "has a codec that FFmpeg cannot decode")
         if context.width * context.height > MAX_PIXELS:
             raise Unreadable(
-                "too large", f"has {context.width}x{context.height} pixels; at most {MAX_PIXELS} are decoded"
+                "too large", f"has {context.width}x{context.height} pixels; at most {MAX_PIXELS} are supported"
             )
-        # Decoders count columns in multiples of 64.
+        # Decoders round the number of columns up to a multiple of 64.
         context.options = {"max_pixels": str(MAX_PIXELS + 64 * 2**16)}
         context.thread_count = 1
         yield container, stream
@@ -350,23 +351,23 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
 
 @contextmanager
 def _decoding() -> Iterator[None]:
-    """FFmpeg's errors and the system's become `Unreadable`."""
+    """Converts errors of FFmpeg and of the system to `Unreadable`."""
     try:
         yield
-    except IndexError as error:  # PyAV's, when a damaged file announces another stream in its middle
+    except IndexError as error:  # PyAV raises this when a damaged file announces another stream midway
         raise Unreadable("unreadable", "cannot be decoded: its streams change") from error
     except (FFmpegError, OSError) as error:
         why = (error.strerror or str(error)).lower()
-        # FFmpeg passes on the system's numbers, and uses two of them as its own: EPERM for anything, and EIO for a file
-        # that ends too early, which is taken for the system's.
+        # FFmpeg passes on the system's error numbers, but uses two of them itself: EPERM for any error, and EIO for a
+        # file that ends too early. The latter cannot be told from the system's, and is treated as such.
         if isinstance(error, OSError | MemoryError) and error.errno != errno.EPERM:
             raise Unreadable("unreadable", f"cannot be read: {why}", passing=True) from error
         raise Unreadable("unreadable", f"cannot be decoded: {why}") from error
 
 
 def _frames(container: Any, stream: Any, origin: int | None = None) -> Iterator[tuple[float, VideoFrame]]:
-    """Frames with their times in seconds, which never run backwards. The video begins at `origin` on the file's clock,
-    by default where the first packet says."""
+    """Yields frames with their times in seconds, which never decrease. `origin` is the beginning of the video on the
+    file's clock, by default the time of the first packet."""
     step = 1 / headers.rate(stream)
     last = -math.inf
     for packet in container.demux(stream):
@@ -381,8 +382,8 @@ def _frames(container: Any, stream: Any, origin: int | None = None) -> Iterator[
 
 
 def _seconds_of_packets(path: Path, from_last_keyframe: bool) -> float:
-    """How long the video is, from the times of its packets, which are read but not decoded: those of the whole file, or
-    the last ones."""
+    """Returns the length of the video from the timestamps of its packets, which are read but not decoded: either all
+    packets of the file, or those from the last keyframe on."""
     end, number = 0.0, 0
     with _opened(path) as (container, stream):
         packets = container.demux(stream)
@@ -396,6 +397,6 @@ def _seconds_of_packets(path: Path, from_last_keyframe: bool) -> float:
             if packet.pts is not None:
                 end = max(end, float((packet.pts - origin) * stream.time_base) + headers.duration(packet, stream))
         if not from_last_keyframe:
-            # Some formats give few packets a time.
+            # In some formats few packets have a timestamp.
             return max(end, 0 if stream.duration else number / headers.rate(stream))
     return end if end else _seconds_of_packets(path, from_last_keyframe=False)

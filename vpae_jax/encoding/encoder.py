@@ -1,11 +1,10 @@
-"""From clips to records: decoded ahead, brought together by size, encoded in batches, written unit by unit.
+"""Encodes clips into records: clips are decoded ahead, grouped by size, encoded in batches and written unit by unit.
 
     identity = describe(source, encoders)
     encode(source, encoders, Units(folder, identity, source.units))
 
-Each device of this process has a copy of the encoders and encodes batches of its own. Processes share the units and
-know nothing of each other: any of them may be killed, or join later. The one that ends the last unit makes the folder
-whole.
+Each device of this process has a copy of the encoders and encodes its own batches. Processes divide the units and do
+not communicate: any of them may be killed, or join later. The one that finishes the last unit completes the folder.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ R = TypeVar("R")
 
 @runtime_checkable
 class Captioned(Protocol):
-    """A clip, or what becomes one."""
+    """A clip, or something that a clip is made from."""
 
     @property
     def id(self) -> str: ...
@@ -59,21 +58,21 @@ class Captioned(Protocol):
 
 
 C = TypeVar("C", bound=Captioned)
-# Of each unit, so many clips are shown in the summary, each of another video.
+# Clips per unit that the summary may show, each of a different video.
 SHOWN = 12
-# Pixels of the longer side of a frame there.
+# Pixels of the longer side of a frame in the summary.
 SHOWN_SIDE = 160
-LONGEST = 300  # characters of a caption
+LONGEST = 300  # characters of a caption in the summary
 NOT_FINITE = "not finite"  # kind of reject
-# A unit of no other clips is not written when so many came one after the other: the model is to blame, not the clips.
+# If this many clips in a row are not finite and their unit has no others, the model is to blame, and encoding stops.
 BROKEN = 4
-# What it knows of every clip, where it was measured.
+# Measurements that the summary uses, if present.
 MEASURED = ("motion", "brightness", "black", "start", "fps", "seed")
 
 
 @runtime_checkable
 class Encoders(Protocol):
-    """What of `vpae_jax.inference.pipeline.Pipeline` is used here."""
+    """The part of `vpae_jax.inference.pipeline.Pipeline` that is used here."""
 
     @property
     def vae(self) -> Any: ...
@@ -101,14 +100,14 @@ class Encoders(Protocol):
 
 @dataclass(frozen=True)
 class Encoded:
-    """A clip, or a prompt alone, as its record keeps it.
+    """A clip, or a prompt alone, as stored in its record.
 
     Attributes:
       id: unique in its source.
       arrays: see `UnitWriter.add`.
-      about: plain JSON; the caption is in it, and of a prompt alone `num_frames`, `height` and `width`.
-      video: what it shows, for the summary; of a prompt alone the first frame that is given, if any.
-      size: [f, h, w, c] of the latents that are to be made, of a prompt alone.
+      about: plain JSON with the caption and, for a prompt alone, `num_frames`, `height` and `width`.
+      video: frames for the summary; for a prompt alone its first frame, if given.
+      size: for a prompt alone, [f, h, w, c] of the latents to generate.
     """
 
     id: str
@@ -119,7 +118,7 @@ class Encoded:
 
 
 def describe(source: ClipSource, encoders: Encoders) -> dict[str, Any]:
-    """What decides the records: the identity of their folder."""
+    """Returns everything that determines the records: the identity of their folder."""
     return {"source": source.identity, "encoders": fingerprint(encoders), "dtype": dtype_of(encoders.text_encoder)}
 
 
@@ -135,15 +134,15 @@ def encode(
     """Encodes this process's share of the units that are not done yet.
 
     Args:
-      source: clips.
+      source: the clips.
       encoders: a pipeline.
-      units: the folder; its identity is `describe`'s.
+      units: the folder; its identity must be that of `describe`.
       batch_size: clips that a device encodes at once.
-      process, processes: which share.
-      devices: this process's by default.
+      process, processes: index of this process, and number of processes that divide the units.
+      devices: by default all of this process.
 
     Returns:
-      Whether all units are done, by whomever, and the folder can be read.
+      Whether all units are done (by any process) and the folder can be read.
     """
     return fill(
         units,
@@ -158,26 +157,26 @@ def encode(
 
 
 def encode_into(root: Path, source: ClipSource, encoders: Encoders, batch_size: int) -> Path:
-    """Encodes all clips into a folder of `root` that is named by what decides them. Of several processes all call this,
-    and each encodes its share.
+    """Encodes all clips into a folder below `root`, named after a hash of their identity. All processes of a run must
+    call this; each encodes its share.
 
     Returns:
-      The folder, complete.
+      The complete folder.
 
     Raises:
-      UserError: as `encode`; the other processes did not come so far.
+      UserError: as `encode`, or another process did not get this far.
     """
     identity = describe(source, encoders)
     folder = root / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     units = Units(folder, identity, source.units)
-    if not units.complete():  # a shard that was lost since is made again
+    if not units.complete():  # also if a shard was lost later
         encode(source, encoders, units, batch_size, jax.process_index(), jax.process_count())
     wait_for_all("encoded")
     return folder
 
 
 def on_devices(encode: Callable[..., R], encoders: Encoders, devices: Sequence[Any] | None) -> list[Callable[..., R]]:
-    """`encode` with a copy of the encoders on each of these devices, by default all of this process."""
+    """Binds `encode` to a copy of the encoders on each device, by default on all devices of this process."""
     return [partial(encode, encoders=encoders.on(device)) for device in devices or jax.local_devices()]
 
 
@@ -192,16 +191,18 @@ def fill(
     expected: Callable[[int], int | None],
     what: str = "clip",
 ) -> bool:
-    """Encodes units that are not done, and makes the folder readable once all are, by whomever; returns whether they
-    are.
+    """Encodes pending units, and completes the folder once all units are done (by any process).
 
     Args:
-      units: where to.
+      units: the folder.
       encoders: a pipeline.
-      pending: which units.
-      read: their items in a fixed order, None after each unit.
-      runs: makes what encodes a batch, if there is any.
+      pending: numbers of the units to encode.
+      read: yields their items in a fixed order, and None after each unit.
+      runs: creates the functions that encode a batch; called only if something is pending.
       batch_size, size, expected, what: see `write_units`.
+
+    Returns:
+      Whether all units are done.
 
     Raises:
       UserError: as `write_units`.
@@ -223,20 +224,20 @@ def write_units(
     expected: Callable[[int], int | None],
     what: str = "clip",
 ) -> None:
-    """Encodes units in batches of items of one unit and one size, and writes them, each while the next is encoded.
+    """Encodes units in batches of items of one unit and one size, and writes each unit while the next is encoded.
 
     Args:
-      units: where to.
-      pending: which.
-      items: of these in a fixed order, None after each unit.
-      runs: encode a batch; each is called by a thread of its own, one batch after the other.
-      batch_size: items of a batch; the last ones of a unit may be fewer.
-      size: what the items of a batch have in common.
-      expected: how many items a unit has, if that is known.
-      what: an item becomes, for people.
+      units: the folder.
+      pending: numbers of the units.
+      items: the items of these units in a fixed order, with None after each unit.
+      runs: functions that encode a batch; each is called in its own thread, one batch after the other.
+      batch_size: items per batch; the last ones of a unit may be fewer.
+      size: a key that all items of a batch have in common.
+      expected: returns the number of items in a unit, or None if unknown.
+      what: what an item is called in messages.
 
     Raises:
-      UserError: the units cannot be written, or hardly anything that is encoded is finite.
+      UserError: the units cannot be written, or all of several encoded items in a row are not finite.
     """
     with ExitStack() as stack:
         threads = []
@@ -246,7 +247,7 @@ def write_units(
             threads.append((thread, run))
         progress = stack.enter_context(Progress([expected(unit) for unit in pending], what))
         encoded = _in_batches(items, threads, batch_size, size)
-        spoilt: list[Reject] = []  # clips since the last one that was finite
+        spoilt: list[Reject] = []  # non-finite clips since the last finite one
         for unit in pending:
             with units.write(unit) as writer:
                 shown: list[Any] = []
@@ -262,12 +263,12 @@ def write_units(
                 else:
                     raise ValueError(f"unit {unit} has no end")
                 if len(spoilt) >= BROKEN and not writer.clips:
-                    raise UserError(f"none of the last {len(spoilt)} clips is finite; {spoilt[-1].reason}")
+                    raise UserError(f"none of the last {len(spoilt)} clips is finite: {spoilt[-1].reason}")
             progress.end_of_unit()
 
 
 def _write(writer: UnitWriter, item: Encoded | Reject, shown: list[Any]) -> Reject | None:
-    """Adds a clip and what the summary shows of it, or lists why there is none, which is returned."""
+    """Adds a clip and its notes for the summary, or else records a reject, which is returned."""
     if isinstance(item, Encoded):
         try:
             writer.add(item.id, item.arrays, item.about, item.size)
@@ -288,10 +289,10 @@ def _in_batches(
     batch_size: int,
     size: Callable[[T], Hashable],
 ) -> Iterator[Encoded | Reject | None]:
-    """What is encoded, in the order in which batches were filled, rejects between them, and None after each unit.
+    """Yields encoded items in the order in which batches were filled, rejects between them, and None after each unit.
 
-    Each thread has work waiting, of the next unit when there is no more of this one; of that after it there is not,
-    so that what waits does not grow when little is encoded.
+    Each thread has work queued, from the next unit if this one has no more. Nothing is queued from the unit after that,
+    so that the queue does not grow when there is little to encode.
     """
     filling: dict[Hashable, list[T]] = {}
     queue: deque[Future[list[Encoded]] | Reject | None] = deque()
@@ -304,7 +305,7 @@ def _in_batches(
         flying += 1
 
     def come(batches: int, units: int) -> Iterator[Encoded | Reject | None]:
-        """What has come in its turn; waits while there are more in the queue than these."""
+        """Yields finished results in order; waits while the queue holds more batches or units than given."""
         nonlocal flying, ends
         while queue:
             head = queue[0]
@@ -338,7 +339,7 @@ def _in_batches(
 
 
 def _failing_in_turn(items: Iterable[T]) -> Iterator[T | Future[Any]]:
-    """The items, and a future of why there are no more: what comes before a failure to read is not lost to it."""
+    """Yields the items, and on a read error a future that raises it, so that earlier items are still processed."""
     try:
         yield from items
     except (OSError, UserError) as error:
@@ -348,7 +349,7 @@ def _failing_in_turn(items: Iterable[T]) -> Iterator[T | Future[Any]]:
 
 
 def _encode(clips: list[Clip], encoders: Encoders, batch_size: int) -> list[Encoded]:
-    """Encodes clips of one size. The batch is filled up to `batch_size`, so that one program serves all."""
+    """Encodes clips of one size. The batch is padded to `batch_size`, so that a single compiled program suffices."""
     padded = [clips[min(i, len(clips) - 1)] for i in range(batch_size)]
     video = np.stack([clip.video for clip in padded])
     _, t, height, width, _ = video.shape
@@ -358,29 +359,29 @@ def _encode(clips: list[Clip], encoders: Encoders, batch_size: int) -> list[Enco
     arrays = arrays_of(latents, condition)
     result = []
     for row, clip in enumerate(clips):
-        about = {**clip.about, "caption": clip.caption}  # a column of that name may be another
+        about = {**clip.about, "caption": clip.caption}  # overrides a column of that name
         result.append(Encoded(clip.id, {name: x[row] for name, x in arrays.items()}, about, clip.video))
     return result
 
 
 def too_long(encoders: Encoders, caption: str) -> Refusal | None:
-    """Why a caption is not used that has more tokens than the text encoder reads."""
+    """Returns why a caption is rejected if it has more tokens than the text encoder reads; else None."""
     try:
         encoders.tokenize([caption])
     except TooLong as error:
-        return "caption", f"{error.tokens} tokens, the text encoder reads at most {error.limit}"
+        return "caption", f"has {error.tokens} tokens; the text encoder reads at most {error.limit}"
     return None
 
 
 def fitting(items: Iterable[C | Reject | None], encoders: Encoders) -> Iterator[C | Reject | None]:
-    """The items; those whose captions are too long as rejects."""
+    """Yields the items, with those whose captions are too long replaced by rejects."""
     for item in items:
         refusal = None if item is None or isinstance(item, Reject) else too_long(encoders, item.caption)
         yield item if item is None or refusal is None else Reject(item.id, *refusal)
 
 
 def arrays_of(latents: Any, condition: Any) -> dict[str, np.ndarray]:
-    """A batch's latents, if any, and conditions on the host, by the names that records have for them."""
+    """Returns a batch's latents (if any) and conditions on the host, by the names used in records."""
     arrays = {
         "latents": latents,
         "text": condition.text,
@@ -392,7 +393,7 @@ def arrays_of(latents: Any, condition: Any) -> dict[str, np.ndarray]:
 
 
 def note(item: Encoded, shown: bool) -> dict[str, Any]:
-    """What `encoding.summary` knows of a clip: a picture of some, and what was measured."""
+    """Returns what `encoding.summary` needs to know about a clip: its measurements, and an image if it is shown."""
     kept: dict[str, Any] = {name: item.about[name] for name in MEASURED if name in item.about}
     if shown:
         kept |= {"shown": True} if item.video is None else {"picture": strip(item.video)}
@@ -404,7 +405,7 @@ def note(item: Encoded, shown: bool) -> dict[str, Any]:
 
 
 def strip(video: UInt8[np.ndarray, "t height width 3"]) -> str:
-    """A clip's first, middle and last frame side by side, or its only one, as `pages.jpeg` makes it."""
+    """Returns a clip's first, middle and last frame side by side (or its only frame), encoded by `pages.jpeg`."""
     frames = [Image.fromarray(video[i]) for i in sorted({0, len(video) // 2, len(video) - 1})]
     for frame in frames:
         frame.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
@@ -416,9 +417,12 @@ def strip(video: UInt8[np.ndarray, "t height width 3"]) -> str:
 
 
 def fingerprint(encoders: Encoders) -> str:
-    """16 hexadecimal digits of the encoders' configs and weights, the tokenizer's pieces, the image preparation and the
-    negative prompt. Weights are compared as bfloat16, so that one model has one print whatever it is loaded as; those
-    that were left in their files are read from there, one after the other."""
+    """Returns a hash (16 hexadecimal digits) of the encoders' configs and weights, the tokenizer's vocabulary, the
+    image preprocessing and the negative prompt.
+
+    Weights are hashed as bfloat16, so that a model has the same fingerprint whatever dtype it is loaded in. Weights
+    that were not loaded are read from their files, one at a time.
+    """
     digest = hashlib.sha256()
     models = {part: getattr(encoders, part) for part in ("vae", "text_encoder", "image_encoder")}
     for part, model in models.items():
@@ -431,10 +435,10 @@ def fingerprint(encoders: Encoders) -> str:
 
 
 def add_weights(digest: Any, model: Any, directory: ModelDirectory | None = None, part: str = "") -> None:
-    """Takes a model's config and weights, as bfloat16, into a `hashlib` digest.
+    """Adds a model's config and its weights, as bfloat16, to a `hashlib` digest.
 
     Args:
-      directory, part: where weights are of which the model has the shapes alone.
+      directory, part: where to read weights of which the model only has the shapes.
     """
     digest.update(repr(model.config).encode())
     leaves = jax.tree_util.tree_flatten_with_path(nnx.split(model, nnx.Param, ...)[1])[0]
@@ -443,7 +447,7 @@ def add_weights(digest: Any, model: Any, directory: ModelDirectory | None = None
         for path, value in leaves:
             if isinstance(value, jax.ShapeDtypeStruct):
                 if read is None:
-                    assert directory is not None  # `load_pipeline` knows it
+                    assert directory is not None  # set by `load_pipeline`
                     read = stack.enter_context(open_parameters(directory, part, ml_dtypes.bfloat16))
                 value = read(param_path(path))
             host = np.asarray(value).astype(ml_dtypes.bfloat16)
@@ -452,12 +456,12 @@ def add_weights(digest: Any, model: Any, directory: ModelDirectory | None = None
 
 
 def dtype_of(model: Any) -> str:
-    """The name of the dtype that a model's weights are in, and that it computes in as `load_pipeline` makes it."""
+    """Returns the name of the dtype of a model's weights, which is also its compute dtype in `load_pipeline`."""
     return str(jax.tree.leaves(nnx.state(model, nnx.Param))[0].dtype)
 
 
 def encode_video(vae: nnx.Module, video: UInt8[np.ndarray, "b t height width 3"]) -> Latents:
-    """`vae.encode` of pixels 0..255, compiled."""
+    """Encodes pixels in 0..255 with `vae.encode`, compiled."""
     return _encode_video(*nnx.split(vae), video)
 
 

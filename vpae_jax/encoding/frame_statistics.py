@@ -1,4 +1,4 @@
-"""What is measured of a clip's frames, on small grey copies."""
+"""Measurements of a clip's frames, on small grey copies."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import NotRequired, TypedDict
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-SMALL = 60  # pixels of the shorter side, at least
-BLACK = 24  # a frame's mean grey value below which it is black, of 0..255
+SMALL = 60  # minimum number of pixels of the shorter side
+BLACK = 24  # mean grey value, in 0..255, below which a frame is black
 
 
 class Measures(TypedDict):
-    """Plain numbers, as they are kept with a clip.
+    """Measurements as plain numbers, which are stored with a clip.
 
-    motion: mean absolute difference of successive frames, 0..255; not there for a single frame.
+    motion: mean absolute difference of successive frames, 0..255; absent for a single frame.
     brightness: mean grey value, 0..255.
     contrast: standard deviation of grey values over pixels, averaged over frames.
-    black: share of frames that are black.
+    black: fraction of frames that are black.
     """
 
     motion: NotRequired[float]
@@ -27,7 +27,7 @@ class Measures(TypedDict):
 
 
 def measure(video: UInt8[np.ndarray, "t height width 3"]) -> Measures:
-    """A clip's measures."""
+    """Measures a clip."""
     grey = small_grey(video)
     means = grey.mean((1, 2))
     found = Measures(
@@ -41,7 +41,7 @@ def measure(video: UInt8[np.ndarray, "t height width 3"]) -> Measures:
 
 
 def small_grey(video: UInt8[np.ndarray, "t height width 3"]) -> Float32[np.ndarray, "t h w"]:
-    """Grey copies of every nth pixel, averaged by four."""
+    """Returns small grey copies: every nth pixel, averaged over squares of four."""
     step = max(min(video.shape[1:3]) // (2 * SMALL), 1)
     picked = video[:, ::step, ::step]
     rows = picked[..., 0].astype(np.uint16) + picked[..., 1] + picked[..., 2]

@@ -1,4 +1,4 @@
-"""What decides the records of a folder, as plain JSON, and how two of them differ."""
+"""Identities (plain JSON with everything that determines the records of a folder), and how two of them differ."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from collections.abc import Iterator, Mapping
 from itertools import zip_longest
 from typing import Any
 
-# Settings by their names; those of a part lie in a mapping of their own.
+# Settings by name; the settings of a part are a nested mapping.
 Identity = Mapping[str, Any]
 
-# What has changed where one of these differs, which tell nothing by themselves.
+# Messages for digests that differ, since the digests themselves are not informative.
 DIGESTS = {
-    "source.manifest.digest": "the list of videos, or their captions, have changed",
+    "source.manifest.digest": "the list of videos or their captions have changed",
     "source.digest": "the captions have changed",
-    "encoders": "the model has other encoders",
-    "teacher.weights": "the teacher is another one",
+    "encoders": "the model has different encoders",
+    "teacher.weights": "the teacher has different weights",
 }
-LONGEST, BEFORE = 80, 20  # characters of a value that are shown, and of them before the first that differs
+LONGEST, BEFORE = 80, 20  # characters of a value that are shown, and how many of them before the first difference
 _ABSENT = object()
 
 
 def differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
-    """Each setting that differs, by its full name, with both values: "source.fps is 8.0 there, 7.0 here". Of digests
-    what they stand for."""
+    """Yields a message for each setting that differs, with its full name and both values: "source.fps is 8.0 there, 7.0
+    here". For digests the message says what they stand for."""
     if isinstance(there, Mapping) and isinstance(here, Mapping):
         for key in {**here, **there}:
             yield from differences(there.get(key, _ABSENT), here.get(key, _ABSENT), f"{name}.{key}" if name else key)
@@ -38,7 +38,7 @@ def _told(value: Any) -> str:
 
 
 def _cut(*texts: str) -> list[str]:
-    """Two texts, or where they begin to differ when one is long."""
+    """Returns both texts; if one is long, only the region where they begin to differ."""
     if max(map(len, texts)) <= LONGEST:
         return list(texts)
     first = next(place for place, letters in enumerate(zip_longest(*texts)) if len(set(letters)) > 1)

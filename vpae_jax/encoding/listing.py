@@ -1,4 +1,4 @@
-"""A folder of videos with captions beside them, read as a table; and which files below a folder may be read."""
+"""Reads a folder of videos and caption files as a table, and checks which files below a folder may be read."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ FOLLOWED = "give a folder that holds both, or a copy with its links followed (`c
 
 
 class Linked(Refused):
-    """A link that is not followed; the reason says where it leads and what to do."""
+    """A link that is not followed; the reason names its target and the remedy."""
 
 
 class FolderTable:
-    """Videos below a folder in the order of their names, hidden ones left out.
+    """The videos below a folder, sorted by name, without hidden ones.
 
-    A row has `path`, relative to the folder; `caption`, from NAME.json (under "caption", "text" or "prompt") or, where
-    that has none, NAME.txt beside the video NAME.mp4; and what NAME.json says of `start`, `end` and `cuts`, and more.
-    Links to folders are not followed; each is a row that is refused. Names are kept as bytes, one after the other.
+    A row has `path`, relative to the folder; `caption`, from NAME.json (under "caption", "text" or "prompt") or else
+    from NAME.txt next to the video NAME.mp4; and `start`, `end`, `cuts` and anything else in NAME.json. Links to
+    folders are not followed; each is a rejected row. Names are stored in one byte array, to save memory.
 
     Args:
       root: the folder.
-      flag: by which it was given, for messages.
+      flag: the flag that named it, for messages.
 
     Raises:
-      UserError: no videos in it; or, when it is scanned, none that can be read and has a caption.
+      UserError: the folder has no videos; or, when scanned, none that is readable and has a caption.
     """
 
     def __init__(self, root: Path, flag: str = "--videos") -> None:
@@ -54,11 +54,11 @@ class FolderTable:
             self.ends.append(len(self.names))
         if len(self.ends) == 1:
             image = next(_walk(self.root, IMAGES), None)
-            images = f", but images, as {image!r}, which are no videos" if image else ""
+            images = f", only images such as {image!r}" if image else ""
             raise UserError(
                 printable(
-                    f"{root} holds no videos ({' '.join(SUFFIXES)}){images}; give another folder with {flag}=FOLDER, "
-                    f"or {IN_A_TABLE}"
+                    f"{root} contains no videos ({' '.join(SUFFIXES)}){images}; give another folder with "
+                    f"{flag}=FOLDER, or {IN_A_TABLE}"
                 )
             )
 
@@ -82,7 +82,7 @@ class FolderTable:
             raise UserError(printable(f"{self.root}: {self._none_used(*first)}"))
 
     def _unused(self, name: str) -> Refused | None:
-        """Why a video is not used, as far as its name and what stands beside it tell."""
+        """Returns why a video is not used, judging by its name and its caption files; None if it may be."""
         try:
             regular_file(self.root, name)
             text_of(self._described(name), "caption", "caption")
@@ -91,13 +91,13 @@ class FolderTable:
         return None
 
     def _none_used(self, name: str, why: Refused) -> str:
-        """That no video is used, by what there is to say of the first."""
+        """Formats the message that no video is used, with the reason of the first."""
         none = f"none of its {len(self.ends) - 1} videos"
         if isinstance(why, Linked):
             return f"{none} can be read: {'' if why.kind == 'caption' else repr(name) + ' '}{why.reason}"
         if why.kind != "caption":
             return f"{none} can be read: {name!r} {why.reason}; give another folder with {self.flag}=FOLDER"
-        remedy = f"put captions into NAME.txt beside NAME.mp4, or {IN_A_TABLE}"
+        remedy = f"put captions into NAME.txt next to NAME.mp4, or {IN_A_TABLE}"
         return f"{none} has a caption ({name!r}: {why.reason}); {remedy}"
 
     def read(self, first: int, count: int) -> list[TableRow | Refused]:
@@ -108,8 +108,8 @@ class FolderTable:
         return os.fsdecode(bytes(self.names[self.ends[number] : self.ends[number + 1]]))
 
     def _described(self, name: str) -> dict[str, Any]:
-        """What stands beside a video."""
-        found: dict[str, Any] = {"caption": Refused("caption", "no .txt or .json of the same name beside it")}
+        """Reads the caption files of a video."""
+        found: dict[str, Any] = {"caption": Refused("caption", "no .txt or .json file of the same name next to it")}
         try:
             for suffix, data in self._sidecars(name):
                 beside = os.path.splitext(os.path.basename(name))[0] + suffix
@@ -132,7 +132,7 @@ class FolderTable:
                     continue
                 raise type(refused)("caption", f"{beside!r} {refused.reason}") from refused
             if size > SIDECAR_BYTES:
-                raise Refused("caption", f"{beside!r} has {size} bytes, {SIDECAR_BYTES} at most")
+                raise Refused("caption", f"{beside!r} has {size} bytes, expected at most {SIDECAR_BYTES}")
             try:
                 with open(os.path.join(self.root, path), "rb") as file:
                     yield suffix.lower(), file.read(SIDECAR_BYTES)
@@ -141,16 +141,16 @@ class FolderTable:
 
 
 def regular_file(root: str, name: str, what: str = "the videos") -> os.stat_result:
-    """What is known of a file that lies below a folder, all links followed.
+    """Returns the status of a file that must lie below a folder, after following all links.
 
     Args:
-      root: the folder, as `os.path.realpath` gives it.
-      name: relative to it, or absolute.
-      what: the folder is one of, for messages.
+      root: the folder, as returned by `os.path.realpath`.
+      name: path of the file, relative to the folder or absolute.
+      what: what the folder contains, for messages.
 
     Raises:
-      Refused: "path" for one that lies elsewhere, is no file, or cannot be looked at; "missing" for none. It is
-        `Linked` where a link is to blame.
+      Refused: "path" if the file lies elsewhere, is not a regular file or is not accessible; "missing" if it does not
+        exist. The exception is a `Linked` if a link is the cause.
     """
     path = os.path.join(root, name)
     try:
@@ -162,16 +162,16 @@ def regular_file(root: str, name: str, what: str = "the videos") -> os.stat_resu
         found = os.stat(real)
     except (FileNotFoundError, NotADirectoryError) as error:
         if os.path.islink(path):
-            raise Linked("missing", f"is a link to {real!r}, which is not there; fetch or copy it") from error
+            raise Linked("missing", f"is a link to {real!r}, which does not exist; download or copy it") from error
         raise Refused("missing", f"no such file in the folder of {what}") from error
-    except (OSError, ValueError) as error:  # not allowed, a disk that is gone; a NUL or half a character
+    except (OSError, ValueError) as error:  # no permission, a disk that is gone; a NUL or half a character
         why = getattr(error, "strerror", None) or str(error)
         names = isinstance(error, ValueError) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
         raise Refused("path", why if names else f"cannot be read: {why}") from error
     if stat.S_ISDIR(found.st_mode) and os.path.islink(path):
         raise Linked("path", f"is a link to the folder {real!r}, which is not followed; {FOLLOWED}")
     if not stat.S_ISREG(found.st_mode):
-        raise Refused("path", "is a folder" if stat.S_ISDIR(found.st_mode) else "is no regular file")
+        raise Refused("path", "is a folder" if stat.S_ISDIR(found.st_mode) else "is not a regular file")
     return found
 
 
@@ -184,8 +184,8 @@ def is_video(name: str) -> bool:
 
 
 def _walk(root: str, suffixes: Sequence[str] = SUFFIXES) -> Iterator[str]:
-    """Names of videos, or of files with other suffixes, of links to folders, and of folders that cannot be read."""
-    waiting = ["/"]  # a folder's name ends in a slash
+    """Yields the names of files with the given suffixes, of links to folders, and of folders that cannot be read."""
+    waiting = ["/"]  # names of folders end in a slash
     while waiting:
         name = waiting.pop()
         if not name.endswith("/"):
@@ -226,9 +226,9 @@ def _parsed(beside: str, text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise Refused("caption", f"{beside!r} is no JSON: {error}") from error
+        raise Refused("caption", f"{beside!r} is not JSON: {error}") from error
     if not isinstance(found, dict):
-        raise Refused("caption", f"{beside!r} holds no JSON object")
+        raise Refused("caption", f"{beside!r} does not contain a JSON object")
     caption = next((found[key] for key in CAPTION_KEYS if key in found), None)
     if caption is None or (isinstance(caption, str) and not caption.strip()):
         caption = Refused("caption", f"{beside!r} has no caption under {', '.join(CAPTION_KEYS)}")

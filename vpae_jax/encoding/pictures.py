@@ -1,4 +1,4 @@
-"""First frames of prompts: which image file is whose, and what it shows."""
+"""First frames of prompts: which image file belongs to which prompt, and its pixels."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".PNG", "
 
 @dataclass(frozen=True)
 class Pictures:
-    """A folder of images, one a prompt.
+    """A folder of images, one per prompt.
 
     Attributes:
-      folder: where they are; a file must lie in it, all links followed.
-      column: of a table, the one that names files, relative to the folder. None: a row's column "image", if it has one;
-        else the file that is called as the prompt is, with an image's suffix.
+      folder: the folder; files must lie in it after following all links.
+      column: the table's column with file names, relative to the folder. If None, a row's column "image" is used if it
+        has one; else the file named after the prompt's id, with the suffix of an image.
 
     Raises:
       UserError: no such folder.
@@ -37,15 +37,16 @@ class Pictures:
             raise UserError(f"{self.folder}: no such folder; give the folder of the first frames with --images=FOLDER")
 
     def of(self, row: TableRow, name: str) -> tuple[str, Picture]:
-        """A prompt's file, relative to the folder, and its pixels.
+        """Returns a prompt's file, relative to the folder, and its pixels.
 
         Args:
-          row: the prompt's.
-          name: what the file is called where the row does not name one: `name`.png or with another of `SUFFIXES`.
+          row: the prompt's row.
+          name: name of the file, without suffix, if the row does not give one: `name`.png or with another of
+            `SUFFIXES`.
 
         Raises:
-          Refused: "missing" where there is no such file, "path" for one that lies elsewhere or is none, "image" for one
-            that cannot be read.
+          Refused: "missing" if there is no such file, "path" if it lies elsewhere or is not a file, "image" if it
+            cannot be read as an image.
         """
         root = os.path.realpath(self.folder)
         column = self.column or (COLUMN if COLUMN in row else None)
@@ -61,7 +62,7 @@ class Pictures:
 
 
 def _called(root: str, name: str) -> str:
-    """The image of a name. Raises `Refused` for none."""
+    """Returns the image file with this name. Raises `Refused` if there is none."""
     for suffix in SUFFIXES:
         if os.path.lexists(os.path.join(root, name + suffix)):
             return name + suffix

@@ -1,12 +1,12 @@
-"""Worker processes that may die: a crash or a hang of a decoder costs one task, and the rest go on.
+"""Worker processes that may die: if a decoder crashes or hangs, only one task is lost, and the others continue.
 
-Each worker is a fresh interpreter (no fork: JAX has threads) that imports what its tasks need and no more; unlike
-`multiprocessing` it does not import the parent's main module. A thread of the parent waits for each worker, kills it
-when a task takes too long, and starts another for the next task. Arrays come through memory that a worker shares with
-its parent, and that is used again for the next task: new pages cost more than the copy that the parent's thread makes.
+Each worker is a fresh interpreter (not forked, because JAX uses threads) that imports only what its tasks need; unlike
+in `multiprocessing`, it does not import the parent's main module. For each worker, a thread of the parent waits, kills
+it when a task takes too long, and starts another for the next task. Arrays are returned in memory shared between worker
+and parent, which is reused for the next task: new pages would cost more than the copy made by the parent's thread.
 
-Why not pebble: its workers import the main module, so JAX, outlive a parent that is killed while they hang, and pass a
-clip of 97 MB on in 1.5 s; here that takes 0.06 s.
+Why not pebble: its workers import the main module and therefore JAX, outlive a parent that is killed while they hang,
+and take 1.5 s to return a clip of 97 MB, against 0.06 s here.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-HEADER = 8  # bytes that say how long a message is
-# A worker ends itself after this many timeouts: its parent, which should have ended it, is gone.
+HEADER = 8  # bytes for the length of a message
+# A worker ends itself after this many timeouts, since its parent, which should have killed it, must be gone.
 ORPHAN = 2
-DYING = 5.0  # seconds that a worker which has hung up is given to end
-MEMORY = 2**32  # bytes of its own that a worker may take: a decoder of 8K holds half of that
-STARTING = 300.0  # seconds that a worker is given to import what it needs; none of them is a task's
-# Interrupts from the keyboard are the parent's to handle; libraries for matrices need no threads of their own.
+DYING = 5.0  # seconds for a worker to exit after it has closed its connection
+MEMORY = 2**32  # bytes of private memory per worker: a decoder of 8K video needs half of that
+STARTING = 300.0  # seconds for a worker to import its modules; this does not count as part of a task
+# The parent handles keyboard interrupts; linear algebra libraries need no threads.
 START = (
     "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.path[:] = {path!r}; "
     "from vpae_jax.encoding.pool import serve; serve({fd}, {memory}, {limit!r}, {most})"
@@ -48,7 +48,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THR
 
 
 class Lost(Exception):
-    """A worker died over a task, or was killed because it took too long.
+    """A worker died while executing a task, or was killed because it took too long.
 
     Attributes:
       kind: "crashed" or "timeout".
@@ -66,7 +66,7 @@ class Pool:
     def __init__(self, workers: int, timeout: float):
         """
         Args:
-          workers: processes at a time.
+          workers: maximum number of processes at a time.
           timeout: seconds that a task may take.
         """
         self.timeout = timeout
@@ -74,19 +74,19 @@ class Pool:
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._workers: set[_Worker] = set()
         self._closing = threading.Event()
-        # Also when the pool is forgotten, and at the interpreter's end.
+        # Also called when the pool is garbage-collected, and at interpreter exit.
         self.close = weakref.finalize(self, _close, self._threads, self._workers, self._closing)
 
     def submit(self, function: Callable[..., Any], *args: Any, shape: tuple[int, ...] | None = None) -> Future[Any]:
-        """Has a worker call `function(*args)`, or `function(array, *args)` if an array's shape is given.
+        """Has a worker call `function(*args)`, or `function(array, *args)` if the shape of an array is given.
 
         Args:
-          function: importable; what it raises ends its worker.
-          args: picklable.
-          shape: of an array of uint8 for the function to fill.
+          function: must be importable; an exception ends its worker.
+          args: must be picklable.
+          shape: shape of a uint8 array for the function to fill.
 
         Returns:
-          A future of what the function returns, or of (array, what it returns). It raises `Lost` if there is none.
+          A future of the function's result, or of (array, result). It raises `Lost` if the worker is lost.
         """
         return self._threads.submit(self._run, (function, args, shape))
 
@@ -97,7 +97,7 @@ class Pool:
             worker = _Worker(self.timeout)
             self._workers.add(worker)
         try:
-            if self._closing.is_set():  # it may have come too late to be killed with the others
+            if self._closing.is_set():  # the worker may have started too late to be killed with the others
                 raise Lost("crashed", "the pool was closed")
             result = worker.call(task)
         except Lost:
@@ -109,18 +109,18 @@ class Pool:
 
 
 def _close(threads: ThreadPoolExecutor, workers: set[_Worker], closing: threading.Event) -> None:
-    """Drops all tasks and ends the workers."""
+    """Cancels all tasks and ends the workers."""
     closing.set()
     threads.shutdown(wait=False, cancel_futures=True)
     for worker in tuple(workers):
-        worker.process.kill()  # its thread, if it waits, sees it go
+        worker.process.kill()  # wakes its thread, if it is waiting
     threads.shutdown()
     while workers:
         workers.pop().end()
 
 
 class _Worker:
-    """A process, as its parent sees it."""
+    """The parent's side of a worker process."""
 
     def __init__(self, timeout: float):
         self.socket, theirs = socket.socketpair()
@@ -177,7 +177,7 @@ class _Worker:
 
 
 class _Memory:
-    """Memory that two processes share, as a file that no folder lists. One of them makes room, then both see it."""
+    """Memory shared by two processes, as an anonymous file. When one of them enlarges it, both see the new size."""
 
     def __init__(self, fd: int):
         self.fd = fd
@@ -195,26 +195,27 @@ class _Memory:
 
 
 def serve(fd: int, memory: int, limit: float, most: int) -> None:
-    """A worker's life: tasks come, results go, until the parent hangs up. A task of over `limit` seconds ends it, and
-    one fails that takes over `most` bytes of memory, not counting what is shared with the parent."""
+    """The main loop of a worker: receives tasks and sends results until the parent closes the connection. A task that
+    takes over `limit` seconds ends the worker; one that uses over `most` bytes of memory, not counting what is shared
+    with the parent, fails."""
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
-    parent = socket.socket(fileno=fd)  # stays open until the end, so that last words are written before it closes
+    parent = socket.socket(fileno=fd)  # stays open until the end, so that error messages are written before it closes
     shared = _Memory(memory)
-    with suppress(ConnectionError):  # what the parent sent, or that it has gone, is read below
+    with suppress(ConnectionError):  # whether the parent is gone is noticed below
         _send(parent, True)
     while True:
         try:
             function, args, shape = _receive(parent)
         except (EOFError, ConnectionError):
             return parent.close()
-        signal.setitimer(signal.ITIMER_REAL, limit)  # its signal ends a process that does not handle it
+        signal.setitimer(signal.ITIMER_REAL, limit)  # the signal ends the process, which does not handle it
         _send(parent, function(*args) if shape is None else function(shared.array(shape), *args))
         signal.setitimer(signal.ITIMER_REAL, 0)
-        gc.collect()  # what a task has left may take the room of the next
+        gc.collect()  # leftovers of a task may take the memory needed for the next
 
 
 def _anonymous_file() -> int:
-    """A file in memory, gone with its last user; where the system has none, a temporary file."""
+    """Creates a file in memory that vanishes with its last user; a temporary file if the system has no such thing."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("frames")
     with tempfile.TemporaryFile() as file:
@@ -227,7 +228,7 @@ def _send(to: socket.socket, message: Any) -> None:
 
 
 def _receive(sender: socket.socket) -> Any:
-    """A message; EOFError when the other side is gone."""
+    """Receives a message. Raises `EOFError` if the other side is gone."""
     return pickle.loads(_exactly(sender, int.from_bytes(_exactly(sender, HEADER), "little")))
 
 

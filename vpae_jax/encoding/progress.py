@@ -1,4 +1,4 @@
-"""How far an encoding is: a bar on a terminal, lines in a log."""
+"""The progress of an encoding: a bar on a terminal, lines in a log."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-# Seconds between two lines of a log.
+# Seconds between two lines in a log.
 INTERVAL = 60.0
 
 
 class Progress:
-    """Clips a second and the time that is left.
+    """Reports clips per second and the time left.
 
-    That is estimated from all that there is to do, where it is known before it is read; else from the units that are
-    done, so that it is not known before the first one is.
+    The time left is estimated from the total number of items if that is known in advance; otherwise from the finished
+    units, so that it is unknown until the first one is done.
 
     Args:
-      expected: of each unit that is to be done, how many clips and rejects it has, None where that is not known.
-      what: is encoded, one of them.
+      expected: number of clips and rejects in each pending unit, None where it is not known.
+      what: name of one encoded item.
     """
 
     def __init__(self, expected: Sequence[int | None], what: str = "clip") -> None:
@@ -43,7 +43,7 @@ class Progress:
             self.bar.close()
 
     def advance(self, used: bool) -> None:
-        """A clip was encoded, or something was rejected."""
+        """Counts a clip that was encoded, or a reject."""
         self.clips, self.rejects = self.clips + used, self.rejects + (not used)
         if self.bar is not None:
             if self.rejects:
@@ -53,7 +53,7 @@ class Progress:
             self._say()
 
     def end_of_unit(self) -> None:
-        """A unit is written."""
+        """Counts a unit that was written."""
         self.done += 1
         if self._estimated:
             self.total = round((self.clips + self.rejects) / self.done * self.units)
@@ -70,11 +70,11 @@ class Progress:
             print(self.line(now), flush=True)
 
     def line(self, now: float) -> str:
-        """The state in words."""
+        """Formats the state as a line."""
         seconds, finished = max(now - self.start, 1e-9), self.clips + self.rejects
         rejected = f", {self.rejects} rejected" if self.rejects else ""
         if self.total is None or not finished:
-            left = "how long it takes is known after a unit"
+            left = "time left unknown until a unit is done"
         else:
             left = f"{_clock(seconds / finished * max(self.total - finished, 0))} left"
         done = f"{self.done} of {self.units} units"
@@ -82,8 +82,8 @@ class Progress:
 
 
 def _rate(clips: int, seconds: float, what: str) -> str:
-    """Of a teacher's clips each may take minutes."""
-    return f"{seconds / clips:.0f} s a {what}" if 0 < 10 * clips < seconds else f"{clips / seconds:.1f} {what}s/s"
+    """Formats the rate; as seconds per item if it is slow, since a teacher may take minutes per clip."""
+    return f"{seconds / clips:.0f} s per {what}" if 0 < 10 * clips < seconds else f"{clips / seconds:.1f} {what}s/s"
 
 
 def _clock(seconds: float) -> str:

@@ -1,8 +1,8 @@
-"""Prompts alone, with first frames or without: the conditions of clips that a student will make while it is trained.
+"""Encodes prompts alone, with or without first frames: the conditions of clips that a student generates in training.
 
-A record is what `encoding.encoder` makes of a clip with the clip left out: text states and, for image-to-video, the
-image states and the condition frames of the picture that is given, exactly as the pipeline makes them for the same
-prompt, picture and size. Its shard says the size of the latents that are to be made.
+A record is what `encoding.encoder` would write for a clip, without the clip: text states and, for image-to-video, the
+image states and condition frames of the given image, exactly as the pipeline computes them for the same prompt, image
+and size. Its shard's entry in the index says the size of the latents to generate.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ from vpae_jax.encoding.units import Units
 
 @runtime_checkable
 class SizedEncoders(Encoders, Protocol):
-    """What of `vpae_jax.inference.pipeline.Pipeline` is used here."""
+    """The part of `vpae_jax.inference.pipeline.Pipeline` that is used here."""
 
     def latent_shape(self, batch: int, num_frames: int | None, height: int | None, width: int | None) -> Any: ...
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the clips that are to be made.
+    """Sizes of the clips to generate.
 
     Attributes:
-      num_frames: 1 + a multiple of 4.
-      buckets: heights and widths, one of which each clip has: with a first frame that of the nearest aspect ratio, to
-        which the picture is stretched; without, the first.
+      num_frames: frames per clip, 1 + a multiple of 4.
+      buckets: possible heights and widths. With a first frame, a clip gets the one with the nearest aspect ratio, to
+        which the image is stretched; without, it gets the first.
     """
 
     num_frames: int
     buckets: tuple[Size, ...]
 
     def of(self, prompt: Prompt) -> Size:
-        """Height and width of a prompt's clip."""
+        """Returns height and width of a prompt's clip."""
         return self.buckets[0] if prompt.picture is None else choose(self.buckets, *prompt.picture.shape[:2])
 
 
 def describe(prompts: Captions, encoders: SizedEncoders, sizes: Sizes) -> dict[str, Any]:
-    """What decides the records: the identity of their folder. Raises `UserError` for clips that the model cannot
-    make."""
+    """Returns everything that determines the records: the identity of their folder. Raises `UserError` for clips that
+    the model cannot generate."""
     for size in sizes.buckets:
         encoders.latent_shape(1, sizes.num_frames, *size)
     return {
@@ -72,16 +72,16 @@ def encode_prompts(
     """Encodes this process's share of the units that are not done yet.
 
     Args:
-      prompts: what is to be shown, and the first frames if any.
+      prompts: the prompts, and their first frames if any.
       encoders: a pipeline.
-      sizes: of the clips.
-      units: the folder; its identity is `describe`'s.
+      sizes: sizes of the clips to generate.
+      units: the folder; its identity must be that of `describe`.
       batch_size: prompts that a device encodes at once.
-      process, processes: which share.
-      devices: this process's by default.
+      process, processes: index of this process, and number of processes that divide the units.
+      devices: by default all of this process.
 
     Returns:
-      Whether all units are done, by whomever, and the folder can be read.
+      Whether all units are done (by any process) and the folder can be read.
     """
     return fill(
         units,
@@ -90,7 +90,7 @@ def encode_prompts(
         partial(in_turn, prompts.read),
         lambda: on_devices(partial(_encode, sizes=sizes, batch_size=batch_size), encoders, devices),
         batch_size,
-        # Pictures of a batch are of one size, since the image encoder sees them as they are.
+        # All images of a batch must have one size, since the image encoder gets them unresized.
         size=lambda prompt: (sizes.of(prompt), None if prompt.picture is None else prompt.picture.shape),
         expected=prompts.rows_of,
         what="prompt",
@@ -98,7 +98,7 @@ def encode_prompts(
 
 
 def _encode(prompts: list[Prompt], encoders: SizedEncoders, sizes: Sizes, batch_size: int) -> list[Encoded]:
-    """Encodes prompts of one size. The batch is filled up to `batch_size`, so that one program serves all."""
+    """Encodes prompts of one size. The batch is padded to `batch_size`, so that a single compiled program suffices."""
     padded = [prompts[min(i, len(prompts) - 1)] for i in range(batch_size)]
     given = [prompt.picture for prompt in padded if prompt.picture is not None]
     height, width = sizes.of(prompts[0])

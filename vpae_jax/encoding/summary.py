@@ -1,4 +1,4 @@
-"""A page that shows what an encoding made: some clips, how all of them are spread, and what was refused and why."""
+"""An HTML page that summarises an encoding: sample clips, distributions over all clips, and rejects with reasons."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from vpae_jax.pages import page_template
 
 PAGE, TEMPLATE = "summary.html", "summary.html.jinja"
 CLIPS = 48
-EXAMPLES = 6  # rejects of a kind
+EXAMPLES = 6  # rejects shown per kind
 BINS = 30
-# What is measured of clips, and how it is called.
+# Measurements of clips, with the titles of their histograms.
 MEASURES = {
     "motion": "motion: mean difference of successive frames, 0 to 255",
     "brightness": "brightness: mean, 0 to 255",
     "start": "start within the video, seconds",
-    "words": "words of the caption",
+    "words": "words in the caption",
 }
 
 
 @dataclass
 class Spread:
-    """The least and the greatest of some values, and how many there are."""
+    """The minimum, maximum and number of some values."""
 
     low: float = math.inf
     high: float = -math.inf
@@ -42,13 +42,13 @@ class Spread:
         self.low, self.high, self.count = min(self.low, value), max(self.high, value), self.count + 1
 
     def edges(self) -> Float[np.ndarray, "edges"]:
-        """Of a histogram's bins."""
+        """Returns the edges of a histogram's bins."""
         return np.linspace(self.low, self.high, min(BINS, max(5, self.count // 2)) + 1)
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar of a histogram: its place and height as shares, and what it stands for."""
+    """One bar of a histogram: position, width and height as fractions, and its tooltip."""
 
     left: float
     width: float
@@ -65,7 +65,7 @@ class Histogram:
 
 
 def report(folder: Path, index: Mapping[str, Any]) -> list[str]:
-    """What there is in a complete folder of records with this index, in lines; writes its page where that is not newer.
+    """Returns lines that describe a complete folder of records with this index; writes its page if that is out of date.
 
     Raises:
       UserError: the folder cannot be written.
@@ -79,12 +79,12 @@ def report(folder: Path, index: Mapping[str, Any]) -> list[str]:
 
 
 def rejected(index: Mapping[str, Any]) -> str:
-    """How many rejects of which kind: "3 static, 1 unreadable"."""
+    """Formats the number of rejects by kind: "3 static, 1 unreadable"."""
     return ", ".join(f"{count} {kind}" for kind, count in index["rejects"].items())
 
 
 def first_reject(folder: Path) -> str:
-    """The first reject of a complete folder, of which there are some, and why: "b.mp4: no caption"."""
+    """Formats the first reject of a complete folder, which must have one: "b.mp4: no caption"."""
     with (folder / REJECTS).open(encoding="utf-8") as file:
         found = json.loads(next(file))
     return f"{found['id']}: {found['reason']}"
@@ -110,7 +110,7 @@ def write_summary(folder: Path) -> Path:
             for name, value in _measures(note).items():
                 spreads[name].add(value)
             seconds += note["size"][0] / note["fps"] if "fps" in note else 0.0
-        # As many of each unit as make the page's clips over all of them.
+        # Clips are taken evenly from all units.
         wanted = -(-CLIPS * (number + 1) // units.count) - len(shown)
         shown += [note for note in unit.notes if "picture" in note or note.get("shown")][: max(wanted, 0)]
         for place, reject in enumerate(unit.rejects):
@@ -142,7 +142,7 @@ def _measures(note: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _histograms(units: Units, edges: Mapping[str, Float[np.ndarray, "edges"]]) -> list[Histogram]:
-    """Reads all notes a second time rather than keep what they say of millions of clips."""
+    """Computes histograms. Reads all notes a second time, rather than keeping the values of millions of clips."""
     counts = {name: np.zeros(len(bounds) - 1, np.int64) for name, bounds in edges.items()}
     for number in range(units.count):
         found = [_measures(note) for note in units.read(number).notes]
@@ -174,7 +174,7 @@ def _bytes(count: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """Hours, minutes and seconds."""
+    """Formats a duration as hours, minutes and seconds."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

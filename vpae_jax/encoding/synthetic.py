@@ -1,7 +1,7 @@
-"""Clips that a teacher makes for captions: guided sampling in many steps, kept as records like those of real videos.
+"""Generates a teacher's clips for captions, by guided sampling in many steps, and writes records like those of videos.
 
-Each clip's noise comes from a seed of its own, the recipe's plus the caption's number, as `Pipeline.__call__` draws it.
-With the recipe, which every record holds, `python -m vpae_jax.sample` makes the same clip again.
+Each clip's noise is drawn from its own seed, the recipe's seed plus the caption's number, as in `Pipeline.__call__`.
+With the recipe, which every record contains, `python -m vpae_jax.sample` reproduces the clip.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from vpae_jax.types import UserError
 
 @runtime_checkable
 class Teacher(Encoders, Protocol):
-    """What of `vpae_jax.inference.pipeline.Pipeline` is used here besides what encodes."""
+    """The part of `vpae_jax.inference.pipeline.Pipeline` that is used here, in addition to the encoders."""
 
     @property
     def transformer(self) -> Any: ...
@@ -43,18 +43,18 @@ class Teacher(Encoders, Protocol):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How clips are made.
+    """How clips are generated.
 
     Attributes:
-      steps: network evaluations, twice as many with guidance.
-      guidance: w of `v_u + w (v_c - v_u)`, at least 1.
+      steps: sampling steps; each takes one network evaluation, or two with guidance.
+      guidance: w in `v_u + w (v_c - v_u)`, at least 1.
       solver: see `flow.sampler.Sampler`.
-      shift: of even times; None for the teacher's own.
-      seed: of the first caption; each has the next one.
-      num_frames, height, width: of a clip.
+      shift: shift of an even time grid; None for the teacher's own timesteps.
+      seed: seed of the first caption; each further caption adds 1.
+      num_frames, height, width: size of a clip.
 
     Raises:
-      UserError: a number that makes no sense.
+      UserError: an invalid number.
     """
 
     steps: int
@@ -70,7 +70,7 @@ class Recipe:
         check_seed(self.seed)
 
     def sampler(self, teacher: Teacher) -> Sampler:
-        """How a teacher is sampled. Raises `UserError` for numbers that make no sampler."""
+        """Returns the sampler for a teacher. Raises `UserError` for invalid numbers."""
         return teacher.sampler(self.steps, self.guidance, self.solver, self.shift)
 
     @property
@@ -79,16 +79,17 @@ class Recipe:
 
 
 def describe(captions: Captions, encoders: Encoders, teacher: Teacher, recipe: Recipe) -> dict[str, Any]:
-    """What decides the records: the identity of their folder.
+    """Returns everything that determines the records: the identity of their folder.
 
     Raises:
-      UserError: the teacher's latents are not those of the encoders' VAE, it cannot make clips of that size, or there
-        are not enough seeds for so many captions.
+      UserError: the teacher and the encoders have different VAEs, the teacher cannot generate clips of that size, or
+        there are not enough seeds for all captions.
     """
     teacher.latent_shape(1, *recipe.size)
     if recipe.seed + captions.rows > SEEDS:
         raise UserError(
-            f"seed is {recipe.seed}: too high for {captions.rows} captions, each has the next one, up to {SEEDS - 1}"
+            f"seed is {recipe.seed}: too high for {captions.rows} captions, whose seeds are consecutive and end at "
+            f"{SEEDS - 1}"
         )
     prints = []
     for model in (encoders.vae, teacher.vae, teacher.transformer):
@@ -97,7 +98,7 @@ def describe(captions: Captions, encoders: Encoders, teacher: Teacher, recipe: R
         prints.append(digest.hexdigest()[:16])
     if prints[0] != prints[1]:
         raise UserError(
-            "--teacher and --model have different VAEs, so different latents; choose a teacher with the same"
+            "--teacher and --model have different VAEs, so different latents; choose a teacher with the same VAE"
         )
     return {
         "source": captions.identity,
@@ -120,20 +121,20 @@ def synthesise(
     process: int = 0,
     processes: int = 1,
 ) -> bool:
-    """Makes this process's share of the units that are not done yet.
+    """Generates this process's share of the units that are not done yet.
 
     Args:
-      captions: what is to be shown.
-      encoders: what a record's conditions come from; a pipeline.
+      captions: the captions.
+      encoders: the pipeline that computes a record's conditions.
       teacher: a pipeline with its transformer.
-      recipe: how.
-      units: the folder; its identity is `describe`'s.
-      batch_size: clips made at once.
-      mesh: of the teacher's transformer.
-      process, processes: which share.
+      recipe: how clips are generated.
+      units: the folder; its identity must be that of `describe`.
+      batch_size: clips generated at once.
+      mesh: mesh of the teacher's transformer.
+      process, processes: index of this process, and number of processes that divide the units.
 
     Returns:
-      Whether all units are done, by whomever, and the folder can be read.
+      Whether all units are done (by any process) and the folder can be read.
     """
     run = partial(_make, encoders=encoders, teacher=teacher, recipe=recipe, batch_size=batch_size, mesh=mesh)
     return fill(
@@ -151,7 +152,7 @@ def synthesise(
 def _make(
     prompts: list[Prompt], encoders: Encoders, teacher: Teacher, recipe: Recipe, batch_size: int, mesh: Mesh | None
 ) -> list[Encoded]:
-    """Makes clips. The batch is filled up to `batch_size`, so that one program serves all."""
+    """Generates clips. The batch is padded to `batch_size`, so that a single compiled program suffices."""
     padded = [prompts[min(i, len(prompts) - 1)] for i in range(batch_size)]
     texts, seeds = [prompt.caption for prompt in padded], [recipe.seed + prompt.number for prompt in padded]
     condition = teacher.condition(texts, None, *recipe.size)
@@ -162,7 +163,7 @@ def _make(
     noise = jnp.concatenate([noise_of_seed(seed, teacher.latent_shape(1, *recipe.size))[0] for seed in seeds])
     inputs = sharding.beside((noise, condition, unconditional), mesh)
     latents = teacher.sample(*inputs, recipe.sampler(teacher))
-    latents = jnp.asarray(np.asarray(latents))  # the decoder is on one device
+    latents = jnp.asarray(np.asarray(latents))  # the decoder runs on one device
     videos = np.asarray(teacher.decode(latents))
     pictures = videos[:, 0] if encoders.takes_image else None
     arrays = arrays_of(latents, encoders.condition(texts, pictures, *recipe.size))

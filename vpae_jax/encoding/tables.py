@@ -1,7 +1,7 @@
-"""Rows of tables: CSV, TSV, JSON Lines, Parquet, and text with a caption a line; numbered and cut into units.
+"""Reads the rows of tables (CSV, TSV, JSON Lines, Parquet, and text with one caption per line), numbered and in units.
 
-Tables are read as a stream, so that one of a million rows is never held. Text goes through Python's `csv` and `json` a
-row at a time, since there a broken row costs itself alone and not its block, as it does in pyarrow's readers of text.
+Tables are streamed, so that a table of a million rows is never in memory. Text is parsed row by row with Python's `csv`
+and `json`, because a broken row then only affects itself, and not its block as in pyarrow's text readers.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from vpae_jax.impostors import HEAD, impostor
 from vpae_jax.types import UserError
 
 COLUMNS_SHOWN = 20
-BATCH = 256  # rows of a Parquet file that are held at a time
-BUFFER = 1 << 20  # bytes; with it, a column of a large row group is read as a stream
-# What pyarrow raises for damaged files; for values, also what Python raises when it takes them over.
+BATCH = 256  # rows of a Parquet file in memory at a time
+BUFFER = 1 << 20  # bytes; with a buffer, the columns of a large row group are streamed
+# Raised by pyarrow for damaged files, and by Python when it converts damaged values.
 DAMAGED = (pa.ArrowException, OSError, ValueError, OverflowError)
-# Encodings of two and four bytes a letter, by their byte order marks, and by where the first bytes are zero.
+# Encodings with two and four bytes per character, by byte order mark, and by which of the first bytes are zero.
 MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 ZEROS = {"_0_0": "UTF-16LE", "0_0_": "UTF-16BE", "_000": "UTF-32LE", "000_": "UTF-32BE"}
 CONVERT = "convert it from its encoding, for instance with `iconv -f WINDOWS-1252 -t UTF-8`"
-OF_JSON = "; `jq -c '.[]' FILE.json` makes JSON Lines of a JSON array"
-DELIMITERS = ",;\t|"  # spreadsheets write semicolons in half of Europe
-HEADER = 1 << 16  # bytes in which a header is looked for
-_SAID = re.compile(r"sep=(?P<mark>.)\r?\n", re.IGNORECASE)  # a line before the header, by which Excel knows the columns
+OF_JSON = "; `jq -c '.[]' FILE.json` converts a JSON array to JSON Lines"
+DELIMITERS = ",;\t|"  # spreadsheets write semicolons in many European locales
+HEADER = 1 << 16  # bytes that are searched for a header
+_SAID = re.compile(r"sep=(?P<mark>.)\r?\n", re.IGNORECASE)  # a line before the header that tells Excel the delimiter
 
 TableRow = Mapping[str, Any]
 
 
 class Refused(Exception):
-    """Something that is not used. It stands in place of a row or of a value, and is raised when that is asked for.
+    """A row or value that cannot be used. It can take the place of a row or value, and is raised when that is accessed.
 
     Attributes:
-      kind: one word, by which refusals are counted.
+      kind: one word, by which rejects are counted.
       reason: one line.
     """
 
@@ -60,40 +60,40 @@ class Refused(Exception):
 
 @runtime_checkable
 class Digest(Protocol):
-    """What `hashlib` makes."""
+    """A digest of `hashlib`."""
 
     def update(self, data: bytes, /) -> None: ...
 
 
 @runtime_checkable
 class Table(Protocol):
-    """Rows in a fixed order, each a mapping from column to value, or a `Refused`, or with some values `Refused`."""
+    """Rows in a fixed order. Each is a mapping from column to value, or a `Refused`; values may be `Refused`, too."""
 
     def scan(self, digest: Digest) -> Iterator[TableRow | Refused]:
-        """All rows, at least with the columns of their ids; `digest` takes in all that decides them."""
+        """Yields all rows, at least with the columns of their ids; adds everything that determines them to `digest`."""
         ...
 
     def read(self, first: int, count: int) -> list[TableRow | Refused]:
-        """Whole rows, of which `scan` gave at least so many."""
+        """Returns complete rows, which must be among those that `scan` has yielded."""
         ...
 
 
 class TableFile:
-    """A table in a file, in UTF-8 with or without a byte order mark where it is text; its suffix names its format.
+    """A table in a file. Its suffix gives the format; text must be UTF-8, with or without a byte order mark.
 
-    CSV is read strictly (RFC 4180), but for what separates its columns, which its header tells: a quoted field may hold
-    line breaks and doubled quotes, and a row whose quotes are broken, or whose number of fields is not the header's, is
-    refused. An open quote hides no more than Python's limit on a field, 128 KiB. Of a Parquet file's columns, those are
-    read that are needed, and those of text and of numbers.
+    CSV is parsed strictly (RFC 4180), except that the delimiter is detected from the header: quoted fields may contain
+    line breaks and doubled quotes; rows with broken quotes, or with another number of fields than the header, are
+    rejected. An unclosed quote hides at most 128 KiB, Python's limit for a field. From a Parquet file, only the needed
+    columns and those with text or numbers are read.
 
     Args:
-      path: one of `FORMATS` by its suffix.
-      needed: the columns that it must have, by what they are needed for.
-      flag: by which it was given, for messages.
+      path: a file with a suffix in `FORMATS`.
+      needed: the columns that it must have, by use.
+      flag: the flag that named the file, for messages.
 
     Raises:
-      UserError: it cannot be read, is empty, damaged or not UTF-8, or a column is missing; also while rows are read,
-        and then too when the file is not the one that was scanned.
+      UserError: the file cannot be read, is empty, damaged or not UTF-8, or lacks a column. Raised also while rows are
+        read, including when the file has changed since it was scanned.
     """
 
     def __init__(self, path: Path, needed: Mapping[str, str], flag: str = "--manifest") -> None:
@@ -101,7 +101,7 @@ class TableFile:
         self._format = FORMATS[path.suffix.lower()]
         self._signature = self._signed()
         self._rows: Iterator[TableRow | Refused] = iter(())
-        self._number = 0  # of the row that `_rows` gives next; 0 before it was begun
+        self._number = 0  # number of the next row of `_rows`; 0 before the first
 
     def scan(self, digest: Digest) -> Iterator[TableRow | Refused]:
         with self._opened() as file:
@@ -110,8 +110,8 @@ class TableFile:
 
     def read(self, first: int, count: int) -> list[TableRow | Refused]:
         if self._signed() != self._signature:
-            raise UserError(f"{self.path} was changed while it was in use; start again")
-        if not 0 < self._number <= first:  # units are read in order; one that lies behind is found from the beginning
+            raise UserError(f"{self.path} has changed while it was in use; start again")
+        if not 0 < self._number <= first:  # units are usually read in order; an earlier one is found from the beginning
             self._rows, self._number = self._all(), 0
         before = first - self._number
         rows = list(islice(self._rows, before, before + count))
@@ -126,7 +126,7 @@ class TableFile:
                 file.seek(0)
                 yield from self._format(self, file)
         except UnicodeError as error:
-            raise UserError(f"{self.path}: {error}, and give that with {self.flag}=FILE") from error
+            raise UserError(f"{self.path}: {error}, and give the result with {self.flag}=FILE") from error
 
     def _opened(self) -> BinaryIO:
         try:
@@ -135,20 +135,22 @@ class TableFile:
             raise UserError(f"{self.path}: {error.strerror}; give another with {self.flag}=FILE") from error
 
     def _signed(self) -> tuple[int, int]:
-        """By which the file is known again."""
+        """Returns the size and modification time, by which a change of the file is detected."""
         try:
             found = self.path.stat()
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or error
             raise UserError(f"{self.path}: {why}; give another with {self.flag}=FILE") from error
         if not self.path.is_file():
-            raise UserError(f"{self.path} is no file; give one with {self.flag}=FILE, or a folder with --videos=FOLDER")
+            raise UserError(
+                f"{self.path} is not a file; give one with {self.flag}=FILE, or a folder with --videos=FOLDER"
+            )
         if not found.st_size:
             raise UserError(f"{self.path} is empty; give another with {self.flag}=FILE")
         return found.st_size, found.st_mtime_ns
 
     def require(self, columns: Sequence[str], needed: Mapping[str, str]) -> None:
-        """Raises `UserError` unless each needed column is among these once."""
+        """Raises `UserError` unless each needed column occurs exactly once among these."""
         for use, column in needed.items():
             if columns.count(column) == 1:
                 continue
@@ -162,7 +164,7 @@ class TableFile:
 
 
 def not_utf8(data: bytes) -> str | None:
-    """Why the beginning of a text is not UTF-8, or likely is not meant as such, and what to do; None if it may be."""
+    """Returns why text with this beginning is probably not UTF-8, with the remedy; None if it may be UTF-8."""
     mark = next((name for mark, name in MARKS.items() if data.startswith(mark)), None)
     wide = mark or ZEROS.get("".join("_" if byte else "0" for byte in data[:4]))
     return wide and f"is {wide}, expected UTF-8; convert it with `iconv -f {wide} -t UTF-8`"
@@ -181,8 +183,8 @@ def _lines(file: BinaryIO) -> Iterator[str]:
 
 
 def _delimiter(table: TableFile, file: BinaryIO) -> tuple[str, int]:
-    """What separates the columns, and how many lines come before the header: what the first line says, or else by which
-    the header has the columns that are needed, or the most."""
+    """Returns the delimiter, and the number of lines before the header. The delimiter is the one in a line `sep=;`, or
+    else the one with which the header contains the needed columns, or the most columns."""
     lines = file.read(HEADER).decode("utf-8-sig", errors="replace").splitlines(keepends=True)
     file.seek(0)
     if lines and (said := _SAID.fullmatch(lines[0])):
@@ -207,7 +209,7 @@ def _csv(table: TableFile, file: BinaryIO) -> Iterator[TableRow | Refused]:
             return
         except csv.Error as error:
             if not header:
-                raise UserError(f"{table.path}: its first line is no header: {error}; write one again") from error
+                raise UserError(f"{table.path}: its first line is not a header: {error}; rewrite it") from error
             yield Refused("row", f"{_span(begins, before + reader.line_num)}: {error}; are its quotes closed?")
             continue
         if not fields:
@@ -223,16 +225,16 @@ def _csv(table: TableFile, file: BinaryIO) -> Iterator[TableRow | Refused]:
 
 
 def _json_lines(table: TableFile, file: BinaryIO) -> Iterator[TableRow | Refused]:
-    """There is no header: a column is there when any row has it."""
+    """Yields rows of JSON Lines. There is no header: a column exists if any row has it."""
     missing, first = set(table.needed.values()), None
     for number, text in enumerate(_lines(file), 1):
         if not text.strip():
             continue
         if first is None and (text.lstrip().startswith("[") or text.strip() == "{"):
-            what, how = ("a JSON array", "'.[]'") if "[" in text else ("JSON of several lines an object", ".")
+            what, how = ("a JSON array", "'.[]'") if "[" in text else ("indented JSON", ".")
             raise UserError(
-                f"{table.path} is {what}, expected an object a line; convert it with `jq -c {how}`, and give that with "
-                f"{table.flag}=FILE"
+                f"{table.path} is {what}, expected one object per line; convert it with `jq -c {how}`, and give the "
+                f"result with {table.flag}=FILE"
             )
         first = first or {}
         try:
@@ -245,13 +247,13 @@ def _json_lines(table: TableFile, file: BinaryIO) -> Iterator[TableRow | Refused
             missing.difference_update(row)
             yield row
         else:
-            yield Refused("row", f"line {number}: no JSON object")
+            yield Refused("row", f"line {number}: not a JSON object")
     if first is not None:
         table.require([*first], {use: column for use, column in table.needed.items() if column in missing})
 
 
 def _captions(table: TableFile, file: BinaryIO) -> Iterator[TableRow | Refused]:
-    """A caption a line; empty lines are left out."""
+    """Yields one caption per line, skipping empty lines."""
     return ({table.needed["caption"]: text} for text in _lines(file) if text.strip())
 
 
@@ -264,7 +266,7 @@ def _parquet(table: TableFile, file: BinaryIO) -> Iterator[TableRow | Refused]:
         for use in ("path", "caption", "id", "image"):
             if use in table.needed and not _is_plain(kind := of[table.needed[use]]):
                 raise UserError(
-                    f"{table.path}: column {table.needed[use]!r} for the {use} holds {kind}, expected text; "
+                    f"{table.path}: column {table.needed[use]!r} for the {use} has type {kind}, expected text; "
                     f"name another with --columns={use}=COLUMN"
                 )
         columns = [name for name in names if name in table.needed.values() or _is_plain(of[name])]
@@ -277,12 +279,12 @@ def _parquet(table: TableFile, file: BinaryIO) -> Iterator[TableRow | Refused]:
     except DAMAGED as error:
         why = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{table.path} is damaged, or no Parquet file ({why}); give another with {table.flag}=FILE"
+            f"{table.path} is damaged, or not a Parquet file ({why}); give another with {table.flag}=FILE"
         ) from error
 
 
 def _rows(batch: pa.RecordBatch) -> list[TableRow | Refused]:
-    """Rows in Python's types; one with a value that has none, as text that is not UTF-8, costs itself alone."""
+    """Converts rows to Python types. If a value cannot be converted, as invalid UTF-8, only its row is rejected."""
     try:
         return batch.to_pylist()
     except DAMAGED as error:
@@ -292,7 +294,7 @@ def _rows(batch: pa.RecordBatch) -> list[TableRow | Refused]:
 
 
 def _is_plain(kind: pa.DataType) -> bool:
-    """Whether values are texts or numbers."""
+    """Whether values of this type are texts or numbers."""
     kind = kind.value_type if isinstance(kind, pa.DictionaryType) else kind
     types = pa.types
     tests = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean)
@@ -300,7 +302,7 @@ def _is_plain(kind: pa.DataType) -> bool:
 
 
 def _span(first: int, last: int) -> str:
-    """The lines of a row, for people."""
+    """Formats the line numbers of a row."""
     return f"line {first}" if last <= first else f"lines {first} to {last}"
 
 
@@ -316,16 +318,17 @@ FORMATS: dict[str, Callable[[TableFile, BinaryIO], Iterator[TableRow | Refused]]
 
 
 class RowUnits:
-    """The rows of a table, numbered and cut into units, which are read in any order, in ascending order by one pass.
+    """The rows of a table, numbered and divided into work units. Units can be read in any order; in ascending order it
+    takes a single pass.
 
     Args:
-      table: where they are read.
-      size: rows of a unit.
-      name: a row's id, or raises `Refused` for a row that has none.
+      table: the table.
+      size: rows per unit.
+      name: returns a row's id, or raises `Refused` for a row without one.
 
     Attributes:
-      count, units: how many there are.
-      digest: 16 hexadecimal digits of all that decides them.
+      count, units: number of rows and of units.
+      digest: hash (16 hexadecimal digits) of everything that determines the rows.
 
     Raises:
       UserError: the table cannot be read.
@@ -340,17 +343,17 @@ class RowUnits:
         self._repeated = repeated(np.frombuffer(hashes, np.uint64))
 
     def rows_of(self, unit: int) -> int:
-        """How many rows a unit has."""
+        """Returns the number of rows in a unit."""
         return min(self.size, self.count - unit * self.size)
 
     def read(self, unit: int) -> Iterator[tuple[int, TableRow | Refused, bool]]:
-        """A unit's rows: number from 0, values, and whether a row before it has the same id.
+        """Yields a unit's rows: the number from 0, the values, and whether an earlier row has the same id.
 
-        Ids are compared by 8 bytes of their hash: that one of a million is taken for another has a chance of 3e-8.
+        Ids are compared by 8 bytes of their hash; with a million rows, the probability of a collision is 3e-8.
 
         Raises:
           IndexError: no such unit.
-          UserError: the table was changed since it was scanned, or is gone.
+          UserError: the table has changed since it was scanned, or is gone.
         """
         if not 0 <= unit < self.units:
             raise IndexError(f"unit {unit} of {self.units}")
@@ -359,14 +362,14 @@ class RowUnits:
 
 
 def repeated(hashes: UInt64[np.ndarray, "rows"]) -> Bool[np.ndarray, "rows"]:
-    """Of which rows the hash came before; 0 stands for no id."""
+    """Returns which hashes occurred before; 0 stands for a row without an id."""
     result = hashes != 0
     result[np.unique(hashes, return_index=True)[1]] = False
     return result
 
 
 def _hash(row: TableRow | Refused, name: Callable[[TableRow], str]) -> int:
-    """64 bits of a row's id; 0 for a row that has none."""
+    """Returns a 64-bit hash of a row's id; 0 for a row without one."""
     try:
         if isinstance(row, Refused):
             raise row

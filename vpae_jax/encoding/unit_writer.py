@@ -1,4 +1,4 @@
-"""A unit's files in the making: its clips in shards of one shape each, its rejects and notes."""
+"""Writes a work unit's files: its clips in shards, one per shape, its rejects and notes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vpae_jax.types import UserError
 
 
 class UnitWriter:
-    """Takes a unit's clips and rejects; made by `Units.write`."""
+    """Collects a unit's clips and rejects; created by `Units.write`."""
 
     def __init__(self, hidden: Path, unit: int) -> None:
         self._hidden, self._unit = hidden, unit
@@ -30,7 +30,7 @@ class UnitWriter:
 
     @property
     def clips(self) -> int:
-        """How many were added."""
+        """The number of clips added."""
         return sum(len(shard.sizes) for shard in self._shards.values())
 
     def add(self, id: str, arrays: Arrays, about: Mapping[str, Any], size: LatentShape | None = None) -> None:
@@ -38,34 +38,34 @@ class UnitWriter:
 
         Args:
           id: unique in the source.
-          arrays: as `LatentRecords` gives them back: `latents` [f, h, w, c], `text` [s, d], `text_mask` [s] (or trimmed
+          arrays: as returned by `LatentRecords`: `latents` [f, h, w, c], `text` [s, d], `text_mask` [s] (or trimmed
             text and no mask), and for image-to-video `image` [n, e] and `frames` [f, h, w, 4 + c]; of any float type.
-          about: what else is known of it, as plain JSON.
-          size: [f, h, w, c] of the latents that are to be made, of a prompt alone, which has none.
+          about: other information, as plain JSON.
+          size: for a prompt alone, which has no latents, the shape [f, h, w, c] of those to generate.
 
         Raises:
-          NotFinite: values that are not finite in bfloat16; the clip is left out.
-          UserError: a disk that is full.
+          NotFinite: there are values that are not finite in bfloat16; the clip is not added.
+          UserError: the disk is full.
         """
         shape, kept = size or arrays["latents"].shape, stored(id, arrays)
-        record = pack(id, kept, about)  # before there is a shard for it, which must not stay empty
+        record = pack(id, kept, about)  # may raise; do this before creating a shard, which must not stay empty
         if shape not in self._shards:
             name = f"{self._unit:05d}-{'x'.join(map(str, shape))}.array_record"
             self._shards[shape] = _Shard(self._hidden / name, shapes_of(kept), size)
         self._shards[shape].add(id, record, shapes_of(kept))
 
     def reject(self, reject: Reject) -> None:
-        """Lists what is not used, with the reason."""
+        """Records a reject with its reason."""
         if reject.picture is not None:
             self._pictures[len(self._rejects)] = jpeg(reject.picture)
         self._rejects.append({"id": reject.id, "kind": reject.kind, "reason": reject.reason})
 
     def note(self, value: Any) -> None:
-        """Keeps something for the summary, as plain JSON; `Units.read` gives it back."""
+        """Stores a note for the summary, as plain JSON; `Units.read` returns it."""
         self._notes.append(value)
 
     def close(self) -> dict[str, Any]:
-        """Ends all files. Returns what the unit's file says."""
+        """Finishes all files. Returns the content of the unit's file."""
         shards = [shard.close() for _, shard in sorted(self._shards.items())]
         facts = {"clips": sum(len(shard["sizes"]) for shard in shards), "shards": shards, "rejects": self._rejects}
         (self._hidden / "notes.json").write_text(json.dumps({"notes": self._notes, "pictures": self._pictures}))
@@ -74,8 +74,7 @@ class UnitWriter:
 
 
 class _Shard:
-    """A shard that is being written, of records with arrays of the same shapes; of prompts alone, for latents of one
-    size."""
+    """A shard being written: records whose arrays have the same shapes, or prompts alone for latents of one size."""
 
     def __init__(self, path: Path, shapes: dict[str, list[int]], size: LatentShape | None) -> None:
         self.path, self.shapes, self.size = path, shapes, size
@@ -84,22 +83,22 @@ class _Shard:
 
     def add(self, id: str, record: bytes, shapes: dict[str, list[int]]) -> None:
         if shapes != self.shapes:
-            raise ValueError(f"clip {id!r} has arrays of {shapes}, those before it of {self.shapes}")
+            raise ValueError(f"clip {id!r} has arrays of shapes {shapes}, but earlier ones have {self.shapes}")
         with self._failures():
             self._writer.write(record)
             if not self._writer.ok():
-                self._writer.close()  # which says why
+                self._writer.close()  # raises with the reason
         self.sizes.append(len(record))
 
     def close(self) -> dict[str, Any]:
-        """Ends the file, reads all of it back, and names it by its contents."""
+        """Finishes the file, reads all of it back, and renames it after its contents."""
         with self._failures():
             self._writer.close()
             reader = ArrayRecordReader(str(self.path))
             found = reader.num_records()
             reader.close()
             if found != len(self.sizes):
-                raise RuntimeError(f"{found} of {len(self.sizes)} records are there")
+                raise RuntimeError(f"only {found} of {len(self.sizes)} records were written")
             for start, size in zip(starts(self.sizes), self.sizes, strict=True):
                 unpack(read_record(self.path, start, size))
         digest = sha256(self.path)
@@ -116,8 +115,8 @@ class _Shard:
 
     @contextmanager
     def _failures(self) -> Iterator[None]:
-        """ArrayRecord says by a RuntimeError, and often late, that the system did not let it write; or not at all, but
-        then what is read back is not what was written."""
+        """Converts write errors to `UserError`. ArrayRecord reports failed writes by a RuntimeError, often late, or not
+        at all, in which case reading back fails."""
         try:
             yield
         except (RuntimeError, EOFError, BadRecord) as error:

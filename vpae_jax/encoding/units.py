@@ -1,9 +1,9 @@
-"""A folder of records in the making, unit by unit.
+"""Writes a folder of records, one work unit at a time.
 
-A unit is there whole or not at all: its shards and notes are written under hidden names and moved to their places, and
-`units/00012.json`, which is moved last, makes it done. Shards are named by what is in them, so that two processes that
-write the same unit do not touch each other's files. A process that is killed at any moment leaves finished units and
-hidden files, which are removed by those who come later; the same command continues with the units that are missing.
+A unit exists completely or not at all: its shards and notes are written under hidden names and then moved into place;
+`units/00012.json`, which is moved last, marks it as done. Shards are named after their contents, so that two processes
+writing the same unit do not overwrite each other's files. A process that is killed leaves finished units and hidden
+files, which later processes remove; the same command continues with the missing units.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ from vpae_jax.encoding.unit_writer import UnitWriter
 from vpae_jax.files import here, lives, refused_writes
 from vpae_jax.types import UserError
 
-# What reading JSON that has been damaged, and using it, ends in.
+# Raised when damaged JSON is parsed and used.
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
-TOLD = 3  # settings that differ are named, at most
+TOLD = 3  # maximum number of differing settings named in a message
 _HIDDEN = re.compile(r"\.(?P<label>unit-\d+|finish)\.(?P<host>.+)\.(?P<pid>\d+)\.(?P<token>[0-9a-f]+)\.tmp")
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a finished unit says of itself.
+    """What a finished unit's files say about it.
 
     Attributes:
-      clips: how many it holds.
-      rejects: what was refused, in order, without pictures.
-      pictures: of some rejects, by their places, as `pages.jpeg` makes them.
-      notes: what `UnitWriter.note` was given, in order.
+      clips: number of clips.
+      rejects: the rejects in order, without pictures.
+      pictures: pictures of some rejects, by index, encoded by `pages.jpeg`.
+      notes: the arguments of `UnitWriter.note`, in order.
     """
 
     clips: int
@@ -63,16 +63,16 @@ class Contents:
 
 
 class Units:
-    """A folder of records that is being written, by one process or several.
+    """A folder of records being written, by one process or several.
 
     Args:
-      folder: made when it is not there.
-      identity: what decides the records, as plain JSON: source, encoders, sizes.
+      folder: created if it does not exist.
+      identity: everything that determines the records, as plain JSON: source, encoders, sizes.
       count: number of units.
 
     Raises:
-      UserError: the folder holds records of another identity (naming the settings that differ) or something else, or
-        cannot be written.
+      UserError: the folder contains records with another identity (the message names the settings that differ) or
+        something else, or cannot be written.
     """
 
     def __init__(self, folder: Path, identity: Identity, count: int) -> None:
@@ -84,7 +84,7 @@ class Units:
             if (folder / INDEX).is_file():
                 raise UserError(f"{folder} holds records of another version; choose another folder")
             others = folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir())
-            if others and not path.is_file():  # else another process has just begun
+            if others and not path.is_file():  # otherwise another process has just created it
                 raise UserError(f"{folder} is not empty and holds no records; choose another folder")
             with self._workspace("finish") as hidden:
                 (hidden / IDENTITY).write_text(json.dumps(self.identity, indent=1) + "\n")
@@ -100,16 +100,17 @@ class Units:
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits of the identity."""
+        """A hash (16 hexadecimal digits) of the identity."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
 
     def pending(self, process: int = 0, processes: int = 1) -> list[int]:
-        """Units that are not done, or whose files are missing or cut short: those that this process is to write."""
+        """Returns this process's share of the units that are not done, or whose files are missing or cut short."""
         return [unit for unit in range(process, self.count, processes) if self._facts(unit) is None]
 
     @contextmanager
     def write(self, unit: int) -> Iterator[UnitWriter]:
-        """Where a unit's clips are added. It is done when the block ends, and untouched when it raises.
+        """Yields a writer to which a unit's clips are added. The unit is done when the block ends, and unchanged if it
+        raises.
 
         Raises:
           UserError: the files cannot be written.
@@ -123,12 +124,12 @@ class Units:
             for file, place in ((hidden / Path(s["file"]).name, self.folder / s["file"]) for s in facts["shards"]):
                 place.parent.mkdir(exist_ok=True)
                 file.replace(place)
-            for kind in ("notes", "units"):  # this order makes the unit done
+            for kind in ("notes", "units"):  # the last one marks the unit as done
                 (self.folder / kind).mkdir(exist_ok=True)
                 (hidden / f"{kind}.json").replace(self._file(kind, unit))
 
     def read(self, unit: int) -> Contents:
-        """What a finished unit says of itself. Raises `UserError` when its files are damaged."""
+        """Reads what a finished unit's files say about it. Raises `UserError` if they are damaged."""
         facts = self._facts(unit)
         if facts is None:
             raise UserError(f"{self._file('units', unit)} is damaged; run the same encode command again")
@@ -142,7 +143,7 @@ class Units:
             raise UserError(f"{path} is damaged; remove it and run the same encode command again") from error
 
     def complete(self) -> bool:
-        """Whether all units are done and the folder can be read: `finish` has nothing to add."""
+        """Whether all units are done and the folder can be read, so that `finish` has nothing left to do."""
         try:
             index = read_index(self.folder)
             read_null(self.folder, index)
@@ -155,26 +156,27 @@ class Units:
         return found is not None and all(index.get(key) == value for key, value in {**found, "shards": shards}.items())
 
     def put(self, name: str, text: str) -> None:
-        """Writes a text file into the folder, whole or not at all. Raises `UserError` when it cannot be written."""
+        """Writes a text file into the folder, atomically. Raises `UserError` if it cannot be written."""
         with self._workspace("finish") as hidden:
             (hidden / name).write_text(text, encoding="utf-8")
             (hidden / name).replace(self.folder / name)
 
     def finish(self, null: Arrays, facts: Mapping[str, Any]) -> bool:
-        """Makes the folder readable, when all units are done: the negative prompt, the list of rejects, the index last.
+        """Completes the folder if all units are done: writes the negative prompt, the list of rejects, and finally the
+        index.
 
-        Several processes may call it, at the same time too, and again later.
+        Several processes may call it, even at the same time, and repeatedly.
 
         Args:
           null: `text` [s, d] and `text_mask` [s] of the negative prompt.
-          facts: what else the index says: `text_tokens`, `takes_image`.
+          facts: further entries of the index: `text_tokens`, `takes_image`.
 
         Returns:
           Whether all units are done.
         """
         used: set[str] = set()
         with self._workspace("finish") as hidden:
-            # Written as it is read: there may be many thousands of units.
+            # Written while units are read, since there may be many thousands of them.
             with (hidden / REJECTS).open("w") as rejects, (hidden / INDEX).open("w") as index:
 
                 def add_shard(shard: Mapping[str, Any]) -> None:
@@ -198,8 +200,8 @@ class Units:
     def _collect(
         self, shard: Callable[[Mapping[str, Any]], object], reject: Callable[[Mapping[str, Any]], object]
     ) -> dict[str, Any] | None:
-        """What the index says of all units but their shards; None if some are not done. Shards and rejects are handed
-        over one by one."""
+        """Returns the entries of the index except the shards; None if some units are not done. `shard` and `reject` are
+        called for each shard and reject."""
         kinds, clips = Counter[str](), 0
         for unit in range(self.count):
             if (found := self._facts(unit)) is None:
@@ -219,7 +221,7 @@ class Units:
         }
 
     def _facts(self, unit: int) -> dict[str, Any] | None:
-        """What a unit's file says, when the unit is done and its shards are whole."""
+        """Returns the content of a unit's file if the unit is done and its shards are complete; else None."""
         try:
             facts = json.loads(self._file("units", unit).read_text())
             check_shards(facts["shards"])
@@ -237,7 +239,7 @@ class Units:
 
     @contextmanager
     def _workspace(self, label: str) -> Iterator[Path]:
-        """A hidden folder of this process, which is removed in the end. The system's refusals become `UserError`s."""
+        """Yields a hidden folder of this process, which is removed in the end. Write errors become `UserError`s."""
         hidden = self.folder / f".{label}.{here()}.{os.getpid()}.{self._token}.tmp"
         with refused_writes(self.folder):
             hidden.mkdir(parents=True)
@@ -247,20 +249,20 @@ class Units:
                 if hidden.is_dir():
                     raise
                 raise UserError(
-                    f"{hidden} was removed by others while it was in use; run the same command again"
+                    f"{hidden} was removed by another process while in use; run the same command again"
                 ) from error
             finally:
                 shutil.rmtree(hidden, ignore_errors=True)
 
     def _sweep(self, everything: bool) -> None:
-        """Removes what killed processes left: those of this host, and when all is done the other hosts' units too.
-        Whether a process lives can be told of those that this one can see, see `files.here`."""
+        """Removes leftovers of killed processes: those of this host and, when everything is done, those of other hosts,
+        too. Only processes visible to this one can be checked for being alive (see `files.here`)."""
         for entry in self.folder.iterdir():
             if (name := _HIDDEN.fullmatch(entry.name)) is None:
                 continue
             if name["host"] != here():
                 dead = everything and name["label"] != "finish"
-            elif int(name["pid"]) == os.getpid():  # one of the same number before this one, in a restarted container
+            elif int(name["pid"]) == os.getpid():  # an earlier process with the same id, in a restarted container
                 dead = name["token"] != self._token
             else:
                 dead = not lives(int(name["pid"]))

@@ -1,4 +1,4 @@
-"""Clips from the videos of a manifest: looked at, cut, read and filtered."""
+"""Makes clips from the videos of a manifest: probes, cuts, reads and filters them."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from vpae_jax.types import UserError
 
 T = TypeVar("T")
 LEAST_FPS, MOST_FPS, LONGEST_TIMEOUT = 0.01, 1000, 86400  # a day
-PICTURE = 160  # pixels of the longer side of a reject's picture, about
+PICTURE = 160  # approximate number of pixels of the longer side of a reject's picture
 
 
 @runtime_checkable
 class CaptionedVideos(Protocol):
-    """A manifest: entries in a fixed order, in units. Its identity is all that decides them. All paths begin with
-    `root`, the folder of the videos."""
+    """A manifest: entries in a fixed order, in work units. `identity` is everything that determines them. All paths
+    begin with `root`, the folder of videos."""
 
     @property
     def root(self) -> Path: ...
@@ -49,7 +49,7 @@ class CaptionedVideos(Protocol):
 
 @dataclass(frozen=True)
 class _Cut:
-    """A clip that is to be read."""
+    """A clip to be read."""
 
     id: str
     entry: CaptionedVideo
@@ -78,22 +78,23 @@ class VideoClips:
         """
         Args:
           manifest: videos with their captions.
-          buckets: heights and widths; each video gets the one of the nearest aspect ratio.
-          frames: of a clip; 1 + a multiple of 4.
-          fps: frames a second of a clip.
-          filters: what is not used.
-          stride: seconds between the beginnings of a shot's clips; by default clips follow one another.
-          clips_per_video: at most.
-          workers: processes that decode; 0 for none but this one, which a crash of a decoder ends and a hang stops.
-          timeout: seconds after which a worker is taken to hang.
-          unfit: why a caption is not used, besides the filters; asked before its video is looked at. It decides no
-            clips of its own: what it goes by is in the encoders' identity.
+          buckets: heights and widths; each video gets the one with the nearest aspect ratio.
+          frames: frames per clip, 1 + a multiple of 4.
+          fps: frames per second of a clip.
+          filters: bounds for videos and clips.
+          stride: seconds between the starts of a shot's clips; by default clips follow each other without overlap.
+          clips_per_video: maximum number of clips per video.
+          workers: processes that decode; 0 decodes in this process, without protection against crashes and hangs of
+            the decoder.
+          timeout: seconds after which a worker is considered to hang.
+          unfit: returns why a caption is rejected, in addition to the filters; called before its video is probed. It
+            is not part of the identity, so it must depend only on the encoders, whose identity is recorded separately.
 
         Raises:
-          UserError: a number that makes no sense.
+          UserError: an invalid number.
         """
         if frames < 1 or frames % 4 != 1:
-            raise UserError(f"clips of {frames} frames: expected 1 + a multiple of 4, as 81")
+            raise UserError(f"clips of {frames} frames: expected 1 + a multiple of 4, such as 81")
         for name, value in {
             "fps": fps,
             "stride": stride,
@@ -103,17 +104,17 @@ class VideoClips:
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"{name} is {value}; expected a positive number")
         if fps < LEAST_FPS:
-            raise UserError(f"fps is {fps:g}; expected {LEAST_FPS} at least")
+            raise UserError(f"fps is {fps:g}; expected at least {LEAST_FPS}")
         if fps > MOST_FPS:
-            raise UserError(f"fps is {fps:g}; expected {MOST_FPS} at most")
+            raise UserError(f"fps is {fps:g}; expected at most {MOST_FPS}")
         if stride is not None and stride * fps < 1:
-            raise UserError(f"stride is {stride:g} s, less than a frame; expected {1 / fps:g} s at least")
+            raise UserError(f"stride is {stride:g} s, less than a frame; expected at least {1 / fps:g} s")
         if timeout > LONGEST_TIMEOUT:
-            raise UserError(f"timeout is {timeout:g} s; expected {LONGEST_TIMEOUT} at most")
+            raise UserError(f"timeout is {timeout:g} s; expected at most {LONGEST_TIMEOUT}")
         if workers < 0:
             raise UserError(f"workers is {workers}; expected 0 or more")
         if not buckets:
-            raise UserError("no buckets are given; expected at least one size, as 480x832")
+            raise UserError("no buckets are given; expected at least one size, such as 480x832")
         self.manifest, self.buckets, self.frames, self.fps = manifest, buckets, frames, fps
         self.filters, self.stride, self.clips_per_video = filters or Filters(), stride, clips_per_video
         self.workers, self.timeout, self.unfit = workers, timeout, unfit
@@ -122,7 +123,7 @@ class VideoClips:
 
     @property
     def identity(self) -> Identity:
-        """All that decides the clips, by the names of the flags."""
+        """Everything that determines the clips, by the names of the flags."""
         return {
             "kind": "videos",
             "manifest": self.manifest.identity,
@@ -139,13 +140,13 @@ class VideoClips:
         return self.manifest.units
 
     def expected(self, unit: int) -> int | None:
-        """How many clips and rejects a unit has; None when a video may have several clips."""
+        """Returns the number of clips and rejects in a unit; None if a video may give several clips."""
         return self.manifest.rows_of(unit) if self.clips_per_video == 1 else None
 
     def read(self, units: Iterable[int]) -> Iterator[Clip | Reject | None]:
-        """Clips and rejects of units, and None after each. The next ones are decoded meanwhile, a few clips ahead.
+        """Yields the clips and rejects of units, with None after each unit. A few clips are decoded ahead.
 
-        What costs a worker its life, or fails by the system's fault, is tried once more when nothing else is under way.
+        A clip that kills its worker, or fails because of the system, is tried once more when nothing else is running.
         """
         looked = self._ahead(in_turn(self.manifest.read, units), self._look, max(self.workers, 1))
         cuts = chain.from_iterable(self._cut(entry, found) for entry, found in looked)
@@ -202,7 +203,7 @@ class VideoClips:
                 if starts:
                     return
                 shot = " in one shot" if entry.cuts else ""
-                part = "" if entry.start is None and entry.end is None else "the part that is meant "
+                part = "" if entry.start is None and entry.end is None else "the selected part "
                 needed = f"{length:.3f} s" if length else "a frame"
                 refusal = "too short", f"{part}lasts {seconds:.3f} s; a clip needs {needed}{shot}"
         elif found is None:
@@ -241,7 +242,7 @@ class VideoClips:
             **measures,
         }
         if cut.entry.about:
-            about["row"] = dict(cut.entry.about)  # by itself, since a table may have any columns
+            about["row"] = dict(cut.entry.about)  # nested, since a table may have columns of any name
         return Clip(cut.id, video, cut.entry.caption, about)
 
     def _submit(self, function: Callable[..., Any], *args: Any, shape: tuple[int, ...] | None = None) -> Future[Any]:
@@ -260,7 +261,8 @@ class VideoClips:
     def _ahead(
         self, items: Iterable[T], submit: Callable[[T], Future[Any] | None], number: int
     ) -> Iterator[tuple[T, Any]]:
-        """Items with their results, or the `Lost` in their place, in order; `number` more are under way meanwhile."""
+        """Yields items with their results, or with the `Lost` that was raised, in order; up to `number` more run in the
+        meantime."""
         waiting: deque[tuple[T, Future[Any] | None]] = deque()
         try:
             for item in items:
@@ -275,17 +277,17 @@ class VideoClips:
                     future.cancel()
 
     def _result(self, item: T, future: Future[Any] | None, submit: Callable[[T], Future[Any] | None]) -> tuple[T, Any]:
-        """An item and what comes of it, at the second try if the first failed for a reason that may have passed."""
+        """Returns an item and its result, from a second try if the first failed for a possibly transient reason."""
         found = _outcome(future)
-        self._running = [other for other in self._running if not other.done()]  # whose results hold clips
+        self._running = [other for other in self._running if not other.done()]  # finished futures would hold clips
         if _may_pass(found):
-            wait(self._running)  # a worker that was killed for want of memory gets what the others had
+            wait(self._running)  # so that a worker that was killed for lack of memory has all of it
             found = _outcome(submit(item))
         return item, found
 
 
 def _outcome(future: Future[Any] | None) -> Any:
-    """A task's result, or the `Lost` in its place."""
+    """Returns a task's result, or the `Lost` that it raised."""
     if future is None:
         return None
     try:
@@ -295,8 +297,8 @@ def _outcome(future: Future[Any] | None) -> Any:
 
 
 def _may_pass(found: Any) -> bool:
-    """Whether something may come to another end when it is tried again."""
-    last = found[1] if isinstance(found, tuple) else found  # with a clip's frames, or alone
+    """Whether a result is a failure that may not happen again."""
+    last = found[1] if isinstance(found, tuple) else found  # a tuple has the clip's frames first
     return isinstance(last, Lost) or (isinstance(last, Unreadable) and last.passing)
 
 

@@ -1,4 +1,4 @@
-"""What the workers of `videos.py` do. Nothing here, or below it, imports JAX."""
+"""The tasks of the workers of `videos.py`. Nothing here, or imported from here, may import JAX."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vpae_jax.encoding.frame_statistics import Measures, measure
 
 
 def look(path: Path) -> Probe | Unreadable:
-    """What a file says of its video, or why it cannot be read."""
+    """Probes a video file; returns its properties, or why it cannot be read."""
     try:
         return probe(path)
     except Unreadable as error:
@@ -24,11 +24,11 @@ def look(path: Path) -> Probe | Unreadable:
 def read(
     out: UInt8[np.ndarray, "t height width 3"], path: Path, start: float, fps: float, until: float = math.inf
 ) -> Measures | Unreadable:
-    """Fills `out` with a clip's frames and measures them, or says why they cannot be read."""
+    """Fills `out` with a clip's frames and returns their measurements, or why they cannot be read."""
     count, height, width, _ = out.shape
     try:
         return measure(read_frames(path, start, count, fps, height, width, out, until))
     except Unreadable as error:
         return error
     finally:
-        gc.collect()  # a decoder and its container refer to each other, and hold tens of frames
+        gc.collect()  # a decoder and its container form a reference cycle that holds tens of frames
