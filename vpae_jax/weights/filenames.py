@@ -18,6 +18,9 @@ CONFIG, INDEX, SCHEDULER, SETTINGS = "config.json", "model_index.json", "schedul
 PRODUCT = "model"  # what a run calls the model directory that it leaves in its workdir
 # What a causal model's index says. Diffusers has no such classes: it would let all frames see each other.
 CAUSAL_PIPELINE, CAUSAL_TRANSFORMER = "CausalWanPipeline", "CausalWanTransformer3DModel"
+# A key of model_index.json that says how the model is sampled. Diffusers passes over keys that begin like this one, and
+# warns of all others that it does not know.
+SAMPLING = "_sampling"
 VERSION = "0.33.0"  # the first Diffusers release with Wan
 MAX_JSON = 2**24  # bytes
 
