@@ -20,6 +20,9 @@ these as they are.
 With --format=self_forcing, DST is a checkpoint that Self-Forcing and CausVid load: of a run its generator and the
 average of it, of a model its transformer. A causal model is written so, or for this package (--format=orbax): the other
 layouts' readers let all frames see each other.
+
+--push=OWNER/NAME uploads DST to the Hugging Face hub as well, which is asked first whether it will take it. Where the
+same command has written DST before, that is uploaded and nothing is converted.
 """
 
 from __future__ import annotations
@@ -27,25 +30,25 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import shlex
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
-from vpae_jax import cli
+from vpae_jax import cli, pushing
 from vpae_jax.config import parse
 from vpae_jax.config_files import load
+from vpae_jax.convert_options import SELF_FORCING, WEIGHTS, check, parser
 from vpae_jax.methods import make_method
 from vpae_jax.methods.base import Method, all_views
 from vpae_jax.run.first_weights import previous_model, previous_moment, read_previous, remembered, resolve_model
 from vpae_jax.run.guard import Verdict, compared_scores, verdict
 from vpae_jax.run.loras import lora_files
+from vpae_jax.run.previews import latest_previews
 from vpae_jax.run.student import averaged_view
 from vpae_jax.run.workdir import PastRun
 from vpae_jax.run.workdir import read_run as read_past_run
@@ -60,16 +63,17 @@ from vpae_jax.weights.find import find_model, is_workdir
 from vpae_jax.weights.layout import Contents, write_model
 from vpae_jax.weights.loading import read_part
 from vpae_jax.weights.lora import Lora, Merged, from_adapters, write_lora
+from vpae_jax.weights.lora_card import COMMAND
 from vpae_jax.weights.lora_reading import read_lora
-from vpae_jax.weights.merging import MERGED_BEFORE, LoraFile, about_base, merged, parse_lora, told
+from vpae_jax.weights.merging import MERGED_BEFORE, LoraFile, about_base, merged, told
 from vpae_jax.weights.names import Layout
+from vpae_jax.weights.origin import origin_of
 from vpae_jax.weights.parts import LOW, makes_from_image
-from vpae_jax.weights.self_forcing import SUFFIX, config_of, write_checkpoint
+from vpae_jax.weights.self_forcing import config_of, write_checkpoint
 from vpae_jax.weights.settings import Scheduler, read_scheduler
+from vpae_jax.weights.student_lora import write_student_lora
 from vpae_jax.weights.writing import Format, Values, from_tree, open_values
 
-WEIGHTS = ("generator", "ema")
-SELF_FORCING = "self_forcing"
 # Layouts whose readers let all frames see each other, with them.
 _BIDIRECTIONAL = {"diffusers": "Diffusers' Wan pipelines let", "wan": "Wan's own program lets"}
 CAUSAL_LORA = "the model is causal, which a LoRA file cannot say: who loads it lets all frames see each other"
@@ -112,6 +116,9 @@ def read_model(source: str, base: str | None, weights: str | None = None) -> Inp
     """
     other = None if base is None else find_model(base)
     model = find_model(source, other, weights)
+    origin = origin_of(source, model.folder)
+    if other is not None and not origin.model:
+        origin = origin_of(str(base), other.folder)
     if not model.parts:
         reasons = (*model.unreadable.values(), *(f"{file}: {why}" for file, why in model.passed_over))
         raise UserError(next(iter(reasons), f"{source}: holds no part of a Wan model and no training run"))
@@ -138,7 +145,7 @@ def read_model(source: str, base: str | None, weights: str | None = None) -> Inp
             boundary=other.boundary if model.boundary is None else model.boundary,
             image_processor=model.image_processor or other.image_processor,
         )
-    return Input(model, Provenance(source, {} if base is None else {"base": base}))
+    return Input(model, Provenance(source, {} if base is None else {"base": base}, origin=origin))
 
 
 def sampled_as(config: str) -> Scheduler:
@@ -186,12 +193,13 @@ def read_run(workdir: Path, weights: str | None, base: str | None, refused: bool
         **({} if decided is None else {"guard": decided.reason + ("" if decided.kept else REFUSED)}),
     }
     boundary = None if student.low is None else student.boundary
+    origin = origin_of(run.model_path if base is None else base, model.folder)
     sets: dict[str, Values] = {"generator_ema" if averaged else "generator": parts["transformer"]}
     if both and averaged and weights is None:
         sets["generator"] = held.transformer(names["transformer"])
     return Input(
         dataclasses.replace(model, boundary=boundary),
-        Provenance(str(workdir), facts, compared_scores(workdir)),
+        Provenance(str(workdir), facts, compared_scores(workdir), origin, latest_previews(workdir)),
         parts,
         Scheduler.of(student.sampler, run.sample_shift),
         loras,
@@ -269,8 +277,9 @@ class _Held:
         return read_previous(experiment, self.workdir, earlier, None, moment)
 
 
-def read_adapters(workdir: Path, name: str) -> tuple[Lora, dict[str, str]]:
-    """The adapters that a run trained for a role, and what is to be known of the model that they are for.
+def read_adapters(workdir: Path, name: str) -> tuple[Lora, dict[str, str], Scheduler | None]:
+    """The adapters that a run trained for a role, what is to be known of the model that they are for, and how they are
+    sampled if they are the student's.
 
     Raises:
       UserError: the run has no such role, or it trains no adapters.
@@ -281,13 +290,27 @@ def read_adapters(workdir: Path, name: str) -> tuple[Lora, dict[str, str]]:
     trained = [role for role, spec in roles.items() if spec.trains and spec.adapters is not None]
     if name not in trained:
         raise UserError(f"--weights={name}: {workdir} trains adapters of {', '.join(trained) or 'no role'} only")
-    if student is not None and student.sampler.chunks is not None and all_views(method)[student.view].role == name:
-        warnings.warn(CAUSAL_LORA, Note, stacklevel=2)
+    scheduler = None
+    if student is not None and all_views(method)[student.view].role == name:
+        scheduler = Scheduler.of(student.sampler, run.sample_shift)
+        if scheduler.chunks is not None:
+            warnings.warn(CAUSAL_LORA, Note, stacklevel=2)
     params = read_state(workdir, items=("params",))["params"][name]
     adapters = roles[name].adapters
     assert adapters is not None
     base = about_base(run.model_path, lora_files(run.lora, workdir))
-    return from_adapters(params, adapters.alpha, adapters.rank), base
+    return from_adapters(params, adapters.alpha, adapters.rank), base, scheduler
+
+
+def write_adapters(workdir: Path, name: str, target: Path, form: Layout, dtype: Any, command: str) -> None:
+    """Writes the adapters that a run trained for a role as a LoRA file. Raises `UserError` as `read_adapters`."""
+    lora, about, scheduler = read_adapters(workdir, name)
+    about = {**about, COMMAND: command}
+    if scheduler is None:
+        write_lora(target, lora, form, dtype, about)
+    else:
+        model = find_model(resolve_model(about["base"], workdir))
+        write_student_lora(target, lora, form, dtype, about, scheduler, model)
 
 
 def convert(given: Input, target: Path, form: Format, dtype: Any, loras: Sequence[LoraFile], verify: bool) -> None:
@@ -377,7 +400,8 @@ def write_difference(
         loras = given.loras if teacher is None else ()
         values = merged(values, loras)
         found = extract(student, values, rank, differences=form == "wan")
-    write_lora(target, found.lora, form, dtype, {**about_base(base.path, loras), "command": command})
+    about = {**about_base(base.path, loras), COMMAND: command}
+    write_student_lora(target, found.lora, form, dtype, about, given.how, given.base)
     print(format_energies(found))
 
 
@@ -387,46 +411,32 @@ def _one_transformer(model: ModelDirectory, option: str) -> None:
         raise UserError(f"{option}: {model.path} has two experts; convert the folder of one of them")
 
 
-def parser() -> cli.Parser:
-    """The command line."""
-    result = cli.Parser("python -m vpae_jax.convert", __doc__)
-    add = result.add_argument
-    add("source", metavar="SRC", help="model (folder, file, hub id, 'tiny'), or workdir of a training run")
-    add("target", type=Path, metavar="DST", help="folder (with --as-lora: file) to write; must not exist")
-    add("--format", choices=(*get_args(Format), SELF_FORCING), required=True, help="the layout of DST")
-    add(
-        "--weights",
-        help="of a run: generator, or ema (by default, if kept; for Self-Forcing both), with --as-lora "
-        "also a role with adapters; of a file with several sets, such as generator and generator_ema: one of them",
-    )
-    add("--refused", action="store_true", help="of a run whose guard turned its trained weights down: these weights")
-    add("--student", metavar="CONFIG", help="SRC is sampled as this config's student: configs/NAME.py[:PRESET]")
-    add("--base", help="model that gives what SRC lacks; with --as-lora, the teacher")
-    add(
-        "--lora",
-        type=partial(parse_lora, name="--lora"),
-        action="append",
-        default=[],
-        metavar="FILE[:STRENGTH]",
-        help="LoRA file to merge into the transformer; several are added",
-    )
-    add("--as-lora", action="store_true", help="write the transformer's difference from --base's as a LoRA file")
-    add("--rank", type=int, help="rank of the LoRA file")
-    add("--dtype", choices=cli.DTYPES, help="of the written weights; by default as they are")
-    add("--verify", action="store_true", help="read DST back and compare it bit for bit")
-    return result
-
-
 def main(argv: list[str]) -> None:
-    given, command = parser().parse_args(argv), shlex.join(["python", "-m", "vpae_jax.convert", *argv])
+    given, command = parser(__doc__).parse_args(argv), pushing.recorded(argv)
     run = is_workdir(Path(given.source))
     role = given.weights if given.as_lora and run and given.weights not in (None, *WEIGHTS) else None
-    _check(given, role)
+    check(given, role, command)
+    push = None
+    if given.push is not None:
+        push = pushing.prepare(given.push, given.private, given.source, given.target, not given.as_lora)
+    if push is None or not push.done:
+        _write(given, run, role, command)
+    print(given.target)
+    if push is not None:
+        push.upload()
+
+
+def _write(given: argparse.Namespace, run: bool, role: str | None, command: str) -> None:
+    """Writes what was asked for.
+
+    Args:
+      run: whether the source is a training run.
+      role: of a run, whose adapters are written.
+      command: what the target is to name as its origin.
+    """
     dtype = None if given.dtype is None else np.dtype(given.dtype)
     if role is not None:
-        lora, about = read_adapters(Path(given.source), role)
-        write_lora(given.target, lora, given.format, dtype, {**about, "command": command})
-        print(given.target)
+        write_adapters(Path(given.source), role, given.target, given.format, dtype, command)
         return
     if run:
         base, both = None if given.as_lora else given.base, given.format == SELF_FORCING
@@ -435,41 +445,14 @@ def main(argv: list[str]) -> None:
         source = read_model(given.source, given.base, given.weights)
         if given.student is not None:
             source = dataclasses.replace(source, scheduler=sampled_as(given.student))
+    told = dataclasses.replace(source.provenance, facts={**source.provenance.facts, COMMAND: command})
+    source = dataclasses.replace(source, provenance=told)
     if given.as_lora:
         write_difference(source, given.base, given.target, given.format, given.rank, dtype, command)
     elif given.format == SELF_FORCING:
         write_sets(source, given.target, dtype, given.lora, given.verify)
     else:
         convert(source, given.target, given.format, dtype, given.lora, given.verify)
-    print(given.target)
-
-
-def _check(given: argparse.Namespace, role: str | None) -> None:
-    """Raises `UserError` for options that do not go together, and for a target that exists. A run's role that trains
-    adapters has its rank."""
-    if given.target.exists():
-        raise UserError(f"{given.target}: already exists; remove it or choose another destination")
-    source = Path(given.source)
-    if given.refused and not is_workdir(source):
-        raise UserError(f"--refused: {source} is no training run, whose guard could have turned weights down")
-    if given.student is not None and is_workdir(source):
-        raise UserError(f"--student: {source} is a training run, which says how its student is sampled; leave it out")
-    if source.is_dir() and not is_workdir(source) and given.target.resolve().is_relative_to(source.resolve()):
-        raise UserError(f"{given.target}: lies in {source}; choose a destination outside")
-    if not given.as_lora:
-        if given.rank is not None:
-            raise UserError(f"--rank={given.rank}: only with --as-lora")
-        if given.format == SELF_FORCING and given.target.suffix != SUFFIX:
-            raise UserError(f"{given.target}: a checkpoint of Self-Forcing's name ends in {SUFFIX}")
-        return
-    if given.format not in get_args(Layout):
-        raise UserError(f"--format={given.format}: a LoRA file is written for diffusers or wan (ComfyUI)")
-    if given.lora or given.verify:
-        raise UserError("--as-lora: leave --lora and --verify out")
-    if given.target.suffix != ".safetensors":
-        raise UserError(f"{given.target}: a LoRA file's name ends in .safetensors")
-    if given.rank is None and role is None:
-        raise UserError("--as-lora: give --rank=N")
 
 
 if __name__ == "__main__":

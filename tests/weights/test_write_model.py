@@ -84,6 +84,7 @@ def test_a_model_of_wan_needs_no_more_than_wan_writes(wan_folder, tmp_path, imag
     assert {str(path) for path in written - names} <= {
         "README.md",
         "vpae_jax.json",
+        "out.workflow.json",
         "diffusion_pytorch_model.safetensors",
     }
     assert names - index <= written

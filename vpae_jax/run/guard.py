@@ -22,7 +22,7 @@ from pathlib import Path
 from vpae_jax.files import refused_writes, write_text
 from vpae_jax.inference.samplers import Denoiser
 from vpae_jax.methods.base import Method, all_views
-from vpae_jax.run.scoring import Scorer, Scores
+from vpae_jax.run.scoring import Scorer, Scores, last_scores
 from vpae_jax.run.workdir import PastRun, read_object, read_run
 from vpae_jax.runtime.processes import as_first_says, is_first, say
 from vpae_jax.train.checkpoint import CONFIG_FILE
@@ -71,15 +71,17 @@ def doubt(workdir: Path) -> str:
 
 
 def compared_scores(workdir: Path) -> dict[str, float]:
-    """What the guard of a run compared: its scores of the weights at each step, as far as its file can be read."""
+    """What the guard of a run compared: its scores of the weights at each step, as far as its file can be read. Of a run
+    without any: the latest scores of its log."""
     found = read_object(workdir / FILE) or {}
     steps, name = found.get("scores"), found.get("compared")
-    return {
+    compared = {
         f"held-out {key}, step {step}": value
         for step, scores in (steps.items() if isinstance(steps, dict) else ())
         for key, value in (scores.items() if isinstance(scores, dict) else ())
         if key.endswith(f"/{name}") and isinstance(value, int | float)
     }
+    return compared or last_scores(workdir)
 
 
 def obstacle(method: Method) -> str | None:

@@ -95,5 +95,11 @@ def write_previews(folder: Path, step: int, rows: Mapping[str, Clips], fps: floa
     return stem.with_suffix(".png")
 
 
+def latest_previews(workdir: Path) -> tuple[Path, ...]:
+    """The pictures and the video of a run's latest previews; none where it has made none."""
+    last = max((workdir / FOLDER).glob("step_*.png"), default=None)
+    return () if last is None else tuple(path for path in (last, last.with_suffix(".mp4")) if path.is_file())
+
+
 def _stem(folder: Path, step: int) -> Path:
     return folder / f"step_{step:06d}"

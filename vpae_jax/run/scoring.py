@@ -87,6 +87,15 @@ def _finite(scores: Scores) -> dict[str, float]:
     return {name: value for name, value in scores.items() if math.isfinite(value)}
 
 
+def last_scores(workdir: Path) -> dict[str, float]:
+    """The latest scores that a run's log has, by name and step; none where it was not scored."""
+    scored = [record for record in read_metrics(workdir) if CLIPS in record]
+    last = max(scored, key=lambda record: record["step"], default={})
+    made = {name.removeprefix(MADE): value for name, value in last.items() if name.startswith(MADE)}
+    numbers = {name: value for name, value in made.items() if isinstance(value, int | float)}
+    return {f"held-out {name}, step {last['step']}": value for name, value in _finite(numbers).items()}
+
+
 def _logged(workdir: Path, clips: int) -> dict[str, dict[str, float]]:
     """By step, the scores of so many clips that a run's log has."""
     return {

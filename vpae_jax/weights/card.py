@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import vpae_jax
+from vpae_jax.weights.comfyui import IMAGE_ENCODER, TEXT_ENCODER, VAE
 from vpae_jax.weights.merging import LoraFile
+from vpae_jax.weights.origin import CARD_FILE, Origin
 from vpae_jax.weights.settings import Defaults, Scheduler
 
-CARD_FILE = "README.md"
+_REPACKAGED = "of `Comfy-Org/Wan_2.1_ComfyUI_repackaged`"
+TAGS = ["wan", "video", "vpae_jax"]
+SAMPLES = "samples"  # the folder of what a card shows
+LISTED = 16  # timesteps; a card leaves longer lists out
 
 
 @dataclass(frozen=True)
@@ -24,11 +29,15 @@ class Provenance:
       source: the model or run that was converted.
       facts: more of it, by name: the phase, its step, the weights chosen.
       scores: numbers that were measured, by name.
+      origin: the published model that they descend from.
+      samples: pictures and videos that were made while training, to be shown.
     """
 
     source: str
     facts: Mapping[str, Any] = field(default_factory=dict)
     scores: Mapping[str, float] = field(default_factory=dict)
+    origin: Origin = field(default_factory=Origin)
+    samples: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,8 @@ class Card:
       boundary: time between two experts; None for one transformer.
       lora: name of the LoRA file that makes the model that was trained this one; None for none.
       base, base_loras: the model that was trained, and the LoRA files that were merged into it first.
+      name: of the directory.
+      workflow: name of the ComfyUI workflow in it; None for none.
     """
 
     form: str
@@ -58,6 +69,8 @@ class Card:
     lora: str | None = None
     base: str = ""
     base_loras: tuple[LoraFile, ...] = ()
+    name: str = ""
+    workflow: str | None = None
 
     @property
     def causal(self) -> bool:
@@ -75,17 +88,14 @@ def write_card(folder: Path, card: Card) -> None:
     scheduler, clip = card.scheduler, card.defaults
     task = "image-to-video" if card.image else "text-to-video"
     library = {"library_name": "diffusers"} if card.in_diffusers else {}
-    head = {"pipeline_tag": task, **library, "tags": ["wan", "video", "vpae_jax"]}
-    steps = f"{scheduler.steps} step{'s' if scheduler.steps > 1 else ''}" + (" a chunk" if card.causal else "")
-    times = ", ".join(f"{t:.4g}" for t in scheduler.times)
+    head = {**card.provenance.origin.header(), "pipeline_tag": task, **library, "tags": TAGS}
     facts = {
         "written by": f"vpae_jax {vpae_jax.__version__}",
         "source": card.provenance.source,
         **card.provenance.facts,
         "layout": "vpae_jax" if card.causal and card.form == "diffusers" else card.form,
         "clip": f"{clip.num_frames} frames of {clip.height}x{clip.width} at {clip.fps:g} a second",
-        "sampling": f"{scheduler.solver}, {steps}, guidance {scheduler.guidance:g}, "
-        + (f"times {times}" if times else f"shift {scheduler.shift:g}"),
+        **sampling_facts(scheduler),
         "parts": ", ".join(card.parts),
     }
     if (chunks := scheduler.chunks) is not None:
@@ -96,15 +106,42 @@ def write_card(folder: Path, card: Card) -> None:
     if card.boundary is not None:
         facts["experts"] = f"transformer from t = {card.boundary:g} on, transformer_2 below"
     kind = f"{'causal ' if card.causal else ''}Wan 2.1 {task} model"
-    title = f"# A {kind}" if card.whole else f"# Parts of a {kind}"
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", "", title, ""]
-    lines += ["| | |", "|---|---|", *(f"| {_cell(key)} | {_cell(value)} |" for key, value in facts.items())]
-    if card.whole:
-        lines += ["", "## Use", "", *_use(card)]
-    if card.provenance.scores:
-        lines += ["", "## Scores", "", "| | |", "|---|---|"]
-        lines += [f"| {_cell(name)} | {value:.4g} |" for name, value in card.provenance.scores.items()]
+    title = f"A {kind}" if card.whole else f"Parts of a {kind}"
+    lines = [*top(head, title, facts), *([] if not card.whole else ["", "## Use", "", *_use(card)])]
+    if card.workflow is not None:
+        lines += ["", "## ComfyUI", "", *_comfyui_use(card)]
+    lines += end(card.provenance)
     (folder / CARD_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def top(head: Mapping[str, Any], title: str, facts: Mapping[str, Any]) -> list[str]:
+    """How a card begins: the hub's header, a title, and a table."""
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", "", f"# {title}", ""]
+    return [*lines, "| | |", "|---|---|", *(f"| {cell(key)} | {cell(value)} |" for key, value in facts.items())]
+
+
+def end(provenance: Provenance) -> list[str]:
+    """How a card ends: samples and scores."""
+    lines = []
+    if provenance.samples:
+        lines += ["", "## Samples", "", "Clips on held-out conditions, made while training.", ""]
+        for name in (f"{SAMPLES}/{path.name}" for path in provenance.samples):
+            lines += [f"![{name}]({name})" if name.endswith(".png") else f"[{name}]({name})", ""]
+        lines.pop()
+    if provenance.scores:
+        lines += ["", "## Scores", "", "| | |", "|---|---|"]
+        lines += [f"| {cell(name)} | {value:.4g} |" for name, value in provenance.scores.items()]
+    return lines
+
+
+def sampling_facts(scheduler: Scheduler) -> dict[str, str]:
+    """How a model is sampled: the rows of a card's table."""
+    steps = f"{scheduler.steps} step{'s' if scheduler.steps > 1 else ''}" + (" a chunk" if scheduler.chunks else "")
+    times = ", ".join(f"{t:.4g}" for t in scheduler.times)
+    how = f"times {times}" if times else f"shift {scheduler.shift:g}"
+    facts = {"sampling": f"{scheduler.solver}, {steps}, guidance {scheduler.guidance:g}, {how}"}
+    timesteps = scheduler.told()["timesteps"]
+    return facts | ({"timesteps": ", ".join(f"{t:g}" for t in timesteps)} if len(timesteps) <= LISTED else {})
 
 
 def _use(card: Card) -> list[str]:
@@ -121,24 +158,44 @@ def _use(card: Card) -> list[str]:
     given = ['image=load_image("FIRST_FRAME.png")'] if card.image else []
     given += ['prompt="..."', *(f"{key}={value}" for key, value in size.items())]
     given += [f"num_inference_steps={steps}", f"guidance_scale={guidance}"]
-    bound = scheduler.bound_times
     lines += [
         "",
         "```python",
-        *(["from functools import partial", "", "import numpy"] if bound else []),
+        *(["from functools import partial", "", "import numpy"] if scheduler.bound_times else []),
         "from diffusers import DiffusionPipeline",
         *(["from diffusers.utils import load_image"] if card.image else []),
         "",
         'pipe = DiffusionPipeline.from_pretrained(".")',
+        *binding(scheduler),
     ]
-    if bound:
-        lines += [
-            "# No settings of the scheduler make the times of this model.",
-            f"times = numpy.array([{', '.join(f'{t:.9g}' for t in bound)}])",
-            "pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, sigmas=times)",
-        ]
     lines += [f"frames = pipe({', '.join(given)}).frames[0]", "```"]
     return [*lines, *_remarks(card)]
+
+
+def binding(scheduler: Scheduler) -> list[str]:
+    """What gives Diffusers' scheduler times that its settings do not make; nothing where they do."""
+    bound = scheduler.bound_times
+    if not bound:
+        return []
+    return [
+        "# No settings of the scheduler make the times of this model.",
+        f"times = numpy.array([{', '.join(f'{t:.9g}' for t in bound)}])",
+        "pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, sigmas=times)",
+    ]
+
+
+def _comfyui_use(card: Card) -> list[str]:
+    """Which file belongs where, for ComfyUI."""
+    rows = {f"diffusion_models/{card.name}.safetensors": "`diffusion_pytorch_model.safetensors`, under this name"}
+    rows |= {f"text_encoders/{TEXT_ENCODER}": _REPACKAGED, f"vae/{VAE}": _REPACKAGED}
+    rows |= {f"clip_vision/{IMAGE_ENCODER}": _REPACKAGED} if "image_encoder" in card.parts else {}
+    return [
+        f"Drag `{card.workflow}` into ComfyUI. It loads these files of `ComfyUI/models`:",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| `{name}` | {what} |" for name, what in rows.items()),
+    ]
 
 
 def _causal_use(card: Card) -> list[str]:
@@ -198,7 +255,7 @@ def _beside(card: Card) -> list[str]:
     ]
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
     """A table cell: plain text, with no line ends, no bars, no HTML and no links."""
     text = value if isinstance(value, str) else json.dumps(value)
     return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|").replace("[", "\\[")

@@ -18,6 +18,9 @@ CONFIG, INDEX, SCHEDULER, SETTINGS = "config.json", "model_index.json", "schedul
 PRODUCT = "model"  # name of the model directory that a run writes into its workdir
 # Classes in a causal model's index, which Diffusers does not have: its own would let all frames see each other.
 CAUSAL_PIPELINE, CAUSAL_TRANSFORMER = "CausalWanPipeline", "CausalWanTransformer3DModel"
+# A key of model_index.json that says how the model is sampled. Diffusers passes over keys that begin like this one, and
+# warns of all others that it does not know.
+SAMPLING = "_sampling"
 VERSION = "0.33.0"  # the first Diffusers release with Wan
 MAX_JSON = 2**24  # bytes
 

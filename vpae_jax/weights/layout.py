@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,13 +15,15 @@ from jax.typing import DTypeLike
 
 from vpae_jax.files import replacing
 from vpae_jax.types import UserError
-from vpae_jax.weights.card import Card, Provenance, write_card
+from vpae_jax.weights.card import SAMPLES, Card, Provenance, write_card
+from vpae_jax.weights.comfyui import SUFFIX, obstacle, workflow, write_workflow
 from vpae_jax.weights.directory import ModelDirectory
 from vpae_jax.weights.filenames import (
     CAUSAL_PIPELINE,
     CAUSAL_TRANSFORMER,
     INDEX,
     PRODUCT,
+    SAMPLING,
     SCHEDULER,
     SETTINGS,
     VERSION,
@@ -35,9 +38,12 @@ from vpae_jax.weights.parts import LOW, PARTS, check_fit, kind_of, makes_from_im
 from vpae_jax.weights.pickles import require_torch
 from vpae_jax.weights.settings import Defaults, Scheduler, read_defaults, read_scheduler
 from vpae_jax.weights.spiece import check_files
+from vpae_jax.weights.tensors import SHARD_BYTES
 from vpae_jax.weights.writing import Format, Values, is_pickled, open_values, verify_part, write_part
 
 WAN_TOKENIZER = Path("google/umt5-xxl")  # where Wan's own code looks
+# ComfyUI reads no shards, and Wan's own program reads one file as well as several.
+_LARGEST: Mapping[Format, int] = {"wan": sys.maxsize}
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what Diffusers' `load_lora_weights` looks for in a folder
 
 
@@ -167,11 +173,12 @@ def write_model(
     for name in card.parts:
         if is_pickled(name, form):  # checked before the transformer is written, which takes minutes
             require_torch(folder / PARTS[name].wan_file)
+    card = dataclasses.replace(card, name=folder.name, workflow=_workflow_name(folder, card))
     with replacing(folder) as temporary:
         temporary.mkdir()
         for name in card.parts:
             with contents.values(name) as values:
-                write_part(_root(temporary, name, card), name, values, form, dtype)
+                write_part(_root(temporary, name, card), name, values, form, dtype, _LARGEST.get(form, SHARD_BYTES))
         _copy_tokenizers(temporary, contents.base, form)
         if form == "wan":
             _write_wan_settings(temporary, contents, card)
@@ -180,9 +187,27 @@ def write_model(
         if card.lora is not None and contents.lora is not None:
             about = about_base(contents.base.path, contents.base_loras)
             write_lora(temporary / card.lora, contents.lora, "diffusers", about=about)
+        if card.workflow is not None:
+            write_workflow(temporary / card.workflow, _workflow(card))
+        for sample in card.provenance.samples:
+            (temporary / SAMPLES).mkdir(exist_ok=True)
+            shutil.copy(sample, temporary / SAMPLES)
         write_card(temporary, card)
         written = dataclasses.replace(find_model(temporary), path=folder)  # with its final path, for messages
         return {name: _verify(written, name, contents, dtype) for name in card.parts} if verify else {}
+
+
+def _workflow_name(folder: Path, card: Card) -> str | None:
+    """What a folder's ComfyUI workflow is called; None where it has none."""
+    if card.form != "wan" or "transformer" not in card.parts or obstacle(card.scheduler, card.boundary) is not None:
+        return None
+    return folder.name + SUFFIX
+
+
+def _workflow(card: Card) -> dict[str, Any]:
+    """The folder's ComfyUI workflow."""
+    encoder = "image_encoder" in card.parts
+    return workflow(card.scheduler, card.defaults, f"{card.name}.safetensors", image=card.image, image_encoder=encoder)
 
 
 def _root(folder: Path, part: str, card: Card) -> Path:
@@ -255,6 +280,7 @@ def _index(folder: Path, card: Card) -> dict[str, Any]:
     index: dict[str, Any] = {
         "_class_name": CAUSAL_PIPELINE if card.causal else pipeline,
         "_diffusers_version": VERSION,
+        SAMPLING: card.scheduler.told(),
         "scheduler": ["diffusers", scheduler],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
         "tokenizer": ["transformers", tokenizer],

@@ -12,7 +12,7 @@ from huggingface_hub import errors
 from vpae_jax.types import UserError
 
 EMBEDDED = "tiny"
-_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
+HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 # Files in repositories that do not belong to models.
 _IGNORED = ["*.md", "*.jpg", "*.jpeg", "*.png", "*.gif", "*.mp4", "*.webp", "*.msgpack", "*.h5", "*.onnx", "*.ot"]
 
@@ -34,7 +34,7 @@ def locate(name: str | Path | None) -> Path:
     path = Path(name)
     if path.exists():
         return path
-    match = _HUB_ID.fullmatch(str(name))
+    match = HUB_ID.fullmatch(str(name))
     if match is None:
         raise UserError(f"{name}: no such folder or file; expected a model directory, a file of weights, or OWNER/NAME")
     return _fetch(match[1], match[2])

@@ -208,6 +208,13 @@ class Scheduler:
         """Timesteps that must be bound to Diffusers' scheduler, without the last 0; empty if it needs none."""
         return tuple(self.to_json().get(_TIMES, ())[:-1])
 
+    def told(self) -> dict[str, Any]:
+        """What people and other programs need to sample the model, in plain words. It is in model_index.json and in the
+        metadata of LoRA files, and is not read back: scheduler_config.json has it in Diffusers' words."""
+        times = self.sampler().times[:-1]
+        found = {"num_inference_steps": self.steps, "guidance_scale": self.guidance, "solver": self.solver}
+        return {**found, "shift": self.shift, "timesteps": [round(grids.TRAIN_TIMES * t, 4) for t in times]}
+
     def to_json(self) -> dict[str, Any]:
         """The scheduler_config.json that Diffusers reads."""
         advice = {_STEPS: self.steps, _GUIDANCE: self.guidance, "_diffusers_version": VERSION}
@@ -299,7 +306,7 @@ def _read_scheduler(folder: Path, image: bool) -> Scheduler:
         if not isinstance(told, dict):
             raise UserError(f"{where}: expected a JSON object, found {quote(told)}")
         return build(Scheduler, told, where)
-    return _from_json(read_json(path), str(path))
+    return scheduler_from_json(read_json(path), str(path))
 
 
 @dataclass(frozen=True)
@@ -316,7 +323,15 @@ class _Told:
     first: tuple[float, ...] = ()
 
 
-def _from_json(values: Mapping[str, Any], where: str) -> Scheduler:
+def scheduler_from_json(values: Mapping[str, Any], where: str) -> Scheduler:
+    """The scheduler of a scheduler_config.json.
+
+    Args:
+      where: it was found, for messages.
+
+    Raises:
+      UserError: as `read_scheduler`.
+    """
     solvers: dict[str, Solver] = {name: solver for solver, name in _CLASSES.items()}
     name = str(values.get("_class_name"))
     if name not in solvers:
