@@ -15,7 +15,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -289,7 +289,7 @@ class Pipeline:
         space, frames = self.vae.config.scale_factor_spatial, self._sizes.latent_frames(num_frames)
         return batch, frames, height // space, width // space, self.vae.config.z_dim
 
-    def pieces(
+    def prepare(
         self,
         prompt: str,
         image: UInt8[np.ndarray, "image_height image_width 3"] | None = None,
@@ -305,8 +305,9 @@ class Pipeline:
         noise: Latents | None = None,
         window: int | None = None,
         sink: int | None = None,
-    ) -> Iterator[streaming.Piece]:
-        """Makes one video, and gives its frames while later ones are being decoded; a call gives all at once.
+    ) -> partial[Latents]:
+        """Makes one video: `prepare` encodes what it shows and returns the call that samples its latents, `pieces`
+        yields its frames while later ones are being decoded, and calling the pipeline returns all frames at once.
 
         Args:
           prompt: what it shows.
@@ -343,9 +344,9 @@ class Pipeline:
         pictures = None if image is None else image[None]
         condition = self.condition([prompt], pictures, num_frames, height, width)
         unconditional = self._unconditional(condition, negative_prompt) if sampler.guidance > 1 else None
-        latents = self.sample(noise, condition, unconditional, sampler, key[None], given=given)
-        yield from streaming.decoded(self.decoder, latents)
+        return partial(self.sample, noise, condition, unconditional, sampler, key[None], given=given)
 
+    pieces = streaming.in_pieces(prepare)
     __call__ = streaming.joined(pieces)
 
     def stream(
