@@ -17,7 +17,6 @@ import argparse
 import importlib.util
 import os
 import sys
-import threading
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -28,7 +27,7 @@ from vpae_jax.runtime.platforms import compute_dtype
 from vpae_jax.runtime.progress import say
 from vpae_jax.serving.jobs import JobQueue
 from vpae_jax.serving.stores import Clips, picture_store
-from vpae_jax.serving.worker import THREAD, Worker
+from vpae_jax.serving.worker import Worker
 from vpae_jax.sharding import make_mesh
 from vpae_jax.types import UserError
 from vpae_jax.weights.locate import EMBEDDED
@@ -94,17 +93,15 @@ def main(argv: list[str]) -> None:
 
 
 def program() -> None:
-    """Runs `main`, and ends although a clip may be in work: its thread would be waited for otherwise."""
+    """Runs `main`, and ends the process at once: neither a clip in work nor Python's own tidying is waited for."""
     code = 0
     try:
         cli.run(main)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0
-    if any(thread.name.startswith(THREAD) for thread in threading.enumerate()):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

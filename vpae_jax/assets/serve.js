@@ -68,7 +68,7 @@ function show(panel, outcome) {
   }
   if (busy !== undefined) return;
   link.hidden = !clip;
-  for (const part of ["network", "decoding", "total"]) put(panel, part, clip ? seconds(clip.seconds[part]) : "–");
+  for (const part of ["encoding", "network", "decoding", "total"]) put(panel, part, clip ? seconds(clip.seconds[part]) : "–");
   put(panel, "evaluations", clip ? `${clip.evaluations}${clip.per_chunk ? " per chunk" : ""}` : "–");
   put(panel, "remark", clip && clip.compiles ? "these times include compiling" : "");
   if (!clip) return;
@@ -233,4 +233,5 @@ if (at("drop")) {
     });
   }
 }
+at("prompt").setSelectionRange(-1, -1);  // the cursor behind the example
 if (settings.typing && at("prompt").value) ask();

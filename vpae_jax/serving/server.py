@@ -14,7 +14,7 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 
-from vpae_jax.serving.worker import THREAD, Worker
+from vpae_jax.serving.worker import Worker
 from vpae_jax.types import UserError
 
 GRACE = 0.5  # seconds that open connections and the clip in work are given at the end
@@ -66,7 +66,7 @@ def run(server: uvicorn.Server, listening: socket.socket, worker: Worker) -> Non
       KeyboardInterrupt: after Ctrl-C.
       UserError: a model cannot be loaded.
     """
-    devices = ThreadPoolExecutor(1, thread_name_prefix=THREAD)
+    devices = ThreadPoolExecutor(1, thread_name_prefix="vpae_jax-devices")
     working: Future[None] = devices.submit(worker.run)
     working.add_done_callback(lambda _: setattr(server, "should_exit", True))
     try:

@@ -18,7 +18,6 @@ from vpae_jax.types import UserError
 
 Generate = Literal["auto", "typing", "button"]
 
-THREAD = "vpae_jax-devices"  # name of the worker's thread
 MAX_TYPING_SECONDS = 5.0  # for all models' clips together; beyond it a page has a button
 MAX_PROGRAMS = 64  # combinations of model, steps and size; beyond it compiled programs are dropped
 
