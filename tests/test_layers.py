@@ -15,8 +15,8 @@ ROOMS = (
     ("inference",),
     ("encoding",),
     ("tasks",),
-    ("run", "planning", "suites", "evaluation"),
-    ("configs", "main", "encode", "sample", "convert", "evaluate", "plan", "vote"),
+    ("run", "planning", "suites", "evaluation", "serving"),
+    ("configs", "main", "encode", "sample", "convert", "evaluate", "plan", "vote", "serve"),
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")

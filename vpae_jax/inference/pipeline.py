@@ -15,7 +15,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -291,7 +291,7 @@ class Pipeline:
         space, frames = self.vae.config.scale_factor_spatial, self._sizes.latent_frames(num_frames)
         return batch, frames, height // space, width // space, self.vae.config.z_dim
 
-    def pieces(
+    def prepare(
         self,
         prompt: str,
         image: UInt8[np.ndarray, "image_height image_width 3"] | None = None,
@@ -307,9 +307,9 @@ class Pipeline:
         noise: Latents | None = None,
         window: int | None = None,
         sink: int | None = None,
-    ) -> Iterator[streaming.Piece]:
-        """Generates one video, and yields its frames while later ones are being decoded. Calling the pipeline returns
-        all frames at once.
+    ) -> partial[Latents]:
+        """Generates one video: `prepare` encodes what it shows and returns the call that samples its latents, `pieces`
+        yields its frames while later ones are being decoded, and calling the pipeline returns all frames at once.
 
         Args:
           prompt: describes the video.
@@ -347,9 +347,9 @@ class Pipeline:
         pictures = None if image is None else image[None]
         condition = self.condition([prompt], pictures, num_frames, height, width)
         unconditional = self._unconditional(condition, negative_prompt) if sampler.guidance > 1 else None
-        latents = self.sample(noise, condition, unconditional, sampler, key[None], given=given)
-        yield from streaming.decoded(self.decoder, latents)
+        return partial(self.sample, noise, condition, unconditional, sampler, key[None], given=given)
 
+    pieces = streaming.in_pieces(prepare)
     __call__ = streaming.joined(pieces)
 
     def stream(

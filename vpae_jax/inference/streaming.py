@@ -146,6 +146,18 @@ class Stream:
         return _encode_grey(*vae, grey, *shape[1:3])
 
 
+def in_pieces(
+    prepare: Callable[Concatenate[Any, Arguments], Callable[[], Latents]],
+) -> Callable[Concatenate[Any, Arguments], Iterator[Piece]]:
+    """A pipeline's method that samples the video that `prepare` prepares, and yields its frames as `decoded` does."""
+
+    @wraps(prepare)
+    def pieces(self: Any, *args: Arguments.args, **options: Arguments.kwargs) -> Iterator[Piece]:
+        yield from decoded(self.decoder, prepare(self, *args, **options)())
+
+    return pieces
+
+
 def joined(
     pieces: Callable[Concatenate[Any, Arguments], Iterator[Piece]],
 ) -> Callable[Concatenate[Any, Arguments], Piece]:
