@@ -71,8 +71,8 @@ def doubt(workdir: Path) -> str:
 
 
 def compared_scores(workdir: Path) -> dict[str, float]:
-    """What the guard of a run compared: its scores of the weights at each step, as far as its file can be read. For a run
-    without any, the latest scores in its log."""
+    """What the guard of a run compared: its scores of the weights at each step, as far as its file can be read; for a
+    run without any, the latest scores in its log."""
     found = read_object(workdir / FILE) or {}
     steps, name = found.get("scores"), found.get("compared")
     compared = {
