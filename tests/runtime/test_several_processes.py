@@ -83,7 +83,7 @@ def test_a_run_continues_on_other_numbers_of_processes_and_devices(one, two, tmp
     folder = tmp_path / "run"
     run(2, folder, 4, "fsdp", 0)
     out = run(1, folder, 7, "data", 0, devices=4)[0][0]
-    assert f"continuing from step 4 of {folder}" in out
+    assert f"resuming from step 4 of {folder}" in out
     run(4, folder, STEPS, "fsdp", 0)
     close(one, folder)
 
@@ -103,7 +103,7 @@ def test_a_process_that_is_killed_takes_the_other_down_and_a_restart_ends_with_t
     assert lines[0].endswith("run the same command again to resume from the newest checkpoint")
     assert "Traceback" not in err
     out = run(2, folder, STEPS, "fsdp", 0)[0][0]
-    assert "continuing from step 4" in out
+    assert "resuming from step 4" in out
     assert records(folder) == records(two) and same_bits(folder, two)
 
 
@@ -224,7 +224,7 @@ def test_processes_go_back_to_the_same_whole_checkpoint(two, tmp_path):
     path.write_bytes(raw)
     out, err = zip(*run(2, folder, STEPS, "fsdp", 0), strict=True)
     assert out[0].count("is damaged (state/ocdbt.process_1/d/") == 1 and "the run goes back to step 8" in out[0]
-    assert "continuing from step 8" in out[0] and "damaged" not in out[1]
+    assert "resuming from step 8" in out[0] and "damaged" not in out[1]
     assert not any("Traceback" in text for text in err)
     assert records(folder) == records(two) and same_bits(folder, two)
     assert (folder / FOLDER / f"damaged-{STEPS}").is_dir()
