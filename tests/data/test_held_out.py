@@ -57,7 +57,7 @@ def test_a_position_names_what_is_held_out(sources):
     assert "22 of 25 clips of" in position["data"] and "8 of 10 clips of" in position["data"]
     latent_batches(sources, 4, 0, most_held_out=3).set_state(position)
     with pytest.raises(
-        UserError, match=r"was trained on batches of 4 from 22 of 25 clips .*, now there is .* 25 of 25"
+        UserError, match=r"was trained on batches of 4 from 22 of 25 clips .*, but the data is now .* 25 of 25"
     ):
         latent_batches(sources, 4, 0).set_state(position)
 

@@ -90,7 +90,7 @@ def test_a_value_of_another_kind(folder, key, value):
         (("shards", 0, "file"), "shards/", "expected shards/NAME.array_record"),
         (("shards", 0, "file"), "shards/a\u0000.array_record", "expected shards/NAME.array_record"),
         (("shards", 0, "file"), "shards\\..\\a.array_record", "expected shards/NAME.array_record"),
-        (("shards", 0, "sizes"), [2**57], "sizes are 144115188075855872 bytes together, the file has"),
+        (("shards", 0, "sizes"), [2**57], "sizes are 144115188075855872 bytes together, but the file has"),
         (("shards", 0, "sizes"), [1, -1], "expected sizes of records"),
         (("shards", 0, "sizes"), [1, 0], "expected sizes of records"),
         (("shards", 0, "sizes"), [1.0], "expected sizes of records"),
@@ -167,7 +167,7 @@ def test_a_sparse_file_is_not_read(folder, name):
 def test_a_file_that_is_a_folder_or_a_pipe(folder, name):
     (folder / name).unlink()
     (folder / name).mkdir()
-    assert ("has not ended" if name == "index.json" else "null.safetensors: it is missing") in refusal(folder)
+    assert ("is not finished" if name == "index.json" else "null.safetensors: it is missing") in refusal(folder)
 
 
 def write_null(folder, **arrays):
@@ -180,13 +180,13 @@ GOOD = {"text": np.zeros((TOKENS, WIDTH), np.float32), "text_mask": np.arange(TO
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"text": ...}, "its text is missing, not of bfloat16, or not finite"),
-        ({"text_mask": ...}, "its text_mask is missing, not of bool, or not finite"),
-        ({"text": np.full((TOKENS, WIDTH), np.nan)}, "its text is missing, not of bfloat16, or not finite"),
-        ({"text": np.full((TOKENS, WIDTH), np.inf)}, "its text is missing, not of bfloat16, or not finite"),
-        ({"text": np.zeros((TOKENS, WIDTH), np.int8)}, "its text is missing, not of bfloat16, or not finite"),
-        ({"text_mask": np.ones(TOKENS, np.float32)}, "its text_mask is missing, not of bool, or not finite"),
-        ({"text": np.zeros((TOKENS + 1, WIDTH))}, f"its text is of [{TOKENS + 1}, {WIDTH}]"),
+        ({"text": ...}, "its text is missing, not bfloat16, or not finite"),
+        ({"text_mask": ...}, "its text_mask is missing, not bool, or not finite"),
+        ({"text": np.full((TOKENS, WIDTH), np.nan)}, "its text is missing, not bfloat16, or not finite"),
+        ({"text": np.full((TOKENS, WIDTH), np.inf)}, "its text is missing, not bfloat16, or not finite"),
+        ({"text": np.zeros((TOKENS, WIDTH), np.int8)}, "its text is missing, not bfloat16, or not finite"),
+        ({"text_mask": np.ones(TOKENS, np.float32)}, "its text_mask is missing, not bool, or not finite"),
+        ({"text": np.zeros((TOKENS + 1, WIDTH))}, f"its text has shape [{TOKENS + 1}, {WIDTH}]"),
         ({"text": np.zeros((TOKENS, WIDTH + 1))}, f"expected [{TOKENS}, {WIDTH}]"),
         ({"text": np.zeros(TOKENS)}, f"expected [{TOKENS}, {WIDTH}]"),
         ({"text_mask": np.ones(TOKENS - 1, bool)}, f"mask [{TOKENS - 1}]"),
@@ -205,7 +205,9 @@ def test_a_negative_prompt_that_cannot_be(folder, change, reason, monkeypatch):
 def test_a_number_of_tokens_that_the_negative_prompt_does_not_have(folder, tokens):
     """Each clip's text would take so much memory."""
     change(folder, "text_tokens", to=tokens)
-    assert f"its text is of [{TOKENS}, {WIDTH}] and mask [{TOKENS}], expected [{tokens}, {WIDTH}]" in refusal(folder)
+    assert f"its text has shape [{TOKENS}, {WIDTH}] and mask [{TOKENS}], expected [{tokens}, {WIDTH}]" in refusal(
+        folder
+    )
 
 
 def test_random_damage_of_the_small_files_is_one_line_or_none(folder):
@@ -287,7 +289,7 @@ def test_a_caption_that_is_no_text_is_bad(monkeypatch, tmp_path):
     about = json.dumps({"id": "a", "caption": ["one"]})
     records = record(monkeypatch, with_header(lambda h: h.__setitem__("__metadata__", {"about": about})), tmp_path)
     records[0]
-    with pytest.raises(BadRecord, match="record 0: its caption is no text"):
+    with pytest.raises(BadRecord, match="record 0: its caption is not text"):
         records.about(0)
 
 

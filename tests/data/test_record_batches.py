@@ -101,7 +101,7 @@ def test_a_position_holds_for_any_rows_and_workers(sources):
         next(other)
         other.set_state(position)
         assert all(equal(a, b) for a, b in zip(whole[stop : stop + 4], take(other, 4), strict=True))
-    with pytest.raises(UserError, match="of another version"):
+    with pytest.raises(UserError, match="which another version wrote"):
         other.set_state({"next_index": 3})
 
 
@@ -111,7 +111,9 @@ def test_a_position_in_other_data_is_refused(sources):
     moved = [(LatentRecords(real.folder.parent / "." / "real"), 3.0), (made, 1.0)]
     latent_batches(moved, SIZE, seed=2).set_state(position)
     for others, seed in (([(real, 3.0)], 2), ([(real, 2.0), (made, 1.0)], 2), (sources, 3)):
-        with pytest.raises(UserError, match=r"was trained on batches of 4 from .*, now there is batches of 4 from"):
+        with pytest.raises(
+            UserError, match=r"was trained on batches of 4 from .*, but the data is now batches of 4 from"
+        ):
             latent_batches(others, SIZE, seed=seed).set_state(position)
 
 
@@ -177,7 +179,7 @@ def test_too_many_bad_records_stop_the_run(tmp_path):
 def test_a_folder_of_bad_records_ends_at_once(workers, tmp_path):
     folder = damaged(tmp_path / "folder", 6, range(6))
     batches = latent_batches([(LatentRecords(folder), 1.0)], SIZE, seed=0, workers=workers, max_bad=0.9)
-    with pytest.raises(UserError, match=r"200 records in a row were bad, the last of them: .*its checksum is"):
+    with pytest.raises(UserError, match=r"200 records in a row were bad, the last one: .*its checksum is"):
         next(batches)
     batches.close()
 
@@ -186,7 +188,7 @@ def test_a_lost_folder_among_good_ones_ends_the_run(sources, tmp_path):
     lost = LatentRecords(write_folder(tmp_path / "lost", [[(n, SMALL) for n in range(6)]]))
     (lost.folder / "shards").rename(tmp_path / "elsewhere")
     batches = latent_batches([(sources[1][0], 1.0), (lost, 1.0)], SIZE, seed=0, max_bad=0.9)
-    with pytest.raises(UserError, match=r"200 records in a row were bad, the last of them: .*lost.*No such file"):
+    with pytest.raises(UserError, match=r"200 records in a row were bad, the last one: .*lost.*No such file"):
         next(batches)
     batches.close()
 
@@ -221,7 +223,7 @@ def test_sources_that_do_not_fit_together_are_named(sources):
         latent_batches([(real, 1.0)], 12, seed=0)
     other = LatentRecords(sources[1][0].folder)
     other.null_text = other.null_text + np.float32(1).astype(other.null_text.dtype)
-    with pytest.raises(UserError, match="have other text encoders"):
+    with pytest.raises(UserError, match="have different text encoders"):
         latent_batches([(real, 1.0), (other, 1.0)], SIZE, seed=0)
     for field, change, reason in (
         ("shapes", {"latents": [2, 4, 6, 8], "frames": [2, 4, 6, 16], "image": [5, 3], "text": [8]}, "latents is"),

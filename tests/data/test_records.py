@@ -106,7 +106,7 @@ def test_is_finite_of_bfloat16_agrees_with_numpy_on_all_values():
 def test_frames_of_another_mask_are_an_error():
     arrays = arrays_of(0)
     arrays["frames"][1, ..., 0] = 1
-    with pytest.raises(ValueError, match="does not give the first frame alone"):
+    with pytest.raises(ValueError, match="does not mark exactly the first frame"):
         packed("a", arrays, {})
 
 
@@ -191,7 +191,7 @@ def test_what_the_system_refuses_for_the_moment_is_no_damage(copy):
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
     try:
         with pytest.raises(
-            UserError, match=r"array_record, record 0: cannot be read: Too many open files; when that has"
+            UserError, match=r"array_record, record 0: cannot be read: Too many open files; once this is"
         ):
             records[0]
     finally:
@@ -202,9 +202,12 @@ def test_what_the_system_refuses_for_the_moment_is_no_damage(copy):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda arrays: arrays | {"latents": arrays["latents"][:1]}, "not as the index says"),
-        (lambda arrays: {name: value for name, value in arrays.items() if name != "image"}, "not as the index says"),
-        (lambda arrays: arrays | {"text": np.zeros((TOKENS + 1, 8), np.float32)}, "not as the index says"),
+        (lambda arrays: arrays | {"latents": arrays["latents"][:1]}, "which differs from the index"),
+        (
+            lambda arrays: {name: value for name, value in arrays.items() if name != "image"},
+            "which differs from the index",
+        ),
+        (lambda arrays: arrays | {"text": np.zeros((TOKENS + 1, 8), np.float32)}, "which differs from the index"),
         (lambda arrays: arrays | {"latents": np.full(SMALL, np.nan)}, "latents is not finite"),
     ],
 )
@@ -220,7 +223,7 @@ def test_a_record_that_is_whole_but_not_what_the_index_says_is_bad(change, reaso
 
 
 def test_folders_that_cannot_be_read_are_named(folder, tmp_path):
-    with pytest.raises(UserError, match=r"holds no encoded clips \(index.json is missing\)"):
+    with pytest.raises(UserError, match=r"contains no encoded clips \(index.json is missing\)"):
         LatentRecords(tmp_path)
     index = json.loads((folder / "index.json").read_text())
     for schema in (1, 3):

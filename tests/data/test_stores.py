@@ -96,7 +96,9 @@ def test_google_gives_the_same_records(folder, monkeypatch):
         far.verify()
         assert all(equal(local[i], far[i]) for i in range(len(local)))
         assert equal(next(batches_of(folder)), next(batches_of(address)))
-        with pytest.raises(UserError, match=r"^gs://bucket/nowhere holds no encoded clips \(index.json is missing\)"):
+        with pytest.raises(
+            UserError, match=r"^gs://bucket/nowhere contains no encoded clips \(index.json is missing\)"
+        ):
             LatentRecords(Address("gs://bucket/nowhere"))
 
 
@@ -139,11 +141,11 @@ def test_what_is_missing_or_damaged_is_said_when_opening(s3, folder):
         LatentRecords(address)
     s3.files.rm_file("bucket/incomplete/index.json")
     with pytest.raises(
-        UserError, match=r"^s3://bucket/incomplete: its encoding has not ended; run the same encode com"
+        UserError, match=r"^s3://bucket/incomplete: its encoding is not finished; run the same encode com"
     ):
         LatentRecords(address)
     for url in ("s3://bucket/nowhere", "s3://no-such-bucket/records"):
-        with pytest.raises(UserError, match=rf"^{url} holds no encoded clips \(index.json is missing\)"):
+        with pytest.raises(UserError, match=rf"^{url} contains no encoded clips \(index.json is missing\)"):
             LatentRecords(Address(url))
 
 
@@ -196,9 +198,7 @@ def test_a_run_mixes_addresses_by_weight_and_writes_to_paths(s3, tmp_path):
 
 def test_what_is_needed_to_read_is_said(address, monkeypatch):
     for url in ("http://bucket/records", "gs://", "s3:///"):
-        with pytest.raises(
-            UserError, match=rf"^{url}: not an address that can be read; expected gs://BUCKET/FOLDER or s"
-        ):
+        with pytest.raises(UserError, match=rf"^{url}: not a supported address; expected gs://BUCKET/FOLDER or s"):
             Address(url)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "s3fs.core", None)

@@ -67,7 +67,7 @@ def test_a_folder_is_readable_when_all_units_are_done_and_not_before(tmp_path):
         add(writer, 2, 3)
     assert units.pending() == [0, 2]
     assert not units.finish(NULL, FACTS)
-    with pytest.raises(UserError, match="its encoding has not ended; run the same encode command again"):
+    with pytest.raises(UserError, match="its encoding is not finished; run the same encode command again"):
         LatentRecords(folder)
     again = Units(folder, IDENTITY, 3)
     fill(again)

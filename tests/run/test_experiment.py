@@ -188,7 +188,7 @@ def test_a_phase_starts_from_the_newest_whole_checkpoint_of_the_one_before(workd
     with pytest.warns(Note, match=r"/checkpoints/2 is damaged \(state/manifest.ocdbt has 0 bytes.*of step 1 takes its"):
         assert previous_moment(experiment_, tmp_path / "phase2") == Moment(1)
     assert newest.is_dir(), "another run's folder is left alone"
-    with pytest.raises(UserError, match=r"phase1/checkpoints/2 is damaged .*, and needed; copy it here again"):
+    with pytest.raises(UserError, match=r"phase1/checkpoints/2 is damaged .*, but required; copy it here again"):
         previous_moment(experiment_, tmp_path / "phase2", Moment(2))
 
 
@@ -198,14 +198,14 @@ def test_convert_reads_the_newest_whole_checkpoint(workdir, tmp_path, capsys):
     shutil.rmtree(run_ / FOLDER / "2" / "state")
     cli.run(convert.main, [str(run_), str(tmp_path / "older"), "--format=diffusers"])
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
-    assert any("checkpoints/2 is damaged (" in note and "of step 1 takes its place" in note for note in notes), notes
+    assert any("checkpoints/2 is damaged (" in note and "of step 1 is used instead" in note for note in notes), notes
     files = [tmp_path / name / "transformer" / "diffusion_pytorch_model.safetensors" for name in ("whole", "older")]
     assert files[0].read_bytes() != files[1].read_bytes()
     shutil.rmtree(run_ / FOLDER / "1" / "state")
     with pytest.raises(SystemExit) as caught:
         cli.run(convert.main, [str(run_), str(tmp_path / "none"), "--format=diffusers"])
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert caught.value.code == 2 and "no checkpoint is whole: 2 (" in line and not (tmp_path / "none").exists()
+    assert caught.value.code == 2 and "no checkpoint is intact: 2 (" in line and not (tmp_path / "none").exists()
 
 
 @pytest.mark.long

@@ -90,7 +90,7 @@ def test_records_are_opened_with_their_weights(workdir):
     other = dataclasses.replace(pipeline, defaults=dataclasses.replace(pipeline.defaults, negative_prompt="a blur"))
     with pytest.raises(UserError, match="was encoded with other encoders than those of tiny; encode its clips again"):
         open_sources(given.data, workdir, other, "tiny")
-    with pytest.raises(UserError, match="nowhere holds no encoded clips"):
+    with pytest.raises(UserError, match="nowhere contains no encoded clips"):
         open_sources(parse(config(records=workdir / "nowhere")).data, workdir, pipeline, "tiny")
 
 

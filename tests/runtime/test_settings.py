@@ -120,16 +120,18 @@ def test_all_meet_in_any_order_twice():
 def test_two_that_are_the_same_or_count_differently_are_told():
     address = f"localhost:{free_port()}"
     same = together(ProcessSpec(address, 3, 0), ProcessSpec(address, 3, 1), ProcessSpec(address, 3, 1))
-    assert "two processes have process_id 1; give each its own, from 0 to 2" in same[0]
+    assert "two processes have process_id 1; give each a different one, from 0 to 2" in same[0]
     assert all(same)
     other = together(ProcessSpec(address, 2, 0), ProcessSpec(address, 3, 1))
-    assert other[0] == other[1] == "process 1 was told of 3 processes, but process 0 of 2; give all the same number"
+    assert (
+        other[0] == other[1] == "process 1 was started with 3 processes, but process 0 with 2; give all the same number"
+    )
 
 
 def test_who_is_missing_is_named():
     address = f"localhost:{free_port()}"
     (said,) = together(ProcessSpec(address, 3, 0), seconds=1)
-    assert "process 0 of 3: waited 1 s at localhost" in said and "process 1, 2 did not come" in said
+    assert "process 0 of 3: waited 1 s at localhost" in said and "process 1, 2 did not appear" in said
     (said,) = together(ProcessSpec(address, 3, 2), seconds=1)
     assert said.startswith("process 2 of 3: waited 1 s for the coordinator localhost")
 
@@ -191,7 +193,7 @@ def test_one_that_never_ends_its_greeting_is_not_waited_for():
     with dribbling(lambda: socket.create_connection(("localhost", port), timeout=1)):
         assert together(ProcessSpec(f"localhost:{port}", 2, 0), ProcessSpec(f"localhost:{port}", 2, 1)) == ["", ""]
         (said,) = together(ProcessSpec(f"localhost:{port}", 2, 0), seconds=1)
-    assert said.startswith("process 0 of 2: waited 1 s at localhost") and "process 1 did not come" in said
+    assert said.startswith("process 0 of 2: waited 1 s at localhost") and "process 1 did not appear" in said
 
 
 def test_a_coordinator_that_never_ends_its_answer_is_not_waited_for():
@@ -209,7 +211,7 @@ def greet(port: int, index: int, proof: str) -> None:
             stranger.sendall(f"vpae {index} 2 number\n".encode())
             stranger.recv(1000)
             stranger.sendall(f"{proof}\n".encode())
-            assert stranger.recv(1000) == b"", "turned away"
+            assert stranger.recv(1000) == b"", "rejected"
             return
 
 
@@ -235,8 +237,8 @@ def test_processes_of_two_jobs_do_not_meet():
     address = f"localhost:{free_port()}"
     jobs = ProcessSpec(address, 2, 0, secret="one"), ProcessSpec(address, 2, 1, secret="another")
     first, other = together(*jobs, seconds=2)
-    assert "process 1 did not come (" in first and " connections that did not prove to be of this job" in first
-    assert "who answers there has another VPAE_SECRET" in other
+    assert "process 1 did not appear (" in first and " connections that did not belong to this job" in first
+    assert "the program that answers there has another VPAE_SECRET" in other
     assert "another" not in repr(jobs[1])
 
 

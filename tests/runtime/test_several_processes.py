@@ -83,7 +83,7 @@ def test_a_run_continues_on_other_numbers_of_processes_and_devices(one, two, tmp
     folder = tmp_path / "run"
     run(2, folder, 4, "fsdp", 0)
     out = run(1, folder, 7, "data", 0, devices=4)[0][0]
-    assert f"continuing from step 4 of {folder}" in out
+    assert f"resuming from step 4 of {folder}" in out
     run(4, folder, STEPS, "fsdp", 0)
     close(one, folder)
 
@@ -99,11 +99,11 @@ def test_a_process_that_is_killed_takes_the_other_down_and_a_restart_ends_with_t
         assert running[1].communicate()[1].splitlines()[-1].startswith("error: process 1 of 2 was ended from outside")
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, err
-    assert lines[0].startswith("error: process 1 of 2 is gone: no sign of life for ")
-    assert lines[0].endswith("start the same command again: it continues from its newest checkpoint")
+    assert lines[0].startswith("error: process 1 of 2 is gone: no heartbeat for ")
+    assert lines[0].endswith("run the same command again to resume from the newest checkpoint")
     assert "Traceback" not in err
     out = run(2, folder, STEPS, "fsdp", 0)[0][0]
-    assert "continuing from step 4" in out
+    assert "resuming from step 4" in out
     assert records(folder) == records(two) and same_bits(folder, two)
 
 
@@ -116,7 +116,7 @@ def test_the_coordinators_death_takes_the_other_down(tmp_path):
         _, err = running[1].communicate(timeout=HANGS)
     assert running[1].returncode not in (0, None)
     last = err.splitlines()[-1]
-    assert last.startswith("error: process 1 of 2 ") and last.endswith("from its newest checkpoint"), err
+    assert last.startswith("error: process 1 of 2 ") and last.endswith("from the newest checkpoint"), err
 
 
 def test_who_finds_the_coordinator_gone_before_jax_does_ends_with_the_same_line():
@@ -156,7 +156,7 @@ def test_a_process_that_hangs_takes_the_other_down(tmp_path):
         running[1].send_signal(signal.SIGSTOP)
         _, err = running[0].communicate(timeout=HANGS)
     assert running[0].returncode == 75
-    assert err.splitlines()[-1].startswith("error: process 1 of 2 is gone: no sign of life for "), err
+    assert err.splitlines()[-1].startswith("error: process 1 of 2 is gone: no heartbeat for "), err
 
 
 @pytest.mark.long
@@ -224,7 +224,7 @@ def test_processes_go_back_to_the_same_whole_checkpoint(two, tmp_path):
     path.write_bytes(raw)
     out, err = zip(*run(2, folder, STEPS, "fsdp", 0), strict=True)
     assert out[0].count("is damaged (state/ocdbt.process_1/d/") == 1 and "the run goes back to step 8" in out[0]
-    assert "continuing from step 8" in out[0] and "damaged" not in out[1]
+    assert "resuming from step 8" in out[0] and "damaged" not in out[1]
     assert not any("Traceback" in text for text in err)
     assert records(folder) == records(two) and same_bits(folder, two)
     assert (folder / FOLDER / f"damaged-{STEPS}").is_dir()

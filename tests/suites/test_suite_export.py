@@ -73,7 +73,7 @@ def test_vbench(run, models, pipes, checkout, tmp_path):
     assert found["clip"] == {"num_frames": 5, "height": 32, "width": 32, "fps": 8.0, "crf": 14}
     assert len(found["weights"]) == 16 and found["checkout"]["commit"] is None
     assert len(found["checkout"]["files"]) == 2
-    assert "4 of 4 clips; " in text and " s a clip; 0:00:00 left" in text
+    assert "4 of 4 clips; " in text and " s per clip; 0:00:00 left" in text
     assert f"cd {checkout}\n" in text and f"static_filter.py --videos_path {output / 'videos'}" in text
     flickering = "python evaluate.py --videos_path {} --output_path {} --dimension temporal_flickering"
     assert flickering.format(output / "filtered" / "filtered_videos", output / "results") in text
@@ -215,7 +215,7 @@ def test_names_that_a_file_system_refuses(checkout, tmp_path):
 def test_time_left():
     pace = Pace(11)
     pace.done, pace.first, pace.begun = 3, 1, 100.0
-    assert pace.line(120.0) == "3 of 11 clips; 10 s a clip; 0:01:20 left"
+    assert pace.line(120.0) == "3 of 11 clips; 10 s per clip; 0:01:20 left"
     pace.total = 1003
     assert pace.line(120.0).endswith("2:46:40 left")
 

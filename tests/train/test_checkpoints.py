@@ -206,7 +206,7 @@ def test_a_damaged_newest_checkpoint_is_put_aside_and_the_whole_one_taken(damage
         state, position, _ = checkpoints.restore(found, state_at(0))
     assert found == OLD and same(state, OLD) and position == {"batches": 30}
     assert said.count("\n") == 1 and f"/{NEW} is damaged (" in said
-    assert f"now called damaged-{NEW}; the run goes back to step {OLD}" in said
+    assert f"renamed to damaged-{NEW}; the run goes back to step {OLD}" in said
     assert sorted(path.name for path in (workdir / FOLDER).iterdir()) == [str(OLD), f"damaged-{NEW}"]
     assert not is_folder or files_of(workdir / FOLDER / f"damaged-{NEW}") == left, "nothing of it is lost"
 
@@ -241,7 +241,7 @@ def test_two_damaged_ones_are_said_each(workdir, capsys):
         DAMAGES["removed"](workdir / FOLDER / str(step) / FILES["tree"])
     assert Checkpoints(workdir).newest() == OLD
     assert capsys.readouterr().out.splitlines() == [
-        f"{workdir / FOLDER / str(step)} is damaged (state/_METADATA is missing), and now called damaged-{step}; "
+        f"{workdir / FOLDER / str(step)} is damaged (state/_METADATA is missing) and was renamed to damaged-{step}; "
         f"the run goes back to step {OLD}"
         for step in (9, NEW)
     ]
@@ -255,8 +255,8 @@ def test_when_none_is_whole_a_line_says_what_to_do_and_all_stay(workdir):
         with pytest.raises(UserError) as caught:
             reads()
         line = str(caught.value)
-        assert "\n" not in line and f"no checkpoint is whole: {NEW} (data/metadata has 0 bytes, expected " in line
-        assert f", {OLD} (" in line and line.endswith("copy a whole one here, or remove the folder to train anew")
+        assert "\n" not in line and f"no checkpoint is intact: {NEW} (data/metadata has 0 bytes, expected " in line
+        assert f", {OLD} (" in line and line.endswith("copy an intact one here, or remove the folder to start over")
     assert files_of(workdir) == before
 
 
@@ -265,7 +265,7 @@ def test_a_file_that_may_not_be_read_is_no_damage(workdir, monkeypatch):
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "read_bytes", refused)
-    with pytest.raises(UserError, match=rf"{NEW}/{checksums.FILE}: cannot be read: Permission denied; when that has"):
+    with pytest.raises(UserError, match=rf"{NEW}/{checksums.FILE}: cannot be read: Permission denied; once this is"):
         Checkpoints(workdir).newest()
     assert moments_in(workdir / FOLDER) == [OLD, NEW]
 
@@ -281,11 +281,11 @@ def test_a_whole_checkpoint_is_read_without_a_word(workdir, caplog):
 def test_who_reads_another_runs_checkpoints_takes_the_whole_one_and_changes_nothing(damage, workdir):
     DAMAGES[damage](largest(workdir / FOLDER / str(NEW), FILES["values"]))
     before = files_of(workdir)
-    with pytest.warns(Note, match=rf"/{NEW} is damaged \(.*\); the checkpoint of step {OLD} takes its place"):
+    with pytest.warns(Note, match=rf"/{NEW} is damaged \(.*\); the checkpoint of step {OLD} is used instead"):
         found = read_state(workdir)
     assert int(found["step"]) == OLD.step
     np.testing.assert_array_equal(found["params"]["net"]["w"], state_at(OLD).params["net"]["w"])
-    with pytest.raises(UserError, match=rf"/{NEW} is damaged \(.*\), and needed; copy it here again"):
+    with pytest.raises(UserError, match=rf"/{NEW} is damaged \(.*\), but required; copy it here again"):
         whole_moment(workdir, NEW)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -87,7 +87,7 @@ def test_a_run_that_is_stopped_between_the_updates_of_its_steps_ends_with_the_sa
     assert bits(last) == bits(whole) and losses(tmp_path / "whole") == losses(tmp_path / "cut")
     assert "leader/loss" in losses(tmp_path / "cut")[1] and "follower/loss" in losses(tmp_path / "cut")[1]
     assert hooked == seen == [0, 1, 2, 3, 4, 5]
-    assert "continuing from step 3+2 of " in capsys.readouterr().out
+    assert "resuming from step 3+2 of " in capsys.readouterr().out
 
 
 def test_minutes_make_checkpoints_between_updates_from_which_the_bits_are_the_same(tmp_path):
@@ -215,7 +215,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_ends_with_the_same_bits(tmp_pa
     last = run(tmp_path / "cut")
     assert slopes(whole) == slopes(last)
     out = capsys.readouterr().out
-    assert "7 is damaged (data/metadata has 0 bytes" in out and "continuing from step 6 of" in out
+    assert "7 is damaged (data/metadata has 0 bytes" in out and "resuming from step 6 of" in out
     for name in ("whole", "cut"):
         records = read_metrics(tmp_path / name)
         assert [record["step"] for record in records] == [*range(1, 9)]
@@ -275,5 +275,5 @@ def test_missing_checkpoint_is_one_line(tmp_path):
 
 def test_merged_trees_do_not_overlap():
     assert merge_trees({"a": {"x": 1}}, {"a": {"y": 2}}) == {"a": {"x": 1, "y": 2}}
-    with pytest.raises(ValueError, match="both trees hold 'x'"):
+    with pytest.raises(ValueError, match="both trees contain 'x'"):
         merge_trees({"a": {"x": 1}}, {"a": {"x": 2}})

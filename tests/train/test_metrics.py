@@ -73,7 +73,7 @@ def test_how_many_lines_are_lost_is_said(workdir, capsys):
     file = workdir / "metrics.jsonl"
     file.write_bytes(b"\xff\n" + file.read_bytes() + b'{"step": 5')
     logged(workdir, 4)
-    assert capsys.readouterr().out == f"{file}: 1 line cannot be read, and left out\n"
+    assert capsys.readouterr().out == f"{file}: dropped 1 line that cannot be read\n"
 
 
 def test_tensorboards_files_hold_the_same(workdir):
@@ -87,7 +87,7 @@ def test_without_room_for_tensorboard_a_run_goes_on(tmp_path, capsys):
     assert steps(tmp_path) == [1, 2]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (
-        f"{tmp_path}/tensorboard: cannot be written: File exists; the run goes on without TensorBoard's files"
+        f"{tmp_path}/tensorboard: cannot be written: File exists; the run continues without TensorBoard's files"
     )
     assert [line.split("/")[0] for line in lines[1:]] == ["step 1", "step 2"]
 
@@ -105,7 +105,7 @@ def test_a_disk_that_gets_full_ends_tensorboard_first_and_then_the_run(tmp_path,
     log.close()
     said = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("step ")]
     assert said == [
-        f"{tmp_path}/tensorboard: cannot be written: File too large; the run goes on without TensorBoard's files"
+        f"{tmp_path}/tensorboard: cannot be written: File too large; the run continues without TensorBoard's files"
     ]
     assert step > 5 and steps(tmp_path) == list(range(1, step))
 

@@ -178,7 +178,7 @@ def test_adapters_sit_on_a_whole_network():
     check_roles(METHOD, rates)
     for base in ("nobody", "on_top"):
         Wrong.on = base
-        with pytest.raises(UserError, match=f"role low holds adapters on '{base}'"):
+        with pytest.raises(UserError, match=f"role low has adapters on '{base}'"):
             check_roles(Wrong(), rates)
 
 
@@ -211,7 +211,7 @@ def test_only_whole_trained_roles_follow_each_other(trains, follower):
     rates = dict.fromkeys(("student", "low", "on_top", "other"))
     check_roles(Following(), rates)
     Following.trains, Following.follower = trains, follower
-    with pytest.raises(UserError, match=rf"role {follower} follows {'.'.join(trains)}: both have to be trained, whole"):
+    with pytest.raises(UserError, match=rf"role {follower} follows {'.'.join(trains)}: both must be trained, full"):
         check_roles(Following(), rates)
 
 

@@ -85,7 +85,7 @@ def test_a_tracker_that_cannot_begin_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("WANDB_API_KEY", "short")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    with pytest.raises(UserError, match=r"config\.tracker is 'wandb', which cannot begin a run: ") as error:
+    with pytest.raises(UserError, match=r"config\.tracker is 'wandb', which cannot start a run: ") as error:
         Tracker("wandb", tmp_path, "phase2", {})
     assert "\n" not in str(error.value)
 

@@ -1,1 +1,1 @@
-"""Sources of clips, the tokenizer of the tiny captions, cached latents, and batch iterators."""
+"""Latent records, and batches made of them."""

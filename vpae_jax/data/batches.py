@@ -1,12 +1,12 @@
-"""Batches of encoded clips, and what other kinds of batches are made with.
+"""Batches of encoded clips, and the iterator from which other kinds of batches are made.
 
-An iterator is endless, shuffled anew in every epoch, the same for the same seed, and has `get_state` and `set_state`,
-so that a checkpoint continues after exactly the batches that were seen. Items are prepared in threads or in processes
+An iterator is endless, reshuffled in every epoch and reproducible from its seed. It has `get_state` and `set_state`, so
+that a resumed run continues exactly after the batches already seen. Items are prepared in threads or in processes
 (`data.loader`). Batches are numpy arrays; `sharding.put_rows` moves them to the devices, each byte once.
 
-A batch is a row of one endless order of clips (`data.order`), whoever reads it: of several processes, each prepares
-some of its clips (`rows`), and a position is a number of batches, so that it holds for any number of processes and
-workers.
+Batches are successive rows of one endless order of clips (`data.order`), regardless of who reads them. Of several
+processes, each prepares some clips of every batch (`rows`). A position is a number of batches, so it is valid for any
+number of processes and workers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vpae_jax.types import Batch, Condition, UserError
 
 # Which clips of each batch are prepared here, in order; None for all.
 OwnRows = Sequence[int] | None
-# Negative prompts of one text encoder differ by the rounding of other devices and batches, if at all.
+# Maximum relative difference of two negative prompts from the same text encoder, which differ only by rounding.
 SAME_PROMPT = 0.1
 
 
@@ -39,30 +39,30 @@ def latent_batches(
     most_held_out: int = 0,
     seeds: bool = False,
 ) -> Batches:
-    """Endless iterator of `Batch`, in bfloat16, as records are. The clips of a batch have latents of one shape. Of
-    prompts alone, batches have no latents.
+    """Returns an endless iterator of `Batch`, in bfloat16 like the records. All clips of a batch have latents of one
+    shape. Batches of prompts alone have no latents.
 
     Args:
-      sources: folders of records, each with its weight: the share of clips that come from it, up to a common factor
-        (the folder's size, to see all clips equally often). A shape has the share of a source that it has of its clips.
-      batch_size: clips a batch, over all processes.
-      seed: decides the order.
+      sources: folders of records, each with its weight: the relative share of clips that come from it (the folder's
+        size, to see all clips equally often). Within a source, shapes are drawn in proportion to their clips.
+      batch_size: clips per batch, over all processes.
+      seed: determines the order.
       workers: processes that read; 0 reads in threads.
       rows: which clips of each batch are read here, in order; None for all.
-      max_bad: share of bad records that is put up with; a bad one is replaced by another one of its source and shape.
-      most_held_out: clips of each source that are left out (`data.order.held_out`).
-      seeds: whether batches have the seeds of their clips' noise. All sources are a teacher's clips then.
+      max_bad: maximum tolerated fraction of corrupt records; each is replaced by another of its source and shape.
+      most_held_out: maximum number of clips of each source that are left out (`data.order.held_out`).
+      seeds: whether batches contain the seeds of their clips' noise; all sources must then be a teacher's clips.
 
     Raises:
-      UserError: fewer clips than a batch has, or sources that do not fit together.
+      UserError: there are fewer clips than a batch needs, or sources that do not fit together.
     """
     first = sources[0][0]
     for records, weight in sources:
         _check_source(records, weight, first)
         if seeds and not records.from_teacher:
             raise UserError(
-                f"{records.folder}: the noise of its clips is not known, since no teacher made them; give folders of "
-                "`python -m vpae_jax.encode --captions=...` alone"
+                f"{records.folder}: the noise of its clips is not known, since no teacher made them; give only folders "
+                "made by `python -m vpae_jax.encode --captions=...`"
             )
     buckets: dict[LatentShape, list[ClipStream]] = {}
     named = []
@@ -88,9 +88,9 @@ def latent_batches(
 
 
 def _check_source(records: LatentRecords, weight: float, first: LatentRecords) -> None:
-    """Raises `UserError` for a source without clips or weight, or one that was encoded otherwise than the first."""
+    """Raises `UserError` for a source without clips or weight, or one that was encoded differently from the first."""
     if not len(records):
-        raise UserError(f"{records.folder} holds no clips, only rejects (rejects.jsonl says why); leave it out")
+        raise UserError(f"{records.folder} contains no clips, only rejects (see rejects.jsonl); leave it out")
     if not weight > 0:
         raise UserError(f"{records.folder} has weight {weight}, expected more than 0; leave it out instead")
     kinds = [common(one.index["shards"][0]) | {"text_tokens": [one.index["text_tokens"]]} for one in (first, records)]
@@ -98,17 +98,17 @@ def _check_source(records: LatentRecords, weight: float, first: LatentRecords) -
         if kinds[0].get(name) != kinds[1].get(name):
             raise UserError(
                 f"{records.folder} and {first.folder} do not fit together: {name} is {kinds[1].get(name)} and "
-                f"{kinds[0].get(name)}; encode both with the same model"
+                f"{kinds[0].get(name)}, respectively; encode both with the same model"
             )
     given, expected = np.float32(records.null_text), np.float32(first.null_text)
     if np.linalg.norm(given - expected) > SAME_PROMPT * np.linalg.norm(expected):
         raise UserError(
-            f"{records.folder} and {first.folder} have other text encoders; encode both with the same model"
+            f"{records.folder} and {first.folder} have different text encoders; encode both with the same model"
         )
 
 
 def to_float(pixels: UInt8[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
-    """0..255 to [-1, 1], float32."""
+    """Converts pixels in 0..255 to float32 in [-1, 1]."""
     return pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
@@ -123,21 +123,21 @@ def iterate(
     rows: OwnRows,
     max_bad: float = 0.0,
 ) -> Batches:
-    """Endless iterator of batches.
+    """Returns an endless iterator of batches.
 
     Args:
-      buckets: the clips, by shape; a batch takes all of its clips from one bucket.
-      load: reads one clip, by the numbers of its source and in it.
-      finish: makes a batch of clips' arrays.
-      data: what the clips are, for a checkpoint's position in them.
+      buckets: the clips, by shape; all clips of a batch come from one bucket.
+      load: reads one clip, given the number of its source and its number in the source.
+      finish: makes a batch from the clips' arrays.
+      data: describes the clips, to check that a checkpoint's position belongs to the same data.
       batch_size, seed, workers, rows, max_bad: see `latent_batches`.
 
     Raises:
-      UserError: fewer clips than a batch has.
+      UserError: there are fewer clips than a batch needs.
     """
     clips = sum(len(part.clips) for parts in buckets for part in parts)
     if not 1 <= batch_size <= clips:
-        raise UserError(f"batch size {batch_size} does not fit {clips} clips; lower it or take more clips")
+        raise UserError(f"batch size {batch_size} does not fit {clips} clips; lower it or use more clips")
     own = range(batch_size) if rows is None else rows
     data = f"batches of {batch_size} from {data}, seed {seed}"
     return Batches(Order(buckets, batch_size, seed), load, finish, own, workers, max_bad, data)

@@ -1,4 +1,4 @@
-"""What a folder of records says it holds: its index, checked whole when it is read, as others may have written it."""
+"""The index of a folder of records. It may come from elsewhere, so it is fully validated when it is read."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from vpae_jax.types import UserError
 
 SCHEMA = 2
 INDEX, NULL, REJECTS, IDENTITY = "index.json", "null.safetensors", "rejects.jsonl", "identity.json"
-MAX_INDEX = 2**28  # bytes, of some 20 million clips
+MAX_INDEX = 2**28  # bytes, enough for about 20 million clips
 _FINGERPRINT, _SHA256 = re.compile(r"[0-9a-f]{16}"), re.compile(r"[0-9a-f]{64}")
-_FILE = re.compile(r"shards/[\w.-]+\.array_record", re.ASCII)  # in the folder, whatever it is called
-_VIDEO_AXES = 4  # of latents and frames, whose channels alone all shards share
+_FILE = re.compile(r"shards/[\w.-]+\.array_record", re.ASCII)  # any name, but inside the folder
+_VIDEO_AXES = 4  # of latents and frames, of which all shards share only the number of channels
 
-# What must hold of a value, and how that is said.
+# A condition that a value must satisfy, and its description.
 Rule = tuple[Callable[[Any], bool], str]
 
 
@@ -86,20 +86,20 @@ _OF_SHARD: Mapping[str, Rule] = {
     "shapes": (_are_shapes, "shapes by name, four numbers of latents and one of text among them"),
     "sizes": (_are_sizes, "sizes of records"),
 }
-# Of a shard of prompts alone, whose records are for clips of a size, and hold none.
+# For a shard of prompts alone, whose records have no clips but the size of those to generate.
 _OF_PROMPTS: Mapping[str, Rule] = {
     **_OF_SHARD,
-    "latent_size": (_is_video_shape, "four numbers, the size of latents that are to be made"),
+    "latent_size": (_is_video_shape, "four numbers, the size of the latents to generate"),
     "shapes": (_are_of_prompts, "shapes by name, one number of text and no latents among them"),
 }
 
 
 def read_index(folder: Location) -> dict[str, Any]:
-    """A record folder's index, of which every part is what it should be. Its shards lie in the folder, have records of
-    no more bytes than they have themselves, and of the same arrays.
+    """Reads and validates the index of a folder of records, including that its shards lie in the folder, are at least
+    as large as their records, and all have the same arrays.
 
     Raises:
-      UserError: there is none, it is damaged, or of another schema; a store cannot be read.
+      UserError: the index is missing, damaged, or of another schema; or a store cannot be read.
     """
     path = folder / INDEX
     try:
@@ -126,62 +126,62 @@ def read_index(folder: Location) -> dict[str, Any]:
 
 
 def check_shards(shards: list[Any]) -> None:
-    """Raises `ValueError` for what is no shard of an index, and for shards whose records have other arrays."""
+    """Raises `ValueError` for an invalid shard entry, or for shards whose records have different arrays."""
     for number, shard in enumerate(shards):
         where = f"shards[{number}]"
         _check(shard, _OF_PROMPTS if isinstance(shard, dict) and "latent_size" in shard else _OF_SHARD, where)
         if (total := sum(shard["sizes"])) > shard["bytes"]:
-            raise ValueError(f"{where}.sizes are {total} bytes together, the file has {shard['bytes']}")
+            raise ValueError(f"{where}.sizes are {total} bytes together, but the file has {shard['bytes']}")
         if (found := common(shard)) != (expected := common(shards[0])):
-            raise ValueError(f"{where}.shapes have {_shown(found)}, those of shards[0] {_shown(expected)}")
+            raise ValueError(f"{where}.shapes have {_shown(found)}, but those of shards[0] {_shown(expected)}")
 
 
 def common(shard: Mapping[str, Any]) -> dict[str, list[int]]:
-    """What the records of all shards have in common: the shapes of their arrays, and of those that are as long and
-    large as the clip, the channels. Of prompts alone, the latents that are yet to be made are `latent_size`."""
+    """Returns what the records of all shards have in common: the shapes of their arrays, but only the number of
+    channels of arrays that vary with the clip's size. For prompts alone, `latent_size` stands for the latents."""
     shapes = shard["shapes"] if has_clips(shard) else {**shard["shapes"], "latent_size": shard["latent_size"]}
     return {name: shape[-1:] if len(shape) == _VIDEO_AXES else shape for name, shape in sorted(shapes.items())}
 
 
 def has_clips(shard: Mapping[str, Any]) -> bool:
-    """Whether a shard's records hold clips, and not prompts alone."""
+    """Whether a shard's records contain clips, rather than prompts alone."""
     return "latent_size" not in shard
 
 
 def latent_shape(shard: Mapping[str, Any]) -> tuple[int, ...]:
-    """Shape [f, h, w, c] of the latents that a shard's records hold or, of prompts alone, are for."""
+    """Returns the shape [f, h, w, c] of a shard's latents or, for prompts alone, of the latents to generate."""
     return tuple(shard["shapes"]["latents"] if has_clips(shard) else shard["latent_size"])
 
 
 def of_prompts(index: Mapping[str, Any]) -> bool:
-    """Whether a folder's records, of which there are some, are prompts alone."""
+    """Whether the records of a non-empty folder are prompts alone."""
     return any(not has_clips(shard) for shard in index["shards"])
 
 
 def check_shard(folder: Location, shard: Mapping[str, Any], size: int | None) -> None:
-    """Raises `UserError` for a shard that is missing (None) or has another size than its index says."""
+    """Raises `UserError` for a shard that is missing (`size` is None) or whose size differs from the index."""
     if size != shard["bytes"]:
         path, found = folder / shard["file"], "is missing" if size is None else f"has {size} bytes"
         with suppress(OSError):
             if size is not None and size <= HEAD:
-                read_small(path, HEAD)  # raises for what only stands for it
+                read_small(path, HEAD)  # raises if it is a placeholder
         raise UserError(f"{path} {found}, expected {shard['bytes']} bytes; {again(folder)}")
 
 
 def file_size(path: Location) -> int | None:
-    """Bytes of a file; None when there is none. Raises `UserError` when a store cannot be read."""
+    """Returns the size of a file in bytes; None if it does not exist. Raises `UserError` if a store cannot be read."""
     if isinstance(path, Address):
         return path.size()
     return path.stat().st_size if path.is_file() else None
 
 
 def read_small(path: Location, most: int) -> bytes | None:
-    """A file whole; None when there is none.
+    """Reads a whole file; returns None if it does not exist.
 
     Raises:
-      ValueError: it has more than `most` bytes.
-      OSError: what the system says of a file.
-      UserError: a store cannot be read, or something else is there in the file's place.
+      ValueError: the file has more than `most` bytes.
+      OSError: the system cannot read it.
+      UserError: a store cannot be read, or the file is a placeholder for another.
     """
     size = file_size(path)
     if size is None:
@@ -195,18 +195,18 @@ def read_small(path: Location, most: int) -> bytes | None:
 
 
 def again(folder: Location) -> str:
-    """What to do about a folder that is not whole."""
+    """Returns the remedy for a folder that is incomplete or damaged."""
     return "run the same encode command again" + (", then copy the folder again" if isinstance(folder, Address) else "")
 
 
 def _say_why_there_is_none(folder: Location) -> NoReturn:
     if file_size(folder / IDENTITY) is not None:
-        raise UserError(f"{folder}: its encoding has not ended; {again(folder)} to continue it")
-    raise UserError(f"{folder} holds no encoded clips ({INDEX} is missing); encode some, or choose another folder")
+        raise UserError(f"{folder}: its encoding is not finished; {again(folder)} to continue it")
+    raise UserError(f"{folder} contains no encoded clips ({INDEX} is missing); encode some, or choose another folder")
 
 
 def _check(value: Any, rules: Mapping[str, Rule], where: str) -> None:
-    """Raises `ValueError` for a value that is no object, or without what the rules say."""
+    """Raises `ValueError` for a value that is not an object, or that violates the rules."""
     if not isinstance(value, dict):
         raise ValueError(f"{where or 'it'} is {_shown(value)}, expected an object")
     for key, (holds, expected) in rules.items():
@@ -218,6 +218,6 @@ def _check(value: Any, rules: Mapping[str, Rule], where: str) -> None:
 
 
 def _shown(value: Any) -> str:
-    """A value from a file for an error's one line."""
+    """Formats a value from a file for a one-line message."""
     text = reprlib.repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

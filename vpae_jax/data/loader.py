@@ -1,9 +1,9 @@
-"""Batches of a fixed order, prepared ahead of the training in threads or processes, from any position on.
+"""Loads batches in a fixed order, ahead of training, in threads or processes, from any position.
 
-A position is the number of batches before it. It says nothing of who prepares them, so it holds for any number of
-processes that train and of workers that read.
+A position is the number of preceding batches. It does not depend on who prepares them, so it is valid for any number of
+training processes and of workers.
 
-Workers import this module and what it imports, which is why it knows neither models nor tokenizers.
+Workers import this module and everything it imports, so it must not import models or tokenizers.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from vpae_jax.data.order import Order
 from vpae_jax.data.records import BadRecord, LatentRecords, Value
 from vpae_jax.types import UserError
 
-# Batches that wait in memory: enough to hide the preparation, few enough for clips of any size. All are prepared at the
-# same time, because reads of records that are far away take long and cost little.
+# Batches prepared ahead: enough to hide the preparation, few enough for clips of any size. They are prepared
+# concurrently, because reads from a remote store have high latency but cost little.
 READ = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
-# Damage is judged by its share once this many records were read; after so many bad ones in a row none is looked for.
+# The fraction of bad records is checked once this many were read; after this many bad ones in a row, the run stops.
 ENOUGH = 200
 
-# From source and index to one clip's arrays; may raise `BadRecord`, and `UserError` when nothing can be read.
+# Returns one clip's arrays, given source and index; may raise `BadRecord`, or `UserError` if nothing can be read.
 Load = Callable[[int, int], Mapping[str, Value]]
 
 
 @dataclass(frozen=True)
 class RecordsOf:
-    """Loads clips from folders of records, of which `source` names one; with the seeds of their noise, or without."""
+    """Loads clips from folders of records, indexed by `source`; with or without the seeds of their noise."""
 
     folders: tuple[LatentRecords, ...]
     seeds: bool = False
@@ -45,11 +45,11 @@ class RecordsOf:
 
 
 class _Batches(grain.MapDataset):
-    """Of each batch from `start` on, the clips at some places.
+    """The clips at the given rows of each batch from `start` on.
 
-    An item has their `arrays`, one above the other (none when a clip could not be replaced), how many records were
-    `read`, what was `bad` about which of them, and what `failed`, if something did: Grain adds lines of its own to an
-    exception. It is a plain tree, whose arrays workers pass on in shared memory.
+    An item contains the stacked `arrays` (empty if a clip could not be replaced), the number of records `read`,
+    messages about `bad` ones, and an error message `failed`, which is not an exception because Grain would add lines to
+    it. It is a plain tree, whose arrays workers return in shared memory.
     """
 
     def __init__(self, order: Order, load: Load, rows: tuple[int, ...], start: int):
@@ -85,23 +85,23 @@ class _Batches(grain.MapDataset):
 
 
 class Batches(Iterator[Any]):
-    """Endless iterator over an order's batches.
+    """An endless iterator over the batches of an order.
 
     Args:
-      order: of all clips.
-      load: makes one clip's arrays.
-      finish: makes what is handed out from a batch's arrays.
+      order: the order of all clips.
+      load: returns one clip's arrays.
+      finish: makes the batch that is returned from its arrays.
       rows: which clips of each batch are prepared here.
       workers: processes that prepare batches; 0 prepares them in threads.
-      max_bad: share of bad records that is put up with.
-      data: what the order is of. A position holds for the same data alone.
+      max_bad: maximum tolerated fraction of corrupt records.
+      data: description of the data; a position is only valid for the same data.
 
     Attributes:
-      bad: how many bad records were met.
+      bad: number of bad records met so far.
 
     Raises:
-      UserError: (when it is advanced) more than `max_bad` of the records that were read, at least 200, are bad, or
-        200 bad ones came in a row; or what `load` raised.
+      UserError: (when advanced) of at least 200 records read, more than `max_bad` are bad, or 200 in a row were bad; or
+        an error that `load` raised.
     """
 
     def __init__(
@@ -132,40 +132,43 @@ class Batches(Iterator[Any]):
         return self._finish(loaded["arrays"])
 
     def get_state(self) -> dict[str, Any]:
-        """How many batches were handed out, and of what."""
+        """Returns the number of batches returned so far, and the description of the data."""
         return {"batches": self._position, "data": self._data}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Continues after that many batches. Raises `UserError` for a position in other data, or of another version."""
+        """Continues from a saved position. Raises `UserError` for a position in other data, or from another version."""
         if sorted(state) != ["batches", "data"]:
-            raise UserError(f"the checkpoint's position in the data is {dict(state)}, of another version; start again")
+            raise UserError(
+                f"the checkpoint's data position is {dict(state)}, which another version wrote; start again in another "
+                "--workdir"
+            )
         if state["data"] != self._data:
             raise UserError(
-                f"the checkpoint was trained on {state['data']}, now there is {self._data}; give the same data, or "
-                "start again in another --workdir"
+                f"the checkpoint was trained on {state['data']}, but the data is now {self._data}; give the same data, "
+                "or start again in another --workdir"
             )
         self.close()
         self._position = state["batches"]
 
     def close(self) -> None:
-        """Ends the threads and processes that prepare batches; the next batch starts them again."""
+        """Ends the threads and processes that prepare batches; they restart with the next batch."""
         if self._ahead is not None:
             self._ahead.close()
         self._ahead = None
 
     def _judge(self, loaded: Mapping[str, Any]) -> None:
-        """Counts bad records, and says of each once what is wrong with it. Raises `UserError` as `Batches` does."""
+        """Counts bad records, and reports each of them once. Raises `UserError` as `Batches` does."""
         self._read += loaded["read"]
         self.bad += len(loaded["bad"])
         for reason in loaded["bad"]:
             if reason not in self._named:
                 self._named.add(reason)
-                print(f"bad record: {reason}; another one takes its place", file=sys.stderr, flush=True)
+                print(f"bad record: {reason}; it is replaced by another", file=sys.stderr, flush=True)
         if loaded["failed"]:
             raise UserError(loaded["failed"])
         remedy = "remove the shards named above and run the same encode command again"
         if not loaded["arrays"]:
-            raise UserError(f"{ENOUGH} records in a row were bad, the last of them: {loaded['bad'][-1]}; {remedy}")
+            raise UserError(f"{ENOUGH} records in a row were bad, the last one: {loaded['bad'][-1]}; {remedy}")
         if self._read >= ENOUGH and self.bad > self._max_bad * self._read:
             raise UserError(
                 f"{self.bad} of {self._read} records were bad, more than config.data.max_bad = {self._max_bad:g} "

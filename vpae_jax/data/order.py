@@ -1,9 +1,9 @@
-"""Which clips a batch is made of: a function of its number and the seed alone.
+"""The order of clips: which clips a batch contains depends only on its number and the seed.
 
-Clips of one shape of latents are a bucket; a batch takes all its clips from one. In a bucket each source is a stream of
-its clips, shuffled anew in every epoch and endless, so that none is left out for ever and none is seen twice an epoch.
-Buckets, and the streams in them, alternate as evenly as their shares allow. Nothing is kept in memory but the clips'
-indices, and no library's random numbers are used, so that the order is the same under any version of them.
+Clips with latents of one shape form a bucket; all clips of a batch come from one bucket. Within a bucket, each source
+is an endless stream of its clips, reshuffled in every epoch, so that every clip is seen exactly once per epoch.
+Buckets, and the streams in them, alternate as evenly as their shares allow. Only the clips' indices are kept in memory,
+and no library's random numbers are used, so that the order does not change with library versions.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ import numpy as np
 from jaxtyping import Int
 
 ROUNDS = 8
-# Of a folder's clips, at most one of so many is held out. The number of their permutation, too, is the same for ever.
+# At most one in HELD_OUT_PART clips of a folder is held out; HELD_OUT_KEY selects the permutation. Both must never
+# change.
 HELD_OUT_PART, HELD_OUT_KEY = 5, 1
 _WORD = 2**64 - 1
 
 
 def shuffled(index: int, count: int, *key: int) -> int:
-    """Where a place among `count` goes in the permutation that the key names.
+    """Maps an index below `count` by the pseudo-random permutation given by the key.
 
-    A Feistel network on the smallest even number of bits that holds `count`, applied until it lands among them.
+    A Feistel network on the smallest even number of bits for `count`, applied until the result is below `count`.
     """
     half = max(1, ((count - 1).bit_length() + 1) // 2)
     mask, salt = (1 << half) - 1, 0
@@ -41,21 +42,21 @@ def shuffled(index: int, count: int, *key: int) -> int:
 
 
 def held_out(clips: int, most: int) -> Int[np.ndarray, "n"]:
-    """Which of a folder's clips no training sees, in an order of their own.
+    """Returns which clips of a folder are held out from training, in a shuffled order.
 
-    It follows from the number of clips alone, so that it is the same in every process and in every phase, whatever its
-    seed and its batches. Those of a smaller `most` are the first of a larger one's.
+    The result depends only on the number of clips, so it is the same in every process and every phase, whatever the
+    seed and the batches. The result for a smaller `most` is a prefix of that for a larger one.
 
     Args:
-      clips: how many the folder has.
-      most: how many are held out, but never more than a fifth of them.
+      clips: number of clips in the folder.
+      most: maximum number of clips to hold out; never more than a fifth of the folder.
     """
     count = min(most, clips // HELD_OUT_PART)
     return np.array([shuffled(place, clips, HELD_OUT_KEY) for place in range(count)], np.int64)
 
 
 def _mixed(word: int) -> int:
-    """SplitMix64: 64 bits, of which each depends on all of the given ones."""
+    """Mixes 64 bits with SplitMix64: each bit of the result depends on all bits of the argument."""
     word = (word + 0x9E3779B97F4A7C15) & _WORD
     word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9 & _WORD
     word = (word ^ (word >> 27)) * 0x94D049BB133111EB & _WORD
@@ -63,7 +64,7 @@ def _mixed(word: int) -> int:
 
 
 class Alternation:
-    """Endless turns of several parties, each in proportion to its share, spread evenly.
+    """An endless, evenly spread sequence of turns of several parties, in proportion to their shares.
 
     Args:
       shares: positive numbers.
@@ -75,10 +76,10 @@ class Alternation:
         self._shares = [int(share * whole) for share in exact]
 
     def __getitem__(self, turn: int) -> tuple[int, int]:
-        """Whose turn it is, and how many turns that party had before."""
+        """Returns whose turn it is, and how many turns this party has had before."""
         rest, before, after = sum(self._shares), turn, turn + 1
         for party, share in enumerate(self._shares[:-1]):
-            # Of the first n turns, ceil(n share / rest) are this party's; the others alternate in what remains.
+            # Of the first n turns, ceil(n share / rest) are this party's; the others alternate in the remaining turns.
             others_before, others_after = before * (rest - share) // rest, after * (rest - share) // rest
             if others_before == others_after:
                 return party, before - others_before
@@ -91,9 +92,9 @@ class ClipStream:
     """A source's clips in a bucket.
 
     Attributes:
-      source: which source.
-      clips: indices in it.
-      share: how much of all training is meant to come from these clips.
+      source: number of the source.
+      clips: indices within it.
+      share: relative share of training clips that should come from these.
     """
 
     source: int
@@ -105,9 +106,9 @@ class Order:
     """The clips of every batch.
 
     Args:
-      buckets: each a list of parts; none is empty.
-      batch_size: clips a batch.
-      seed: decides the order.
+      buckets: each a non-empty list of streams.
+      batch_size: clips per batch.
+      seed: determines the order.
     """
 
     def __init__(self, buckets: Sequence[Sequence[ClipStream]], batch_size: int, seed: int):
@@ -118,8 +119,8 @@ class Order:
         self._seed = seed
 
     def candidates(self, batch: int, row: int) -> Iterator[tuple[int, int]]:
-        """The clip at a place of a batch, as source and index in it; then those that stand in for it, one after the
-        other, endlessly: the clips that follow it in its stream."""
+        """Yields the clip at a row of a batch, as source and index within it; then, endlessly, its possible
+        replacements: the clips that follow it in its stream."""
         bucket, turn = self._turns[batch]
         inner, place = self._inner[bucket][turn * self.batch_size + row]
         part = self._buckets[bucket][inner]

@@ -1,18 +1,19 @@
-"""Encoded clips on disk: what a distillation trains on, computed once.
+"""Records: clips encoded once and stored on disk, on which a distillation trains.
 
-A folder of records (`encoding.units` writes it) holds
+A folder of records (written by `encoding.units`) contains
 
     index.json                                    schema, fingerprint, shards with their shapes, sizes and checksums
     null.safetensors                              text states and mask of the negative prompt
-    shards/00012-21x60x104x16-1f3a.array_record   clips of one unit and one shape of latents
+    shards/00012-21x60x104x16-1f3a.array_record   clips of one work unit and one latent shape
     rejects.jsonl                                 what was not encoded, with the reason
-    identity.json, units/, notes/                 what the encoding goes by (`encoding.units`)
+    identity.json, units/, notes/                 state of the encoding (`encoding.units`)
 
-A record is one clip in safetensors format, followed by the XXH3 checksum of those bytes (8 bytes). Its floats
-are bfloat16; its text states end with the prompt; the mask channels of its condition frames are left out, since whether
-a first frame is given shows in the frames; all else that is known of the clip is JSON in the header, under "about".
+A record is one clip in safetensors format, followed by the XXH3 checksum of those bytes (8 bytes). Its floats are
+bfloat16; its text states are cut off at the end of the prompt; the mask channels of its condition frames are omitted,
+since the frames show whether a first frame is given. All other information about the clip is JSON in the header, under
+"about".
 
-Records of prompts alone hold a clip's conditions and no latents; their shards say the size of those to be made.
+Records of prompts alone contain a clip's conditions but no latents; the index gives the size of those to generate.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ from vpae_jax.weights.safetensors_file import DTYPES
 
 TAG_BYTES = 8
 MAX_NULL = 2**28  # bytes of the negative prompt's states, a hundred times those of Wan's text encoder
-# What the system says of a file that is lost or damaged. All else is said of the network, of permissions, of too many
-# open files: it passes, and must not decide what is trained on.
+# Errors for a file that is lost or damaged. Other errors concern the network, permissions or the number of open files:
+# they are transient, and must not influence what is trained on.
 LOST = (errno.EIO, errno.ENOENT)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -59,33 +60,33 @@ LatentShape = tuple[int, ...]
 
 
 class BadRecord(Exception):
-    """A record that is damaged, with the reason in one line."""
+    """A damaged record; the message is a one-line reason."""
 
 
 class NotFinite(UserError):
-    """Arrays that no record takes, with the name of one in one line."""
+    """Arrays with values that are not finite, which cannot be stored; the message names one of them."""
 
 
 class LatentRecords:
-    """Random-access source over a folder of encoded clips, which is a path or an address in an object store.
+    """Random access to a folder of records, given by a path or an address in an object store.
 
-    Threads may share it, and it may be sent to processes.
+    It can be shared by threads and sent to other processes.
 
-    Item i is a dict of numpy arrays, in bfloat16: `latents` [f, h, w, c], `text` [s, d] (zero beyond the prompt's end),
-    `text_mask` [s] bool, and for image-to-video `image` [n, e] and `frames` [f, h, w, 4 + c]. Of prompts alone it has,
-    in place of latents, the `size` [4] of those that are to be made, int64. Reading one raises
-    `BadRecord` when it is damaged: lost, of another checksum, of other shapes than the index says, or not finite; and
-    `UserError` when the file system or the store fails, which says nothing of the record.
+    Item i is a dict of numpy arrays, in bfloat16: `latents` [f, h, w, c], `text` [s, d] (zero after the end of the
+    prompt), `text_mask` [s] bool, and for image-to-video `image` [n, e] and `frames` [f, h, w, 4 + c]. For prompts
+    alone it has, instead of latents, the `size` [4] of those to generate, int64. Reading an item raises `BadRecord` if
+    the record is lost or not finite, its checksum is wrong, or its shapes differ from the index; and `UserError` if the
+    file system or the store fails, which says nothing about the record.
 
     Attributes:
-      index: what `index.json` says, but for the records' sizes.
-      shapes: indices of the clips of each shape of latents, in order.
-      of_prompts: whether they are prompts alone, without clips.
+      index: content of `index.json`, except the sizes of the records.
+      shapes: indices of the clips for each latent shape, in order.
+      of_prompts: whether the records are prompts alone, without clips.
       null_text, null_mask: the negative prompt's states [s, d] and mask [s].
 
     Raises:
-      UserError: no such folder, an encoding that has not ended, an index that is damaged or of another schema, a shard
-        that is missing or cut short, a negative prompt that is damaged or not finite, a store that cannot be read.
+      UserError: no such folder, an unfinished encoding, an index that is damaged or of another schema, a shard that is
+        missing or cut short, a negative prompt that is damaged or not finite, or a store that cannot be read.
     """
 
     def __init__(self, folder: Location) -> None:
@@ -117,8 +118,8 @@ class LatentRecords:
         return self._checked(index)[0]
 
     def with_seed(self, index: int) -> dict[str, Value]:
-        """An item of `from_teacher` records, with `seed`, uint32: of the noise that its clip was sampled from
-        (`flow.draws.noise_of_seed`). Raises `BadRecord` as an item."""
+        """Returns an item of `from_teacher` records with its `seed` (uint32), which gives the noise that the clip was
+        sampled from (`flow.draws.noise_of_seed`). Raises `BadRecord`."""
         arrays, about = self._checked(index)
         seed = about.get("seed")
         if type(seed) is not int or not 0 <= seed < SEEDS:
@@ -126,15 +127,15 @@ class LatentRecords:
         return {**arrays, "seed": np.asarray(seed, np.uint32)}
 
     def _checked(self, index: int) -> tuple[dict[str, Value], dict[str, Any]]:
-        """An item, and what else is known of it."""
+        """Returns an item after validation, and the other information about it."""
         shard, arrays, about = self._read(index)
         limit = self.index["text_tokens"]
         if shapes_of(arrays) != shard["shapes"] or len(arrays["text"]) > limit:
             found = {name: value.shape for name, value in arrays.items()}
-            raise BadRecord(f"{self._name(index)}: its arrays are {found}, not as the index says")
+            raise BadRecord(f"{self._name(index)}: its arrays are {found}, which differs from the index")
         for name, value in arrays.items():
             if value.dtype != BFLOAT16:
-                raise BadRecord(f"{self._name(index)}: {name} is of {value.dtype}, expected {BFLOAT16}")
+                raise BadRecord(f"{self._name(index)}: {name} has dtype {value.dtype}, expected {BFLOAT16}")
             if not is_finite(value):
                 raise BadRecord(f"{self._name(index)}: {name} is not finite")
         tokens, width = arrays["text"].shape
@@ -149,24 +150,25 @@ class LatentRecords:
 
     @property
     def from_teacher(self) -> bool:
-        """Whether a teacher made the clips, each of noise whose seed its record keeps (`encoding.synthetic`)."""
+        """Whether a teacher generated the clips, so that records contain the seeds of their noise
+        (`encoding.synthetic`)."""
         return "recipe" in self.index["identity"]
 
     def about(self, index: int) -> dict[str, Any]:
-        """What else is known of a clip: its id and caption, where it comes from. Raises `BadRecord`."""
+        """Returns the other information about a clip: its id, caption and origin. Raises `BadRecord`."""
         about = self._read(index)[2]
         if not isinstance(about.get("caption", ""), str):
-            raise BadRecord(f"{self._name(index)}: its caption is no text")
+            raise BadRecord(f"{self._name(index)}: its caption is not text")
         return about
 
     def verify(self) -> None:
-        """Reads every shard and compares checksums. Raises `UserError` for one that was damaged."""
+        """Reads every shard and verifies its checksum. Raises `UserError` for a damaged one."""
         for shard in self._shards:
             if sha256(path := self.folder / shard["file"]) != shard["sha256"]:
                 raise UserError(f"{path} is damaged; remove it and {again(self.folder)}")
 
     def _read(self, index: int) -> tuple[Mapping[str, Any], dict[str, Value], dict[str, Any]]:
-        """A record's shard and what it holds."""
+        """Returns the shard entry of a record, its arrays, and the other information about it."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         shard = self._shards[int(np.searchsorted(self._ends, index, "right"))]
@@ -177,7 +179,7 @@ class LatentRecords:
             message = f"{self._name(index)}: cannot be read: {error.strerror}"
             if error.errno in LOST:
                 raise BadRecord(message) from error
-            raise UserError(f"{message}; when that has passed, run the same command again") from error
+            raise UserError(f"{message}; once this is resolved, run the same command again") from error
         except EOFError as error:
             raise BadRecord(f"{self._name(index)}: cannot be read: {error}") from error
         except BadRecord as error:
@@ -191,16 +193,16 @@ class LatentRecords:
 
 
 def stored(id: str, arrays: Arrays) -> dict[str, Value]:
-    """What a record keeps of a clip's arrays.
+    """Reduces a clip's arrays to what its record stores.
 
     Args:
-      id: for messages.
-      arrays: `latents` [f, h, w, c] unless it is a prompt alone, `text` [s, d] and what else is kept of the clip.
-        `text_mask` [s], where it is given, tells the prompt's states, which lead, from those that are left out.
-        `frames` [f, h, w, 4 + c] come with their mask channels.
+      id: used in messages.
+      arrays: `latents` [f, h, w, c] unless it is a prompt alone, `text` [s, d], and the other arrays of the clip. If
+        `text_mask` [s] is given, only the leading text states that it selects are kept. `frames` [f, h, w, 4 + c]
+        include their mask channels.
 
     Raises:
-      ValueError: frames with another mask than the one that is put back.
+      ValueError: the mask of the frames is not the one that reading would restore.
     """
     kept = dict(arrays)
     if "text_mask" in kept:
@@ -208,33 +210,33 @@ def stored(id: str, arrays: Arrays) -> dict[str, Value]:
     if "frames" in kept:
         bare = kept["frames"][..., MASK_CHANNELS:]
         if not np.array_equal(with_mask(bare)[..., :MASK_CHANNELS], kept["frames"][..., :MASK_CHANNELS]):
-            raise ValueError(f"clip {id!r}: the mask of its condition frames does not give the first frame alone")
+            raise ValueError(f"clip {id!r}: the mask of its condition frames does not mark exactly the first frame")
         kept["frames"] = bare
     return kept
 
 
 def pack(id: str, kept: Arrays, about: Mapping[str, Any]) -> bytes:
-    """One record's bytes.
+    """Serialises one record.
 
     Args:
-      id: kept in `about`, in place of one that is there, and used in messages.
-      kept: as `stored` gives them.
+      id: stored in `about` (overriding an existing id), and used in messages.
+      kept: arrays as returned by `stored`.
       about: plain JSON.
 
     Raises:
-      NotFinite: values that are not finite in bfloat16.
+      NotFinite: there are values that are not finite in bfloat16.
     """
     payload = to_safetensors(f"clip {id!r}", kept, {**about, "id": id})
     return payload + checksum(payload)
 
 
 def checksum(payload: bytes | memoryview) -> bytes:
-    """XXH3 of 64 bits, which costs a fourteenth of what CRC32 does; first byte first."""
+    """Returns the 64-bit XXH3, big-endian; it costs a fourteenth of CRC32."""
     return xxhash.xxh3_64_digest(payload)
 
 
 def unpack(record: UInt8[np.ndarray, "n"]) -> tuple[dict[str, Value], dict[str, Any]]:
-    """A record's arrays, as they are stored, which are views of it, and what else it knows. Raises `BadRecord`."""
+    """Returns a record's arrays as stored (views of the record), and the other information. Raises `BadRecord`."""
     payload = record.data[:-TAG_BYTES]
     found, expected = checksum(payload), record[-TAG_BYTES:].tobytes()
     if found != expected:
@@ -243,12 +245,13 @@ def unpack(record: UInt8[np.ndarray, "n"]) -> tuple[dict[str, Value], dict[str, 
 
 
 def to_safetensors(name: str, arrays: Arrays, about: Mapping[str, Any]) -> bytes:
-    """Arrays in safetensors format, floats in bfloat16. Raises `NotFinite` naming `name` if they are not finite."""
+    """Serialises arrays in safetensors format, floats as bfloat16. Raises `NotFinite`, naming `name`, for values that
+    are not finite."""
     stored = {}
     for key, value in arrays.items():
         value = np.asarray(value)
         if value.dtype == BFLOAT16 or np.issubdtype(value.dtype, np.floating):
-            with np.errstate(over="ignore"):  # it becomes infinite, which is said below
+            with np.errstate(over="ignore"):  # overflow gives infinity, which is reported below
                 value = value.astype(BFLOAT16)
             if not is_finite(value):
                 raise NotFinite(f"{name}: its {key} are not finite in bfloat16; check the encoders' weights")
@@ -257,13 +260,13 @@ def to_safetensors(name: str, arrays: Arrays, about: Mapping[str, Any]) -> bytes
 
 
 def from_safetensors(payload: bytes | memoryview) -> tuple[dict[str, Value], dict[str, Any]]:
-    """What `to_safetensors` was given; arrays are views of the bytes. Raises `BadRecord` for another format."""
+    """Reverses `to_safetensors`; the arrays are views of the bytes. Raises `BadRecord` for another format."""
     try:
         start = 8 + int.from_bytes(payload[:8], "little")
         header = json.loads(bytes(payload[8:start]))
         about = json.loads(header.pop("__metadata__")["about"])
         if not isinstance(about, dict):
-            raise ValueError("what it knows of its clip is no object")
+            raise ValueError("the information about its clip is not an object")
         arrays = {}
         for name, entry in header.items():
             first, last = entry["data_offsets"]
@@ -275,10 +278,10 @@ def from_safetensors(payload: bytes | memoryview) -> tuple[dict[str, Value], dic
 
 
 def read_null(folder: Location, index: Mapping[str, Any]) -> tuple[Value, Value]:
-    """The negative prompt's states [s, d] and mask [s] in a folder of records with this index.
+    """Reads the negative prompt's states [s, d] and mask [s] from a folder of records with this index.
 
     Raises:
-      UserError: they are missing, damaged, not finite, or not of as many tokens and channels as the index says.
+      UserError: they are missing, damaged, not finite, or differ from the index in their number of tokens or channels.
     """
     path = folder / NULL
     try:
@@ -288,20 +291,20 @@ def read_null(folder: Location, index: Mapping[str, Any]) -> tuple[Value, Value]
         arrays, _ = from_safetensors(data)
         for name, dtype in (("text", BFLOAT16), ("text_mask", np.dtype(bool))):
             if name not in arrays or arrays[name].dtype != dtype or not is_finite(arrays[name]):
-                raise BadRecord(f"its {name} is missing, not of {dtype}, or not finite")
+                raise BadRecord(f"its {name} is missing, not {dtype}, or not finite")
         text, mask = arrays["text"], arrays["text_mask"]
         width = index["shards"][0]["shapes"]["text"] if index["shards"] else list(text.shape[1:])
         if text.ndim != 2 or list(text.shape) != [index["text_tokens"], *width] or mask.shape != text.shape[:1]:
             expected = [index["text_tokens"], *width]
-            raise BadRecord(f"its text is of {list(text.shape)} and mask {list(mask.shape)}, expected {expected}")
+            raise BadRecord(f"its text has shape {list(text.shape)} and mask {list(mask.shape)}, expected {expected}")
     except (OSError, ValueError, BadRecord) as error:
         raise UserError(f"{path}: {error}; {again(folder)}") from error
     return text, mask
 
 
 def with_mask(frames: Float[np.ndarray, "f h w c"]) -> Float[np.ndarray, "f h w c_frames"]:
-    """Condition frames with their mask before them: 1 on the first latent frame, which is the one that is given. Where
-    that is zero throughout, as no picture's latents are, none is given, and the mask is 0."""
+    """Prepends the mask to condition frames: 1 on the first latent frame, which is the given one. If that frame is all
+    zeros, which no image's latents are, no frame is given and the mask is 0."""
     result = np.zeros((*frames.shape[:-1], MASK_CHANNELS + frames.shape[-1]), frames.dtype)
     result[:1, ..., :MASK_CHANNELS] = frames[:1].any()
     result[..., MASK_CHANNELS:] = frames
@@ -309,14 +312,14 @@ def with_mask(frames: Float[np.ndarray, "f h w c"]) -> Float[np.ndarray, "f h w 
 
 
 def is_finite(value: Value) -> bool:
-    """Whether all values are finite. Of bfloat16 the exponent's bits tell it, ten times as fast as NumPy does."""
+    """Whether all values are finite. For bfloat16 this tests the exponent bits, ten times as fast as NumPy."""
     if value.dtype == BFLOAT16:
         return bool((np.ascontiguousarray(value).view(np.uint16) & np.uint16(0x7FFF)).max(initial=0) < 0x7F80)
     return not np.issubdtype(value.dtype, np.floating) or bool(np.isfinite(value).all())
 
 
 def shapes_of(arrays: Arrays) -> dict[str, list[int]]:
-    """The shapes that all records of a shard have in common; of text states that is their width."""
+    """Returns the shapes that all records of a shard have in common; for text states only their width."""
     return {name: list(value.shape[1:] if name == "text" else value.shape) for name, value in sorted(arrays.items())}
 
 

@@ -1,11 +1,11 @@
-"""Records of an ArrayRecord file, read in place, from a file system or by one request from an object store.
+"""Reads single records of an ArrayRecord file in place, from a file system or by one request to an object store.
 
-ArrayRecord's own reader knows no object stores, and takes several times the processor time (`benchmarks/data.py`). The
-files that `encoding.units` writes are not compressed and have one record a chunk, so that where a record lies follows
-from the sizes of those before it.
+ArrayRecord's own reader does not support object stores, and takes several times the CPU time (`benchmarks/data.py`).
+The files written by `encoding.units` are uncompressed and have one record per chunk, so that the position of a record
+follows from the sizes of the preceding ones.
 
 The layout is that of Riegeli (doc/riegeli_records_file_format.md in its repository): a stream of chunks, each a header
-and its data, the first one a signature without data; a block header lies before every 65512 bytes of that stream.
+and its data, the first one a signature without data. A block header precedes every 65,512 bytes of that stream.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from vpae_jax.data.stores import Address, Location
 
 BLOCK, BLOCK_HEADER, CHUNK_HEADER = 65536, 24, 40
 BODY = BLOCK - BLOCK_HEADER
-# What `ArrayRecordWriter` is to be told. Latents hardly compress.
+# Options of `ArrayRecordWriter`. Latents hardly compress.
 WRITING = "group_size:1,uncompressed"
 
 
 def starts(sizes: Sequence[int]) -> list[int]:
-    """Where records of these sizes begin in the stream of chunks."""
+    """Returns the positions in the stream of chunks at which records of these sizes begin."""
     found, position = [], CHUNK_HEADER
     for size in sizes:
-        # The data of a chunk: that it is not compressed, how long the list of sizes is, the sizes, the records.
+        # The data of a chunk: the compression type (none), the length of the list of sizes, the sizes, the records.
         length = _varint_bytes(size)
         position += CHUNK_HEADER + 1 + _varint_bytes(length) + length
         found.append(position)
@@ -36,11 +36,11 @@ def starts(sizes: Sequence[int]) -> list[int]:
 
 
 def read_record(path: Location, start: int, size: int) -> UInt8[np.ndarray, "size"]:
-    """The record of `size` bytes that begins at `start` of the stream.
+    """Reads the record of `size` bytes that begins at position `start` of the stream.
 
     Raises:
-      OSError: what the system says of a file.
-      EOFError: a file ends before the record does.
+      OSError: the system cannot read the file.
+      EOFError: the file ends before the record does.
       UserError: an object store cannot be read.
     """
     first, last = _position(start), _position(start + size - 1) + 1
@@ -59,11 +59,11 @@ def read_record(path: Location, start: int, size: int) -> UInt8[np.ndarray, "siz
 
 
 def _position(offset: int) -> int:
-    """Where in the file a byte of the stream lies."""
+    """Returns the position in the file of a byte of the stream."""
     block, rest = divmod(offset, BODY)
     return block * BLOCK + BLOCK_HEADER + rest
 
 
 def _varint_bytes(number: int) -> int:
-    """Length of a number in seven bits a byte."""
+    """Returns the length of a number that is encoded with seven bits per byte."""
     return max(1, -(-number.bit_length() // 7))

@@ -1,8 +1,8 @@
 """Files in object stores, by address: gs://bucket/folder and s3://bucket/folder.
 
-gcsfs and s3fs read them. They are installed apart (`pip install 'vpae_jax[buckets]'`), find credentials, proxies and
-endpoints as those stores' own tools do, and try again by themselves what may pass. What they give up is a `UserError`:
-it says nothing of what is stored, so it must end a run, not change what is trained on.
+They are read with gcsfs and s3fs, which are installed separately (`pip install 'vpae_jax[buckets]'`). These libraries
+find credentials, proxies and endpoints like the stores' own tools, and retry transient errors. If they give up, this is
+a `UserError`: it says nothing about the stored data, so it must end the run rather than change what is trained on.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class _Kind:
     """A kind of store.
 
     Attributes:
-      library: what reads it.
-      system: its file system; of gcsfs the plain one, since that of `gcsfs` asks for a bucket's layout at every read
-        when it may not see it.
-      credentials: where these come from, for messages.
-      failures: what the library raises besides `OSError`.
-      options: what it is told, besides what its users set for all programs.
+      library: the library that reads it.
+      system: its file system class; for gcsfs the plain one, since the default one queries a bucket's layout at every
+        read if it lacks the permission to see it.
+      credentials: where credentials come from, for messages.
+      failures: exceptions that the library raises besides `OSError`.
+      options: options passed to it, in addition to the user's general settings.
     """
 
     library: str
@@ -49,7 +49,7 @@ KINDS = {
             "gcsfs.retry:HttpError",
             "google.auth.exceptions:GoogleAuthError",
             "requests:RequestException",
-            "builtins:ValueError",  # a request that the server calls bad
+            "builtins:ValueError",  # a request that the server rejects as bad
         ),
     ),
     "s3": _Kind(
@@ -57,7 +57,7 @@ KINDS = {
         "s3fs.core:S3FileSystem",
         "`aws configure`, AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
         ("aiohttp:ClientError", "botocore.exceptions:BotoCoreError"),
-        # Half a minute in all, as gcsfs tries; botocore alone would give up after two seconds.
+        # Half a minute in total, like gcsfs; by default botocore would give up after two seconds.
         {"config_kwargs": {"retries": {"mode": "standard", "total_max_attempts": 8}}},
     ),
 }
@@ -65,13 +65,13 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Address:
-    """A file or folder in an object store, with what reading records needs of `pathlib.Path`.
+    """A file or folder in an object store, with the part of the interface of `pathlib.Path` that reading records needs.
 
-    Threads may share it, and it may be sent to processes: the libraries keep connections, one set a process. Methods
-    that read raise `UserError` when the store cannot be reached or does not allow it.
+    It can be shared by threads and sent to other processes: the libraries keep connections per process. Methods that
+    read raise `UserError` if the store cannot be reached or denies access.
 
     Raises:
-      UserError: no address of a store that can be read.
+      UserError: the address does not belong to a supported store.
     """
 
     url: str
@@ -80,7 +80,7 @@ class Address:
         scheme, _, rest = self.url.partition("://")
         if scheme not in KINDS or not rest.strip("/"):
             kinds = " or ".join(f"{kind}://BUCKET/FOLDER" for kind in KINDS)
-            raise UserError(f"{self.url}: not an address that can be read; expected {kinds}, or a path")
+            raise UserError(f"{self.url}: not a supported address; expected {kinds}, or a path")
         object.__setattr__(self, "url", self.url.rstrip("/"))
 
     def __str__(self) -> str:
@@ -90,7 +90,7 @@ class Address:
         return Address(f"{self.url}/{name}")
 
     def size(self) -> int | None:
-        """Bytes of the file; None when there is none."""
+        """Returns the size of the file in bytes; None if it does not exist."""
         try:
             with self._opened() as system:
                 found = system.info(self.url)
@@ -99,7 +99,7 @@ class Address:
             return None
 
     def read_range(self, start: int, end: int) -> bytes:
-        """Bytes `start` to `end` of a file that is known to be there and to have them, by one request."""
+        """Reads bytes `start` to `end` by one request; the file must exist and be long enough."""
         if start == end:
             return b""
         try:
@@ -108,17 +108,20 @@ class Address:
         except FileNotFoundError as error:
             raise UserError(f"{self.url} is gone; copy it there again") from error
         if len(found) != end - start:
-            raise UserError(f"{self.url}: {len(found)} of {end - start} bytes at {start} came; copy it there again")
+            raise UserError(
+                f"{self.url}: only {len(found)} of {end - start} bytes at {start} were read; copy it there again"
+            )
         return found
 
     @contextmanager
     def open(self, mode: Literal["rb"]) -> Iterator[Any]:
-        """The file, to be read from its beginning to its end. Raises `FileNotFoundError`."""
+        """Opens the file for sequential reading. Raises `FileNotFoundError`."""
         with self._opened() as system, system.open(self.url, mode) as file:
             yield file
 
     def sizes(self, below: str) -> dict[str, int]:
-        """Bytes of all files in a folder of this one, by their names from here on. One request lists a thousand."""
+        """Returns the sizes in bytes of all files in a subfolder, by their names relative to this folder. Each request
+        lists a thousand files."""
         with self._opened() as system:
             found = system.find(f"{self.url}/{below}", detail=True)
         root = len(self.url.partition("://")[2]) + 1
@@ -126,18 +129,18 @@ class Address:
 
     @contextmanager
     def _opened(self) -> Iterator[Any]:
-        """The store; what it gives up becomes a `UserError`, but for `FileNotFoundError`."""
+        """Yields the store's file system, and converts its errors to `UserError`, except `FileNotFoundError`."""
         scheme = self.url.partition("://")[0]
         kind = KINDS[scheme]
         try:
-            # There is one in each process. What is listed is listed once, so that nothing is kept of it.
+            # There is one instance per process. Folders are listed only once, so listings are not cached.
             system = pkgutil.resolve_name(kind.system)(use_listings_cache=False, **kind.options)
         except ImportError as error:
             raise UserError(
                 f"{self.url}: {kind.library}, which reads {scheme}:// addresses, cannot be imported ({error}); "
                 "pip install 'vpae_jax[buckets]'"
             ) from error
-        # It logs with a traceback what it raises.
+        # The library would also log, with a traceback, the errors that it raises.
         logging.getLogger(kind.library).setLevel(logging.CRITICAL)
         try:
             yield system
@@ -151,5 +154,5 @@ class Address:
             ) from error
 
 
-# Where records are read from.
+# A place that records can be read from.
 Location = Path | Address

@@ -1,1 +1,1 @@
-"""Processes: how they find each other, who writes, when to stop."""
+"""The processes of a run: how they find each other, which one writes, when to stop."""

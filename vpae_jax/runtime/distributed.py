@@ -1,17 +1,18 @@
-"""One run on many processes: how they find each other, and how none of them outlives another.
+"""One run on many processes: how they find each other, and how all end if one of them dies.
 
     where = distributed.find(os.environ, coordinator, num_processes, process_id)
     with distributed.joined(where):
         ...
 
-Flags come first, then JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, then SLURM's variables of a step.
-`AUTOMATIC` leaves it to JAX, which asks a TPU pod's own services. VPAE_SECRET is what launchers give all processes of a
-job, so that they know each other.
+Flags take precedence, then JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, then the variables of a SLURM
+step. `AUTOMATIC` leaves it to JAX, which queries the services of a TPU pod. Launchers set VPAE_SECRET to the same value
+for all processes of a job, so that they can authenticate each other.
 
-A process that dies takes the others down: each leaves a sign of life with the coordination service every `BEAT` seconds
-and looks at the others'. JAX does the same, but ends with a page of text; so we look more closely, and say in one line
-what happened. The coordinator's own death is the exception: JAX ends the others at once, in the middle of whatever they
-say. Then, and after a kill from outside, the line comes from a shell that waits for its parent's end.
+If a process dies, the others end too: each sends a heartbeat to the coordination service every `BEAT` seconds and
+checks those of the others. JAX does the same, but ends with a page of text, so our check has a shorter timeout and
+prints one line about what happened. The exception is the death of the coordinator: JAX then ends the others at once,
+even while they are printing. In that case, and after SIGKILL, the line is printed by a shell that waits for its parent
+to exit.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ from vpae_jax.types import UserError
 T = TypeVar("T")
 AUTOMATIC: Literal["automatic"] = "automatic"
 START_SECONDS = 300
-BEAT, SILENCE = 2.0, 30.0  # seconds between signs of life, and without one until a process counts as gone
-AFTER_ERROR = 10.0  # the same after a computation has failed, which a lost process often is the reason of
-JAX_SILENCE = 50  # until JAX's own watch ends everything, should ours not
-LINGER = 3 * BEAT  # the coordinator goes last, or JAX would end the others with its page of text
+BEAT, SILENCE = 2.0, 30.0  # seconds between heartbeats, and without one until a process counts as lost
+AFTER_ERROR = 10.0  # the latter after a failed computation, which is often caused by a lost process
+JAX_SILENCE = 50  # seconds until JAX's own check ends everything, as a fallback
+LINGER = 3 * BEAT  # the coordinator exits last, or JAX would end the others with its page of text
 EXIT_LOST = 75  # "try again later" (sysexits.h)
-AGAIN = "start the same command again: it continues from its newest checkpoint"
+AGAIN = "run the same command again to resume from the newest checkpoint"
 SIGNS = "vpae/signs/"
 SECRET = "VPAE_SECRET"
 DONE, FAILED = "done", "failed: "
@@ -58,10 +59,10 @@ def find(
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> ProcessSpec | None:
-    """This process among others, from flags or the environment; None for a run of one process.
+    """Determines this process's place in the run, from flags or the environment; None for a run of one process.
 
     Raises:
-      UserError: some of the settings are missing, or wrong.
+      UserError: some of the settings are missing or invalid.
     """
     given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -79,18 +80,18 @@ def find(
 
 
 def share(process_id: int | None, num_processes: int | None, environment: Mapping[str, str]) -> tuple[int, int]:
-    """Which of how many processes this is that share out work and need not meet, from flags or the environment. Each
-    has devices of its own then.
+    """Returns the index of this process and the number of processes that divide some work without communicating, from
+    flags or the environment. Each process uses separate devices.
 
     Raises:
-      UserError: one of two flags, or an index that is not one of the processes.
+      UserError: only one of the two flags is given, or the index is out of range.
     """
     index, count = process_id, num_processes
     if index is None and count is None:
         where = find(environment)
         if where is None:
             return 0, 1
-        if where.devices is not None:  # several processes on one host, which would all claim all of its GPUs
+        if where.devices is not None:  # several processes on one host, each of which would claim all of its GPUs
             jax.config.update("jax_cuda_visible_devices", ",".join(map(str, where.devices)))
         return where.index, where.count
     if index is None or count is None:
@@ -103,17 +104,17 @@ def share(process_id: int | None, num_processes: int | None, environment: Mappin
 
 
 def _slurm(environment: Mapping[str, str]) -> ProcessSpec | None:
-    """The task of a step that `srun` started. A node's only task has all of its devices, else each has one: of all that
-    it sees the one of its place on the node, unless SLURM has bound it to one, which then is all that it sees."""
+    """Returns the task of a step started by `srun`. If a node has one task, the task uses all of its devices. Otherwise
+    each task uses one: the only one it sees if SLURM has bound it, else the one with the task's local id."""
     names = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_NODES", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
     if any(name not in environment for name in names) or environment["SLURM_STEP_NUM_TASKS"] == "1":
         return None
     job, nodes, tasks, index = (_number(name, environment[name]) for name in (names[0], *names[2:]))
-    # "node[001,007-015],other" and the like: the first name is the prefix and what follows the bracket.
+    # For example "node[001,007-015],other": the first name is the prefix plus the first item in brackets.
     found = re.match(r"([^,\[]+)(?:\[([^,\-\]]+))?", environment["SLURM_STEP_NODELIST"])
     if found is None:
         raise UserError(f"SLURM_STEP_NODELIST is {environment['SLURM_STEP_NODELIST']!r}, expected names of nodes")
-    port = environment.get("VPAE_PORT") or 61440 + job % 4096  # the same on all nodes, another one for each job
+    port = environment.get("VPAE_PORT") or 61440 + job % 4096  # the same on all nodes, different for each job
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
     bound = visible != "" and "," not in visible
     local = environment.get("SLURM_LOCALID") if tasks > nodes and not bound else None
@@ -129,14 +130,14 @@ def _number(name: str, value: str | int | None) -> int:
 
 @contextmanager
 def joined(where: Where, seconds: int = START_SECONDS) -> Iterator[None]:
-    """Joins the other processes, keeps watch while the body runs, and leaves when all are done.
+    """Joins the other processes, monitors them while the body runs, and leaves when all are done.
 
     Args:
-      where: this process; None for a run of one process, which needs nothing of this.
-      seconds: how long to wait for the others at the start.
+      where: this process's place; None for a run of one process, for which this does nothing.
+      seconds: how long to wait for the others at startup.
 
     Raises:
-      UserError: the others did not come.
+      UserError: some of the others did not appear.
     """
     if where is None:
         yield
@@ -166,29 +167,29 @@ def _initialize(where: ProcessSpec | Literal["automatic"], seconds: int) -> None
         return
     try:
         jax.distributed.initialize(**options)
-    except (ValueError, RuntimeError) as error:  # how JAX says that it detects nothing
+    except (ValueError, RuntimeError) as error:  # JAX raises these if it detects nothing
         reason = str(error).splitlines()[0]
         raise UserError(
             f"--detect_cluster: JAX finds no cluster here ({reason}); give --coordinator, --num_processes and "
-            "--process_id, or leave it out on a single host"
+            "--process_id instead, or none of them on a single host"
         ) from error
 
 
 class Watch:
-    """Ends this process, in one line, soon after another one is gone or has failed.
+    """Ends this process with one line soon after another one is lost or has failed.
 
-    As a context manager it tells the others when its body fails, and ends this process then: Python's own exit would
-    wait for them.
+    As a context manager, it informs the others if its body fails, and then ends this process, because Python's normal
+    exit would wait for them.
 
     Args:
-      client: of the coordination service.
-      index, count: which of how many processes this is.
-      last: silenced before this process ends with a line of its own.
+      client: client of the coordination service.
+      index, count: index of this process, and number of processes.
+      last: silenced before this process ends with its own line.
     """
 
     def __init__(self, client: Any, index: int, count: int, last: LastWords):
         self.client, self.index, self.count, self.last = client, index, count, last
-        self.lock = threading.Lock()  # of what this process says of itself
+        self.lock = threading.Lock()  # guards the state that this process publishes
         self.beats = 0
         self.heard = {other: ("", time.monotonic()) for other in range(count) if other != index}
         self.over = threading.Event()
@@ -218,7 +219,7 @@ class Watch:
                 self._end(lost)
 
     def _blame(self, seconds: float) -> None:
-        """After a failed computation: whether another process is the reason. Does not return if one is."""
+        """After a failed computation, checks whether another process is the cause. Does not return if one is."""
         deadline = time.monotonic() + seconds + BEAT
         while time.monotonic() < deadline:
             if lost := self._lost(seconds):
@@ -241,14 +242,14 @@ class Watch:
         self._ask(partial(self.client.key_value_set, f"{SIGNS}{self.index}", state, allow_overwrite=True))
 
     def _ask(self, call: Callable[[], T]) -> T:
-        """What the coordination service answers. Without one this process ends, and its last words are the shell's."""
+        """Calls the coordination service. If it is gone, this process ends, and the shell prints the line."""
         try:
             return call()
         except jax.errors.JaxRuntimeError:
             os._exit(EXIT_LOST)
 
     def _lost(self, silence: float) -> str | None:
-        """What is wrong with another process, or None."""
+        """Returns a description of another process that is lost or has failed; else None."""
         found = self._ask(partial(self.client.key_value_dir_get, SIGNS))
         signs = {int(key.rsplit("/", 1)[1]): sign for key, sign in found}
         now = time.monotonic()
@@ -259,11 +260,11 @@ class Watch:
             if sign != before or sign == DONE:
                 self.heard[other] = (sign, now)
             elif now - since > silence:
-                return f"process {other} of {self.count} is gone: no sign of life for {now - since:.0f} s"
+                return f"process {other} of {self.count} is gone: no heartbeat for {now - since:.0f} s"
         return None
 
     def _end(self, reason: str) -> None:
-        """Ends this process at once: its main thread may wait for the lost one for ever."""
+        """Ends this process at once, since its main thread may wait forever for the lost one."""
         print(f"error: {reason}; process {self.index} stops too; {AGAIN}", file=sys.stderr, flush=True)
         self._exit(EXIT_LOST)
 
@@ -276,21 +277,21 @@ class Watch:
 
 
 class LastWords:
-    """A line that is printed if this process ends without having said `unsay`, even by SIGKILL.
+    """A line that is printed if this process ends without calling `unsay`, even by SIGKILL.
 
     Args:
-      name: of the process.
+      name: name of the process, for the line.
     """
 
     def __init__(self, name: str):
         line = f"error: {name} was ended from outside: killed, out of memory, or its coordinator is gone; {AGAIN}"
-        # The shell reads until its parent writes a word, or is no more.
+        # The shell reads until its parent writes a word or exits.
         command = ["/bin/sh", "-c", 'read -r word || printf "%s\\n" "$0" >&2', line]
         self.shell = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
         self.lock = threading.Lock()
 
     def unsay(self) -> None:
-        """Nothing is printed any more."""
+        """Cancels the line."""
         with self.lock:
             if self.shell.returncode is None:
                 self.shell.communicate(b"over\n")

@@ -1,10 +1,10 @@
-"""SIGTERM: finish the update that runs, save, and end well.
+"""SIGTERM: finish the current update, save, and exit cleanly.
 
-Schedulers send it before they take a machine away. The first one asks for a stop after the running update. One that
-comes while the run is stopping ends it at once; not in the first seconds, though, since a scheduler may send the same
-to a process and to its parent, which hands it on. All processes stop at the same place: they ask after every update,
-and JAX's preemption service, which listens for SIGTERM itself once processes have joined, lets them agree on the first
-question that none of them has asked yet.
+Schedulers send SIGTERM before they take a machine away. The first signal requests a stop after the current update. A
+second one, while the run is stopping, ends it at once; but not within the first seconds, since a scheduler may send the
+same signal to a process and to its parent, which forwards it. All processes stop at the same point: they ask after
+every update, and JAX's preemption service, which handles SIGTERM itself once processes have joined, makes them agree on
+the first question that none of them has asked yet.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from jax.experimental import multihost_utils
 from vpae_jax.runtime import processes
 
 SAME_SECONDS = 2.0
-# Whether to stop here. All processes ask equally often, and none goes on before all of its work so far is done.
+# Whether to stop now. All processes must ask equally often, and each only after finishing its previous work.
 Stop = Callable[[], bool]
 
 
 def never() -> bool:
-    """A run that does not stop early."""
+    """Never stops a run early."""
     return False
 
 
 @contextmanager
 def on_sigterm() -> Iterator[Stop]:
-    """While the body runs, SIGTERM asks for a stop; in the main thread only."""
+    """While the body runs, SIGTERM requests a stop. Must be called in the main thread."""
     if processes.client() is not None:
         yield partial(_agreed, itertools.count(1))
         return
@@ -59,7 +59,7 @@ def _agreed(questions: Iterator[int]) -> bool:
 
 
 def _end_on_another() -> None:
-    """From now on SIGTERM ends this process."""
+    """From now on, SIGTERM ends this process."""
     since = time.monotonic()
 
     def end(number: int, frame: Any) -> None:

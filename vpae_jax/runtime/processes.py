@@ -1,7 +1,7 @@
-"""The processes of a run: who writes, who waits for whom, and whole arrays on the host.
+"""Coordination between the processes of a run: who writes, who waits for whom, and gathering arrays on the host.
 
-Every process runs the same program on its share of the devices. All of them take part in each computation on the mesh;
-the first one alone prints and writes what is not a checkpoint.
+Every process runs the same program on its share of the devices. All take part in each computation on the mesh; only the
+first one prints, and writes everything except checkpoints.
 """
 
 from __future__ import annotations
@@ -21,42 +21,43 @@ from vpae_jax.runtime import progress
 from vpae_jax.types import UserError
 
 T = TypeVar("T")
-# How long one process works alone at most while the others wait. One that dies is noticed long before.
+# Maximum seconds that processes wait while one works alone. If it dies, this is noticed much earlier.
 PATIENCE = 6 * 3600
-# What is gathered at once: a layer of a large matrix, not a stack of forty.
+# Maximum size of an array that is gathered at once: a layer of a large matrix, not a stack of forty.
 PIECE_BYTES = 256 * 2**20
 
 
 def client() -> Any:
-    """The coordination service, by which processes tell each other things and wait; None for one process.
+    """Returns the client of the coordination service, through which processes exchange messages and wait for each
+    other; None for a single process.
 
-    `jax.distributed` lets it begin and end, no more, and what `multihost_utils` offers runs on the devices: it waits
-    for ever for a process that is gone, and cannot be used from a thread beside the training. So the client is taken
-    from where JAX keeps it (`jax._src`); a test asks for the names that are used of it.
+    `jax.distributed` only allows starting and stopping the service, and the functions of `multihost_utils` run on the
+    devices: they wait forever for a lost process, and cannot be used in a thread while training runs. So the client is
+    taken from JAX's internals (`jax._src`); a test checks that the names used here exist.
     """
     return distributed.global_state.client
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes."""
+    """Whether this is the first process, which prints and writes."""
     return jax.process_index() == 0
 
 
 def say(text: str) -> None:
-    """Prints a line once, not once a process, and above a progress bar if there is one."""
+    """Prints a line in the first process only, above a progress bar if there is one."""
     if is_first():
         progress.say(text)
 
 
 def wait_for_all(name: str, seconds: int = PATIENCE) -> None:
-    """Returns when every process has come here.
+    """Waits until every process has called this.
 
     Args:
-      name: of the place; another one each time.
+      name: name of the barrier; must be different for each call.
       seconds: how long to wait for the others.
 
     Raises:
-      UserError: they did not come.
+      UserError: not all processes arrived in time.
     """
     if client() is None:
         return
@@ -65,12 +66,17 @@ def wait_for_all(name: str, seconds: int = PATIENCE) -> None:
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"not every process has come to {name!r} within {seconds} s ({reason}); see their logs"
+            f"not every process has reached {name!r} within {seconds} s ({reason}); see their logs"
         ) from error
 
 
 def as_first_says(name: str, value: Any) -> Any:
-    """What the first process gives as `value`, which is plain JSON; another `name` each time. Others' is not used."""
+    """Broadcasts the first process's `value` to all processes; the values of the others are ignored.
+
+    Args:
+      name: must be different for each call.
+      value: plain JSON.
+    """
     service, key = client(), f"vpae/said/{name}"
     if service is None:
         return value
@@ -81,12 +87,13 @@ def as_first_says(name: str, value: Any) -> Any:
 
 
 def first_decides(name: str, value: Any, decide: Callable[[list[Any]], Any]) -> Any:
-    """What the first process makes of what each gives, told to all of them, which all call this.
+    """Gathers a value from each process, lets the first process combine them, and broadcasts the result. All processes
+    must call this.
 
     Args:
-      name: another one each time.
+      name: must be different for each call.
       value: plain JSON.
-      decide: called by the first process with the values in the processes' order; what it returns is plain JSON, too.
+      decide: called in the first process with the values in the order of the processes; returns plain JSON.
     """
     service, key = client(), f"vpae/given/{name}"
     if service is None:
@@ -96,15 +103,15 @@ def first_decides(name: str, value: Any, decide: Callable[[list[Any]], Any]) -> 
     if is_first():
         keys = [f"{key}/{index}" for index in range(jax.process_count())]
         result = decide([json.loads(service.blocking_key_value_get(one, PATIENCE * 1000)) for one in keys])
-        service.key_value_delete(f"{key}/")  # all of them: the service would keep them to the end
+        service.key_value_delete(f"{key}/")  # all values, which the service would otherwise keep to the end
     return as_first_says(name, result)
 
 
 def first_alone(name: str, action: Callable[[], T]) -> T:
-    """`action()`, by the first process before the others, which then find what it has left on disk.
+    """Calls `action` in the first process, and afterwards in the others, which then find its files on disk.
 
     Raises:
-      UserError: as `wait_for_all`, and what `action` raises.
+      UserError: as `wait_for_all`, or as raised by `action`.
     """
     if not is_first():
         wait_for_all(name)
@@ -115,22 +122,22 @@ def first_alone(name: str, action: Callable[[], T]) -> T:
 
 
 def of_all(values: Float[np.ndarray, "n"]) -> Float[np.ndarray, "process n"]:
-    """What each process gives, to all of them, which all call this."""
+    """Gathers the values of each process in all processes, which must all call this."""
     if jax.process_count() == 1:
         return values[None]
     return np.asarray(multihost_utils.process_allgather(values))
 
 
 def to_host(tree: Any) -> Any:
-    """Arrays as numpy arrays, whole, on the first process; on the others, which must call this too, None for each.
+    """Gathers whole arrays as numpy arrays in the first process; the others must call this too, and get None for each.
 
-    What lies on this process's own devices alone is left there. Shards are gathered a layer at a time.
+    Arrays that lie only on this process's devices are returned unchanged. Shards are gathered one layer at a time.
     """
     return jax.tree.map(_gather, tree)
 
 
 def everywhere(value: jax.Array) -> jax.Array:
-    """An array of which every device, and so every process, has all; collective where it is not."""
+    """Replicates an array on every device, and so in every process; a collective operation unless it already is."""
     if value.is_fully_replicated or not isinstance(value.sharding, NamedSharding):
         return value
     return jax.jit(lambda x: x, out_shardings=NamedSharding(value.sharding.mesh, PartitionSpec()))(value)
@@ -139,7 +146,7 @@ def everywhere(value: jax.Array) -> jax.Array:
 def _gather(value: jax.Array | np.ndarray) -> Any:
     if not isinstance(value, jax.Array) or value.is_fully_addressable:
         return value
-    assert isinstance(value.sharding, NamedSharding)  # what lies on several processes lies on a mesh
+    assert isinstance(value.sharding, NamedSharding)  # an array on several processes lies on a mesh
     if value.is_fully_replicated:
         return np.asarray(value) if is_first() else None
     if value.ndim < 2 or value.nbytes <= PIECE_BYTES:
@@ -152,5 +159,5 @@ def _gather(value: jax.Array | np.ndarray) -> Any:
         layer = take(value, np.int32(i))
         if result is not None:
             result[i] = layer
-        layer.block_until_ready()  # or the queue would hold them all
+        layer.block_until_ready()  # otherwise all layers would be in memory at once
     return result

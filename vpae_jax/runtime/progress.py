@@ -1,4 +1,4 @@
-"""What a program says while something takes long, so that silence never looks like a hang."""
+"""Progress messages for slow operations, so that silence is never mistaken for a hang."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-EVERY = 60.0  # seconds between two signs of life
+EVERY = 60.0  # seconds between two messages
 
 
 def say(text: str) -> None:
-    """Prints a line at once, above a progress bar if there is one."""
+    """Prints a line immediately, above a progress bar if there is one."""
     with tqdm.external_write_mode():
         print(text, flush=True)
 
 
 @contextmanager
 def working(what: str, say: Callable[[str], object] = say, every: float = EVERY) -> Iterator[None]:
-    """Around what may take long: says what begins, every so often that it goes on, and how long it took.
+    """Reports a slow operation: when it begins, at intervals while it continues, and how long it took.
 
     Args:
-      what: as in "compiling the generator".
-      say: prints a line; called from another thread, too.
-      every: seconds between signs of life.
+      what: the operation, as in "compiling the generator".
+      say: prints a line; also called from another thread.
+      every: seconds between messages.
     """
     since, ended = time.monotonic(), threading.Event()
 
@@ -45,7 +45,7 @@ def working(what: str, say: Callable[[str], object] = say, every: float = EVERY)
 
 
 def duration(seconds: float) -> str:
-    """Seconds, or minutes and seconds, to read."""
+    """Formats a duration as seconds, or as minutes and seconds."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -53,11 +53,11 @@ def duration(seconds: float) -> str:
 
 
 class Pace:
-    """Says how far the making of clips is, and when it will end.
+    """Reports the progress of generating clips, and the time left.
 
     Args:
-      total: clips to make.
-      what: begins each line.
+      total: number of clips to generate.
+      what: prefix of each line.
     """
 
     def __init__(self, total: int, what: str = "") -> None:
@@ -65,21 +65,21 @@ class Pace:
         self.begun = self.said = 0.0
 
     def advance(self, clips: int = 1) -> None:
-        """So many clips more are there."""
+        """Counts finished clips."""
         now, begins = time.monotonic(), not self.done
         self.done += clips
-        if begins:  # which compiles: the time that is left is told from the later ones
+        if begins:  # includes compilation, so the time left is estimated from the later clips only
             self.begun, self.said, self.first = now, now, clips
         elif now - self.said >= EVERY or self.done in (self.first + clips, self.total):
             self.said = now
             say(self.line(now))
 
     def line(self, now: float) -> str:
-        """The state in words."""
+        """Formats the state as a line."""
         each = (now - self.begun) / (self.done - self.first)
         left = round(each * (self.total - self.done))
         hours, minutes, seconds = left // 3600, left // 60 % 60, left % 60
         start = f"{self.what}: " if self.what else ""
         return (
-            f"{start}{self.done} of {self.total} clips; {each:.3g} s a clip; {hours}:{minutes:02d}:{seconds:02d} left"
+            f"{start}{self.done} of {self.total} clips; {each:.3g} s per clip; {hours}:{minutes:02d}:{seconds:02d} left"
         )

@@ -1,15 +1,15 @@
-"""Waiting for all processes to start, with a bound and a clear word when one does not come.
+"""Waits for all processes to start, with a timeout and a clear message if one does not appear.
 
-JAX's own client ends a process with a page of text in that case. So the processes meet first, by plain sockets on the
-coordinator's port, and only then hand it over to JAX. Each says who it is, the first one and it prove to each other
-that they know the job's secret, and then it waits:
+JAX's own client would end a process with a page of text in that case. So the processes first meet over plain sockets on
+the coordinator's port, which JAX then takes over. Each process introduces itself to the first one, both prove to each
+other that they know the job's secret, and then it waits:
 
-    other -> first   vpae INDEX COUNT NUMBER          a number that nobody can guess
-    first -> other   NUMBER PROOF                     another one, and a digest of both under the secret
-    other -> first   PROOF                            a digest of all
-    first -> other   go                               when all are there; or what is wrong
+    other -> first   vpae INDEX COUNT NUMBER          a random number
+    first -> other   NUMBER PROOF                     another random number, and an HMAC of both under the secret
+    other -> first   PROOF                            an HMAC of everything
+    first -> other   go                               when all have arrived; or an error message
 
-The secret is what the launcher has put into VPAE_SECRET. Without one, whoever speaks so is taken for a process.
+The launcher puts the secret into VPAE_SECRET. Without one, anything that speaks this protocol is accepted as a process.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from dataclasses import dataclass, field
 from vpae_jax.types import UserError
 
 RETRY_SECONDS = 0.2
-PEER_SECONDS = 10.0  # in which one that has connected says and proves who it is
-LINE_BYTES = 512  # at most
+PEER_SECONDS = 10.0  # for a connected process to introduce itself and prove that it knows the secret
+LINE_BYTES = 512  # maximum length of a line
 
 
 @dataclass(frozen=True)
 class ProcessSpec:
-    """One process among others.
+    """One process of a run.
 
     Attributes:
-      address: host and port of the first one, as all others see it.
-      count: how many there are.
-      index: which of them this is, from 0.
-      devices: the ones of the host's devices that are its own; None for all.
-      secret: what all of them know, and nobody else.
+      address: HOST:PORT of the first process, as seen by the others.
+      count: number of processes.
+      index: index of this process, from 0.
+      devices: indices of the host's devices that it uses; None for all.
+      secret: shared by all processes of the job, and known to nobody else.
 
     Raises:
-      UserError: an address without a port, or an index outside the count.
+      UserError: the address has no port, or the index is out of range.
     """
 
     address: str
@@ -63,7 +63,7 @@ class ProcessSpec:
         return f"process {self.index} of {self.count}"
 
     def proof(self, *words: object) -> str:
-        """What only those who know the secret can make of words."""
+        """Returns an HMAC of the words, which only a process that knows the secret can compute."""
         text = " ".join(map(str, words))
         return hmac.new(self.secret.encode(), text.encode(), hashlib.sha256).hexdigest()
 
@@ -74,10 +74,10 @@ class ProcessSpec:
 
 
 def meet(process: ProcessSpec, seconds: int) -> None:
-    """Returns when all processes are there.
+    """Waits until all processes have started.
 
     Raises:
-      UserError: some did not come in time; two are the same one, or count differently; the port is taken.
+      UserError: some did not appear in time; two have the same index, or different counts; the port is in use.
     """
     if process.index == 0:
         asyncio.run(_gather(process, seconds))
@@ -86,7 +86,7 @@ def meet(process: ProcessSpec, seconds: int) -> None:
 
 
 async def _gather(process: ProcessSpec, seconds: int) -> None:
-    """The first process: waits for the others, all at the same time, then lets them go."""
+    """In the first process: waits for all the others concurrently, then releases them."""
     gathering = _Gathering(process)
     server = await asyncio.start_server(
         gathering.accept, sock=_server(process), limit=LINE_BYTES, backlog=process.count
@@ -96,9 +96,9 @@ async def _gather(process: ProcessSpec, seconds: int) -> None:
             wrong = await gathering.end
     except TimeoutError:
         count = gathering.strangers
-        strangers = f" ({count} connections that did not prove to be of this job were turned away)" if count else ""
+        strangers = f" ({count} connections that did not belong to this job were rejected)" if count else ""
         wrong = (
-            f"{process.name}: waited {seconds} s at {process.address}, but process {gathering.missing} did not come"
+            f"{process.name}: waited {seconds} s at {process.address}, but process {gathering.missing} did not appear"
             f"{strangers}; start all processes with the same coordinator, number of processes and VPAE_SECRET"
         )
         raise UserError(wrong) from None
@@ -110,11 +110,11 @@ async def _gather(process: ProcessSpec, seconds: int) -> None:
 
 
 class _Gathering:
-    """Those that have come to the first process so far.
+    """The processes that have connected to the first one so far.
 
     Attributes:
-      end: what is wrong, or "" when all are there; to be awaited.
-      strangers: how many connections were turned away.
+      end: a future of an error message, or of "" once all have arrived.
+      strangers: number of connections that were rejected.
     """
 
     def __init__(self, process: ProcessSpec):
@@ -136,7 +136,7 @@ class _Gathering:
         try:
             async with asyncio.timeout(PEER_SECONDS):
                 index, count = await self._introduced(reader, writer)
-        except (OSError, ValueError):  # also a time that is over
+        except (OSError, ValueError):  # includes a timeout
             self.strangers += 1
             writer.transport.abort()
             return
@@ -153,7 +153,8 @@ class _Gathering:
             self.end.set_result(wrong or "")
 
     async def _introduced(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> tuple[int, int]:
-        """The index and count of one that has proved to know the secret. Raises `ValueError` for a stranger."""
+        """Returns index and count of a process that has proved that it knows the secret. Raises `ValueError` for any
+        other."""
         word, index, count, theirs = (await reader.readline()).decode().split()
         own = secrets.token_hex(16)
         writer.write(f"{own} {self.process.proof('first', theirs, own)}\n".encode())
@@ -165,15 +166,15 @@ class _Gathering:
     def _wrong(self, index: int, count: int) -> str | None:
         if count != self.process.count:
             return (
-                f"process {index} was told of {count} processes, but process 0 of {self.process.count}; give all the "
-                "same number"
+                f"process {index} was started with {count} processes, but process 0 with {self.process.count}; give "
+                "all the same number"
             )
         if not 0 < index < count or (index in self.here and not self.here[index][0].at_eof()):
-            return f"two processes have process_id {index}; give each its own, from 0 to {count - 1}"
+            return f"two processes have process_id {index}; give each a different one, from 0 to {count - 1}"
         return None
 
     async def close(self) -> None:
-        """Tells all what has come of it, and ends."""
+        """Sends the outcome to all processes, and closes the connections."""
         for task in self.greetings:
             task.cancel()
         await asyncio.gather(*self.greetings, return_exceptions=True)
@@ -200,7 +201,7 @@ def _server(process: ProcessSpec) -> socket.socket:
 
 
 def _join(process: ProcessSpec, seconds: int) -> None:
-    """Any other process: knocks until the first one answers."""
+    """In any other process: retries until the first process answers."""
     deadline, reason = time.monotonic() + seconds, "no answer"
     while time.monotonic() < deadline:
         try:
@@ -218,23 +219,23 @@ def _join(process: ProcessSpec, seconds: int) -> None:
                 raise UserError(answer)
         time.sleep(RETRY_SECONDS)
     raise UserError(
-        f"{process.name}: waited {seconds} s for the coordinator {process.address} ({reason}); "
-        "is process 0 running there, are all others, and is the port open?"
+        f"{process.name}: waited {seconds} s for the coordinator {process.address} ({reason}); check that process 0 "
+        "is running there, that all others are running, and that the port is open"
     )
 
 
 def _introduce(process: ProcessSpec, peer: socket.socket, deadline: float) -> None:
-    """Says who this process is. Raises `ValueError` when who answers is not of this job."""
+    """Introduces this process. Raises `ValueError` if the peer does not belong to this job."""
     own = secrets.token_hex(16)
     _send(peer, f"vpae {process.index} {process.count} {own}")
     theirs, _, proof = _line(peer, deadline).partition(" ")
     if not hmac.compare_digest(proof.encode(), process.proof("first", own, theirs).encode()):
-        raise ValueError("who answers there has another VPAE_SECRET, or is no such program")
+        raise ValueError("the program that answers there has another VPAE_SECRET, or is not this one")
     _send(peer, process.proof("other", process.index, process.count, own, theirs))
 
 
 def _line(peer: socket.socket, deadline: float) -> str:
-    """One short line; what comes before the connection ends, if it ends early. Raises `TimeoutError` for a late one."""
+    """Receives one short line, or what arrives before the connection ends. Raises `TimeoutError` at the deadline."""
     data = b""
     while not data.endswith(b"\n") and len(data) < LINE_BYTES:
         peer.settimeout(max(0.01, deadline - time.monotonic()))
@@ -245,6 +246,6 @@ def _line(peer: socket.socket, deadline: float) -> str:
 
 
 def _send(peer: socket.socket, text: str) -> None:
-    """Sends a line; one that has gone does not hear it."""
+    """Sends a line, ignoring errors if the peer is gone."""
     with suppress(OSError):
         peer.sendall(f"{text}\n".encode())

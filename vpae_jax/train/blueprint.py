@@ -1,4 +1,5 @@
-"""What a run's roles are on a mesh: networks, and shapes, dtypes and places of all weights; nothing is allocated."""
+"""Describes a run's roles on a mesh without allocating anything: networks, and the shapes, dtypes and shardings of all
+weights."""
 
 from __future__ import annotations
 
@@ -31,13 +32,13 @@ from vpae_jax.types import Params, PRNGKey, UserError
 
 @dataclass(frozen=True)
 class Blueprint:
-    """All roles' networks, and shapes, dtypes and places of their weights.
+    """All roles' networks, and the shapes, dtypes and shardings of their weights.
 
     Attributes:
       models: how weights become networks.
-      trained: of the trained roles, float32.
-      frozen: of all others.
-      makers: each role's weights from a random key, for those that start from random ones.
+      trained: abstract weights of the trained roles, float32.
+      frozen: abstract weights of the other roles.
+      makers: functions that create a role's weights from a random key, for roles that start from random weights.
     """
 
     models: RoleModels
@@ -47,21 +48,22 @@ class Blueprint:
 
     @property
     def held(self) -> dict[str, Params]:
-        """Of all roles."""
+        """Abstract weights of all roles."""
         return {**self.trained, **self.frozen}
 
 
 @dataclass(frozen=True)
 class PixelParts:
-    """Sizes of the frozen parts that make frames of latents and read them, as a discriminator on pixels looks by: the
-    autoencoder, from which a small decoder learns, too, and the image encoder."""
+    """Sizes of the frozen parts used by a discriminator on pixels: the autoencoder, which decodes latents (and is also
+    the target of a small decoder), and the image encoder, which reads frames."""
 
     vae: WanVAEConfig
     image_encoder: PixelEncoderConfig
 
     @classmethod
     def of(cls, preset: presets.Preset) -> PixelParts:
-        """Those of a preset. A text-to-video model's has no image encoder, and takes Wan's image-to-video models'."""
+        """Returns the sizes of a preset. For text-to-video models, which have no image encoder, it is that of Wan's
+        image-to-video models."""
         clip = preset.image_encoder or presets.CLIP_VIT_H
         side = clip.image_size
         return cls(preset.vae, PixelCLIPConfig(clip, Preprocessing(side, (side, side))))
@@ -74,14 +76,14 @@ def draw_up(
     transformer: WanTransformerConfig,
     looked_by: PixelParts | None = None,
 ) -> Blueprint:
-    """Draws up the roles of a run on a mesh, whose devices need not be there.
+    """Describes the roles of a run on a mesh, whose devices need not exist.
 
     Args:
       transformer: sizes of the roles that are transformers.
-      looked_by: sizes for a method with a frozen autoencoder or image encoder; by default the preset's.
+      looked_by: sizes of a frozen autoencoder or image encoder, if the method has one; by default the preset's.
 
     Raises:
-      UserError: settings that do not fit each other, or weights that the mesh does not divide.
+      UserError: settings that do not fit together, or weights whose sizes are not divisible by the mesh.
     """
     roles = method.roles
     looked_by = looked_by or PixelParts.of(presets.find(experiment.model.preset))
@@ -105,7 +107,7 @@ def _network(
     mesh: Mesh,
     key: PRNGKey,
 ) -> nnx.Module:
-    """A role's model with random weights."""
+    """Creates a role's model with random weights."""
     rngs, model, role = nnx.Rngs(key), experiment.model, method.roles[name]
     dtype = jnp.dtype(model.dtype)
     if role.part == "transformer":
@@ -134,7 +136,7 @@ def _lora(adapters: Adapters) -> LoRASpec:
 
 
 def _split(model: nnx.Module, role: Role) -> tuple[nnx.GraphDef, Params]:
-    """A model's graph and what of its weights belongs to the role."""
+    """Returns a model's graph, and those of its weights that belong to the role."""
     if role.adapters is None:
         return split(model)
     graph, adapters, _ = split_lora(model)
@@ -153,11 +155,11 @@ def _fresh(
 def _heads(
     experiment: Experiment, name: str, transformer: WanTransformerConfig, encoder: PixelEncoderConfig | None
 ) -> HeadsConfig:
-    """Sizes of the discriminator heads of a role. Raises `UserError` for heads that do not fit what they read: the
+    """Returns the sizes of a role's discriminator heads. Raises `UserError` if they do not fit what they read: the
     image encoder if there is one, else the transformer."""
     where = f"config.networks.{name}"
     if name not in experiment.networks:
-        raise UserError(f"{where}: missing; the method trains discriminator heads of this name")
+        raise UserError(f"{where}: missing; the method trains discriminator heads with this name")
     heads = build(HeadsConfig, experiment.networks[name], where)
     if encoder is None:
         read, width, depth = "transformer", transformer.width, transformer.num_layers
@@ -173,10 +175,10 @@ def _heads(
 
 
 def _scaled(params: Params, factors: Mapping[str, float]) -> Params:
-    """Parameters times the factors of the expressions that match them.
+    """Multiplies parameters by the factors of the regular expressions that match their paths.
 
     Raises:
-      UserError: for an expression that matches nothing.
+      UserError: an expression matches nothing.
     """
     unused = set(factors)
 

@@ -1,12 +1,12 @@
 """Checkpoints: the whole train state and the data iterator's position, written by Orbax.
 
-    checkpoints/200, checkpoints/300   complete, each called by its step, with checksums of all files (`checksums.py`)
-    checkpoints/300+2                  the same in the middle of step 301, after two of its updates
-    checkpoints/unfinished             what is being written or removed; worth nothing once its run has ended
-    checkpoints/damaged-300            not what was written, and put aside
+    checkpoints/200, checkpoints/300   complete, named after their step, with checksums of all files (`checksums.py`)
+    checkpoints/300+2                  the same, in the middle of step 301 after two of its updates
+    checkpoints/unfinished             being written or removed; useless once its run has ended
+    checkpoints/damaged-300            a damaged checkpoint that was renamed
 
-All processes write, each the shards that it holds, while training goes on. Neither the devices nor the number of
-processes matters to who reads it. Nothing is read whose checksums were not compared.
+All processes write their own shards while training continues. A checkpoint can be read on any devices and by any number
+of processes. Nothing is read before its checksums have been verified.
 
 A run looks for its start in this order:
 
@@ -46,16 +46,16 @@ UNFINISHED = "unfinished"
 
 
 class Checkpoints:
-    """A workdir's checkpoints, for the run that trains there; all of its processes call each method.
+    """The checkpoints of the run that trains in a workdir; all of its processes must call each method.
 
-    As a context manager it waits in the end for the checkpoint that is being written.
+    As a context manager, it finally waits for the checkpoint that is being written.
 
     Args:
-      workdir: the run's folder; checkpoints go to its `checkpoints/`.
-      keep: how many are kept; older ones are removed once a newer one is complete.
+      workdir: the run's folder; checkpoints are written to `checkpoints/` in it.
+      keep: number of checkpoints to keep; older ones are removed once a newer one is complete.
 
     Raises:
-      UserError: what a killed run has left half-written cannot be removed.
+      UserError: a partial checkpoint of a killed run cannot be removed.
     """
 
     def __init__(self, workdir: Path, keep: int = 2):
@@ -76,16 +76,17 @@ class Checkpoints:
         updates: int = 0,
         metrics: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
-        """Writes the state (at its own step) and the data iterator's position; complete or not there at all.
+        """Writes the state (at its own step) and the data iterator's position, atomically.
 
-        Returns when the state is copied, and may be given up; writing goes on. Waits for the one before.
+        First waits for the previous save. Returns when the state has been copied, so that its buffers may be reused;
+        writing continues in the background.
 
         Args:
-          updates: what is done of the step that is under way, each repeat counted.
-          metrics: what these updates reported.
+          updates: number of updates done in the current, unfinished step, counting repeats.
+          metrics: metrics reported by these updates.
 
         Raises:
-          UserError: this one, or the one before, cannot be written.
+          UserError: this or the previous checkpoint cannot be written.
         """
         self.wait()
         moment, unfinished = Moment(int(state.step), updates), self.folder / UNFINISHED
@@ -99,37 +100,45 @@ class Checkpoints:
         self.saving = self.thread.submit(self._finish, moment)
 
     def check(self) -> None:
-        """Raises `UserError` when the last checkpoint could not be written, as far as that is known."""
+        """Raises `UserError` if the last checkpoint is known to have failed."""
         if self.saving is not None and self.saving.done():
             self.wait()
 
     def wait(self) -> None:
-        """Returns when the last checkpoint is complete. Raises `UserError` when it could not be written."""
+        """Waits until the last checkpoint is complete. Raises `UserError` if it could not be written."""
         saving, self.saving = self.saving, None
         if saving is not None:
             saving.result()
 
     def latest(self) -> Moment | None:
-        """What the last complete checkpoint is of, which is waited for; None if there is none."""
+        """Returns the moment of the last checkpoint, after waiting for it to be complete; None if there is none."""
         self.wait()
         return max(moments_in(self.folder), default=None)
 
     def newest(self) -> Moment | None:
-        """What the newest whole checkpoint is of; damaged ones that are newer are put aside. None if there is none.
+        """Returns the moment of the newest intact checkpoint, and renames newer ones that are damaged; None if there is
+        no checkpoint.
 
         Raises:
-          UserError: none of them is whole.
+          UserError: there are checkpoints, but none is intact.
         """
         found, faults = newest_whole(self.folder)
         for damaged, fault in faults.items() if is_first() else ():
             path = self.folder / str(damaged)
             aside = put_aside(path)
-            say(f"{path} is damaged ({fault}), and now called {aside.name}; the run goes back to step {found}")
+            say(f"{path} is damaged ({fault}) and was renamed to {aside.name}; the run goes back to step {found}")
         return found
 
     def restore(self, moment: Moment, like: TrainState) -> tuple[TrainState, dict[str, Any], dict[str, float]]:
-        """A checkpoint: its state, in the shapes and shardings of `like`, which may be no more than these; the data
-        iterator's position; and what the updates of the step that was under way reported."""
+        """Restores a checkpoint.
+
+        Args:
+          moment: which checkpoint.
+          like: a state with the required shapes and shardings; it may be abstract.
+
+        Returns:
+          The state, the data iterator's position, and the metrics reported by the updates of an unfinished step.
+        """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _plain(like, _abstract_key_data))
         items = {"state": ocp.args.StandardRestore(abstract), "data": ocp.args.JsonRestore()}
         if moment.updates:
@@ -143,7 +152,7 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         with self.entered:
-            # Completing a checkpoint takes all processes. After an error one may be gone; it would be waited for.
+            # Completing a checkpoint needs all processes. After an error, one may be gone, and this would wait for it.
             if error is None or isinstance(error, UserError) or processes.client() is None:
                 self._close()
 
@@ -157,7 +166,7 @@ class Checkpoints:
                 remove_what_is_written(self.folder / UNFINISHED)
 
     def _finish(self, moment: Moment) -> None:
-        """Sums what is written; then the checkpoint gets its name. In a thread of its own, on all processes."""
+        """Computes checksums of what was written, then renames the checkpoint. Runs in a thread, in all processes."""
         with refused_writes(self.folder):
             self.writer.finish()
             own = checksums.of_process(self.folder / UNFINISHED / str(moment), jax.process_index())
@@ -169,7 +178,7 @@ class Checkpoints:
         (unfinished / str(moment)).rename(self.folder / str(moment))
         for old in moments_in(self.folder)[: -self.keep]:
             (self.folder / str(old)).rename(unfinished / str(old))
-        shutil.rmtree(unfinished, ignore_errors=True)  # what another host still reads goes the next time
+        shutil.rmtree(unfinished, ignore_errors=True)  # files that another host still reads are removed next time
 
 
 def read_state(
@@ -178,17 +187,17 @@ def read_state(
     items: tuple[str, ...] = ("step", "params", "averages"),
     like: Mapping[str, Mapping[str, Params]] | None = None,
 ) -> dict[str, Any]:
-    """What a run's checkpoint holds, as nested dicts of numpy arrays, whatever devices it was written on.
+    """Reads a run's checkpoint as nested dicts of numpy arrays, whatever devices it was written on.
 
     Args:
       workdir: the run's folder.
-      moment: which checkpoint, as `whole_moment` has given it; by default that is asked.
-      items: of "step", "key", "params", "opt", "averages".
-      like: of "params" and "averages", shapes with places of what is wanted, by name. They then hold these alone, as
-        far as they are there, on their devices.
+      moment: which checkpoint, as returned by `whole_moment`; by default this is called here.
+      items: a selection of "step", "key", "params", "opt", "averages".
+      like: for "params" and "averages", abstract arrays with shardings, by name. Only these are then read, as far as
+        they exist, directly onto their devices.
 
     Raises:
-      UserError: as `whole_moment`, or for a checkpoint of other shapes.
+      UserError: as `whole_moment`, or the checkpoint has other shapes.
     """
     moment = whole_moment(workdir) if moment is None else moment
     folder = (workdir / FOLDER).absolute() / str(moment) / "state"
@@ -206,7 +215,7 @@ def read_state(
 
 
 def _into(stored: Any, places: Params, folder: Path, role: str) -> Any:
-    """How to restore one role's weights into their places. Raises `UserError` when they have other shapes."""
+    """Returns how to restore one role's weights onto their devices. Raises `UserError` if they have other shapes."""
 
     def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
         return {param_path(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
@@ -215,9 +224,9 @@ def _into(stored: Any, places: Params, folder: Path, role: str) -> Any:
     for name in sorted({*found, *expected}):
         if found.get(name) != expected.get(name):
             raise UserError(
-                f"{folder}: {role} parameter {name} has shape {found.get(name)}, expected {expected.get(name)}; it was "
-                "trained with other sizes (config.model.preset, config.model.path, config.method.generator, ranks, "
-                "config.networks)"
+                f"{folder}: {role} parameter {name} has shape {found.get(name)}, expected {expected.get(name)}; give "
+                "the sizes that it was trained with (config.model.preset, config.model.path, config.method.generator, "
+                "ranks, config.networks)"
             )
     return jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype), places)
 

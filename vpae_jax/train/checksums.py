@@ -1,12 +1,12 @@
-"""Checksums of a checkpoint's files: taken when they are written, compared before they are read.
+"""Checksums of a checkpoint's files: computed after writing, verified before reading.
 
-`checksums.txt` in a checkpoint's folder names every other file with its size and its XXH3 of 64 bits, as JSON; its last
-line is the XXH3 of what stands before. So a byte that changes anywhere is found, and a checkpoint without the file is
-taken for a damaged one.
+`checksums.txt` in a checkpoint's folder lists every other file with its size and 64-bit XXH3, as JSON; its last line is
+the XXH3 of the preceding content. So any changed byte is detected, and a checkpoint without this file counts as
+damaged.
 
-A process sums what it has written itself, which its host still holds in memory; the first one sums what is left. Before
-a checkpoint is read, its files are shared out by their sizes: each is read once, whoever wrote it and however many
-processes there are.
+Each process computes the checksums of the files it has written, which are still in its host's page cache; the first
+process does so for the remaining files. Before a checkpoint is read, its files are divided among the processes by size,
+so that each is read once, regardless of who wrote it and of the number of processes.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from vpae_jax.files import write_text
 from vpae_jax.types import UserError
 
 FILE = "checksums.txt"
-THREADS = 8  # files that are read at the same time
+THREADS = 8  # files that are read concurrently
 BUFFER_BYTES = 4 * 2**20
-# Orbax's names for what one of several processes writes by itself: ocdbt.process_3/d/..., array_metadatas/process_3.
+# Orbax's names for files written by a single process: ocdbt.process_3/d/..., array_metadatas/process_3.
 _OF_PROCESS = re.compile(r"(?:.+\.)?process_(\d+)")
-# What the system says of a file that is not there, or is none. Permissions and networks say nothing of what is stored.
+# Errors that mean damage. Errors of permissions and networks say nothing about the stored data.
 _MISSING, _UNREADABLE = (errno.ENOENT, errno.ENOTDIR), (errno.EIO, errno.EISDIR, errno.ELOOP)
 
-# "BYTES XXH3" of each file, by its path in the checkpoint; a sum has 16 hexadecimal digits.
+# "BYTES XXH3" of each file, by its path in the checkpoint; a checksum has 16 hexadecimal digits.
 Sums = Mapping[str, str]
 
 
 def of_process(folder: Path, index: int) -> Sums:
-    """Of the files that one process has written by itself, in a checkpoint that is all written.
+    """Returns the checksums of the files that only the given process has written, in a completely written checkpoint.
 
     Args:
-      folder: of the checkpoint.
-      index: which process.
+      folder: the checkpoint's folder.
+      index: index of the process.
     """
     return _sums(folder, [name for name in _files(folder) if _writer(name) == index])
 
 
 def write(folder: Path, told: Sequence[Sums]) -> None:
-    """Puts down the sums of all files: those that processes have told, and of what none of them has. Raises `UserError`
-    when they cannot be written."""
+    """Writes the checksums of all files: those reported by processes, and newly computed ones of the other files.
+    Raises `UserError` if they cannot be written."""
     known = {name: found for some in told for name, found in some.items()}
     rest = _sums(folder, [name for name in _files(folder) if name not in known])
     sums = dict(sorted({**known, **rest}.items()))
@@ -57,14 +57,14 @@ def write(folder: Path, told: Sequence[Sums]) -> None:
 
 
 def fault(folder: Path, index: int = 0, count: int = 1) -> str | None:
-    """What is wrong with a checkpoint, in a few words; None if nothing is.
+    """Returns a short description of what is wrong with a checkpoint; None if it is intact.
 
     Args:
-      folder: of the checkpoint.
-      index, count: the share of its files that is looked at, which one of how many.
+      folder: the checkpoint's folder.
+      index, count: which of how many shares of its files to check.
 
     Raises:
-      UserError: a file that cannot be read for a reason that is not the checkpoint's, as a lack of permission.
+      UserError: a file cannot be read for a reason other than damage, such as missing permissions.
     """
     try:
         content = (folder / FILE).read_bytes()
@@ -74,7 +74,7 @@ def fault(folder: Path, index: int = 0, count: int = 1) -> str | None:
     if content[-1:] != b"\n" or digest.decode("ascii", "replace") != _digest(body):
         return f"{FILE} is damaged"
     share = _share(json.loads(body), index, count)
-    for name in share:  # costs nothing, and finds what was cut short
+    for name in share:  # cheap, and finds truncated files
         if (wrong := _wrong_size(folder, name, _size(share[name]))) is not None:
             return wrong
     with ThreadPoolExecutor(THREADS) as pool:
@@ -86,7 +86,7 @@ def fault(folder: Path, index: int = 0, count: int = 1) -> str | None:
 
 
 def _share(sums: Sums, index: int, count: int) -> dict[str, str]:
-    """Files that follow each other, about as many bytes for each process."""
+    """Returns a contiguous share of the files, with about the same number of bytes for each process."""
     total, before = max(1, sum(map(_size, sums.values()))), 0
     result = {}
     for name, found in sums.items():
@@ -128,7 +128,7 @@ def _wrong_sum(folder: Path, name: str, expected: str) -> str | None:
         found = _sum(folder / name)
     except OSError as error:
         return _said_by(error, folder / name, name)
-    return None if found == expected else f"{name} is not what was written: its checksum is another one"
+    return None if found == expected else f"{name} has changed since it was written: its checksum differs"
 
 
 def _sum(path: Path) -> str:
@@ -150,5 +150,5 @@ def _said_by(error: OSError, path: Path, name: str) -> str:
     if error.errno in _UNREADABLE:
         return f"{name} cannot be read: {os.strerror(error.errno)}"
     raise UserError(
-        f"{path}: cannot be read: {error.strerror}; when that has passed, run the same command again"
+        f"{path}: cannot be read: {error.strerror}; once this is resolved, run the same command again"
     ) from error

@@ -1,4 +1,4 @@
-"""What the training loop measures time for: its pace, and when the next checkpoint is due."""
+"""Timing of the training loop: its pace, and when the next timed checkpoint is due."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ Now = Callable[[], float]  # seconds
 
 
 class Clock:
-    """Time a step since the last reading, and how much of it the devices were idle for want of data."""
+    """Measures the time per step since the last reading, and the fraction of it that the devices waited for data."""
 
     def __init__(self, now: Now = time.monotonic) -> None:
         self.now, self.time, self.step, self.waited = now, now(), None, 0.0
 
     @contextmanager
     def waiting(self, running: Any) -> Iterator[None]:
-        """Around what waits for data. It is counted only when what was `running` on the devices, arrays that are yet to
-        be computed, has ended by then: else the devices had work all the time."""
+        """Measures the time of a block that waits for data. It only counts if the arrays `running` on the devices are
+        ready by its end; otherwise the devices were busy all the time."""
         since = self.now()
         yield
         if all(value.is_ready() for value in jax.tree.leaves(running)):
             self.waited += self.now() - since
 
     def read(self, step: int) -> dict[str, float]:
-        """`seconds_per_step`, and `data_wait`, the share of them spent waiting for data; 0 at the first reading."""
+        """Returns `seconds_per_step`, and `data_wait`, the fraction of that time spent waiting for data; both 0 at the
+        first reading."""
         now, before = self.now(), self.step
         passed = now - self.time
         known = before is not None and passed > 0
@@ -44,10 +45,10 @@ class Clock:
 
 
 class Alarm:
-    """Rings when so many minutes have passed since it was wound, by the first process's clock on all processes.
+    """A timer that goes off a number of minutes after it was started, in all processes by the first process's clock.
 
     Args:
-      minutes: 0 for one that never rings.
+      minutes: duration; 0 for a timer that never goes off.
       now: this process's clock.
     """
 
@@ -56,11 +57,11 @@ class Alarm:
         self.wind()
 
     def wind(self) -> None:
-        """From now on."""
+        """Starts the timer."""
         self.since = self.now()
 
     def rings(self) -> bool:
-        """Whether the time is over. Collective."""
+        """Whether the time is over. A collective operation."""
         if not self.seconds:
             return False
         return bool(processes.of_all(np.array([self.now() - self.since]))[0] >= self.seconds)

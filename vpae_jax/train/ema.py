@@ -1,6 +1,7 @@
-"""Exponential moving average of weights, in float32.
+"""Exponential moving averages of weights, in float32.
 
-A bfloat16 average at decay 0.995 loses its updates: 0.005 of a small change is below half a unit in the last place.
+In bfloat16, an average with decay 0.995 would lose its updates: 0.005 of a small change is below half a unit in the
+last place.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from vpae_jax.types import Params
 
 
 def start(params: Params) -> Params:
-    """The average before the first update: a float32 copy of the weights."""
+    """Returns the average before the first update: a float32 copy of the weights."""
     return jax.tree.map(lambda p: jnp.array(p, dtype=jnp.float32, copy=True), params)
 
 
 def update(average: Params, params: Params, decay: float | Array) -> Params:
-    """`decay * average + (1 - decay) * params`, in float32."""
+    """Returns `decay * average + (1 - decay) * params`, in float32."""
     return jax.tree.map(lambda a, p: decay * a + (1.0 - decay) * p.astype(jnp.float32), average, params)

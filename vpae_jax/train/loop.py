@@ -1,9 +1,9 @@
-"""The only training loop.
+"""The training loop, the only one.
 
-Each step runs the method's due updates in order, each repeat on the next batch. While one runs, the host prepares the
-batch of the next one, and then waits: a large update takes minutes, and behind a queue of them SIGTERM would be heeded
-too late. Between any two of them a run can save and end. Checkpoints hold everything that the rest depends on, so an
-interrupted run ends with the same bits as an uninterrupted one.
+Each step runs the method's due updates in order, each repeat on the next batch. While an update runs, the host prepares
+the next batch and then waits: a large update takes minutes, and with several in the queue the reaction to SIGTERM would
+come too late. A run can save and stop between any two updates. Checkpoints contain everything that the rest of the run
+depends on, so an interrupted run ends with bit-identical results.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from vpae_jax.types import Params, UserError
 
 @runtime_checkable
 class Data(Protocol):
-    """Batches as `data.batches` makes them.
+    """An iterator of batches, as returned by `data.batches`.
 
     Attributes:
-      bad: how many damaged records this process has met.
+      bad: number of corrupt records that this process has met.
     """
 
     bad: int
@@ -55,15 +55,15 @@ class Data(Protocol):
 
 @dataclass(frozen=True)
 class Hook:
-    """Something to do between steps: sample clips, score held-out ones.
+    """Something to do between steps, such as sampling previews or scoring held-out clips.
 
     Attributes:
-      every: interval in steps; it also runs before the first and after the last step.
+      every: interval in steps; the hook also runs before the first and after the last step.
       run: receives the number of completed steps and the state (whose buffers the next step consumes); returns what to
-        record: scalars, and videos' files for a tracker.
-      name: what it does, as in "scoring held-out clips".
-      done: whether it has run after a step. A run that was interrupted between a checkpoint and what is due after it
-        makes up for that when it continues.
+        record: scalars, and video files for a tracker.
+      name: description for messages, as in "scoring held-out clips".
+      done: whether the hook has already run after a step. If a run was interrupted between a checkpoint and the hooks
+        due after it, it runs them when it resumes.
     """
 
     every: int
@@ -88,26 +88,26 @@ def train(
     hooks: tuple[Hook, ...] = (),
     stop: Stop = never,
 ) -> TrainState:
-    """Trains from the workdir's newest whole checkpoint, or `state`, to `experiment.steps`, or until it is to stop.
+    """Trains from the workdir's newest intact checkpoint, or from `state`, to `experiment.steps` or until told to stop.
 
     Args:
-      batches: their position is part of every checkpoint.
-      put: moves this process's part of a batch to the devices, in the right sharding.
-      stop: whether to stop after this update, on all processes alike.
+      batches: the training data; its position is part of every checkpoint.
+      put: moves this process's part of a batch to the devices, with the right sharding.
+      stop: returns whether to stop after the current update; the same in all processes.
 
     Returns:
       The last state, which is also the newest checkpoint.
 
     Raises:
-      UserError: when a loss or gradient is not finite, or a checkpoint cannot be written; the last good checkpoint
-        stays. When there are checkpoints, but none is whole.
+      UserError: a loss or gradient is not finite, or a checkpoint cannot be written; the last good checkpoint is kept.
+        Or there are checkpoints, but none is intact.
     """
     with Checkpoints(workdir, experiment.keep) as checkpoints, ExitStack() as stack:
-        begun, values = checkpoints.newest(), {}  # what the updates of the running step have reported
+        begun, values = checkpoints.newest(), {}  # metrics reported by the updates of the current step
         if begun is not None:
             state, position, values = checkpoints.restore(begun, state)
             batches.set_state(position)
-            say(f"continuing from step {begun} of {workdir}")
+            say(f"resuming from step {begun} of {workdir}")
         begun = begun or Moment(int(state.step))
         places = places_of(state)
         programs = [
@@ -124,7 +124,7 @@ def train(
         clock, alarm, ahead = Clock(), Alarm(experiment.checkpoint_minutes), _Ahead(batches, put)
 
         def pause(updates: int = 0, due: bool = False) -> bool:
-            """After an update: a checkpoint, if one is due or the run is to stop; and whether it is."""
+            """Writes a checkpoint after an update if one is due or the run must stop; returns whether it must stop."""
             stopping = stop()
             if due or stopping or alarm.rings():
                 checkpoints.save(state, ahead.position, updates, values)
@@ -161,10 +161,10 @@ def train(
 
 
 class _Ahead:
-    """Batches on the devices, one of which is prepared before its time.
+    """Batches on the devices, of which the next one can be prepared ahead.
 
     Attributes:
-      position: in the data, after the batches that were taken.
+      position: position in the data after the batches taken so far.
     """
 
     def __init__(self, batches: Data, put: Callable[[Any], Any]) -> None:
@@ -182,14 +182,14 @@ class _Ahead:
 
 
 def _tracker(experiment: Experiment, workdir: Path) -> Callable[[], Tracker] | None:
-    """What begins the run of the tracker that the config names."""
+    """Returns a function that starts the tracker named by the config; None if there is none."""
     if experiment.tracker == "none":
         return None
     return partial(Tracker, experiment.tracker, workdir, experiment.name, dataclasses.asdict(experiment))
 
 
 def _read(running: Mapping[str, Any], step: int, checkpoints: Checkpoints) -> dict[str, float]:
-    """Waits for an update, and returns its metrics. Raises `UserError` for one that is not finite."""
+    """Waits for an update and returns its metrics. Raises `UserError` if one is not finite."""
     values = {name: float(value) for name, value in jax.device_get(running).items()}
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if bad:
@@ -204,7 +204,7 @@ def _read(running: Mapping[str, Any], step: int, checkpoints: Checkpoints) -> di
 def _record(
     metrics: MetricsLog, step: int, values: Mapping[str, float], clock: Clock, data: Data, experiment: Experiment
 ) -> None:
-    """Writes one step's metrics when due, and those of the last step, with what slowed any of the processes."""
+    """Writes a step's metrics if due, and always those of the last step, with timings over all processes."""
     if step % experiment.log_every == 0 or step == experiment.steps:
         times = clock.read(step)
         waits, bad = processes.of_all(np.array([times["data_wait"], data.bad])).T

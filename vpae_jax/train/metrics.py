@@ -1,8 +1,8 @@
-"""Where numbers go: a JSONL file, TensorBoard, a tracker if one is wanted, and the terminal.
+"""Writes a run's metrics to a JSONL file, to TensorBoard, to a tracker if configured, and to the terminal.
 
-`metrics.jsonl` is the record that the report is drawn from: one object a logged step, `{"step": 10, "generator/loss":
-...}`. A restart drops the lines of steps that are run again, and those that a fault of the disk has made unreadable.
-TensorBoard's files are a copy for looking at: a run goes on without them where they cannot be written.
+`metrics.jsonl` is the authoritative record, from which reports are made: one object per logged step, `{"step": 10,
+"generator/loss": ...}`. A restart drops the lines of steps that will be repeated, and lines that a disk error has made
+unreadable. TensorBoard's files are a copy for viewing; if they cannot be written, the run continues without them.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from vpae_jax.runtime.processes import is_first, say
 from vpae_jax.train.trackers import Tracker
 
 JSONL = "metrics.jsonl"
-# The bar says what time is left once so many steps have been timed.
+# The progress bar shows the time left once this many steps have been timed.
 MEASURED = 4
 UNTIMED = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 TIMED = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-FLUSH_SECONDS = 30.0  # after which numbers can be seen in TensorBoard
+FLUSH_SECONDS = 30.0  # delay until numbers are visible in TensorBoard
 
 
 class MetricsLog:
-    """Writes scalars of a run; of several processes, the first one alone does.
+    """Writes a run's scalars, in the first process only.
 
     Args:
       workdir: the run's folder.
-      start: the step that the run continues from; later records of an interrupted run are dropped.
+      start: the step that the run resumes from; later records of an interrupted run are dropped.
       steps: the last step, for the progress bar.
-      tracker: makes what else gets the numbers, in the process that writes; None for nothing.
+      tracker: creates a tracker, in the process that writes; None for no tracker.
 
     Raises:
-      UserError: metrics.jsonl cannot be written, or the tracker not be begun.
+      UserError: metrics.jsonl cannot be written, or the tracker cannot be started.
     """
 
     def __init__(self, workdir: Path, start: int, steps: int, tracker: Callable[[], Tracker] | None = None):
@@ -51,7 +51,7 @@ class MetricsLog:
             return
         lines = _lines(self.file) if start else []
         if bad := lines.count(None):
-            say(f"{self.file}: {bad} line{'s' if bad > 1 else ''} cannot be read, and left out")
+            say(f"{self.file}: dropped {bad} line{'s' if bad > 1 else ''} that cannot be read")
         kept = [record for record in lines if record is not None and record["step"] <= start]
         write_text(self.file, "".join(json.dumps(record) + "\n" for record in kept))
         self.board = _Board(workdir / "tensorboard", start)
@@ -67,7 +67,7 @@ class MetricsLog:
         )
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Records one step's scalars everywhere; the terminal shows the losses. Videos are the tracker's alone."""
+        """Records a step's scalars everywhere; the terminal shows the losses. Videos only go to the tracker."""
         if not self.writes:
             return
         if self.tracker is not None:
@@ -79,7 +79,7 @@ class MetricsLog:
             file.write(json.dumps({"step": step, **scalars}) + "\n")
         self.board.write(step, scalars)
         losses = {n.removesuffix("/loss"): v for n, v in scalars.items() if n.endswith("/loss")}
-        if not losses:  # scores, which what made them shows
+        if not losses:  # scores, which are printed where they are computed
             return
         text = "  ".join(f"{name} {value:.4g}" for name, value in losses.items())
         self.bar.set_postfix_str(text)
@@ -89,7 +89,7 @@ class MetricsLog:
             print(f"step {step}/{self.steps}  {text}{pace}", flush=True)
 
     def advance(self) -> None:
-        """One more step is done."""
+        """Counts a finished step."""
         if not self.writes:
             return
         self.timed += 1
@@ -99,8 +99,8 @@ class MetricsLog:
 
     @contextmanager
     def first_time(self, what: str) -> Iterator[None]:
-        """Around what takes long when it first runs, since it is compiled then: says so, and leaves it out of the time
-        that a step takes."""
+        """Reports an operation that is slow when it first runs, because it is compiled then, and excludes it from the
+        progress bar's estimate of the time per step."""
         if what in self.begun:
             yield
             return
@@ -119,14 +119,14 @@ class MetricsLog:
 
 
 class _Board:
-    """TensorBoard's files, in a folder. Where they cannot be written, a line says so, and nothing more is tried.
+    """Writes TensorBoard's files to a folder. If this fails, it prints a line and does not try again.
 
-    Writes by itself: the library's own writer has a thread, which dies of a full disk, and then the training waits for
-    it for ever.
+    It does not use the library's own writer, which has a thread that dies when the disk is full; training would then
+    wait for it forever.
     """
 
     def __init__(self, folder: Path, start: int):
-        # Imported when a run begins, since the library imports PyTorch where that is installed.
+        # Imported only when a run begins, since the library imports PyTorch if that is installed.
         from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboardX.record_writer import RecordWriter
         from tensorboardX.summary import scalar
@@ -163,7 +163,7 @@ class _Board:
         try:
             yield
         except OSError as error:
-            say(f"{self.folder}: cannot be written: {error.strerror}; the run goes on without TensorBoard's files")
+            say(f"{self.folder}: cannot be written: {error.strerror}; the run continues without TensorBoard's files")
             file, self.file = self.file, None
             if file is not None:
                 with suppress(OSError):
@@ -171,12 +171,12 @@ class _Board:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The records of a run, in order, without lines that cannot be read."""
+    """Returns the records of a run in order, without lines that cannot be read."""
     return [record for record in _lines(workdir / JSONL) if record is not None]
 
 
 def _lines(file: Path) -> list[dict[str, Any] | None]:
-    """Each line's record, None for one that is none; without a last line that a kill cut short."""
+    """Returns the record of each line, None for an invalid one; ignores an incomplete last line."""
     return [_record(line) for line in file.read_bytes().split(b"\n")[:-1] if line] if file.exists() else []
 
 

@@ -1,4 +1,4 @@
-"""Which checkpoint of a workdir is read: the newest whole one."""
+"""Selects the checkpoint of a workdir to read: the newest intact one."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ FOLDER = "checkpoints"
 
 
 class Moment(NamedTuple):
-    """How far a run is, and what its checkpoint of that is called: "50", or "50+3" in the middle of a step.
+    """The progress of a run, and the name of its checkpoint: "50", or "50+3" in the middle of a step.
 
     Attributes:
       step: completed steps.
-      updates: what is done of the next one: so many updates, each repeat counted.
+      updates: updates done in the next step, counting repeats.
     """
 
     step: int
@@ -32,32 +32,32 @@ class Moment(NamedTuple):
 
     @staticmethod
     def named(name: str) -> Moment | None:
-        """What a checkpoint of this name is of; None for what is called otherwise."""
+        """Parses the name of a checkpoint; returns None for any other name."""
         found = re.fullmatch(r"(0|[1-9]\d*)(?:\+([1-9]\d*))?", name, re.ASCII)
         return None if found is None else Moment(int(found[1]), int(found[2] or 0))
 
 
 def moments_in(folder: Path) -> list[Moment]:
-    """Of the checkpoints in a folder, be they whole or damaged, in order. A folder that is called otherwise is none."""
+    """Returns the moments of all checkpoints in a folder, intact or damaged, in order. Other folders are ignored."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return sorted(filter(None, map(Moment.named, names)))
 
 
 def latest(workdir: Path) -> Moment | None:
-    """What a run's newest checkpoint is of, be it whole or damaged; None when it has none."""
+    """Returns the moment of a run's newest checkpoint, intact or damaged; None if it has none."""
     return max(moments_in(workdir / FOLDER), default=None)
 
 
 def whole_moment(workdir: Path, wanted: Moment | None = None) -> Moment:
-    """What a run's newest whole checkpoint is of; newer ones that are damaged are a `Note`. All processes call this,
-    and each looks at its share of the files.
+    """Returns the moment of a run's newest intact checkpoint; newer ones that are damaged are reported as a `Note`. All
+    processes must call this; each checks its share of the files.
 
     Args:
-      workdir: the run's folder, which may be another's: nothing is changed there.
-      wanted: which checkpoint, where no other will do.
+      workdir: the run's folder, possibly of another run; nothing is changed there.
+      wanted: a specific checkpoint, if no other is acceptable.
 
     Raises:
-      UserError: no checkpoint, none that is whole, or not the one that is wanted.
+      UserError: there is no checkpoint, none is intact, or the wanted one is not.
     """
     folder, newest = (workdir / FOLDER).absolute(), latest(workdir)
     if newest is None:
@@ -66,23 +66,23 @@ def whole_moment(workdir: Path, wanted: Moment | None = None) -> Moment:
         found, faults = newest_whole(folder)
         assert found is not None
         for damaged, fault in faults.items() if is_first() else ():
-            message = f"{folder / str(damaged)} is damaged ({fault}); the checkpoint of step {found} takes its place"
+            message = f"{folder / str(damaged)} is damaged ({fault}); the checkpoint of step {found} is used instead"
             warnings.warn(message, Note, stacklevel=2)
         return found
     if wanted not in moments_in(folder):
         raise UserError(f"no checkpoint of step {wanted} in {workdir}, the newest is of step {newest}")
     fault = checksums.fault(folder / str(wanted), jax.process_index(), jax.process_count())
     if fault is not None:
-        raise UserError(f"{folder / str(wanted)} is damaged ({fault}), and needed; copy it here again")
+        raise UserError(f"{folder / str(wanted)} is damaged ({fault}), but required; copy it here again")
     return wanted
 
 
 def newest_whole(folder: Path) -> tuple[Moment | None, dict[Moment, str]]:
-    """What the newest whole checkpoint is of, and what is wrong with newer ones; the same on all processes, each of
-    which looks at its share of the files.
+    """Returns the moment of the newest intact checkpoint, and what is wrong with newer ones. The result is the same in
+    all processes; each checks its share of the files.
 
     Raises:
-      UserError: there are some, but none is whole.
+      UserError: there are checkpoints, but none is intact.
     """
     faults: dict[Moment, str] = {}
     names = as_first_says(f"checkpoints in {folder}", [str(moment) for moment in moments_in(folder)])
@@ -95,6 +95,6 @@ def newest_whole(folder: Path) -> tuple[Moment | None, dict[Moment, str]]:
     if faults:
         reasons = ", ".join(f"{step} ({fault})" for step, fault in faults.items())
         raise UserError(
-            f"{folder}: no checkpoint is whole: {reasons}; copy a whole one here, or remove the folder to train anew"
+            f"{folder}: no checkpoint is intact: {reasons}; copy an intact one here, or remove the folder to start over"
         )
     return None, faults

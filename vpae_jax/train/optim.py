@@ -1,4 +1,4 @@
-"""Optimizers as the papers state them, built from one config each."""
+"""Optimizers as specified in the papers, each built from one config."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from vpae_jax.config import OptimizerConfig
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clipping by the global norm, then Adam or RMSProp, then decoupled weight decay, then the step size.
+    """Builds an optimizer: clipping by global norm, Adam or RMSProp, decoupled weight decay, and the learning rate.
 
-    RMSProp, which APT uses with a decay of .9 (arXiv 2501.08316), is PyTorch's: Adam with b1 = 0 and b2 = `rms_decay`,
-    but without bias correction, so that the first update is 1 / sqrt(1 - .9) = 3.2 times the step size. `eps` is added
-    to the root, not under it.
+    RMSProp, which APT uses with a decay of 0.9 (arXiv 2501.08316), is PyTorch's: Adam with b1 = 0 and b2 = `rms_decay`,
+    but without bias correction, so that the first update is 1 / sqrt(1 - 0.9) = 3.2 times the learning rate. `eps` is
+    added to the square root, not inside it.
     """
     if config.algorithm == "adam":
         scale = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
@@ -28,7 +28,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
-    """Linear warm-up to the peak, then constant or a cosine decay to zero."""
+    """Returns the schedule: linear warm-up to the peak, then constant or a cosine decay to zero."""
     peak = config.learning_rate
     after = (
         optax.cosine_decay_schedule(peak, config.decay_steps) if config.decay_steps else optax.constant_schedule(peak)

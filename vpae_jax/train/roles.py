@@ -1,8 +1,8 @@
-"""From a method's roles and views to networks: where methods and models meet.
+"""Binds a method's roles and views to networks; this is where methods and models meet.
 
-Every role's model is split into a graph definition and plain nested dicts of arrays. Trained weights live in the train
-state; frozen ones are a separate argument of every step, in no optimizer and no checkpoint. A role of adapters holds
-only these: its views run on the weights that they sit on, which are in memory once, whoever shares them.
+Every role's model is split into a graph definition and plain nested dicts of arrays. Trained weights are part of the
+train state; frozen weights are a separate argument of every step, in no optimizer and no checkpoint. A role of adapters
+contains only the adapters: its views combine them with the weights of their base, which are in memory only once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vpae_jax.types import Condition, Features, Latents, Params, Times, UserErro
 
 @dataclass(frozen=True)
 class TransformerNetwork:
-    """A Wan transformer bound to weights, as methods see it (`methods.base.Backbone`).
+    """A Wan transformer bound to weights, with the interface that methods use (`methods.base.Backbone`).
 
     Attributes:
       graph, params: the transformer, split.
@@ -100,7 +100,7 @@ class RoleModels:
     Attributes:
       roles: the method's roles.
       views: the networks by name (`methods.base.all_views`).
-      graphs: each role's graph definition; one of adapters holds the parameters that they sit on too.
+      graphs: each role's graph definition; for adapters, it includes the parameters of their base.
     """
 
     roles: Mapping[str, Role]
@@ -110,12 +110,12 @@ class RoleModels:
     def weights(
         self, name: str, held: Mapping[str, Params], averages: Mapping[str, Params]
     ) -> tuple[nnx.GraphDef, Params]:
-        """A view's network, split.
+        """Returns a view's network, split into graph and weights.
 
         Args:
-          name: of the view.
+          name: name of the view.
           held: weights by role, trained and frozen.
-          averages: by `<role>_<average>`.
+          averages: averages by `<role>_<average>`.
         """
         view = self.views[name]
         role = self.roles[view.role]
@@ -131,13 +131,13 @@ class RoleModels:
         constants: Mapping[str, Params] | None = None,
         trains: Collection[str] = (),
     ) -> dict[str, Any]:
-        """Every view's network.
+        """Returns every view's network.
 
         Args:
           held: weights by role, trained and frozen; those in `trains` are being differentiated.
-          averages: by `<role>_<average>`.
-          constants: the same weights as `held`, of which none is differentiated, for views that are constant.
-          trains: the roles that are being trained.
+          averages: averages by `<role>_<average>`.
+          constants: the same weights as `held`, but not differentiated, for constant views.
+          trains: the roles being trained.
         """
         result = {}
         for name, view in self.views.items():
@@ -152,7 +152,7 @@ class RoleModels:
 
 
 def _scaled(adapters: Params, scale: float) -> Params:
-    """Adapters whose effect is multiplied: the second matrix of each pair."""
+    """Scales the effect of adapters, by multiplying the second matrix of each pair."""
     if scale == 1:
         return adapters
 
@@ -163,19 +163,19 @@ def _scaled(adapters: Params, scale: float) -> Params:
 
 
 def split_lora(model: nnx.Module) -> tuple[nnx.GraphDef, Params, Params]:
-    """A model with adapters as (graph, adapters, base weights)."""
+    """Splits a model with adapters into (graph, adapters, base weights)."""
     graph, lora, base = nnx.split(model, nnx.LoRAParam, nnx.Param)
     return graph, nnx.to_pure_dict(lora), nnx.to_pure_dict(base)
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
-    """A model as (graph, weights)."""
+    """Splits a model into (graph, weights)."""
     graph, params = nnx.split(model, nnx.Param)
     return graph, nnx.to_pure_dict(params)
 
 
 def merge_trees(base: Mapping[Any, Any], extra: Mapping[Any, Any]) -> dict[Any, Any]:
-    """The union of two nested dicts whose leaves do not overlap. Raises `ValueError` when they do."""
+    """Returns the union of two nested dicts. Raises `ValueError` if their leaves overlap."""
     result = dict(base)
     for key, value in extra.items():
         if key not in result:
@@ -183,30 +183,29 @@ def merge_trees(base: Mapping[Any, Any], extra: Mapping[Any, Any]) -> dict[Any, 
         elif isinstance(value, Mapping) and isinstance(result[key], Mapping):
             result[key] = merge_trees(result[key], value)
         else:
-            raise ValueError(f"both trees hold {key!r}")
+            raise ValueError(f"both trees contain {key!r}")
     return result
 
 
 def check_roles(method: Method, optimizers: Mapping[str, Any]) -> None:
-    """Every trained role needs an update and an optimizer, and updates are for trained roles; adapters sit on a whole
-    transformer; a whole role follows a whole one. Raises `UserError` naming the role.
+    """Checks a method's roles. Raises `UserError`, naming the role, unless every trained role has an update and an
+    optimizer, updates only train trained roles, adapters are based on a full model of the same part, and a follower and
+    the role that it follows are full, trained models of the same part.
 
-    An optimizer may lie unused: a config holds one for every role that some setting of its method trains.
+    Unused optimizers are allowed: a config has one for every role that any setting of its method trains.
     """
     trained = {name for name, role in method.roles.items() if role.trains}
     updates = [one for update in method.updates for one in update.program]
     updated = {name for update in updates for name in update.trains}
     if trained != updated:
-        raise UserError(
-            f"the method trains {sorted(trained)}, but has updates for {sorted(updated)}; correct the method"
-        )
+        raise UserError(f"the method trains {sorted(trained)}, but has updates for {sorted(updated)}; fix the method")
     for name, role in method.roles.items():
         if role.adapters is None:
             continue
         base = method.roles.get(role.adapters.on)
         if base is None or base.adapters is not None or base.part != role.part:
             raise UserError(
-                f"role {name} holds adapters on {role.adapters.on!r}, which is no whole {role.part}; correct the method"
+                f"role {name} has adapters on {role.adapters.on!r}, which is not a full {role.part}; fix the method"
             )
     for update in updates:
         for name in update.followers:
@@ -215,7 +214,7 @@ def check_roles(method: Method, optimizers: Mapping[str, Any]) -> None:
             single = len(update.trains) == 1 and name in trained - {*update.trains}
             if not single or len(parts) > 1 or adapters != {None}:
                 raise UserError(
-                    f"role {name} follows {update.name}: both have to be trained, whole, and of one part; correct the "
+                    f"role {name} follows {update.name}: both must be trained, full models of the same part; fix the "
                     "method"
                 )
     for name in sorted(trained):

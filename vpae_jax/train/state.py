@@ -1,4 +1,4 @@
-"""What training changes: one pytree, checkpointed whole."""
+"""The train state: everything that training changes, as one pytree that is checkpointed as a whole."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from vpae_jax.types import Params, pytree
 
 @pytree
 class TrainState:
-    """State of all trained roles; or, as a tree of the same form, its shapes or places.
+    """State of all trained roles; or a tree of the same structure with its shapes or shardings.
 
     Attributes:
       step: completed steps, int32.
-      key: root of all randomness, one key; never changes. Each draw folds in the step, the update and its repeat.
-      params: float32 master weights of each trained role (only the adapters, for a role with adapters).
-      opt: each trained role's optimizer state.
+      key: root key of all randomness, which never changes. Each draw folds in the step, the update and its repeat.
+      params: float32 master weights of each trained role (for a role with adapters, only the adapters).
+      opt: optimizer state of each trained role.
       averages: float32 averages of roles' weights, by `<role>_<average>`.
     """
 
@@ -40,9 +40,9 @@ def create(
     roles: Mapping[str, Role],
     optimizers: Mapping[str, optax.GradientTransformation],
 ) -> TrainState:
-    """A fresh state at step 0: the given weights in float32, empty moments, averages equal to the weights.
+    """Creates a state at step 0: the given weights in float32, zero moments, averages equal to the weights.
 
-    Moments and averages lie where their weights do. The weights' own buffers are given up.
+    Moments and averages are sharded like their weights. The buffers of `params` are donated.
     """
     params = dict(params)
     places = places_of(abstract(params, roles, optimizers))
@@ -52,7 +52,7 @@ def create(
 def abstract(
     params: Mapping[str, Params], roles: Mapping[str, Role], optimizers: Mapping[str, optax.GradientTransformation]
 ) -> TrainState:
-    """Shapes, dtypes and places of `create`'s state, for weights that may be shapes with places, too."""
+    """Returns shapes, dtypes and shardings of the state that `create` would return; `params` may be abstract, too."""
     params = dict(params)
     shapes = jax.eval_shape(_builder(0, roles, optimizers), params)
     weights = places_of(params)
@@ -68,7 +68,7 @@ def abstract(
 
 
 def places_of(tree: Any) -> Any:
-    """The sharding of every array, or shape with a place, of a tree."""
+    """Returns the shardings of a tree of arrays, or of abstract arrays with shardings."""
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
@@ -89,14 +89,14 @@ def _builder(
 
 
 def _moments(optimizer: optax.GradientTransformation, state: Any, weights: Any, whole: Any) -> Any:
-    """Places of an optimizer's state: those of the weights for what has their shape, everywhere for the rest."""
+    """Returns the shardings of an optimizer's state: like the weights for moments, replicated for everything else."""
     return optax.tree.map_params(
         optimizer, lambda _, place: place, state, weights, transform_non_params=lambda _: whole
     )
 
 
 def _averages(params: Mapping[str, Any], roles: Mapping[str, Role]) -> list[tuple[str, str]]:
-    """Every average's name and the role that it is of."""
+    """Returns the name of every average with its role."""
     return [(f"{role}_{name}", role) for role in params for name in roles[role].averages]
 
 

@@ -1,7 +1,7 @@
-"""Experiment trackers: a copy of a run's numbers and previews in Weights & Biases or Trackio.
+"""Experiment trackers: copies of a run's metrics and previews in Weights & Biases or Trackio.
 
-Both are optional packages with one interface. A run in a workdir is one run of the tracker, however often it is
-interrupted: its id stands in `tracker.json`.
+Both are optional packages with the same interface. A run in a workdir is a single run in the tracker, even if it is
+interrupted; its id is stored in `tracker.json`.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ def require(kind: Kind) -> None:
     """Raises `UserError` for a tracker whose package is not installed."""
     if kind != "none" and find_spec(kind) is None:
         raise UserError(
-            f"config.tracker is {kind!r}, but the package {kind} is not installed; pip install 'vpae_jax[{kind}]', or "
-            "leave it out"
+            f"config.tracker is {kind!r}, but the package {kind} is not installed; run pip install 'vpae_jax[{kind}]', "
+            "or leave it out"
         )
 
 
 class Tracker:
-    """A run of a tracker.
+    """A run in a tracker.
 
-    What its package says of accounts and servers is its own: `WANDB_MODE=offline`, `WANDB_PROJECT`, `TRACKIO_DIR` and
-    the like do what they do elsewhere.
+    Accounts and servers are configured as usual for the package: `WANDB_MODE=offline`, `WANDB_PROJECT`, `TRACKIO_DIR`
+    and so on have their usual effect.
 
     Args:
-      kind: of a package that is installed.
-      workdir: the run's folder, in which W&B's own files are kept.
-      name: of the run.
-      config: of the run.
+      kind: the package, which must be installed.
+      workdir: the run's folder, in which W&B's files are stored, too.
+      name: name of the run.
+      config: config of the run.
 
     Raises:
-      UserError: the package cannot begin a run, for which its own reason is given.
+      UserError: the package cannot start a run; the message includes its reason.
     """
 
     def __init__(self, kind: Literal["wandb", "trackio"], workdir: Path, name: str, config: Mapping[str, Any]) -> None:
@@ -63,10 +63,10 @@ class Tracker:
             )
         except self._package.errors.Error as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"config.tracker is 'wandb', which cannot begin a run: {reason}") from error
+            raise UserError(f"config.tracker is 'wandb', which cannot start a run: {reason}") from error
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Records numbers, and videos by their files, of a step."""
+        """Records a step's scalars, and videos given by their files."""
         package = self._package
         shown = {
             name: package.Video(str(value), format="mp4") if isinstance(value, Path) else value
@@ -79,7 +79,7 @@ class Tracker:
 
 
 def _id(kind: str, file: Path) -> str:
-    """The run's id, kept in the workdir; a new one where the file cannot be read."""
+    """Returns the run's id, which is stored in the workdir; a new one if the file cannot be read."""
     try:
         found = dict(json.loads(file.read_bytes()))
     except (OSError, ValueError, TypeError):
