@@ -1,11 +1,11 @@
-"""Attention against PyTorch's fused one on processors, and against attention written out on accelerators.
+"""Times attention: against PyTorch's fused attention on CPU, and against attention written out on accelerators.
 
     python benchmarks/attention.py [--sizes=N:HEADS:HEAD_DIM,...] [--keys=M] [--dtype=float32] [--rounds=5]
         [--markdown=FILE]
 
-Every round runs the peer and then ours in the same process, with as many threads as there are cores; ratios are of one
-round, so that what else the machine does hits both. Values and gradients are compared first; where they differ, one
-line and exit status 1 end the program. Needs torch.
+Every round runs the peer and then ours in the same process, with as many threads as there are cores; ratios are within
+a round, so that other load on the machine affects both. Values and gradients are compared first; if they differ, the
+program exits with one line and status 1. Needs torch.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Pair = tuple[Callable[[], Any], Callable[[], Any]]
 def torch_pair(q: np.ndarray, k: np.ndarray, v: np.ndarray, d_out: np.ndarray, dtype: str) -> Pair:
     """PyTorch's forward pass, and its forward and backward pass."""
     torch.set_num_threads(os.cpu_count() or 1)
-    # Contiguous as [b, heads, n, head_dim], the layout that suits it; ours pays for its transpositions.
+    # Contiguous as [b, heads, n, head_dim], PyTorch's preferred layout; our time includes transpositions.
     q, k, v, d_out = (torch.tensor(x).to(getattr(torch, dtype)).transpose(1, 2).contiguous() for x in (q, k, v, d_out))
     leaves = [x.requires_grad_() for x in (q, k, v)]
     fused = torch.nn.functional.scaled_dot_product_attention
@@ -64,7 +64,7 @@ def jax_pair(attention: Callable[..., Any], arrays: Arrays, dtype: str) -> Pair:
 def compare(
     theirs: Callable[[], Any], ours: Callable[[], Any], rounds: int, tolerance: float
 ) -> list[tuple[float, float]]:
-    """Seconds of theirs and ours in each round, once their results are seen to be equal."""
+    """Seconds of theirs and ours in each round, after checking that their results are equal."""
     for expected, found in zip(theirs(), ours(), strict=True):
         expected = expected.detach().float().numpy() if isinstance(expected, torch.Tensor) else np.asarray(expected)
         expected, found = expected.astype(np.float32), np.asarray(found).astype(np.float32)
@@ -81,7 +81,7 @@ def _seconds(run: Callable[[], Any]) -> float:
 
 
 def row(size: tuple[int, int, int], keys: int | None, dtype: str, rounds: int) -> str:
-    """Measures one size; a line of a Markdown table."""
+    """Measures one size, and returns a line of the Markdown table."""
     n, heads, head_dim = size
     m = n if keys is None else keys
     generator = np.random.default_rng(0)
@@ -98,16 +98,16 @@ def row(size: tuple[int, int, int], keys: int | None, dtype: str, rounds: int) -
 
 
 def parse_sizes(text: str) -> list[tuple[int, int, int]]:
-    """ "N:HEADS:HEAD_DIM,..." as numbers.
+    """Parses "N:HEADS:HEAD_DIM,...".
 
     Raises:
-      UserError: it is something else.
+      UserError: malformed text.
     """
     sizes = []
     for part in text.split(","):
         numbers = part.split(":")
         if len(numbers) != 3 or not all(number.isdecimal() and int(number) for number in numbers):
-            raise UserError(f"--sizes: {part!r} is not N:HEADS:HEAD_DIM, for example 4096:12:128")
+            raise UserError(f"--sizes: {part!r} is not of the form N:HEADS:HEAD_DIM, such as 4096:12:128")
         sizes.append((int(numbers[0]), int(numbers[1]), int(numbers[2])))
     return sizes
 
@@ -115,12 +115,12 @@ def parse_sizes(text: str) -> list[tuple[int, int, int]]:
 def main(argv: list[str]) -> None:
     parser = cli.Parser("python benchmarks/attention.py", __doc__)
     parser.add_argument(
-        "--sizes", type=parse_sizes, default=SIZES, help="queries, heads and channels of a head of each size"
+        "--sizes", type=parse_sizes, default=SIZES, help="queries, heads and channels per head for each size"
     )
     parser.add_argument("--keys", type=int, help="number of keys; by default as many as queries")
     parser.add_argument("--dtype", default="float32", choices=cli.DTYPES, help="precision of both")
-    parser.add_argument("--rounds", type=int, default=5, help="how often everything is measured")
-    parser.add_argument("--markdown", type=Path, help="file for the table; where it has marks for it, between these")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds")
+    parser.add_argument("--markdown", type=Path, help="file for the table; replaces the text between its marks, if any")
     given = parser.parse_args(argv)
     device = jax.devices()[0].device_kind
     peer = "PyTorch's" if device == "cpu" else "attention written out"

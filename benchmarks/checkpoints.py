@@ -1,10 +1,10 @@
-"""What checksums cost a run: saving and restoring its state with them and without, in turns.
+"""Measures the cost of checksums in a run: saves and restores its state with and without them, alternately.
 
     python benchmarks/checkpoints.py [--folder=DIR] [--gib=1] [--rounds=5] [--markdown=docs/benchmarks.md]
 
-A state of random float32 matrices is saved and restored as a training run does it. Without checksums means the same
-with their taking and comparing left out. Saving is timed until the training may go on, and until the checkpoint is
-complete; restoring from the disk (its pages are given up before) and from memory.
+A state of random float32 matrices is saved and restored as in a training run, with and without computing and comparing
+checksums. Saving is timed until training can continue, and until the checkpoint is complete; restoring is timed from
+disk (after dropping the page cache) and from memory.
 """
 
 from __future__ import annotations
@@ -34,32 +34,32 @@ from vpae_jax.train.optim import make_optimizer
 from vpae_jax.train.state import TrainState, create
 
 BEGIN = "<!-- made by benchmarks/checkpoints.py -->"
-WIDTH = 2048  # of a matrix: 16 MiB, of which a state holds three, the weights and Adam's moments
+WIDTH = 2048  # of a matrix: 16 MiB; a state holds three of each, the weights and Adam's moments
 NAMES = ("save, until training continues", "save, until complete", "restore, from disk", "restore, from memory")
 
 
 @dataclasses.dataclass(frozen=True)
 class Took:
-    """Seconds that passed, and that this process computed."""
+    """Wall-clock seconds, and CPU seconds of this process."""
 
     seconds: float
     cpu: float
 
 
 def make_state(size: int) -> TrainState:
-    """A state of about so many bytes."""
+    """A state of about `size` bytes."""
     count = max(1, round(size / (3 * 4 * WIDTH**2)))
     keys = jax.random.split(jax.random.key(0), count)
     params = {"net": {f"{i:03}": jax.random.normal(key, (WIDTH, WIDTH)) for i, key in enumerate(keys)}}
     state = create(0, params, {"net": Role("fresh", True, part="vae")}, {"net": make_optimizer(OptimizerConfig(0.1))})
-    # Moments are zeros at first, which would be stored as nothing.
+    # Initial moments are zeros, which would be compressed to nothing.
     opt = jax.tree.map(lambda x: jax.random.normal(keys[0], x.shape) if x.ndim == 2 else x, state.opt)
     return jax.block_until_ready(dataclasses.replace(state, step=jnp.int32(1), opt=opt))
 
 
 @contextmanager
 def without_checksums() -> Iterator[None]:
-    """Takes and compares none while the body runs."""
+    """Disables computing and comparing checksums in its body."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(checksums, "of_process", lambda folder, index: {}))
         stack.enter_context(patch.object(checksums, "write", lambda folder, told: None))
@@ -68,7 +68,7 @@ def without_checksums() -> Iterator[None]:
 
 
 def measure(state: TrainState, folder: Path) -> dict[str, Took]:
-    """One saving and two restorings, in a workdir of their own."""
+    """Times one save and two restores, in a workdir of their own."""
     took = {}
     with tempfile.TemporaryDirectory(dir=folder) as workdir, Checkpoints(Path(workdir)) as checkpoints:
         begun = _clock()
@@ -97,7 +97,7 @@ def _since(begun: Took) -> Took:
 
 
 def _forget(folder: Path) -> None:
-    """Has the system give up the pages of all files."""
+    """Asks the system to drop the cached pages of all files."""
     os.sync()
     for path in folder.rglob("*"):
         if path.is_file():
@@ -110,15 +110,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--folder", type=Path, default=Path(tempfile.gettempdir()), help="where checkpoints are written"
     )
-    parser.add_argument("--gib", type=float, default=1.0, help="size of a checkpoint")
-    parser.add_argument("--rounds", type=int, default=5, help="how often everything is measured")
-    parser.add_argument("--markdown", type=Path, help="file for the table; where it has marks for it, between these")
+    parser.add_argument("--gib", type=float, default=1.0, help="size of a checkpoint in GiB")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds")
+    parser.add_argument("--markdown", type=Path, help="file for the table; replaces the text between its marks, if any")
     given = parser.parse_args(argv)
     state = make_state(int(given.gib * GIB))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.opt)))
     ways: dict[str, Callable[[], Any]] = {"with": ExitStack, "without": without_checksums}
     found: dict[str, list[dict[str, Took]]] = {way: [] for way in ways}
-    measure(state, given.folder)  # libraries are loaded, programs compiled
+    measure(state, given.folder)  # warm-up: loads libraries, compiles programs
     for number in range(given.rounds):
         for way in list(ways)[:: 1 if number % 2 == 0 else -1]:
             progress(f"round {number + 1}, {way} checksums")

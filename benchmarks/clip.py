@@ -1,12 +1,12 @@
-"""A one-step image-to-video clip from prompt and picture to a file, stage by stage: ours, an earlier ours, Diffusers'.
+"""Times a one-step image-to-video clip from prompt and image to a file, by stage: ours, an earlier version, Diffusers.
 
     python benchmarks/clip.py [--model=tiny] [--num_frames=N] [--height=N] [--width=N] [--dtype=...] [--vae_dtype=...]
         [--devices=1] [--before=CHECKOUT] [--rounds=5] [--markdown=docs/benchmarks.md]
 
-Each side is a process of its own, which makes the clip once and then runs the stages that it is asked for, by turns
+Each side is a process of its own, which generates the clip once and then runs single stages on request, alternating
 with the other sides. `--before` is a checkout of this repository, for example `git worktree add ../before 2f28e86`. The
-last line is the three before it as they come in practice: ours decodes piece by piece, and copies and writes the pieces
-meanwhile; Diffusers' frames are written by our writer. Without PyTorch, or where it sees no accelerator but JAX does,
+last line combines the previous three as in practice: ours decodes piece by piece, and copies and writes pieces at the
+same time; Diffusers' frames are written by our writer. Without PyTorch, or if it sees no accelerator but JAX does,
 Diffusers is left out.
 """
 
@@ -52,14 +52,14 @@ Stages = Mapping[str, Callable[[], Any]]
 
 
 def ours(given: argparse.Namespace, folder: Path) -> Stages:
-    """Our stages, each on what those before it have made; an earlier version's where that is imported."""
+    """Our stages, each on the results of the previous ones; of whichever version of this package is imported."""
     mesh = None
     if given.devices > 1:
         mesh = sharding.make_mesh(MeshConfig(fsdp=1, context=given.devices), jax.local_devices()[: given.devices])
     options: dict[str, Any] = {} if given.vae_dtype is None else {"vae_dtype": jnp.dtype(given.vae_dtype)}
     pipe = load_pipeline(given.model, jnp.dtype(given.dtype), mesh, **options)
     if not pipe.takes_image:
-        raise UserError(f"--model={given.model}: makes videos from text alone; name an image-to-video model")
+        raise UserError(f"--model={given.model}: is a text-to-video model; give an image-to-video model")
     picture, sizes = _picture(given, pipe), (given.num_frames, given.height, given.width)
     noise, key = noise_of_seed(0, pipe.latent_shape(1, *sizes))
     first, condition = first_frames(picture, *_size(given, pipe)), pipe.condition([PROMPT], picture, *sizes)
@@ -68,7 +68,7 @@ def ours(given: argparse.Namespace, folder: Path) -> Stages:
     fps = pipe.defaults.fps
 
     def copied() -> Any:
-        return np.asarray(frames + 0)  # an array whose copy on the host is not kept yet
+        return np.asarray(frames + 0)  # a new array, whose host copy is not cached yet
 
     def pieces() -> None:
         if hasattr(pipe, "pieces"):
@@ -92,7 +92,7 @@ def ours(given: argparse.Namespace, folder: Path) -> Stages:
 
 
 def diffusers(given: argparse.Namespace, folder: Path) -> Stages:
-    """Those of Diffusers' pipeline, as its call goes through them."""
+    """The stages of Diffusers' pipeline, in the order of its call."""
     import torch
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
     from diffusers.pipelines.wan.pipeline_wan_i2v import WanImageToVideoPipeline
@@ -169,7 +169,7 @@ def _picture(given: argparse.Namespace, pipe: Any) -> Any:
 
 
 def serve(stages: Stages) -> None:
-    """Runs the stage that each line of standard input names, and says what it took."""
+    """Runs the stage named by each line of standard input, and prints its times."""
     for run in stages.values():
         run()
     print(json.dumps([*stages]), flush=True)
@@ -181,7 +181,7 @@ def serve(stages: Stages) -> None:
 
 
 class Side:
-    """A process that serves."""
+    """A process that runs the stages of one side (`serve`)."""
 
     def __init__(self, name: str, argv: Sequence[str], checkout: Path | None):
         self.name = name
@@ -193,7 +193,7 @@ class Side:
         self.stages: list[str] = self._read()
 
     def took(self, stage: str) -> tuple[float, float]:
-        """Seconds, and processor time, of one run."""
+        """Wall-clock and CPU seconds of one run."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{stage}\n")
         self._process.stdin.flush()
@@ -201,7 +201,7 @@ class Side:
         return seconds, cpu
 
     def end(self) -> None:
-        """Lets the process end."""
+        """Ends the process."""
         self._process.communicate()
 
     def _read(self) -> Any:
@@ -209,11 +209,11 @@ class Side:
         for line in self._process.stdout:
             if line.startswith("["):
                 return json.loads(line)
-        raise UserError(f"the process of {self.name} has ended with status {self._process.wait()}; it says why above")
+        raise UserError(f"the process for {self.name} ended with status {self._process.wait()}; see its output above")
 
 
 def measure(sides: Sequence[Side], rounds: int) -> dict[str, dict[str, Times]]:
-    """Times by stage and side; every other round goes backwards."""
+    """Times by stage and side; every other round runs in reverse order."""
     found = {stage: {side.name: Times() for side in sides if stage in side.stages} for stage in STAGES}
     for number in range(rounds):
         progress(f"round {number + 1} of {rounds}")
@@ -227,7 +227,7 @@ def measure(sides: Sequence[Side], rounds: int) -> dict[str, dict[str, Times]]:
 
 
 def rows(found: Mapping[str, Mapping[str, Times]], names: Sequence[str]) -> list[list[str]]:
-    """Lines of the table: seconds of each side, then ratios of ours to the others by the clock and processor."""
+    """Lines of the table: seconds of each side, then ratios of ours to the others in wall-clock and CPU time."""
     lines = []
     for stage, times in found.items():
         line = [stage, *(f"{statistics.median(times[name].seconds):.4f}" if name in times else "" for name in names)]
@@ -248,10 +248,10 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     add("--width", type=int, help="the model's own by default")
     add("--dtype", choices=cli.DTYPES, default="float32", help="of the networks")
     add("--vae_dtype", choices=cli.DTYPES, help="of the autoencoder; float32 by default")
-    add("--devices", type=int, default=1, help="that share ours")
+    add("--devices", type=int, default=1, help="number of devices for our side")
     add("--before", type=Path, help="a checkout of an earlier version")
-    add("--rounds", type=int, default=5, help="how often everything is timed")
-    add("--markdown", type=Path, help="file for the table; where it has marks for it, between these")
+    add("--rounds", type=int, default=5, help="number of rounds")
+    add("--markdown", type=Path, help="file for the table; replaces the text between its marks, if any")
     add("--side", choices=(OURS, BEFORE, THEIRS), help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 

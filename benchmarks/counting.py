@@ -1,9 +1,9 @@
-"""Model FLOPs of a method's updates: its losses are traced with networks that only count.
+"""Counts model FLOPs of a method's updates by tracing its losses with counting networks.
 
-A network that counts returns something of the right shape that depends on its inputs and its weights, and adds to a
-sum what an evaluation costs; when JAX differentiates through it, what the backward pass costs: as much for the
-gradient of the activations, and as much again for that of the weights. So whatever a loss evaluates, detaches or
-differentiates is counted as it is, without knowing the loss.
+A counting network returns something of the right shape that depends on its inputs and weights, and adds the FLOPs of
+its forward pass to a sum. If JAX differentiates through it, it also adds those of the backward pass: as many for the
+gradient of the activations, and as many again for that of the weights. So whatever a loss evaluates, detaches or
+differentiates is counted correctly, without knowing the loss.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ class Count:
 
 @dataclass(frozen=True)
 class Counter:
-    """A network that counts.
+    """A counting network.
 
     Attributes:
-      count: what it adds to.
-      weight: stands for all its weights; differentiated in the role that is trained.
-      trains_all: whether the gradient of the weights costs as much as an evaluation; that of adapters is left out.
-      config: the transformer's.
-      taps: blocks whose hidden states they read, of heads.
-      heads: FLOPs of the heads for one clip; they are heads if this is given.
+      count: the sum that it adds to.
+      weight: stands for all its weights; differentiated for the trained role.
+      trains_all: whether the gradient of the weights costs as much as a forward pass; that of adapters is ignored.
+      config: of the transformer.
+      taps: for heads, the blocks whose hidden states they read.
+      heads: for heads, the FLOPs for one clip; None for a transformer.
     """
 
     count: Count
@@ -83,7 +83,7 @@ class Counter:
         return jnp.zeros_like(x) + rest[:, None, None, None, None], self.features(x, t, condition, taps)
 
     def _counted(self, forward: float, inputs: Any) -> PerExample:
-        """A number for each clip that depends on weights and inputs; an evaluation of `forward` FLOPs is counted."""
+        """A number for each clip that depends on weights and inputs; counts a forward pass of `forward` FLOPs."""
         differentiated: list[bool] = []
 
         def number(weight: Any, *leaves: Any) -> PerExample:
@@ -108,13 +108,13 @@ class Counter:
 
 
 def step_flops(method: Method, blueprint: Blueprint, config: WanTransformerConfig, batch: Batch) -> list[float]:
-    """Model FLOPs of each update of a method, once each.
+    """Model FLOPs of one run of each update of a method.
 
     Args:
-      method: whose losses are traced.
-      blueprint: all roles' networks and shapes.
-      config: the transformer's.
-      batch: what is trained on; only its shapes matter.
+      method: its losses are traced.
+      blueprint: networks and shapes of all roles.
+      config: of the transformer.
+      batch: the training batch; only its shapes matter.
     """
     params, models = blueprint.held, blueprint.models
 

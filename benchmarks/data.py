@@ -1,15 +1,15 @@
-"""Reading latent records against reading the same bytes, and a step on records against one on clips in memory.
+"""Compares reading latent records with reading raw bytes, and a training step on records with one on clips in memory.
 
     python benchmarks/data.py [--folder=DIR] [--clips=64] [--rounds=5] [--steps=10] [--markdown=FILE]
 
-The records are random clips of 81 frames of 480x832 with everything of image-to-video. They are written to the folder,
-on the disk that is to be measured, and read in random order in as many threads as the training takes; the same files
-are read from their beginnings to their ends in large pieces. "Cold" is after the system was asked to forget them
-(`posix_fadvise`; a virtual disk's host may still remember them), "warm" right after they were read. That takes seconds
+The records are random clips of 81 frames of 480x832 with all arrays of image-to-video. They are written to the folder,
+which should be on the disk to be measured, and read in random order in as many threads as in training; for comparison,
+the same files are read sequentially in large pieces. "Cold" is after asking the system to drop them from its cache
+(`posix_fadvise`; a virtual disk's host may still cache them), "warm" right after they were read. Reading takes seconds
 and varies much, so it has three times as many rounds.
 
-A step is one of the real loop, with a network that does the same to every token of a clip, on one clip a step. On a CPU
-the training and the reading share its cores, which is harder than beside an accelerator.
+A step is one of the real loop, with a network that treats every token of a clip alike, on one clip per step. On a CPU,
+training and reading share the cores, which is harder than next to an accelerator.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ LATENTS, TEXT, PROMPT, IMAGE = (21, 60, 104, 16), (512, 4096), 100, (257, 1280)
 UNIT, PIECE = 8, 8 << 20
 THREADS = READ.num_threads
 HIDDEN = 1024
-WARM_UP = 3  # steps that compile and fill the queue
+WARM_UP = 3  # steps for compiling and filling the queue
 
 
 def write(folder: Path, clips: int) -> LatentRecords:
-    """Random clips, unless they are there."""
+    """Writes random clips, unless they exist."""
     units = Units(folder, {"clips": f"{clips} random ones"}, -(-clips // UNIT))
     rng = np.random.default_rng(0)
     for unit in units.pending():
@@ -75,7 +75,7 @@ def write(folder: Path, clips: int) -> LatentRecords:
 
 
 def readers(records: LatentRecords) -> dict[str, Callable[[], object]]:
-    """What reads all records, by name."""
+    """Functions that read all records, by name."""
     paths = [records.folder / shard["file"] for shard in records.index["shards"]]
     order = [int(i) for i in np.random.default_rng(1).permutation(len(records))]
 
@@ -92,7 +92,7 @@ def readers(records: LatentRecords) -> dict[str, Callable[[], object]]:
                 pass
 
     def theirs() -> None:
-        """ArrayRecord's reader, and the same check of a record."""
+        """ArrayRecord's reader, with the same check of each record."""
         opened = [ArrayRecordReader(str(path), options="readahead_buffer_size:0") for path in paths]
 
         def read(index: int) -> None:
@@ -108,7 +108,7 @@ def readers(records: LatentRecords) -> dict[str, Callable[[], object]]:
 
 
 def forget(records: LatentRecords) -> None:
-    """Asks the system to drop what it keeps of the files in memory."""
+    """Asks the system to drop the files from the page cache."""
     for shard in records.index["shards"]:
         number = os.open(records.folder / shard["file"], os.O_RDONLY)
         os.fsync(number)
@@ -117,7 +117,7 @@ def forget(records: LatentRecords) -> None:
 
 
 def reading(records: LatentRecords, rounds: int) -> Iterator[str]:
-    """A table: bytes a second of each reader, and its ratio to the raw reading of the same round."""
+    """Lines of a table: throughput of each reader, and its ratio to raw reading in the same round."""
     total = sum(shard["bytes"] for shard in records.index["shards"])
     found = readers(records)
     times = {(name, cold): Times() for cold in (True, False) for name in found}
@@ -141,7 +141,7 @@ def reading(records: LatentRecords, rounds: int) -> Iterator[str]:
 
 
 class Network(nnx.Module):
-    """The same to every token."""
+    """A network that treats every token alike."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.up = nnx.Linear(LATENTS[-1], HIDDEN, rngs=rngs)
@@ -153,7 +153,7 @@ class Network(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Predict:
-    """The clip from its condition frames and text: all of a batch is read."""
+    """A method that predicts the clip from its condition frames and text, so that all of a batch is read."""
 
     batch: ClassVar[type] = Batch
 
@@ -172,7 +172,7 @@ class Predict:
 
 
 class Repeated(Iterator[Batch]):
-    """One batch, over and over."""
+    """The same batch, repeated forever."""
 
     bad = 0
 
@@ -190,7 +190,7 @@ class Repeated(Iterator[Batch]):
 
 
 def step_times(batches: Any, steps: int) -> tuple[float, float, float]:
-    """Median seconds of a step of the loop, processor seconds a step, and the median share of waiting for data."""
+    """Median seconds of a step of the loop, CPU seconds per step, and the median fraction of waiting for data."""
     method, options = Predict(), OptimizerConfig(1e-3)
     last = WARM_UP + steps
     experiment = Experiment("benchmark", {}, {"generator": options}, last, 1, log_every=1, checkpoint_every=last)
@@ -218,14 +218,14 @@ def step_times(batches: Any, steps: int) -> tuple[float, float, float]:
             Path(workdir),
             (Hook(1, note, "noting"),),
         )
-        # The last one is read together with the one before, and saves a checkpoint.
+        # The last record covers two steps' reading, and saving a checkpoint.
         found = read_metrics(Path(workdir))[WARM_UP:-1]
     seconds, waits = ([record[name] for record in found] for name in ("seconds_per_step", "data_wait"))
     return statistics.median(seconds), (cpu[last - 1] - cpu[WARM_UP]) / (steps - 1), statistics.median(waits)
 
 
 def stepping(records: LatentRecords, rounds: int, steps: int) -> Iterator[str]:
-    """A table: a step on records against one on a batch in memory, in turns."""
+    """Lines of a table: a step on records compared with one on a batch in memory, alternately."""
     times = {name: [] for name in ("clips in memory", "records")}
     for number in range(rounds):
         progress(f"steps, round {number + 1} of {rounds}")

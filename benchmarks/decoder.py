@@ -1,11 +1,11 @@
-"""What a small decoder in the place of the autoencoder's costs and gains.
+"""Compares the quality and speed of a small decoder with those of the autoencoder's.
 
     python benchmarks/decoder.py --decoder=runs/decoder/model [--model=tiny] [--count=32] [--rounds=9]
         [--markdown=docs/benchmarks.md]
 
-Rendered digits that no training saw are encoded, and decoded by both. PSNR and LPIPS are against the rendered frames,
-and of the small decoder against the autoencoder's, too. FLOPs are counted from shapes; times are those of whole clips,
-compiled, in turns, to frames on the host.
+Rendered digits that were not used for training are encoded, and decoded by both. PSNR and LPIPS are against the
+rendered frames and, for the small decoder, also against the autoencoder's output. FLOPs are counted from shapes; times
+are for whole clips, compiled, alternately, up to frames on the host.
 """
 
 from __future__ import annotations
@@ -38,13 +38,11 @@ SPLIT, SEED = "eval", 11
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(prog="python benchmarks/decoder.py", description=__doc__)
     add = result.add_argument
-    add(
-        "--decoder", required=True, help="TAEHV's file for Wan 2.1, or the model directory that configs/decoder.py left"
-    )
-    add("--model", default="tiny", help="whose autoencoder is compared")
-    add("--count", type=int, default=32, help="clips")
-    add("--rounds", type=int, default=9)
-    add("--markdown", type=Path, help="file into which the table is pasted")
+    add("--decoder", required=True, help="TAEHV's file for Wan 2.1, or the model directory of a configs/decoder.py run")
+    add("--model", default="tiny", help="model whose autoencoder is compared")
+    add("--count", type=int, default=32, help="number of clips")
+    add("--rounds", type=int, default=9, help="number of rounds")
+    add("--markdown", type=Path, help="file for the table; replaces the text between its marks, if any")
     return result
 
 
@@ -92,7 +90,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def flops(model: nnx.Module, shape: tuple[int, ...]) -> float:
-    """Of decoding latents of this shape."""
+    """FLOPs of decoding latents of this shape."""
     graph, weights = nnx.split(model)
     decode = jax.jit(lambda weights, x: nnx.merge(graph, weights).decode(x))
     return count(decode.trace(weights, jax.ShapeDtypeStruct(shape, jnp.float32)).jaxpr).flops

@@ -1,12 +1,12 @@
-"""Memory of an encoding process over a long run, which must not depend on how much it has done.
+"""Measures the memory of an encoding process over a long run, which must not grow with the amount of work done.
 
     python benchmarks/encode_memory.py WORKDIR [--clips=2000] [--rows=100000] [--plot=FILE.png]
 
-Two runs of `python -m vpae_jax.encode` with the embedded model, one after the other: over small videos, and over a
-table that begins with a few of them and goes on with files that are not there, each of which is a reject. Four times a
-second this script notes the process's own memory, its workers' left out, beside the number of units that it has
-written. Pages of files are not counted: the system takes them back when others need room. Of each run it prints the
-memory after a fifth and at the end, and how much each item between them took.
+It runs `python -m vpae_jax.encode` twice with the embedded model: over small videos, and over a table that starts with
+a few of them and continues with missing files, each of which is rejected. Four times per second, this script records
+the process's own memory, without its workers, and the number of work units written. File pages are not counted, since
+the system reclaims them when needed. For each run, it prints the memory after a fifth of the run and at the end, and
+the growth per item in between.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from vpae_jax.types import UserError
 
 UNIT = 50
 SIDE, FRAMES, FPS = 48, 10, 8
-SETTLED = 0.2  # share of a run after which caches and pools are as large as they get
+SETTLED = 0.2  # fraction of a run after which caches and pools have their final size
 MIB = 2**20
 
 
 @dataclass
 class Run:
-    """What one run took.
+    """Samples of one run.
 
     Attributes:
-      name: for people.
-      done: items that were written, at each sample.
-      held: bytes, at each sample.
+      name: for output.
+      done: number of items written, at each sample.
+      held: bytes of memory, at each sample.
     """
 
     name: str
@@ -45,7 +45,8 @@ class Run:
     held: list[int] = field(default_factory=list)
 
     def growth(self) -> tuple[float, float, float]:
-        """MiB at a fifth of the run and at its end, each the median of a tenth of it; and bytes an item between."""
+        """MiB after a fifth of the run and at its end, each the median over a tenth of it; and bytes per item in
+        between."""
         done, held = np.array(self.done), np.array(self.held)
         last = done[-1]
         early = (done >= (SETTLED - 0.05) * last) & (done <= (SETTLED + 0.05) * last)
@@ -55,7 +56,7 @@ class Run:
 
 
 def make_videos(folder: Path, count: int) -> None:
-    """Moving noise, each file another."""
+    """Writes videos of moving noise, all different."""
     folder.mkdir(parents=True)
     for number in range(count):
         rng = np.random.default_rng(number)
@@ -71,7 +72,7 @@ def make_videos(folder: Path, count: int) -> None:
 
 
 def make_table(table: Path, rows: int) -> None:
-    """One unit of videos that are there, so that all networks are compiled at the beginning, and rows of none."""
+    """Writes one unit of existing videos, so that all networks are compiled at the start, and rows of missing files."""
     with table.open("w") as file:
         file.write("path,caption\n")
         file.writelines(f"{number:06d}.mp4,number {number}\n" for number in range(UNIT))
@@ -99,14 +100,14 @@ def follow(name: str, output: Path, arguments: list[str]) -> Run:
     first, last, slope = run.growth()
     print(
         f"{name}: {run.done[-1]} in {time.monotonic() - begin:.0f} s; {first:.0f} MiB after {SETTLED:.0%}, "
-        f"{last:.0f} MiB at the end, {slope:+.0f} bytes each; most {max(run.held) / MIB:.0f} MiB",
+        f"{last:.0f} MiB at the end, {slope:+.0f} bytes per item; peak {max(run.held) / MIB:.0f} MiB",
         flush=True,
     )
     return run
 
 
 def memory(pid: int) -> int:
-    """A process's own memory in bytes, that which was swapped out too; 0 when it has ended."""
+    """A process's own memory in bytes, including swapped-out memory; 0 if it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
@@ -133,15 +134,15 @@ def plot(runs: list[Run], path: Path) -> None:
 
 def main(argv: list[str]) -> None:
     parser = cli.Parser("python benchmarks/encode_memory.py", __doc__)
-    parser.add_argument("workdir", type=Path, help="a folder that is not there yet")
-    parser.add_argument("--clips", type=int, default=2000)
-    parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--plot", type=Path, help="where to draw both runs; needs matplotlib")
+    parser.add_argument("workdir", type=Path, help="a folder that does not exist yet")
+    parser.add_argument("--clips", type=int, default=2000, help="number of small videos")
+    parser.add_argument("--rows", type=int, default=100_000, help="number of rows with missing files")
+    parser.add_argument("--plot", type=Path, help="file for a plot of both runs; needs matplotlib")
     given = parser.parse_args(argv)
     if given.clips < 10 * UNIT or given.rows < 10 * UNIT:
-        raise UserError(f"--clips={given.clips} --rows={given.rows}: expected {10 * UNIT} or more, ten units")
+        raise UserError(f"--clips={given.clips} --rows={given.rows}: expected at least {10 * UNIT}, ten units")
     if given.workdir.exists():
-        raise UserError(f"{given.workdir} is there already; give a folder that is not")
+        raise UserError(f"{given.workdir} already exists; give a folder that does not")
     videos, table = given.workdir / "videos", given.workdir / "rows.csv"
     make_videos(videos, given.clips)
     make_table(table, given.rows)

@@ -1,7 +1,7 @@
-"""Floating-point operations of the models, from shapes: two for each multiplication of a matrix product or convolution.
+"""Floating-point operations of the models, from shapes: two per multiply-add of matrix products and convolutions.
 
-These are *model* FLOPs: what the result needs, not what a program executes. Recomputed activations and tiles of
-attention do not count; a backward pass counts as much as the forward pass for the gradient of the activations, and
+These are *model* FLOPs: what the result needs, not what a program executes. Recomputation of activations and of tiles
+in attention does not count; a backward pass counts as much as the forward pass for the gradient of the activations, and
 as much again for the gradient of the weights.
 """
 
@@ -22,13 +22,13 @@ from vpae_jax.types import Condition
 def transformer(
     config: WanTransformerConfig, latents: tuple[int, ...], condition: Condition, tap: int | None = None
 ) -> float:
-    """One forward pass of the Wan transformer, to its velocity or only to the features after a block.
+    """FLOPs of one forward pass of the Wan transformer, to its velocity or only to the features after a block.
 
     Args:
       config: sizes.
       latents: shape `[b, f, h, w, c]` of the noisy latents.
-      condition: arrays or shapes. Of the zeros that Wan pads its text with one token counts: they are all equal.
-      tap: the last block that runs, counted from 1; None runs all, and the output layer.
+      condition: arrays or shapes. The zeros that Wan pads its text with count as one token, since they are all equal.
+      tap: the last block that runs, counted from 1; None runs all blocks and the output layer.
     """
     b, *grid, _ = latents
     n_text = min(condition.text.shape[1] + 1, config.text_len)
@@ -46,7 +46,7 @@ def transformer(
 
 
 def text_encoder(config: UMT5Config, tokens: tuple[int, int]) -> float:
-    """One forward pass of the UMT5 encoder over token ids of shape `[b, s]`."""
+    """FLOPs of one forward pass of the UMT5 encoder over token ids of shape `[b, s]`."""
     b, s = tokens
     inner = config.num_heads * config.d_kv
     layer = 4 * s * config.d_model * inner + 2 * s * s * inner + 3 * s * config.d_model * config.d_ff
@@ -54,16 +54,16 @@ def text_encoder(config: UMT5Config, tokens: tuple[int, int]) -> float:
 
 
 def products(function: Callable[..., Any], *args: Any) -> float:
-    """Operations of all matrix products and convolutions that a function traces to; of a choice, the dearest branch.
+    """FLOPs of all matrix products and convolutions in a traced function; of several branches, the most expensive.
 
     Args:
       function: of arrays.
       args: its arguments, or their shapes.
 
     Raises:
-      ValueError: the function holds a loop of unknown length.
+      ValueError: the function has a loop of unknown length.
     """
     work = count(jax.make_jaxpr(function)(*args))
     if work.unknown_loops:
-        raise ValueError("a loop of unknown length holds matrix products; count them from shapes")
+        raise ValueError("a loop of unknown length contains matrix products; count them from shapes")
     return work.flops

@@ -1,10 +1,10 @@
-"""One action in a process of its own: how long it takes, how much memory it needs, how much it reads.
+"""Measures one action in a process of its own: its time, its memory, and the bytes that it reads.
 
     python benchmarks/measure.py '{"action": "ours", "folder": "MODEL", "dtype": "bfloat16"}'
 
-prints the measurement as JSON on its last line. Each action is a function of this module: it imports what it needs and
-starts its library, and returns what is then measured (`Action`). Memory and bytes come from Linux: the peak of the
-resident set, and the bytes that the process asked to read.
+prints the measurement as JSON on its last line. Each action is a function of this module: it imports and initialises
+what it needs, and returns what is to be measured (`Action`). Memory and bytes come from Linux: the peak of the resident
+set, and the bytes that the process requested to read.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ Facts = dict[str, Any]
 
 @dataclass(frozen=True)
 class Action:
-    """What is measured, and what surrounds it.
+    """What is measured, and what happens before and after.
 
     Attributes:
-      run: this is measured.
-      describe: what is told of its result, afterwards.
-      ready: what is waited for, just before.
+      run: what is measured.
+      describe: gives facts about its result, afterwards.
+      ready: called just before, to wait for other processes.
     """
 
     run: Callable[[], Any]
@@ -43,17 +43,17 @@ class Action:
 
 
 def measure(*specs: Mapping[str, Any], touch: int = 0) -> list[Facts]:
-    """Measures actions at the same time, each in a new process.
+    """Measures actions concurrently, each in a new process.
 
     Args:
-      specs: name of each action, and its arguments.
-      touch: bytes of memory that are used and given back just before; see `_touch`.
+      specs: name and arguments of each action.
+      touch: bytes of memory to use and release just before; see `_touch`.
 
     Returns:
-      what `_measured` says of each, and what it tells of its result.
+      The result of `_measured` for each.
 
     Raises:
-      RuntimeError: an action failed; with all that its process printed.
+      RuntimeError: an action failed; with its process's output.
     """
     command = [sys.executable, str(Path(__file__).resolve())]
     variables = {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
@@ -76,12 +76,12 @@ def measure(*specs: Mapping[str, Any], touch: int = 0) -> list[Facts]:
 
 
 def diffusers(folder: str, dtype: str, copy: bool = False) -> Action:
-    """Diffusers loads a checkpoint, and every value is looked at: its tensors are pages of the file until then.
+    """Diffusers loads a checkpoint, and every value is read once, since its tensors are only mapped pages until then.
 
     Args:
       folder: the model directory.
       dtype: of the result.
-      copy: whether the tensors are then copied to memory of their own, as ours lie.
+      copy: whether the tensors are then copied to memory of their own, like ours.
     """
     import torch
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
@@ -100,7 +100,7 @@ def diffusers(folder: str, dtype: str, copy: bool = False) -> Action:
 
 
 def diffusers_convert(folder: str, target: str) -> Action:
-    """Diffusers loads a checkpoint and saves it again, in its own layout; it writes no other."""
+    """Diffusers loads a checkpoint and saves it again in its own layout, the only one that it writes."""
     import torch
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
@@ -135,11 +135,11 @@ def ours(
     Args:
       folder: the model directory.
       dtype: of the result.
-      devices: of this process; several make an fsdp mesh.
-      repeat: whether the load that is measured is the process's second.
-      digest: what is told of the values: "whole", a checksum of every array; "shards", of every shard; or nothing.
-      rank: which of two processes this is.
-      address: where the two meet; empty for a process alone.
+      devices: number of devices of this process; several form an fsdp mesh.
+      repeat: whether to measure the second load of the process.
+      digest: which checksums to return: "whole", of every array; "shards", of every shard; or none if empty.
+      rank: index of this process, of two.
+      address: coordinator address of the two; empty for a single process.
     """
     import jax
     from jax.experimental import multihost_utils
@@ -172,7 +172,7 @@ def ours(
 
 
 def convert(folder: str, target: str, form: str) -> Action:
-    """We write a checkpoint again, in either layout."""
+    """We rewrite a checkpoint in either layout."""
     from vpae_jax.weights.find import find_model
     from vpae_jax.weights.writing import open_values, write_part
 
@@ -184,7 +184,7 @@ def convert(folder: str, target: str, form: str) -> Action:
 
 
 def verify(folder: str, target: str) -> Action:
-    """We compare two checkpoints bit for bit."""
+    """We check that two checkpoints are bit-identical."""
     from vpae_jax.weights.find import find_model
     from vpae_jax.weights.writing import open_values, verify_part
 
@@ -201,7 +201,7 @@ ACTIONS: Mapping[str, Callable[..., Action]] = {
 
 
 def _place() -> Any:
-    """Where each parameter lies when all devices of all processes are one fsdp mesh."""
+    """The placement of each parameter if all devices of all processes form one fsdp mesh."""
     import jax
 
     from vpae_jax import sharding
@@ -217,7 +217,7 @@ def _place() -> Any:
 
 
 def _watched(folder: str) -> tuple[Any, list[int]]:
-    """A model, and a list that receives how many bytes of tensors were read whenever its transformer is closed."""
+    """A model, and a list that receives the bytes of tensors read whenever its transformer is closed."""
     from vpae_jax.weights.directory import StoredPart
     from vpae_jax.weights.find import find_model
 
@@ -237,7 +237,7 @@ def _watched(folder: str) -> tuple[Any, list[int]]:
 
 
 def _digests(params: Any, shards: bool) -> dict[str, int]:
-    """Checksums of every array, or of those of its shards that are here, each once."""
+    """Checksums of every array, or of its shards in this process, without replicas."""
     from vpae_jax.weights.parts import flat
 
     result = {}
@@ -259,18 +259,18 @@ def _checksum(value: Any) -> int:
 
 
 def _measured(action: Action, touch: int) -> Facts:
-    """Runs an action; `touch`: see `measure`.
+    """Runs an action; for `touch`, see `measure`.
 
     Returns:
-      `seconds`; `cpu`, the processors' seconds; `extra`, by how many bytes the resident set grew at most, less the
-      arrays that are the result (`held`); `rchar`, how many bytes the process asked to read, whatever for; and what is
-      told of the result.
+      `seconds`; `cpu`, the CPU seconds; `extra`, the peak growth of the resident set in bytes, minus the arrays that
+      are the result (`held`); `rchar`, the bytes that the process requested to read for any purpose; and the facts
+      about the result.
     """
     gc.collect()
     if touch:
         _touch(touch)
     action.ready()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, read, cpu, start = _status("VmRSS"), _rchar(), time.process_time(), time.perf_counter()
     result = action.run()
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
@@ -280,7 +280,7 @@ def _measured(action: Action, touch: int) -> Facts:
 
 
 def _touch(size: int) -> None:
-    """Uses this much memory and gives it back: a virtual machine gets it from its host only when it is first used."""
+    """Uses this much memory and releases it, since a virtual machine gets memory from its host only on first use."""
     with mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         memory.madvise(mmap.MADV_HUGEPAGE)
         memory[:: mmap.PAGESIZE] = bytes(len(range(0, size, mmap.PAGESIZE)))

@@ -1,12 +1,12 @@
-"""The models, ours beside those of Diffusers and Transformers in PyTorch: times, ratios, utilisation.
+"""Compares our models with those of Diffusers and Transformers in PyTorch: times, ratios, utilisation.
 
     python benchmarks/models.py [--size=cpu|cpu-long|1.3b|14b|tiny] [--layers=N] [--only=NAME,...] [--rounds=N]
         [--json=FILE] [--markdown=FILE]
 
-Both have the same random weights and inputs. What they compute is compared first: where it differs, one line and exit
-status 1 end the program. Then they take turns for several rounds, and with them one large matrix product of the same
-precision (`rounds.py`): utilisation is the rate of a model's FLOPs (`flops.py`) as a share of that product's rate.
-Without PyTorch, or when it sees no accelerator but JAX does, only ours run.
+Both have the same random weights and inputs. Their outputs are compared first; if they differ, the program exits with
+one line and status 1. Then they alternate for several rounds, together with one large matrix product of the same
+precision (`rounds.py`): utilisation is the rate of a model's FLOPs (`flops.py`) relative to that product's rate.
+Without PyTorch, or if it sees no accelerator but JAX does, only ours run.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ from vpae_jax.train.roles import split
 from vpae_jax.types import Condition, Params, UserError
 
 BEGIN = "<!-- made by benchmarks/models.py -->"
-# Largest relative difference, in L2 norm, between what both compute.
+# Maximum relative difference of the outputs, in L2 norm.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 PRODUCT = "matrix product"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One model and what it is made to do.
+    """One model and its task.
 
     Attributes:
       ours: our function; returns arrays.
       flops: its model FLOPs.
-      theirs: PyTorch's, if that runs here.
-      expected: turns PyTorch's result into arrays like ours.
+      theirs: PyTorch's function; None if PyTorch does not run here.
+      expected: converts PyTorch's result to arrays like ours.
     """
 
     ours: Callable[[], Any]
@@ -62,7 +62,7 @@ class Case:
 
 
 def transformer(size: Size, both: bool, backward: bool = False) -> Case:
-    """The diffusion transformer: its velocity, or the gradients of weights and latents for a given one of it."""
+    """The diffusion transformer: its velocity, or the gradients of weights and latents for a given cotangent."""
     config, dtype = size.transformer, size.dtype
     model, graph, params = _models("transformer", WanTransformer, config, size, both, remat=size.remat)
     draw = np.random.default_rng(0).standard_normal
@@ -111,7 +111,7 @@ def transformer(size: Size, both: bool, backward: bool = False) -> Case:
 
 
 def vae(size: Size, both: bool, decode: bool) -> Case:
-    """The autoencoder, from latents to a video or back, as inference runs it: in chunks of frames."""
+    """The autoencoder, from latents to a video or back, in chunks of frames as in inference."""
     config, dtype = size.vae, size.dtype
     model, graph, params = _models("vae", WanVAE, config, size, both)
     frames, *side = size.video
@@ -120,7 +120,7 @@ def vae(size: Size, both: bool, decode: bool) -> Case:
     if not decode:
         video = jnp.asarray(draw.uniform(-1, 1, (1, *size.video, 3)), jnp.float32)
         ours = _jitted(lambda params, x: nnx.merge(graph, params).encode(x), params, video)
-        # Counted over the whole clip: chunks also run over frames that they were given before.
+        # Counted over the whole clip, since chunks also process frames of earlier chunks.
         count = flops.products(lambda params, x: nnx.merge(graph, params).moments(x), params, video)
         given = theirs.tensor(video, dtype) if model is not None else None
         run = None if model is None else lambda: model.encode(given, return_dict=False)[0].mode()
@@ -137,7 +137,7 @@ def vae(size: Size, both: bool, decode: bool) -> Case:
 
 
 def text_encoder(size: Size, both: bool) -> Case:
-    """The UMT5 encoder on one prompt that leaves a quarter of the tokens to padding."""
+    """The UMT5 encoder on one prompt, with a quarter of the tokens padding."""
     config = size.text_encoder
     model, graph, params = _models("text_encoder", UMT5Encoder, config, size, both)
     shape = (1, size.tokens)
@@ -172,7 +172,7 @@ LABELS = {
 
 
 def _models(part: str, kind: type, config: Any, size: Size, both: bool, **options: Any) -> tuple[Any, Any, Params]:
-    """PyTorch's model, or None; our graph; our weights, PyTorch's if it has any."""
+    """PyTorch's model, or None; our graph; our weights, which are PyTorch's if there are any."""
     dtype = jnp.dtype(size.dtype)
 
     def make() -> Any:
@@ -202,7 +202,7 @@ def run(name: str, size: Size, rounds: int, both: bool) -> dict[str, Any]:
     """Compares and times one case.
 
     Returns:
-      times of every round, ours, PyTorch's ("theirs") and the matrix product's; model FLOPs; the product's FLOP/s; our
+      Times of every round for ours, PyTorch's ("theirs") and the matrix product; model FLOPs; the product's FLOP/s; our
       utilisation; the relative difference.
     """
     progress(f"{LABELS[name]}: preparing")
@@ -253,12 +253,12 @@ HEAD = ("", "seconds", "PyTorch, s", "ratio", "CPU time ratio", "difference", "G
 def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = cli.Parser("python benchmarks/models.py", __doc__)
     add = parser.add_argument
-    add("--size", default="cpu", choices=SIZES, help="sizes of everything; cpu ones are float32, Wan's bfloat16")
+    add("--size", default="cpu", choices=SIZES, help="model and input sizes; cpu sizes are float32, Wan's bfloat16")
     add("--layers", type=int, help="the transformer's number of blocks; by default the size's")
-    add("--only", default=",".join(CASES), help="which cases, separated by commas")
-    add("--rounds", type=int, default=5, help="how often everything is timed")
+    add("--only", default=",".join(CASES), help="the cases to run, separated by commas")
+    add("--rounds", type=int, default=5, help="number of rounds")
     add("--json", type=Path, help="file for all measurements")
-    add("--markdown", type=Path, help="file for the table; where it has marks for it, between these")
+    add("--markdown", type=Path, help="file for the table; replaces the text between its marks, if any")
     return parser.parse_args(argv)
 
 
@@ -266,7 +266,7 @@ def main(argv: list[str]) -> None:
     given = _arguments(argv)
     names = given.only.split(",")
     if unknown := set(names) - set(CASES):
-        raise UserError(f"--only: {sorted(unknown)[0]!r} is none of {', '.join(CASES)}")
+        raise UserError(f"--only: {sorted(unknown)[0]!r} is not one of {', '.join(CASES)}")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory on the same device
     size = find(given.size, given.layers)
     both = theirs.installed() and (jax.default_backend() == "cpu" or theirs.device() == "cuda")

@@ -1,11 +1,11 @@
-"""Clips through `VideoClips` against the same clips read by plain PyAV, in turns on the same machine.
+"""Compares reading clips through `VideoClips` with reading the same clips by plain PyAV, alternately.
 
     python benchmarks/reading.py VIDEO [VIDEO ...] [--clips=24] [--bucket=480x832] [--workers=2] [--rounds=3]
 
-Ours decodes, resamples to 16 frames a second, scales, crops, measures and hands frames to this process. The peers seek
-to the keyframe before the same clip, decode until its end, and call `to_ndarray(format="rgb24")` of every frame that
-begins in it, as the file has them: neither resampled nor scaled. One peer decodes in one thread, one in as many as PyAV
-likes, and one in as many processes of one thread as we have workers, whose frames go no further.
+Ours decodes, resamples to 16 fps, scales, crops, measures and passes frames to this process. The peers seek to the
+keyframe before the same clip, decode until its end, and call `to_ndarray(format="rgb24")` on every frame that begins in
+it, neither resampled nor scaled. One peer decodes in one thread, one in PyAV's default number of threads, and one in as
+many single-threaded processes as we have workers, without passing frames on.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from vpae_jax.types import UserError
 
 BEGIN = "<!-- made by benchmarks/reading.py -->"
 FPS = 16.0
-Span = tuple[Path, float, float]  # a clip's file, beginning and end in seconds
+Span = tuple[Path, float, float]  # a clip's file, start and end in seconds
 
 
 @dataclass(frozen=True)
 class Listed:
-    """Videos, which may lie anywhere, as a manifest of one unit."""
+    """Videos from any folders, as a manifest of one work unit."""
 
     paths: tuple[Path, ...]
     units: int = 1
@@ -57,11 +57,11 @@ class Listed:
 
 @dataclass
 class Times:
-    """One entry a round.
+    """Times, with one entry per round.
 
     Attributes:
-      seconds: that passed.
-      cpu: that this process and those it started computed.
+      seconds: wall-clock seconds.
+      cpu: CPU seconds of this process and its children.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -69,7 +69,7 @@ class Times:
 
 
 def ours(paths: tuple[Path, ...], clips: int, bucket: Size, frames: int, workers: int) -> list[Span]:
-    """Reads all clips; where they lie. Starting and ending the workers is part of it."""
+    """Reads all clips, and returns their positions. This includes starting and stopping the workers."""
     each = -(-clips // len(paths))
     spans = []
     manifest, filters = Listed(paths), Filters(min_motion=0.0, max_black=1.0)
@@ -83,7 +83,7 @@ def ours(paths: tuple[Path, ...], clips: int, bucket: Size, frames: int, workers
 
 
 def plain(span: Span, threads: bool = False) -> int:
-    """Reads a clip's frames as PyAV's own documentation would; how many."""
+    """Reads a clip's frames as in PyAV's documentation, and returns their number."""
     path, start, end = span
     frames = []
     with av.open(str(path)) as container:
@@ -118,7 +118,7 @@ def cpu_seconds() -> float:
 
 
 def measure(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, Times]:
-    """Every run once a round; every other round goes backwards."""
+    """Times every run once per round; every other round runs in reverse order."""
     times = {name: Times() for name in runs}
     for number in range(rounds):
         for name in list(runs)[:: 1 if number % 2 == 0 else -1]:
@@ -134,12 +134,12 @@ def measure(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, Tim
 def main(argv: list[str]) -> None:
     parser = cli.Parser("python benchmarks/reading.py", __doc__)
     parser.add_argument("videos", type=Path, nargs="+", help="files to read clips from")
-    parser.add_argument("--clips", type=int, default=24, help="how many, about the same number from each video")
-    parser.add_argument("--frames", type=int, default=81, help="frames of a clip, at 16 a second")
+    parser.add_argument("--clips", type=int, default=24, help="number of clips, about the same from each video")
+    parser.add_argument("--frames", type=int, default=81, help="frames per clip, at 16 fps")
     parser.add_argument("--bucket", default="480x832", help="height and width of our clips")
-    parser.add_argument("--workers", type=int, default=2, help="our processes, and the last peer's")
-    parser.add_argument("--rounds", type=int, default=3, help="how often everything is measured")
-    parser.add_argument("--markdown", type=Path, help="file for the table; where it has marks for it, between these")
+    parser.add_argument("--workers", type=int, default=2, help="number of processes, ours and the last peer's")
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds")
+    parser.add_argument("--markdown", type=Path, help="file for the table; replaces the text between its marks, if any")
     given = parser.parse_args(argv)
     (bucket,) = parse(given.bucket)
     read = partial(ours, tuple(given.videos), given.clips, bucket, given.frames, given.workers)

@@ -1,4 +1,4 @@
-"""What benchmarks print: the machine in general words, tables of ratios, and where they are pasted."""
+"""Output of the benchmarks: a general description of the machine, tables of ratios, and pasting them into files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ END = "<!-- end -->"
 
 
 def machine(*packages: str) -> str:
-    """What this runs on, in general words, and the versions of those packages that are installed."""
+    """A general description of this machine, and the versions of the packages that are installed."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     found = ", ".join(f"{name} {number}" for name in packages if (number := _version(name)))
     return f"{os.cpu_count()} {platform.machine()} cores, {memory:.0f} GiB of memory, {found}"
@@ -43,7 +43,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
 
 
 def paste(path: Path, text: str, begin: str) -> None:
-    """Writes a Markdown file, or replaces what stands between `begin` and `END` of one that has these marks."""
+    """Writes a Markdown file; in a file with the marks `begin` and `END`, replaces the text between them."""
     old = path.read_text() if path.is_file() else ""
     before, mark, rest = old.partition(begin)
     after = rest.partition(END)[2] if mark else "\n"
@@ -51,7 +51,7 @@ def paste(path: Path, text: str, begin: str) -> None:
 
 
 def progress(line: str) -> None:
-    """Says on standard error what is being done; on a terminal each line replaces the one before."""
+    """Prints progress to standard error; on a terminal, each line replaces the previous one."""
     if sys.stderr.isatty():
         print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
     elif line:

@@ -1,7 +1,7 @@
-"""Times of functions, taken in turns: a machine that slows down slows all of them down.
+"""Times functions alternately, so that a machine that slows down affects all of them.
 
-`Timed` says what is timed, `measure` takes the times, `product` is the yardstick of utilisation: one large matrix
-product, whose rate counts as what the machine can do.
+`Timed` is a function to be timed, `measure` takes the times, and `product` is the reference for utilisation: one large
+matrix product, whose rate is taken as the machine's peak.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-PAUSE = 0.05  # seconds; threads of the library that ran before have gone to sleep by then
+PAUSE = 0.05  # seconds, in which the threads of the previously timed library go to sleep
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Timed:
     """A function without arguments.
 
     Attributes:
-      run: does the work, and returns when it is done.
+      run: does the work, and returns once it is finished.
       flops: its model FLOPs.
     """
 
@@ -41,11 +41,11 @@ def product(size: int, dtype: DTypeLike) -> Timed:
 
 @dataclass
 class Times:
-    """What a function took, one entry a round.
+    """Times of a function, with one entry per round.
 
     Attributes:
-      seconds: that passed.
-      cpu: that the process's threads computed, all together; other processes on the machine add little to these.
+      seconds: wall-clock seconds.
+      cpu: CPU seconds over all threads of the process, which other processes on the machine hardly affect.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -53,9 +53,9 @@ class Times:
 
 
 def measure(timed: Mapping[str, Timed], rounds: int) -> dict[str, Times]:
-    """Times of every function in every round; each runs once before.
+    """Times every function in every round, after one warm-up run each.
 
-    Every other round goes backwards, so that no function always follows the same one.
+    Every other round runs in reverse order, so that no function always follows the same one.
     """
     for one in timed.values():
         one.run()

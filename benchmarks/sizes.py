@@ -1,4 +1,4 @@
-"""At which sizes the benchmarks run: whole models for accelerators, thin slices of the 1.3B model for processors."""
+"""The sizes of the benchmarks: whole models for accelerators, thin slices of the 1.3B model for CPUs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ N_IMAGE = 257  # tokens of Wan's image encoder
 
 @dataclass(frozen=True)
 class Size:
-    """What runs, and on what.
+    """Sizes of the models and of their inputs.
 
     Attributes:
       transformer: the diffusion transformer.
@@ -25,10 +25,10 @@ class Size:
       vae: the autoencoder.
       video: frames, rows and columns that it encodes, and decodes to.
       text_encoder: the text encoder.
-      tokens: text tokens that it reads.
-      dtype: compute precision, and that of the weights; trained weights of a step are float32.
+      tokens: number of text tokens that it reads.
+      dtype: of computation and weights; weights trained in a step are float32.
       remat: what a backward pass of the transformer recomputes.
-      product: rows of the square matrices whose product is the yardstick.
+      product: rows of the square matrices in the reference product.
     """
 
     transformer: WanTransformerConfig
@@ -63,7 +63,7 @@ SIZES: Mapping[str, Size] = MappingProxyType({
         text_encoder=presets.TINY.text_encoder, tokens=16, dtype="float32", remat="none", product=256,
     ),
     "cpu": CPU,
-    # Attention's share grows with the number of tokens.
+    # Attention's fraction of the time grows with the number of tokens.
     "cpu-long": replace(CPU, transformer=replace(CPU.transformer, num_layers=1), latents=(4, 64, 64)),
     "1.3b": WAN_480P,
     "14b": replace(WAN_480P, transformer=presets.T2V_14B.transformer),
@@ -72,6 +72,6 @@ SIZES: Mapping[str, Size] = MappingProxyType({
 
 
 def find(name: str, layers: int | None) -> Size:
-    """A size of `SIZES`, its transformer cut to a number of layers."""
+    """A size of `SIZES`, optionally with another number of transformer layers."""
     size = SIZES[name]
     return size if layers is None else replace(size, transformer=replace(size.transformer, num_layers=layers))

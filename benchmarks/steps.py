@@ -1,10 +1,10 @@
-"""The two phases of V-PAE: every update of a step, its time, its model FLOPs, its utilisation.
+"""Measures the two phases of V-PAE: time, model FLOPs and utilisation of every update of a step.
 
     python benchmarks/steps.py [--size=cpu|1.3b|14b|tiny] [--layers=N] [--rounds=N] [--json=FILE] [--markdown=FILE]
 
 The programs are those of training (`train/step.py`) with the paper's settings, on random weights and one random clip
-for each device. Each update is timed alone, in turns with a large matrix product (`rounds.py`); a step's time is the
-sum over its updates and their repeats. There is nothing to compare with: no PyTorch code of the method is public.
+per device. Each update is timed alone, alternating with a large matrix product (`rounds.py`); a step's time is the sum
+over its updates and their repeats. There is nothing to compare with, since no PyTorch code of the method is public.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Phase:
     Attributes:
       method: its losses and updates.
       batch: what every update trains on.
-      state: what is trained; every run of an update replaces it.
+      state: the training state, which every run of an update replaces.
       updates: each update's program, in order, given state and batch.
       flops: model FLOPs of each update.
     """
@@ -65,13 +65,13 @@ class Phase:
     flops: Sequence[float]
 
     def run(self, index: int) -> None:
-        """One update, to its end."""
+        """Runs one update, and waits for its end."""
         self.state, metrics = self.updates[index](self.state, self.batch)
         jax.block_until_ready((self.state, metrics))
 
 
 def experiment(size: Size, options: Mapping[str, Any], clips: int) -> Experiment:
-    """A run at a size; `options` are the method's."""
+    """The config of a run at a size; `options` are the method's."""
     config = size.transformer
     taps = default_taps(config.num_layers)
     heads = HeadsConfig(width=config.width, taps=taps, num_heads=config.num_attention_heads)
@@ -90,7 +90,7 @@ def experiment(size: Size, options: Mapping[str, Any], clips: int) -> Experiment
 
 
 def random_batch(size: Size, clips: int) -> Batch:
-    """Clips of normal values, with prompts of all tokens."""
+    """Clips of normally distributed values, with prompts of full length."""
     config, tokens = size.transformer, size.tokens
     draw = np.random.default_rng(0)
 
@@ -116,7 +116,7 @@ def prepare(size: Size, options: Mapping[str, Any], mesh: Any) -> Phase:
     run = experiment(size, options, clips)
     method = make_method(run.method)
     blueprint = draw_up(run, method, mesh, size.transformer)
-    # Random weights for all roles, also for those that a training would read.
+    # Random weights for all roles, also for those that a training run would read from files.
     trained, frozen = (
         {
             role: jax.jit(blueprint.makers[role], out_shardings=places_of(tree))(jax.random.key(0))
@@ -148,7 +148,7 @@ def measured(size: Size, options: Mapping[str, Any], rounds: int) -> dict[str, A
     """Times one phase.
 
     Returns:
-      for each update its role, repeats, model FLOPs and times; the matrix product's FLOP/s, on all devices together.
+      For each update its role, repeats, model FLOPs and times; the matrix product's FLOP/s, over all devices.
     """
     mesh = sharding.make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
@@ -170,7 +170,7 @@ def measured(size: Size, options: Mapping[str, Any], rounds: int) -> dict[str, A
 
 
 def rows(name: str, facts: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """A phase's lines of the table: its updates, and the whole step."""
+    """Table lines of a phase: its updates, and the whole step."""
     result, seconds, work = [], 0.0, 0.0
     for update in facts["updates"]:
         each = statistics.median(update["seconds"])
@@ -191,11 +191,11 @@ HEAD = ("", "repeats", "seconds", "GFLOP", "utilisation")
 def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = cli.Parser("python benchmarks/steps.py", __doc__)
     add = parser.add_argument
-    add("--size", default="cpu", choices=SIZES, help="sizes of everything; cpu ones are float32, Wan's bfloat16")
+    add("--size", default="cpu", choices=SIZES, help="model and input sizes; cpu sizes are float32, Wan's bfloat16")
     add("--layers", type=int, help="the transformer's number of blocks; by default the size's")
-    add("--rounds", type=int, default=3, help="how often every update is timed")
+    add("--rounds", type=int, default=3, help="number of rounds")
     add("--json", type=Path, help="file for all measurements")
-    add("--markdown", type=Path, help="file for the table; where it has marks for it, between these")
+    add("--markdown", type=Path, help="file for the table; replaces the text between its marks, if any")
     return parser.parse_args(argv)
 
 

@@ -1,14 +1,14 @@
-"""How soon frames are there when a clip is streamed, how fast they follow, and what memory that takes.
+"""Measures latency, frame rate and memory of streamed clips.
 
     python benchmarks/streaming.py [--model=tiny] [--num_frames=9,33] [--chunk=1] [--rounds=5] [--lengths=9,33,129,513]
         [--window=6] [--sink=1] [--markdown=docs/benchmarks.md]
 
-The model's weights are sampled as a one-step student that makes whole clips, and as causal students that make them
-chunk by chunk; that they were not trained for it does not change times. A clip is made from its prompt to frames on the
-host. All take turns, and a round's time is the shortest of three.
+The model's weights are sampled as a one-step student that generates whole clips, and as causal students that generate
+them chunk by chunk; they were not trained for it, but this does not affect times. A clip is timed from its prompt to
+frames on the host. All students alternate, and a round's time is the shortest of three.
 
-Memory is that of one clip of a causal student that sees a window, streamed and made whole, each in a process of its
-own: on processors by how much the resident set grew at most, elsewhere the most bytes of the device that were in use.
+Memory is that of one clip of a causal student with a window, streamed and generated whole, each in a separate process:
+on CPU, the peak growth of the resident set; on accelerators, the peak bytes in use on the device.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Clip = Callable[[], Iterator[Any]]
 
 
 def students(chunks: Chunks) -> dict[str, Sampler]:
-    """What is compared: the first one makes whole clips."""
+    """The students that are compared; the first one generates whole clips."""
     one, four = replace(ONE_STEP, chunks=chunks), Sampler.even(4, SHIFT, solver="consistency")
     return {
         "bidirectional, 1 step": ONE_STEP,
@@ -63,7 +63,7 @@ def whole(pipe: Pipeline, sampler: Sampler, num_frames: int) -> Iterator[Any]:
 
 
 def clip(pipe: Pipeline, sampler: Sampler, num_frames: int) -> Iterator[Any]:
-    """A clip as its sampler lets it come."""
+    """A clip, streamed if its sampler is causal."""
     if sampler.chunks is None:
         return whole(pipe, sampler, num_frames)
     return pipe.stream(PROMPT, sampler=sampler, num_frames=num_frames)
@@ -71,11 +71,11 @@ def clip(pipe: Pipeline, sampler: Sampler, num_frames: int) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class Took:
-    """What a clip took.
+    """Times of a clip.
 
     Attributes:
-      first, last: seconds until its first frame, and until its last one.
-      first_cpu, last_cpu: seconds that this process computed until then.
+      first, last: seconds until its first frame, and until its last.
+      first_cpu, last_cpu: CPU seconds of this process until then.
     """
 
     first: float
@@ -85,7 +85,7 @@ class Took:
 
 
 def took(make: Clip) -> Took:
-    """What one clip takes."""
+    """Times one clip."""
     begun, cpu, came = time.perf_counter(), time.process_time(), []
     for _ in make():
         came.append((time.perf_counter() - begun, time.process_time() - cpu))
@@ -94,7 +94,7 @@ def took(make: Clip) -> Took:
 
 
 def measure(clips: dict[str, Clip], rounds: int) -> dict[str, list[Took]]:
-    """The shortest times of each clip in every round; every other one goes backwards."""
+    """The shortest times of each clip in every round; every other round runs in reverse order."""
     for name, make in clips.items():
         progress(f"compiling: {name}")
         took(make)
@@ -108,7 +108,7 @@ def measure(clips: dict[str, Clip], rounds: int) -> dict[str, list[Took]]:
 
 
 def rows(found: dict[str, list[Took]], num_frames: int) -> Iterator[list[str]]:
-    """Lines of the table of times; ratios are to the first clip's."""
+    """Lines of the table of times, with ratios to the first clip's."""
 
     def compared(times: list[Took], key: str) -> str:
         return ratios([getattr(one, key) for one in times], [getattr(one, key) for one in found[next(iter(found))]])
@@ -123,15 +123,15 @@ HEAD = ("frames", "", "first frame, s", "ratio", "CPU time ratio", "frames/s", "
 
 
 def memory(model: str, way: str, num_frames: int, chunks: Chunks) -> int:
-    """Bytes that one clip takes beside the weights, in this process."""
+    """Bytes that one clip needs in addition to the weights, in this process."""
     pipe, sampler = load_pipeline(model), replace(ONE_STEP, chunks=chunks)
     make = whole if way == WHOLE else clip
     for _ in make(pipe, sampler, num_frames):
-        pass  # programs are compiled
+        pass  # warm-up: compiles programs
     device = jax.local_devices()[0]
     if device.platform != "cpu":
         return device.memory_stats()["peak_bytes_in_use"]
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
     for _ in make(pipe, sampler, num_frames):
         pass
@@ -144,7 +144,7 @@ def _status(key: str) -> int:
 
 
 def apart(argv: Sequence[str], way: str, num_frames: int) -> int:
-    """`memory` in a process of its own."""
+    """`memory` in a separate process."""
     command = [sys.executable, str(Path(__file__).resolve()), *argv, f"--memory={way}:{num_frames}"]
     done = subprocess.run(command, env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}, capture_output=True)
     if done.returncode:
@@ -155,14 +155,14 @@ def apart(argv: Sequence[str], way: str, num_frames: int) -> int:
 def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = cli.Parser("python benchmarks/streaming.py", __doc__)
     add = parser.add_argument
-    add("--model", default="tiny", help="whose weights are sampled")
-    add("--num_frames", default="9,33", help="of the clips that are timed")
-    add("--chunk", type=int, default=1, help="latent frames of a chunk")
-    add("--rounds", type=int, default=5, help="how often everything is timed")
-    add("--lengths", default="9,33,129,513", help="frames of the clips of which memory is measured; empty for none")
-    add("--window", type=int, default=6, help="latent frames that these see")
-    add("--sink", type=int, default=1, help="first latent frames that they see besides")
-    add("--markdown", type=Path, help="file for the tables; where it has marks for them, between these")
+    add("--model", default="tiny", help="model whose weights are sampled")
+    add("--num_frames", default="9,33", help="frames of the clips that are timed")
+    add("--chunk", type=int, default=1, help="latent frames per chunk")
+    add("--rounds", type=int, default=5, help="number of rounds")
+    add("--lengths", default="9,33,129,513", help="frames of the clips whose memory is measured; empty for none")
+    add("--window", type=int, default=6, help="number of latest latent frames that a chunk sees, for memory")
+    add("--sink", type=int, default=1, help="number of first latent frames that it sees in addition")
+    add("--markdown", type=Path, help="file for the tables; replaces the text between its marks, if any")
     add("--memory", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 

@@ -1,8 +1,8 @@
-"""A checkpoint of any size with random weights, for benchmarks: right in every name, shape and byte, useless otherwise.
+"""Writes a checkpoint of any size with random weights for benchmarks; all names and shapes are those of a real one.
 
     python benchmarks/synthetic.py FOLDER [--preset=t2v-1.3b] [--layers=N] [--format=diffusers|wan]
 
-One layer of one parameter is drawn and written at a time, so the model may be larger than the memory.
+One layer of one parameter is drawn and written at a time, so the model may be larger than memory.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ SCALE = 0.02
 
 @dataclass(frozen=True)
 class Random:
-    """Normal values of standard deviation `SCALE`, the same whenever they are asked for; see `writing.Values`.
+    """Normal values with standard deviation `SCALE`, reproducible on every read; see `writing.Values`.
 
     Attributes:
       config: of the transformer.
       abstract: our parameters' paths and shapes.
-      stacked: those of them that have a leading layer axis.
+      stacked: the paths of those with a leading layer axis.
     """
 
     config: WanTransformerConfig
@@ -65,7 +65,7 @@ def random_values(preset: str, layers: int | None = None) -> Random:
 
     Args:
       preset: a key of `presets.PRESETS`.
-      layers: how many blocks; by default the preset's.
+      layers: number of blocks; by default the preset's.
 
     Raises:
       UserError: no such preset.
@@ -80,7 +80,7 @@ def random_values(preset: str, layers: int | None = None) -> Random:
 def main(argv: list[str]) -> None:
     parser = cli.Parser("python benchmarks/synthetic.py", __doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="model directory to write; must not exist")
-    parser.add_argument("--preset", default="t2v-1.3b", choices=PRESETS, help="whose sizes")
+    parser.add_argument("--preset", default="t2v-1.3b", choices=PRESETS, help="preset that determines the sizes")
     parser.add_argument("--layers", type=int, help="number of blocks; by default the preset's")
     parser.add_argument("--format", default="diffusers", choices=get_args(Layout), help="the layout")
     given = parser.parse_args(argv)

@@ -1,6 +1,6 @@
-"""The PyTorch models of Diffusers and Transformers with random weights, and their weights as ours.
+"""The PyTorch models of Diffusers and Transformers with random weights, and conversion of these weights to ours.
 
-Torch is imported when a model is made: without it our own models can still be timed.
+Torch is imported only when a model is created, so that our own models can be timed without it.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ Host = Float[np.ndarray, "..."]
 
 
 def installed() -> bool:
-    """Whether PyTorch, Diffusers and Transformers are."""
+    """Whether PyTorch, Diffusers and Transformers are installed."""
     return all(importlib.util.find_spec(name) for name in ("torch", "diffusers", "transformers"))
 
 
 def device() -> str:
-    """Where PyTorch computes."""
+    """The device that PyTorch uses."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def make(part: str, config: Any, dtype: str) -> Any:
-    """A model with PyTorch's own random weights.
+    """Creates a model with PyTorch's own random weights.
 
     Args:
       part: "transformer", "vae" or "text_encoder".
-      config: ours.
-      dtype: of the weights; those that Diffusers keeps in float32 stay in it.
+      config: our config.
+      dtype: of the weights, except those that Diffusers keeps in float32.
     """
     import diffusers
     import torch
@@ -49,7 +49,7 @@ def make(part: str, config: Any, dtype: str) -> Any:
     fields = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(config).items()}
     torch.manual_seed(0)
     if part == "transformer":
-        del fields["text_len"]  # Diffusers attends to whatever text it is given
+        del fields["text_len"]  # Diffusers attends to text of any length
         model: Any = diffusers.WanTransformer3DModel(**fields)
     elif part == "vae":
         model = diffusers.AutoencoderKLWan(**fields)
@@ -63,14 +63,14 @@ def make(part: str, config: Any, dtype: str) -> Any:
 
 
 def weights(part: str, model: Any, dtype: DTypeLike) -> Params:
-    """A model's weights as ours, by the way that every user's weights take: a saved folder."""
+    """A model's weights in our layout, through a saved folder, as for any user's weights."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(Path(folder) / part)
         return read_part(Path(folder), part, dtype)[1]
 
 
 def gradients(part: str, model: Any) -> Params:
-    """The gradients of all weights, where ours are: saved and read as weights are."""
+    """The gradients of all weights in our layout, saved and read like weights."""
     holder = copy.deepcopy(model)
     for weight, of in zip(holder.parameters(), model.parameters(), strict=True):
         weight.data = of.grad.clone()
@@ -78,7 +78,7 @@ def gradients(part: str, model: Any) -> Params:
 
 
 def tensor(x: Float[Array, "..."] | Host, dtype: str) -> Any:
-    """An array as PyTorch's, channels second if it has five axes."""
+    """An array as a PyTorch tensor, with channels second if it has five axes."""
     import torch
 
     made = torch.tensor(np.asarray(x, np.float32)).to(device(), getattr(torch, dtype))
@@ -86,7 +86,7 @@ def tensor(x: Float[Array, "..."] | Host, dtype: str) -> Any:
 
 
 def array(x: Any) -> Host:
-    """A tensor as NumPy's, channels last if it has five axes."""
+    """A tensor as a NumPy array, with channels last if it has five axes."""
     x = x.detach().float().cpu()
     return (x.permute(0, 2, 3, 4, 1) if x.ndim == 5 else x).numpy()
 

@@ -1,13 +1,13 @@
-"""Weights, loaded, converted and verified by us and by diffusers, side by side.
+"""Compares loading, converting and verifying weights with diffusers.
 
     python benchmarks/weights.py [--preset=t2v-1.3b] [--layers=N] [--rounds=N] [--folder=TMP] [--json=FILE]
         [--markdown=FILE]
 
-Makes a checkpoint with random weights, and measures every action in a process of its own (`measure.py`), ours and
-diffusers' in turns, in several rounds; ratios are of one round. The file is in the page cache. What must hold (host
-memory, bytes read, values) is checked on the way; where it does not, one line and exit status 1 end the program.
+It creates a checkpoint with random weights, and measures every action in a separate process (`measure.py`), ours and
+diffusers' alternately, in several rounds; ratios are within a round. The file is in the page cache. Host memory, bytes
+read and values are checked along the way; if a check fails, the program exits with one line and status 1.
 
-Needs Linux, torch and diffusers, about three times the checkpoint of disk, and five times of memory.
+Needs Linux, torch and diffusers, disk space for about three times the checkpoint, and memory for five times.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from vpae_jax import cli
 from vpae_jax.models.presets import PRESETS
 from vpae_jax.weights.writing import write_part
 
-LIMIT = 2 * GIB  # of host memory above the arrays that a load results in
+LIMIT = 2 * GIB  # maximum host memory of a load in addition to the resulting arrays
 BEGIN = "<!-- made by benchmarks/weights.py -->"
 Spec = Mapping[str, Any]
 Round = dict[str, Facts]
@@ -45,9 +45,9 @@ class Row:
     """One line of the table.
 
     Attributes:
-      label: what was done.
+      label: what was measured.
       ours: key of our measurement.
-      theirs: key of diffusers'.
+      theirs: key of diffusers' measurement.
     """
 
     label: str
@@ -71,19 +71,19 @@ LOADS = tuple(dict.fromkeys(row.ours for row in ROWS if row.ours.startswith("loa
 
 
 class Checks:
-    """What must hold. Each method ends the program where it does not."""
+    """Checks that must hold; each method exits the program if one fails."""
 
     def __init__(self, file_bytes: int):
         self._file_bytes = file_bytes
 
     def load(self, name: str, facts: Facts) -> None:
-        """Memory beside the arrays, and bytes of tensors read."""
-        self._hold(facts["extra"] < LIMIT, f"{name}: {facts['extra']} bytes of memory beside the arrays, limit {LIMIT}")
+        """Checks memory in addition to the arrays, and bytes of tensors read."""
+        self._hold(facts["extra"] < LIMIT, f"{name}: {facts['extra']} bytes of memory besides arrays, limit {LIMIT}")
         read = facts["bytes_read"]
-        self._hold(read <= self._file_bytes, f"{name}: {read} bytes read of a file of {self._file_bytes}")
+        self._hold(read <= self._file_bytes, f"{name}: {read} bytes read from a file of {self._file_bytes}")
 
     def equal(self, name: str, found: Mapping[str, int], expected: Mapping[str, int]) -> None:
-        """Checksums of values."""
+        """Checks that checksums of values are equal."""
         different = [key for key in {**found, **expected} if found.get(key) != expected.get(key)]
         self._hold(not different, f"{name}: {len(different)} arrays differ, the first is {different[:1]}")
 
@@ -98,7 +98,7 @@ def run(source: Path, folder: Path, rounds: int) -> list[Round]:
     Args:
       source: the checkpoint.
       folder: where copies of it may be written.
-      rounds: how often.
+      rounds: number of rounds.
     """
     file_bytes = sum(path.stat().st_size for path in (source / PART).glob("*.safetensors"))
     checks, touch = Checks(file_bytes), 3 * file_bytes
@@ -123,7 +123,7 @@ def run(source: Path, folder: Path, rounds: int) -> list[Round]:
 
 
 def _actions(source: Path, folder: Path) -> dict[str, list[Spec]]:
-    """What is measured, in turns; several specs run at the same time."""
+    """The actions to measure in each round; several specs run concurrently."""
     at, copy, written = ({"folder": str(source)}, {"target": str(folder / "copy")}, {"target": str(folder / "written")})
     theirs, ours = {"action": "diffusers", **at, "dtype": "bfloat16"}, {"action": "ours", **at, "dtype": "bfloat16"}
     return {
@@ -144,7 +144,7 @@ def _actions(source: Path, folder: Path) -> dict[str, list[Spec]]:
 
 
 def _pair(spec: Spec) -> list[Spec]:
-    """A load by two processes, which meet at a port that is free now."""
+    """A load by two processes, which connect through a currently free port."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
@@ -152,13 +152,13 @@ def _pair(spec: Spec) -> list[Spec]:
 
 
 def _together(facts: list[Facts]) -> Facts:
-    """One measurement of processes that ran at the same time: the longest, the largest, all that was read."""
+    """Combines the measurements of concurrent processes: maximum time and memory, total of everything else."""
     combine = {"seconds": max, "extra": max}
     return {key: combine.get(key, sum)(one[key] for one in facts) for key in facts[0] if key != "digests"}
 
 
 def _check_values(source: Path, checks: Checks) -> None:
-    """However the weights are sharded, over one process or two, they are the same."""
+    """Checks that the weights are the same however they are sharded, over one process or two."""
     progress("checking values")
     load = {"action": "ours", "folder": str(source), "dtype": "bfloat16"}
     whole = {**load, "digest": "whole"}
@@ -171,7 +171,7 @@ def _check_values(source: Path, checks: Checks) -> None:
 
 
 def _warm(source: Path) -> None:
-    """Reads the checkpoint, so that nobody waits for the disk."""
+    """Reads the checkpoint into the page cache, so that no measurement waits for the disk."""
     for path in (source / PART).glob("*.safetensors"):
         with path.open("rb") as file:
             while file.read(2**24):
@@ -210,12 +210,12 @@ def _ratios(ours: list[Facts], theirs: list[Facts], key: str) -> str:
 def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = cli.Parser("python benchmarks/weights.py", __doc__)
     add = parser.add_argument
-    add("--preset", default="t2v-1.3b", choices=PRESETS, help="whose sizes the checkpoint has")
+    add("--preset", default="t2v-1.3b", choices=PRESETS, help="preset that determines the checkpoint's sizes")
     add("--layers", type=int, help="number of blocks; by default the preset's")
-    add("--rounds", type=int, default=3, help="how often everything is measured")
-    add("--folder", type=Path, help="where to make a temporary folder")
+    add("--rounds", type=int, default=3, help="number of rounds")
+    add("--folder", type=Path, help="where to create a temporary folder")
     add("--json", type=Path, help="file for all measurements")
-    add("--markdown", type=Path, help="file for the table; where it has marks for it, between these")
+    add("--markdown", type=Path, help="file for the table; replaces the text between its marks, if any")
     return parser.parse_args(argv)
 
 
