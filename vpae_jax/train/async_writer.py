@@ -2,8 +2,8 @@
 
 Orbax writes in many threads. When one fails, Orbax logs its traceback, raises the error, and leaves the other threads
 running. They fail too, log their tracebacks, and report to an event loop that is closed by then; asyncio logs
-unretrieved exceptions, and Python warns about coroutines that were never awaited. All of this repeats the error that has
-already been raised.
+unretrieved exceptions, and Python warns about coroutines that were never awaited. All of this repeats the error that
+has already been raised.
 """
 
 from __future__ import annotations
