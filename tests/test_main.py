@@ -39,11 +39,11 @@ BAD_COMMAND_LINES = {
     ),
     "key of a value": (
         ["--config=configs/phase1.py", "--config.steps.x=5"],
-        ["config.steps: is a value, and has no key 'x'"],
+        ["config.steps: is a value and has no key 'x'"],
     ),
     "a part": (
         ["--config=configs/phase1.py", "--config.method=lcm"],
-        ["config.method: is a part", "give one of these"],
+        ["config.method: is a group", "set one of these"],
     ),
     "no key": (["--config=configs/phase1.py", "--config.=3"], ["config.: unknown key"]),
     "negative seed": (
@@ -168,4 +168,4 @@ def config_dict_values(config, prefix=""):
 
 def test_help_without_a_config_says_how_to_see_its_keys():
     result = train("--help")
-    assert result.returncode == 0 and "With --config=FILE.py[:PRESET] --help lists the config's keys" in result.stdout
+    assert result.returncode == 0 and "With --config=FILE.py[:PRESET], --help lists the config's keys" in result.stdout

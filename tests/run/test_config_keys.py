@@ -36,7 +36,7 @@ def test_keys_that_are_there(argument):
         ("-config.stepz=3", r"config\.stepz: unknown key; did you mean 'steps'"),
         ("--config.stepz", r"config\.stepz: unknown key"),
         ("--noconfig.guard.enabld", r"config\.guard\.enabld: unknown key; did you mean 'enabled'"),
-        ("-config.method=5", r"config\.method: is a part"),
+        ("-config.method=5", r"config\.method: is a group of keys"),
         ("--config.method['lambda']=5", r"config\.method\.lambda: unknown key"),
         ("--config.model.init_scale['a.b=c']=5", r"config\.model\.init_scale\.a\.b=c: unknown key; known: none"),
     ],

@@ -239,7 +239,7 @@ def test_why_there_is_no_guard_is_said_in_a_line(tmp_path, capsys):
 
     assert made() == (None, None)
     line = capsys.readouterr().out
-    assert line.startswith("guard: off, since the student starts from a teacher") and line.count("\n") == 1
+    assert line.startswith("guard: off, because the student starts from a teacher") and line.count("\n") == 1
     config.guard.enabled = False
     assert made() == (None, None)
     assert not capsys.readouterr().out
@@ -249,7 +249,7 @@ def test_why_there_is_no_guard_is_said_in_a_line(tmp_path, capsys):
     "change, message",
     [
         ({"batch_size": 17}, r"config.batch_size is 17, but config.data.clips is 16"),
-        ({"steps": 50}, r"config.steps is 50, but the generator is trained from step 50 on"),
+        ({"steps": 50}, r"config.steps is 50, but the generator is only trained from step 50 on"),
     ],
 )
 def test_a_run_that_cannot_be_is_refused_before_anything_is_written(tmp_path, change, message):

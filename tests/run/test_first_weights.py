@@ -114,7 +114,9 @@ def test_a_causal_model_is_no_teacher(name, tmp_path):
     causal = dataclasses.replace(Sampler.even(4), chunks=Chunks(1))
     write_model(folder, Contents(find_model(TINY), scheduler=Scheduler.of(causal)))
     experiment = dataclasses.replace(EXPERIMENT, model=ModelConfig(path=str(folder)))
-    with pytest.raises(UserError, match=f"config.model.path: {folder} is a causal model, but fresh sees whole clips"):
+    with pytest.raises(
+        UserError, match=f"config.model.path: {folder} is a causal model, but fresh applies it to whole clips"
+    ):
         find_start(experiment, make_method({"name": name, "init": "pretrained"}), tmp_path)
     more = find_start(experiment, make_method({"name": "causal_init"}), tmp_path)
     assert more.path == folder
@@ -172,7 +174,7 @@ def test_a_model_directory_stands_for_the_phase_before(models, tmp_path):
 @pytest.mark.parametrize(
     ("previous", "adapters", "message"),
     [
-        ("student", True, "is a model directory, but role low is of kind adapters; name the workdir that trained it"),
+        ("student", True, "is a model directory, but role low is of kind adapters; give the workdir that trained it"),
         ("wider", False, "is a model directory of another size than config.model.path"),
         ("none", False, "there is no checkpoint in .*none"),
     ],

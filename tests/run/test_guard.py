@@ -179,7 +179,7 @@ def test_worse_weights_are_turned_down_with_the_reason(tmp_path, capsys):
     assert not read(tmp_path)["kept"]
     line = capsys.readouterr().out.splitlines()[-1]
     assert "held-out distance rose from" in line and "the weights that it started from are kept" in line
-    assert "--config.guard.enabled=False keeps them" in line
+    assert "--config.guard.enabled=False exports them" in line
 
 
 def test_weights_that_are_no_worse_are_kept(tmp_path):
@@ -310,10 +310,10 @@ def test_scores_that_are_not_finite_are_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("enabled", "found", "said"),
     [
-        (True, '{"kept": false, "reason": "it rose"}', "its guard turned these weights down (it rose)"),
+        (True, '{"kept": false, "reason": "it rose"}', "its guard rejected these weights (it rose)"),
         (True, '{"kept": true, "reason": "it fell"}', ""),
         (True, '{"scores": {}}', ""),
-        (True, '{"kept": fal', "guard.json: cannot be read, so what the guard has decided is not known"),
+        (True, '{"kept": fal', "guard.json: cannot be read, so the guard's decision is unknown"),
         (False, '{"kept": false, "reason": "it rose"}', ""),
         (True, None, ""),
     ],
@@ -338,15 +338,15 @@ def test_too_few_clips_are_one_line_and_the_run_goes_on(tmp_path, capsys):
     nothing = (None, None)
     assert made(phase2) == (
         nothing,
-        "scores and guard: off, since only 100 clips; the run's last weights will be its model directory\n",
+        "scores and guard: off, because only 100 clips; the run's last weights will be exported\n",
     )
-    assert made(phase2, guard={"enabled": False}) == (nothing, "scores: off, since only 100 clips\n")
+    assert made(phase2, guard={"enabled": False}) == (nothing, "scores: off, because only 100 clips\n")
     assert made(phase2, guard={"enabled": False}, score_every=0) == (nothing, "")
     found, said = made(phase1, score_every=10)
-    assert found == nothing and said.splitlines()[1] == "scores: off, since only 100 clips"
+    assert found == nothing and said.splitlines()[1] == "scores: off, because only 100 clips"
     (scores, judge), said = made(phase1, score_every=10, score_clips=6)
     assert (
-        scores.clips == 6 and judge is None and said.startswith("guard: off, since the student starts from a teacher")
+        scores.clips == 6 and judge is None and said.startswith("guard: off, because the student starts from a teacher")
     )
     (scores, judge), said = made(phase2, score_every=0, score_clips=6)
     assert judge.scorer is scores and not said

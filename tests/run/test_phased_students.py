@@ -179,7 +179,7 @@ def test_a_run_goes_on_whose_start_is_not_known_any_more(workdir, tmp_path, caps
     train(dcm_detail, tmp_path / "dcm_detail", 2, generator_rank=4)
     newest = newest_whole(tmp_path / "dcm_semantic" / "checkpoints")[0].step
     said = [line for line in capsys.readouterr().out.splitlines() if "start.json" in line]
-    assert len(said) == 1 and said[0].startswith(f"{file} cannot be read, and is now called damaged-start.json; ")
+    assert len(said) == 1 and said[0].startswith(f"{file} cannot be read and was renamed to damaged-start.json; ")
     assert json.loads(file.read_text()) == {"previous_step": newest}
     assert (file.parent / "damaged-start.json").read_bytes() == damage
     assert_equal(experts(file.parent / "model")[0], semantic_at(tmp_path, newest))

@@ -97,7 +97,7 @@ def test_an_unknown_kind_is_refused():
     config = small(add_pixels)
     config.model.image_encoder = "dinov9:models/dino"
     with pytest.raises(
-        UserError, match=r"config\.model\.image_encoder: no kind 'dinov9' of image encoders; known: clip"
+        UserError, match=r"config\.model\.image_encoder: unknown kind 'dinov9' of image encoder; known: clip"
     ):
         finding(config)
 

@@ -92,7 +92,7 @@ def test_text_to_video(primed, t2v, tmp_path, capsys):
     experiment.run(given, tmp_path / "dmd2", jax.devices()[:2])
     said = capsys.readouterr().out
     assert (
-        f"scores and guard: off, since {t2v[1]} holds prompts alone, without real clips to compare with; name records"
+        f"scores and guard: off, because {t2v[1]} holds prompts alone, without real clips to compare with; name records"
         in said
     )
     assert not (tmp_path / "dmd2" / "guard.json").exists()

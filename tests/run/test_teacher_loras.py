@@ -237,12 +237,12 @@ def test_a_phase_after_one_of_another_lora(tmp_path):
     whole = {"generator": Role("previous", True), "teacher": Role("pretrained")}
     style = str(tmp_path / "a.safetensors")
     with pytest.raises(
-        UserError, match=r"a.safetensors:1, but empty in the phase before, .*before, on whose teacher the gen"
+        UserError, match=r"a.safetensors:1, but empty in the previous phase, .*before, on whose teacher the gen"
     ):
         compare(None, style, adapters)
-    with pytest.raises(UserError, match=r"config.model.lora is empty, but \S+a.safetensors:0.5 in the phase before"):
+    with pytest.raises(UserError, match=r"config.model.lora is empty, but \S+a.safetensors:0.5 in the previous phase"):
         compare(f"{style}:0.5", "", adapters)
-    with pytest.warns(Note, match=r"is empty, but .*; this run has another teacher than the phase before had"):
+    with pytest.warns(Note, match=r"is empty, but .*; this run has another teacher than the previous phase"):
         compare(style, "", whole)
     compare(style, f"{style}:1.0", adapters)
     compare("{workdir}/../a.safetensors", style, adapters)

@@ -46,9 +46,7 @@ def test_a_second_run_in_a_workdir_is_told_who_works_there(holder, tmp_path):
     with pytest.raises(UserError) as caught:
         experiment.run(parse(phase1.get_config()), tmp_path)
     line = str(caught.value)
-    assert line.startswith(
-        f"{tmp_path}: another run works there: process {holder.pid} on {socket.gethostname()} since "
-    )
+    assert line.startswith(f"{tmp_path}: in use by another run: process {holder.pid} on {socket.gethostname()} since ")
     assert f"says {tmp_path / LOCK}" in line and "\n" not in line
     assert [path.name for path in tmp_path.iterdir()] == [LOCK] and (tmp_path / LOCK).read_text() == before
 
@@ -74,7 +72,7 @@ def test_a_folder_that_is_not_there_is_made_when_the_lock_is_taken(tmp_path):
     with Lock(tmp_path / "run") as lock:
         assert not (tmp_path / "run").exists()
         lock.take()
-        with Lock(tmp_path / "other"), pytest.raises(UserError, match="another run works there"):
+        with Lock(tmp_path / "other"), pytest.raises(UserError, match="in use by another run"):
             Lock(tmp_path / "run").take()
     assert not (tmp_path / "other").exists()
 
@@ -88,7 +86,7 @@ def test_a_file_system_without_locks_lets_a_run_in_and_says_so(tmp_path, monkeyp
         assert lock.take().startswith(f"process {os.getpid()}")
     said = capsys.readouterr().out
     assert said.startswith(
-        f"{tmp_path / LOCK}: cannot be locked here (Operation not supported); see to it that no other"
+        f"{tmp_path / LOCK}: cannot be locked here (Operation not supported); make sure that no other"
     )
     assert said.count("\n") == 1
 
@@ -155,8 +153,8 @@ def test_a_config_that_cannot_be_read_is_put_aside(damage, tmp_path, capsys):
     assert (tmp_path / "damaged-config.json").read_bytes() == damage
     assert json.loads((tmp_path / "config.json").read_text())["name"] == "phase1"
     said = capsys.readouterr().out
-    name = "damaged-config.json; the run goes on with the config given"
-    assert said == f"{tmp_path}/config.json cannot be read, and is now called {name}\n"
+    name = "damaged-config.json; the run continues with the given config"
+    assert said == f"{tmp_path}/config.json cannot be read and was renamed to {name}\n"
 
 
 def test_a_config_is_written_as_it_was(tmp_path):

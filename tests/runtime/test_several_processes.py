@@ -251,7 +251,7 @@ def test_processes_of_other_configs_end_at_once_with_the_same_line(tmp_path):
         == second
         == (
             "error: the processes of this run differ: config.steps is 100 in process 0, 70 in process 1 (and 1 more "
-            "difference); start the same program in the same way on all"
+            "difference); start all of them with the same command and code"
         )
     )
     assert not (tmp_path / "run").exists()

@@ -372,7 +372,7 @@ def test_a_guards_file_that_cannot_be_read_stops_no_conversion(workdir, source, 
     folder, target = decided(workdir, source, tmp_path, kept=False, reason=REASON), tmp_path / "out"
     (folder / "guard.json").write_bytes(damage)
     message = fails([folder, target, "--format=diffusers"], capsys)
-    assert message.startswith(f"error: {folder / 'guard.json'}: cannot be read, so what the guard has decided is not")
+    assert message.startswith(f"error: {folder / 'guard.json'}: cannot be read, so the guard's decision is unknown")
     assert "--refused converts the trained weights" in message and not target.exists()
     run(folder, target, "--format=diffusers", "--refused")
     assert "| guard |" not in (target / "README.md").read_text()
@@ -393,7 +393,7 @@ def test_scores_of_another_kind_are_not_on_the_card(workdir, tmp_path, found):
     ("change", "message"),
     [
         ({"model": None}, "config.json.model: expected"),
-        ({"model": {}}, "model.path is None, expected a model; name it with --base"),
+        ({"model": {}}, "model.path is None, expected a model; give it with --base"),
         ({"method": 7}, "config.json.method: expected"),
         ({"method": {}}, "config.method.name: '' does not exist"),
         ({"sample_shift": "three"}, "config.json.sample_shift: expected float"),

@@ -1,1 +1,1 @@
-"""One training run, from its config to what it leaves behind."""
+"""One training run, from its config to its results."""

@@ -1,7 +1,6 @@
-"""Processes of one run compare what each was started with before they build anything together.
+"""Before they build anything, the processes of a run check that they were all started with the same inputs.
 
-What differs would otherwise show as a computation that one of them waits for in vain, or as weights that none of them
-was meant to have.
+Otherwise a difference would show up as a deadlock in a collective computation, or as weights that nobody intended.
 """
 
 from __future__ import annotations
@@ -21,24 +20,24 @@ from vpae_jax.runtime import processes
 from vpae_jax.types import UserError
 from vpae_jax.weights.directory import ModelDirectory
 
-# Whose programs and numbers a run is made of.
+# Libraries that determine a run's programs and numbers.
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-# What a process may have of its own: where its host keeps the clips, and how they are read.
+# Settings that may differ between processes: where a host keeps the clips, and how they are read.
 OWN = ("data.folder", "data.records", "data.videos", "data.held_out_records", "data.workers")
-PIECES, PIECE_BYTES = 64, 2**16  # of a file of weights that are compared, from its beginning to its end
+PIECES, PIECE_BYTES = 64, 2**16  # pieces of a weight file that are compared, spread over the whole file
 
 Facts = Mapping[str, Any]
 
 
 def require_same(name: str, facts: Callable[[], Facts]) -> None:
-    """Compares facts of all processes, which all call this. A run of one process need not look for any.
+    """Compares facts between all processes, which must all call this. With one process, it does nothing.
 
     Args:
-      name: another one each time.
-      facts: makes this process's: plain JSON by what it is called.
+      name: must be different for each call.
+      facts: returns the facts of this process: plain JSON values by name.
 
     Raises:
-      UserError: in every process, when one of them differs from the first: in what, with the values.
+      UserError: raised in every process if one differs from the first; the message names the fact and its values.
     """
     if processes.client() is None:
         return
@@ -50,11 +49,11 @@ def require_same(name: str, facts: Callable[[], Facts]) -> None:
 
 
 def difference(first: Facts, others: Sequence[Facts]) -> str | None:
-    """The first fact that differs, in one line; None if none does.
+    """Describes the first fact that differs, in one line; None if there is none.
 
     Args:
       first: facts of process 0.
-      others: of each process, those that differ from these; a value of None stands for a fact that it does not have.
+      others: for each process, the facts that differ from these; None stands for a missing fact.
     """
     keys = [key for key in dict.fromkeys([*first, *(key for one in others for key in one)])]
     differing = [key for key in keys if any(key in one for one in others)]
@@ -67,11 +66,13 @@ def difference(first: Facts, others: Sequence[Facts]) -> str | None:
         who.setdefault("not given" if value is None else _shown(value), []).append(index)
     values = ", ".join(f"{value} in {_processes(indices)}" for value, indices in who.items())
     also = f" (and {len(more)} more difference{'s' if len(more) > 1 else ''})" if more else ""
-    return f"the processes of this run differ: {key} is {values}{also}; start the same program in the same way on all"
+    return (
+        f"the processes of this run differ: {key} is {values}{also}; start all of them with the same command and code"
+    )
 
 
 def started_with(experiment: Experiment) -> Facts:
-    """What a process is: its code, its libraries, and its config but for what is its own."""
+    """Returns what a process was started with: its code, its libraries, and its config except `OWN`."""
     versions = {name: version(name) for name in LIBRARIES}
     config = flat(dataclasses.asdict(experiment))
     return {
@@ -85,8 +86,13 @@ def started_with(experiment: Experiment) -> Facts:
 def reads(
     model: ModelDirectory | None, clips: Mapping[str, Sequence[str]], more: Mapping[str, Sequence[Path]] | None = None
 ) -> Facts:
-    """What a process reads, wherever that lies: the model's files, digests of the clips by the config's key, and other
-    files by what they are."""
+    """Returns what a process reads, regardless of location.
+
+    Args:
+      model: the model directory.
+      clips: digests of the clips, by config key.
+      more: other files, by description.
+    """
     stored = {} if model is None else {f"the model's {name}": part.files for name, part in model.parts.items()}
     files = {**stored, **(more or {})}
     return {
@@ -96,14 +102,14 @@ def reads(
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested dict's values by their keys, joined by dots."""
+    """Flattens a nested dict, joining keys with dots."""
     if not isinstance(tree, Mapping):
         return {prefix[:-1]: tree}
     return {k: v for name, sub in tree.items() for k, v in flat(sub, f"{prefix}{name}.").items()}
 
 
 def digest_of_code() -> str:
-    """Of this package as it is installed, edited or not: 16 hexadecimal digits."""
+    """Returns a hash (16 hexadecimal digits) of this package's source as installed, including local changes."""
     digest, folder = hashlib.sha256(), Path(vpae_jax.__file__).parent
     for path in sorted(folder.rglob("*.py")):
         digest.update(f"{path.relative_to(folder)} ".encode() + path.read_bytes())
@@ -111,7 +117,7 @@ def digest_of_code() -> str:
 
 
 def _digest_of_files(files: Sequence[Path]) -> str:
-    """Of names, sizes and pieces all over: a whole model would take minutes to read."""
+    """Hashes names, sizes and pieces spread over the files, since reading a whole model would take minutes."""
     digest = hashlib.sha256()
     for path in _within(files):
         with path.open("rb") as file:

@@ -1,7 +1,7 @@
-"""One run, from its config to the model directory it leaves behind.
+"""One run, from its config to the model directory that it writes.
 
 config -> method, roles, weights on the mesh   (train/blueprint.py, first_weights.py)
-       -> batches                               (its task, tasks/)
+       -> batches                               (the task, tasks/)
        -> the loop                              (train/loop.py), with previews and scores between steps
        -> a model directory                     (export.py, or the task)
 """
@@ -62,22 +62,22 @@ from vpae_jax.weights.image_encoders import StoredEncoder
 from vpae_jax.weights.merging import LoraFile
 from vpae_jax.weights.settings import Scheduler
 
-UNGUARDED = "the run's last weights will be its model directory"
+UNGUARDED = "the run's last weights will be exported"
 
 
 def run(experiment: Experiment, workdir: Path, devices: Sequence[Any] | None = None, stop: Stop = never) -> None:
-    """Trains one phase in `workdir`, or continues it, and writes the resulting model directory to `workdir/model`.
+    """Trains one phase in `workdir`, or resumes it, and writes the resulting model directory to `workdir/model`.
 
-    Of several processes, all call this, with the same; the first one writes what is not a checkpoint. One run at a time
-    works in a workdir.
+    All processes of a run must call this with the same arguments; only the first one writes anything but checkpoints.
+    Only one run at a time may use a workdir.
 
     Args:
-      devices: JAX's devices that the mesh is laid over; all devices of all processes by default.
-      stop: whether to stop after an update, with a checkpoint and no model directory.
+      devices: JAX devices for the mesh; by default all devices of all processes.
+      stop: returns whether to stop after an update, with a checkpoint but without a model directory.
 
     Raises:
-      UserError: for a config that does not fit itself, the method, the devices, the model directory, the workdir or the
-        other processes'; for a workdir where another run works; for what cannot be read or written.
+      UserError: the config is inconsistent, or does not fit the method, the devices, the model directory, the workdir
+        or the other processes; another run uses the workdir; something cannot be read or written.
     """
     require_same("what they were started with", partial(started_with, experiment))
     require_config(workdir, experiment)
@@ -105,7 +105,7 @@ def _run(experiment: Experiment, workdir: Path, lock: Lock, devices: Sequence[An
         looked_by = dataclasses.replace(looked_by, image_encoder=encoder.config)
     blueprint = draw_up(experiment, method, mesh, transformer, looked_by)
     optimizers = {role: make_optimizer(experiment.optimizers[role]) for role in blueprint.trained}
-    # A run that continues has its trained weights in its checkpoint; so the phase before may be gone by then, unless a
+    # A resumed run has its trained weights in its checkpoint. So the previous phase may have been deleted, unless a
     # frozen role starts from it.
     needed = [name for name in method.roles if name in blueprint.frozen or not continuing]
     begun = Moment.named(as_first_says("start", str(remembered(workdir)))) if continuing else None
@@ -130,7 +130,7 @@ def _run(experiment: Experiment, workdir: Path, lock: Lock, devices: Sequence[An
     task = tasks.open_task(experiment.data, workdir, experiment.model.path, experiment.method)
     maker = None if method.student is None else Maker(blueprint.models, method.student, frozen)
     judging = pipeline
-    if pipeline is not None and mesh.size > 1 and not mesh.is_multi_process:  # real clips are decoded here, too
+    if pipeline is not None and mesh.size > 1 and not mesh.is_multi_process:  # it also decodes the real clips
         judging = pipeline.over(mesh)
     scorer, guard = make_scorer(experiment, method, maker, workdir, task, judging)
     for one in (scorer, guard):
@@ -141,7 +141,7 @@ def _run(experiment: Experiment, workdir: Path, lock: Lock, devices: Sequence[An
     data = experiment.data
     feed = Feed(experiment.batch_size, experiment.seed, data.workers, rows, data.max_bad, method.known_noise)
     batches = task.batches(method.batch, pipeline, feed)
-    del pipeline, judging  # and with it the encoders: hooks keep what they need
+    del pipeline, judging  # frees the encoders; hooks keep what they need
     if continuing:
         state = abstract(blueprint.trained, method.roles, optimizers)
     else:
@@ -149,7 +149,7 @@ def _run(experiment: Experiment, workdir: Path, lock: Lock, devices: Sequence[An
     put = partial(sharding.put_rows, mesh=mesh, size=experiment.batch_size)
     state = train(experiment, method, blueprint.models, optimizers, state, frozen, batches, put, workdir, hooks, stop)
     if (step := int(state.step)) < experiment.steps:
-        say(f"stopped at step {step} of {experiment.steps}, and saved; the same command continues")
+        say(f"stopped at step {step} of {experiment.steps} and saved a checkpoint; run the same command to resume")
         return
     params, averages, facts = state.params, state.averages, {}
     if maker is not None and guard is not None:
@@ -158,7 +158,7 @@ def _run(experiment: Experiment, workdir: Path, lock: Lock, devices: Sequence[An
             try:
                 return make_weights(blueprint, experiment, workdir, source, maker.roles, begun)[0]
             except UserError as error:
-                raise UserError(f"{error}; --config.guard.enabled=False keeps the trained weights instead") from error
+                raise UserError(f"{error}; or keep the trained weights with --config.guard.enabled=False") from error
 
         decided = guard.decide(int(state.step), maker.judged(state), lambda: maker.of_start(begin()))
         facts = {"guard": decided.reason}
@@ -172,11 +172,12 @@ class Inputs(NamedTuple):
     """What a run reads besides its clips.
 
     Attributes:
-      source: the model directory; None for a method that trains its parts on pixels.
-      loras: what is merged into it.
-      encoder: of a discriminator on pixels.
-      pipeline: the model directory's, without its transformer's weights, and its encoders' where all is encoded.
-      given: the model directory that stands for the phase before; None where that is a run, or there is none.
+      source: the model directory; None for a method that trains an autoencoder on pixels.
+      loras: LoRA files that are merged into it.
+      encoder: the image encoder of a discriminator on pixels.
+      pipeline: pipeline of the model directory, without the transformer's weights, and without those of the encoders if
+        the data is already encoded.
+      given: a model directory given instead of the previous phase's workdir; None if that is a run, or there is none.
     """
 
     source: ModelDirectory | None
@@ -187,8 +188,8 @@ class Inputs(NamedTuple):
 
 
 def _inputs(experiment: Experiment, method: Method, workdir: Path) -> Inputs:
-    """Finds what a run reads, compares it between processes, and loads what makes clips of latents, and of
-    prompts and pictures what networks read, where that is not in records."""
+    """Finds what a run reads, compares it between processes, and loads the pipeline that decodes latents and, unless
+    the data is already encoded, encodes prompts and images."""
     source = None if method.batch is PixelBatch else find_start(experiment, method, workdir)
     loras = lora_files(experiment.model.lora, workdir)
     check_loras(loras, source is not None and starts_from_transformer(method))
@@ -209,7 +210,7 @@ def _inputs(experiment: Experiment, method: Method, workdir: Path) -> Inputs:
 
 
 def check_settings(experiment: Experiment, method: Method) -> None:
-    """Raises `UserError` for an update or a profile that the run is too short for, or a batch in parts that must stay
+    """Raises `UserError` if the run is too short for an update or a profile, or if a batch would be split that must stay
     whole."""
     window = Window.parse(experiment.profile)
     if window is not None and window.last > experiment.steps:
@@ -222,29 +223,29 @@ def check_settings(experiment: Experiment, method: Method) -> None:
     for update in method.updates:
         if update.starts >= experiment.steps:
             raise UserError(
-                f"config.steps is {experiment.steps}, but the {update.name} is trained from step {update.starts} on; "
-                f"raise config.steps, or lower config.method.{update.delay}"
+                f"config.steps is {experiment.steps}, but the {update.name} is only trained from step {update.starts} "
+                f"on; raise config.steps, or lower config.method.{update.delay}"
             )
 
 
 def make_scorer(
     experiment: Experiment, method: Method, maker: Maker | None, workdir: Path, task: Task, pipeline: Pipeline | None
 ) -> tuple[Scorer | None, Guard | None]:
-    """What scores the student, where the config or the guard wants it, and the guard, where it can judge; says why
-    where one is wanted and there is none."""
+    """Returns the scorer of the student, if the config or the guard needs it, and the guard, if it applies. Prints why
+    if one is requested but not available."""
     reason = obstacle(method) if experiment.guard.enabled else None
     if reason is not None:
-        say(f"guard: off, since {reason}; {UNGUARDED}")
+        say(f"guard: off, because {reason}; {UNGUARDED}")
     guarded = experiment.guard.enabled and reason is None
     if not guarded and not experiment.score_every:
         return None, None
     if maker is None or pipeline is None:
-        say("scores: off, since the method trains no student")
+        say("scores: off, because the method trains no student")
         return None, None
     try:
         scorer = Scorer(task, pipeline, workdir, experiment.score_clips, maker.student.sampler)
     except TooFew as error:
-        say(f"scores and guard: off, since {error}; {UNGUARDED}" if guarded else f"scores: off, since {error}")
+        say(f"scores and guard: off, because {error}; {UNGUARDED}" if guarded else f"scores: off, because {error}")
         return None, None
     return scorer, Guard(scorer, workdir) if guarded else None
 
@@ -257,7 +258,7 @@ def make_hooks(
     scorer: Scorer | None,
     maker: Maker | None,
 ) -> tuple[Hook, ...]:
-    """Scores and previews of the student, for a run that has one."""
+    """Returns the hooks for scores and previews of the student, if the run has one."""
     hooks = []
     if maker is None or pipeline is None:
         return ()
@@ -278,7 +279,7 @@ def make_hooks(
         try:
             previews = Previews(task, pipeline, workdir, maker.shown, maker.student.sampler, teacher)
         except TooFew as error:
-            say(f"previews: off, since {error}")
+            say(f"previews: off, because {error}")
         else:
             hooks.append(Hook(experiment.sample_every, previews, "making previews", previews.done))
     return tuple(hooks)
@@ -295,12 +296,13 @@ def write_student(
     facts: Mapping[str, str],
     loras: Sequence[LoraFile],
 ) -> Path:
-    """The model directory of a finished run, from its roles' final weights. All processes call this; one writes.
+    """Writes the model directory of a finished run from its roles' final weights. All processes must call this; only
+    the first one writes.
 
     Args:
-      averages: None where they are equal to the weights.
-      facts: what its card says of the run.
-      loras: what was merged into the model that the run started from.
+      averages: None if they are equal to the weights.
+      facts: facts about the run for its model card.
+      loras: LoRA files that were merged into the model that the run started from.
     """
     folder = workdir / PRODUCT
     if maker is not None and source is not None:

@@ -1,9 +1,10 @@
-"""What a finished run leaves behind: a model directory with the trained part in it.
+"""Writes the result of a finished run: a model directory with the trained part in it.
 
-Every run writes `model/` in its workdir, a complete directory in the Diffusers layout: the parts that it trained, and
-all others as they were. So a student is a directory that Diffusers loads, but for a causal one: its index names a
-pipeline that Diffusers does not have, since Diffusers' let all frames see each other. Of a run that trains other parts,
-its task writes it (`tasks.base.Task.write_model`), but for a small decoder, which any task can train.
+Every run writes `model/` in its workdir, a complete directory in the Diffusers layout with the parts that it trained
+and unchanged copies of all others. So Diffusers can load any student, except a causal one: its index names a pipeline
+that Diffusers does not have, because in Diffusers' pipelines all frames attend to each other. For runs that train other
+parts, the task writes the directory (`tasks.base.Task.write_model`), except for a small decoder, which any task can
+train.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from vpae_jax.weights.parts import LOW
 from vpae_jax.weights.settings import Scheduler
 from vpae_jax.weights.writing import Values, from_tree
 
-APART = 1e-4  # between two experts' boundary and the nearest time
+APART = 1e-4  # minimum distance between the boundary of two experts and the nearest timestep
 
 
 @dataclass(frozen=True)
@@ -36,15 +37,15 @@ class Trained:
     """A trained transformer.
 
     Attributes:
-      params: its weights, or those that its adapters are added to.
-      lora: its adapters (`weights.lora.from_adapters`); None without.
+      params: its weights, or the base weights of its adapters.
+      lora: its adapters (`weights.lora.from_adapters`); None if it has none.
     """
 
     params: Params
     lora: Lora | None = None
 
     def values(self, config: WanTransformerConfig) -> Values:
-        """What is written: adapters merged, in the float32 in which they were trained."""
+        """Returns the values to write, with adapters merged, in the float32 in which they were trained."""
         values = from_tree("transformer", config, self.params)
         return values if self.lora is None else Merged(values, self.lora, changed_dtype=np.dtype(np.float32))
 
@@ -60,20 +61,23 @@ def write_student(
     facts: Mapping[str, Any] | None = None,
     loras: Sequence[LoraFile] = (),
 ) -> Path:
-    """The model directory of a student.
+    """Writes the model directory of a student, `model/` in the workdir.
 
     Args:
-      workdir: the run's; the directory is `model/` in it.
-      base: the model that the run started from: all parts but the transformers.
-      trained: the transformer; of two experts the one for times from `boundary` on. One with adapters is written
-        merged, and if it is the only one, and not causal, the adapters as a LoRA file beside it, for the base with
-        `loras`.
-      sampler: how the student is sampled; a causal one has chunks.
-      shift: of even times, for other numbers of steps than the sampler's (`Scheduler.of`).
+      workdir: the run's folder.
+      base: the model that the run started from, which provides all parts except the transformers.
+      trained: the transformer; of two experts, the one for timesteps from `boundary` up. Adapters are merged. If it is
+        the only transformer and not causal, they are also written to a LoRA file in the directory, for use with the
+        base plus `loras`.
+      sampler: how the student is sampled; for a causal student, with chunks.
+      shift: shift of an even time grid, for numbers of steps other than the sampler's (`Scheduler.of`).
       low: the second expert.
-      boundary: time in (0, 1) between two experts; given if `low` is.
-      facts: what the directory's card says of the run.
-      loras: LoRA files that were merged into the base's transformer before it was trained.
+      boundary: timestep in (0, 1) between two experts; required with `low`.
+      facts: facts about the run for the model card.
+      loras: LoRA files that were merged into the base's transformer before training.
+
+    Returns:
+      The directory.
     """
     if (low is None) != (boundary is None):
         raise ValueError("a second expert and a boundary belong together")
@@ -89,10 +93,11 @@ def write_student(
 
 
 def write_decoder(workdir: Path, base: ModelDirectory, config: TinyDecoderConfig, params: Params) -> Path:
-    """The model directory that the run started from, with a decoder beside its parts; `model/` in the workdir."""
+    """Writes the model directory that the run started from, with a small decoder added, to `model/` in the workdir."""
     return write_product(workdir, Contents(base, {"decoder": from_tree("decoder", config, params)}))
 
 
 def _apart(boundary: float, sampler: Sampler) -> float:
-    """The boundary, a little lower where it is one of the times, which in float32 may fall on either side of it."""
+    """Returns the boundary, slightly lowered if it is one of the sampler's timesteps, which could fall on either side
+    of it in float32."""
     return boundary - APART if any(abs(t - boundary) < APART for t in sampler.times) else boundary

@@ -1,4 +1,4 @@
-"""From a method's roles to weights on the mesh: the only place that decides where a role starts (`Role.start`)."""
+"""Initialises the weights of a method's roles on the mesh; the only place that interprets `Role.start`."""
 
 from __future__ import annotations
 
@@ -33,64 +33,63 @@ from vpae_jax.weights.settings import read_scheduler
 from vpae_jax.weights.stream import Placement
 
 START = "start.json"
-# Reads weights, given their dtype and where each lies.
+# Reads weights, given their dtype and shardings.
 Reader = Callable[[np.dtype, Placement], Params]
 
 
 def remember(workdir: Path, moment: Moment | None) -> None:
-    """Writes down which checkpoint of the phase before a run starts from; None for a run that starts from none."""
+    """Records which checkpoint of the previous phase a run starts from; None if it starts from none."""
     if moment is not None:
         write_text(workdir / START, json.dumps({"previous_step": str(moment) if moment.updates else moment.step}))
 
 
 def remembered(workdir: Path) -> Moment | None:
-    """Which checkpoint of the phase before a run has started from; None where it is not written down, or cannot be
-    read. Then that phase's newest whole one is meant."""
+    """Returns which checkpoint of the previous phase a run has started from. None if this was not recorded or cannot be
+    read; then that phase's newest intact checkpoint is used."""
     return Moment.named(str((read_object(workdir / START) or {}).get("previous_step")))
 
 
 def forget_damaged(workdir: Path) -> None:
-    """Puts the file aside that does not say any more which step a run has started from."""
+    """Renames an unreadable file of `remember`."""
     if (file := workdir / START).exists():
         aside = put_aside(file)
         say(
-            f"{file} cannot be read, and is now called {aside.name}; where the run needs the phase before, it takes "
-            "its newest checkpoint"
+            f"{file} cannot be read and was renamed to {aside.name}; if the run needs the previous phase, it uses its "
+            "newest checkpoint"
         )
 
 
 def resolve_model(path: str, workdir: Path) -> Path:
-    """`files.resolve` for a model, which may be "tiny" or an id of the Hugging Face hub, too."""
+    """Like `files.resolve`, for a model, which may also be "tiny" or an id on the Hugging Face hub."""
     return resolve(path, workdir) if path.startswith(IN_WORKDIR) else locate(path)
 
 
 def find_start(experiment: Experiment, method: Method, workdir: Path) -> ModelDirectory:
-    """The model directory of a run.
+    """Finds the model directory that a run starts from.
 
     Raises:
-      UserError: one of two experts, where a role would start from it, or a causal model, where a role would see whole
-        clips with it.
+      UserError: a role would start from a model with two experts, or would use a causal model on whole clips.
     """
     source = find_model(resolve_model(experiment.model.path, workdir))
     if source.boundary is not None and starts_from_transformer(method):
         one = source.parts["transformer"].files[0].parent
         raise UserError(
-            f"config.model.path: {source.path} has two experts, and a run starts from one transformer; make a model "
-            f"with one of them, on another whose other parts are the same: python -m vpae_jax.convert {one} DST "
+            f"config.model.path: {source.path} has two experts, but a run starts from one transformer; make a model "
+            f"with one of them, and a base that has the same other parts: python -m vpae_jax.convert {one} DST "
             "--format=diffusers --base=MODEL"
         )
     if starts_from_transformer(method) and not _is_causal(method):
         image = makes_from_image({name: part.config for name, part in source.parts.items()})
         if read_scheduler(source.folder, image).chunks is not None:
             raise UserError(
-                f"config.model.path: {source.path} is a causal model, but {experiment.name} sees whole clips with it; "
-                "give the model that it was made of"
+                f"config.model.path: {source.path} is a causal model, but {experiment.name} applies it to whole clips; "
+                "give the model that it was made from"
             )
     return source
 
 
 def _is_causal(method: Method) -> bool:
-    """Whether all that starts from the model directory's transformer sees chunks in their order."""
+    """Whether everything that starts from the model directory's transformer processes clips causally, in chunks."""
     frozen = any(
         role.start == "pretrained" and role.part == "transformer" and not role.trains for role in method.roles.values()
     )
@@ -111,21 +110,21 @@ def make_weights(
     moment: Moment | None = None,
     readers: Mapping[str, Reader] = MappingProxyType({}),
 ) -> tuple[dict[str, Params], Moment | None]:
-    """First weights of some roles, read or drawn straight into their places.
+    """Reads or draws the initial weights of some roles directly onto their devices.
 
     Args:
       source: the model directory, for roles that start from it.
-      names: which roles.
-      moment: which checkpoint of the phase before; by default its newest whole one. A run that continues names the one
-        that it has started from, since roles that are frozen are read again.
-      readers: of pretrained parts that are not the model directory's own, by part.
+      names: names of the roles.
+      moment: which checkpoint of the previous phase; by default its newest intact one. A resumed run passes the one
+        that it started from, since frozen roles are read again.
+      readers: readers of pretrained parts that do not come from the model directory, by part.
 
     Returns:
-      the weights by role, and the checkpoint of the phase before that they start from (None when they do not).
+      The weights by role, and the checkpoint of the previous phase that they start from (None if they do not).
 
     Raises:
-      UserError: when the previous phase's checkpoint is missing, damaged, or lacks a role, or sat on another model; for
-        a model directory in its place that does not fit; for a LoRA file that cannot be read, or is for another model.
+      UserError: the previous phase's checkpoint is missing or damaged, lacks a role, or belongs to another model; a
+        model directory given in its place does not fit; a LoRA file cannot be read, or is for another model.
     """
     roles = {name: blueprint.models.roles[name] for name in names}
     like = blueprint.held
@@ -160,12 +159,12 @@ def make_weights(
 def read_pretrained(
     source: ModelDirectory, part: str, merge: Merging | None, dtype: np.dtype, place: Placement
 ) -> Params:
-    """A part of a model directory; LoRA files are merged into its transformer before that is rounded to `dtype`."""
+    """Reads a part of a model directory; LoRA files are merged into its transformer before rounding to `dtype`."""
     return read_part(source, part, dtype, place, merge if part == "transformer" else None)[1]
 
 
 def previous_model(experiment: Experiment, workdir: Path) -> ModelDirectory | None:
-    """The model directory that `config.previous.workdir` names in the place of a workdir; None where it names none."""
+    """Returns the model directory given in `config.previous.workdir` instead of a workdir; None if there is none."""
     folder = resolve(experiment.previous.workdir, workdir) if experiment.previous.workdir else None
     if folder is None or not folder.is_dir() or is_workdir(folder) or latest(folder) is not None:
         return None
@@ -174,33 +173,33 @@ def previous_model(experiment: Experiment, workdir: Path) -> ModelDirectory | No
 
 
 def _read_given(given: ModelDirectory, source: ModelDirectory | None, name: str, role: Role, like: Params) -> Params:
-    """A role's weights, where a model directory is what stands for the phase before."""
+    """Reads a role's weights from a model directory that was given instead of the previous phase."""
     where = f"config.previous.workdir: {given.path} is a model directory"
     if role.part != "transformer" or role.adapters is not None:
         what = role.part if role.adapters is None else "adapters"
-        raise UserError(f"{where}, but role {name} is of kind {what}; name the workdir that trained it")
+        raise UserError(f"{where}, but role {name} is of kind {what}; give the workdir that trained it")
     if given.boundary is not None:
-        raise UserError(f"{where} of two experts, and role {name} starts from one; convert the folder of one of them")
+        raise UserError(f"{where} of two experts, but role {name} starts from one; convert the folder of one of them")
     if source is not None and given.part("transformer").config != source.part("transformer").config:
-        raise UserError(f"{where} of another size than config.model.path, {source.path}; give one of the same")
+        raise UserError(f"{where} of another size than config.model.path, {source.path}; give one of the same size")
     return read_pretrained(given, "transformer", None, *_places(like))
 
 
 def _places(like: Params) -> tuple[np.dtype, Placement]:
-    """The dtype of weights, and where each lies."""
+    """Returns the dtype of weights, and a function that returns the sharding of each."""
     leaves = {sharding.param_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(like)}
     return next(iter(leaves.values())).dtype, lambda path, _: leaves[path].sharding
 
 
 def previous_moment(experiment: Experiment, workdir: Path, moment: Moment | None = None) -> Moment:
-    """Which checkpoint of the phase before a run starts from: its newest whole one, or `moment`'s, if that is whole.
+    """Returns which checkpoint of the previous phase a run starts from: its newest intact one, or `moment` if given.
 
     Raises:
-      UserError: there is no such checkpoint, which says how to make one, or it is damaged.
+      UserError: there is no such checkpoint (the message says how to make one), or it is damaged.
     """
     previous = experiment.previous
     if not previous.workdir:
-        raise UserError("config.previous.workdir is empty, but method.init is 'previous'; name the phase before")
+        raise UserError("config.previous.workdir is empty, but method.init is 'previous'; give the previous phase")
     folder = resolve(previous.workdir, workdir)
     if latest(folder) is None:
         raise UserError(
@@ -211,15 +210,15 @@ def previous_moment(experiment: Experiment, workdir: Path, moment: Moment | None
 
 
 def read_previous(experiment: Experiment, workdir: Path, role: str, like: Params | None, moment: Moment) -> Params:
-    """A role's weights in the phase before.
+    """Reads a role's weights from the previous phase.
 
     Args:
-      role: its name there.
-      like: shapes with places; None for arrays on the host, as they are stored.
-      moment: as `previous_moment` gives it.
+      role: its name in that phase.
+      like: abstract weights with shardings; None to get arrays on the host, as stored.
+      moment: as returned by `previous_moment`.
 
     Raises:
-      UserError: the phase before has no such role, or one of other sizes.
+      UserError: the previous phase has no such role, or one with other sizes.
     """
     previous = experiment.previous
     folder = resolve(previous.workdir, workdir)
@@ -228,4 +227,6 @@ def read_previous(experiment: Experiment, workdir: Path, role: str, like: Params
         state = read_state(folder, moment, (item,), None if like is None else {item: {name: like}})
         if name in state[item]:
             return state[item][name]
-    raise UserError(f"{folder} holds no {role} to start from; config.previous.workdir names another method's")
+    raise UserError(
+        f"{folder} has no {role} to start from, since another method was trained there; correct config.previous.workdir"
+    )

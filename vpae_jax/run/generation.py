@@ -1,4 +1,4 @@
-"""Clips that networks make for held-out conditions, from the same noise whatever the network."""
+"""Generates clips for held-out conditions, from the same noise for every network."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vpae_jax.tasks.base import HeldOut, Measures, Task, clips_at_once, in_batch
 from vpae_jax.types import Condition
 
 SEED = 7
-# What the seconds of a batch go into: the network's evaluations, the decoder, and fetching latents and clips.
+# Components of a batch's time: network evaluations, the decoder, and transferring latents and clips to the host.
 SECONDS = ("network", "decode", "transfer")
 
 
@@ -33,10 +33,10 @@ class Made:
     """A batch of generated clips.
 
     Attributes:
-      rows: which of what was asked for.
-      latents: of the clips, on the host.
-      clips: None where the latents are not finite.
-      seconds: a clip, by what was done (`SECONDS`).
+      rows: which of the requested rows.
+      latents: latents of the clips, on the host.
+      clips: the decoded clips; None if the latents are not finite.
+      seconds: seconds per clip, by component (`SECONDS`).
     """
 
     rows: Int[np.ndarray, "b"]
@@ -46,14 +46,14 @@ class Made:
 
 
 class Generation:
-    """Fixed conditions and noise, to be turned into clips by different networks.
+    """Fixed conditions and noise, from which different networks generate clips.
 
-    Where these lie on the devices of several processes, all of them call it, and all get the clips.
+    If a network lies on devices of several processes, all of them must call this, and all get the clips.
 
     Args:
-      pipeline: holds the decoder.
-      held_out: what is asked for.
-      batch: clips generated at once; by default as many as their size allows.
+      pipeline: provides the decoder.
+      held_out: the conditions.
+      batch: clips generated at once; by default depending on their size.
     """
 
     def __init__(self, pipeline: Pipeline, held_out: HeldOut, batch: int | None = None) -> None:
@@ -61,16 +61,16 @@ class Generation:
         self.batch = batch or clips_at_once(held_out.shape)
 
     def __call__(self, denoiser: Denoiser, sampler: Sampler) -> Clips:
-        """All clips. Raises `UserError` for some that are not finite."""
+        """Generates all clips. Raises `UserError` if some are not finite."""
         made = [one.clips for one in self.batches(denoiser, sampler)]
         clips = [one for one in made if one is not None]
         check_finite(jnp.array(len(clips) == len(made)))
         return np.concatenate(clips)
 
     def batches(self, denoiser: Denoiser, sampler: Sampler, rows: Sequence[int] | None = None) -> Iterator[Made]:
-        """The clips as they are made, in order; of all rows by default."""
+        """Yields batches of clips as they are generated, in order; by default for all rows."""
         mesh = sharding.mesh_of(denoiser.weights)
-        if mesh is not None and mesh.size > 1:  # the decoder comes to lie where the network does
+        if mesh is not None and mesh.size > 1:  # puts the decoder onto the network's devices
             self.pipeline = self.pipeline.over(mesh)
         wanted = np.arange(len(self.held_out)) if rows is None else np.array(rows, int)
         for some, filled in in_batches(len(wanted), self.batch):
@@ -105,7 +105,7 @@ class Generation:
         return everywhere(latents)
 
     def _unconditional(self, condition: Condition) -> Condition:
-        """The negative prompt with the same picture, as Wan guides."""
+        """Returns the condition with the negative prompt and the same image, as Wan uses for guidance."""
         asked = self.held_out
         return replace(
             condition,
@@ -117,15 +117,16 @@ class Generation:
 def decoded(
     pipeline: Pipeline, latents: Float[np.ndarray, "b f h w c"], mesh: Mesh | None = None
 ) -> tuple[Clips | None, dict[str, float]]:
-    """Clips of latents, None where these are not finite, and the seconds of decoding and of fetching them.
+    """Decodes latents into clips; returns None if the latents are not finite. Also returns the seconds for decoding and
+    for transferring the clips.
 
     Args:
-      pipeline: decodes; on the devices of the mesh, if there is one (`Pipeline.over`).
-      latents: the same in every process.
-      mesh: shares the clips out among its devices, and the rows of each. All of its processes call this.
+      pipeline: provides the decoder; on the devices of the mesh, if there is one (`Pipeline.over`).
+      latents: must be the same in every process.
+      mesh: clips, and the rows of each, are divided among its devices. All of its processes must call this.
 
     Raises:
-      UserError: pixels that are not finite.
+      UserError: there are pixels that are not finite.
     """
     start = time.perf_counter()
     if not np.isfinite(latents).all():
@@ -141,9 +142,9 @@ def decoded(
 
 
 def measures_of(task: Task, held_out: HeldOut, made: Iterable[Made]) -> Measures | None:
-    """What the task keeps of generated clips, measured one batch after the other; None if they are not finite."""
+    """Returns the task's measurements of generated clips, taken batch by batch; None if the clips are not finite."""
     measures, finite = [], True
-    for one in made:  # all of them, as other processes may have a part in each
+    for one in made:  # always all of them, since other processes may take part in each
         finite = finite and one.clips is not None
         if finite and one.clips is not None:
             measures.append(task.measure(one.clips, one.latents, held_out.purpose))
@@ -151,6 +152,6 @@ def measures_of(task: Task, held_out: HeldOut, made: Iterable[Made]) -> Measures
 
 
 def scores_of(task: Task, held_out: HeldOut, made: Iterable[Made]) -> Mapping[str, float]:
-    """The task's scores of generated clips; none if they are not finite."""
+    """Returns the task's scores of generated clips; empty if the clips are not finite."""
     measures = measures_of(task, held_out, made)
     return {} if measures is None else task.scores(held_out, measures)

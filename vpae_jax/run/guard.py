@@ -1,14 +1,15 @@
-"""Keeps the weights that a phase started from when it ends up worse.
+"""The guard keeps the weights that a phase started from if the phase ends up worse.
 
-A failed adversarial phase is worse than none (the paper's Table 3: two of its ablations end below phase one). So the
-starting weights and the final ones are scored (`run/scoring.py`), and the number that the task compares decides which
-of them the run's model directory holds: its mean over modes must not rise, nor may one mode pay for another's gain. Nor
-may the clips come to rest: a student that repeats its first frame can be near real clips by a distance of sets. So what
-the task names in `least`, such as motion, must not fall below a part of the real clips' value unless it was no higher
-at the start. `guard.json` holds both scores, those of real clips, and the decision.
+A failed adversarial phase is worse than none (in the paper's Table 3, two ablations end below phase one). So both the
+starting weights and the final weights are scored (`run/scoring.py`), and the task's `compared` metric decides which of
+them are exported: its mean over modes must not rise, and one mode must not become much worse for another's gain. The
+clips must not become static either, because a student that repeats its first frame can be close to real clips by a
+distance between sets. So the metrics in the task's `least`, such as motion, must not fall below a fraction of the real
+clips' value, unless they were no higher at the start. `guard.json` contains both scores, those of real clips, and the
+decision.
 
-The guard can judge a student that starts from the one of a phase before: only then are the starting weights meant to be
-sampled as the final ones are.
+The guard only applies to a student that starts from the student of a previous phase, because only then the starting
+weights are meant to be sampled like the final ones.
 """
 
 from __future__ import annotations
@@ -29,20 +30,20 @@ from vpae_jax.train.checkpoint import CONFIG_FILE
 from vpae_jax.types import UserError
 
 FILE = "guard.json"
-# How many times as far from real clips as at the start a single mode may end.
+# Maximum factor by which the distance of a single mode to real clips may grow.
 MOST = 1.5
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a finished run's guard decided: whether its trained weights are kept, and why."""
+    """The decision of a finished run's guard: whether the trained weights are kept, and why."""
 
     kept: bool
     reason: str
 
 
 def verdict(workdir: Path, run: PastRun) -> Verdict | None:
-    """What the guard of a run decided, None where it has not, or was switched off (the run's config says).
+    """Returns the decision of a run's guard; None if there is none, or if the run's config disables the guard.
 
     Raises:
       UserError: guard.json cannot be read.
@@ -52,27 +53,26 @@ def verdict(workdir: Path, run: PastRun) -> Verdict | None:
         return None
     if (found := read_object(file)) is None:
         raise UserError(
-            f"{file}: cannot be read, so what the guard has decided is not known; run the phase's command again, which "
-            "decides anew"
+            f"{file}: cannot be read, so the guard's decision is unknown; run the phase's command again to repeat it"
         )
     return Verdict(bool(found["kept"]), str(found.get("reason", ""))) if "kept" in found else None
 
 
 def doubt(workdir: Path) -> str:
-    """What is to be said of a run's trained weights where its guard turned them down, or it cannot be told whether it
-    did; nothing of others."""
+    """Returns a warning about a run's trained weights if its guard rejected them, or if its decision is unknown; else
+    an empty text."""
     if not (workdir / CONFIG_FILE).is_file():
         return ""
     try:
         decided = verdict(workdir, read_run(workdir))
     except UserError as error:
         return str(error)
-    return "" if decided is None or decided.kept else f"its guard turned these weights down ({decided.reason})"
+    return "" if decided is None or decided.kept else f"its guard rejected these weights ({decided.reason})"
 
 
 def compared_scores(workdir: Path) -> dict[str, float]:
-    """What the guard of a run compared: its scores of the weights at each step, as far as its file can be read; for a
-    run without any, the latest scores in its log."""
+    """Returns the scores that a run's guard compared, at each step, as far as its file can be read; for a run without
+    any, the latest scores in its log."""
     found = read_object(workdir / FILE) or {}
     steps, name = found.get("scores"), found.get("compared")
     compared = {
@@ -85,7 +85,7 @@ def compared_scores(workdir: Path) -> dict[str, float]:
 
 
 def obstacle(method: Method) -> str | None:
-    """Why a method's student cannot be judged; None where it can."""
+    """Returns why the guard does not apply to a method's student; None if it does."""
     student = method.student
     if student is None:
         return "the method trains no student"
@@ -94,35 +94,35 @@ def obstacle(method: Method) -> str | None:
             continue
         name = all_views(method)[view].role
         role = method.roles[name]
-        if role.adapters is not None and role.start == "fresh":  # and so, at first, what they sit on
+        if role.adapters is not None and role.start == "fresh":  # the student then starts as their base
             name = role.adapters.on
             role = method.roles[name]
         if role.previous(name) is None:
             begun = "a teacher" if role.start == "pretrained" else "random weights"
-            return f"the student starts from {begun}, and not from the student of a phase before"
+            return f"the student starts from {begun}, not from the student of a previous phase"
     return None
 
 
 class Guard:
-    """Decides by a student's first and last scores which weights a run is exported from.
+    """Decides which weights a run exports, by the student's first and last scores.
 
     Args:
-      scorer: scores weights, and knows what is scored already.
-      workdir: where the decision is kept.
+      scorer: scores weights, and knows earlier scores.
+      workdir: folder in which the decision is stored.
     """
 
     def __init__(self, scorer: Scorer, workdir: Path) -> None:
         self.scorer, self.file = scorer, workdir / FILE
 
     def begin(self) -> None:
-        """A run at its first step: what an earlier one decided is forgotten."""
+        """Deletes the decision of an earlier run; called when a run begins."""
         if is_first():
             with refused_writes(self.file):
                 self.file.unlink(missing_ok=True)
 
     def decide(self, last: int, final: Denoiser, start: Callable[[], Denoiser]) -> Verdict:
-        """Whether the final weights are kept, and why, which is said in one line. Scores that the log lacks, such as
-        those of a run that began without a guard, are made up for."""
+        """Decides whether the final weights are kept, and prints the reason. Scores that are missing from the log, for
+        example because the run began without a guard, are computed now."""
         scorer, real = self.scorer, self.scorer.real
         for step, denoiser in ((0, start), (last, lambda: final)):
             if not scorer.done(step):
@@ -148,17 +148,17 @@ class Guard:
                 "reason": reason,
             }
             write_text(self.file, json.dumps(content, indent=1))
-        advice = "" if kept else "; the trained ones are in the checkpoint (--config.guard.enabled=False keeps them)"
+        advice = "" if kept else "; the trained ones are in the checkpoint (--config.guard.enabled=False exports them)"
         say(f"guard: {reason}{advice}")
         return found
 
     def _compared(self, scores: Scores) -> float:
-        """The number that decides, the mean over modes; infinite if one of them is not known to be finite."""
+        """Returns the mean of the compared metric over modes; infinite if one of them is missing."""
         names = self.scorer.compared
         return sum(scores.get(name, math.inf) for name in names) / len(names)
 
     def _paid(self, first: Scores, final: Scores, floor: float) -> str:
-        """What one mode paid for the other's gain; empty if it is little."""
+        """Describes by how much one mode became worse; empty if it is within the limit."""
         for name in self.scorer.compared:
             before, after = first.get(name, math.inf), final.get(name, math.inf)
             if math.isfinite(before) and after > MOST * abs(before) + abs(floor):
@@ -166,8 +166,8 @@ class Guard:
         return ""
 
     def _lost(self, first: Scores, final: Scores, real: Scores) -> str:
-        """What fell below the least part of the real clips' value; empty if nothing did. What is measured by a package
-        that is not installed is not asked for."""
+        """Describes a metric that fell below its minimum fraction of the real clips' value; empty if none did. Metrics
+        of packages that are not installed are skipped."""
         task = self.scorer.task
         labels = {metric.name: metric.label for metric in task.metrics}
         for part in self.scorer.held_out.parts:
@@ -194,5 +194,5 @@ class Guard:
 
 
 def _plain(value: float) -> float | None:
-    """A number as JSON has it; None where it is not finite."""
+    """Converts a number for JSON; None if it is not finite."""
     return value if math.isfinite(value) else None

@@ -1,9 +1,8 @@
-"""Which image encoder a discriminator on pixels sees by.
+"""Finds the image encoder of a discriminator on pixels.
 
-A kind of encoders is a function from a path to a `weights.image_encoders.StoredEncoder`. It looks at the files that
-`config.model.image_encoder` names and fetches nothing else. The one kind that is here reads the CLIP tower of a model
-directory, which image-to-video models have anyhow; `docs/architecture.md` shows how another one, such as DINOv2, is
-added.
+A kind of encoder is a function from a path to a `weights.image_encoders.StoredEncoder`. It reads the files that
+`config.model.image_encoder` names, and downloads nothing else. The only kind included reads the CLIP tower of a model
+directory, which image-to-video models have anyway; `docs/architecture.md` shows how to add another one, such as DINOv2.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ KINDS: Mapping[str, Callable[[Path], StoredEncoder]] = {"clip": clip}
 
 
 def find(experiment: Experiment, method: Method, source: ModelDirectory | None, workdir: Path) -> StoredEncoder | None:
-    """The image encoder of a run; None for a method that looks at no pixels.
+    """Returns the image encoder of a run; None if the method does not use pixels.
 
     Args:
       source: the model directory that the run starts from.
 
     Raises:
-      UserError: there is none, or no such kind, or what its kind refuses.
+      UserError: there is no encoder, no such kind, or the kind rejects the files.
     """
     if all(role.part != PART for role in method.roles.values()):
         return None
@@ -38,5 +37,5 @@ def find(experiment: Experiment, method: Method, source: ModelDirectory | None, 
     kind, _, path = given.rpartition(":")
     kind = kind or "clip"
     if kind not in KINDS:
-        raise UserError(f"config.model.image_encoder: no kind {kind!r} of image encoders{nearest(kind, KINDS)}")
+        raise UserError(f"config.model.image_encoder: unknown kind {kind!r} of image encoder{nearest(kind, KINDS)}")
     return KINDS[kind](resolve_model(path, workdir))

@@ -1,6 +1,6 @@
-"""The keys of a config, as `--help` lists them and a mistyped one is answered.
+"""The keys of a config: their list in `--help`, and the message for a mistyped one.
 
-A key's meaning stands in the docstring of the dataclass that it becomes a field of, and is read from there.
+The description of a key is read from the docstring of the dataclass that has it as a field.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from vpae_jax.models.heads import HeadsConfig
 from vpae_jax.types import UserError
 
 PREFIX = "--config."
-# As absl takes flags and ml_collections their keys: "--config.model.init_scale['a pattern']=3".
+# The syntax of absl's flags and of ml_collections' keys: "--config.model.init_scale['a pattern']=3".
 _NAME = r"""\.([^=.\[\]]*)|\['([^']*)'\]|\["([^"]*)"\]"""
 _OVERRIDE = re.compile(rf"--?(?:no)?config(?P<names>(?:{_NAME})+)(?:=|$)")
-# "      name, other: what they are", and lines that go on, indented further.
+# "      name, other: description", and continuation lines with more indentation.
 _ATTRIBUTE = re.compile(r"^ {2}(?P<names>\w+(?:, \w+)*): (?P<text>.*(?:\n {4,}.*)*)", re.M)
 
 
 def check(argv: Sequence[str]) -> None:
-    """Raises `UserError` for the first override on a command line of a key that its config does not have."""
+    """Raises `UserError` for the first override on a command line whose key does not exist in its config."""
     path = given(argv)
     if path is None:
         return
@@ -41,32 +41,31 @@ def check(argv: Sequence[str]) -> None:
 
 
 def _find(config: ConfigDict, key: Sequence[str]) -> None:
-    """Raises `UserError` for a key that a config does not have, or that names a part of it."""
+    """Raises `UserError` for a key that does not exist in a config, or that is a group of keys."""
     holder: Any = config
     path = "config"
     for name in key:
         if not isinstance(holder, ConfigDict):
-            raise UserError(f"{path}: is a value, and has no key {name!r}")
+            raise UserError(f"{path}: is a value and has no key {name!r}")
         if name not in holder:
             raise UserError(f"{path}.{name}: unknown key{nearest(name, holder)}")
         holder, path = holder[name], f"{path}.{name}"
     if isinstance(holder, ConfigDict):
-        raise UserError(
-            f"{path}: is a part with keys of its own; give one of these: {', '.join(sorted(holder)) or 'none'}"
-        )
+        raise UserError(f"{path}: is a group of keys; set one of these: {', '.join(sorted(holder)) or 'none'}")
 
 
 def page(argv: Sequence[str]) -> str:
-    """Every key of the config that a command line names, with its value and meaning; how to see them if it names none.
+    """Returns a page with every key of the config on a command line, its value and its description; or how to see it if
+    the command line has no config.
 
     Raises:
       UserError: as `load`.
     """
     path = given(argv)
     if path is None:
-        return f"With --config=FILE.py[:PRESET] --help lists the config's keys, each given as {PREFIX}KEY=VALUE."
+        return f"With --config=FILE.py[:PRESET], --help lists the config's keys, which are set by {PREFIX}KEY=VALUE."
     config = load(path)
-    lines = [f"Keys of {path}, each given as {PREFIX}KEY=VALUE:", ""]
+    lines = [f"Keys of {path}, set by {PREFIX}KEY=VALUE:", ""]
     for key, value, meaning in _keys(config.to_dict(), Experiment, ""):
         lines.append(f"  {key} = {value!r}" if isinstance(value, str) else f"  {key} = {value}")
         lines += textwrap.wrap(meaning, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
@@ -74,10 +73,10 @@ def page(argv: Sequence[str]) -> str:
 
 
 def _keys(config: Mapping[str, Any], owner: Any, prefix: str) -> Iterator[tuple[str, Any, str]]:
-    """Each key below a part of a config: its path, its value and its meaning.
+    """Yields each key in a part of a config: its path, its value and its description.
 
     Args:
-      owner: the dataclass that the part becomes; None if it becomes none.
+      owner: the dataclass that the part is converted to; None if there is none.
     """
     known = meanings(owner) if owner is not None else {}
     for name in config:
@@ -89,7 +88,7 @@ def _keys(config: Mapping[str, Any], owner: Any, prefix: str) -> Iterator[tuple[
 
 
 def _type_of(owner: Any, name: str, config: Mapping[str, Any]) -> Any:
-    """The dataclass that a part of a config becomes; None if it becomes none."""
+    """Returns the dataclass that a part of a config is converted to; None if there is none."""
     if owner is Experiment and name == "method":
         return METHODS[config[name]["name"]]
     if owner is Experiment and name == "networks":
@@ -100,7 +99,7 @@ def _type_of(owner: Any, name: str, config: Mapping[str, Any]) -> Any:
 
 
 def _dataclass_in(hint: Any) -> Any:
-    """The dataclass that a hint is, or is a choice or a mapping of."""
+    """Returns the dataclass in a type hint, possibly inside a union or a mapping."""
     if is_dataclass(hint):
         return hint
     inner = [found for found in map(_dataclass_in, typing.get_args(hint)) if found is not None]
@@ -109,7 +108,7 @@ def _dataclass_in(hint: Any) -> Any:
 
 
 def meanings(owner: Any) -> dict[str, str]:
-    """What the docstrings of a dataclass, and of those it derives from, say of its fields."""
+    """Returns the descriptions of a dataclass's fields, from its docstring and those of its base classes."""
     found: dict[str, str] = {}
     for cls in reversed(owner.__mro__ if inspect.isclass(owner) else ()):
         _, _, attributes = inspect.cleandoc(cls.__dict__.get("__doc__") or "").partition("Attributes:\n")

@@ -1,4 +1,4 @@
-"""The LoRA files of `config.model.lora`: merged into whatever starts from the model directory's transformer."""
+"""The LoRA files of `config.model.lora`, which are merged into all roles that start from the model's transformer."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ LORA = "config.model.lora"
 
 
 def lora_files(names: str, workdir: Path) -> tuple[LoraFile, ...]:
-    """The LoRA files of `config.model.lora`. Raises `UserError` for a strength that is none."""
+    """Parses `config.model.lora`. Raises `UserError` for an invalid strength."""
     place = partial(resolve, workdir=workdir)
     return tuple(parse_lora(name.strip(), LORA, place) for name in names.split(",")) if names else ()
 
 
 def check_loras(loras: Sequence[LoraFile], merged: bool) -> None:
-    """Raises `UserError` for LoRA files that are not there, or that no role would have.
+    """Raises `UserError` for LoRA files that do not exist, or that no role would use.
 
     Args:
       merged: whether a role starts from the model directory's transformer.
@@ -39,10 +39,10 @@ def check_loras(loras: Sequence[LoraFile], merged: bool) -> None:
 
 
 def open_loras(loras: Sequence[LoraFile], source: ModelDirectory) -> Merging:
-    """Reads LoRA files, to be merged into a model's transformer as that is read.
+    """Opens LoRA files, to be merged into a model's transformer while that is read.
 
     Raises:
-      UserError: a file that cannot be read, or is for another model.
+      UserError: a file cannot be read, or is for another model.
     """
     try:
         return open_merging(loras, source.part("transformer").config)
@@ -51,20 +51,20 @@ def open_loras(loras: Sequence[LoraFile], source: ModelDirectory) -> Merging:
 
 
 def compare_loras(experiment: Experiment, workdir: Path, roles: Mapping[str, Role]) -> None:
-    """Compares the LoRA files of a run with those of the phase before; a difference is a `Note`.
+    """Compares the LoRA files of a run with those of the previous phase; a difference is a `Note`.
 
     Raises:
-      UserError: they differ, and adapters that were trained on one teacher would come to sit on another.
+      UserError: they differ, and adapters would be used on another teacher than the one they were trained on.
     """
     folder = resolve(experiment.previous.workdir, workdir)
-    if read_object(folder / CONFIG_FILE) is None:  # its checkpoints are all that is needed of it
+    if read_object(folder / CONFIG_FILE) is None:  # the folder may only contain its checkpoints
         return
     theirs, ours = lora_files(read_run(folder).lora, folder), lora_files(experiment.model.lora, workdir)
     if [(file.path.absolute(), file.strength) for file in theirs] == [(f.path.absolute(), f.strength) for f in ours]:
         return
-    wrong = f"{LORA} is {told(ours) or 'empty'}, but {told(theirs) or 'empty'} in the phase before, {folder}"
+    wrong = f"{LORA} is {told(ours) or 'empty'}, but {told(theirs) or 'empty'} in the previous phase, {folder}"
     for name, role in roles.items():
         sits = role.adapters is not None and roles[role.adapters.on].start == "pretrained"
         if sits and role.previous(name) is not None:
-            raise UserError(f"{wrong}, on whose teacher the {name}'s adapters were trained; give the same")
-    warnings.warn(f"{wrong}; this run has another teacher than the phase before had", Note, stacklevel=3)
+            raise UserError(f"{wrong}, on whose teacher the {name}'s adapters were trained; give the same files")
+    warnings.warn(f"{wrong}; this run has another teacher than the previous phase", Note, stacklevel=3)

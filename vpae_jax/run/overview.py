@@ -1,4 +1,4 @@
-"""What a run trains and holds, as one table for its log."""
+"""A table of a run's roles for its log."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vpae_jax.train.blueprint import Blueprint
 
 @dataclass
 class _Row:
-    """One role; the fields are the table's columns."""
+    """One role; the fields are the columns of the table."""
 
     role: str
     start: str
@@ -25,8 +25,8 @@ class _Row:
 
 
 def overview(blueprint: Blueprint) -> str:
-    """A line for each role: where its weights start, whether they are trained, how many they are, their size in GiB on
-    all devices together, and which averages are kept of them."""
+    """Returns a table with a row for each role: where its weights start, whether they are trained, their number, their
+    total size in GiB over all devices, and which averages are kept."""
     rows = []
     for name, role in blueprint.models.roles.items():
         leaves: list[ShapeDtypeStruct] = jax.tree.leaves(blueprint.held[name])

@@ -1,7 +1,7 @@
-"""Clips sampled while training: data, if there are any, teacher, student and its average side by side, from one noise.
+"""Previews during training: real clips (if any), teacher, student and its average side by side, from the same noise.
 
-Conditions are those of held-out clips. They and the noise are the same at every interval, so that the pictures of a
-run can be flipped through.
+The conditions are those of held-out clips. They and the noise are the same every time, so that the previews of a run
+can be compared by flipping through them.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from vpae_jax.tasks.base import Task
 from vpae_jax.train.state import TrainState
 
 FOLDER = "previews"
-CLIPS = 4  # of each mode
-# Clips of more latent points than these are large, and fewer are shown.
+CLIPS = 4  # per mode
+# Clips with more latent positions (frames x rows x columns) than POINTS are large, and fewer are shown.
 POINTS, LARGE_CLIPS = 4096, 1
 
-# From a train state to what is sampled of it, by name.
+# Returns the networks of a train state to be sampled, by name.
 Networks = Callable[[TrainState], Mapping[str, Denoiser]]
 
 
 class Previews:
-    """Writes a row of clips for the data, the teacher, and what is trained.
+    """Writes one row of clips each for the data, the teacher, and the trained networks.
 
     Args:
-      task: gives held-out clips.
+      task: provides held-out clips.
       pipeline: encodes conditions, decodes latents.
-      workdir: of the run.
-      networks: what is sampled of a train state.
-      sampler: how.
-      teacher: what else is shown, and how that is sampled.
+      workdir: the run's folder.
+      networks: returns the networks of a train state to be sampled.
+      sampler: how these are sampled.
+      teacher: the teacher, and how it is sampled; None to leave it out.
 
     Raises:
       TooFew: there are no held-out clips.
@@ -70,7 +70,7 @@ class Previews:
             self.rows[f"teacher, {how.evaluations} evaluations"] = self.generation(denoiser, how)
 
     def done(self, step: int) -> bool:
-        """Whether those of a step are there."""
+        """Whether the previews of a step exist."""
         return as_first_says(f"previews of step {step}", _stem(self.folder, step).with_suffix(".png").exists())
 
     def __call__(self, step: int, state: TrainState) -> Mapping[str, Path]:
@@ -81,9 +81,9 @@ class Previews:
 
 
 def write_previews(folder: Path, step: int, rows: Mapping[str, Clips], fps: float) -> Path:
-    """Writes `step_000100.mp4` and `.png`: one row of clips for each entry; returns the png's path.
+    """Writes `step_000100.mp4` and `.png`, with one row of clips for each entry; returns the path of the PNG.
 
-    The png shows each clip's first, middle and last frame.
+    The PNG shows each clip's first, middle and last frame.
     """
     folder.mkdir(parents=True, exist_ok=True)
     stem = _stem(folder, step)

@@ -1,10 +1,10 @@
-"""Scores of a student on held-out clips while it is trained.
+"""Scores a student on held-out clips during training.
 
     scorer(step, denoiser)     {"held_out/i2v/kvd": 41.2, ..., "real/i2v/kvd": 3.1, ..., "held_out_clips": 64}
 
-At every step the clips are made for the same conditions from the same noise, so that scores differ by the weights
-alone. They are kept where a run's other numbers are, in metrics.jsonl. A record stands by itself: it has what the real
-clips reach, and the number of clips of a mode, on which a kernel distance depends.
+At every step the clips are generated for the same conditions from the same noise, so that scores differ only by the
+weights. They are stored with the run's other metrics, in metrics.jsonl. Each record is self-contained: it includes the
+scores of real clips, and the number of clips per mode, on which a kernel distance depends.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from vpae_jax.train.metrics import read_metrics
 
 MADE, REAL, CLIPS = "held_out/", "real/", "held_out_clips"
 
-# By `MODE/METRIC`.
+# Scores by `MODE/METRIC`.
 Scores = Mapping[str, float]
 
 
 class Scorer:
-    """Scores weights on held-out clips, and knows the scores that the run's log has.
+    """Scores weights on held-out clips, and knows the scores that are already in the run's log.
 
     Args:
-      task: asks for the clips and scores them.
+      task: provides the conditions and scores the clips.
       pipeline: encodes conditions, decodes latents.
-      workdir: of the run.
-      clips: of each mode, at most. Scores of another number in the log are not looked at.
+      workdir: the run's folder.
+      clips: maximum number of clips per mode. Logged scores on another number of clips are ignored.
       sampler: how the student is sampled.
 
     Attributes:
-      clips: how many of each mode there are.
+      clips: actual number of clips per mode.
       real: scores of the real clips.
-      known: scores by step; empty where the clips were not finite.
+      known: scores by step; empty for a step whose clips were not finite.
 
     Raises:
-      TooFew: there are hardly any held-out clips.
+      TooFew: there are too few held-out clips.
     """
 
     def __init__(self, task: Task, pipeline: Pipeline, workdir: Path, clips: int, sampler: Sampler) -> None:
@@ -58,11 +58,11 @@ class Scorer:
 
     @property
     def compared(self) -> list[str]:
-        """The scores by which weights are compared, one a mode; less is better."""
+        """The scores by which weights are compared, one per mode; lower is better."""
         return [f"{part.name}/{self.task.compared}" for part in self.held_out.parts]
 
     def begin(self) -> None:
-        """A run at its first step: what an earlier one left is forgotten."""
+        """Forgets the scores of an earlier run; called when a run begins."""
         self.known.clear()
 
     def done(self, step: int) -> bool:
@@ -70,15 +70,15 @@ class Scorer:
         return str(step) in self.known
 
     def score(self, step: int, denoiser: Denoiser) -> Scores:
-        """Scores weights, remembers the result, and says those that are compared."""
+        """Scores weights, remembers the result, and prints the scores that are compared."""
         found = _finite(scores_of(self.task, self.held_out, self.generation.batches(denoiser, self.sampler)))
         shown = ", ".join(f"{n.partition('/')[0]} {found[n]:.1f}" for n in self.compared if n in found)
-        say(f"step {step}: held-out {self.metric.label}: {shown or 'none, since the clips are not finite'}")
+        say(f"step {step}: held-out {self.metric.label}: {shown or 'none, because the clips are not finite'}")
         self.known[str(step)] = found
         return found
 
     def __call__(self, step: int, denoiser: Denoiser) -> Mapping[str, float]:
-        """The same, as the log has it."""
+        """Scores weights and returns the record for the log."""
         made = {MADE + name: value for name, value in self.score(step, denoiser).items()}
         return {**made, **{REAL + name: value for name, value in self.real.items()}, CLIPS: self.clips}
 
@@ -97,7 +97,7 @@ def last_scores(workdir: Path) -> dict[str, float]:
 
 
 def _logged(workdir: Path, clips: int) -> dict[str, dict[str, float]]:
-    """By step, the scores of so many clips that a run's log has."""
+    """Returns the scores in a run's log that were computed on this number of clips, by step."""
     return {
         str(record["step"]): {name.removeprefix(MADE): value for name, value in record.items() if name.startswith(MADE)}
         for record in read_metrics(workdir)

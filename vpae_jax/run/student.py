@@ -1,4 +1,4 @@
-"""A method's student as it is sampled, judged and exported, from the weights of a run."""
+"""Assembles a method's student from the weights of a run, for sampling, scoring and export."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Weights = Mapping[str, Params]
 
 @dataclass(frozen=True)
 class Maker:
-    """Puts a student together.
+    """Assembles a student.
 
     Attributes:
       models: how weights become networks.
-      student: what the method declares.
+      student: the method's declaration of its student.
       frozen: weights that are not trained, by role.
     """
 
@@ -33,33 +33,33 @@ class Maker:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """Trained roles that the student is made of."""
+        """The trained roles that are part of the student."""
         views = [self.models.views[name] for name in self._views(averaged=False)]
         parts = [(view.role, self.models.roles[view.role].adapters) for view in views]
         found = [name for role, adapters in parts for name in (role, *([] if adapters is None else [adapters.on]))]
         return tuple(dict.fromkeys(name for name in found if self.models.roles[name].trains))
 
     def shown(self, state: TrainState) -> dict[str, Denoiser]:
-        """The student and, where one is kept, its average, by name."""
+        """Returns the student and, if there is one, its average, by name."""
         made = {"generator": self._denoiser(state.params, state.averages, averaged=False)}
         if self.student.average is not None:
             made["generator, average"] = self._denoiser(state.params, state.averages, averaged=True)
         return made
 
     def judged(self, state: TrainState) -> Denoiser:
-        """What is judged and exported."""
+        """Returns the network that is scored and exported: the average, if there is one."""
         return self._denoiser(state.params, state.averages, averaged=True)
 
     def of_start(self, params: Weights) -> Denoiser:
-        """What is judged of weights that a run starts from, whose averages are equal to them."""
+        """Returns the same for the weights that a run starts from, whose averages are equal to them."""
         return self._denoiser(params, self._averages(params), averaged=True)
 
     def exported(self, params: Weights, averages: Weights | None = None) -> tuple[Trained, Trained | None]:
-        """What is written, on the host: one transformer, or two experts. All processes call this.
+        """Returns the transformer to export, or two experts, on the host. All processes must call this.
 
         Args:
-          params: of the trained roles.
-          averages: None where they are equal to the weights.
+          params: weights of the trained roles.
+          averages: None if they are equal to the weights.
         """
         kept = self._averages(params) if averages is None else averages
         high, low = self._views(averaged=True)[0], self._views(averaged=True)[1:]
@@ -90,10 +90,10 @@ class Maker:
 
 
 def averaged_view(views: Collection[str], student: Student, name: str) -> str:
-    """The view that is judged and exported in place of one of the student's: its average, where it keeps one.
+    """Returns the view that is scored and exported for one of the student's views: its average, if there is one.
 
     Args:
-      views: names of all that there are.
+      views: names of all views.
     """
     average = f"{name}_{student.average}"
     return average if student.average is not None and average in views else name

@@ -1,7 +1,7 @@
-"""A run's folder: one run at a time, and always the same config.
+"""A run's folder, which is used by one run at a time, and always with the same config.
 
-`run.lock` says which process works there. The lock itself is the system's (`flock`): it ends with the process, however
-that ends, and the file stays. File systems that know no locks between hosts let a second host in.
+`run.lock` names the process that uses it. The lock itself is a `flock`, which ends with the process in any case; the
+file remains. On a file system without locks between hosts, a second host could get in.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from vpae_jax.types import UserError
 from vpae_jax.weights.filenames import read_json
 
 LOCK = "run.lock"
-# What may differ between two runs in one workdir: how long and how often, never what is computed. Where records lie
-# may; a checkpoint's position says which they are.
+# Settings that may change between runs in one workdir: how long and how often, but not what is computed. The location
+# of records may change, since a checkpoint's data position identifies them.
 FREE = (
     "steps",
     "accumulation",
@@ -52,11 +52,11 @@ FREE_DATA = ("data.folder", "data.records", "data.videos", "data.workers", "data
 
 @dataclass(frozen=True)
 class PastRun:
-    """What others read of a run's config, whichever version has written it.
+    """The parts of a run's config that other programs need, whichever version has written it.
 
     Attributes:
-      name, model, method, data, guard, sample_shift, sample_guidance: as `config.Experiment` has them, as plain values.
-      whole: all of it.
+      name, model, method, data, guard, sample_shift, sample_guidance: as in `config.Experiment`, as plain values.
+      whole: the whole config.
     """
 
     name: str = ""
@@ -70,32 +70,32 @@ class PastRun:
 
     @property
     def model_path(self) -> str:
-        """What it calls the model that it started from. Raises `UserError` where it does not say."""
+        """The path of the model that the run started from. Raises `UserError` if it is missing."""
         if not isinstance(path := self.model.get("path"), str):
-            raise UserError(f"the run's {CONFIG_FILE}: model.path is {path!r}, expected a model; name it with --base")
+            raise UserError(f"the run's {CONFIG_FILE}: model.path is {path!r}, expected a model; give it with --base")
         return path
 
     @property
     def lora(self) -> str:
-        """The LoRA files that were merged into it, "" for none. Raises `UserError` where that is no text."""
+        """The LoRA files that were merged into that model, "" for none. Raises `UserError` if this is not text."""
         if not isinstance(names := self.model.get("lora", ""), str):
             raise UserError(f"the run's {CONFIG_FILE}: model.lora is {names!r}, expected FILE or FILE:STRENGTH")
         return names
 
 
 def read_run(workdir: Path) -> PastRun:
-    """The config of a run. Raises `UserError` when there was no run, or its config cannot be read."""
+    """Reads the config of a run. Raises `UserError` if there was no run, or its config cannot be read."""
     file = workdir / CONFIG_FILE
     if not file.is_file():
-        raise UserError(f"{workdir} holds no run ({file.name} is missing); train the phase first")
+        raise UserError(f"{workdir} contains no run ({file.name} is missing); train the phase first")
     found = read_json(file)
     known = {f.name: found[f.name] for f in dataclasses.fields(PastRun) if f.name in found}
     return build(PastRun, {**known, "whole": found}, str(file))
 
 
 class Lock:
-    """Keeps other runs out of a workdir; of several processes, the first one does. A context manager, which takes it
-    at once where the workdir is there already.
+    """Keeps other runs out of a workdir; held by the first process. As a context manager, it takes the lock immediately
+    if the workdir already exists.
 
     Args:
       workdir: the run's folder.
@@ -105,10 +105,10 @@ class Lock:
         self.workdir, self.file, self._descriptor = workdir, workdir / LOCK, None
 
     def take(self) -> str:
-        """Takes the lock, if it is not held yet; who holds it. Makes the workdir.
+        """Takes the lock, unless already held, and creates the workdir. Returns a description of the holder.
 
         Raises:
-          UserError: another run works there, or the file cannot be written.
+          UserError: another run uses the workdir, or the file cannot be written.
         """
         if self._descriptor is not None:
             return os.pread(self._descriptor, 1000, 0).decode()
@@ -131,14 +131,14 @@ class Lock:
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 say(
-                    f"{self.file}: cannot be locked here ({error.strerror}); see to it that no other run uses "
+                    f"{self.file}: cannot be locked here ({error.strerror}); make sure that no other run uses "
                     f"{self.workdir}"
                 )
                 return
-            holder = os.pread(descriptor, 1000, 0).decode("utf-8", "replace") or "a process that does not say so"
+            holder = os.pread(descriptor, 1000, 0).decode("utf-8", "replace") or "an unknown process"
             raise UserError(
-                f"{self.workdir}: another run works there: {holder}, says {self.file}; end it, wait for its end, or "
-                "choose another --workdir"
+                f"{self.workdir}: in use by another run: {holder}, according to {self.file}; stop it, wait until it "
+                "ends, or choose another --workdir"
             ) from error
 
     def __enter__(self) -> Lock:
@@ -153,10 +153,10 @@ class Lock:
 
 
 def claim(experiment: Experiment, workdir: Path, lock: Lock) -> None:
-    """Makes the workdir and ties it to this run and its config. All processes call this.
+    """Creates the workdir and binds it to this run and its config. All processes must call this.
 
     Raises:
-      UserError: another run works there, it is tied to another config, or the processes do not share it.
+      UserError: another run uses the workdir, it is bound to another config, or the processes do not share it.
     """
 
     def tie() -> None:
@@ -166,17 +166,18 @@ def claim(experiment: Experiment, workdir: Path, lock: Lock) -> None:
             write_config(workdir, experiment)
         elif _text(lock.file) != as_first_says("lock", None):
             raise UserError(
-                f"{workdir}: what process 0 wrote there is not seen here; choose a --workdir that all hosts share"
+                f"{workdir}: files written there by process 0 are not visible here; choose a --workdir that all hosts "
+                "share"
             )
 
     first_alone("workdir", tie)
 
 
 def require_config(workdir: Path, experiment: Experiment, free: Iterable[str] = FREE + FREE_DATA) -> None:
-    """Raises `UserError` for a workdir that belongs to another config, naming the first key that differs.
+    """Raises `UserError` if a workdir belongs to another config, naming the first key that differs.
 
     Args:
-      free: keys, or whole parts, that may change between runs in one workdir.
+      free: keys, or whole groups of keys, that may change between runs in one workdir.
     """
     found = read_object(workdir / CONFIG_FILE)
     given = json.loads(json.dumps(dataclasses.asdict(experiment)))
@@ -192,15 +193,15 @@ def require_config(workdir: Path, experiment: Experiment, free: Iterable[str] = 
 
 
 def write_config(workdir: Path, experiment: Experiment) -> None:
-    """Ties the workdir to a config. One that a fault of the disk has made unreadable is put aside."""
+    """Binds the workdir to a config. An existing file that is unreadable, because of a disk error, is renamed."""
     file = workdir / CONFIG_FILE
     if file.exists() and read_object(file) is None:
-        say(f"{file} cannot be read, and is now called {put_aside(file).name}; the run goes on with the config given")
+        say(f"{file} cannot be read and was renamed to {put_aside(file).name}; the run continues with the given config")
     write_text(file, json.dumps(dataclasses.asdict(experiment), indent=1))
 
 
 def read_object(file: Path) -> dict[str, Any] | None:
-    """A JSON object that a run has left in its workdir; None when there is none that can be read."""
+    """Reads a JSON object that a run has written to its workdir; None if it is missing or unreadable."""
     if not file.exists():
         return None
     try:
