@@ -69,7 +69,7 @@ def test_a_difference_ends_the_program(module, monkeypatch):
     monkeypatch.setattr(theirs, "array", lambda x: 1.01 * right(x))
     with pytest.raises(SystemExit, match=r"error: DiT forward: ours and PyTorch's differ by 9\.9e-03, limit 1e-04"):
         models.main(["--size=tiny", "--layers=1", "--rounds=1", "--only=dit-forward"])
-    with pytest.raises(UserError, match="--only: 'dit' is none of dit-forward"):
+    with pytest.raises(UserError, match="--only: 'dit' is not one of dit-forward"):
         models.main(["--only=dit"])
 
 

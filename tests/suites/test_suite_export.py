@@ -154,7 +154,7 @@ def test_what_others_make_or_have_left(run, models, checkout, tmp_path):
     ("options", "message"),
     [
         ({"suite": "vbench3"}, "invalid choice: 'vbench3'"),
-        ({"checkout": "nowhere"}, "VBench_full_info.json: no such file; --checkout=nowhere is to be a clone"),
+        ({"checkout": "nowhere"}, "VBench_full_info.json: no such file; --checkout=nowhere must be a clone"),
         ({"samples": 0}, "--samples=0: expected 1 to 1000 videos"),
         ({"dimensions": "colour"}, "--dimensions: VBench has no dimension 'colour'"),
         ({"dimensions": ""}, "--dimensions: VBench has no dimension ''"),

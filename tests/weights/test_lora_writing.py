@@ -82,7 +82,7 @@ def test_whole_differences_in_the_wan_form(made, tmp_path, caplog):
     with silent(caplog):
         made.pipe.load_lora_weights(tmp_path / FILE)
     made.pipe.unload_lora_weights()
-    with pytest.raises(UserError, match=r"has \d+ \(as of \S+\); write the wan form"):
+    with pytest.raises(UserError, match=r"has \d+ \(such as \S+\); write the wan form"):
         write_lora(tmp_path / "other.safetensors", lora, "diffusers")
     assert not (tmp_path / "other.safetensors").exists()
 
