@@ -71,8 +71,8 @@ def doubt(workdir: Path) -> str:
 
 
 def compared_scores(workdir: Path) -> dict[str, float]:
-    """What the guard of a run compared: its scores of the weights at each step, as far as its file can be read. Of a run
-    without any: the latest scores of its log."""
+    """What the guard of a run compared: its scores of the weights at each step, as far as its file can be read. Where
+    there are none, the latest scores of the run's log."""
     found = read_object(workdir / FILE) or {}
     steps, name = found.get("scores"), found.get("compared")
     compared = {
