@@ -53,7 +53,7 @@ def test_compares_models_and_leaves_everything_behind(run, tmp_path):
         ((), {"images": "x"}, "--images holds the first frames of --prompts=FILE; give both, or leave it out"),
         (("--run=x=nowhere",), {}, "nowhere contains no run"),
         ((), {"phase1": "nowhere"}, "nowhere contains no run"),
-        ((), {"task": "video"}, "no phase was trained on records; name some with --records=DIR"),
+        ((), {"task": "video"}, "no phase was trained on records; give some with --records=DIR"),
         ((), {"task": "digits", "records": "x"}, "--task=digits renders its clips; leave --records out"),
         (("--compare=teacher=tiny:1:1",), {}, "two rows are named 'teacher'"),
         (("--compare=x=tiny:1:1:magic",), {}, "solver is 'magic'"),

@@ -23,7 +23,11 @@ from vpae_jax.weights.loading import read_part
 from vpae_jax.weights.locate import embedded_model
 from vpae_jax.weights.settings import Scheduler, read_scheduler
 
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Use 'content=:DeprecationWarning",  # of the HTTP library, which the hub's client uses so
+    "ignore::FutureWarning:diffusers",
+    "ignore::DeprecationWarning:diffusers",
+)
 NAME = "me/student"
 
 
@@ -41,7 +45,9 @@ def hub(tmp_path, monkeypatch):
         for name, value in settings.items():
             monkeypatch.setattr(huggingface_hub.constants, name, value)
         monkeypatch.setenv("HF_TOKEN", server.token)
+        huggingface_hub.utils.disable_progress_bars()
         yield server
+        huggingface_hub.utils.enable_progress_bars()
         huggingface_hub.close_session()
 
 
@@ -107,21 +113,27 @@ def test_a_student_is_pushed_and_loads_from_there(hub, workdir, tmp_path):
     assert not list((tmp_path / "cache").rglob("*.mp4"))  # what is to be looked at is not fetched
 
 
-def test_the_program_finds_the_hub_by_its_environment(hub, tmp_path):
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, "-m", "vpae_jax.convert", "tiny", "out", "--format=wan", "--push=lab/tiny"]
-    ended = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    assert f"uploading out to {hub.url}/lab/tiny" in ended.stdout
-    assert {"out.workflow.json", "vpae_jax.json", "Wan2.1_VAE.pth"} < hub.repos["lab/tiny"].files.keys()
+LOAD = """
+import diffusers, json
+pipe, seen = diffusers.DiffusionPipeline.from_pretrained("lab/tiny"), diffusers.DiffusionPipeline.load_config("lab/tiny")
+print(type(pipe).__name__, seen["_sampling"]["num_inference_steps"], pipe.scheduler.config["_num_inference_steps"])
+"""
 
 
-def test_diffusers_loads_it_from_there(hub, tmp_path):
-    import diffusers
-
-    run("tiny", tmp_path / "out", "--format=diffusers", f"--push={NAME}")
-    pipe = diffusers.DiffusionPipeline.from_pretrained(NAME, cache_dir=tmp_path / "theirs")
-    assert isinstance(pipe, diffusers.WanImageToVideoPipeline)
+def test_programs_find_the_hub_by_their_environment(hub, tmp_path):
+    """Ours pushes, and Diffusers, which knows nothing of it, loads."""
+    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path)}
+    convert_it = ["-m", "vpae_jax.convert", "tiny", "out", "--format=diffusers", "--push=lab/tiny"]
+    for command, expected in (
+        (convert_it, f"uploading out to {hub.url}/lab/tiny"),
+        (["-c", LOAD], "WanImageToVideoPipeline 50 50"),
+    ):
+        ended = subprocess.run(
+            [sys.executable, *command], env={**os.environ, **settings}, cwd=tmp_path, capture_output=True, text=True
+        )
+        assert ended.returncode == 0, ended.stderr
+        assert expected in ended.stdout
+        assert "_sampling" not in ended.stderr
 
 
 @pytest.mark.parametrize("form", ["diffusers", "wan"])
@@ -200,6 +212,8 @@ def test_a_model_takes_the_place_of_an_earlier_one(hub, tmp_path):
     run("tiny", tmp_path / "b", "--format=diffusers", f"--push={NAME}")
     files = hub.repos[NAME].files
     assert "model_index.json" in files and "Wan2.1_VAE.pth" not in files and ".gitattributes" in files
+    run("tiny", tmp_path / "c", "--format=orbax", f"--push={NAME}")
+    np.testing.assert_array_equal(frames(NAME), frames("tiny"))
 
 
 def test_files_of_something_else_are_left_alone(hub, tmp_path, capsys):

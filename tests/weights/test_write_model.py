@@ -8,6 +8,7 @@ import diffusers
 import original_wan
 import pytest
 from folders import PARTS, bits, edit_json, tensors, values
+from lora_models import silent
 
 from vpae_jax.types import UserError
 from vpae_jax.weights.card import Provenance
@@ -93,6 +94,20 @@ def test_a_model_of_wan_needs_no_more_than_wan_writes(wan_folder, tmp_path, imag
     for name in ("google/umt5-xxl", *(["xlm-roberta-large"] if image else [])):
         for path in (source / name).iterdir():
             assert (tmp_path / "out" / name / path.name).read_bytes() == path.read_bytes()
+
+
+def test_the_index_says_how_a_model_is_sampled_and_diffusers_has_nothing_to_remark(wan_folder, tmp_path, caplog):
+    student = Scheduler("consistency", 5.0, 4, 1.0)
+    write_model(tmp_path / "out", Contents(find_model(wan_folder), scheduler=student))
+    told = json.loads((tmp_path / "out" / "model_index.json").read_text())["_sampling"]
+    times = pytest.approx([1000, 937.5, 833.3333, 625])
+    expected = {"num_inference_steps": 4, "guidance_scale": 1.0, "solver": "consistency", "shift": 5.0}
+    assert told == {**expected, "timesteps": times}
+    with silent(caplog):
+        pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")
+    pipe.scheduler.set_timesteps(4)
+    assert pipe.scheduler.timesteps.tolist() == times
+    assert "| timesteps | 1000, 937.5, 833.333, 625 |" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_diffusers_loads_what_was_wans(wan_folder, tmp_path):
