@@ -5,6 +5,7 @@ import ast
 import re
 import shlex
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,30 +13,56 @@ from absl import flags
 from config_files import CONFIGS, OPENINGS
 from ml_collections import config_flags
 
-from vpae_jax import evaluate, sample
+from vpae_jax import convert, encode, evaluate, sample, serve, vote
 from vpae_jax.config import parse
+from vpae_jax.config_files import load
 from vpae_jax.methods import make_method
+from vpae_jax.planning import topology
+from vpae_jax.suites import cli as suites
 from vpae_jax.train.roles import check_roles
 from vpae_jax.types import UserError
 
 ROOT = Path(__file__).parent.parent
-COMMAND = re.compile(r"python -m vpae_jax\.(main|evaluate|sample) [^`\n#]*")
-PARSERS = {"evaluate": evaluate.parser, "sample": sample.parser}
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "launch" / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+PARSERS = {program.__name__.rpartition(".")[2]: program.parser for program in (encode, evaluate, sample, serve, vote)}
+PARSERS["convert"] = partial(convert.parser, convert.__doc__)
+ELIDED = "..."
+# Programs that read their flags through absl; importing both would define them twice.
+ABSL = {
+    name: set(re.findall(r"flags\.DEFINE_\w+\(\s*\"(\w+)\"", (ROOT / "vpae_jax" / f"{name}.py").read_text()))
+    | {"config"}
+    for name in ("main", "plan")
+}
+COMMAND = re.compile(rf"python -m vpae_jax\.({'|'.join([*ABSL, *PARSERS])})\b([^`\n#;]*)")
 
 
 def commands(text):
-    """Every command in a text, as its words; a line that ends in a backslash goes on."""
+    """Every command in a text, as its words; a line that ends in a backslash goes on. Optional parts, in brackets, are
+    left out; alternatives are represented by the first, letters by a number. A word "..." comes last: more may follow."""
     joined = re.sub(r"\\\n\s*", "", text)
-    return [(match[1], shlex.split(match[0])[3:]) for match in COMMAND.finditer(joined)]
+    found = []
+    for match in COMMAND.finditer(joined):
+        rest, before = match[2], None
+        while rest != before:  # brackets in brackets
+            rest, before = re.sub(r"\[[^\[\]]*\]", "", rest), rest
+        words = [re.sub(r"\|.*", "", word) for word in shlex.split(rest)]
+        words = [re.sub(r"^(--[\w.]+=)(?:[NWAB]|\$\w+)$", r"\g<1>1", word) for word in words]
+        if words:
+            more = [ELIDED] if any(word.endswith(ELIDED) for word in words) else []
+            found.append((match[1], [word for word in words if word != ELIDED] + more))
+    return found
 
 
 def opened(words):
     """What a training program makes of its words: an experiment and its method."""
     (chosen,) = [word for word in words if word.startswith("--config=")]
-    module, _, preset = chosen.removeprefix("--config=configs/").partition(".py")
-    preset = preset.removeprefix(":")
-    config = CONFIGS[module].get_config(*([preset] if preset not in ("", "[:PRESET]") else []))
-    changes = [word for word in words if word.startswith("--config.") and not word.endswith(("KEY=VALUE", "..."))]
+    config = load(chosen.removeprefix("--config="))
+    changes = [word for word in words if word.startswith("--config.") and not word.endswith("KEY=VALUE")]
     values = flags.FlagValues()
     argv = ["main", *changes]
     holder = config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
@@ -45,17 +72,28 @@ def opened(words):
 
 
 def check(program, words):
-    if program == "main":
-        experiment, method = opened(words)
-        check_roles(method, experiment.optimizers)
+    if program in ABSL:
+        names = {word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--")} - {"help"}
+        assert {name for name in names if not name.startswith("config.")} <= ABSL[program]
+        if "config" in names and "--config=CONFIG" not in words:
+            experiment, method = opened(words)
+            check_roles(method, experiment.optimizers)
+        for word in words:
+            if word.startswith("--topology="):
+                topology.parse(word.partition("=")[2])
     else:
-        PARSERS[program]().parse_args([word for word in words if not word.startswith("[")])
+        parser = suites.parser() if suites.asked(words) else PARSERS[program]()
+        if words[-1] == ELIDED:
+            words = words[:-1]
+            for action in parser._actions:
+                action.required = False
+        parser.parse_args(words)
 
 
 def found():
-    for path in [ROOT / "docs" / "methods.md", *sorted((ROOT / "docs" / "methods").glob("*.md"))]:
+    for path in PAGES:
         for number, command in enumerate(commands(path.read_text())):
-            yield pytest.param(*command, id=f"{path.name} {number}")
+            yield pytest.param(*command, id=f"{path.relative_to(ROOT)} {number}")
     for line in (ROOT / "docs" / "methods" / "train_tiny.sh").read_text().splitlines():
         if line.startswith("train "):
             _, name, config, steps, *changes = shlex.split(line)

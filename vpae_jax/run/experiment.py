@@ -210,8 +210,8 @@ def _inputs(experiment: Experiment, method: Method, workdir: Path) -> Inputs:
 
 
 def check_settings(experiment: Experiment, method: Method) -> None:
-    """Raises `UserError` if the run is too short for an update or a profile, or if a batch would be split that must stay
-    whole."""
+    """Raises `UserError` if the run is too short for an update or a profile, or if a batch that must stay whole would
+    be split."""
     window = Window.parse(experiment.profile)
     if window is not None and window.last > experiment.steps:
         raise UserError(f"config.profile ends at step {window.last}, but config.steps is {experiment.steps}; lower it")
