@@ -43,7 +43,7 @@ COMMAND = re.compile(rf"python -m vpae_jax\.({'|'.join([*ABSL, *PARSERS])})\b([^
 
 def commands(text):
     """Every command in a text, as its words; a line that ends in a backslash goes on. Optional parts, in brackets, are
-    left out; alternatives are represented by the first, letters by a number. A word "..." comes last: more may follow."""
+    left out; alternatives are represented by the first, letters by a number. A "..." comes last: more may follow."""
     joined = re.sub(r"\\\n\s*", "", text)
     found = []
     for match in COMMAND.finditer(joined):

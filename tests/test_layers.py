@@ -15,7 +15,7 @@ ROOMS = (
     ("inference",),
     ("encoding",),
     ("tasks",),
-    ("run", "planning", "suites", "evaluation", "serving"),
+    ("run", "planning", "suites", "evaluation", "serving", "converting"),
     ("configs", "main", "encode", "sample", "convert", "evaluate", "plan", "vote", "serve"),
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

@@ -39,10 +39,11 @@ from typing import Any
 
 import numpy as np
 
-from vpae_jax import cli, pushing
+from vpae_jax import cli
 from vpae_jax.config import parse
 from vpae_jax.config_files import load
-from vpae_jax.convert_options import SELF_FORCING, WEIGHTS, check, parser
+from vpae_jax.converting import pushing
+from vpae_jax.converting.options import SELF_FORCING, WEIGHTS, check, parser
 from vpae_jax.methods import make_method
 from vpae_jax.methods.base import Method, all_views
 from vpae_jax.run.first_weights import previous_model, previous_moment, read_previous, remembered, resolve_model

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from vpae_jax import cli
-from vpae_jax.pushing import written_by
+from vpae_jax.converting.pushing import written_by
 from vpae_jax.types import UserError
 from vpae_jax.weights.find import is_workdir
 from vpae_jax.weights.merging import parse_lora
