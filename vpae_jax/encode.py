@@ -63,7 +63,7 @@ TIMEOUT = 120.0
 
 
 def parser() -> cli.Parser:
-    """The command line."""
+    """Returns the parser of the command line."""
     result = cli.Parser("python -m vpae_jax.encode", __doc__)
     add = result.add_argument
     add(

@@ -137,7 +137,7 @@ def test_pixels_are_trained_on_digits_alone(workdir, tmp_path):
     (records,) = (workdir.parent / "data").iterdir()
     given = vae.get_config()
     given.data.records = str(records)
-    with pytest.raises(UserError, match=r"method autoencoder trains on rendered digits alone; leave config.data.rec"):
+    with pytest.raises(UserError, match=r"method autoencoder only trains on rendered digits; leave config.data.rec"):
         run(parse(given), tmp_path / "vae")
     assert not (tmp_path / "vae").exists()
 

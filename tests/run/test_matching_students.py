@@ -60,7 +60,7 @@ def test_regression_on_a_teachers_clips_and_then_dmd2v(tmp_path):
 
 def test_the_regression_needs_a_teachers_clips(tmp_path):
     """Neither rendered digits nor videos have noise of their own; said before anything is written."""
-    reason = "method kd trains on clips that a teacher made of known noise; make some with `python -m vpae_jax.encode"
+    reason = "method kd trains on a teacher's clips with known noise; make some with `python -m vpae_jax.encode"
     for videos in ("", str(tmp_path)):
         config = small(kd)
         config.data.videos = videos

@@ -92,11 +92,13 @@ def test_text_to_video(primed, t2v, tmp_path, capsys):
     experiment.run(given, tmp_path / "dmd2", jax.devices()[:2])
     said = capsys.readouterr().out
     assert (
-        f"scores and guard: off, because {t2v[1]} holds prompts alone, without real clips to compare with; name records"
+        f"scores and guard: off, because {t2v[1]} contains prompts alone, without real clips to compare with; give "
         in said
     )
     assert not (tmp_path / "dmd2" / "guard.json").exists()
-    with pytest.raises(UserError, match=r"^.*/records holds prompts alone, .* or in --records of python -m vpae_jax"):
+    with pytest.raises(
+        UserError, match=r"^.*/records contains prompts alone, .* or in --records of python -m vpae_jax"
+    ):
         evaluate.main([f"--model={t2v[0]}", f"--phase1={primed}", f"--output={tmp_path / 'report'}"])
     assert not (tmp_path / "report").exists()
 
@@ -109,6 +111,6 @@ def test_image_to_video(i2v, tmp_path):
 
 def test_what_needs_clips_is_refused_before_anything_is_written(t2v, tmp_path):
     for module, method in ((phase1, {"input": "noised_real"}), (phase2, {"init": "pretrained", "disc_warmup": 0})):
-        with pytest.raises(UserError, match=f"trains on real clips.* but {t2v[1]} holds prompts alone; "):
+        with pytest.raises(UserError, match=f"trains on real clips.* but {t2v[1]} contains prompts alone; "):
             run(module, t2v, tmp_path / "run", 1, **method)
         assert not (tmp_path / "run").exists()

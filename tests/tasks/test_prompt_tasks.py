@@ -95,7 +95,9 @@ def test_previews_are_of_prompts_that_are_held_out(pipeline, folders):
 
 @pytest.mark.parametrize("purpose", ["guard", "evaluation"])
 def test_nothing_is_judged_by_prompts_alone(pipeline, folders, purpose):
-    with pytest.raises(TooFew, match=r"^.*/prompts holds prompts alone, without real clips to compare with; name .*"):
+    with pytest.raises(
+        TooFew, match=r"^.*/prompts contains prompts alone, without real clips to compare with; give .*"
+    ):
         task(folders[0]).held_out(pipeline, purpose, 8)
     judging = task(folders[0], held_out_records=str(folders[1]))
     judged = judging.with_real(judging.held_out(pipeline, purpose, 8), pipeline)
@@ -123,11 +125,15 @@ def test_methods_that_need_clips_are_refused_by_name_of_the_keys(folders):
             "--config.method.inputs=simulated --config.method.truth_weight=0.0 --config.method.adversarial_weight=0.0",
         ),
     ):
-        reason = f"^run trains on real clips as it is set, but {prompts} holds prompts alone; set {keys}, {ends}"
+        reason = (
+            f"^run trains on real clips with these settings, but {prompts} contains prompts alone; set {keys}, {ends}"
+        )
         with pytest.raises(UserError, match=reason):
             checked(method, prompts)
         checked(method, clips)
-    with pytest.raises(UserError, match=f"^run trains on real clips, but {prompts} holds prompts alone; encode videos"):
+    with pytest.raises(
+        UserError, match=f"^run trains on real clips, but {prompts} contains prompts alone; encode videos"
+    ):
         checked(PhaseTwo(), prompts)
     checked(PhaseOne(input="pure_noise"), prompts)
 
@@ -135,7 +141,7 @@ def test_methods_that_need_clips_are_refused_by_name_of_the_keys(folders):
 def test_a_mixture_of_prompts_and_clips_is_refused(folders):
     prompts, clips = map(str, folders)
     method = PhaseOne(input="pure_noise")
-    ends = f"{prompts} holds prompts alone and {clips} clips; give folders of one kind$"
+    ends = f"{prompts} contains prompts alone, but {clips} clips; give folders of one kind$"
     for names in (f"{prompts},{clips}", f"{clips}=1,{prompts}=3"):
         with pytest.raises(UserError, match=f"^config.data.records: {ends}"):
             checked(method, names)

@@ -163,26 +163,24 @@ def test_a_folder_whose_name_holds_an_equals_sign(pipeline, folders, tmp_path):
     for given in ("lr=x", "lr=x=2", "size=48/", "size=48=2"):
         video = Video(DataConfig(records=f"{tmp_path}/{given}"), tmp_path, "tiny")
         assert video.held_out(pipeline, "preview", 4).shape[-1] == 16
-    with pytest.raises(
-        UserError, match=r"^config.data.records: .*/size: no such folder, of which 48 would be the weight;"
-    ):
+    with pytest.raises(UserError, match=r"^config.data.records: .*/size: no such folder \(with weight 48\);"):
         task(tmp_path / "size=48").held_out(pipeline, "preview", 4)
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"text": (16, 12)}, r"its text are of \[12\], those of the model's encoders of \[64\]"),
-        ({"text": (9, 64)}, r"its text_tokens are of \[9\], those of the model's encoders of \[16\]"),
-        ({"image": (5, 3)}, r"its image are of \[5, 3\], those of the model's encoders of \["),
-        ({"image": None}, r"its image are of None, those of the model's encoders of \["),
-        ({"frames": None}, r"its frames are of None, those of the model's encoders of \[16\]"),
-        ({"more": (2,)}, r"its more are of \[2\], those of the model's encoders of None"),
-        ({"latents": (3, 6, 8, 12), "frames": (3, 6, 8, 20)}, r"its latents are of \[12\], those .* of \[16\]"),
-        ({"frames": (3, 8, 6, 20)}, r"its frames are of \[3, 8, 6, 16\], its latents of \[3, 6, 8, 16\]"),
+        ({"text": (16, 12)}, r"its index gives text as \[12\], but the model's encoders \[64\]"),
+        ({"text": (9, 64)}, r"its index gives text_tokens as \[9\], but the model's encoders \[16\]"),
+        ({"image": (5, 3)}, r"its index gives image as \[5, 3\], but the model's encoders \["),
+        ({"image": None}, r"its index gives image as None, but the model's encoders \["),
+        ({"frames": None}, r"its index gives frames as None, but the model's encoders \[16\]"),
+        ({"more": (2,)}, r"its index gives more as \[2\], but the model's encoders None"),
+        ({"latents": (3, 6, 8, 12), "frames": (3, 6, 8, 20)}, r"its index gives latents as \[12\], but .* \[16\]"),
+        ({"frames": (3, 8, 6, 20)}, r"its frames have shape \[3, 8, 6, 16\], but its latents \[3, 6, 8, 16\]"),
         (
             {"latents": (3, 5, 8, 16), "frames": (3, 5, 8, 20)},
-            r"its latents are of \[3, 5, 8, 16\], which the model does not make \(height is 40, expected a multiple",
+            r"its latents have shape \[3, 5, 8, 16\], which the model cannot make \(height is 40, expected a multiple",
         ),
     ],
 )
@@ -215,5 +213,5 @@ def test_too_few_are_said_to_be_too_few(pipeline, folders):
 
 
 def test_no_model_of_other_parts_is_made_of_records(folders):
-    with pytest.raises(UserError, match="trained on rendered digits alone"):
+    with pytest.raises(UserError, match="only be trained on rendered digits"):
         task(folders[0]).write_model(folders[0], "tiny", {}, None, None)

@@ -1,4 +1,4 @@
-"""What is trained on and judged by. Digits are imported only by a run on digits."""
+"""Tasks: what a run trains on, and how its clips are scored. The digits task is imported only by a run on digits."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from vpae_jax.types import Batch, UserError
 
 
 def name_of(data: DataConfig) -> Literal["digits", "video"]:
-    """The task of a run: video where clips are given, else rendered digits."""
+    """Returns the task of a run: video if clips are given, else rendered digits."""
     return "video" if data.records or data.videos else "digits"
 
 
 def encodes(data: DataConfig) -> bool:
-    """Whether a run encodes clips or prompts: records hold what encoders made of them."""
+    """Whether a run encodes clips or prompts itself, rather than using records, which are already encoded."""
     return not data.records
 
 
 def check(experiment: Experiment, method: Method, pipeline: Pipeline | None, workdir: Path) -> None:
-    """Raises `UserError` for what shows before anything is written: a method, a model, or a number of clips that do not
-    fit the task, or prompts alone for a method that needs clips."""
+    """Checks what can be checked before anything is written. Raises `UserError` if method, model or number of clips do
+    not fit the task, or if prompts alone are given to a method that needs clips."""
     name = experiment.method.get("name")
     if method.known_noise and not experiment.data.records:
         raise UserError(
-            f"method {name} trains on clips that a teacher made of known noise; make some with `python -m "
-            "vpae_jax.encode --captions=...`, and name their folder in config.data.records"
+            f"method {name} trains on a teacher's clips with known noise; make some with `python -m vpae_jax.encode "
+            "--captions=...`, and give their folder in config.data.records"
         )
     if name_of(experiment.data) == "digits":
         from vpae_jax.tasks.digits import task as digits
@@ -38,7 +38,7 @@ def check(experiment: Experiment, method: Method, pipeline: Pipeline | None, wor
         digits.check(experiment, pipeline)
     elif method.batch is not Batch:
         raise UserError(
-            f"method {name} trains on rendered digits alone; leave config.data.records and config.data.videos out"
+            f"method {name} only trains on rendered digits; leave config.data.records and config.data.videos out"
         )
     elif experiment.data.records:
         from vpae_jax.tasks.video.sources import check_clips
@@ -47,10 +47,11 @@ def check(experiment: Experiment, method: Method, pipeline: Pipeline | None, wor
 
 
 def digests(data: DataConfig, workdir: Path) -> dict[str, tuple[str, ...]]:
-    """Digests of the clips that a run names, by the config's key: of what is in its folders, wherever they lie.
+    """Returns digests of the clips that a run's config names, by config key. They depend on the contents of the
+    folders, not on their location.
 
     Raises:
-      UserError: a folder that is missing, or holds no records or no videos.
+      UserError: a folder is missing, or contains no records or no videos.
     """
     if name_of(data) == "digits" and not data.held_out_records:
         return {}
@@ -64,13 +65,13 @@ def digests(data: DataConfig, workdir: Path) -> dict[str, tuple[str, ...]]:
 
 
 def open_task(data: DataConfig, workdir: Path, model: str, method: Mapping[str, Any]) -> Task:
-    """The task of a run. Folders are read when clips are first asked for.
+    """Opens the task of a run. Folders are read when clips are first requested.
 
     Args:
-      data: what is trained on and held out.
-      workdir: of the run; paths may be relative to it.
+      data: the data config.
+      workdir: the run's folder; paths may be relative to it.
       model: name of the model whose encoders made the clips.
-      method: its settings.
+      method: settings of the method.
     """
     if name_of(data) == "digits":
         from vpae_jax.tasks.digits.task import Digits
@@ -82,8 +83,9 @@ def open_task(data: DataConfig, workdir: Path, model: str, method: Mapping[str, 
 
 
 def modes_of(method: Mapping[str, Any]) -> tuple[Mode, ...] | None:
-    """The modes that a method trains, by its settings; None for the model's own.
+    """Returns the modes that a method trains, according to its settings; None for those of the model.
 
-    One that drops first frames in training makes one model for both. Any other model that takes a first frame needs it.
+    A method that drops first frames in training produces one model for both modes. Any other model that takes a first
+    frame requires it.
     """
     return ("t2v", "i2v") if method.get("image_dropout") else None

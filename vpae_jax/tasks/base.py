@@ -1,13 +1,13 @@
-"""What a task is: where training clips come from, and how generated clips are judged on clips that no training saw.
+"""The interface of a task: where training clips come from, and how generated clips are scored on held-out data.
 
-    held_out = task.held_out(pipeline, "guard", 64)       what is asked for
-    held_out = task.with_real(held_out, pipeline)         and what is known of the real clips
-    made = task.measure(clips, latents, purpose)          of each batch that is generated for it, joined by `joined`
-    task.scores(held_out, made), task.real(held_out)      named numbers, and the same numbers of real clips
-    task.intervals(held_out, made), task.curves(...)      how sure they are, and what becomes of them frame by frame
+    held_out = task.held_out(pipeline, "guard", 64)       the conditions to generate clips for
+    held_out = task.with_real(held_out, pipeline)         with measurements of the real clips
+    made = task.measure(clips, latents, purpose)          for each generated batch; batches are joined by `joined`
+    task.scores(held_out, made), task.real(held_out)      scores by name, and the same scores of real clips
+    task.intervals(held_out, made), task.curves(...)      confidence intervals, and values frame by frame
 
-Clips are measured as they are made, a batch at a time, and only what `measure` keeps of them stays: large clips would
-fill the memory. A score is called `part/metric`, as "i2v/kvd".
+Clips are measured as they are generated, one batch at a time, and only the result of `measure` is kept, because large
+clips would fill the memory. A score is named `part/metric`, as in "i2v/kvd".
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ from vpae_jax.types import AnyArray, Condition, Params, UserError
 from vpae_jax.weights.directory import ModelDirectory
 from vpae_jax.weights.settings import Scheduler
 
-# What clips are held out for. Those of the guard and of the final evaluation are never the same.
+# What held-out clips are used for. The guard and the final evaluation never use the same ones.
 Purpose = Literal["preview", "guard", "evaluation"]
 # Text-to-video and image-to-video.
 Mode = Literal["t2v", "i2v"]
-# What is kept of clips: arrays with a row for each.
+# Measurements of clips: arrays with one row per clip.
 Measures = Mapping[str, Shaped[np.ndarray, "..."]]
 
-# So many conditions of a part are asked for a second time, from other noise: what the noise decides is diversity.
+# Conditions per part for which a second clip is generated from other noise, to measure diversity.
 AGAIN = 16
-# A second time is a seed this far from the first.
+# Difference between the seeds of the first and the second clip.
 OTHER_NOISE = 1_000_000
-SHOWN = 8  # clips of a part that are shown to people
-# Clips of so many latent points are small, and handled so many at once.
+SHOWN = 8  # clips per part that are shown to people
+# Clips with up to SMALL latent positions (frames x rows x columns) are processed AT_ONCE at a time; larger ones fewer.
 SMALL, AT_ONCE = 128, 64
 
 
 class TooFew(UserError):
-    """There are too few held-out clips to judge by, or none to show, or only prompts without clips."""
+    """There are too few held-out clips for scores, none to show, or only prompts without clips."""
 
 
 @dataclass(frozen=True)
 class Feed:
-    """How training clips are handed out (`data.batches.latent_batches`)."""
+    """Options for training batches (see `data.batches.latent_batches`)."""
 
     batch_size: int
     seed: int
@@ -65,12 +65,12 @@ class Feed:
 
 @dataclass(frozen=True)
 class Part:
-    """A mode's rows of what is asked for.
+    """The rows of one mode.
 
     Attributes:
       name: the mode.
-      rows: each with a condition of its own.
-      again: rows with the conditions of the first of these, and other noise; may be empty.
+      rows: rows with distinct conditions.
+      again: rows that repeat the first of these conditions with other noise; may be empty.
     """
 
     name: Mode
@@ -80,22 +80,23 @@ class Part:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What is asked of a model, a row a clip, and what is known of the real clips.
+    """The conditions for which a model generates clips, one row per clip, and what is known about the real clips.
 
     Attributes:
-      purpose: what for.
-      parts: which rows are of which mode.
-      captions: one a row.
-      condition: encoded, one a row, on the host.
-      null_text, null_mask: the negative prompt, one for all rows.
+      purpose: what the clips are used for.
+      parts: which rows belong to which mode.
+      captions: one per row.
+      condition: encoded conditions, one per row, on the host.
+      null_text, null_mask: the negative prompt, shared by all rows.
       shape: [f, h, w, c] of a clip's latents.
-      seeds: one a row; decides its noise.
-      origins: which clip of which data each row's condition is of.
-      fps: frames a second of the clips.
-      clips: with real ones, for a preview, the first of each part in pixels; none of prompts alone.
-      files: with real ones, for an evaluation that keeps them, each condition's clip, or those of the first ones.
-      real: measures of the real clip behind each row. Prompts alone have none, but for the first frames that are given.
-      others: measures of other real clips, which no training saw either.
+      seeds: one per row; determines its noise.
+      origins: for each row, which clip of which data its condition comes from.
+      fps: frames per second of the clips.
+      clips: after `with_real`, for a preview: pixels of the first real clips of each part; empty for prompts alone.
+      files: after `with_real`, for an evaluation that stores them: files of the real clips, or of the first ones.
+      real: after `with_real`: measurements of the real clip of each row. For prompts alone, only those of given first
+        frames.
+      others: after `with_real`: measurements of other real clips that were held out from training, too.
     """
 
     purpose: Purpose
@@ -118,25 +119,25 @@ class HeldOut:
 
     @property
     def count(self) -> int:
-        """Conditions of each mode."""
+        """Number of conditions per mode."""
         return self.parts[0].rows.stop - self.parts[0].rows.start
 
     def beside(self, made: Measures) -> HeldOut:
-        """The same, with clips that a model has made in the place of the real ones that prompts alone do not have."""
+        """Returns a copy in which clips generated by a model stand in for the real ones, which prompts alone lack."""
         kept = np.concatenate([np.arange(part.rows.start, part.rows.stop) for part in self.parts])
         return replace(self, real={**made, **self.real}, others=rows_of(made, kept))
 
 
 @runtime_checkable
 class Task(Protocol):
-    """Clips to train on and clips to be judged by.
+    """Provides training clips, and held-out clips with scores.
 
     Attributes:
-      name: what a workdir's files call it.
-      metrics: all that `scores` may give, each with its direction and meaning.
-      compared: the one of them that the guard compares; less is better.
-      least: those that must not fall below a part of the real clips' value, and that part: what a student that stands
-        still gives away where the compared number does not see it.
+      name: name of the task in a workdir's files.
+      metrics: all metrics that `scores` may return, each with its direction and description.
+      compared: the metric that the guard compares; lower is better.
+      least: metrics that must not fall below a fraction of the real clips' value, with that fraction. They detect a
+        static student, which the compared metric may not notice.
     """
 
     @property
@@ -152,54 +153,54 @@ class Task(Protocol):
     def least(self) -> Mapping[str, float]: ...
 
     def batches(self, kind: type, pipeline: Pipeline | None, feed: Feed) -> Batches:
-        """Batches of one kind (`Method.batch`); all processes call this.
+        """Returns batches of one kind (`Method.batch`). All processes must call this.
 
         Raises:
-          UserError: the task has none of that kind, or its clips cannot be read.
+          UserError: the task has no batches of that kind, or its clips cannot be read.
         """
         ...
 
     def held_out(self, pipeline: Pipeline, purpose: Purpose, count: int) -> HeldOut:
-        """At most `count` clips of each mode that the model has; the same at every call and in every process.
+        """Returns conditions of at most `count` clips per mode of the model; the same in every call and process.
 
         Raises:
-          TooFew: there are hardly any.
-          UserError: the model makes other clips than these, or they cannot be read.
+          TooFew: there are too few clips.
+          UserError: the model generates clips of another size, or the clips cannot be read.
         """
         ...
 
     def with_real(self, held_out: HeldOut, pipeline: Pipeline, shelf: Shelf | None = None) -> HeldOut:
-        """The same, with what is known of the real clips.
+        """Adds the real clips and their measurements.
 
         Args:
-          held_out: of this task.
-          pipeline: that it was asked for.
-          shelf: keeps the real clips and their measures, and has those of an earlier time.
+          held_out: returned by this task's `held_out`.
+          pipeline: the pipeline that it was made for.
+          shelf: stores the real clips and their measurements, and returns those stored earlier.
         """
         ...
 
     def measure(self, clips: Clips, latents: Float[np.ndarray, "b f h w c"], purpose: Purpose) -> Measures:
-        """What is kept of generated clips, for this purpose."""
+        """Measures generated clips for this purpose."""
         ...
 
     def scores(self, held_out: HeldOut, made: Measures) -> Mapping[str, float]:
-        """The metrics of generated clips, a measure for each row of what was asked for."""
+        """Returns the scores of generated clips, given their measurements for all rows."""
         ...
 
     def real(self, held_out: HeldOut) -> Mapping[str, float]:
-        """The same metrics of the real clips, against other real ones: what a perfect model would reach."""
+        """Returns the same scores for the real clips, against other real ones: what a perfect model would reach."""
         ...
 
     def intervals(self, held_out: HeldOut, made: Measures | None) -> Mapping[str, Interval]:
-        """95 % intervals over clips of the metrics, of generated clips or of the real ones (None)."""
+        """Returns 95% confidence intervals of the scores over clips, for generated clips or the real ones (None)."""
         ...
 
     def curves(self, held_out: HeldOut, made: Measures | None) -> Mapping[str, list[float]]:
-        """Metrics frame by frame, the last frame last, of generated clips or of the real ones (None)."""
+        """Returns metrics frame by frame, in order, for generated clips or for the real ones (None)."""
         ...
 
     def each(self, held_out: HeldOut, made: Measures) -> Mapping[str, list[float]]:
-        """Metrics that single clips have, clip by clip, of generated ones."""
+        """Returns the metrics that are defined for single clips, clip by clip, for generated clips."""
         ...
 
     def write_model(
@@ -210,44 +211,44 @@ class Task(Protocol):
         source: ModelDirectory | None,
         scheduler: Scheduler,
     ) -> Path:
-        """The model directory of a run that trained other parts than the transformer, which a task has batches for.
+        """Writes the model directory of a run that trained other parts than the transformer.
 
         Args:
           workdir: the run's folder.
-          preset: of the parts' sizes.
+          preset: preset with the sizes of the parts.
           params: weights by role.
-          source: what the run started from; None for the first one.
+          source: the model directory that the run started from; None for the first training.
           scheduler: how the model is sampled.
         """
         ...
 
 
 def clips_at_once(shape: tuple[int, ...]) -> int:
-    """How many clips with latents of this shape are sampled or decoded together."""
+    """Returns how many clips with latents of this shape are sampled or decoded together."""
     return max(1, min(AT_ONCE, AT_ONCE * SMALL // math.prod(shape[:3])))
 
 
 def in_batches(count: int, size: int) -> Iterator[tuple[slice, Int[np.ndarray, "b"]]]:
-    """Rows in batches of one size, so that one program serves all: each batch's rows, and these filled up. Fewer rows
-    than that are one batch."""
+    """Divides rows into batches of one size, so that a single compiled program suffices. Yields the rows of each batch,
+    and their indices padded to the size. If there are fewer rows than `size`, they form one batch."""
     size = min(size, max(count, 1))
     for start in range(0, count, size):
         yield slice(start, min(start + size, count)), np.minimum(np.arange(start, start + size), count - 1)
 
 
 def joined(measures: Iterable[Measures]) -> Measures:
-    """Measures of batches, one after the other."""
+    """Concatenates the measurements of batches."""
     given = list(measures)
     return {name: np.concatenate([one[name] for one in given]) for name in given[0]}
 
 
 def rows_of(measures: Measures, rows: Any) -> Measures:
-    """Measures of some clips."""
+    """Selects the measurements of some clips."""
     return {name: value[rows] for name, value in measures.items()}
 
 
 def mode_parts(modes: tuple[Mode, ...], count: int, again: int) -> tuple[Part, ...]:
-    """Parts of `count` rows, each followed by its second time."""
+    """Returns parts of `count` rows, each followed by `again` repeated rows."""
     parts, start = [], 0
     for mode in modes:
         end = start + count

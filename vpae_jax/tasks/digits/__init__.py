@@ -1,1 +1,1 @@
-"""Moving handwritten digits, the embedded task."""
+"""The embedded task: moving handwritten digits."""

@@ -1,4 +1,4 @@
-"""Batches of rendered digits: what the embedded model's autoencoder and encoders train on."""
+"""Batches of rendered digits, on which the embedded model's autoencoder and encoders are trained."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class _Pixels:
 
 @dataclass(frozen=True)
 class _Frames:
-    """Loads a clip's first and last frame and its caption's tokens."""
+    """Loads a clip's first and last frame, and the tokens of its caption."""
 
     clips: Any
     tokenizer: PreTrainedTokenizerBase
@@ -40,7 +40,7 @@ class _Frames:
 
 
 def pixel_batches(source: MovingDigits, batch_size: int, seed: int, workers: int = 0, rows: OwnRows = None) -> Batches:
-    """Endless iterator of `PixelBatch`."""
+    """Returns an endless iterator of `PixelBatch`."""
 
     def finish(batch: Any) -> PixelBatch:
         return PixelBatch(video=to_float(batch["video"]))
@@ -56,7 +56,7 @@ def captioned_batches(
     workers: int = 0,
     rows: OwnRows = None,
 ) -> Batches:
-    """Endless iterator of `CaptionedFrames`: each clip's first and last frame and its caption's tokens."""
+    """Returns an endless iterator of `CaptionedFrames`: each clip's first and last frame, and its caption's tokens."""
 
     def finish(batch: Any) -> CaptionedFrames:
         return CaptionedFrames(
@@ -70,10 +70,10 @@ def captioned_batches(
 
 
 def _named(source: MovingDigits) -> str:
-    """The clips of a source, for a position in them."""
+    """Describes the clips of a source, to identify the data in a checkpoint."""
     return json.dumps(source.identity)
 
 
 def _whole(source: Any) -> list[list[ClipStream]]:
-    """All clips of a source in one bucket."""
+    """Returns all clips of a source as one bucket."""
     return [[ClipStream(0, np.arange(len(source)), 1.0)]]

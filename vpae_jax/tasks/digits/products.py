@@ -1,4 +1,4 @@
-"""Model directories of the trainings behind the embedded model: its autoencoder, and its text and image encoders."""
+"""Writes the model directories of the trainings behind the embedded model: autoencoder, and text and image encoders."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from vpae_jax.weights.settings import Defaults, Scheduler
 from vpae_jax.weights.writing import from_tree
 
 STATISTICS_CLIPS = 256
-# The tiny clip: 9 frames of 48x48, shown slowly enough to be followed.
+# The tiny clip: 9 frames of 48x48, at a rate that is slow enough to watch.
 TINY_CLIP = Defaults(num_frames=9, height=48, width=48, fps=8.0)
 
 
 def write_autoencoder(workdir: Path, preset: str, params: Params, clips: MovingDigits, scheduler: Scheduler) -> Path:
-    """A first model directory: the trained autoencoder, the tokenizer, and untrained weights for all other parts.
+    """Writes the first model directory: the trained autoencoder, the tokenizer, and untrained weights for other parts.
 
-    The autoencoder's latents are normalised by the mean and standard deviation over `clips`.
+    The autoencoder's latents are normalised by their mean and standard deviation over `clips`.
     """
     sizes = presets.find(preset)
     vae = dataclasses.replace(sizes.vae, **latent_statistics(sizes.vae, params, clips))
@@ -55,7 +55,7 @@ def write_autoencoder(workdir: Path, preset: str, params: Params, clips: MovingD
 
 
 def write_encoders(workdir: Path, preset: str, params: Params, source: ModelDirectory) -> Path:
-    """The source with the trained text and image encoders."""
+    """Writes the source model with the trained text and image encoders."""
     sizes = presets.find(preset)
     names = ("text_encoder", "image_encoder")
     parts = {name: from_tree(name, getattr(sizes, name), params[name]) for name in names}
@@ -63,7 +63,7 @@ def write_encoders(workdir: Path, preset: str, params: Params, source: ModelDire
 
 
 def latent_statistics(config: Any, params: Params, clips: MovingDigits) -> dict[str, tuple[float, ...]]:
-    """Mean and standard deviation of each raw latent channel, as `latents_mean` and `latents_std`."""
+    """Returns mean and standard deviation of each raw latent channel, as `latents_mean` and `latents_std`."""
     model = build_part("vae", config, params, jnp.float32)
     moments = jax.jit(lambda video: model.moments(video)[0])
     means = []

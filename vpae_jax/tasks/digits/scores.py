@@ -1,7 +1,7 @@
-"""How good generated clips of moving digits are, on digits that no training saw.
+"""Scores of generated clips of moving digits, on held-out digits.
 
-Clips are asked for with the captions, and for image-to-video the first frames, of real held-out clips. The real clips
-themselves are scored in the same way: that is the floor (or the ceiling) of every number.
+Clips are generated for the captions, and in image-to-video the first frames, of real held-out clips. The real clips
+themselves are scored in the same way, which gives the best value that each score can reach.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ from vpae_jax.types import UserError
 
 METRICS = (
     Metric("kvd", "KVD", "less", "Kernel distance to other real clips, in thousandths; about 0 for real clips."),
-    Metric("digit_first", "digit, first", "more", "Share of clips whose first frame shows the caption's digit."),
-    Metric("digit_last", "digit, last", "more", "Share of clips whose last frame shows the caption's digit."),
-    Metric("direction", "direction", "more", "Share of clips that set out in the caption's direction."),
-    Metric("sharpness", "sharpness", "real", "Mean absolute Laplacian over that of real clips; blur is below 1."),
+    Metric("digit_first", "digit, first", "more", "Fraction of clips whose first frame shows the caption's digit."),
+    Metric("digit_last", "digit, last", "more", "Fraction of clips whose last frame shows the caption's digit."),
+    Metric("direction", "direction", "more", "Fraction of clips that move in the caption's direction at first."),
+    Metric("sharpness", "sharpness", "real", "Mean absolute Laplacian relative to real clips; blur is below 1."),
     Metric("diversity", "diversity", "real", "Difference of two clips of one condition, over their ink, 0 to 1."),
-    Metric("motion", "motion", "real", "Mean displacement of the digit over that of real clips."),
-    Metric("motion_spread", "motion spread", "real", "Spread of that displacement over that of real clips."),
+    Metric("motion", "motion", "real", "Mean displacement of the digit relative to real clips."),
+    Metric("motion_spread", "motion spread", "real", "Spread of that displacement relative to real clips."),
     Metric("color_drift", "colour drift", "real", "Relative change of the mean colour from first to last frame."),
-    Metric("psnr_first", "PSNR, frame 0", "more", "First frame against the given picture, in decibels."),
+    Metric("psnr_first", "PSNR, frame 0", "more", "First frame against the given image, in decibels."),
 )
-# A student is refused whose digits move less than this part of how far real ones do, and less than before.
+# A student is rejected if its digits move less than this fraction of the real ones' motion, and less than before.
 LEAST = {"motion": 0.5}
 CLASSIFIER_CLIPS, CLASSIFIER_SEED = 2000, 300
-PAIRS = 64  # of real clips, for their diversity
+PAIRS = 64  # pairs of real clips, to measure their diversity
 
 
 class DigitClassifier:
-    """Names the digit in a frame: a support vector machine on gradient histograms of the upright, centred digit.
+    """Classifies the digit in a frame, with a support vector machine on gradient histograms of the normalised digit.
 
-    Fitted on the first and last frames of clips of the classifier's own digit images, which are neither trained on nor
-    evaluated; deterministic, a few seconds. About 97 % right on held-out frames.
+    It is fitted on first and last frames of clips of the classifier's own digit images, which are used neither for
+    training nor for evaluation. This is deterministic and takes a few seconds. Accuracy on held-out frames: about 97%.
     """
 
     def __init__(self, clips: int = CLASSIFIER_CLIPS, seed: int = CLASSIFIER_SEED) -> None:
@@ -60,37 +60,37 @@ class DigitClassifier:
         self._machine = SVC(C=10.0, gamma="scale").fit(_describe(frames), labels)
 
     def __call__(self, frames: Pictures) -> Int[np.ndarray, "b"]:
-        """The most likely class, 0-9, of each frame."""
+        """Returns the most likely class, 0-9, of each frame."""
         return self._machine.predict(_describe(frames))
 
 
 @functools.cache
 def classifier() -> DigitClassifier:
-    """The classifier of all evaluations of this process."""
+    """Returns the classifier, which is shared by all evaluations in this process."""
     return DigitClassifier()
 
 
 def measure(clips: Clips) -> Measures:
-    """What is kept of clips: so small ones whole."""
+    """Measures clips. They are small, so they are kept completely."""
     return {"clips": clips, "features": features(clips)}
 
 
 def measure_real(items: Sequence[Clip]) -> Measures:
-    """The same of real clips, with what they show."""
+    """Measures real clips, and adds their digits and directions."""
     known = {name: np.array([item[name] for item in items]) for name in ("digit", "direction")}
     return {**measure(np.stack([item["video"] for item in items])), **known}
 
 
 def against_real(made: Measures, real: Measures, others: Measures) -> dict[str, float]:
-    """All metrics that need neither a classifier nor two clips of one condition.
+    """Returns all metrics that need neither the classifier nor two clips of one condition.
 
     Args:
-      made: of the clips that are judged.
-      real: of the real clips of their conditions.
-      others: of other real clips.
+      made: measurements of the clips to score.
+      real: measurements of the real clips of their conditions.
+      others: measurements of other real clips.
 
     Raises:
-      UserError: clips of another size than the real ones.
+      UserError: the clips have another size than the real ones.
     """
     if made["clips"].shape != real["clips"].shape:
         expected = real["clips"].shape
@@ -99,7 +99,7 @@ def against_real(made: Measures, real: Measures, others: Measures) -> dict[str, 
 
 
 def _numbers(made: Measures, real: Measures) -> Measures:
-    """What is known of single clips, and of the real ones of their conditions."""
+    """Returns the values of single clips, and of the real ones of their conditions."""
     clips, true = made["clips"], real["clips"]
     return {
         "direction": measures.directions(clips) == real["direction"],
@@ -112,13 +112,13 @@ def _numbers(made: Measures, real: Measures) -> Measures:
 
 
 def _kernels(made: Measures, others: Measures) -> Kernels:
-    """Between the features of clips and those of other real ones, which standardise them."""
+    """Returns the kernels between the features of clips and of other real ones, which standardise both."""
     scale = FeatureScale.of(others["features"])
     return Kernels.of(scale(made["features"]), scale(others["features"]))
 
 
 def _summary(numbers: Measures, kernels: Kernels) -> dict[str, float]:
-    """The metrics of clips with these numbers and kernels."""
+    """Returns the metrics of clips with these values and kernels."""
     moved, really = numbers["moved"], numbers["moved_real"]
     return {
         "kvd": kernels.distance,
@@ -133,12 +133,12 @@ def _summary(numbers: Measures, kernels: Kernels) -> dict[str, float]:
 def intervals(
     made: Measures, again: Measures, real: Measures, others: Measures, named: bool, given: bool
 ) -> dict[str, Interval]:
-    """95 % intervals over clips (`metrics.intervals`).
+    """Returns 95% confidence intervals over clips (`metrics.intervals`).
 
     Args:
-      made, again: of clips, and of those that were made once more of the first conditions.
-      real, others: of the real clips of the conditions, and of other ones.
-      named: whether the classifier says what they show.
+      made, again: measurements of the clips, and of the second clips for the first conditions.
+      real, others: measurements of the real clips of the conditions, and of other real clips.
+      named: whether to classify the digits.
       given: whether the first frame was given.
     """
     single = {}
@@ -163,8 +163,8 @@ def intervals(
 
 
 def curves(made: Measures) -> dict[str, list[float]]:
-    """Means over clips, frame by frame: the Laplacian's variance over the first frame's, and the colours' distance from
-    the first frame's."""
+    """Returns means over clips, frame by frame: the Laplacian's variance relative to the first frame, and the distance
+    of the colours from those of the first frame."""
     variance = laplacian_variance(made["clips"]).mean(0)
     return {
         "sharpness_kept": (variance / max(variance[0], 1e-6)).tolist(),
@@ -173,7 +173,7 @@ def curves(made: Measures) -> dict[str, list[float]]:
 
 
 def each(made: Measures, real: Measures, given: bool) -> dict[str, list[float]]:
-    """The numbers that single clips have; `given` is whether the first frame was."""
+    """Returns the metrics of single clips; `given` says whether the first frame was given."""
     numbers = _numbers(made, real)
     found = {
         "direction": numbers["direction"].astype(float),
@@ -187,7 +187,7 @@ def each(made: Measures, real: Measures, given: bool) -> dict[str, list[float]]:
 
 
 def digits_named(made: Measures, real: Measures) -> dict[str, float]:
-    """How often the classifier sees the caption's digit in the first and in the last frame."""
+    """Returns how often the classifier sees the caption's digit in the first and in the last frame."""
     name = classifier()
     return {
         f"digit_{when}": float((name(made["clips"][:, frame]) == real["digit"]).mean())
@@ -196,18 +196,19 @@ def digits_named(made: Measures, real: Measures) -> dict[str, float]:
 
 
 def agreement(made: Measures, real: Measures) -> float:
-    """PSNR of the first frames against the given ones."""
+    """Returns the PSNR of the first frames against the given ones."""
     return float(psnr(made["clips"][:, 0], real["clips"][:, 0]).mean())
 
 
 def diversity(made: Measures, again: Measures) -> float:
-    """How far clips are apart from those of the same conditions and other noise."""
+    """Returns the difference between clips and those for the same conditions with other noise."""
     second = again["clips"]
     return float(measures.difference(made["clips"][: len(second)], second).mean())
 
 
 def real_diversity(real: Measures, others: Measures) -> float | None:
-    """The same of real clips: those of one digit and direction, whose images and starts differ; None without any."""
+    """Returns the same for pairs of real clips with one digit and direction but different images and starts; None if
+    there are no pairs."""
     known = zip(others["digit"].tolist(), others["direction"].tolist(), strict=True)
     same = {key: i for i, key in enumerate(known)}
     keys = zip(real["digit"].tolist(), real["direction"].tolist(), strict=True)
@@ -219,12 +220,13 @@ def real_diversity(real: Measures, others: Measures) -> float | None:
 
 
 SIDE, CELL, BINS = 28, 7, 8
-# Root mean square height of the normalised digit, in pixels of SIDE.
+# Root mean square height of the normalised digit, in pixels (of SIDE).
 SPREAD = 5.0
 
 
 def _describe(frames: Pictures) -> Float[np.ndarray, "b d"]:
-    """Gradient histograms of the normalised digits, over cells and half-shifted cells; each vector has length 1."""
+    """Returns gradient histograms of the normalised digits, over cells and half-shifted cells; all vectors have length
+    1."""
     x = np.stack([_normalise(frame) for frame in frames.mean(-1)])
     down, right = np.gradient(x, axis=1), np.gradient(x, axis=2)
     edge = np.hypot(down, right)
@@ -241,7 +243,7 @@ def _describe(frames: Pictures) -> Float[np.ndarray, "b d"]:
 
 
 def _normalise(frame: Float[np.ndarray, "height width"]) -> Float[np.ndarray, "28 28"]:
-    """The digit centred, at one size and without slant, by its first and second moments; an empty frame stays empty."""
+    """Normalises the digit's position, size and slant by its first and second moments; an empty frame stays empty."""
     ink = np.maximum(frame.astype(np.float64) - measures.INK, 0)
     total = max(ink.sum(), 1e-6)
     rows, columns = np.arange(frame.shape[0]), np.arange(frame.shape[1])

@@ -1,4 +1,4 @@
-"""The embedded task: rendered handwritten digits, whose captions can be checked (`tasks.base.Task`)."""
+"""The embedded task (`tasks.base.Task`): rendered handwritten digits, whose captions can be checked."""
 
 from __future__ import annotations
 
@@ -42,36 +42,36 @@ from vpae_jax.weights.directory import ModelDirectory
 from vpae_jax.weights.settings import Scheduler
 
 ENCODED_AT_ONCE = 32
-# Fixed, so that numbers compare between runs: digit images, and the seeds of the clips that are asked for. The guard's
-# digits are neither trained on nor those of the final evaluation.
+# Digit images and seed of the held-out clips for each purpose; fixed, so that scores are comparable between runs. The
+# guard's digits are used neither for training nor in the final evaluation.
 ASKED: Mapping[Purpose, tuple[Split, int]] = {
     "preview": ("eval", 7),
     "guard": ("classifier", 99),
     "evaluation": ("eval", 100),
 }
-# How many other real clips they are compared with, and their seed; how many conditions are asked for twice.
+# Number and seed of the other real clips for comparison; number of conditions with a second clip.
 OTHERS: Mapping[Purpose, tuple[int, int]] = {"preview": (0, 0), "guard": (256, 199), "evaluation": (1000, 200)}
 AGAIN: Mapping[Purpose, int] = {"preview": 0, "guard": 16, "evaluation": 64}
-FEWEST = 16  # clips of an evaluation
+FEWEST = 16  # minimum number of clips in an evaluation
 
 
 def check(experiment: Experiment, pipeline: Pipeline | None) -> None:
-    """Raises `UserError` for a batch of more clips than there are, or a model that makes clips of another size."""
+    """Raises `UserError` if a batch needs more clips than there are, or if the model makes clips of another size."""
     if experiment.batch_size > experiment.data.clips:
         raise UserError(
             f"config.batch_size is {experiment.batch_size}, but config.data.clips is {experiment.data.clips}; "
-            "lower the one or raise the other"
+            "lower the former or raise the latter"
         )
     if pipeline is not None:
         _check_size(experiment.model.path, pipeline)
 
 
 class Digits:
-    """Rendered digits. Their images are split, so that those of held-out clips are never trained on.
+    """Rendered digits. The digit images are split, so that those of held-out clips are never trained on.
 
     Args:
-      data: how many clips are trained on, and where they are kept encoded.
-      workdir: of the run; paths may be relative to it.
+      data: number of training clips, and where they are stored after encoding.
+      workdir: the run's folder; paths may be relative to it.
     """
 
     name = "digits"
@@ -155,7 +155,7 @@ class Digits:
         for part in held_out.parts:
             real = rows_of(held_out.real, part.rows)
             values = _part_scores(held_out, part.name, real, real)
-            # What follows a first frame is drawn once in real data, so that image-to-video has no pair.
+            # In real data each first frame occurs only once, so there are no pairs for image-to-video.
             if part.name == "t2v" and (found := scores.real_diversity(real, held_out.others)) is not None:
                 values["diversity"] = found
             result |= {f"{part.name}/{name}": value for name, value in values.items()}
@@ -200,8 +200,8 @@ class Digits:
 
 
 def _asked(purpose: Purpose, parts: Sequence[Part]) -> tuple[list[Clip], Int[np.ndarray, "n"]]:
-    """The clips that are asked for, and which of them each row is of. An evaluation asks for the same in both modes,
-    since they are shown side by side."""
+    """Returns the held-out clips, and which of them each row uses. An evaluation uses the same clips in both modes,
+    which are shown side by side."""
     split, seed = ASKED[purpose]
     count = parts[0].rows.stop - parts[0].rows.start
     distinct = count if purpose == "evaluation" else count * len(parts)
@@ -214,7 +214,7 @@ def _asked(purpose: Purpose, parts: Sequence[Part]) -> tuple[list[Clip], Int[np.
 
 
 def _kept(videos: Clips, held_out: HeldOut, shelf: Shelf) -> tuple[Path, ...]:
-    """The first real clips as files."""
+    """Stores the first real clips as files."""
     archive = shelf.archive("real", {"clips": held_out.origins[: len(videos)]})
     for index in archive.without_measures(range(len(videos))):
         archive.keep_video(index, videos[index], held_out.fps)
@@ -224,7 +224,7 @@ def _kept(videos: Clips, held_out: HeldOut, shelf: Shelf) -> tuple[Path, ...]:
 
 def _part_scores(held_out: HeldOut, mode: Mode, made: Measures, real: Measures) -> dict[str, float]:
     values = scores.against_real(made, real, held_out.others)
-    if held_out.purpose == "evaluation":  # the guard's digits are those that the classifier learns from
+    if held_out.purpose == "evaluation":  # the guard's digits are the training data of the classifier
         values |= scores.digits_named(made, real)
     if mode == "i2v":
         values["psnr_first"] = scores.agreement(made, real)
@@ -232,10 +232,10 @@ def _part_scores(held_out: HeldOut, mode: Mode, made: Measures, real: Measures) 
 
 
 def _condition(pipeline: Pipeline, captions: tuple[str, ...], pictures: Pictures, parts: Sequence[Part]) -> Condition:
-    """What the pipeline's encoders make of captions, and in image-to-video of first frames."""
+    """Encodes captions and, for image-to-video, first frames with the pipeline's encoders."""
     found = []
     for part in parts:
-        rows = slice(part.rows.start, part.again.stop)  # with those of the second time
+        rows = slice(part.rows.start, part.again.stop)  # includes the repeated rows
         found.append(pipeline.condition(list(captions[rows]), pictures[rows] if part.name == "i2v" else None))
     return jax.tree.map(lambda *values: np.concatenate(values), *found)
 

@@ -1,8 +1,9 @@
 """The tokenizer of the embedded tiny model: a unigram vocabulary over the captions of `tasks.digits.clips`.
 
-It follows SentencePiece and T5, as UMT5's tokenizer does (padding 0, end of sentence 1, unknown 2, no beginning of
-sentence, words marked by a leading U+2581, 256 byte pieces for all else), so any Unicode text has tokens and every word
-of a caption is one token. Its folder loads with `transformers.AutoTokenizer.from_pretrained`, without a network.
+It follows SentencePiece and T5, like UMT5's tokenizer (padding 0, end of sentence 1, unknown 2, no beginning of
+sentence, words marked by a leading U+2581, 256 byte pieces for everything else), so any Unicode text can be tokenised,
+and every word of a caption is one token. Its folder loads with `transformers.AutoTokenizer.from_pretrained`, without
+network access.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ SPACE = "\u2581"
 
 
 def build_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Writes the tokenizer's files into `folder` and returns it as loaded from there.
+    """Writes the tokenizer's files to `folder`, and returns the tokenizer loaded from there.
 
-    The result depends on nothing but the captions.
+    The result depends only on the captions.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.Unigram(vocabulary(), unk_id=SPECIAL.index("<unk>"), byte_fallback=True))
@@ -56,13 +57,13 @@ def build_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def vocabulary() -> list[tuple[str, float]]:
-    """Pieces in the order of their ids, with log probabilities: special pieces, bytes, words, letters."""
+    """Returns the pieces in the order of their ids, with log probabilities: special pieces, bytes, words, letters."""
     words = Counter(SPACE + word for text in captions() for word in text.split())
     total = sum(words.values())
     special = [(piece, 0.0) for piece in SPECIAL]
     raw = [(f"<0x{value:02X}>", 0.0) for value in range(256)]
     known = [(word, math.log(count / total)) for word, count in sorted(words.items())]
-    # Less likely than any word, so that a word is never spelt out when it is known as a whole.
+    # Less likely than any word, so that a known word is never split into letters.
     rare = -math.log(total)
     letters = [(letter, rare) for letter in [SPACE, *string.ascii_lowercase]]
     return special + raw + known + letters

@@ -1,1 +1,1 @@
-"""Clips of any content, as folders of latent records or as videos that are encoded before a run."""
+"""The task for clips of any content, given as folders of latent records, or as videos that are encoded before a run."""

@@ -1,4 +1,4 @@
-"""The real clips behind records: what the VAE's decoder makes of their latents, and what is measured of that."""
+"""Reconstructs the real clips behind records by decoding their latents with the VAE, and measures them."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ Measure = Callable[[Clips, Latents], Measures]
 
 @dataclass(frozen=True)
 class Captioned:
-    """A held-out clip, or a prompt alone, as its record has it.
+    """A held-out clip, or a prompt alone, from its record.
 
     Attributes:
-      arrays: of the record (`data.records.LatentRecords`).
-      caption: its text.
-      origin: which record of which folder it is.
+      arrays: arrays of the record (`data.records.LatentRecords`).
+      caption: its caption.
+      origin: identifies the folder and the record.
       given: whether it is a prompt alone with a first frame.
-      unseen: whether it is one without.
+      unseen: whether it is a prompt alone without a first frame.
     """
 
     arrays: dict[str, Value]
@@ -43,7 +43,7 @@ class Captioned:
 
 
 def captioned(records: LatentRecords, index: int) -> Captioned:
-    """A record. Raises `BadRecord` for one that is damaged."""
+    """Reads a record. Raises `BadRecord` if it is damaged."""
     arrays, caption = records[index], records.about(index).get("caption", "")
     given = "frames" in arrays and bool(np.any(arrays["frames"]))
     origin = f"{records.index['fingerprint']} {index}"
@@ -51,12 +51,12 @@ def captioned(records: LatentRecords, index: int) -> Captioned:
 
 
 def latents_of(clips: Sequence[Captioned]) -> Latents:
-    """Of clips of one size, in float32."""
+    """Returns the latents of clips of one size, in float32."""
     return np.stack([clip.arrays["latents"] for clip in clips]).astype(np.float32)
 
 
 def first_pictures(pipeline: Pipeline, prompts: Sequence[Captioned]) -> Measures:
-    """The first frames that are given, as measures of clips have theirs, after the VAE."""
+    """Returns the given first frames, decoded by the VAE, in the form in which measurements of clips contain them."""
     found = []
     for prompt in prompts:
         latents = prompt.arrays["frames"][None, :1, ..., -pipeline.vae.config.z_dim :].astype(np.float32)
@@ -67,11 +67,11 @@ def first_pictures(pipeline: Pipeline, prompts: Sequence[Captioned]) -> Measures
 def measured(
     pipeline: Pipeline, name: str, clips: Sequence[Captioned], measure: Measure, shelf: Shelf | None, shown: bool
 ) -> tuple[tuple[Path, ...], Measures]:
-    """What is measured of clips of one size; and their files, where a shelf keeps them.
+    """Measures clips of one size. Returns their files, if a shelf stores them, and the measurements.
 
     Args:
-      name: what they are called on the shelf.
-      shown: whether it keeps them as videos, too.
+      name: name of the clips on the shelf.
+      shown: whether the shelf also stores them as videos.
     """
     archive = None
     if shelf is not None:
@@ -93,5 +93,5 @@ def measured(
     if archive is None:
         return (), joined(found)
     kept = archive.all_measures(range(len(clips)))
-    assert kept is not None  # decoding raises for clips that are not finite
+    assert kept is not None  # decoding raises an error for clips that are not finite
     return tuple(archive.video(index) for index in range(len(clips))) if shown else (), kept

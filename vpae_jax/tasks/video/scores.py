@@ -1,5 +1,5 @@
-"""How good generated clips of any content are, against real clips that no training saw (`metrics.judge`), with what
-needs the given first frame, or two clips of one condition."""
+"""Scores of generated clips of any content against held-out real clips (`metrics.judge`), with additional metrics that
+need the given first frame, or two clips of one condition."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from vpae_jax.tasks.base import HeldOut, Measures, Part, Purpose, rows_of
 
 METRICS = (
     *judge.METRICS,
-    Metric("diversity", "diversity", "more", "Difference of two clips of one condition over that of two real clips."),
+    Metric("diversity", "diversity", "more", "Difference of two clips of one condition, relative to two real clips."),
     Metric(
         "diversity_content",
         "diversity, content",
         "more",
-        "Distance of AlexNet features of two clips of one condition over that of two real clips.",
+        "Distance of AlexNet features of two clips of one condition, relative to two real clips.",
     ),
-    Metric("psnr_first", "PSNR, frame 0", "more", "First frame against the given picture, in decibels."),
-    Metric("lpips_first", "LPIPS, frame 0", "less", "First frame against the given picture, by AlexNet; 0 is equal."),
+    Metric("psnr_first", "PSNR, frame 0", "more", "First frame against the given image, in decibels."),
+    Metric("lpips_first", "LPIPS, frame 0", "less", "First frame against the given image, by AlexNet; 0 is equal."),
 )
-# A student is refused whose clips move less than this part of what real ones do, and less than before.
+# A student is rejected if its clips move less than this fraction of the real ones' motion, and less than before.
 LEAST = {"motion": 0.5, "flow": 0.5}
 
 
 def measure(clips: Clips, latents: Float[np.ndarray, "b f h w c"], purpose: Purpose) -> Measures:
-    """What is kept of clips. Feature networks look at those of an evaluation alone: the guard's, in a training, are
-    judged without."""
+    """Measures clips. Feature networks are only used for an evaluation, not for the guard during training."""
     return {**judge.measure(clips, purpose == "evaluation"), "moments": statistics.moments(latents)}
 
 
 def compared(held_out: HeldOut, part: Part, made: Measures | None) -> Comparison:
-    """A part's clips against the real ones; the other real ones against these, where none are given: the floor. Without
-    real clips, as prompts alone are, against themselves, and by what needs no others."""
+    """Compares a part's clips with the real ones. If `made` is None, other real clips are compared with the real ones,
+    which gives the best reachable values. If there are no real clips, as for prompts alone, clips are compared with
+    themselves, by metrics that need no others."""
     real, others = rows_of(held_out.real, part.rows), held_out.others
     given, fps = part.name == "i2v", held_out.fps
     if made is None:
@@ -48,7 +48,7 @@ def compared(held_out: HeldOut, part: Part, made: Measures | None) -> Comparison
 
 
 def _first(made: Measures, real: Measures) -> Measures:
-    """Of each clip, how well its first frame agrees with the given one."""
+    """Returns how well each clip's first frame agrees with the given one."""
     found = {"psnr_first": psnr(made["first"], real["first"])}
     if "content" in made and (apart := networks.lpips(made["first"], real["first"])) is not None:
         found["lpips_first"] = apart
@@ -58,7 +58,7 @@ def _first(made: Measures, real: Measures) -> Measures:
 def _diversity(
     made: Measures, again: Measures, real: Measures
 ) -> dict[str, tuple[Float[np.ndarray, "n"], Float[np.ndarray, "m"]]]:
-    """How far two clips of one condition are apart, and two real clips of different ones."""
+    """Returns the differences between two clips of one condition, and between two real clips of different ones."""
     first, second = rows_of(made, slice(len(again["clip"]))), again
     turned = rows_of(real, np.roll(np.arange(len(real["clip"])), 1))
     found = {"diversity": (difference(first["clip"], second["clip"]), difference(real["clip"], turned["clip"]))}

@@ -1,4 +1,4 @@
-"""The folders of records that a run trains on, and those of their clips that it never sees."""
+"""The folders of records that a run trains on, and its held-out folders."""
 
 from __future__ import annotations
 
@@ -23,24 +23,25 @@ from vpae_jax.methods.base import Method
 from vpae_jax.runtime.processes import as_first_says, is_first, say
 from vpae_jax.types import UserError
 
-# Of one video of a folder that is encoded before a run, at most.
+# Maximum number of clips per video in a folder that is encoded before a run.
 RAW_CLIPS = 1000
 
 Sources = tuple[tuple[LatentRecords, float], ...]
 
 
 def open_sources(data: DataConfig, workdir: Path, pipeline: Pipeline, model: str) -> Sources:
-    """The clips that a run trains on, each folder with its weight; encodes them first where they are given as videos.
+    """Opens the folders of clips that a run trains on, each with its weight; if they are given as videos, encodes them
+    first.
 
     Args:
-      data: where they lie.
-      workdir: of the run.
-      pipeline: the model whose encoders the clips are to be encoded with.
+      data: the data config.
+      workdir: the run's folder.
+      pipeline: the model whose encoders the clips must be encoded with.
       model: its name, for messages.
 
     Raises:
-      UserError: a folder that is missing, not complete, was encoded with other encoders than the model's, or has arrays
-        that these do not make; an object store that cannot be read.
+      UserError: a folder is missing or incomplete, was encoded with other encoders than the model's, or has arrays that
+        these would not produce; or an object store cannot be read.
     """
     if data.videos:
         records = _encoded(data, workdir, pipeline)
@@ -49,15 +50,15 @@ def open_sources(data: DataConfig, workdir: Path, pipeline: Pipeline, model: str
 
 
 def open_records(names: str, key: str, workdir: Path, pipeline: Pipeline, model: str) -> Sources:
-    """Folders of records, "DIR,DIR" or "DIR=WEIGHT,...". Raises `UserError` as `open_sources`, naming `key`."""
-    # Once for all processes: they have compared their models' files, and large encoders take long to read.
+    """Opens folders of records, "DIR,DIR" or "DIR=WEIGHT,...". Raises `UserError` as `open_sources`, naming `key`."""
+    # Only in the first process: all have compared their models' files, and large encoders take long to read.
     found, expected = [], as_first_says(f"encoders of {key}", fingerprint(pipeline) if is_first() else None)
     for name, weight in parse_sources(names):
         folder = _location(name, workdir)
         if weight is not None and isinstance(folder, Path) and not folder.exists():
             raise UserError(
-                f"{key}: {folder}: no such folder, of which {weight:g} would be the weight; where a folder's name ends "
-                "in =NUMBER, end it in /"
+                f"{key}: {folder}: no such folder (with weight {weight:g}); if the folder's name itself ends in "
+                "=NUMBER, append a /"
             )
         records = LatentRecords(folder)
         if records.index["identity"].get("encoders") != expected:
@@ -72,8 +73,8 @@ def open_records(names: str, key: str, workdir: Path, pipeline: Pipeline, model:
 
 
 def _misfit(records: LatentRecords, pipeline: Pipeline) -> str | None:
-    """Which arrays of records are not as the model's encoders make them, whatever the records say of their encoders;
-    None if all are."""
+    """Describes arrays of records that differ from what the model's encoders produce, whatever encoders the index
+    names; None if all agree."""
     vae, tokens = pipeline.vae.config, pipeline.tokenizer.model_max_length
     made = {"text": [pipeline.text_encoder.config.d_model], "text_tokens": [tokens]}
     if pipeline.takes_image:
@@ -86,27 +87,27 @@ def _misfit(records: LatentRecords, pipeline: Pipeline) -> str | None:
         found = common(shard) | {"text_tokens": [records.index["text_tokens"]]}
         for name in sorted({*found, *expected}):
             if found.get(name) != expected.get(name):
-                return f"its {name} are of {found.get(name)}, those of the model's encoders of {expected.get(name)}"
+                return f"its index gives {name} as {found.get(name)}, but the model's encoders {expected.get(name)}"
         f, h, w, _ = latents = list(latent_shape(shard))
         if (frames := shard["shapes"].get("frames", latents))[:-1] != latents[:-1]:
-            return f"its frames are of {frames}, its latents of {latents}"
+            return f"its frames have shape {frames}, but its latents {latents}"
         space = vae.scale_factor_spatial
         try:
             pipeline.latent_shape(1, 1 + (f - 1) * vae.scale_factor_temporal, h * space, w * space)
         except UserError as error:
-            return f"its latents are of {latents}, which the model does not make ({error})"
+            return f"its latents have shape {latents}, which the model cannot make ({error})"
     return None
 
 
 def check_clips(data: DataConfig, workdir: Path, name: str, method: Method) -> None:
-    """Raises `UserError` for folders of which some hold prompts alone and some clips, or for prompts alone to train on
-    where a method needs clips.
+    """Raises `UserError` if some folders contain prompts alone and others clips, or if there are only prompts to train
+    on and the method needs clips.
 
     Args:
-      data: where the folders are.
-      workdir: of the run.
-      name: of the phase.
-      method: what is trained.
+      data: the data config.
+      workdir: the run's folder.
+      name: name of the phase.
+      method: the method.
     """
     _of_prompts("held_out_records", data.held_out_records, workdir)
     prompts = _of_prompts("records", data.records, workdir)
@@ -114,35 +115,35 @@ def check_clips(data: DataConfig, workdir: Path, name: str, method: Method) -> N
         return
     encoded = "encode videos, or clips that a teacher makes (python -m vpae_jax.encode --captions=...)"
     if method.without_clips is None:
-        raise UserError(f"{name} trains on real clips, but {prompts[0]} holds prompts alone; {encoded}")
+        raise UserError(f"{name} trains on real clips, but {prompts[0]} contains prompts alone; {encoded}")
     keys = [
         f"--config.method.{key}={value}" for key, value in method.without_clips.items() if getattr(method, key) != value
     ]
     raise UserError(
-        f"{name} trains on real clips as it is set, but {prompts[0]} holds prompts alone; set {' '.join(keys)}, "
-        f"or {encoded}"
+        f"{name} trains on real clips with these settings, but {prompts[0]} contains prompts alone; set "
+        f"{' '.join(keys)}, or {encoded}"
     )
 
 
 def _of_prompts(key: str, names: str, workdir: Path) -> list[Location]:
-    """The folders, if they hold prompts alone; none, if they hold clips. Raises `UserError` for both."""
+    """Returns the folders if they contain prompts alone; none if they contain clips. Raises `UserError` for both."""
     folders = [_location(name, workdir) for name, _ in parse_sources(names)]
     prompts = [folder for folder in folders if of_prompts(read_index(folder))]
     if others := [folder for folder in folders if prompts and folder not in prompts]:
         raise UserError(
-            f"config.data.{key}: {prompts[0]} holds prompts alone and {others[0]} clips; give folders of one kind"
+            f"config.data.{key}: {prompts[0]} contains prompts alone, but {others[0]} clips; give folders of one kind"
         )
     return prompts
 
 
 def open_videos(data: DataConfig, workdir: Path) -> Manifest:
-    """The videos of a run. Raises `UserError` for a folder that is missing, or holds none that can be listed."""
+    """Opens the videos of a run. Raises `UserError` if the folder is missing or contains no usable videos."""
     return Manifest(resolve(data.videos, workdir), flag="--config.data.videos")
 
 
 def digests(names: str, workdir: Path) -> tuple[str, ...]:
-    """Of each of the folders of records, "DIR,DIR" or "DIR=WEIGHT,...", a digest of its index, which has the clips'
-    checksums, and its weight. Raises `UserError` for a folder that is missing, or not complete."""
+    """Returns a digest for each folder of records, "DIR,DIR" or "DIR=WEIGHT,...": a hash of its index, which contains
+    the clips' checksums, and its weight. Raises `UserError` if a folder is missing or incomplete."""
     return tuple(
         f"{_digest(read_index(_location(name, workdir)))}{'' if weight is None else f' at weight {weight:g}'}"
         for name, weight in parse_sources(names)
@@ -158,7 +159,7 @@ def _location(name: str, workdir: Path) -> Location:
 
 
 def _encoded(data: DataConfig, workdir: Path, pipeline: Pipeline) -> LatentRecords:
-    """Clips of the model's own size from a folder of videos, of which each process encodes its share."""
+    """Encodes clips of the model's own size from a folder of videos; each process encodes its share."""
     own, manifest = pipeline.defaults, open_videos(data, workdir)
     sizes, unfit = ((own.height, own.width),), partial(too_long, pipeline)
     with VideoClips(manifest, sizes, own.num_frames, own.fps, clips_per_video=RAW_CLIPS, unfit=unfit) as clips:
@@ -167,7 +168,7 @@ def _encoded(data: DataConfig, workdir: Path, pipeline: Pipeline) -> LatentRecor
     records = LatentRecords(folder)
     if not len(records):
         kinds = rejected(records.index)
-        raise UserError(f"config.data.videos: no clip of {data.videos} is used ({kinds}); see {folder}/{REJECTS}")
+        raise UserError(f"config.data.videos: {data.videos} gives no usable clip ({kinds}); see {folder}/{REJECTS}")
     if is_first():
         for line in report(folder, records.index):
             say(line)

@@ -1,6 +1,7 @@
-"""Training on any clips, and judging by those of them that are held out.
+"""The task for clips of any content: trains on them, and scores with those that are held out.
 
-The real clips are what the VAE's decoder makes of their latents: the best that a generator of latents can reach.
+The real clips are reconstructed by the VAE's decoder from their latents, since this is the best that a generator of
+latents can reach.
 """
 
 from __future__ import annotations
@@ -47,21 +48,21 @@ from vpae_jax.tasks.video.real import Captioned, captioned, first_pictures, late
 from vpae_jax.tasks.video.sources import Sources, open_records, open_sources
 from vpae_jax.types import Condition, UserError
 
-# Clips that generated ones are compared with, at most, and of a folder that is all held out, all that are looked at.
+# Maximum number of real clips for comparison, and of clips used from a folder that is completely held out.
 OTHERS, FOLDER = 256, 4096
 Number = TypeVar("Number")
 Place = tuple[LatentRecords, int]  # a record: its folder, and its index there
-FEWEST = 8  # clips that are asked for, and others, to judge by
+FEWEST = 8  # minimum number of conditions, and of other clips, for scores
 
 
 class Video:
-    """Any folders of records, or a folder of videos (`tasks.base.Task`).
+    """The task for folders of records, or a folder of videos (`tasks.base.Task`).
 
     Args:
-      data: which clips, and which of them are held out.
-      workdir: of the run; paths may be relative to it.
-      model: name of the model whose encoders made them, for messages.
-      modes: what is asked of a model; by default image-to-video of one that takes a first frame.
+      data: the data config.
+      workdir: the run's folder; paths may be relative to it.
+      model: name of the model whose encoders made the records, for messages.
+      modes: modes to generate; by default image-to-video if the model takes a first frame, else text-to-video.
     """
 
     name = "video"
@@ -77,7 +78,7 @@ class Video:
         self._judged_for: Pipeline | None = None
 
     def batches(self, kind: type, pipeline: Pipeline | None, feed: Feed) -> Batches:
-        assert pipeline is not None  # `tasks.check` refuses methods without one
+        assert pipeline is not None  # `tasks.check` rejects methods without one
         sources = self._open(pipeline)
         how = (feed.batch_size, feed.seed, feed.workers, feed.rows, feed.max_bad)
         return latent_batches(sources, *how, most_held_out=self._most, seeds=feed.seeds)
@@ -90,7 +91,7 @@ class Video:
         if not asked or (judged and min(len(asked), len(others)) < FEWEST):
             raise TooFew(
                 f"{len(asked) + len(others)} held-out clips of one size are too few; raise config.data.held_out (at "
-                "most a fifth of a folder is held out), or name other clips in config.data.held_out_records"
+                "most a fifth of a folder is held out), or give other clips in config.data.held_out_records"
             )
         modes = self._modes or (("i2v",) if pipeline.takes_image else ("t2v",))
         if not pipeline.takes_image or asked[0].unseen:
@@ -101,7 +102,7 @@ class Video:
         conditions = [
             _condition(asked[clip], part.name) for part in parts for clip in clip_of_row[: len(asked) + again]
         ]
-        arrays, records = asked[0].arrays, self._judged[0][0]  # of the same encoders all, and negative prompt
+        arrays, records = asked[0].arrays, self._judged[0][0]  # all have the same encoders and negative prompt
         shape = arrays["latents"].shape if "latents" in arrays else tuple(int(size) for size in arrays["size"])
         return HeldOut(
             purpose=purpose,
@@ -131,7 +132,7 @@ class Video:
             return replace(held_out, real=rows_of(given, clip_of_row))
         measure = partial(scores.measure, purpose=held_out.purpose)
         files, real = measured(pipeline, "real", asked, measure, shelf, shown=True)
-        del asked  # which may be large
+        del asked  # may be large
         beside = measured(pipeline, "others", list(_readable(others, OTHERS)), measure, shelf, shown=False)[1]
         return replace(held_out, files=files, real=rows_of(real, clip_of_row), others=beside)
 
@@ -159,15 +160,15 @@ class Video:
         return {name: values.tolist() for name, values in _named(held_out, made, Comparison.each).items()}
 
     def write_model(self, *_: object, **__: object) -> Path:
-        raise UserError("the autoencoder and the encoders are trained on rendered digits alone")
+        raise UserError("the autoencoder and the encoders can only be trained on rendered digits")
 
     @property
     def _most(self) -> int:
         return 0 if self._data.held_out_records else self._data.held_out
 
     def _open(self, pipeline: Pipeline) -> Sources:
-        """The training clips' folders; says once what is held out of them."""
-        if self._sources is None or self._opened_for is not pipeline:  # which may have other encoders
+        """Opens the folders of training clips; prints once how many clips are held out of them."""
+        if self._sources is None or self._opened_for is not pipeline:  # another pipeline may have other encoders
             said, self._opened_for = self._sources is not None, pipeline
             self._sources = open_sources(self._data, self._workdir, pipeline, self._model)
             for records, _ in self._sources if self._most and not said else ():
@@ -177,20 +178,20 @@ class Video:
         return self._sources
 
     def _apart(self, pipeline: Pipeline) -> Sources:
-        """The folders that clips are held out of, made by this pipeline's encoders."""
+        """Opens the folders with the held-out clips, which must have been made by this pipeline's encoders."""
         if not self._data.held_out_records:
             return self._open(pipeline)
         key = "config.data.held_out_records"
         return open_records(self._data.held_out_records, key, self._workdir, pipeline, self._model)
 
     def _halves(self) -> tuple[list[Place], list[Place]]:
-        """The held-out clips of the most frequent shape, of all folders in turn: those of the guard and the previews,
-        and those of the evaluation."""
+        """Returns the held-out clips of the most frequent shape, from all folders alternately: one half for the guard
+        and the previews, the other for the evaluation."""
         found: list[list[tuple[LatentRecords, int, LatentShape]]] = []
         for records in {records.index["fingerprint"]: records for records, _ in self._judged}.values():
             shapes = {int(clip): shape for shape, clips in records.shapes.items() for clip in clips}
             total = len(records)
-            if self._data.held_out_records and records.of_prompts:  # in the order of their file
+            if self._data.held_out_records and records.of_prompts:  # in the order of the prompts' file
                 clips = [*range(min(total, FOLDER))]
             elif self._data.held_out_records:
                 clips = [shuffled(place, total, 0) for place in range(min(total, FOLDER))]
@@ -206,13 +207,13 @@ class Video:
         return same[::2], same[1::2]
 
     def _chosen(self, purpose: Purpose, count: int) -> tuple[list[Captioned], list[Place]]:
-        """What is asked for, and where the clips are that these and generated ones are compared with: there are none
-        of prompts alone, which are previewed, or which an evaluation is of."""
+        """Returns the clips whose conditions are used, and the places of the other real clips for comparison. The
+        latter are empty for prompts alone, which can only be used for previews and evaluations."""
         first, second = self._halves()
         prompts = [records.folder for records, _ in (*first, *second) if records.of_prompts]
         if prompts and (purpose == "guard" or (purpose == "evaluation" and not self._data.held_out_records)):
             raise TooFew(
-                f"{prompts[0]} holds prompts alone, without real clips to compare with; name records of clips in "
+                f"{prompts[0]} contains prompts alone, without real clips to compare with; give records of clips in "
                 "config.data.held_out_records, or in --records of python -m vpae_jax.evaluate"
             )
         if prompts and purpose == "evaluation":
@@ -225,7 +226,7 @@ class Video:
 def _named(
     held_out: HeldOut, made: Measures | None, of: Callable[[Comparison], Mapping[str, Number]]
 ) -> dict[str, Number]:
-    """Of every part's comparison, under its name."""
+    """Evaluates `of` on the comparison of every part, and prefixes the results with the part's name."""
     return {
         f"{part.name}/{name}": value
         for part in held_out.parts
@@ -234,12 +235,12 @@ def _named(
 
 
 def _clips_of(parts: Sequence[Part]) -> Int[np.ndarray, "n"]:
-    """Which of the clips that are asked for each row is of."""
+    """Returns which held-out clip each row uses."""
     return np.concatenate([np.arange(rows.stop - rows.start) for part in parts for rows in (part.rows, part.again)])
 
 
 def _readable(clips: Sequence[Place], count: int) -> Iterator[Captioned]:
-    """The first `count` clips that are not damaged."""
+    """Yields the first `count` clips that are not damaged."""
     left = count
     for records, index in clips:
         if not left:
@@ -252,7 +253,7 @@ def _readable(clips: Sequence[Place], count: int) -> Iterator[Captioned]:
 
 
 def _condition(clip: Captioned, mode: Mode) -> dict[str, Value]:
-    """What a record says of its clip; of text-to-video without the first frame."""
+    """Returns the condition in a clip's record; for text-to-video without the first frame."""
     kept = {name: clip.arrays[name] for name in ("text", "text_mask", "image", "frames") if name in clip.arrays}
     if mode == "t2v":
         kept |= {name: np.zeros_like(kept[name]) for name in ("image", "frames") if name in kept}
