@@ -57,6 +57,7 @@ def plan(*programs: ProgramPlan) -> Plan:
         ASKED,
         CLIP,
         32,
+        500,
         compiling.sizes(sizes, programs),
         {"checkpoint": 64 * GIB, "offloaded": 0},
         programs,
@@ -70,6 +71,8 @@ def test_a_step_is_the_state_once_and_the_hungriest_program():
     assert (made.step(serial=False), made.step(serial=True)) == (30.0, 39.0)
     assert made.flops == 3 * 8e17 and made.model_flops == 3 * 6e17
     assert made.mfu(serial=False) == pytest.approx(3 * 6e17 / (30 * 16 * 459e12))
+    assert made.device_hours(serial=False) == pytest.approx(16 * 500 * 30 / 3600)
+    assert "500 steps, at least 4.17 hours, 67 device hours" in report.page(made)
 
 
 def test_what_does_not_fit_says_by_how_much():

@@ -26,6 +26,7 @@ def plan(fits=True, seconds=4.0, **more):
             "mfu_overlapped": 0.4,
             "mfu_serial": 0.3,
         },
+        "run": {"steps": 1000, "device_hours_overlapped": seconds and 16 * 1000 * seconds / 3600},
         **more,
     }
 
@@ -43,13 +44,13 @@ def test_rows_are_presets_on_machines_that_exist():
 def test_a_row_shows_what_the_search_found():
     line = survey.line(plan(), "i2v-14b-720p", "phase2")
     assert line == (
-        "| i2v-14b-720p | phase2 | 16 x v5p (v5p:2x2x4) | fsdp 8 x context 2, 1 part(s), remat full "
-        "| 40.0 of 95.0 GiB, fits | 4.0 to 4.0 s | 30% to 40% |\n"
+        "| i2v-14b-720p | phase2 | 16 x v5p (v5p:2x2x4) | fsdp 8 x context 2, 1 parts, remat full "
+        "| 40.0 of 95.0 GiB, fits | 4.0 to 4.0 s | 30% to 40% | 18 |\n"
     )
     found = survey.line(plan(fits=False, search={"plan": plan(seconds=9.0)}), "i2v-14b-720p", "phase2")
     assert "fits | 9.0 to 9.0 s" in found
     refused = survey.line(plan(fits=False, seconds=None, search={"plan": None}), "i2v-14b-720p", "phase2")
-    assert "does not fit | - | - |" in refused
+    assert "does not fit | - | - | - |" in refused
 
 
 def test_a_stopped_table_continues(tmp_path, monkeypatch, capsys):

@@ -63,6 +63,7 @@ def make_plan(
         setting=setting,
         clip=clip,
         batch_size=experiment.batch_size,
+        steps=experiment.steps,
         memory=sizes(kept, made, workspace),
         host=memory.on_host(chip, len(devices), programs, offloaded),
         programs=tuple(made),

@@ -136,10 +136,12 @@ def _step(plan: Plan) -> str:
     if best is None or worst is None:
         return ""
     mfu = f"{plan.mfu(True) or 0:.0%} to {plan.mfu(False) or 0:.0%}"
+    hours = plan.device_hours(False) or 0
     return (
         f"one step: {best:.3g} s if communication is hidden, {worst:.3g} s if it is not\n"
         f"          {plan.model_flops / 1e15:.3g} PFLOP, nothing counted twice; MFU {mfu}; "
-        f"{plan.batch_size / worst:.3g} to {plan.batch_size / best:.3g} clips/s"
+        f"{plan.batch_size / worst:.3g} to {plan.batch_size / best:.3g} clips/s\n"
+        f"the run:  {plan.steps:,} steps, at least {hours / plan.devices:,.3g} hours, {hours:,.0f} device hours"
     )
 
 

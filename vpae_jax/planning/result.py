@@ -57,6 +57,7 @@ class Plan:
       setting: the mesh, accumulation and rematerialisation.
       clip: size of a clip.
       batch_size: clips per step.
+      steps: of the whole run.
       memory: bytes on one device by kind (`memory.KINDS`); "temporaries" is None if the compiler rejected a program
         without saying how much it needs.
       host: bytes of one host's memory by use (`memory.on_host`).
@@ -70,6 +71,7 @@ class Plan:
     setting: Setting
     clip: ClipSize
     batch_size: int
+    steps: int
     memory: dict[str, int | None]
     host: dict[str, int]
     programs: tuple[ProgramPlan, ...]
@@ -116,6 +118,11 @@ class Plan:
             return None
         return sum((calls * (time.serial if serial else time.overlapped) for calls, time in times), 0.0)
 
+    def device_hours(self, serial: bool) -> float | None:
+        """Hours of the whole run, `steps` steps, times the number of devices; None as `step`."""
+        seconds = self.step(serial)
+        return None if seconds is None else seconds * self.steps * self.devices / 3600
+
     @property
     def model_flops(self) -> float:
         """FLOPs of a step over all devices, with nothing counted twice."""
@@ -155,6 +162,11 @@ class Plan:
                 "seconds_serial": self.step(True),
                 "mfu_overlapped": self.mfu(False),
                 "mfu_serial": self.mfu(True),
+            },
+            "run": {
+                "steps": self.steps,
+                "device_hours_overlapped": self.device_hours(False),
+                "device_hours_serial": self.device_hours(True),
             },
         }
 

@@ -32,7 +32,10 @@ MACHINES = ("h100:8", "h200:8", "h20:32")
 CAUSAL = ("causal_init", "causal_ode", "self_forcing", "asd")
 CAUSAL_PRESETS, CAUSAL_MACHINES = ("t2v-1.3b-480p", "i2v-14b-720p"), ("h100:8", "v5p:2x2x4")
 TOPOLOGIES = ("h100:8", "h200:8", "h20:32", "h100:32", "v5p:2x2x4", "v6e:8x8", "tpu7x:2x2x4")
-HEAD = "| preset | config | devices | setting | memory of a device | step | MFU |\n|---|---|---|---|---|---|---|\n"
+HEAD = (
+    "| preset | config | devices | layout | memory per device | step | MFU | device hours |\n"
+    "|---|---|---|---|---|---|---|---|\n"
+)
 
 
 def rows(topologies: Sequence[str] = TOPOLOGIES) -> Iterator[tuple[str, str, str]]:
@@ -71,15 +74,16 @@ def line(plan: dict[str, Any], preset: str, config: str) -> str:
     """A plan as a row of the table, with the setting that the search found, if any, else the preset's own."""
     best = (plan.get("search") or {}).get("plan") or plan
     s, step = best["setting"], best["step"]
-    layout = f"fsdp {s['fsdp']} x context {s['context']}, {s['accumulation']} part(s), remat {s['remat']}"
+    layout = f"fsdp {s['fsdp']} x context {s['context']}, {s['accumulation']} parts, remat {s['remat']}"
     size = "unknown" if best["total"] is None else f"{best['total'] / GIB:.1f}"
     memory = f"{size} of {best['chip']['capacity'] / GIB:.1f} GiB, {'fits' if best['fits'] else 'does not fit'}"
-    seconds = mfu = "-"
+    seconds = mfu = hours = "-"
     if step["seconds_overlapped"] is not None:
         seconds = f"{step['seconds_overlapped']:.1f} to {step['seconds_serial']:.1f} s"
         mfu = f"{step['mfu_serial']:.0%} to {step['mfu_overlapped']:.0%}"
+        hours = f"{best['run']['device_hours_overlapped']:,.0f}"
     where = f"{plan['devices']} x {plan['chip']['name']} ({plan['topology']})"
-    return f"| {preset} | {config} | {where} | {layout} | {memory} | {seconds} | {mfu} |\n"
+    return f"| {preset} | {config} | {where} | {layout} | {memory} | {seconds} | {mfu} | {hours} |\n"
 
 
 def main(argv: Sequence[str]) -> None:

@@ -76,7 +76,7 @@ def compared_scores(workdir: Path) -> dict[str, float]:
     found = read_object(workdir / FILE) or {}
     steps, name = found.get("scores"), found.get("compared")
     compared = {
-        f"held-out {key}, step {step}": value
+        f"held-out {key}, step {step}": float(value)
         for step, scores in (steps.items() if isinstance(steps, dict) else ())
         for key, value in (scores.items() if isinstance(scores, dict) else ())
         if key.endswith(f"/{name}") and isinstance(value, int | float)
