@@ -75,7 +75,7 @@ def compared_scores(workdir: Path) -> dict[str, float]:
     there are none, the latest scores of the run's log."""
     found = read_object(workdir / FILE) or {}
     steps, name = found.get("scores"), found.get("compared")
-    compared = {
+    compared: dict[str, float] = {
         f"held-out {key}, step {step}": value
         for step, scores in (steps.items() if isinstance(steps, dict) else ())
         for key, value in (scores.items() if isinstance(scores, dict) else ())
