@@ -105,7 +105,7 @@ def test_json_holds_the_documented_keys():
     assert json.loads(json.dumps(made)) == json.loads(json.dumps(made))
     assert set(made) == {
         *("schema", "phase", "topology", "chip", "devices", "setting", "flags", "clip", "batch_size", "memory"),
-        *("total", "peak", "host", "fits", "programs", "step"),
+        *("total", "peak", "host", "fits", "programs", "step", "run"),
     }
     assert made["flags"].startswith("--config.mesh.data=1 --config.mesh.fsdp=8 --config.mesh.context=2")
     assert made["programs"][0]["communication"][0]["axes"] == ("fsdp",)
