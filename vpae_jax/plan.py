@@ -24,6 +24,7 @@ h100, h200, b200:N (GPUs, in hosts of eight; needs jax[cuda12]).
                   axes, count, bytes}] or null, seconds {compute, memory, communication} or null, rematerialised
                   (number of instructions that XLA rematerialises by itself), unknown_loops, compile_seconds}
     step          {flops, model_flops, seconds_overlapped, seconds_serial, mfu_overlapped, mfu_serial}
+    run           {steps, device_hours_overlapped, device_hours_serial}
     search        with --search: {flags, plan (as above), settings, tried [{flags, estimated_bytes, estimated_seconds,
                   total, seconds, outcome}]}
 

@@ -114,14 +114,9 @@ def test_a_student_is_pushed_and_loads_from_there(hub, workdir, tmp_path):
 
 
 LOAD = """
-<<<<<<< HEAD
 import diffusers, json
 pipe = diffusers.DiffusionPipeline.from_pretrained("lab/tiny")
 seen = diffusers.DiffusionPipeline.load_config("lab/tiny")
-=======
-from diffusers import DiffusionPipeline
-pipe, seen = DiffusionPipeline.from_pretrained("lab/tiny"), DiffusionPipeline.load_config("lab/tiny")
->>>>>>> push
 print(type(pipe).__name__, seen["_sampling"]["num_inference_steps"], pipe.scheduler.config["_num_inference_steps"])
 """
 

@@ -75,13 +75,8 @@ def compared_scores(workdir: Path) -> dict[str, float]:
     any, the latest scores in its log."""
     found = read_object(workdir / FILE) or {}
     steps, name = found.get("scores"), found.get("compared")
-<<<<<<< HEAD
     compared = {
         f"held-out {key}, step {step}": float(value)
-=======
-    compared: dict[str, float] = {
-        f"held-out {key}, step {step}": value
->>>>>>> push
         for step, scores in (steps.items() if isinstance(steps, dict) else ())
         for key, value in (scores.items() if isinstance(scores, dict) else ())
         if key.endswith(f"/{name}") and isinstance(value, int | float)
