@@ -91,7 +91,10 @@ def test_videos():
     bucket = (480, 832)
     assert filters.video(3.0, 256, 512, bucket) is None
     assert filters.video(2.9, 256, 512, bucket) == ("too short", "lasts 2.90 s, expected at least 3 s")
-    assert filters.video(3.0, 255, 512, bucket) == ("too small", "is 512x255; the shorter side must have 256 pixels")
+    assert filters.video(3.0, 255, 512, bucket) == (
+        "too small",
+        "is 512x255; the shorter side must have at least 256 pixels",
+    )
     kind, reason = filters.video(3.0, 1920, 1080, bucket) or ("", "")
     assert kind == "shape" and "is 1080x1920; cropping to 832x480 loses 67.5%" in reason
     assert Filters().video(3.0, 1920, 1080, bucket) is None

@@ -64,7 +64,7 @@ def test_a_folder_is_read_in_the_order_of_names_with_captions_beside(tmp_path):
         ("a.json", b"[]", "object"),
         ("a.json", b'{"title": "x"}', "caption, text, prompt"),
         ("a.json", b'{"caption": null, "text": "x"}', "caption, text, prompt"),
-        ("a.json", b'{"caption": ["x"]}', "no text"),
+        ("a.json", b'{"caption": ["x"]}', "not text"),
         ("a.json", b'{"caption": "\\ud800"}', "UTF-8"),
     ],
 )

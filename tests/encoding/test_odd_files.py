@@ -150,7 +150,7 @@ def test_a_huge_canvas_is_not_looked_at(tmp_path, width, height):
         begun = time.process_time()
         (found,) = of_unit(clips, 0)
     assert isinstance(found, Reject) and found.kind == "too large"
-    assert found.reason == f"huge.gif has {width}x{height} pixels; at most 33554432 are decoded"
+    assert found.reason == f"huge.gif has {width}x{height} pixels; at most 33554432 are supported"
     assert time.process_time() - begun < 5
 
 

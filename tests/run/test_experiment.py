@@ -185,7 +185,7 @@ def test_a_phase_starts_from_the_newest_whole_checkpoint_of_the_one_before(workd
     newest = tmp_path / "phase1" / FOLDER / "2"
     (newest / "state" / "manifest.ocdbt").write_bytes(b"")
     experiment_ = parse(small(phase2))
-    with pytest.warns(Note, match=r"/checkpoints/2 is damaged \(state/manifest.ocdbt has 0 bytes.*of step 1 takes its"):
+    with pytest.warns(Note, match=r"/checkpoints/2 is damaged \(state/manifest.ocdbt has 0 bytes.*of step 1 is used"):
         assert previous_moment(experiment_, tmp_path / "phase2") == Moment(1)
     assert newest.is_dir(), "another run's folder is left alone"
     with pytest.raises(UserError, match=r"phase1/checkpoints/2 is damaged .*, but required; copy it here again"):

@@ -107,6 +107,6 @@ def test_low_rank_phases_share_one_teacher(tmp_path, monkeypatch):
     assert 0 < moved <= 2.1 * phase2.get_config().optimizers.generator.learning_rate
 
     # All of a network does not start from adapters.
-    reason = r"generator_ema parameter .* has shape None, .*trained with other sizes.*config.method.generator"
+    reason = r"generator_ema parameter .* has shape None, .*sizes that it was trained with.*config.method.generator"
     with pytest.raises(UserError, match=reason):
         run(phase2, tmp_path / "full", disc_warmup=0)
