@@ -1,4 +1,4 @@
-"""The code that docs/architecture.md shows is that of the files that it names."""
+"""The code that the contributor's tutorial shows is that of the files that it names."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"```python\n# (\S+\.py)\n(.*?)```", re.DOTALL)
-SHOWN = BLOCK.findall((ROOT / "docs" / "architecture.md").read_text())
+SHOWN = BLOCK.findall((ROOT / "docs" / "tutorials" / "contributor.md").read_text())
 
 
 def parts(code):
@@ -28,7 +28,7 @@ def whole(code, text):
 
 @pytest.mark.parametrize(("path", "code"), SHOWN, ids=[path for path, _ in SHOWN])
 def test_code_is_that_of_its_file(path, code):
-    assert whole(code, (ROOT / path).read_text()), f"docs/architecture.md shows other code than {path} has"
+    assert whole(code, (ROOT / path).read_text()), f"docs/tutorials/contributor.md shows other code than {path} has"
 
 
 def test_a_difference_is_found():
