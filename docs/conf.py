@@ -36,13 +36,11 @@ highlight_language = "text"
 def markdown_docstring(app, what, name, obj, options, lines):
     """Docstrings have Markdown's inline code and indented commands; reStructuredText spells both differently."""
     text = "\n".join(lines)
-    text = re.sub(
-        r"(?<!`)`([^`]+)`(?!`)(?=(\w)?)", lambda m: f"``{' '.join(m[1].split())}``" + ("\\ " if m[2] else ""), text
-    )
-    # A block that is indented after a paragraph, in Markdown, is code.
-    text = re.sub(
-        r"(?m)^(?![ -]|Args:|Returns:|Raises:|Attributes:|Yields:)(.*[^:\s]):?\n\n(?= {4}\S)", r"\1::\n\n", text
-    )
+    code = re.compile(r"(?<!`)`([^`]+)`(?!`)(?=(\w)?)")
+    text = code.sub(lambda m: f"``{' '.join(m[1].split())}``" + ("\\ " if m[2] else ""), text)
+    # In Markdown, a block that is indented after a paragraph is code.
+    sections = "Args:|Returns:|Raises:|Attributes:|Yields:"
+    text = re.sub(rf"(?m)^(?![ -]|{sections})(.*[^:\s]):?\n\n(?= {{4}})", r"\1::\n\n", text)
     lines[:] = text.split("\n")
 
 
