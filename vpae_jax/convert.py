@@ -43,7 +43,7 @@ from vpae_jax import cli
 from vpae_jax.config import parse
 from vpae_jax.config_files import load
 from vpae_jax.converting import pushing
-from vpae_jax.converting.options import SELF_FORCING, WEIGHTS, check, parser
+from vpae_jax.converting.options import SELF_FORCING, WEIGHTS, check, of_the_generator, parser
 from vpae_jax.methods import make_method
 from vpae_jax.methods.base import Method, all_views
 from vpae_jax.run.first_weights import previous_model, previous_moment, read_previous, remembered, resolve_model
@@ -168,8 +168,8 @@ def read_run(workdir: Path, weights: str | None, base: str | None, refused: bool
     Raises:
       UserError: a role or average that the checkpoint lacks, or weights that the guard turned down.
     """
-    if weights not in (None, *WEIGHTS):
-        raise UserError(f"--weights={weights}: expected one of {', '.join(WEIGHTS)}")
+    if not of_the_generator(weights):
+        raise UserError(f"--weights={weights}: expected one of {', '.join(WEIGHTS)}, ema_DECAY")
     run = read_past_run(workdir)
     decided = _decision(workdir, run, refused)
     model = find_model(resolve_model(run.model_path, workdir) if base is None else base)
@@ -177,6 +177,11 @@ def read_run(workdir: Path, weights: str | None, base: str | None, refused: bool
     student, averages = method.student, state["averages"]
     if student is None:
         raise UserError(f"{workdir}: its method {run.method.get('name')} makes no generator to convert")
+    if weights is not None and weights not in WEIGHTS:
+        student = dataclasses.replace(student, average=weights)
+        if averaged_view(averages, student, student.view) == student.view:
+            kept = ", ".join(sorted(name.removeprefix(f"{student.view}_") for name in averages)) or "none"
+            raise UserError(f"--weights={weights}: the checkpoint has no such average; it has: {kept}")
     names = {"transformer": student.view} | ({} if student.low is None else {LOW: student.low})
     judged = {part: averaged_view(averages, student, name) for part, name in names.items()}
     if weights == "ema" and judged == names:
@@ -188,7 +193,7 @@ def read_run(workdir: Path, weights: str | None, base: str | None, refused: bool
     facts = {
         "run": run.name,
         "step": int(state["step"]),
-        "weights": "the generator's average" if averaged else "the generator",
+        "weights": f"the generator's average ({student.average})" if averaged else "the generator",
         "started from": run.model_path,
         **({MERGED_BEFORE: told(loras)} if loras else {}),
         **({} if decided is None else {"guard": decided.reason + ("" if decided.kept else REFUSED)}),
@@ -415,7 +420,7 @@ def _one_transformer(model: ModelDirectory, option: str) -> None:
 def main(argv: list[str]) -> None:
     given, command = parser(__doc__).parse_args(argv), pushing.recorded(argv)
     run = is_workdir(Path(given.source))
-    role = given.weights if given.as_lora and run and given.weights not in (None, *WEIGHTS) else None
+    role = given.weights if given.as_lora and run and not of_the_generator(given.weights) else None
     check(given, role, command)
     push = None
     if given.push is not None:

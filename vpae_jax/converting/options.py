@@ -17,6 +17,13 @@ from vpae_jax.weights.self_forcing import SUFFIX
 from vpae_jax.weights.writing import Format
 
 WEIGHTS = ("generator", "ema")
+
+
+def of_the_generator(weights: str | None) -> bool:
+    """Whether --weights names the generator, its average, or one of its further averages, "ema_DECAY"."""
+    return weights is None or weights in WEIGHTS or weights.startswith("ema_")
+
+
 SELF_FORCING = "self_forcing"
 
 
@@ -33,7 +40,7 @@ def parser(description: str | None) -> cli.Parser:
     add("--format", choices=(*get_args(Format), SELF_FORCING), required=True, help="the layout of DST")
     add(
         "--weights",
-        help="of a run: generator, or ema (by default, if kept; for Self-Forcing both), with --as-lora "
+        help="of a run: generator, ema (the default, if kept; for Self-Forcing both) or ema_DECAY, with --as-lora "
         "also a role with adapters; of a file with several sets, such as generator and generator_ema: one of them",
     )
     add("--refused", action="store_true", help="of a run whose guard turned its trained weights down: these weights")

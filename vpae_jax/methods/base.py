@@ -21,7 +21,7 @@ roles that the update trains.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -216,9 +216,9 @@ class Average:
     start: int = 0
 
 
-def averages(decay: float) -> dict[str, Average]:
-    """A role's averages: the usual one, or none at a decay of 0."""
-    return {EMA: Average(decay)} if decay else {}
+def averages(decay: float, others: Sequence[float] = ()) -> dict[str, Average]:
+    """A role's averages: the usual one, or none at a decay of 0; and others, called "ema_DECAY"."""
+    return ({EMA: Average(decay)} if decay else {}) | {f"{EMA}_{other:g}": Average(other) for other in others}
 
 
 @dataclass(frozen=True)

@@ -230,7 +230,7 @@ class DCMDetail(DualExpert):
     @property
     def generator_role(self) -> Role:
         """The detail expert, which is the semantic expert at first."""
-        kept = averages(self.ema)
+        kept = averages(self.ema, self.more_emas)
         if self.generator == "full":
             return Role(self.init, trains=True, averages=kept)
         alpha = self.generator_rank * self.generator_scale

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 from vpae_jax.flow.sampler import Sampler
 from vpae_jax.methods.base import EMA, Adapters, Method, Role, Student, averages
 from vpae_jax.methods.common import check_at_least, check_choice, check_decay, check_fraction
-from vpae_jax.types import Batch
+from vpae_jax.types import Batch, UserError
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class GeneratorTraining(Method):
         are then shared.
       generator_rank, generator_scale: rank of the adapters, and alpha / rank.
       ema: decay of the generator's average, which is then scored and exported; 0 for none.
+      more_emas: decays of further averages, one of which can be exported instead after training: `convert
+        --weights=ema_0.99`. Each takes 4 bytes per trained parameter, sharded as the weights are.
       image_dropout: probability that image and first frame are withheld, for a student of both tasks.
     """
 
@@ -34,6 +36,7 @@ class GeneratorTraining(Method):
     generator_rank: int = 128
     generator_scale: float = 0.5
     ema: float = 0.995
+    more_emas: tuple[float, ...] = ()
     image_dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -41,12 +44,18 @@ class GeneratorTraining(Method):
         check_choice(owner, {"generator": ("full", "lora")}, self)
         check_at_least(owner, 1, generator_rank=self.generator_rank)
         check_decay(owner, ema=self.ema)
+        if len({*self.more_emas, self.ema}) <= len(self.more_emas) or not all(
+            0 < decay < 1 for decay in self.more_emas
+        ):
+            raise UserError(
+                f"{owner}.more_emas is {self.more_emas}, expected different decays between 0 and 1, without ema"
+            )
         check_fraction(owner, image_dropout=self.image_dropout)
 
     @property
     def generator_role(self) -> Role:
         """The role "generator"; adapters have no effect at first."""
-        kept = averages(self.ema)
+        kept = averages(self.ema, self.more_emas)
         if self.generator == "full":
             return Role(self.init, trains=True, averages=kept)
         rank = self.generator_rank
