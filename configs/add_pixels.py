@@ -13,8 +13,8 @@ without noise. Everything else is as in `configs/add.py`.
 from ml_collections import ConfigDict
 
 from vpae_jax.configs import add
-from vpae_jax.configs.common import look_at_pixels
+from vpae_jax.configs.common import with_pixel_discriminator
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
-    return look_at_pixels(add.get_config(preset))
+    return with_pixel_discriminator(add.get_config(preset))

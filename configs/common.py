@@ -75,7 +75,7 @@ def every_block(preset: str) -> tuple[int, ...]:
     return tuple(range(1, presets.find(preset).transformer.num_layers + 1))
 
 
-def look_at_pixels(config: ConfigDict) -> ConfigDict:
+def with_pixel_discriminator(config: ConfigDict) -> ConfigDict:
     """Turns a config's discriminator into one on pixels, whose heads read the image encoder at evenly spaced depths.
 
     The heads are as wide as the encoder: 1280 for Wan's, the same as heads on 14B transformers.

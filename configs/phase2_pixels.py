@@ -13,8 +13,8 @@ encoder ("ca", since it reads no prompt). Everything else is as in `configs/phas
 from ml_collections import ConfigDict
 
 from vpae_jax.configs import phase2
-from vpae_jax.configs.common import look_at_pixels
+from vpae_jax.configs.common import with_pixel_discriminator
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
-    return look_at_pixels(phase2.get_config(preset))
+    return with_pixel_discriminator(phase2.get_config(preset))

@@ -8,7 +8,19 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "vpae_jax"
 # From the ground up; a module may import its own room and those before it.
 ROOMS = (
-    ("types", "config", "config_files", "sharding", "files", "impostors", "media", "pages", "cli", "flow", "runtime"),
+    (
+        "types",
+        "config",
+        "config_files",
+        "sharding",
+        "files",
+        "placeholders",
+        "media",
+        "pages",
+        "cli",
+        "flow",
+        "runtime",
+    ),
     ("models", "methods"),
     ("train",),
     ("weights", "data", "metrics"),

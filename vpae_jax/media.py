@@ -17,7 +17,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vpae_jax.files import atomically
-from vpae_jax.impostors import impostor_at
+from vpae_jax.placeholders import placeholder_at
 from vpae_jax.types import Note, UserError
 
 Frames = UInt8[np.ndarray, "t height width 3"]
@@ -136,7 +136,7 @@ def read_image(path: Path) -> Picture:
     except FileNotFoundError as error:
         raise UserError(f"image {path}: no such file") from error
     except UnidentifiedImageError as error:
-        what = impostor_at(path) or f"not an image of a known format; expected {', '.join(IMAGE_FORMATS)}"
+        what = placeholder_at(path) or f"not an image of a known format; expected {', '.join(IMAGE_FORMATS)}"
         raise UserError(f"image {path}: {what}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"image {path}: cannot be read: {error}") from error

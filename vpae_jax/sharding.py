@@ -230,7 +230,7 @@ def mesh_of(params: Any) -> Mesh | None:
     return place.mesh if isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh) else None
 
 
-def beside(tree: Any, mesh: Mesh | None) -> Any:
+def replicate(tree: Any, mesh: Mesh | None) -> Any:
     """Replicates arrays, which are equal in every process, on all devices of a mesh; without a mesh returns them as
     they are."""
     if mesh is None:

@@ -11,7 +11,7 @@ from toy_training import RATE, Follow, parts, slopes
 
 from vpae_jax.flow import draws
 from vpae_jax.flow.draws import following_key
-from vpae_jax.methods.base import Made, Update, View, all_views
+from vpae_jax.methods.base import SharedClips, Update, View, all_views
 from vpae_jax.methods.common import Ratio, drift
 from vpae_jax.train.state import places_of
 from vpae_jax.train.step import due, make_update
@@ -243,7 +243,7 @@ def test_updates_that_follow_learn_from_the_same_clips(accumulation):
     root = jax.random.clone(state.key)
 
     def make(nets, batch, context):
-        return Made(nets["leader"](batch), context.clips)
+        return SharedClips(nets["leader"](batch), context.clips)
 
     def lead(nets, batch, context):
         return ((context.made.x0 - 3 * batch) ** 2).mean((1, 2, 3, 4)), {}

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 from vpae_jax.data.stores import Address, Location
-from vpae_jax.impostors import HEAD, impostor
+from vpae_jax.placeholders import HEAD, placeholder_kind
 from vpae_jax.types import UserError
 
 SCHEMA = 2
@@ -189,7 +189,7 @@ def read_small(path: Location, most: int) -> bytes | None:
     if size > most:
         raise ValueError(f"it has {size} bytes, at most {most} are read")
     data = path.read_range(0, size) if isinstance(path, Address) else path.read_bytes()
-    if what := impostor(data[:HEAD]):
+    if what := placeholder_kind(data[:HEAD]):
         raise UserError(f"{path}: {what}")
     return data
 

@@ -28,7 +28,7 @@ from jaxtyping import UInt8
 
 from vpae_jax.encoding import headers
 from vpae_jax.encoding.cutting import SLACK
-from vpae_jax.impostors import impostor
+from vpae_jax.placeholders import placeholder_kind
 
 # Containers with a single video in a single file. Playlists are excluded, since they refer to other files.
 CONTAINERS = (
@@ -94,7 +94,7 @@ def probe(path: Path) -> Probe:
             head = headers.beginning(path)
             if kind := headers.image_kind(head):
                 raise Unreadable("image", f"is an image ({kind}), not a video") from error
-            if what := impostor(head):
+            if what := placeholder_kind(head):
                 raise Unreadable("unreadable", what) from error
         raise
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from vpae_jax.encoding.cells import printable, text_of
 from vpae_jax.encoding.tables import CONVERT, Digest, Refused, TableRow, not_utf8
-from vpae_jax.impostors import HEAD, impostor
+from vpae_jax.placeholders import HEAD, placeholder_kind
 from vpae_jax.types import UserError
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".gif")
@@ -212,7 +212,7 @@ def _named(folder: str, entry: os.DirEntry, suffixes: Sequence[str]) -> str | No
 
 
 def _decoded(beside: str, data: bytes) -> str:
-    if what := impostor(data[:HEAD]):
+    if what := placeholder_kind(data[:HEAD]):
         raise Refused("caption", f"{beside!r} {what}")
     if wide := not_utf8(data):
         raise Refused("caption", f"{beside!r} {wide}")

@@ -161,7 +161,7 @@ def _make(
         text, mask = teacher.encode_prompt([teacher.defaults.negative_prompt] * batch_size)
         unconditional = dataclasses.replace(condition, text=text, text_mask=mask)
     noise = jnp.concatenate([noise_of_seed(seed, teacher.latent_shape(1, *recipe.size))[0] for seed in seeds])
-    inputs = sharding.beside((noise, condition, unconditional), mesh)
+    inputs = sharding.replicate((noise, condition, unconditional), mesh)
     latents = teacher.sample(*inputs, recipe.sampler(teacher))
     latents = jnp.asarray(np.asarray(latents))  # the decoder runs on one device
     videos = np.asarray(teacher.decode(latents))

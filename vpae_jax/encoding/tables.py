@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Bool, UInt64
 
-from vpae_jax.impostors import HEAD, impostor
+from vpae_jax.placeholders import HEAD, placeholder_kind
 from vpae_jax.types import UserError
 
 COLUMNS_SHOWN = 20
@@ -121,7 +121,7 @@ class TableFile:
     def _all(self) -> Iterator[TableRow | Refused]:
         try:
             with self._opened() as file:
-                if what := impostor(file.read(HEAD)):
+                if what := placeholder_kind(file.read(HEAD)):
                     raise UserError(f"{self.path}: {what}")
                 file.seek(0)
                 yield from self._format(self, file)

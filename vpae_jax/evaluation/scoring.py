@@ -47,7 +47,7 @@ def score(rows: Sequence[Opened], shelf: Shelf) -> Scored:
         held_out = asked[row.encoders]
         measures = row.archive.all_measures(range(len(held_out)))
         if not held_out.others and reference is not None:
-            held_out = held_out.beside(reference)
+            held_out = held_out.compared_with(reference)
         done.append(_scored(row, held_out, measures))
         if reference is None and measures is not None:
             reference = measures

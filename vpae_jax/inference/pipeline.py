@@ -123,7 +123,7 @@ class Pipeline:
         if self.vae.rows is not None and self.vae.rows.mesh == mesh:
             return self
         graph, weights = nnx.split(self.vae)
-        vae = nnx.merge(graph, sharding.beside(weights, mesh))
+        vae = nnx.merge(graph, sharding.replicate(weights, mesh))
         vae.rows = Rows(mesh)
         return dataclasses.replace(self, vae=vae)
 

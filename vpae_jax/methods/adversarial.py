@@ -36,10 +36,10 @@ from vpae_jax.methods.common import (
     Term,
     check_at_least,
     check_choice,
+    every_kth_step,
     example_mean,
     example_sum,
     f32,
-    lazily,
     named_keys,
     term_of,
 )
@@ -304,7 +304,7 @@ def loss_of_logits(
         "adversarial": loss.mean(),
     }
     if penalty.weight:
-        value = lazily(penalty.every, step, lambda: penalty(judge, shown, real, fake, key))
+        value = every_kth_step(penalty.every, step, lambda: penalty(judge, shown, real, fake, key))
         loss = loss + penalty.weight * penalty.every * value
         metrics["penalty"] = value.mean()
     return loss, metrics

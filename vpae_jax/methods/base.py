@@ -50,7 +50,7 @@ Nets = Mapping[str, Any]
 
 
 @pytree
-class Made:
+class SharedClips:
     """Generated clips that several updates learn from.
 
     Attributes:
@@ -77,11 +77,11 @@ class Context:
     step: Int[Array, ""]
     clips: PRNGKey
     batch: PRNGKey
-    made: Made | None = None
+    made: SharedClips | None = None
 
 
 LossFn = Callable[[Nets, Any, Context], tuple[PerExample, Metrics]]
-MakeFn = Callable[[Nets, Any, Context], Made]
+MakeFn = Callable[[Nets, Any, Context], SharedClips]
 
 
 @runtime_checkable

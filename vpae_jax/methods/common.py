@@ -219,7 +219,7 @@ def is_due(every: int, step: Step) -> Bool[Array, ""]:
     return (jnp.asarray(step) + 1) % every == 0
 
 
-def lazily(every: int, step: Step, term: Callable[[], T]) -> T:
+def every_kth_step(every: int, step: Step, term: Callable[[], T]) -> T:
     """`term()` on every `every`-th step (`is_due`), and zeros on the others.
 
     On the others it is computed neither forwards nor backwards. All devices take the same branch, so it may contain

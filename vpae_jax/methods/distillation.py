@@ -32,7 +32,7 @@ from vpae_jax.flow import draws
 from vpae_jax.flow.sampler import Sampler
 from vpae_jax.flow.schedule import add_noise
 from vpae_jax.flow.times import TimeDistribution
-from vpae_jax.methods.base import Adapters, Context, Made, Nets, Role, Student, Update, View
+from vpae_jax.methods.base import Adapters, Context, Nets, Role, SharedClips, Student, Update, View
 from vpae_jax.methods.common import (
     Step,
     check_at_least,
@@ -96,11 +96,13 @@ class TaughtDistillation(Distillation):
           key: for per-clip draws.
         """
 
-    def make(self, nets: Nets, batch: Batch, context: Context) -> Made:
+    def make(self, nets: Nets, batch: Batch, context: Context) -> SharedClips:
         """Generates the clips that several updates share."""
         own = draws.numbered(context.clips, jnp.full(1, 2**32 - 1, jnp.uint32))[0]  # the losses split the clips' keys
         keys = named_keys(own, "images", "generate")
-        return Made(self.generate(nets, self.drop_images(batch, keys.images), context, keys.generate), keys.images)
+        return SharedClips(
+            self.generate(nets, self.drop_images(batch, keys.images), context, keys.generate), keys.images
+        )
 
     def with_clips(
         self, batch: Batch, context: Context, images: PRNGKey, make: Callable[[Batch], Latents]
@@ -115,7 +117,7 @@ class TaughtDistillation(Distillation):
         batch = self.drop_images(batch, images)
         return batch, make(batch)
 
-    def in_turn(self, learner: Update, generator: Update) -> tuple[Update, ...]:
+    def ordered_updates(self, learner: Update, generator: Update) -> tuple[Update, ...]:
         """The updates of a step: the learner's, then the generator's; or the generator's, followed by the learner's."""
         if self.clips == "own":
             return learner, generator

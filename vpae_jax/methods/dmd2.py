@@ -143,7 +143,7 @@ class DMD2(FewStepDistillation, FakeScoreDistillation):
     @property
     def updates(self) -> tuple[Update, ...]:
         followed = ("fake_score", "heads") if self.judged else ("fake_score",)
-        return self.in_turn(
+        return self.ordered_updates(
             Update(followed, self.fake_score_loss, repeats=self.fake_updates),
             Update(("generator",), self.generator_loss, followers=self.aligned(self.fake, self.ida)),
         )

@@ -38,9 +38,9 @@ from vpae_jax.methods.common import (
     check_at_least,
     check_choice,
     drift,
+    every_kth_step,
     inject,
     is_due,
-    lazily,
     named_keys,
     predict_x0,
     real_clips,
@@ -104,7 +104,7 @@ class JudgedDistillation(TaughtDistillation):
     @property
     def updates(self) -> tuple[Update, ...]:
         trained = ("heads", "backbone") if self.trains_backbone else ("heads",)
-        return self.in_turn(
+        return self.ordered_updates(
             Update(trained, self.discriminator_loss, repeats=self.disc_updates),
             Update(("generator",), self.generator_loss, starts=self.disc_warmup, delay="disc_warmup"),
         )
@@ -171,7 +171,7 @@ def with_distance(
     metrics = {}
     if distance.weight:
         measure = partial(distance, x0, nets["teacher"], batch.condition, batch.unconditional, key, disc_t)
-        term = lazily(distance.every, step, measure)
+        term = every_kth_step(distance.every, step, measure)
         metrics["csds"], terms["csds"] = term.value, term.scaled(distance.weight * distance.every)
     metrics |= {f"{name}_grad": term.grad_norm for name, term in terms.items()}
     if len(terms) == 2:

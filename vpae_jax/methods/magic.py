@@ -119,7 +119,7 @@ class Magic(FewStepDistillation, FakeScoreDistillation):
     @property
     def updates(self) -> tuple[Update, ...]:
         followed = ("fake_score", "heads") if self.judged else ("fake_score",)
-        return self.in_turn(
+        return self.ordered_updates(
             Update(followed, self.fake_score_loss, repeats=self.fake_updates),
             Update(("generator",), self.generator_loss),
         )

@@ -147,7 +147,7 @@ class PhaseOne(FakeScoreDistillation):
         if self.count == "all":
             last = self.fake_updates - 1
             return fake_score, replace(generator, every=self.fake_updates, starts=last, delay="fake_updates")
-        return self.in_turn(replace(fake_score, repeats=self.fake_updates), generator)
+        return self.ordered_updates(replace(fake_score, repeats=self.fake_updates), generator)
 
     @property
     def student(self) -> Student:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 from vpae_jax.models.wan_vae import PRECISION, Cache, Stage, WanVAE
 from vpae_jax.models.wan_vae_blocks import History, Volume
-from vpae_jax.models.wan_vae_rows import Strip, agreed
+from vpae_jax.models.wan_vae_rows import Strip, all_devices_agree
 from vpae_jax.types import Latents, Video, pytree
 
 
@@ -86,7 +86,7 @@ def _advance(stages: list[Stage], grey: Volume, past: Grey, strip: Strip | None)
             with jax.default_matmul_precision(PRECISION):
                 out = stage(x, history)
             kept = [(old == new).all() for old, new in zip(level.cache, history.seen, strict=True)]
-            return Level(history.seen, out, agreed(jnp.stack(kept).all(), strip))
+            return Level(history.seen, out, all_devices_agree(jnp.stack(kept).all(), strip))
 
         # `same`: x equals this level's input for the piece before.
         same = same & level.settled

@@ -122,6 +122,6 @@ class Rows:
         return out[:, :, : out.shape[2] * latent_rows // padded], carried
 
 
-def agreed(flag: Bool[Array, ""], strip: Strip | None) -> Bool[Array, ""]:
+def all_devices_agree(flag: Bool[Array, ""], strip: Strip | None) -> Bool[Array, ""]:
     """Whether a flag is true on all devices, so that all take the same branch."""
     return flag if strip is None else jax.lax.pmin(flag.astype(jnp.int32), AXES) == 1

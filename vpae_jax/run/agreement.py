@@ -42,7 +42,7 @@ def require_same(name: str, facts: Callable[[], Facts]) -> None:
     if processes.client() is None:
         return
     own: Facts = json.loads(json.dumps(facts()))
-    first: Facts = processes.as_first_says(f"{name} of the first", own)
+    first: Facts = processes.broadcast_from_0(f"{name} of the first", own)
     others = {key: own.get(key) for key in {**first, **own} if own.get(key) != first.get(key)}
     if wrong := processes.first_decides(name, others, partial(difference, first)):
         raise UserError(wrong)

@@ -45,7 +45,7 @@ from vpae_jax.run.scoring import Scorer
 from vpae_jax.run.student import Maker
 from vpae_jax.run.workdir import Lock, claim, require_config
 from vpae_jax.runtime.preemption import Stop, never
-from vpae_jax.runtime.processes import as_first_says, is_first, say, to_host
+from vpae_jax.runtime.processes import broadcast_from_0, is_first, say, to_host
 from vpae_jax.tasks.base import Feed, Task, TooFew
 from vpae_jax.train import trackers
 from vpae_jax.train.blueprint import PixelParts, draw_up
@@ -97,7 +97,7 @@ def _run(experiment: Experiment, workdir: Path, lock: Lock, devices: Sequence[An
     fresh = presets.find(experiment.model.preset).transformer
     transformer = fresh if pipeline is None else pipeline.transformer.config
     tasks.check(experiment, method, pipeline, workdir)
-    continuing = as_first_says("continuing", latest(workdir) is not None)
+    continuing = broadcast_from_0("continuing", latest(workdir) is not None)
     looked_by = PixelParts.of(presets.find(experiment.model.preset))
     if pipeline is not None:
         looked_by = dataclasses.replace(looked_by, vae=pipeline.vae.config)
@@ -108,7 +108,7 @@ def _run(experiment: Experiment, workdir: Path, lock: Lock, devices: Sequence[An
     # A resumed run has its trained weights in its checkpoint. So the previous phase may have been deleted, unless a
     # frozen role starts from it.
     needed = [name for name in method.roles if name in blueprint.frozen or not continuing]
-    begun = Moment.named(as_first_says("start", str(remembered(workdir)))) if continuing else None
+    begun = Moment.named(broadcast_from_0("start", str(remembered(workdir)))) if continuing else None
     known = begun is not None
     readers = {} if encoder is None else {image_encoders.PART: encoder.read}
     weights, first = make_weights(blueprint, experiment, workdir, source, needed, begun, readers)

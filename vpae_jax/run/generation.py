@@ -100,7 +100,7 @@ class Generation:
         )
         noise = normal(keys, (len(rows), *asked.shape))
         unconditional = self._unconditional(condition) if sampler.guidance > 1 else None
-        inputs = sharding.beside((noise, condition, unconditional), mesh)
+        inputs = sharding.replicate((noise, condition, unconditional), mesh)
         latents = self.pipeline.sample(*inputs, sampler=sampler, key=fresh, denoiser=denoiser)
         return everywhere(latents)
 

@@ -25,7 +25,7 @@ from vpae_jax.inference.samplers import Denoiser
 from vpae_jax.methods.base import Method, all_views
 from vpae_jax.run.scoring import Scorer, Scores, last_scores
 from vpae_jax.run.workdir import PastRun, read_object, read_run
-from vpae_jax.runtime.processes import as_first_says, is_first, say
+from vpae_jax.runtime.processes import broadcast_from_0, is_first, say
 from vpae_jax.train.checkpoint import CONFIG_FILE
 from vpae_jax.types import UserError
 
@@ -133,7 +133,7 @@ class Guard:
         kept = math.isfinite(after) and after <= before and not paid
         reason = self._reason(before, after, floor, paid, kept)
         # Hosts may differ in the packages that measure motion.
-        found = Verdict(*as_first_says("guard's verdict", (kept, reason)))
+        found = Verdict(*broadcast_from_0("guard's verdict", (kept, reason)))
         if is_first():
             content = {
                 "task": scorer.task.name,

@@ -19,7 +19,7 @@ from vpae_jax.inference.samplers import Denoiser
 from vpae_jax.media import write_contact_sheet, write_video
 from vpae_jax.metrics.base import Clips
 from vpae_jax.run.generation import Generation
-from vpae_jax.runtime.processes import as_first_says, is_first
+from vpae_jax.runtime.processes import broadcast_from_0, is_first
 from vpae_jax.tasks.base import Task
 from vpae_jax.train.state import TrainState
 
@@ -71,7 +71,7 @@ class Previews:
 
     def done(self, step: int) -> bool:
         """Whether the previews of a step exist."""
-        return as_first_says(f"previews of step {step}", _stem(self.folder, step).with_suffix(".png").exists())
+        return broadcast_from_0(f"previews of step {step}", _stem(self.folder, step).with_suffix(".png").exists())
 
     def __call__(self, step: int, state: TrainState) -> Mapping[str, Path]:
         made = {name: self.generation(denoiser, self.sampler) for name, denoiser in self.networks(state).items()}

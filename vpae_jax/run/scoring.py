@@ -17,7 +17,7 @@ from vpae_jax.flow.sampler import Sampler
 from vpae_jax.inference.pipeline import Pipeline
 from vpae_jax.inference.samplers import Denoiser
 from vpae_jax.run.generation import Generation, scores_of
-from vpae_jax.runtime.processes import as_first_says, is_first, say
+from vpae_jax.runtime.processes import broadcast_from_0, is_first, say
 from vpae_jax.tasks.base import Task
 from vpae_jax.train.metrics import read_metrics
 
@@ -54,7 +54,7 @@ class Scorer:
         self.clips = self.held_out.count
         self.real: Scores = _finite(task.real(self.held_out))
         logged = _logged(workdir, self.clips) if is_first() else None
-        self.known: dict[str, Scores] = as_first_says("held-out scores", logged)
+        self.known: dict[str, Scores] = broadcast_from_0("held-out scores", logged)
 
     @property
     def compared(self) -> list[str]:

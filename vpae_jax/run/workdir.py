@@ -23,7 +23,7 @@ from typing import Any
 from vpae_jax.config import Experiment, build
 from vpae_jax.encoding.identity import differences
 from vpae_jax.files import put_aside, refused_writes, write_text
-from vpae_jax.runtime.processes import as_first_says, first_alone, is_first, say
+from vpae_jax.runtime.processes import broadcast_from_0, first_alone, is_first, say
 from vpae_jax.train.checkpoint import CONFIG_FILE
 from vpae_jax.types import UserError
 from vpae_jax.weights.filenames import read_json
@@ -161,10 +161,10 @@ def claim(experiment: Experiment, workdir: Path, lock: Lock) -> None:
 
     def tie() -> None:
         if is_first():
-            as_first_says("lock", lock.take())
+            broadcast_from_0("lock", lock.take())
             require_config(workdir, experiment)
             write_config(workdir, experiment)
-        elif _text(lock.file) != as_first_says("lock", None):
+        elif _text(lock.file) != broadcast_from_0("lock", None):
             raise UserError(
                 f"{workdir}: files written there by process 0 are not visible here; choose a --workdir that all hosts "
                 "share"

@@ -70,7 +70,7 @@ def wait_for_all(name: str, seconds: int = PATIENCE) -> None:
         ) from error
 
 
-def as_first_says(name: str, value: Any) -> Any:
+def broadcast_from_0(name: str, value: Any) -> Any:
     """Broadcasts the first process's `value` to all processes; the values of the others are ignored.
 
     Args:
@@ -104,7 +104,7 @@ def first_decides(name: str, value: Any, decide: Callable[[list[Any]], Any]) -> 
         keys = [f"{key}/{index}" for index in range(jax.process_count())]
         result = decide([json.loads(service.blocking_key_value_get(one, PATIENCE * 1000)) for one in keys])
         service.key_value_delete(f"{key}/")  # all values, which the service would otherwise keep to the end
-    return as_first_says(name, result)
+    return broadcast_from_0(name, result)
 
 
 def first_alone(name: str, action: Callable[[], T]) -> T:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 
-from vpae_jax.runtime.processes import as_first_says, first_decides, is_first
+from vpae_jax.runtime.processes import broadcast_from_0, first_decides, is_first
 from vpae_jax.train import checksums
 from vpae_jax.types import Note, UserError
 
@@ -85,7 +85,7 @@ def newest_whole(folder: Path) -> tuple[Moment | None, dict[Moment, str]]:
       UserError: there are checkpoints, but none is intact.
     """
     faults: dict[Moment, str] = {}
-    names = as_first_says(f"checkpoints in {folder}", [str(moment) for moment in moments_in(folder)])
+    names = broadcast_from_0(f"checkpoints in {folder}", [str(moment) for moment in moments_in(folder)])
     for moment in filter(None, map(Moment.named, reversed(names))):
         own = checksums.fault(folder / str(moment), jax.process_index(), jax.process_count())
         fault = first_decides(f"{folder}/{moment} is whole", own, lambda found: next(filter(None, found), None))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vpae_jax.impostors import HEAD, impostor
+from vpae_jax.placeholders import HEAD, placeholder_kind
 from vpae_jax.types import UserError
 from vpae_jax.weights.safetensors_file import one_line
 
@@ -45,7 +45,7 @@ def read_bytes(path: Path, limit: int = MAX_JSON) -> bytes:
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object. Raises `UserError` as `read_bytes`, for invalid JSON, and for anything but an object."""
     raw = read_bytes(path)
-    if (what := impostor(raw[:HEAD])) is not None:
+    if (what := placeholder_kind(raw[:HEAD])) is not None:
         raise UserError(f"{path}: {what}")
     try:
         value = json.loads(raw.decode("utf-8"))

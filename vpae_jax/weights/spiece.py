@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vpae_jax.impostors import impostor_at
+from vpae_jax.placeholders import placeholder_at
 from vpae_jax.types import UserError
 from vpae_jax.weights import dialects
 from vpae_jax.weights.filenames import MAX_JSON
@@ -40,7 +40,7 @@ def check_files(folder: Path) -> None:
             raise UserError(f"{path}: is not a regular file, expected a tokenizer's; remove it or fetch it again")
         if (size := path.stat().st_size) > MAX_FILE:
             raise UserError(f"{path}: has {size} bytes, expected a tokenizer's, of at most {MAX_FILE}; fetch it again")
-        if (what := impostor_at(path)) is not None:
+        if (what := placeholder_at(path)) is not None:
             raise UserError(f"{path}: {what}")
 
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpae_jax.files import atomically, write_text
-from vpae_jax.impostors import HEAD, impostor, kinds
+from vpae_jax.placeholders import HEAD, kinds, placeholder_kind
 from vpae_jax.types import HostArray, UserError
 from vpae_jax.weights import dialects
 from vpae_jax.weights.filenames import MAX_JSON
@@ -294,7 +294,7 @@ def _kind(path: Path, file: BinaryIO) -> Literal["safetensors", "index", "pickle
         return "safetensors"
     if head.startswith(b"PK\3\4") or (head[:1] == b"\x80" and head[1:2] <= b"\5"):
         return "pickle"  # a zip, or the first opcode of a pickle and its protocol
-    if (what := impostor(head, _OTHERS)) is not None:
+    if (what := placeholder_kind(head, _OTHERS)) is not None:
         raise UserError(f"{path}: {what}")
     return "index" if head.lstrip().startswith(b"{") and b"\0" not in head[:64] else "safetensors"
 

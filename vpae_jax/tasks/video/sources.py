@@ -20,7 +20,7 @@ from vpae_jax.encoding.videos import VideoClips
 from vpae_jax.files import is_address, resolve
 from vpae_jax.inference.pipeline import Pipeline
 from vpae_jax.methods.base import Method
-from vpae_jax.runtime.processes import as_first_says, is_first, say
+from vpae_jax.runtime.processes import broadcast_from_0, is_first, say
 from vpae_jax.types import UserError
 
 # Maximum number of clips per video in a folder that is encoded before a run.
@@ -52,7 +52,7 @@ def open_sources(data: DataConfig, workdir: Path, pipeline: Pipeline, model: str
 def open_records(names: str, key: str, workdir: Path, pipeline: Pipeline, model: str) -> Sources:
     """Opens folders of records, "DIR,DIR" or "DIR=WEIGHT,...". Raises `UserError` as `open_sources`, naming `key`."""
     # Only in the first process: all have compared their models' files, and large encoders take long to read.
-    found, expected = [], as_first_says(f"encoders of {key}", fingerprint(pipeline) if is_first() else None)
+    found, expected = [], broadcast_from_0(f"encoders of {key}", fingerprint(pipeline) if is_first() else None)
     for name, weight in parse_sources(names):
         folder = _location(name, workdir)
         if weight is not None and isinstance(folder, Path) and not folder.exists():

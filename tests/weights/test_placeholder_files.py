@@ -67,13 +67,13 @@ def test_a_zip_that_is_no_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model_index.json", "vpae_jax.json", "transformer/config.json"])
-def test_impostors_of_json(theirs, name):
+def test_placeholders_of_json(theirs, name):
     (theirs / name).write_bytes(POINTER)
     assert refused(theirs).startswith(f"{theirs / name}: is a Git LFS pointer")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "spiece.model"])
-def test_impostors_of_a_tokenizer(theirs, name):
+def test_placeholders_of_a_tokenizer(theirs, name):
     (theirs / "tokenizer" / name).write_bytes(POINTER)
     with pytest.raises(UserError, match=f"{name}: is a Git LFS pointer"):
         check_files(theirs / "tokenizer")

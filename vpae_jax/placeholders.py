@@ -33,7 +33,7 @@ _KNOWN = kinds(
 )
 
 
-def impostor(head: bytes, more: Kinds = ()) -> str | None:
+def placeholder_kind(head: bytes, more: Kinds = ()) -> str | None:
     """Describes what a file really is, and the remedy; None if it may be what was expected.
 
     Args:
@@ -44,7 +44,7 @@ def impostor(head: bytes, more: Kinds = ()) -> str | None:
     return next((what for pattern, what in (*_KNOWN, *more) if pattern.match(head)), None)
 
 
-def impostor_at(path: Path) -> str | None:
+def placeholder_at(path: Path) -> str | None:
     """Does the same for a file. Raises `OSError` if it cannot be read."""
     with path.open("rb") as file:
-        return impostor(file.read(HEAD))
+        return placeholder_kind(file.read(HEAD))
