@@ -25,11 +25,11 @@ SHORTER = (
     (r"--config\.score_every=\d+", ""),
     (r"--count=\d+", "--count=16"),
     (r"--rank=\d+", "--rank=4"),
-    (r"--topology=h100:8", "--topology=cpu:2"),
+    (r"--topology=h100:8", "--topology=v5e:2x2"),
     (r"for seed in 0 1 2", "for seed in 0"),
 )
 TRAINING = (
-    "--config.steps=4 --config.batch_size=4 --config.score_clips=2 --config.sample_every=0 --config.guard.enabled=False"
+    "--config.steps=4 --config.batch_size=4 --config.score_clips=2 --config.sample_steps=2 --config.guard.enabled=False"
 )
 
 
