@@ -71,15 +71,18 @@ class Pages:
         self._script = (importlib.resources.files("vpae_jax") / "assets" / "serve.js").read_bytes()
 
     async def page(self, request: Request) -> Response:
+        """The page, or how far loading is."""
         if (ready := self.worker.ready) is None:
             text = page_template("serve_loading.html.jinja").render(doing=self.worker.doing)
             return HTMLResponse(text, HTTPStatus.SERVICE_UNAVAILABLE, {"Retry-After": "1"})
         return HTMLResponse(render(ready, self.example))
 
     async def script(self, request: Request) -> Response:
+        """The page's script."""
         return Response(self._script, media_type="text/javascript")
 
     async def add_image(self, request: Request) -> Response:
+        """Keeps an uploaded first frame."""
         models = self._ready().models
         if not any(model.takes_image for model in models):
             raise UserError("image: no model here takes a first frame; ask for a clip without one")
@@ -97,6 +100,7 @@ class Pages:
         return JSONResponse({"image": name, "height": height, "width": width}, HTTPStatus.CREATED)
 
     async def add_request(self, request: Request) -> Response:
+        """Queues a request."""
         models = self._ready().models
         asked = limits.parse_request(await _body(request, limits.MAX_BODY, "the request"), models)
         if asked.image is not None and self.worker.images.get(asked.image) is None:
@@ -104,12 +108,14 @@ class Pages:
         return JSONResponse({"request": self.worker.queue.add(asked).name}, HTTPStatus.ACCEPTED)
 
     async def request(self, request: Request) -> Response:
+        """Where a request stands."""
         found = self.worker.queue.look_up(request.path_params["name"])
         if found is None:
             raise HTTPException(HTTPStatus.NOT_FOUND, "the request is unknown, or too old; ask again")
         return JSONResponse(found)
 
     async def clip(self, request: Request) -> Response:
+        """A clip's file, or the part of it that a player asks for."""
         file = self.worker.clips.file(request.path_params["name"])
         if file is None:
             raise HTTPException(HTTPStatus.NOT_FOUND, "the clip is unknown, or too old; make it again")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import socket
 import threading
@@ -29,7 +30,7 @@ def bind(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family)
     except OSError as error:
         if error.errno in (errno.EADDRINUSE, errno.EACCES):
-            raise UserError(f"--port={port}: {error.strerror}; give another, or 0 for any that is free") from error
+            raise UserError(f"--port={port}: {os.strerror(error.errno)}; give another, or 0 for any that is free") from error
         reason = error.strerror or error
         raise UserError(f"--host={host}: {reason}; give an address of this machine, such as 127.0.0.1") from error
 

@@ -67,7 +67,7 @@ class Clips:
         self._files: Store[Path] = Store(MAX_CLIPS, MAX_CLIP_BYTES, lambda path: path.unlink(missing_ok=True))
 
     def keep(self, frames: Frames, fps: float) -> str:
-        """Writes a clip; returns its name. Raises `UserError` for sizes that H.264 cannot hold."""
+        """Writes a clip; returns its name. Raises `UserError` for sizes that H.264 cannot hold, and a full disk."""
         file = self._folder / f"{secrets.token_hex(8)}.mp4"
         write_video(file, frames, fps)
         return self._files.add(file, file.stat().st_size)
