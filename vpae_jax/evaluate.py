@@ -39,6 +39,8 @@ import jax
 
 from vpae_jax import cli, tasks
 from vpae_jax.config import DataConfig, build, parse_sources
+from vpae_jax.config_files import bundled, load
+from vpae_jax.configs.common import PRESETS
 from vpae_jax.evaluation import prompts
 from vpae_jax.evaluation.making import Making, Opened, Share, unmade
 from vpae_jax.evaluation.rows import Entry, check_names, parse_entry, parse_lora, parse_run
@@ -53,6 +55,7 @@ from vpae_jax.metrics.results import NAIVE, headline, table, write_metrics, writ
 from vpae_jax.metrics.rows import Report, Run
 from vpae_jax.run import guard
 from vpae_jax.run.agreement import digest_of_code
+from vpae_jax.run.workdir import PastRun
 from vpae_jax.run.workdir import read_run as read_past_run
 from vpae_jax.runtime import distributed
 from vpae_jax.runtime.platforms import compute_dtype
@@ -137,7 +140,18 @@ def read_run(name: str, workdir: Path) -> Run:
     run = read_past_run(workdir)
     decided = guard.verdict(workdir, run)
     note = "" if decided is None else f"Guard: {decided.reason}."
-    return Run(name, read_metrics(workdir), run.whole, note)
+    return Run(name, read_metrics(workdir), run.whole, note, usual_steps(run))
+
+
+def usual_steps(run: PastRun) -> int | None:
+    """The steps of the bundled config that a run was started with; None for a config of the user's."""
+    presets = [name for name in PRESETS if name.startswith(str(run.model.get("preset", PRESETS[0])))]
+    if run.name not in bundled() or not presets:
+        return None
+    try:
+        return load(f"{run.name}:{presets[0]}").steps
+    except UserError:  # that config has no such preset
+        return None
 
 
 def choose(given: argparse.Namespace) -> Task:

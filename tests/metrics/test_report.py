@@ -45,8 +45,8 @@ def row(folder, name, evaluations, kvd, clips=CLIPS, size=(48, 48), **more):
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clips")
     records = [{"step": s, "generator/loss": 1 / s, "heads/loss": 2.0, "heads/grad_norm": s} for s in (1.0, 2.0, 3.0)]
-    config = {"name": "phase1", "seed": 17, "method": {"name": "vpae", "text": "</script><b>"}}
-    second = {"name": "phase2", "seed": 17, "method": {"name": "vpae"}}
+    config = {"name": "phase1", "steps": 200, "seed": 17, "method": {"name": "vpae", "text": "</script><b>"}}
+    second = {"name": "phase2", "steps": 1600, "seed": 17, "method": {"name": "vpae"}}
     each = {
         "t2v/sharpness": [1.0, 0.4, 1.1, 1.9, float("nan")],
         "t2v/psnr_first": [30.0, 20.0, 10.0, 40.0, 50.0],
@@ -81,7 +81,7 @@ def report(tmp_path_factory):
         count=128,
         frames=FRAMES,
         fps=FPS,
-        runs=[Run("phase 1", records, config, "a note"), Run("phase 2", records, second, "")],
+        runs=[Run("phase 1", records, config, "a note", 8000), Run("phase 2", records, second, "")],
         facts={"jax": "1.2.3"},
     )
 
@@ -464,3 +464,10 @@ def test_rows_play_in_step_in_a_browser(untrained, tmp_path):
         wait(f"return {band('t2v 0')}.every(v => v.played.length > 0)")
     finally:
         driver.quit()
+
+
+def test_a_run_that_is_shorter_than_its_config_is_called_short(report, tmp_path):
+    write_report(tmp_path / "report.html", report)
+    text = (tmp_path / "report.html").read_text()
+    assert "phase 1 was trained for 200 steps, a short run: its config trains for 8,000." in text
+    assert "phase 2 was trained for 1,600 steps.</p>" in text

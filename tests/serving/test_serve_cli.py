@@ -43,7 +43,7 @@ def test_a_port_that_is_taken_is_named(program):
         port = taken.getsockname()[1]
         code, out, err = program(serve.main, port=port)
     assert code == 2 and not out  # before anything is loaded
-    assert err == f"error: --port={port}: Address already in use; give another, or 0 for any that is free\n"
+    assert err == f"error: --port={port}: Address already in use; choose another, or 0 for any free port\n"
 
 
 def test_what_the_extra_brings_is_named(program, monkeypatch):

@@ -54,12 +54,14 @@ class Run:
       records: its scalars, one mapping per logged step, with `step`.
       config: as plain JSON values.
       note: a line to show with it, such as the guard's verdict.
+      usual_steps: steps of the bundled config of that name and preset; None if there is none.
     """
 
     name: str
     records: Sequence[Mapping[str, float | int]]
     config: Mapping[str, Any]
     note: str = ""
+    usual_steps: int | None = None
 
 
 @dataclass(frozen=True)
