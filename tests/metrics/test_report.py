@@ -283,7 +283,11 @@ def test_runs_are_drawn_over_one_another(report, tmp_path):
     table = page.after("table", "Settings that differ")
     assert [th.text for th in next(table.all("tr")).all("th")] == ["phase 1", "phase 2"]
     lines = [[one.text for one in line.inside if isinstance(one, Element)] for line in table.all("tr")][1:]
-    assert lines == [["name", '"phase1"', '"phase2"'], ["method.text", '"</script><b>"', ABSENT]]
+    assert lines == [
+        ["name", '"phase1"', '"phase2"'],
+        ["steps", "200", "1600"],
+        ["method.text", '"</script><b>"', ABSENT],
+    ]
 
 
 def test_one_run_is_drawn_alone(report, tmp_path):
