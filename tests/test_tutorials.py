@@ -82,7 +82,7 @@ def test_from_a_fine_tune_to_comfyui(tmp_path):
     (tmp_path / "videos").mkdir()
     for i, clip in enumerate(patterns(24, frames=40, height=64, width=64)):
         write_video(tmp_path / f"videos/{i}.mp4", clip)
-        (tmp_path / f"videos/{i}.txt").write_text(f"a pattern, number {i}, that moves")
+        (tmp_path / f"videos/{i}.txt").write_text("a three moves right")
     (tmp_path / "captions.txt").write_text("a three moves right\na seven moves up and to the left\n" * 6)
     for command in commands("distiller"):
         if "--push" not in command:
