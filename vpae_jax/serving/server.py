@@ -30,7 +30,8 @@ def bind(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family)
     except OSError as error:
         if error.errno in (errno.EADDRINUSE, errno.EACCES):
-            raise UserError(f"--port={port}: {os.strerror(error.errno)}; give another, or 0 for any that is free") from error
+            reason = os.strerror(error.errno)
+            raise UserError(f"--port={port}: {reason}; give another, or 0 for any that is free") from error
         reason = error.strerror or error
         raise UserError(f"--host={host}: {reason}; give an address of this machine, such as 127.0.0.1") from error
 
