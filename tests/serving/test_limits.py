@@ -134,7 +134,7 @@ def test_what_is_no_image_is_one_line(models, tmp_path, content, message):
 def test_images_have_bounds(models, tmp_path, monkeypatch):
     save = partial(Image.Image.save, fp=tmp_path / "upload", format="png")
     save(Image.new("RGB", (4000, 8)))
-    with pytest.raises(UserError, match="too long a shape"):
+    with pytest.raises(UserError, match="too elongated"):
         read_upload(tmp_path / "upload", models)
     monkeypatch.setattr(limits, "MAX_IMAGE_PIXELS", 99)
     save(Image.new("RGB", (10, 10)))

@@ -22,7 +22,7 @@ from vpae_jax.serving.server import address, bind
         ({"model": "/nowhere"}, "/nowhere"),
         ({"compare": "tiny"}, "--compare='tiny': expected NAME=DIR"),
         ({"compare": "student=tiny:x:1"}, "--compare='student=tiny:x:1': expected NAME=DIR"),
-        ({"compare": "teacher=tiny"}, "two rows are called 'teacher'"),
+        ({"compare": "teacher=tiny"}, "two rows are named 'teacher'"),
         ({"compare": "student=tiny:4,1:1"}, "this model is not causal"),
         ({"port": 65536}, "--port=65536: expected a number from 0 (any that is free) to 65535"),
         ({"host": "192.0.2.1"}, "--host=192.0.2.1: "),
