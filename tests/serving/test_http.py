@@ -11,7 +11,7 @@ from served import serving
 
 from vpae_jax.evaluation.rows import Entry
 from vpae_jax.inference.loading import load_pipeline
-from vpae_jax.media import read_video, write_video
+from vpae_jax.media import read_video
 from vpae_jax.serving import limits, worker
 from vpae_jax.serving.jobs import JobQueue
 from vpae_jax.serving.models import make as make_clip
@@ -59,8 +59,8 @@ def test_clips_are_those_of_the_pipeline(server, tmp_path):
         assert status == 200 and headers["Content-Type"] == "video/mp4"
         (tmp_path / "got.mp4").write_bytes(content)
         frames = pipeline("a three moves up", seed=3, steps=steps, guidance=guidance)
-        write_video(tmp_path / "expected.mp4", frames, 8.0)
-        np.testing.assert_array_equal(read_video(tmp_path / "got.mp4"), read_video(tmp_path / "expected.mp4"))
+        # x264 does not encode the same frames to the same bytes each time; another seed's clip differs by tens.
+        assert np.abs(read_video(tmp_path / "got.mp4") - frames.astype(float)).mean() < 3
     # the student's settings were new, those of the teacher its own
     assert [one["clip"]["compiles"] for one in found["clips"]] == [False, True]
     again = server.clips(seed=4, models={"student": {"steps": 2, "guidance": 3}})  # any guidance above 1 is one program
