@@ -31,11 +31,10 @@ import theirs
 from report import machine, paste, progress, ratios, table
 from rounds import PAUSE, Times
 
-from vpae_jax import cli, sharding
+from vpae_jax import cli, load_pipeline, sharding  # these names are those of earlier versions, too
 from vpae_jax.config import MeshConfig
 from vpae_jax.flow.draws import noise_of_seed
 from vpae_jax.flow.sampler import ONE_STEP
-from vpae_jax.inference.loading import load_pipeline
 from vpae_jax.inference.pictures import first_frames
 from vpae_jax.media import write_stream, write_video
 from vpae_jax.types import UserError
