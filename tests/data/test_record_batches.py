@@ -254,7 +254,7 @@ def test_seeds_are_asked_of_a_teachers_clips_alone(sources, tmp_path):
     made = write_folder(tmp_path / "made", [[(n, SMALL) for n in range(8)]], seed=0)
     for chosen in (sources, [(LatentRecords(made), 1.0), sources[1]]):
         culprit = next(records.folder for records, _ in chosen if not records.from_teacher)
-        with pytest.raises(UserError, match=f"^{culprit}: the noise of its clips is not known, .* alone$"):
+        with pytest.raises(UserError, match=f"^{culprit}: the noise of its clips is not known, .* --captions=...`$"):
             latent_batches(chosen, SIZE, 0, seeds=True)
 
 

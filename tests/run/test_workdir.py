@@ -47,7 +47,7 @@ def test_a_second_run_in_a_workdir_is_told_who_works_there(holder, tmp_path):
         experiment.run(parse(phase1.get_config()), tmp_path)
     line = str(caught.value)
     assert line.startswith(f"{tmp_path}: in use by another run: process {holder.pid} on {socket.gethostname()} since ")
-    assert f"says {tmp_path / LOCK}" in line and "\n" not in line
+    assert f"according to {tmp_path / LOCK}" in line and "\n" not in line
     assert [path.name for path in tmp_path.iterdir()] == [LOCK] and (tmp_path / LOCK).read_text() == before
 
 
