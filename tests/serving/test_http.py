@@ -59,7 +59,7 @@ def test_clips_are_those_of_the_pipeline(server, tmp_path):
         assert status == 200 and headers["Content-Type"] == "video/mp4"
         (tmp_path / "got.mp4").write_bytes(content)
         frames = pipeline("a three moves up", seed=3, steps=steps, guidance=guidance)
-        # x264 does not encode the same frames to the same bytes each time; another seed's clip differs by 10 on average.
+        # x264 does not encode the same frames to the same bytes each time; another seed's clip differs by 10.
         assert np.abs(read_video(tmp_path / "got.mp4") - frames.astype(float)).mean() < 3
     # the student's settings were new, those of the teacher its own
     assert [one["clip"]["compiles"] for one in found["clips"]] == [False, True]
