@@ -149,7 +149,7 @@ def usual_steps(run: PastRun) -> int | None:
     if run.name not in bundled() or not presets:
         return None
     try:
-        return load(f"{run.name}:{presets[0]}").steps
+        return int(load(f"{run.name}:{presets[0]}")["steps"])
     except UserError:  # that config has no such preset
         return None
 
