@@ -38,7 +38,7 @@ from typing import get_args
 import jax
 
 from vpae_jax import cli, tasks
-from vpae_jax.config import DataConfig, build, parse_sources
+from vpae_jax.config import DataConfig, build, parse, parse_sources
 from vpae_jax.config_files import bundled, load
 from vpae_jax.configs.common import PRESETS
 from vpae_jax.evaluation import prompts
@@ -149,7 +149,7 @@ def usual_steps(run: PastRun) -> int | None:
     if run.name not in bundled() or not presets:
         return None
     try:
-        return int(load(f"{run.name}:{presets[0]}")["steps"])
+        return parse(load(f"{run.name}:{presets[0]}")).steps
     except UserError:  # that config has no such preset
         return None
 
