@@ -142,7 +142,7 @@ def test_help_lists_every_key_of_the_config_with_its_value_and_meaning(preset):
     assert "Trains one phase." in text and "--workdir" in text
     expected = {
         "steps": "training steps in total.",
-        "method.disc_warmup": "steps during which only the discriminator is trained.",
+        "method.disc_warmup": "number of first steps in which only the discriminator is trained.",
         "method.ema": "decay of the generator's average",
         "method.csds.guidance": "of the teacher; 1 saves an evaluation.",
         "optimizers.generator.learning_rate": "peak learning rate.",

@@ -43,7 +43,7 @@ def test_a_tokenizer_of_another_text_encoder(ours, folder, tmp_path):
     larger.add_tokens([f"more{i}" for i in range(400)])
     larger.save_pretrained(model / "tokenizer")
     size = ours.text_encoder.config.vocab_size
-    with pytest.raises(UserError, match=rf"has a token \d+, but the text encoder's vocab_size is {size}; take"):
+    with pytest.raises(UserError, match=rf"has a token \d+, but the text encoder's vocab_size is {size}; use"):
         load_pipeline(model)
     odd = dataclasses.replace(ours, tokenizer=larger)
     with pytest.raises(UserError, match="has a token"):

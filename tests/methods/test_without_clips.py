@@ -154,7 +154,7 @@ def test_batches_know_their_shape():
     assert sharding.count_clips(PROMPTS) == B
     assert jax.tree.map(lambda x: x, PROMPTS).size == SIZE
     np.testing.assert_array_equal(real_clips(CLIPS), CLIPS.latents)
-    with pytest.raises(ValueError, match="prompts alone"):
+    with pytest.raises(ValueError, match="prompts only"):
         real_clips(PROMPTS)
     with pytest.raises(ValueError, match="has to say their size"):
         _ = replace(PROMPTS, size=None).shape

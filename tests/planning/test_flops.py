@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import Mesh, PartitionSpec
 
-from vpae_jax.methods.common import lazily
+from vpae_jax.methods.common import every_kth_step
 from vpae_jax.models import presets
 from vpae_jax.models.wan_dit import WanTransformer
 from vpae_jax.planning.flops import Work, count
@@ -57,7 +57,7 @@ def test_a_term_of_every_fourth_step_counts_a_quarter():
     """Forwards and backwards, and what is written down beside it as a whole."""
 
     def loss(every, w, x):
-        rare = lazily(every, 3, lambda: jnp.sum(jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x)))
+        rare = every_kth_step(every, 3, lambda: jnp.sum(jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x)))
         return jnp.sum(jnp.tanh(x @ w)) + rare
 
     usual, rare = (counted(jax.grad(partial(loss, every)), (16, 16), (4, 16)).flops for every in (1, 4))

@@ -35,7 +35,7 @@ def test_merging_refuses_another_model(t2v, i2v):
     with pytest.raises(UserError, match=r"changes \S*add_k_proj/kernel of layer 0, .* has no such parameter"):
         Merged(t2v.teacher, i2v.lora)
     wide = Lora({("proj_out", 0): Adapter(np.zeros((25, 2), np.float32), np.zeros((2, 64), np.float32))})
-    with pytest.raises(UserError, match=r"of shape \[25, 64\], but this model has shape \[24, 64\] there"):
+    with pytest.raises(UserError, match=r"with shape \[25, 64\], but this model has shape \[24, 64\] there"):
         Merged(t2v.teacher, wide)
     with pytest.raises(UserError, match=r"of layer 2, .* has no such parameter"):
         Merged(t2v.teacher, Lora({("blocks/ffn/proj_in", 2): t2v.lora.adapters["blocks/ffn/proj_in", 0]}))
