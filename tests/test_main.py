@@ -144,7 +144,7 @@ def test_help_lists_every_key_of_the_config_with_its_value_and_meaning(preset):
         "steps": "training steps in total.",
         "method.disc_warmup": "number of first steps in which only the discriminator is trained.",
         "method.ema": "decay of the generator's average",
-        "method.csds.guidance": "of the teacher; 1 saves an evaluation.",
+        "method.csds.guidance": "of the teacher; 1 saves one evaluation.",
         "optimizers.generator.learning_rate": "peak learning rate.",
         "networks.heads.width": "",
         "data.max_bad": "maximum tolerated fraction of corrupt records",

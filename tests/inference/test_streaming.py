@@ -226,7 +226,7 @@ def test_grey_frames_come_piece_by_piece(i2v, picture):
         ({"num_frames": 11}, "num_frames is 11, expected 1 \\+ a multiple of 4, such as 9"),
         (
             {"sampler": Sampler(chunks=Chunks(2)), "num_frames": 9},
-            "num_frames is 9, or 3 latent frames, but this causal",
+            "num_frames is 9, or 3 latent frames, but this",
         ),
         ({"height": 20}, "height is 20, expected a multiple of 16, such as 16"),
         ({"seed": -1}, "seed is -1, expected a number from 0 to 4294967295"),
