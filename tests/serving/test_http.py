@@ -2,6 +2,7 @@
 
 import io
 import threading
+import time
 
 import jax
 import numpy as np
@@ -198,7 +199,7 @@ def test_typing_does_not_fill_the_queue(server, held):
     assert (state(typed[-1])["ahead"], state(newest)["ahead"]) == (1, 2)
     free.set()
     while state(newest)["state"] != "done":
-        pass
+        time.sleep(0.02)
     done = ["a three", "a three", "a three moves", "a three moves"]
     assert order == [("a", "student"), *zip(done, ["student", "teacher"] * 2, strict=True)]
     assert [one["state"] for one in state(first)["clips"]] == ["waiting", "done"]  # the teacher's was not begun
