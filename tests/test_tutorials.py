@@ -81,7 +81,7 @@ def test_from_a_fine_tune_to_comfyui(tmp_path):
     run("python -m vpae_jax.convert tiny wan --format=wan", tmp_path)
     shutil.move(tmp_path / "wan/diffusion_pytorch_model.safetensors", tmp_path / "my_finetune.safetensors")
     (tmp_path / "videos").mkdir()
-    for i, clip in enumerate(patterns(24, frames=40, height=64, width=64)):
+    for i, clip in enumerate(patterns(48, frames=40, height=64, width=64)):
         write_video(tmp_path / f"videos/{i}.mp4", clip)
         (tmp_path / f"videos/{i}.txt").write_text("a three moves right")
     (tmp_path / "captions.txt").write_text("a three moves right\na seven moves up and to the left\n" * 6)
