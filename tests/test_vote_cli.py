@@ -1,7 +1,6 @@
 """The page on which people compare clips: what it serves, what it keeps, and keys pressed in a browser."""
 
 import json
-import shutil
 import threading
 import time
 import urllib.error
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from browser import open_browser
 
 from vpae_jax import cli
 from vpae_jax.media import write_video
@@ -130,18 +130,11 @@ def test_a_port_that_is_taken_is_named(rows, tmp_path, capsys):
 @pytest.mark.long
 def test_keys_in_a_browser(rows, tmp_path):
     """Both clips play; an arrow is a vote, backspace takes one back, and the last one ends."""
-    if shutil.which("chromium") is None or shutil.which("chromedriver") is None:
-        pytest.skip("needs chromium and chromedriver")
-    from selenium import webdriver
+    driver = open_browser()
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking"):
-        options.add_argument(f"--{flag}")
     election = Election(rows, tmp_path / "votes.jsonl", "anna")
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
     try:
         with served(election) as address:
             driver.get(address)

@@ -2,8 +2,8 @@
 
 import http.client
 import json
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -58,22 +58,13 @@ def serving(entries, folder: Path, generate="button", host="127.0.0.1", ready=Tr
         queue = queue or JobQueue()
         worker = Worker(entries, load, queue, Clips(folder), picture_store(), generate, lambda line: None, where)
         server = make_server(make_app(worker, host, example))
-        failures = []
-
-        def serve():
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(run, server, listening, worker)
             try:
-                run(server, listening, worker)
-            except Exception as error:
-                failures.append(error)
-
-        thread = threading.Thread(target=serve)
-        thread.start()
-        try:
-            while ready and worker.ready is None and thread.is_alive():
-                time.sleep(0.02)
-            if ready and failures:
-                raise failures[0]
-            yield Server(worker, host, where)
-        finally:
-            server.should_exit = True
-            thread.join()
+                while ready and worker.ready is None and not running.done():
+                    time.sleep(0.02)
+                if ready and running.done():
+                    running.result()  # raises what ended it
+                yield Server(worker, host, where)
+            finally:
+                server.should_exit = True

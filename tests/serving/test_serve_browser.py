@@ -1,9 +1,9 @@
 """The page in a browser: clips follow the typing, a new seed, an uploaded image, and lines for bad input."""
 
-import shutil
 import time
 
 import pytest
+from browser import open_browser
 from PIL import Image
 from served import PATIENCE, serving
 
@@ -14,17 +14,7 @@ ENTRIES = [Entry("teacher", "tiny", 2, 2.0), Entry("student", "tiny", 1, 1.0)]
 
 @pytest.fixture(scope="module")
 def driver():
-    if shutil.which("chromium") is None or shutil.which("chromedriver") is None:
-        pytest.skip("needs chromium and chromedriver")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking"):
-        options.add_argument(f"--{flag}")
-    options.add_argument("--window-size=1200,1500")  # of videos that it does not show, a browser plays none
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    found = open_browser("window-size=1200,1500")  # of videos that it does not show, a browser plays none
     yield found
     found.quit()
 
