@@ -83,3 +83,5 @@ def test_what_a_phase_leaves_that_was_turned_down_is_called_what_it_is(tmp_path,
     rows = evaluate.entries(given)
     assert [row.name for row in rows] == ["teacher", "teacher, one step", *names]
     assert evaluate.read_run("phase 2", tmp_path).note == (f"Guard: {decision['reason']}." if decision else "")
+    given = evaluate.parser().parse_args([f"--run=mine={tmp_path}:4:1", "--output=out"])
+    assert [row.name for row in evaluate.entries(given)][2:] == [names[0].replace("phase 2", "mine")]

@@ -109,8 +109,12 @@ def parser() -> cli.Parser:
     return result
 
 
-def main(argv: list[str]) -> None:
-    given = parser().parse_args(argv)
+def check(given: argparse.Namespace) -> str:
+    """Returns the name of the source of records, one of SOURCES.
+
+    Raises:
+      UserError: none or several sources, a flag of another source, or a value that none accepts.
+    """
     own, *more = [source for source in SOURCES if getattr(given, source) is not None] or [""]
     if not own or more:
         raise UserError(
@@ -124,6 +128,14 @@ def main(argv: list[str]) -> None:
     if given.batch < 1:
         raise UserError(f"--batch is {given.batch}; expected 1 or more")
     check_seed(given.seed or 0, "--seed")
+    if own == "captions" and given.buckets and len(sizes := buckets.parse(given.buckets, 1)) != 1:
+        raise UserError(f"--buckets={given.buckets} names {len(sizes)} sizes; with --captions give one, as 480x832")
+    return own
+
+
+def main(argv: list[str]) -> None:
+    given = parser().parse_args(argv)
+    own = check(given)
     share = distributed.share(given.process_id, given.num_processes, os.environ)
     # The input is checked before a model is loaded, which may take minutes.
     if own == "videos":
@@ -175,8 +187,6 @@ def from_captions(given: argparse.Namespace, listed: Captions, process: int, pro
     advised, own = teacher.scheduler, pipeline.defaults
     even = None if advised.times else advised.shift
     sizes = buckets.parse(given.buckets, max(pipeline.units)) if given.buckets else ((own.height, own.width),)
-    if len(sizes) != 1:
-        raise UserError(f"--buckets={given.buckets} names {len(sizes)} sizes; with --captions give one, as 480x832")
     recipe = Recipe(
         steps=advised.steps if given.steps is None else given.steps,
         guidance=advised.guidance if given.guidance is None else given.guidance,

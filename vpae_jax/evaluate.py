@@ -30,6 +30,7 @@ import importlib.metadata
 import platform
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from os import environ
 from pathlib import Path
@@ -105,8 +106,7 @@ def parser() -> cli.Parser:
 
 
 def entries(given: argparse.Namespace) -> list[Entry]:
-    """The rows that the command line asks for. If phase 2's guard rejected the trained weights, its model holds the
-    weights that it started from, so its row is called "start of phase 2"."""
+    """The rows that the command line asks for."""
     guidance = given.guidance
     if guidance is None and given.phase1:
         guidance = read_past_run(given.phase1).sample_guidance
@@ -117,15 +117,24 @@ def entries(given: argparse.Namespace) -> list[Entry]:
     if given.phase1:
         rows.append(Entry("phase 1", str(given.phase1 / PRODUCT)))
     if given.phase2:
-        decided = guard.verdict(given.phase2, read_past_run(given.phase2))
-        name = "phase 2" if decided is None or decided.kept else "start of phase 2"
+        name = kept_name("phase 2", given.phase2)
         rows.append(Entry(name, str(given.phase2 / PRODUCT)))
         rows.append(Entry(f"{name}, four steps", str(given.phase2 / PRODUCT), 4, 1.0))
-    rows += [parse_run(text)[0] for text in given.run]
+    rows += [replace(row, name=kept_name(row.name, workdir)) for row, workdir in map(parse_run, given.run)]
     rows += [parse_entry(text) for text in given.compare]
     rows += [parse_lora(text, given.model) for text in given.lora]
     check_names(rows)
     return rows
+
+
+def kept_name(name: str, workdir: Path) -> str:
+    """The name of a run's row. If the run's guard rejected the trained weights, its model holds the weights that it
+    started from, and the row is called "start of NAME"."""
+    decided = guard.verdict(workdir, read_past_run(workdir))
+    if decided is None or decided.kept:
+        return name
+    print(f"{name}: {decided.reason}; its row is the start of {name}")
+    return f"start of {name}"
 
 
 def workdirs(given: argparse.Namespace) -> dict[str, Path]:

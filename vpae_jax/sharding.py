@@ -98,11 +98,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     devices = list(jax.devices() if devices is None else devices)
     sizes = [getattr(config, axis) for axis in AXES]
     known = int(np.prod([s for s in sizes if s != -1]))
-    if sizes.count(-1) > 1 or known <= 0 or len(devices) % known:
-        raise UserError(f"config.mesh: {dict(zip(AXES, sizes, strict=True))} does not fit {len(devices)} devices")
-    sizes = [len(devices) // known if s == -1 else s for s in sizes]
-    if int(np.prod(sizes)) != len(devices):
-        raise UserError(f"config.mesh: {dict(zip(AXES, sizes, strict=True))} does not fit {len(devices)} devices")
+    fits = sizes.count(-1) <= 1 and known > 0 and len(devices) % known == 0
+    filled = [len(devices) // known if s == -1 else s for s in sizes] if fits else [0]
+    if int(np.prod(filled)) != len(devices):
+        count = "1 device" if len(devices) == 1 else f"{len(devices)} devices"
+        raise UserError(
+            f"config.mesh: {dict(zip(AXES, sizes, strict=True))} does not fit {count}: the sizes must multiply to it, "
+            "and one may be -1 for the rest (--config.mesh.context=1 does not share clips between devices)"
+        )
+    sizes = filled
     return Mesh(_laid_out(devices, sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

@@ -82,5 +82,5 @@ def test_workers_prepare_the_same_batches(source, tokenizer):
 
 
 def test_a_batch_larger_than_the_data_is_refused(source):
-    with pytest.raises(UserError, match="batch size 11 does not fit 10 clips"):
+    with pytest.raises(UserError, match=r"config\.batch_size is 11, but there are 10 clips"):
         pixel_batches(source, batch_size=11, seed=0)

@@ -219,7 +219,7 @@ def test_sources_that_do_not_fit_together_are_named(sources):
     real = sources[0][0]
     with pytest.raises(UserError, match=r"weight 0\.0, expected more than 0"):
         latent_batches([(real, 0.0)], SIZE, seed=0)
-    with pytest.raises(UserError, match="batch size 12 does not fit 11 clips"):
+    with pytest.raises(UserError, match=r"config\.batch_size is 12, but there are 11 clips"):
         latent_batches([(real, 1.0)], 12, seed=0)
     other = LatentRecords(sources[1][0].folder)
     other.null_text = other.null_text + np.float32(1).astype(other.null_text.dtype)

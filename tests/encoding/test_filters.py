@@ -82,7 +82,7 @@ def test_a_single_frame_has_no_motion_to_be_refused_for():
     assert Filters(min_motion=200.0).clip(measure(flat(100, t=1))) is None
     assert Filters(min_motion=200.0).clip(measure(flat(100, t=2))) == (
         "static",
-        "motion is 0.000, expected at least 200",
+        "motion is 0.000, expected at least 200 (--min_motion)",
     )
 
 
@@ -90,7 +90,7 @@ def test_videos():
     filters = Filters(min_seconds=3.0, min_side=256, max_crop=0.5)
     bucket = (480, 832)
     assert filters.video(3.0, 256, 512, bucket) is None
-    assert filters.video(2.9, 256, 512, bucket) == ("too short", "lasts 2.90 s, expected at least 3 s")
+    assert filters.video(2.9, 256, 512, bucket) == ("too short", "lasts 2.90 s, expected at least 3 s (--min_seconds)")
     assert filters.video(3.0, 255, 512, bucket) == (
         "too small",
         "is 512x255; the shorter side must have at least 256 pixels",
@@ -103,8 +103,8 @@ def test_videos():
 def test_captions():
     filters = Filters(min_caption=3, max_caption=5)
     assert filters.caption("abc") is None and filters.caption("abcde") is None
-    assert filters.caption(" ab \n") == ("caption", "caption has 2 characters, expected at least 3")
-    assert filters.caption("abcdef") == ("caption", "caption has 6 characters, expected at most 5")
+    assert filters.caption(" ab \n") == ("caption", "caption has 2 characters, expected at least 3 (--min_caption)")
+    assert filters.caption("abcdef") == ("caption", "caption has 6 characters, expected at most 5 (--max_caption)")
     assert Filters().caption("  ") and not Filters(min_caption=0).caption("")
 
 

@@ -144,7 +144,7 @@ def test_a_caption_that_does_not_fit_is_refused_before_its_video_is_looked_at(fo
             ("long", "too many words"),
             ("tall#0", ""),
             ("tall#1", ""),
-            ("none", "caption has 0 characters, expected at least 1"),
+            ("none", "caption has 0 characters, expected at least 1 (--min_caption)"),
         ]
     assert looked == ["tall.mp4"]
 

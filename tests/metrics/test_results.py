@@ -147,11 +147,23 @@ def test_samples_of_large_clips_are_made_smaller(tmp_path, monkeypatch):
 
 
 def test_table():
-    lines = table(METRICS, [REAL, *ROWS]).splitlines()
+    rows = [REAL, *ROWS]
+    lines = table(METRICS, rows).splitlines()
     assert len(lines) == 2 * 5 + 1
-    assert lines[4].split()[:3] == ["student", "1", "40.000"]
+    assert lines[0].split() == ["t2v", *(word for row in rows for word in row.name.split())]
+    assert lines[1].split() == ["evaluations", "-", "100", "1", "1"]
+    assert lines[2].split()[0] == "kvd" and lines[2].endswith(" 40.000")
+    assert len({len(line) for line in lines if line}) == 1
     one_half = [dataclasses.replace(one, scores={"i2v/kvd": 2.0}) for one in ROWS]
-    assert table(METRICS, one_half).split()[:3] == ["i2v", "evaluations", "kvd"]
+    assert [line.split()[0] for line in table(METRICS, one_half).splitlines()] == ["i2v", "evaluations", "kvd"]
+
+
+def test_table_of_many_rows_is_no_wider_than_a_terminal():
+    rows = [dataclasses.replace(ROWS[0], name=f"a student, seed {i}") for i in range(20)]
+    lines = table(METRICS, rows).splitlines()
+    assert max(map(len, lines)) <= 120
+    assert sum("".join(lines).count(row.name) for row in rows[:1]) == 2, "once for each half"
+    assert all(any(line.endswith(row.name) or f"{row.name} " in line for line in lines) for row in rows)
 
 
 def test_names_of_files_do_not_collide():

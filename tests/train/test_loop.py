@@ -261,7 +261,7 @@ def test_a_run_shorter_than_the_interval_of_its_log_leaves_its_last_step(tmp_pat
 def test_what_is_compiled_is_said_once_and_how_long_it_took(tmp_path, capsys):
     run(tmp_path, steps=4, hooks=(Hook(1, lambda step, state: {"score": 1.0}, "scoring"),))
     lines = capsys.readouterr().out.splitlines()
-    for what in ("compiling the leader's update", "compiling the follower's update", "scoring"):
+    for what in ("compiling the update of leader", "compiling the update of follower", "scoring"):
         begun, ended = (line for line in lines if line.startswith(what))
         assert begun == f"{what} ..." and re.fullmatch(rf"{what}: [\d.]+ s", ended)
     logged = [line for line in lines if line.startswith("step ")]

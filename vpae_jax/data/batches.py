@@ -137,7 +137,9 @@ def iterate(
     """
     clips = sum(len(part.clips) for parts in buckets for part in parts)
     if not 1 <= batch_size <= clips:
-        raise UserError(f"batch size {batch_size} does not fit {clips} clips; lower it or use more clips")
+        raise UserError(
+            f"config.batch_size is {batch_size}, but there are {clips} clips to train on; lower it, or use more clips"
+        )
     own = range(batch_size) if rows is None else rows
     data = f"batches of {batch_size} from {data}, seed {seed}"
     return Batches(Order(buckets, batch_size, seed), load, finish, own, workers, max_bad, data)

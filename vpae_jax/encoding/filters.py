@@ -50,22 +50,25 @@ class Filters:
         """Returns why a caption is rejected; None if it is not."""
         length = len(caption.strip())
         if length < self.min_caption:
-            return "caption", f"caption has {length} characters, expected at least {self.min_caption}"
+            return "caption", f"caption has {length} characters, expected at least {self.min_caption} (--min_caption)"
         if length > self.max_caption:
-            return "caption", f"caption has {length} characters, expected at most {self.max_caption}"
+            return "caption", f"caption has {length} characters, expected at most {self.max_caption} (--max_caption)"
         return None
 
     def video(self, seconds: float, height: int, width: int, bucket: Size) -> Refusal | None:
         """Returns why a video, or its selected part, is rejected before its frames are read; None if it is not."""
         if seconds < self.min_seconds:
-            return "too short", f"lasts {seconds:.2f} s, expected at least {self.min_seconds:g} s"
+            return "too short", f"lasts {seconds:.2f} s, expected at least {self.min_seconds:g} s (--min_seconds)"
         if min(height, width) < self.min_side:
             return "too small", f"is {width}x{height}; the shorter side must have at least {self.min_side} pixels"
         scale = max(bucket[0] / height, bucket[1] / width)
         crop = 1 - bucket[0] * bucket[1] / (height * width * scale * scale)
         if crop > self.max_crop:
             shape = f"{bucket[1]}x{bucket[0]}"
-            return "shape", f"is {width}x{height}; cropping to {shape} loses {crop:.1%}, allowed {self.max_crop:.0%}"
+            return (
+                "shape",
+                f"is {width}x{height}; cropping to {shape} loses {crop:.1%}, allowed {self.max_crop:.0%} (--max_crop)",
+            )
         return None
 
     def clip(self, measures: Measures) -> Refusal | None:
@@ -75,6 +78,6 @@ class Filters:
     def _of_frames(self, measures: Measures) -> Iterator[Refusal]:
         black, motion = measures["black"], measures.get("motion")
         if black > self.max_black:
-            yield "black", f"{black:.1%} of the frames are black, allowed {self.max_black:.0%}"
+            yield "black", f"{black:.1%} of the frames are black, allowed {self.max_black:.0%} (--max_black)"
         if motion is not None and motion < self.min_motion:
-            yield "static", f"motion is {motion:.3f}, expected at least {self.min_motion:g}"
+            yield "static", f"motion is {motion:.3f}, expected at least {self.min_motion:g} (--min_motion)"

@@ -23,6 +23,7 @@ NAIVE = ", one step"
 ARROW = "\N{RIGHTWARDS ARROW}"
 # Maximum width of side-by-side clips (many decoders are limited to 4096 pixels) and number of frames in a sheet.
 MOST_WIDTH, MOST_FRAMES = 4096, 17
+TEXT_WIDTH = 120  # characters of a line of scores
 Value = TypeVar("Value")
 
 
@@ -94,19 +95,38 @@ def _at_most(picture: UInt8[np.ndarray, "height width 3"], width: int) -> UInt8[
 
 
 def table(metrics: Sequence[Metric], rows: Sequence[Row]) -> str:
-    """The scores as text, one line per row."""
+    """The scores as text, a column for each row; rows that do not fit into a terminal's width follow below."""
     lines = []
-    width = max(len(row.name) for row in rows)
     for half in TITLES:
         names = [m.name for m in metrics if any(f"{half}/{m.name}" in row.scores for row in rows)]
         if not names and not any(row.files.get(half) for row in rows):
             continue
-        lines += ["", f"{half:{width}}  evaluations  " + "  ".join(f"{name:>13}" for name in names)]
-        for row in rows:
-            values = [row.scores.get(f"{half}/{name}") for name in names]
-            cells = "  ".join(f"{'-' if value is None else f'{value:.3f}':>13}" for value in values)
-            lines.append(f"{row.name:{width}}  {'-' if row.evaluations is None else row.evaluations:>11}  {cells}")
+        first = max(len(name) for name in (half, "evaluations", *names))
+        left = list(rows)
+        while left:
+            used, shown = first + _column(left[0]), [left.pop(0)]
+            while left and used + _column(left[0]) <= TEXT_WIDTH:
+                used += _column(left[0])
+                shown.append(left.pop(0))
+            cells = {
+                half: [row.name for row in shown],
+                "evaluations": ["-" if row.evaluations is None else str(row.evaluations) for row in shown],
+                **{name: [_decimals(row.scores.get(f"{half}/{name}")) for row in shown] for name in names},
+            }
+            lines.append("")
+            for name, values in cells.items():
+                texts = [f"{value:>{_column(row)}}" for value, row in zip(values, shown, strict=True)]
+                lines.append(f"{name:{first}}{''.join(texts)}")
     return "\n".join(lines[1:])
+
+
+def _column(row: Row) -> int:
+    """The width of a row's column, with the space before it."""
+    return 2 + max(len(row.name), 8)
+
+
+def _decimals(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def headline(rows: Sequence[Row], compared: Metric) -> list[tuple[str, str]]:

@@ -148,7 +148,8 @@ class Guard:
                 "reason": reason,
             }
             write_text(self.file, json.dumps(content, indent=1))
-        advice = "" if kept else "; the trained ones are in the checkpoint (--config.guard.enabled=False exports them)"
+        command = f"python -m vpae_jax.convert {self.file.parent} FOLDER --refused"
+        advice = "" if kept else f"; the trained ones are in the checkpoint (`{command}` exports them)"
         say(f"guard: {reason}{advice}")
         return found
 

@@ -139,7 +139,7 @@ def train(
                 with clock.waiting(None):
                     batch = ahead.take()
                 name = method.updates[index].name
-                with metrics.first_time(f"compiling the {name}'s update"), profiler.update(name, step + 1):
+                with metrics.first_time(f"compiling the update of {name}"), profiler.update(name, step + 1):
                     state, running = programs[index](state, frozen, batch, jnp.int32(repeat))
                 if done < len(turns) or step + 1 < experiment.steps:
                     with clock.waiting(running):
