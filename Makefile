@@ -4,7 +4,7 @@
 # make docs    the documentation site -> build/site/index.html (warnings are errors)      make links   its external links
 # make lock    the versions installed here -> locks/ (make test with them: PIP_CONSTRAINT=locks/py311.txt make test)
 # make plans   compiles every large preset for every kind of machine -> runs/plans/ (hours; continues where it stopped)
-# make clean   removes .venv, caches and runs/
+# make clean   removes .venv, caches, build/, dist/ and runs/
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -74,4 +74,4 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 	touch $@
 
 clean:
-	rm -rf runs .cache build/site $(VENV)
+	rm -rf runs .cache build dist $(VENV)
