@@ -53,7 +53,7 @@ links: $(VENV)/installed-dev
 
 lock: $(VENV)/installed-dev
 	mkdir -p locks
-	$(RUN) -m pip list --format=freeze --exclude-editable | sed 's/+cpu$$//' > \
+	$(RUN) -m pip list --format=freeze --exclude-editable | grep -Ev '^(cuda|nvidia|triton)' | sed 's/+cpu$$//' > \
 		locks/py$$($(RUN) -c "import sys; print(f'{sys.version_info[0]}{sys.version_info[1]}')").txt
 
 tiny: $(VENV)/installed

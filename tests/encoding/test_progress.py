@@ -24,7 +24,7 @@ def said(capsys) -> list[str]:
 
 
 def test_lines_come_within_a_unit_with_the_time_that_is_left(clock, capsys):
-    """Of a teacher a clip may take minutes, and a unit hours."""
+    """A teacher's clip may take minutes, and a unit hours; the first clip's time includes compilation."""
     with Progress([4, 4]) as shown:
         for used in (True, True, False):
             clock.now += 200
@@ -32,7 +32,7 @@ def test_lines_come_within_a_unit_with_the_time_that_is_left(clock, capsys):
         clock.now += 1
         shown.end_of_unit()
     assert said(capsys) == [
-        "encoded 1 clips; 0 of 2 units; 200 s per clip; 0:23:20 left",
+        "encoded 1 clips; 0 of 2 units; 200 s per clip; time left unknown until a second clip is done",
         "encoded 2 clips; 0 of 2 units; 200 s per clip; 0:20:00 left",
         "encoded 2 clips, 1 rejected; 0 of 2 units; 300 s per clip; 0:16:40 left",
     ]
@@ -62,7 +62,7 @@ def test_without_numbers_the_first_unit_tells_what_is_left(clock, capsys):
         shown.advance(True)
     assert said(capsys) == [
         "encoded 1 clips; 0 of 2 units; 100 s per clip; time left unknown until a unit is done",
-        "encoded 3 clips; 1 of 2 units; 67 s per clip; 0:01:07 left",
+        "encoded 3 clips; 1 of 2 units; 67 s per clip; 0:00:50 left",
     ]
 
 

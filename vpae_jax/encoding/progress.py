@@ -17,7 +17,8 @@ class Progress:
     """Reports clips per second and the time left.
 
     The time left is estimated from the total number of items if that is known in advance; otherwise from the finished
-    units, so that it is unknown until the first one is done.
+    units, so that it is unknown until the first one is done. The time up to the first item includes compilation and is
+    left out of the estimate.
 
     Args:
       expected: number of clips and rejects in each pending unit, None where it is not known.
@@ -30,7 +31,7 @@ class Progress:
         known = [number for number in expected if number is not None]
         self.total = sum(known) if len(known) == len(expected) else None
         self._estimated = self.total is None
-        self.start = self.said = time.monotonic()
+        self.start = self.said = self.first = time.monotonic()
         self.bar = (
             tqdm(desc="encoding", unit=what, total=self.total, dynamic_ncols=True) if sys.stderr.isatty() else None
         )
@@ -44,6 +45,8 @@ class Progress:
 
     def advance(self, used: bool) -> None:
         """Counts a clip that was encoded, or a reject."""
+        if not self.clips + self.rejects:
+            self.first = time.monotonic()
         self.clips, self.rejects = self.clips + used, self.rejects + (not used)
         if self.bar is not None:
             if self.rejects:
@@ -71,12 +74,14 @@ class Progress:
 
     def line(self, now: float) -> str:
         """Formats the state as a line."""
-        seconds, finished = max(now - self.start, 1e-9), self.clips + self.rejects
+        seconds, later = max(now - self.start, 1e-9), self.clips + self.rejects - 1
         rejected = f", {self.rejects} rejected" if self.rejects else ""
-        if self.total is None or not finished:
+        if self.total is None:
             left = "time left unknown until a unit is done"
+        elif later < 1:
+            left = f"time left unknown until a second {self.what} is done"
         else:
-            left = f"{_clock(seconds / finished * max(self.total - finished, 0))} left"
+            left = f"{_clock((now - self.first) / later * max(self.total - later - 1, 0))} left"
         done = f"{self.done} of {self.units} units"
         return f"encoded {self.clips} {self.what}s{rejected}; {done}; {_rate(self.clips, seconds, self.what)}; {left}"
 
