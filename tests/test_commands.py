@@ -84,10 +84,13 @@ def check(program, words):
     else:
         parser = suites.parser() if suites.asked(words) else PARSERS[program]()
         if words[-1] == ELIDED:
-            words = words[:-1]
             for action in parser._actions:
                 action.required = False
-        parser.parse_args(words)
+            parser.parse_args(words[:-1])
+            return
+        given = parser.parse_args(words)
+        if program == "encode":
+            encode.check(given)
 
 
 def found():

@@ -225,7 +225,8 @@ def _decision(workdir: Path, run: PastRun, refused: bool) -> Verdict | None:
     if decided is not None and not decided.kept and not refused:
         raise UserError(
             f"{workdir}: its guard turned the trained weights down ({decided.reason}); {workdir / PRODUCT} holds the "
-            "weights that were kept, and converts as any model; --refused converts the trained ones"
+            "weights that were kept, and converts as any model (--as-lora then needs "
+            f"--base={run.model.get('path', 'MODEL')}); --refused converts the trained ones"
         )
     return decided
 
