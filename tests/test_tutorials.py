@@ -19,7 +19,7 @@ SHORTER = (
     (r"configs/(\w+)\.py:t2v-1\.3b-480p", r"configs/\1.py"),
     (r"a cat jumps over a fence", "a three moves up"),
     (r"Wan-AI/Wan2\.1-T2V-1\.3B-Diffusers", "tiny"),
-    (r"--buckets=480p|--dtype=bfloat16", ""),
+    (r"--buckets=\S+|--dtype=bfloat16", ""),
     (r"--config\.steps=\d+", "--config.steps=4"),
     (r"--config\.method\.disc_warmup=20", "--config.method.disc_warmup=1"),
     (r"--config\.data\.clips=\d+", "--config.data.clips=32"),

@@ -70,7 +70,7 @@ class ModelConfig:
       path: the pretrained model: a model directory in any supported layout, or OWNER/NAME on the Hugging Face hub;
         "tiny" is the embedded model. This and every other path of a config is relative to the current folder, except
         that "{workdir}/..." is relative to the run's workdir.
-      lora: LoRA files, "FILE,FILE" or "FILE:STRENGTH,FILE:STRENGTH", merged in float32 into the model directory's
+      lora: LoRA files, `FILE,FILE` or `FILE:STRENGTH,FILE:STRENGTH`, merged in float32 into the model directory's
         transformer for every role that starts from it. Empty for none.
       preset: sizes of the parts that start from random weights (a key of `vpae_jax.models.presets.PRESETS`).
       dtype: compute precision of the networks; trained weights are always stored in float32.
