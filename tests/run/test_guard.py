@@ -179,7 +179,7 @@ def test_worse_weights_are_turned_down_with_the_reason(tmp_path, capsys):
     assert not read(tmp_path)["kept"]
     line = capsys.readouterr().out.splitlines()[-1]
     assert "held-out distance rose from" in line and "the weights that it started from are kept" in line
-    assert "FOLDER --refused` exports them" in line
+    assert "FOLDER --format=diffusers --refused` exports them" in line
 
 
 def test_weights_that_are_no_worse_are_kept(tmp_path):

@@ -148,7 +148,7 @@ class Guard:
                 "reason": reason,
             }
             write_text(self.file, json.dumps(content, indent=1))
-        command = f"python -m vpae_jax.convert {self.file.parent} FOLDER --refused"
+        command = f"python -m vpae_jax.convert {self.file.parent} FOLDER --format=diffusers --refused"
         advice = "" if kept else f"; the trained ones are in the checkpoint (`{command}` exports them)"
         say(f"guard: {reason}{advice}")
         return found
