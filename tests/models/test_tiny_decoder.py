@@ -60,7 +60,11 @@ def test_pieces_are_the_whole_clip(files):
     first, cache = model.decode_next(z[:, :2])
     rest, _ = model.decode_next(z[:, 2:], cache)
     assert first.shape[1] == 5 and rest.shape[1] == 12
-    np.testing.assert_allclose(np.concatenate([first, rest], 1), model.decode(z), atol=1e-6)
+    whole = model.decode(z)
+    # float32's rounding: jaxlib 0.12 computes a convolution of fewer frames in another order.
+    np.testing.assert_allclose(np.concatenate([first, rest], 1), whole, atol=2e-5)
+    forgotten, _ = model.decode_next(z[:, 2:])
+    assert np.abs(forgotten[:, -8:] - whole[:, -8:]).max() > 1e-2, "what the cache holds is seen"
 
 
 def test_a_config_beside_the_file_says_that_latents_are_not_normalised(files, tmp_path):
