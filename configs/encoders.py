@@ -23,6 +23,6 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         seed=0,
         log_every=20,
         checkpoint_every=500,
-        model={"preset": preset},
+        model={"preset": preset, "path": "{workdir}/../vae/model"},
         data={"clips": 1 << 20},
     )

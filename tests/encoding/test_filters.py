@@ -93,7 +93,7 @@ def test_videos():
     assert filters.video(2.9, 256, 512, bucket) == ("too short", "lasts 2.90 s, expected at least 3 s (--min_seconds)")
     assert filters.video(3.0, 255, 512, bucket) == (
         "too small",
-        "is 512x255; the shorter side must have at least 256 pixels",
+        "is 512x255; the shorter side must have at least 256 pixels (--min_side)",
     )
     kind, reason = filters.video(3.0, 1920, 1080, bucket) or ("", "")
     assert kind == "shape" and "is 1080x1920; cropping to 832x480 loses 67.5%" in reason

@@ -5,12 +5,12 @@ import dataclasses
 import json
 import os
 import re
-import shutil
 import time
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from browser import open_browser
 from full_disk import limited
 from moving_patterns import patterns
 
@@ -388,21 +388,13 @@ def test_metric_best_and_worst():
 @pytest.mark.long
 def test_rows_play_in_step_in_a_browser(untrained, tmp_path):
     """Pointing at a clip plays all rows of its condition from the start, again and again together, and nothing else."""
-    if shutil.which("chromium") is None or shutil.which("chromedriver") is None:
-        pytest.skip("needs chromium and chromedriver")
-    from selenium import webdriver
     from selenium.webdriver import ActionChains
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
     write_report(tmp_path / "large.html", large(untrained))
     write_report(tmp_path / "small.html", untrained)
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    flags = ("headless=new", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking")
-    for flag in (*flags, "window-size=1400,900"):
-        options.add_argument(f"--{flag}")
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    driver = open_browser("window-size=1400,900")
 
     def run(script, *given):
         return driver.execute_script(script, *given)

@@ -290,9 +290,10 @@ def test_the_three_trainings_behind_the_tiny_model_hand_a_directory_on(tmp_path)
         run(parse(config), tmp_path / config.name)
     made = load_pipeline(tmp_path / "teacher" / "model")
     assert made("a three moves up", steps=2, guidance=2.0).shape == (9, 48, 48, 3)
-    before = load_pipeline(tmp_path / "encoders" / "model")
-    one, two = (np.asarray(p.vae.decoder.conv_in.kernel[...]) for p in (made, before))
-    np.testing.assert_array_equal(one, two)
+    first, second = (load_pipeline(tmp_path / name / "model") for name in ("vae", "encoders"))
+    trained, *handed_on = (np.asarray(p.vae.decoder.conv_in.kernel[...]) for p in (first, second, made))
+    for kernel in handed_on:
+        np.testing.assert_array_equal(kernel, trained)
 
 
 @pytest.mark.long

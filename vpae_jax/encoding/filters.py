@@ -60,7 +60,8 @@ class Filters:
         if seconds < self.min_seconds:
             return "too short", f"lasts {seconds:.2f} s, expected at least {self.min_seconds:g} s (--min_seconds)"
         if min(height, width) < self.min_side:
-            return "too small", f"is {width}x{height}; the shorter side must have at least {self.min_side} pixels"
+            least = f"the shorter side must have at least {self.min_side} pixels (--min_side)"
+            return "too small", f"is {width}x{height}; {least}"
         scale = max(bucket[0] / height, bucket[1] / width)
         crop = 1 - bucket[0] * bucket[1] / (height * width * scale * scale)
         if crop > self.max_crop:
